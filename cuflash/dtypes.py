@@ -1,0 +1,44 @@
+"""The four element types: their NumPy, CUDA and accumulator names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One element type an attention call can have."""
+
+    name: str
+    """Short name, used in case ids, file names and tables: ``fp16``, ``bf16``, ``fp32``, ``fp64``."""
+    cuda: str
+    """The type's name in ``kernels/std.cuh``."""
+    numpy: np.dtype = field(compare=False)
+    """The NumPy (or ml_dtypes) dtype that arrays carry."""
+    accumulator: np.dtype = field(compare=False)
+    """The dtype of scores, sums and the log-sum-exp."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return self.numpy.itemsize
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FP16 = DType("fp16", "fp16", np.dtype(np.float16), np.dtype(np.float32))
+BF16 = DType("bf16", "bf16", np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
+FP32 = DType("fp32", "float", np.dtype(np.float32), np.dtype(np.float32))
+FP64 = DType("fp64", "double", np.dtype(np.float64), np.dtype(np.float64))
+
+DTYPES: dict[str, DType] = {d.name: d for d in (FP16, BF16, FP32, FP64)}
+_BY_NUMPY: dict[np.dtype, DType] = {d.numpy: d for d in DTYPES.values()}
+
+
+def of(dtype: np.dtype) -> DType | None:
+    """The element type that a NumPy dtype stands for, or None when attention does not know it."""
+    return _BY_NUMPY.get(dtype)

@@ -1,0 +1,21 @@
+"""The three errors a user can meet."""
+
+from __future__ import annotations
+
+
+class InvalidArgument(ValueError):
+    """An argument is wrong on its own or does not fit another; nothing was launched or written.
+
+    The message names the argument, says what was given, what was expected and what to do.
+    """
+
+
+class UnsupportedProblem(NotImplementedError):
+    """The arguments are sound, but no kernel family runs this combination on this device.
+
+    The message lists, for every family, the reasons why not.
+    """
+
+
+class CompileError(RuntimeError):
+    """The CUDA compiler refused a kernel; the message holds its log and the rendered ``config.cuh``."""

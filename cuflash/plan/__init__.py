@@ -1,0 +1,7 @@
+"""Problem x Device -> Plan: which kernel family runs, with which tiles, and why not the others."""
+
+from cuflash.plan.choose import choose, explain, why_not
+from cuflash.plan.families import FAMILIES, Family
+from cuflash.plan.plan import Config, Plan, Step, Workspace
+
+__all__ = ["FAMILIES", "Config", "Family", "Plan", "Step", "Workspace", "choose", "explain", "why_not"]

@@ -1,0 +1,83 @@
+"""Choosing a family for a problem on a device, and saying why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cuflash.device import Device
+from cuflash.errors import UnsupportedProblem
+from cuflash.plan.families import FAMILIES
+from cuflash.plan.plan import Plan
+from cuflash.problem import Problem
+
+
+def why_not(problem: Problem, device: Device) -> dict[str, list[str]]:
+    """For every family, the reasons against it; empty for one that could run the problem."""
+    return {family.name: family.why_not(problem, device) for family in FAMILIES}
+
+
+@lru_cache(maxsize=1024)
+def choose(problem: Problem, device: Device, family: str | None = None) -> Plan:
+    """Plan a problem with the first family that runs it, or with the named one.
+
+    Raises
+    ------
+    UnsupportedProblem
+        When no family (or not the named one) runs the problem; the message lists every reason.
+    """
+    reasons = why_not(problem, device)
+    for candidate in FAMILIES:
+        if family in (None, candidate.name) and not reasons[candidate.name]:
+            return candidate.plan(problem, device)
+    if family is not None and family not in reasons:
+        raise UnsupportedProblem(f"there is no kernel family {family!r}; there are: {', '.join(reasons)}.")
+    listed = {name: why for name, why in reasons.items() if family in (None, name)}
+    lines = [f"  {name:<8}{'; '.join(why)}" for name, why in listed.items()]
+    raise UnsupportedProblem(
+        f"no kernel runs this on {device}:\n  {problem}\n"
+        + "\n".join(lines)
+        + "\n`python -m cuflash explain` shows the choice for a problem without running it."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What would run and why not the rest; ``str()`` of it is the report."""
+
+    problem: Problem
+    device: Device
+    plan: Plan | None
+    """None when no family runs the problem."""
+    why_not: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem} on {self.device}", f"  {self.problem.flops() / 1e9:,.1f} GFLOP"]
+        if self.plan is not None:
+            lines += [
+                f"  family {self.plan.family}: {self.plan.reason}",
+                f"  workspace {self.plan.workspace_bytes:,} bytes"
+                + "".join(f", {w.name} {w.nbytes:,}" for w in self.plan.workspaces),
+            ]
+            for step in self.plan.steps:
+                config = step.config
+                lines.append(
+                    f"  {step.kernel:<14} {step.num_blocks} blocks x {config.threads} threads, tile "
+                    f"{config.tile_q} x {config.tile_kv}, {config.smem_bytes:,} bytes of shared memory, "
+                    f"{config.copy_bytes}-byte accesses"
+                )
+        for name, reasons in self.why_not.items():
+            if reasons:
+                lines.append(f"  not {name}: {'; '.join(reasons)}")
+            elif self.plan is not None and name != self.plan.family:
+                lines.append(f"  not {name}: {self.plan.family} comes first")
+        return "\n".join(lines)
+
+
+def explain(problem: Problem, device: Device, family: str | None = None) -> Explanation:
+    """Plan a problem without running it, and keep the reasons against every other family."""
+    try:
+        plan = choose(problem, device, family)
+    except UnsupportedProblem:
+        plan = None
+    return Explanation(problem, device, plan, why_not(problem, device))

@@ -1,0 +1,212 @@
+"""The catalogue of kernel families: what each one serves, declared as data, and the plan it makes.
+
+Adding a kernel means adding its ``.cu``/``.cuh`` files and one ``Family`` here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cuflash.device import Device
+from cuflash.plan import tiles
+from cuflash.plan.plan import Config, Plan, Step, Workspace
+from cuflash.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One set of kernels that together serve both directions."""
+
+    name: str
+    summary: str
+    min_capability: tuple[int, int]
+    dtypes: tuple[str, ...]
+    max_dim: int
+    """The largest dim_qk and dim_v."""
+    features: tuple[str, ...]
+    """What :func:`needs` may name; anything else is a reason why not."""
+    forward: Callable[[Problem, Device], Plan]
+    backward: Callable[[Problem, Device], Plan]
+
+    def why_not(self, problem: Problem, device: Device) -> list[str]:
+        """Reasons why this family does not run the problem; empty when it does."""
+        reasons = []
+        if device.capability < self.min_capability:
+            reasons.append(f"needs sm_{self.min_capability[0]}{self.min_capability[1]}")
+        if problem.dtype.name not in self.dtypes:
+            reasons.append(f"no {problem.dtype} (has {', '.join(self.dtypes)})")
+        for name, dim in (("dim_qk", problem.dim_qk), ("dim_v", problem.dim_v)):
+            if dim > self.max_dim:
+                reasons.append(f"{name} {dim} > {self.max_dim}")
+        reasons += [f"no {feature}" for feature in needs(problem) if feature not in self.features]
+        return reasons
+
+    def plan(self, problem: Problem, device: Device) -> Plan:
+        """The plan for a problem this family has no reason against."""
+        make = self.forward if problem.direction == "forward" else self.backward
+        return make(problem, device)
+
+
+FEATURES: dict[str, str] = {
+    "backward": "gradients of q, k, v, through out and lse",
+    "varlen": "packed sequences of different lengths (cu_seqlens, seqused_k)",
+    "causal": "causal mask, bottom-right or top-left aligned",
+    "window": "sliding window, either side, both alignments",
+    "boolean mask": "boolean tensor, broadcast over any axis",
+    "softcap": "soft-capped scores",
+    "gqa": "fewer key/value heads than query heads, summed in fp32",
+    "dim_v != dim_qk": "value heads of another size",
+    "deterministic": "bit-equal gradients from run to run",
+}
+"""Everything a problem can need beyond the plain product, in the words of the support table."""
+
+
+def needs(problem: Problem) -> list[str]:
+    """The features a problem makes use of."""
+    used = {
+        "backward": problem.direction == "backward",
+        "varlen": problem.layout == "varlen",
+        "causal": problem.mask.kind == "causal",
+        "window": problem.mask.kind == "window",
+        "boolean mask": problem.mask.kind == "tensor",
+        "softcap": problem.softcap != 0,
+        "gqa": problem.group != 1,
+        "dim_v != dim_qk": problem.dim_v != problem.dim_qk,
+        "deterministic": problem.deterministic,
+    }
+    return [feature for feature in FEATURES if used[feature]]
+
+
+def _config(problem: Problem, tile: tiles.Tile) -> Config:
+    """The compile-time choices that follow from the problem, for a kernel with this tile."""
+    real = "double" if problem.dtype.accumulator == np.float64 else "float"
+    score = "SoftCapScore" if problem.softcap else "ScaledScore" if problem.softmax_scale > 0 else "SignedScore"
+    masks = {"none": "NoMask", "causal": "CausalMask", "window": "WindowMask", "tensor": "TensorMask"}
+    return Config(
+        element=problem.dtype.cuda,
+        dim_qk=problem.dim_qk,
+        dim_v=problem.dim_v,
+        threads=tile.threads,
+        sequence="VarlenSequence" if problem.layout == "varlen" else "DenseSequence",
+        mask=masks[problem.mask.kind],
+        score=f"{score}<{real}>",
+        reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
+        tile_q=tile.tile_q,
+        tile_kv=tile.tile_kv,
+        stages=tile.stages,
+        dim_splits=tile.dim_splits,
+        copy_bytes=max(problem.copy_bytes, problem.dtype.itemsize),
+        blocks_per_sm=tile.blocks_per_sm,
+        smem_bytes=tile.smem_bytes,
+    )
+
+
+def _plain(config: Config, **changes: object) -> Config:
+    """The same config without the choices a row-wise helper kernel does not read, so that variants share it."""
+    neutral = replace(config, mask="NoMask", score="ScaledScore<float>", reduction="AtomicReduction", tile_kv=1, stages=1)
+    return replace(neutral, blocks_per_sm=1, **changes)
+
+
+def _tiles(longest: int, tile: int) -> int:
+    """Tiles of the longest sequence; never 0, so that outputs of empty sequences are still written."""
+    return max(1, -(-longest // tile))
+
+
+def _query_blocks(problem: Problem, tile_q: int) -> int:
+    return _tiles(problem.len_q, tile_q) * problem.heads_q * problem.batch
+
+
+def _row_workspace(problem: Problem, name: str) -> Workspace:
+    """One accumulator-type number for every query row, laid out like the log-sum-exp."""
+    rows = problem.total_q if problem.layout == "varlen" else problem.batch * problem.len_q
+    return Workspace(name, problem.dtype.accumulator, (problem.heads_q * rows,))
+
+
+def delta_step(problem: Problem) -> Step:
+    """The first launch of every backward."""
+    config = _plain(_config(problem, tiles.Tile(tile_q=64, tile_kv=1, threads=128, smem_bytes=0)), dim_qk=1)
+    return Step("bwd_delta", "BwdParams", config, _query_blocks(problem, config.tile_q))
+
+
+def _sm80_forward(problem: Problem, device: Device) -> Plan:
+    tile = tiles.forward_sm80(problem, device)
+    step = Step("fwd_sm80", "FwdParams", _config(problem, tile), _query_blocks(problem, tile.tile_q))
+    return Plan(problem, device, "sm80", (step,), reason=tile.reason)
+
+
+def _sm80_backward(problem: Problem, device: Device) -> Plan:
+    tile = tiles.backward_sm80(problem, device)
+    config = _config(problem, tile)
+    blocks = _tiles(problem.len_kv, tile.tile_kv) * problem.heads_kv * problem.batch * tile.dim_splits
+    convert = _plain(config, dim_v=1, smem_bytes=tiles.convert_smem(problem, tile))
+    steps = (
+        delta_step(problem),
+        Step("bwd_sm80", "BwdParams", config, blocks),
+        Step("bwd_convert", "BwdParams", convert, _query_blocks(problem, tile.tile_q)),
+    )
+
+    if problem.layout == "varlen":  # VarlenSequence::num_q_tiles
+        q_tiles = problem.total_q // tile.tile_q + problem.batch
+    else:
+        q_tiles = problem.batch * -(-problem.len_q // tile.tile_q)
+    columns = tiles.dq_columns(problem.dim_qk, tile.tile_q, tile.threads, tile.dim_splits)
+    shape = (problem.heads_q * q_tiles, tile.tile_q, columns)
+    workspaces = [
+        _row_workspace(problem, "delta"),
+        _row_workspace(problem, "lse2"),
+        Workspace("dq_accum", np.dtype(np.float32), shape, zeroed=True),
+    ]
+    if problem.deterministic:
+        turns = (problem.heads_q * q_tiles * tile.dim_splits,)
+        workspaces.append(Workspace("dq_turn", np.dtype(np.int32), turns, zeroed=True))
+    return Plan(problem, device, "sm80", steps, tuple(workspaces), reason=tile.reason)
+
+
+def _simt_forward(problem: Problem, device: Device) -> Plan:
+    tile = tiles.forward_simt(problem, device)
+    step = Step("fwd_simt", "FwdParams", _config(problem, tile), _query_blocks(problem, tile.tile_q))
+    return Plan(problem, device, "simt", (step,), reason=tile.reason)
+
+
+def _simt_backward(problem: Problem, device: Device) -> Plan:
+    tile = tiles.backward_simt(problem, device)
+    # No block adds to another's rows, so the gradients are always deterministic and the config need not say so.
+    config = replace(_config(problem, tile), reduction="AtomicReduction")
+    steps = (
+        delta_step(problem),
+        Step(
+            "bwd_simt_dkdv", "BwdParams", config, _tiles(problem.len_kv, tile.tile_kv) * problem.heads_kv * problem.batch
+        ),
+        Step("bwd_simt_dq", "BwdParams", config, _query_blocks(problem, tile.tile_q)),
+    )
+    workspaces = (_row_workspace(problem, "delta"), _row_workspace(problem, "lse2"))
+    return Plan(problem, device, "simt", steps, workspaces, reason=tile.reason)
+
+
+SM80 = Family(
+    name="sm80",
+    summary="tensor cores by mma.sync and cp.async",
+    min_capability=(8, 0),
+    dtypes=("fp16", "bf16"),
+    max_dim=256,
+    features=tuple(FEATURES),
+    forward=_sm80_forward,
+    backward=_sm80_backward,
+)
+
+SIMT = Family(
+    name="simt",
+    summary="plain fused multiply-adds: any type, any architecture, any head size",
+    min_capability=(7, 0),
+    dtypes=("fp16", "bf16", "fp32", "fp64"),
+    max_dim=1024,
+    features=tuple(FEATURES),
+    forward=_simt_forward,
+    backward=_simt_backward,
+)
+
+FAMILIES: tuple[Family, ...] = (SM80, SIMT)
+"""In order of preference: the first without a reason against a problem runs it."""

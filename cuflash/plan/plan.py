@@ -1,0 +1,91 @@
+"""Plan: what will run for a problem on a device, kernel by kernel, as frozen printable data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from cuflash.device import Device
+from cuflash.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The compile-time choices of one kernel, member by member the ``struct Config`` of its ``config.cuh``.
+
+    Everything that does not change instructions or registers is a run-time field of ``kernels/params.cuh`` instead.
+    """
+
+    element: str
+    """``fp16``, ``bf16``, ``float`` or ``double`` (``kernels/element.cuh``)."""
+    dim_qk: int
+    dim_v: int
+    threads: int
+    sequence: str = "DenseSequence"
+    """``kernels/attention/sequence.cuh``: DenseSequence, VarlenSequence."""
+    mask: str = "NoMask"
+    """``kernels/attention/mask.cuh``: NoMask, CausalMask, WindowMask, TensorMask."""
+    score: str = "ScaledScore"
+    """``kernels/attention/score.cuh``: ScaledScore, SignedScore, SoftCapScore."""
+    reduction: str = "AtomicReduction"
+    """How blocks add to dq (``kernels/tile/dq_accum.cuh``): AtomicReduction, OrderedReduction."""
+    tile_q: int = 1
+    tile_kv: int = 1
+    stages: int = 1
+    """Query tiles in flight in the backward."""
+    dim_splits: int = 1
+    """Blocks that share the columns of one gradient tile."""
+    copy_bytes: int = 16
+    """Width of one global access; 2, 4, 8 or 16."""
+    blocks_per_sm: int = 1
+    smem_bytes: int = 0
+    """Dynamic shared memory; the kernel asserts that it equals ``sizeof(SmemPlan)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One kernel launch."""
+
+    kernel: str
+    """Name of the kernel: ``kernels/entry/<kernel>.cu`` defines ``extern "C" <kernel>``."""
+    params: str
+    """The struct it takes by value, ``FwdParams`` or ``BwdParams`` (``kernels/params.cuh``)."""
+    config: Config
+    num_blocks: int
+    """Blocks of the one-dimensional grid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A scratch array, allocated per call."""
+
+    name: str
+    """The member of the parameter struct that points to it."""
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    zeroed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The kernels of one family that answer a problem, in launch order, with their scratch memory."""
+
+    problem: Problem
+    device: Device
+    family: str
+    steps: tuple[Step, ...]
+    workspaces: tuple[Workspace, ...] = ()
+    reason: str = ""
+    """Why these tiles, in words (``plan/tiles.py``)."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of all scratch arrays together."""
+        return sum(w.nbytes for w in self.workspaces)

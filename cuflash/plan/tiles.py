@@ -1,0 +1,103 @@
+"""Tile tables: how each kernel cuts a problem, what that costs in shared memory, and why these numbers.
+
+The shared-memory formulas restate the kernels' ``SmemPlan`` structs; a kernel whose ``sizeof`` differs does not compile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuflash.device import Device
+from cuflash.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The tile of one kernel."""
+
+    tile_q: int
+    tile_kv: int
+    threads: int
+    smem_bytes: int
+    stages: int = 1
+    dim_splits: int = 1
+    blocks_per_sm: int = 1
+    reason: str = ""
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Round ``n`` up to a multiple."""
+    return -(-n // multiple) * multiple
+
+
+def _shared_tile(rows: int, cols: int) -> int:
+    """Bytes of a ``SharedTile`` (tile/shared.cuh): 16-bit elements, each row padded by eight."""
+    return rows * (cols + 8) * 2
+
+
+def _resident(smem_bytes: int, threads: int, registers: int, device: Device) -> int:
+    """Blocks of this size that one multiprocessor holds; 1 KB of shared memory is reserved for each."""
+    by_smem = device.smem_per_sm // (smem_bytes + 1024)
+    by_registers = 65536 // (threads * registers)
+    return max(1, min(by_smem, by_registers))
+
+
+def forward_sm80(problem: Problem, device: Device) -> Tile:
+    """The tile of ``forward/sm80.cuh``."""
+    dim_qk, dim_v = round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
+    # 32 rows a warp halve the shared-memory reads per product against 16; wide heads leave registers for 16 only.
+    if max(dim_qk, dim_v) <= 64:
+        candidates = [(128, 128, 128, "32 rows a warp, wide kv tiles: few barriers a score")]
+    elif max(dim_qk, dim_v) <= 128:
+        candidates = [(128, 64, 128, "32 rows a warp, 64 keys: out and S fit in 255 registers, two blocks an SM")]
+    else:
+        candidates = [(128, 64, 256, "16 rows a warp: 256 columns of out take 128 registers")]
+    candidates += [(64, 64, 128, "the largest that fits"), (64, 32, 128, "the largest that fits")]
+    for tile_q, tile_kv, threads, reason in candidates:
+        smem = _shared_tile(tile_q, max(dim_qk, dim_v)) + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v)
+        if smem <= device.smem_per_block:
+            blocks = min(2, _resident(smem, threads, 255 if threads == 128 else 168, device))
+            return Tile(tile_q, tile_kv, threads, smem, blocks_per_sm=blocks, reason=reason)
+    raise AssertionError(f"no forward tile of {problem} fits {device}")
+
+
+def backward_sm80(problem: Problem, device: Device) -> Tile:
+    """The tile of ``backward/sm80.cuh``, whose dq rows ``backward/convert.cuh`` shares."""
+    widest = max(problem.dim_qk, problem.dim_v)
+    if widest <= 64:
+        candidates = [(64, 128, 256, 2, 1, "16 key rows a warp"), (64, 64, 128, 2, 1, "the largest that fits")]
+    elif widest <= 128:
+        candidates = [
+            (64, 128, 256, 2, 1, "dk and dv take 128 registers, S and dP 64"),
+            (64, 64, 128, 1, 1, "one stage: q tiles are not copied ahead"),
+        ]
+    else:
+        candidates = [
+            (64, 64, 128, 1, 2, "two blocks share the columns of dk and dv, which else overflow the registers"),
+            (16, 64, 128, 1, 2, "16 query rows: what fits in 99 KB"),
+        ]
+    for tile_q, tile_kv, threads, stages, splits, reason in candidates:
+        smem = backward_sm80_smem(problem, tile_q, tile_kv, threads, stages, splits)
+        if smem <= device.smem_per_block:
+            return Tile(tile_q, tile_kv, threads, smem, stages=stages, dim_splits=splits, reason=reason)
+    raise AssertionError(f"no backward tile of {problem} fits {device}")
+
+
+def dq_columns(dim_qk: int, tile_q: int, threads: int, splits: int) -> int:
+    """Columns of q and k in the backward's shared memory and in dq_accum (``DqAccum::kDimQk``)."""
+    warps = threads // 32
+    warps_across = warps // min(warps // 2, tile_q // 16)
+    return round_up(dim_qk, 16 * warps_across * splits)
+
+
+def backward_sm80_smem(problem: Problem, tile_q: int, tile_kv: int, threads: int, stages: int, splits: int) -> int:
+    """Bytes of ``BackwardSm80::SmemPlan``."""
+    dim_qk = dq_columns(problem.dim_qk, tile_q, threads, splits)
+    dim_v = round_up(problem.dim_v, 16 * splits)
+    stage = _shared_tile(tile_q, dim_qk) + _shared_tile(tile_q, dim_v) + 2 * 4 * tile_q
+    return _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v) + _shared_tile(tile_kv, tile_q) + stages * stage
+
+
+def convert_smem(problem: Problem, tile: Tile) -> int:
+    """Bytes of ``BackwardConvert::SmemPlan``."""
+    return _shared_tile(tile.tile_q, dq_columns(problem.dim_qk, tile.tile_q, tile.threads, tile.dim_splits))

@@ -1,0 +1,88 @@
+"""Problem: the frozen description of one attention call, without its arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cuflash.dtypes import DType
+from cuflash.masks import Mask
+
+Direction = Literal["forward", "backward"]
+Layout = Literal["dense", "varlen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Everything that decides which kernel runs and how; two equal problems get the same plan."""
+
+    direction: Direction
+    dtype: DType
+    batch: int
+    heads_q: int
+    heads_kv: int
+    len_q: int
+    """Query rows; the longest sequence's when the layout is ``varlen``."""
+    len_kv: int
+    """Key rows; the longest sequence's when the layout is ``varlen``."""
+    dim_qk: int
+    dim_v: int
+    layout: Layout = "dense"
+    total_q: int = 0
+    """Rows of the packed query tensor (``varlen`` only)."""
+    total_kv: int = 0
+    """Rows of the packed key tensor (``varlen`` only)."""
+    mask: Mask = Mask()
+    softcap: float = 0.0
+    """Scores become ``softcap * tanh(score / softcap)``; 0 leaves them alone."""
+    softmax_scale: float = 1.0
+    deterministic: bool = False
+    """Backward only: bit-equal gradients from run to run."""
+    copy_bytes: int = 16
+    """The widest access (2, 4, 8 or 16 bytes) that every base pointer and row stride of the tensors allows."""
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads_q // self.heads_kv
+
+    @property
+    def rows_q(self) -> int:
+        """Query rows of the whole call, over all sequences and one head."""
+        return self.total_q if self.layout == "varlen" else self.batch * self.len_q
+
+    @property
+    def rows_kv(self) -> int:
+        """Key rows of the whole call, over all sequences and one head."""
+        return self.total_kv if self.layout == "varlen" else self.batch * self.len_kv
+
+    def flops(self) -> float:
+        """Floating-point operations of the products, the usual convention: visible pairs only, backward 2.5 x forward.
+
+        Varlen problems count every sequence at its maximum length, as lengths live on the device.
+        """
+        pairs = self.batch * self.heads_q * visible_pairs(self.mask, self.len_q, self.len_kv)
+        forward = 2.0 * pairs * (self.dim_qk + self.dim_v)
+        return forward if self.direction == "forward" else 2.5 * forward
+
+    def __str__(self) -> str:
+        heads = f"h{self.heads_q}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads_q else "")
+        dims = f"d{self.dim_qk}" + (f"x{self.dim_v}" if self.dim_v != self.dim_qk else "")
+        parts = [self.direction, self.dtype.name, f"b{self.batch}", heads, f"s{self.len_q}x{self.len_kv}", dims]
+        parts += [self.layout] if self.layout != "dense" else []
+        parts += [self.mask.kind] if self.mask.kind != "none" else []
+        parts += ["softcap"] if self.softcap else []
+        parts += ["deterministic"] if self.deterministic else []
+        return " ".join(parts)
+
+
+def visible_pairs(mask: Mask, len_q: int, len_kv: int) -> int:
+    """Count the (query, key) pairs a band mask lets through; a boolean tensor counts as full."""
+    if mask.left is None and mask.right is None:
+        return len_q * len_kv
+    diagonal = np.arange(len_q, dtype=np.int64) + mask.offset(len_q, len_kv)
+    first = 0 if mask.left is None else np.maximum(diagonal - mask.left, 0)
+    end = len_kv if mask.right is None else np.minimum(diagonal + mask.right + 1, len_kv)
+    return int(np.maximum(end - first, 0).sum())

@@ -1,0 +1,28 @@
+"""Every environment variable cuflash reads, with its default."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A snapshot of the environment."""
+
+    cache_dir: Path
+    """Where compiled kernels are kept (``CUFLASH_CACHE_DIR``; the platform's cache folder by default)."""
+    debug: bool
+    """Compile device-side checks into the kernels (``CUFLASH_DEBUG=1``)."""
+
+
+def read() -> Settings:
+    """Read the environment now; callers keep the result if they need a stable value."""
+    cache = os.environ.get("CUFLASH_CACHE_DIR")
+    return Settings(
+        cache_dir=Path(cache) if cache else Path(platformdirs.user_cache_dir("cuflash", appauthor=False)),
+        debug=os.environ.get("CUFLASH_DEBUG", "0") not in ("", "0"),
+    )

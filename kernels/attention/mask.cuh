@@ -1,0 +1,89 @@
+// Mask: which tiles can matter (kv_tiles, q_tiles) and which elements count (keep).
+#pragma once
+
+#include "params.cuh"
+
+namespace cuflash {
+
+// Tiles [begin, end) hold every visible element; those in [full_begin, full_end) are visible whole and need no test.
+struct Tiles {
+  int begin;
+  int full_begin;
+  int full_end;
+  int end;
+
+  CF_DEVICE bool is_full(int tile) const { return full_begin <= tile && tile < full_end; }
+  CF_DEVICE bool contains(int tile) const { return begin <= tile && tile < end; }
+
+  // `some` positions are visible to some row of the other side, `all` to every row of it.
+  CF_DEVICE static Tiles of(int some_begin, int some_end, int all_begin, int all_end, int tile) {
+    Tiles t;
+    t.begin = some_begin / tile;
+    t.end = some_end > some_begin ? cdiv(some_end, tile) : t.begin;
+    t.full_begin = clamp_to(cdiv(all_begin, tile), t.begin, t.end);
+    t.full_end = clamp_to(all_end / tile, t.full_begin, t.end);
+    return t;
+  }
+};
+
+// Query q sees keys [q + off - left, q + off + right], cut to the sequence; an unbounded side costs nothing.
+template <bool kLeft, bool kRight>
+struct BandMask {
+  int len_q, len_kv;
+  int first;  // off - left: the first key that query 0 sees
+  int end;    // off + right + 1: the first key after those that query 0 sees
+
+  template <class Sequence>
+  CF_DEVICE BandMask(const Attention& a, const Sequence& sequence, int /*head*/)
+      : len_q(sequence.len_q), len_kv(sequence.len_kv) {
+    const int off = a.top_left ? 0 : len_kv - len_q;
+    first = off - a.window_left;
+    end = off + a.window_right + 1;
+  }
+
+  CF_DEVICE int kv_begin(int q) const { return kLeft ? clamp_to(q + first, 0, len_kv) : 0; }
+  CF_DEVICE int kv_end(int q) const { return kRight ? clamp_to(q + end, 0, len_kv) : len_kv; }
+  CF_DEVICE int q_begin(int kv) const { return kRight ? clamp_to(kv - end + 1, 0, len_q) : 0; }
+  CF_DEVICE int q_end(int kv) const { return kLeft ? clamp_to(kv - first + 1, 0, len_q) : len_q; }
+
+  CF_DEVICE bool keep(int q, int kv) const { return kv_begin(q) <= kv && kv < kv_end(q); }
+
+  // Key tiles for queries [q, q + rows) of the sequence.
+  CF_DEVICE Tiles kv_tiles(int q, int rows, int tile) const {
+    const int last = min_of(q + rows, len_q) - 1;
+    return Tiles::of(kv_begin(q), kv_end(last), kv_begin(last), kv_end(q), tile);
+  }
+
+  // Query tiles for keys [kv, kv + rows). A tile with keys past the end always needs the test.
+  CF_DEVICE Tiles q_tiles(int kv, int rows, int tile) const {
+    const int last = min_of(kv + rows, len_kv) - 1;
+    if (last < kv) return Tiles{0, 0, 0, 0};
+    int all_end = q_end(kv);
+    if (all_end == len_q) all_end = round_up(len_q, tile);  // rows past the end have p = 0 anyway
+    if (kv + rows > len_kv) all_end = 0;
+    return Tiles::of(q_begin(kv), q_end(last), q_begin(last), all_end, tile);
+  }
+};
+
+using NoMask = BandMask<false, false>;
+using CausalMask = BandMask<false, true>;
+using WindowMask = BandMask<true, true>;
+
+// A boolean tensor decides element by element; nothing is known about whole tiles.
+struct TensorMask {
+  int len_q, len_kv;
+  const uint8* mask;  // (len_q, len_kv) by strides, of this batch element and head
+  int64 row, column;
+
+  template <class Sequence>
+  CF_DEVICE TensorMask(const Attention& a, const Sequence& sequence, int head)
+      : len_q(sequence.len_q), len_kv(sequence.len_kv),
+        mask(a.mask + sequence.batch * a.mask_batch + head * a.mask_head), row(a.mask_row), column(a.mask_column) {}
+
+  CF_DEVICE bool keep(int q, int kv) const { return q < len_q && kv < len_kv && mask[q * row + kv * column]; }
+
+  CF_DEVICE Tiles kv_tiles(int, int, int tile) const { return Tiles::of(0, len_kv, 0, 0, tile); }
+  CF_DEVICE Tiles q_tiles(int kv, int, int tile) const { return Tiles::of(0, kv < len_kv ? len_q : 0, 0, 0, tile); }
+};
+
+}  // namespace cuflash

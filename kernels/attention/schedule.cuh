@@ -1,0 +1,33 @@
+// Schedule: which tile a block of the linear grid works on.
+#pragma once
+
+#include "params.cuh"
+
+namespace cuflash {
+
+struct Work {
+  int tile;
+  int head;
+  int batch;
+};
+
+// Tiles of the longest sequence; never 0, so that outputs of empty sequences are still written.
+CF_DEVICE int num_tiles(int longest, int tile) { return max_of(1, cdiv(longest, tile)); }
+
+// Tiles of one head are neighbours, so that the blocks in flight share its keys in L2. The last tile comes first: under
+// a causal mask it is the longest, and short ones fill the end of the grid.
+CF_DEVICE Work query_work(int64 block, int tiles, int heads) {
+  const int64 head_index = block / tiles;
+  return Work{tiles - 1 - static_cast<int>(block % tiles), static_cast<int>(head_index % heads),
+              static_cast<int>(head_index / heads)};
+}
+
+// Key tiles in rising order: the first is the longest under a causal mask, and OrderedReduction relies on a block never
+// waiting for one of a higher index.
+CF_DEVICE Work key_work(int64 block, int tiles, int heads) {
+  const int64 head_index = block / tiles;
+  return Work{static_cast<int>(block % tiles), static_cast<int>(head_index % heads),
+              static_cast<int>(head_index / heads)};
+}
+
+}  // namespace cuflash

@@ -1,0 +1,56 @@
+// Sequence: how long one batch element is and where its rows lie. Dense or packed; the kernels never know which.
+#pragma once
+
+#include "params.cuh"
+
+namespace cuflash {
+
+struct DenseSequence {
+  int len_q;     // query rows
+  int len_kv;    // keys that take part
+  int rows_kv;   // keys that exist: dk and dv are defined for all of them
+  int tail_q;    // packed rows after the last sequence, for this block to zero; none here
+  int tail_kv;
+  int64 batch;
+
+  CF_DEVICE DenseSequence(const Attention& a, int batch_index)
+      : len_q(a.len_q), len_kv(a.len_kv), rows_kv(a.len_kv), tail_q(0), tail_kv(0), batch(batch_index) {}
+
+  // Elements from a tensor's base to row 0 of this sequence (head 0).
+  CF_DEVICE int64 q_offset(const Strides& stride) const { return batch * stride.batch; }
+  CF_DEVICE int64 kv_offset(const Strides& stride) const { return batch * stride.batch; }
+
+  // Query tiles before this sequence and in all, when every sequence starts a new tile.
+  CF_DEVICE int64 first_q_tile(int tile) const { return batch * cdiv(len_q, tile); }
+  CF_DEVICE static int64 num_q_tiles(const Attention& a, int tile) { return int64(a.batch) * cdiv(a.len_q, tile); }
+};
+
+struct VarlenSequence {
+  int len_q;
+  int len_kv;
+  int rows_kv;
+  int tail_q;
+  int tail_kv;
+  int64 start_q;   // first packed row
+  int64 start_kv;
+  int64 batch;
+
+  CF_DEVICE VarlenSequence(const Attention& a, int batch_index)
+      : start_q(a.cu_seqlens_q[batch_index]), start_kv(a.cu_seqlens_kv[batch_index]), batch(batch_index) {
+    len_q = a.cu_seqlens_q[batch_index + 1] - static_cast<int>(start_q);
+    rows_kv = a.cu_seqlens_kv[batch_index + 1] - static_cast<int>(start_kv);
+    len_kv = a.seqused_kv ? min_of(a.seqused_kv[batch_index], rows_kv) : rows_kv;
+    const bool last = batch_index == a.batch - 1;
+    tail_q = last ? a.total_q - static_cast<int>(start_q) - len_q : 0;
+    tail_kv = last ? a.total_kv - static_cast<int>(start_kv) - rows_kv : 0;
+  }
+
+  CF_DEVICE int64 q_offset(const Strides& stride) const { return start_q * stride.row; }
+  CF_DEVICE int64 kv_offset(const Strides& stride) const { return start_kv * stride.row; }
+
+  // floor(start / tile) + batch never overlaps the tiles of the sequence before, whatever the lengths are.
+  CF_DEVICE int64 first_q_tile(int tile) const { return start_q / tile + batch; }
+  CF_DEVICE static int64 num_q_tiles(const Attention& a, int tile) { return a.total_q / tile + a.batch; }
+};
+
+}  // namespace cuflash

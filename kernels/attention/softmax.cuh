@@ -1,0 +1,41 @@
+// Online softmax of one row (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1). Every case of "nothing
+// visible" is decided here: such a row has m = -inf, l = 0, and becomes output 0 with lse -inf.
+#pragma once
+
+#include "std.cuh"
+
+namespace cuflash {
+
+// Scores x come in the score policy's units; p = exp2(log2_unit * (x - m)), log2_unit = log2(e) * unit.
+template <class Real>
+struct RowState {
+  Real m;  // largest score so far
+  Real l;  // sum of p so far
+
+  CF_DEVICE void init() { m = -infinity<Real>(); l = Real(0); }
+
+  // The maximum as an exponent that can be subtracted: 0 while nothing is visible, so that -inf - shift stays -inf.
+  CF_DEVICE Real shift(Real log2_unit) const { return m == -infinity<Real>() ? Real(0) : m * log2_unit; }
+
+  // Takes in the largest score of a tile; returns the factor by which l and the output so far shrink.
+  CF_DEVICE Real update(Real tile_max, Real log2_unit) {
+    const Real before = m;
+    m = max_of(m, tile_max);
+    const Real rescale = before == -infinity<Real>() ? Real(0) : exp2(before * log2_unit - m * log2_unit);
+    l *= rescale;
+    return rescale;
+  }
+
+  CF_DEVICE Real inverse_sum() const { return l == Real(0) ? Real(0) : Real(1) / l; }
+
+  // Natural logarithm of sum(exp(logit)).
+  CF_DEVICE Real lse(Real unit) const { return l == Real(0) ? -infinity<Real>() : m * unit + log(l); }
+};
+
+// lse in base 2 as the backward subtracts it: empty rows (-inf, or +inf as PyTorch writes it) give p = exp2(-inf) = 0.
+template <class Real>
+CF_DEVICE Real backward_lse2(Real lse) {
+  return lse == -infinity<Real>() ? infinity<Real>() : lse * static_cast<Real>(kLog2E);
+}
+
+}  // namespace cuflash

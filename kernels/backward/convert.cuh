@@ -1,0 +1,54 @@
+// Last step of the tensor-core backward: dq = scale * dq_accum, from fp32 fragment order to rows of 16-bit elements.
+#pragma once
+
+#include "attention/schedule.cuh"
+#include "tile/copy.cuh"
+#include "tile/dq_accum.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct BackwardConvert {
+  using Element = typename Config::Element;
+  using Accum = DqAccum<Config>;
+
+  struct SmemPlan {
+    SharedTile<Element, Config::kTileQ, Accum::kDimQk> dq;
+  };
+
+  CF_DEVICE static void run(const BwdParams& p) {
+    SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
+    const Attention& a = p.attention;
+    const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, Config::kTileQ), a.heads_q);
+    const typename Config::Sequence sequence(a, work.batch);
+    Element* g_dq = static_cast<Element*>(p.dq) + sequence.q_offset(p.dq_stride) + work.head * p.dq_stride.head;
+    if (work.tile == 0) {
+      zero_rows<Config::kDimQk, Config::kThreads>(g_dq + sequence.len_q * p.dq_stride.row, p.dq_stride.row,
+                                                  sequence.tail_q);
+    }
+    const int first = work.tile * Config::kTileQ, rows = sequence.len_q - first;
+    if (rows <= 0) return;
+
+    const float scale = static_cast<float>(a.softmax_scale);
+    for (int split = 0; split < Config::kDimSplits; ++split) {
+      float* tile = p.dq_accum + Accum::index(a, sequence, work.head, work.tile, split) * Accum::kTileFloats;
+      typename Accum::Share share;
+      Accum::for_each(share, tile, [&](float& x, const float* accumulator) { x = *accumulator * scale; });
+      share.for_each(ptx::lane_index(), [&](float x, int row, int col) {
+        *smem.dq.at(Accum::warp_row() + row, split * Accum::kCols + Accum::warp_col() + col) =
+            from_accumulator<Element>(x);
+      });
+    }
+    ptx::sync_threads();
+    store_tile<Config::kTileQ, Accum::kDimQk, Config::kCopyBytes, Config::kThreads>(
+        g_dq + first * p.dq_stride.row, p.dq_stride.row, rows, Config::kDimQk, smem.dq, 0, ptx::thread_index());
+  }
+};
+
+template <class Config>
+CF_DEVICE void backward_convert(const BwdParams& params) {
+  SmemSizeCheck<sizeof(typename BackwardConvert<Config>::SmemPlan), Config::kSmemBytes>();
+  BackwardConvert<Config>::run(params);
+}
+
+}  // namespace cuflash

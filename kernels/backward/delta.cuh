@@ -1,0 +1,61 @@
+// First step of the backward: for each query row, delta = rowsum(dout * out) - dlse and lse2 = lse * log2(e).
+//
+// delta is what softmax's Jacobian subtracts: ds = p * (dp - delta); the gradient of lse enters as ds += p * dlse.
+#pragma once
+
+#include "attention/schedule.cuh"
+#include "attention/softmax.cuh"
+#include "element.cuh"
+#include "ptx/sync.cuh"
+#include "tile/copy.cuh"
+
+namespace cuflash {
+
+template <class Config>
+CF_DEVICE void backward_delta(const BwdParams& p) {
+  using Element = typename Config::Element;
+  using Real = Accumulator<Element>;
+  using Vector = typename VectorOf<Config::kCopyBytes>::Type;
+  constexpr int kWidth = Config::kCopyBytes / sizeof(Element), kVectors = Config::kDimV / kWidth;
+  constexpr int kLanes = kVectors > 16 ? 32 : kVectors > 8 ? 16 : kVectors > 4 ? 8 : 4;  // that share a row
+  constexpr int kRowsAtOnce = Config::kThreads / kLanes;
+
+  const Attention& a = p.attention;
+  const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, Config::kTileQ), a.heads_q);
+  const typename Config::Sequence sequence(a, work.batch);
+  const Element* g_out = static_cast<const Element*>(p.out) + sequence.q_offset(p.out_stride) +
+                         work.head * p.out_stride.head;
+  const Element* g_dout = static_cast<const Element*>(p.dout) + sequence.q_offset(p.dout_stride) +
+                          work.head * p.dout_stride.head;
+  const Real* g_lse = static_cast<const Real*>(p.lse) + sequence.q_offset(p.lse_stride) + work.head * p.lse_stride.head;
+  const Real* g_dlse = static_cast<const Real*>(p.dlse) + sequence.q_offset(p.dlse_stride) +
+                       work.head * p.dlse_stride.head;
+  const int64 row_offset = sequence.q_offset(p.delta_stride) + work.head * p.delta_stride.head;
+  Real* g_delta = static_cast<Real*>(p.delta) + row_offset;
+  Real* g_lse2 = static_cast<Real*>(p.lse2) + row_offset;
+
+  const int lane = ptx::thread_index() % kLanes;
+  const int first = work.tile * Config::kTileQ, end = min_of(first + Config::kTileQ, sequence.len_q);
+  for (int base = first; base < end; base += kRowsAtOnce) {  // the same trip count for every lane of a warp
+    const int row = base + ptx::thread_index() / kLanes;
+    Real sum = 0;
+    if (row < end) {
+      for (int vector = lane; vector < kVectors; vector += kLanes) {
+        const Vector o = *reinterpret_cast<const Vector*>(g_out + row * p.out_stride.row + vector * kWidth);
+        const Vector d = *reinterpret_cast<const Vector*>(g_dout + row * p.dout_stride.row + vector * kWidth);
+        const Element* o_elements = reinterpret_cast<const Element*>(&o);
+        const Element* d_elements = reinterpret_cast<const Element*>(&d);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) sum += to_accumulator(o_elements[i]) * to_accumulator(d_elements[i]);
+      }
+    }
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+    if (row < end && lane == 0) {
+      g_delta[row] = sum - (p.dlse ? g_dlse[row * p.dlse_stride.row] : Real(0));
+      g_lse2[row] = backward_lse2(g_lse[row * p.lse_stride.row]);
+    }
+  }
+}
+
+}  // namespace cuflash

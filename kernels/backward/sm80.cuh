@@ -1,0 +1,201 @@
+// Backward attention on mma.sync tensor cores (sm_80 and later): dk, dv and the sum for dq in one pass.
+//
+//   P = exp(score(Q K^T) - lse),  dP = dO V^T,  dS = P * (dP - delta) * slope
+//   dV = P^T dO,   dK = scale * dS^T Q,   dQ = scale * dS K
+//
+//              q tiles of every head of the group ->
+//            +----+----+----+     One block owns one kv tile of one kv head and walks the q tiles that can see it. Scores
+//   kv tile  |####|####|##\ |     are computed transposed, S^T = K Q^T: each warp owns whole key rows, so P^T and dS^T
+//            +----+----+----+     are already the A operands of dV and dK and never leave the registers.
+//
+//   load_kv, load_q(first)
+//   for each q tile:   load_q(next) | S^T = K Q^T | dP^T = V dO^T | P, dS | dV += P^T dO | dK += dS^T Q | reduce_dq
+//   store_dkdv
+//
+// Only dQ mixes key rows of different warps: dS^T passes through shared memory, and the block adds its share to an fp32
+// accumulator in global memory. A group's query heads are summed here in fp32. With kDimSplits > 1 several blocks share
+// the columns of one tile's dK, dV and dQ share, each recomputing the scores: what 256 columns need to fit in registers.
+#pragma once
+
+#include "attention/schedule.cuh"
+#include "attention/softmax.cuh"
+#include "tile/copy.cuh"
+#include "tile/dq_accum.cuh"
+#include "tile/gemm_sm80.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct BackwardSm80 {
+  using Element = typename Config::Element;
+  using Sequence = typename Config::Sequence;
+  using Accum = DqAccum<Config>;
+  static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
+  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileKv / kWarps;
+  static constexpr int kDimQk = Accum::kDimQk, kDimV = round_up(Config::kDimV, 16 * Config::kDimSplits);
+  static constexpr int kColsQk = kDimQk / Config::kDimSplits, kColsV = kDimV / Config::kDimSplits;
+  static constexpr int kBytes = Config::kCopyBytes, kStages = Config::kStages;
+
+  struct Stage {
+    SharedTile<Element, kTileQ, kDimQk> q;
+    SharedTile<Element, kTileQ, kDimV> dout;
+    float lse2[kTileQ];
+    float delta[kTileQ];
+  };
+  struct SmemPlan {
+    SharedTile<Element, kTileKv, kDimQk> k;  // dk on the way out
+    SharedTile<Element, kTileKv, kDimV> v;   // dv on the way out
+    SharedTile<Element, kTileKv, kTileQ> ds;
+    Stage stage[kStages];
+  };
+
+  using Scores = Fragment<kWarpRows, kTileQ>;
+  using Weights = Operand<kWarpRows, kTileQ>;
+
+  // Starts the copy of one q tile with its dout, lse2 and delta.
+  CF_DEVICE static void load_q(Stage& stage, const BwdParams& p, const Sequence& sequence, int head, int q_first) {
+    const int rows = sequence.len_q - q_first;
+    const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) + head * p.q_stride.head +
+                         q_first * p.q_stride.row;
+    const Element* g_dout = static_cast<const Element*>(p.dout) + sequence.q_offset(p.dout_stride) +
+                            head * p.dout_stride.head + q_first * p.dout_stride.row;
+    const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head + q_first;
+    load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.q, g_q, p.q_stride.row, rows);
+    load_tile_async<Config::kDimV, kBytes, kThreads>(stage.dout, g_dout, p.dout_stride.row, rows);
+    for (int row = ptx::thread_index(); row < kTileQ; row += kThreads) {
+      const int64 source = row_offset + (row < rows ? row : 0);
+      ptx::cp_async<4>(ptx::smem_u32(stage.lse2 + row), static_cast<const float*>(p.lse2) + source, row < rows);
+      ptx::cp_async<4>(ptx::smem_u32(stage.delta + row), static_cast<const float*>(p.delta) + source, row < rows);
+    }
+    ptx::cp_async_commit();
+  }
+
+  // Writes this warp's rows of a gradient through the shared tile its operand lay in.
+  template <int kCols, int kDim, class Tile, class Grad>
+  CF_DEVICE static void store_grad(Tile& tile, Grad& grad, float scale, void* pointer, const Strides& stride,
+                                   const Sequence& sequence, int head, int kv_first, int first_col) {
+    const int warp_row = ptx::warp_index() * kWarpRows, row = kv_first + warp_row;
+    grad.for_each(ptx::lane_index(), [&](float x, int r, int col) {
+      *tile.at(warp_row + r, col) = from_accumulator<Element>(x * scale);
+    });
+    ptx::sync_warp();
+    Element* global = static_cast<Element*>(pointer) + sequence.kv_offset(stride) + head * stride.head +
+                      row * stride.row + first_col;
+    store_tile<kWarpRows, kCols, kBytes, 32>(global, stride.row, sequence.rows_kv - row, kDim - first_col, tile,
+                                             warp_row, ptx::lane_index());
+  }
+
+  CF_DEVICE static void zero_tail(const BwdParams& p, const Sequence& sequence, int head) {
+    Element* g_dk = static_cast<Element*>(p.dk) + sequence.kv_offset(p.dk_stride) + head * p.dk_stride.head;
+    Element* g_dv = static_cast<Element*>(p.dv) + sequence.kv_offset(p.dv_stride) + head * p.dv_stride.head;
+    zero_rows<Config::kDimQk, kThreads>(g_dk + sequence.rows_kv * p.dk_stride.row, p.dk_stride.row, sequence.tail_kv);
+    zero_rows<Config::kDimV, kThreads>(g_dv + sequence.rows_kv * p.dv_stride.row, p.dv_stride.row, sequence.tail_kv);
+  }
+
+  CF_DEVICE static void run(const BwdParams& p) {
+    SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
+    const Attention& a = p.attention;
+    const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
+
+    const int split = ptx::block_index() % Config::kDimSplits;
+    const Work work = key_work(ptx::block_index() / Config::kDimSplits, num_tiles(a.len_kv, kTileKv), a.heads_kv);
+    const Sequence sequence(a, work.batch);
+    if (work.tile == 0 && split == 0) zero_tail(p, sequence, work.head);
+    const int kv_first = work.tile * kTileKv;
+    if (kv_first >= sequence.rows_kv) return;
+
+    const int group = a.heads_q / a.heads_kv, head_first = work.head * group;
+    const typename Config::Score score(a);
+    const float log2_unit = score.unit() * static_cast<float>(kLog2E);
+    const Tiles tiles = typename Config::Mask(a, sequence, head_first).q_tiles(kv_first, kTileKv, kTileQ);
+    const int tiles_per_head = tiles.end - tiles.begin, num_steps = tiles_per_head * group;
+    const auto load_step = [&](int step) {
+      load_q(smem.stage[step % kStages], p, sequence, head_first + step / tiles_per_head,
+             (tiles.begin + step % tiles_per_head) * kTileQ);
+    };
+
+    Fragment<kWarpRows, kColsQk> dk;
+    Fragment<kWarpRows, kColsV> dv;
+    dk.clear();
+    dv.clear();
+
+    if (num_steps > 0) {
+      const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) +
+                           work.head * p.k_stride.head + kv_first * p.k_stride.row;
+      const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) +
+                           work.head * p.v_stride.head + kv_first * p.v_stride.row;
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, g_k, p.k_stride.row, sequence.len_kv - kv_first);
+      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, g_v, p.v_stride.row, sequence.len_kv - kv_first);
+      load_step(0);
+    }
+    for (int step = 0; step < num_steps; ++step) {
+      const int head = head_first + step / tiles_per_head, tile = tiles.begin + step % tiles_per_head;
+      const int q_first = tile * kTileQ;
+      Stage& stage = smem.stage[step % kStages];
+      ptx::cp_async_wait<0>();
+      ptx::sync_threads();  // this stage is here, and every warp is done with the one before and with ds
+      if (kStages > 1 && step + 1 < num_steps) load_step(step + 1);
+
+      const typename Config::Mask mask(a, sequence, head);
+      Scores s, dp;
+      s.clear();
+      dp.clear();
+      gemm_abt<Element>(s, smem.k, warp_row, stage.q);
+      gemm_abt<Element>(dp, smem.v, warp_row, stage.dout);
+
+      // s becomes p and dp becomes ds, both transposed: rows are keys, columns are queries.
+      const bool full = tiles.is_full(tile);
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int col = n * 8 + lane % 4 * 2 + i;
+          const float lse2 = stage.lse2[col], delta = stage.delta[col];
+#pragma unroll
+          for (int r = 0; r < Scores::kRowsPerLane; ++r) {
+            const float x = score.apply(s.at(r, n, i));
+            const bool keep = full || mask.keep(q_first + col, kv_first + warp_row + r * 8 + lane / 4);
+            const float weight = keep ? exp2(x * log2_unit - lse2) : 0.f;
+            s.at(r, n, i) = weight;
+            dp.at(r, n, i) = weight * (dp.at(r, n, i) - delta) * score.slope(x);
+          }
+        }
+      }
+
+      Weights weights;
+      pack_operand<Element>(weights, s);
+      gemm_ab<Element>(dv, weights, stage.dout, split * kColsV);
+      pack_operand<Element>(weights, dp);
+      store_operand(smem.ds, warp_row, lane, weights);
+      gemm_ab<Element>(dk, weights, stage.q, split * kColsQk);
+      ptx::sync_threads();  // ds is complete, and with one stage every warp is done with q and dout
+      if (kStages == 1 && step + 1 < num_steps) load_step(step + 1);
+
+      const Tiles kv_tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
+      if (kv_tiles.contains(work.tile)) {
+        typename Accum::Share dq;
+        dq.clear();
+        gemm_atb<Element>(dq, smem.ds, Accum::warp_row(), smem.k, split * kColsQk + Accum::warp_col());
+        const int64 index = Accum::index(a, sequence, head, tile, split);
+        Config::Reduction::wait_turn(p.dq_turn + index, work.tile - kv_tiles.begin);
+        Accum::for_each(dq, p.dq_accum + index * Accum::kTileFloats,
+                        [](float x, float* accumulator) { ptx::red_add(accumulator, x); });
+        Config::Reduction::pass_turn(p.dq_turn + index);
+      }
+    }
+
+    ptx::sync_threads();  // every warp is done with K and V, whose memory dk and dv take over
+    store_grad<kColsQk, Config::kDimQk>(smem.k, dk, score.scale(), p.dk, p.dk_stride, sequence, work.head, kv_first,
+                                        split * kColsQk);
+    store_grad<kColsV, Config::kDimV>(smem.v, dv, 1.f, p.dv, p.dv_stride, sequence, work.head, kv_first,
+                                      split * kColsV);
+  }
+};
+
+template <class Config>
+CF_DEVICE void backward_sm80(const BwdParams& params) {
+  SmemSizeCheck<sizeof(typename BackwardSm80<Config>::SmemPlan), Config::kSmemBytes>();
+  BackwardSm80<Config>::run(params);
+}
+
+}  // namespace cuflash

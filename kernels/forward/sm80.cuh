@@ -1,0 +1,183 @@
+// Forward attention on mma.sync tensor cores (sm_80 and later), after FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+//
+//   out = softmax(score(Q K^T)) V,   lse = log sum exp
+//
+//              kv tiles ->
+//           +----+----+----+      One block owns one q tile of one head and walks the kv tiles its mask can let through,
+//    q tile |####|####|##\ |      keeping Q in shared memory and S, P and out in registers. Each warp owns
+//           +----+----+----+      kTileQ / kWarps whole rows, so softmax needs shuffles inside four lanes only.
+//
+//   load_q, load_k(first)
+//   for each kv tile:   load_v | S = Q K^T | mask_tile | softmax_tile | load_k(next) | out += P V
+//   store_out, store_lse
+//
+// K and V have one buffer each: V's copy runs under S = Q K^T, the next K's under P V.
+#pragma once
+
+#include "attention/schedule.cuh"
+#include "attention/softmax.cuh"
+#include "tile/copy.cuh"
+#include "tile/gemm_sm80.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct ForwardSm80 {
+  using Element = typename Config::Element;
+  using Score = typename Config::Score;
+  static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
+  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileQ / kWarps;
+  static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
+  static constexpr int kBytes = Config::kCopyBytes;
+
+  struct SmemPlan {
+    union {
+      SharedTile<Element, kTileQ, kDimQk> q;
+      SharedTile<Element, kTileQ, kDimV> out;  // after the last Q K^T
+    };
+    SharedTile<Element, kTileKv, kDimQk> k;
+    SharedTile<Element, kTileKv, kDimV> v;
+  };
+
+  using Scores = Fragment<kWarpRows, kTileKv>;
+  using Output = Fragment<kWarpRows, kDimV>;
+  static constexpr int kRowsPerLane = Scores::kRowsPerLane;
+  using Rows = RowState<float>[kRowsPerLane];
+
+  // Largest value over the four lanes that share a row, and their sum.
+  CF_DEVICE static float row_max(float x) {
+    x = max_of(x, ptx::shuffle_xor(x, 1));
+    return max_of(x, ptx::shuffle_xor(x, 2));
+  }
+  CF_DEVICE static float row_sum(float x) {
+    x += ptx::shuffle_xor(x, 1);
+    return x + ptx::shuffle_xor(x, 2);
+  }
+
+  // Logits to probabilities relative to the running maximum; what was accumulated before shrinks to match.
+  // Each lane sums only its own columns into l; row_sum joins them once at the end.
+  CF_DEVICE static void softmax_tile(Scores& s, Rows& rows, Output& out, float log2_unit) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) {
+      float tile_max = -infinity<float>();
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) tile_max = max_of(tile_max, max_of(s.at(r, n, 0), s.at(r, n, 1)));
+      const float rescale = rows[r].update(row_max(tile_max), log2_unit);
+      const float shift = rows[r].shift(log2_unit);
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& p = s.at(r, n, i);
+          p = exp2(p * log2_unit - shift);
+          rows[r].l += p;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < Output::kN; ++n) {
+        out.at(r, n, 0) *= rescale;
+        out.at(r, n, 1) *= rescale;
+      }
+    }
+  }
+
+  CF_DEVICE static void run(const FwdParams& p) {
+    SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
+    const Attention& a = p.attention;
+    const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
+
+    const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, kTileQ), a.heads_q);
+    const typename Config::Sequence sequence(a, work.batch);
+    const int head_kv = work.head / (a.heads_q / a.heads_kv);
+    Element* g_out = static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + work.head * p.out_stride.head;
+    float* g_lse = static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + work.head * p.lse_stride.head;
+    if (work.tile == 0) {
+      zero_rows<Config::kDimV, kThreads>(g_out + sequence.len_q * p.out_stride.row, p.out_stride.row, sequence.tail_q);
+      fill<kThreads>(g_lse + sequence.len_q, sequence.tail_q, -infinity<float>());
+    }
+    const int q_first = work.tile * kTileQ, q_rows = sequence.len_q - q_first;
+    if (q_rows <= 0) return;
+
+    const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) +
+                         work.head * p.q_stride.head + q_first * p.q_stride.row;
+    const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + head_kv * p.k_stride.head;
+    const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + head_kv * p.v_stride.head;
+    const auto load_k = [&](int tile) {
+      const int first = tile * kTileKv;
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, g_k + first * p.k_stride.row, p.k_stride.row,
+                                                        sequence.len_kv - first);
+      ptx::cp_async_commit();
+    };
+    const auto load_v = [&](int tile) {
+      const int first = tile * kTileKv;
+      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, g_v + first * p.v_stride.row, p.v_stride.row,
+                                                       sequence.len_kv - first);
+      ptx::cp_async_commit();
+    };
+
+    const typename Config::Mask mask(a, sequence, work.head);
+    const Score score(a);
+    const float log2_unit = score.unit() * static_cast<float>(kLog2E);
+    const Tiles tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
+
+    Output out;
+    out.clear();
+    Rows rows;
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) rows[r].init();
+
+    if (tiles.begin < tiles.end) {
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q, g_q, p.q_stride.row, q_rows);
+      load_k(tiles.begin);
+    }
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+      ptx::cp_async_wait<0>();
+      ptx::sync_threads();  // K is here, and every warp is done with the V before
+      load_v(tile);
+
+      Scores s;
+      s.clear();
+      gemm_abt<Element>(s, smem.q, warp_row, smem.k);
+      s.for_each(lane, [&](float& x, int, int) { x = score.apply(x); });
+      if (!tiles.is_full(tile)) {
+        s.for_each(lane, [&](float& x, int row, int col) {
+          if (!mask.keep(q_first + warp_row + row, tile * kTileKv + col)) x = -infinity<float>();
+        });
+      }
+      softmax_tile(s, rows, out, log2_unit);
+
+      ptx::cp_async_wait<0>();
+      ptx::sync_threads();  // V is here, and every warp is done with K
+      if (tile + 1 < tiles.end) load_k(tile + 1);
+
+      Operand<kWarpRows, kTileKv> weights;
+      pack_operand<Element>(weights, s);
+      gemm_ab<Element>(out, weights, smem.v);
+    }
+
+    ptx::sync_threads();  // every warp is done with Q, whose memory `out` takes over
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) {
+      rows[r].l = row_sum(rows[r].l);
+      const float inverse = rows[r].inverse_sum();
+      const int row = warp_row + r * 8 + lane / 4;
+#pragma unroll
+      for (int n = 0; n < Output::kN; ++n) {
+        *reinterpret_cast<uint32*>(smem.out.at(row, n * 8 + lane % 4 * 2)) =
+            ptx::pack<Element>(out.at(r, n, 0) * inverse, out.at(r, n, 1) * inverse);
+      }
+      if (lane % 4 == 0 && row < q_rows) g_lse[q_first + row] = rows[r].lse(score.unit());
+    }
+    ptx::sync_warp();
+    store_tile<kWarpRows, kDimV, kBytes, 32>(g_out + (q_first + warp_row) * p.out_stride.row, p.out_stride.row,
+                                             q_rows - warp_row, Config::kDimV, smem.out, warp_row, lane);
+  }
+};
+
+template <class Config>
+CF_DEVICE void forward_sm80(const FwdParams& params) {
+  SmemSizeCheck<sizeof(typename ForwardSm80<Config>::SmemPlan), Config::kSmemBytes>();
+  ForwardSm80<Config>::run(params);
+}
+
+}  // namespace cuflash

@@ -1,0 +1,84 @@
+// The arguments of every kernel: plain data, mirrored in Python by jit/params.py, which reads this file.
+// One declaration a line, types from {int, int64, double, pointers, structs above}; the comment gives the shape.
+#pragma once
+
+#include "std.cuh"
+
+namespace cuflash {
+
+// Distances between neighbours along each axis, in elements. Dense tensors are (batch, row, head, dim) in any memory
+// order; packed ones are (row, head, dim) and leave `batch` at 0. The last dimension is always contiguous.
+struct Strides {
+  int64 batch;
+  int64 row;
+  int64 head;
+};
+
+// What both directions share: sizes, lengths, mask and score.
+struct Attention {
+  const int* cu_seqlens_q;    // [batch + 1] first packed row of each sequence; null when dense
+  const int* cu_seqlens_kv;   // [batch + 1]
+  const int* seqused_kv;      // [batch] keys that take part; null: all
+  const uint8* mask;          // boolean (batch, heads_q, len_q, len_kv) by strides, 0 = hidden; null: band mask
+  int64 mask_batch;           // strides of `mask` in bytes, 0 where it broadcasts
+  int64 mask_head;
+  int64 mask_row;
+  int64 mask_column;
+  double softmax_scale;
+  double softcap;             // 0: none
+  int batch;
+  int heads_q;
+  int heads_kv;
+  int len_q;                  // rows of a dense sequence, or the longest packed one
+  int len_kv;
+  int total_q;                // rows of the packed tensors; 0 when dense
+  int total_kv;
+  int window_left;            // keys visible left of the diagonal (Band masks)
+  int window_right;
+  int top_left;               // 1: the diagonal starts at key 0; 0: it ends at the last key
+};
+
+struct FwdParams {
+  Attention attention;
+  const void* q;              // [batch, len_q, heads_q, dim_qk]
+  const void* k;              // [batch, len_kv, heads_kv, dim_qk]
+  const void* v;              // [batch, len_kv, heads_kv, dim_v]
+  void* out;                  // [batch, len_q, heads_q, dim_v]
+  void* lse;                  // [batch, heads_q, len_q] or [heads_q, total_q], accumulator type, natural log
+  Strides q_stride;
+  Strides k_stride;
+  Strides v_stride;
+  Strides out_stride;
+  Strides lse_stride;
+};
+
+struct BwdParams {
+  Attention attention;
+  const void* q;              // [batch, len_q, heads_q, dim_qk]
+  const void* k;              // [batch, len_kv, heads_kv, dim_qk]
+  const void* v;              // [batch, len_kv, heads_kv, dim_v]
+  const void* out;            // [batch, len_q, heads_q, dim_v]
+  const void* dout;           // [batch, len_q, heads_q, dim_v]
+  const void* lse;            // [batch, heads_q, len_q] or [heads_q, total_q]; -inf and +inf both mean an empty row
+  const void* dlse;           // like lse, its upstream gradient; null: zero
+  void* delta;                // like lse: rowsum(dout * out) - dlse
+  void* lse2;                 // like lse: lse in base 2, +inf for empty rows
+  void* dq;                   // [batch, len_q, heads_q, dim_qk]
+  void* dk;                   // [batch, len_kv, heads_kv, dim_qk]
+  void* dv;                   // [batch, len_kv, heads_kv, dim_v]
+  float* dq_accum;            // zeroed tiles of dq in fragment order (tile/dq_accum.cuh); sm80 only
+  int* dq_turn;               // [heads_q, tiles] zeroed: key tiles already added to each dq tile; deterministic only
+  Strides q_stride;
+  Strides k_stride;
+  Strides v_stride;
+  Strides out_stride;
+  Strides dout_stride;
+  Strides lse_stride;
+  Strides dlse_stride;
+  Strides delta_stride;       // of delta and lse2
+  Strides dq_stride;
+  Strides dk_stride;
+  Strides dv_stride;
+};
+
+}  // namespace cuflash

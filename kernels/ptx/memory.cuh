@@ -1,0 +1,35 @@
+// Shared memory's base and global memory shared between blocks.
+#pragma once
+
+#include "std.cuh"
+
+namespace cuflash::ptx {
+
+CF_DEVICE char* dynamic_smem() {
+  extern __shared__ __align__(128) char smem[];
+  return smem;
+}
+
+// Shared-space address of a generic pointer, as ldmatrix and cp.async take it.
+CF_DEVICE uint32 smem_u32(const void* pointer) { return static_cast<uint32>(__cvta_generic_to_shared(pointer)); }
+
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-red
+CF_DEVICE void red_add(float* address, float x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory");
+}
+
+CF_DEVICE void red_add_release(int* address, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+}
+
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld
+CF_DEVICE int load_acquire(const int* address) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
+  return x;
+}
+
+// Orders this thread's global accesses before its later ones, as every other block sees them.
+CF_DEVICE void fence() { __threadfence(); }
+
+}  // namespace cuflash::ptx

@@ -1,0 +1,48 @@
+// mma.sync m16n8k16: the tensor-core product of one warp, C (16x8, float) += A (16x16) * B (16x8).
+#pragma once
+
+#include "element.cuh"
+
+namespace cuflash::ptx {
+
+// Register layouts (lane l): tile/fragment.cuh.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-fragment-mma-16816-float
+template <class Element>
+CF_DEVICE void mma_m16n8k16(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1);
+
+template <>
+CF_DEVICE void mma_m16n8k16<fp16>(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+CF_DEVICE void mma_m16n8k16<bf16>(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats rounded to 16 bits and packed, `low` in the lower half.
+template <class Element>
+CF_DEVICE uint32 pack(float low, float high);
+
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cvt
+template <>
+CF_DEVICE uint32 pack<fp16>(float low, float high) {
+  uint32 packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+template <>
+CF_DEVICE uint32 pack<bf16>(float low, float high) {
+  uint32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+}  // namespace cuflash::ptx

@@ -1,0 +1,57 @@
+// The ground every kernel header stands on: integer names, small functions, and what differs between compilers.
+#pragma once
+
+#ifdef __CUDACC__
+#define CF_DEVICE __device__ __forceinline__
+#else  // a host compiler: the policies are unit-tested, and the kernels emulated, without a GPU
+#include <cmath>
+#define CF_DEVICE inline
+#endif
+
+#ifdef CF_DEBUG
+#define CF_ASSERT(condition) ((condition) ? void() : __trap())
+#else
+#define CF_ASSERT(condition) ((void)0)
+#endif
+
+namespace cuflash {
+
+#ifndef __CUDACC__
+using std::exp2;
+using std::log;
+#endif
+
+using int64 = long long;
+using uint32 = unsigned int;
+using uint64 = unsigned long long;
+using uint8 = unsigned char;
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+template <class T>
+CF_DEVICE constexpr T min_of(T a, T b) { return a < b ? a : b; }
+
+template <class T>
+CF_DEVICE constexpr T max_of(T a, T b) { return a > b ? a : b; }
+CF_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
+CF_DEVICE double max_of(double a, double b) { return fmax(a, b); }
+
+template <class T>
+CF_DEVICE constexpr T clamp_to(T x, T low, T high) { return min_of(max_of(x, low), high); }
+
+// ceil(a / b) for a >= 0.
+CF_DEVICE constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
+
+CF_DEVICE constexpr int round_up(int a, int multiple) { return cdiv(a, multiple) * multiple; }
+
+template <class T>
+CF_DEVICE T infinity() { return static_cast<T>(__builtin_huge_val()); }
+
+// A compile error here means that Python's shared-memory formula (plan/tiles.py) and the kernel's struct disagree.
+template <int kActual, int kPlanned>
+struct SmemSizeCheck {
+  static_assert(kActual == kPlanned, "sizeof(SmemPlan) != Config::kSmemBytes: first number kActual, second kPlanned");
+};
+
+}  // namespace cuflash

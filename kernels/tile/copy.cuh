@@ -1,0 +1,77 @@
+// Copies between global memory and shared tiles, kBytes at a time, by all threads of a block or warp.
+#pragma once
+
+#include "ptx/cp_async.cuh"
+#include "ptx/sync.cuh"
+#include "tile/shared.cuh"
+
+namespace cuflash {
+
+template <int kBytes>
+struct VectorOf;
+template <>
+struct VectorOf<2> { using Type = unsigned short; };
+template <>
+struct VectorOf<4> { using Type = uint32; };
+template <>
+struct VectorOf<8> { using Type = uint2; };
+template <>
+struct VectorOf<16> { using Type = uint4; };
+
+// Starts the copy of rows [0, valid_rows) x columns [0, kDim) into `tile`; everything else in the tile becomes zero, so
+// that padding of any content (NaN included) never enters a product. Complete after cp_async_wait and a barrier.
+template <int kDim, int kBytes, int kThreads, class Tile, class Element>
+CF_DEVICE void load_tile_async(Tile& tile, const Element* global, int64 row_stride, int valid_rows) {
+  constexpr int kWidth = kBytes / sizeof(Element);  // elements of one access
+  constexpr int kAcross = Tile::kCols / kWidth;
+  static_assert(kDim % kWidth == 0 && Tile::kCols % kWidth == 0);
+  constexpr int kAccesses = Tile::kRows * kAcross;
+  const int thread = ptx::thread_index();
+#pragma unroll
+  for (int first = 0; first < kAccesses; first += kThreads) {
+    const int index = first + thread;
+    if (kAccesses % kThreads != 0 && index >= kAccesses) break;
+    const int row = index / kAcross, col = index % kAcross * kWidth;
+    const bool valid = row < valid_rows && (kDim == Tile::kCols || col < kDim);
+    const Element* source = global + (valid ? row * row_stride + col : 0);
+    if constexpr (kBytes >= 4) {
+      ptx::cp_async<kBytes>(tile.address(row, col), source, valid);
+    } else {
+      using Vector = typename VectorOf<kBytes>::Type;
+      *reinterpret_cast<Vector*>(tile.at(row, col)) = valid ? *reinterpret_cast<const Vector*>(source) : Vector{};
+    }
+  }
+}
+
+// Writes a kRows x kCols region of `tile`, from `first_row` on, to valid_rows x valid_cols of global memory, by kThreads
+// threads of which this is number `thread`.
+template <int kRows, int kCols, int kBytes, int kThreads, class Tile, class Element>
+CF_DEVICE void store_tile(Element* global, int64 row_stride, int valid_rows, int valid_cols, Tile& tile, int first_row,
+                          int thread) {
+  using Vector = typename VectorOf<kBytes>::Type;
+  constexpr int kWidth = kBytes / sizeof(Element);
+  constexpr int kAcross = kCols / kWidth;
+#pragma unroll 4
+  for (int index = thread; index < kRows * kAcross; index += kThreads) {
+    const int row = index / kAcross, col = index % kAcross * kWidth;
+    if (row < valid_rows && col < valid_cols) {
+      *reinterpret_cast<Vector*>(global + row * row_stride + col) =
+          *reinterpret_cast<const Vector*>(tile.at(first_row + row, col));
+    }
+  }
+}
+
+// Zeroes rows [0, rows) x [0, kDim) of one head: outputs that no key or query reaches are defined all the same.
+template <int kDim, int kThreads, class Element>
+CF_DEVICE void zero_rows(Element* global, int64 row_stride, int rows) {
+  for (int64 index = ptx::thread_index(); index < int64(rows) * kDim; index += kThreads) {
+    global[index / kDim * row_stride + index % kDim] = Element(0.f);
+  }
+}
+
+template <int kThreads, class T>
+CF_DEVICE void fill(T* global, int count, T value) {
+  for (int index = ptx::thread_index(); index < count; index += kThreads) global[index] = value;
+}
+
+}  // namespace cuflash

@@ -1,0 +1,68 @@
+// The fp32 accumulator of dq in global memory, to which every key tile's block adds its share.
+//
+// One tile of kTileQ rows x kCols columns is stored in fragment order, [element][thread]: a warp's addition is one
+// coalesced 128-byte line, and whoever reads it back (backward/convert.cuh) owns the same fragment.
+#pragma once
+
+#include "attention/sequence.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/sync.cuh"
+#include "tile/fragment.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct DqAccum {
+  static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
+  static constexpr int kWarpsDown = min_of(kWarps / 2, Config::kTileQ / 16), kWarpsAcross = kWarps / kWarpsDown;
+  // Columns of q and k in shared memory, a whole number of fragments for every warp of every split.
+  static constexpr int kDimQk = round_up(Config::kDimQk, 16 * kWarpsAcross * Config::kDimSplits);
+  static constexpr int kCols = kDimQk / Config::kDimSplits;  // of one block's share
+  static constexpr int kTileFloats = Config::kTileQ * kCols;
+  static constexpr int kWarpRows = Config::kTileQ / kWarpsDown, kWarpCols = kCols / kWarpsAcross;
+  using Share = Fragment<kWarpRows, kWarpCols>;
+
+  CF_DEVICE static int warp_row() { return ptx::warp_index() / kWarpsAcross * kWarpRows; }
+  CF_DEVICE static int warp_col() { return ptx::warp_index() % kWarpsAcross * kWarpCols; }
+
+  // Number of the tile among all (heads_q, query tiles, splits).
+  CF_DEVICE static int64 index(const Attention& a, const typename Config::Sequence& sequence, int head, int tile,
+                               int split) {
+    const int64 tiles = Config::Sequence::num_q_tiles(a, Config::kTileQ);
+    return (head * tiles + sequence.first_q_tile(Config::kTileQ) + tile) * Config::kDimSplits + split;
+  }
+
+  // f(element, address of its accumulator)
+  template <class F>
+  CF_DEVICE static void for_each(Share& share, float* tile, F&& f) {
+    float* address = tile + ptx::thread_index();
+    share.for_each(0, [&](float& x, int, int) {
+      f(x, address);
+      address += kThreads;
+    });
+  }
+};
+
+// Blocks add in whatever order they arrive: fast, and different in the last bits from run to run.
+struct AtomicReduction {
+  CF_DEVICE static void wait_turn(int*, int) {}
+  CF_DEVICE static void pass_turn(int*) {}
+};
+
+// Blocks add to a tile in the order of their key tiles. A block waits only for blocks of lower index, which the
+// hardware starts first.
+struct OrderedReduction {
+  CF_DEVICE static void wait_turn(int* turn, int position) {
+    if (ptx::thread_index() == 0) {
+      while (ptx::load_acquire(turn) != position) {}
+    }
+    ptx::sync_threads();
+  }
+  CF_DEVICE static void pass_turn(int* turn) {
+    ptx::fence();
+    ptx::sync_threads();
+    if (ptx::thread_index() == 0) ptx::red_add_release(turn, 1);
+  }
+};
+
+}  // namespace cuflash

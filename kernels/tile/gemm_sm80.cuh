@@ -1,0 +1,100 @@
+// Products of one warp on mma.sync. C is always a register Fragment [M x N], B always lies in shared memory.
+#pragma once
+
+#include "ptx/ldmatrix.cuh"
+#include "ptx/sync.cuh"
+#include "tile/fragment.cuh"
+#include "tile/shared.cuh"
+
+namespace cuflash {
+
+// Row and column of the 8x8 block whose row address this lane supplies to ldmatrix, for the two orders in use.
+CF_DEVICE int down_first_row() { return ptx::lane_index() % 16; }      // blocks (0,0) (8,0) (0,8) (8,8)
+CF_DEVICE int down_first_col() { return ptx::lane_index() / 16 * 8; }
+CF_DEVICE int across_first_row() { return ptx::lane_index() / 16 * 8 + ptx::lane_index() % 8; }  // (0,0) (0,8) (8,0) (8,8)
+CF_DEVICE int across_first_col() { return ptx::lane_index() / 8 % 2 * 8; }
+
+// C += A B^T with A [M x K] and B [N x K], both row-major in shared memory; A starts at row `a_row`, B at row `b_row`.
+template <class Element, int kM, int kN, class TileA, class TileB>
+CF_DEVICE void gemm_abt(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int b_row = 0) {
+  static_assert(TileA::kCols == TileB::kCols);
+  const uint32 a_address = a.address(a_row + down_first_row(), down_first_col());
+  const uint32 b_address = b.address(b_row + across_first_row(), across_first_col());
+#pragma unroll 4
+  for (int k = 0; k < TileA::kCols; k += 16) {
+    uint32 a_regs[kM / 16][4];
+#pragma unroll
+    for (int m = 0; m < kM; m += 16) ptx::ldmatrix_x4(a_regs[m / 16], a_address + (m * TileA::kPitch + k) * 2);
+#pragma unroll
+    for (int n = 0; n < kN; n += 16) {
+      uint32 b_regs[4];
+      ptx::ldmatrix_x4(b_regs, b_address + (n * TileB::kPitch + k) * 2);
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m) {
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs[m], b_regs[0], b_regs[1]);
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs[m], b_regs[2], b_regs[3]);
+      }
+    }
+  }
+}
+
+// C += A B with A [M x K] in registers and B [K x N] row-major in shared memory, from column `b_col` on.
+template <class Element, int kM, int kN, int kK, class TileB>
+CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, const Operand<kM, kK>& a, TileB& b, int b_col = 0) {
+  const uint32 b_address = b.address(down_first_row(), b_col + down_first_col());
+#pragma unroll
+  for (int k = 0; k < kK; k += 16) {
+#pragma unroll
+    for (int n = 0; n < kN; n += 16) {
+      uint32 b_regs[4];
+      ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m) {
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a.x[m][k / 16], b_regs[0], b_regs[1]);
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a.x[m][k / 16], b_regs[2], b_regs[3]);
+      }
+    }
+  }
+}
+
+// Writes an A operand to rows [first_row, first_row + kM) of a shared tile.
+template <class Tile, int kM, int kK>
+CF_DEVICE void store_operand(Tile& tile, int first_row, int lane, const Operand<kM, kK>& operand) {
+#pragma unroll
+  for (int m = 0; m < kM / 16; ++m) {
+#pragma unroll
+    for (int k = 0; k < kK / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = first_row + m * 16 + row_of(lane, i % 2 * 2), col = k * 16 + i / 2 * 8 + col_of(lane, 0);
+        *reinterpret_cast<uint32*>(tile.at(row, col)) = operand.x[m][k][i];
+      }
+    }
+  }
+}
+
+// C += A^T B with A [K x M] from column `a_col` on and B [K x N] from column `b_col` on, row-major in shared memory.
+template <class Element, int kM, int kN, class TileA, class TileB>
+CF_DEVICE void gemm_atb(Fragment<kM, kN>& c, TileA& a, int a_col, TileB& b, int b_col) {
+  static_assert(TileA::kRows == TileB::kRows);
+  const uint32 a_address = a.address(across_first_row(), a_col + across_first_col());
+  const uint32 b_address = b.address(down_first_row(), b_col + down_first_col());
+#pragma unroll 2
+  for (int k = 0; k < TileA::kRows; k += 16) {
+    uint32 a_regs[kM / 16][4];
+#pragma unroll
+    for (int m = 0; m < kM; m += 16) ptx::ldmatrix_x4_trans(a_regs[m / 16], a_address + (k * TileA::kPitch + m) * 2);
+#pragma unroll
+    for (int n = 0; n < kN; n += 16) {
+      uint32 b_regs[4];
+      ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m) {
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs[m], b_regs[0], b_regs[1]);
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs[m], b_regs[2], b_regs[3]);
+      }
+    }
+  }
+}
+
+}  // namespace cuflash
