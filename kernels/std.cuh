@@ -3,9 +3,11 @@
 
 #ifdef __CUDACC__
 #define CF_DEVICE __device__ __forceinline__
+#define CF_INFINITY __longlong_as_double(0x7ff0000000000000ll)
 #else  // a host compiler: the policies are unit-tested, and the kernels emulated, without a GPU
 #include <cmath>
 #define CF_DEVICE inline
+#define CF_INFINITY HUGE_VAL
 #endif
 
 #ifdef CF_DEBUG
@@ -45,8 +47,11 @@ CF_DEVICE constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 
 CF_DEVICE constexpr int round_up(int a, int multiple) { return cdiv(a, multiple) * multiple; }
 
+// The smallest power of two >= n.
+CF_DEVICE constexpr int power_of_two_above(int n) { return n <= 1 ? 1 : 2 * power_of_two_above((n + 1) / 2); }
+
 template <class T>
-CF_DEVICE T infinity() { return static_cast<T>(__builtin_huge_val()); }
+CF_DEVICE T infinity() { return static_cast<T>(CF_INFINITY); }
 
 // A compile error here means that Python's shared-memory formula (plan/tiles.py) and the kernel's struct disagree.
 template <int kActual, int kPlanned>

@@ -133,7 +133,8 @@ def delta_step(problem: Problem) -> Step:
 
 def _sm80_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_sm80(problem, device)
-    step = Step("fwd_sm80", "FwdParams", _config(problem, tile), _query_blocks(problem, tile.tile_q))
+    config = replace(_config(problem, tile), reduction="AtomicReduction")
+    step = Step("fwd_sm80", "FwdParams", config, _query_blocks(problem, tile.tile_q))
     return Plan(problem, device, "sm80", (step,), reason=tile.reason)
 
 
@@ -167,7 +168,8 @@ def _sm80_backward(problem: Problem, device: Device) -> Plan:
 
 def _simt_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_simt(problem, device)
-    step = Step("fwd_simt", "FwdParams", _config(problem, tile), _query_blocks(problem, tile.tile_q))
+    config = replace(_config(problem, tile), reduction="AtomicReduction")
+    step = Step("fwd_simt", "FwdParams", config, _query_blocks(problem, tile.tile_q))
     return Plan(problem, device, "simt", (step,), reason=tile.reason)
 
 

@@ -46,9 +46,13 @@ def forward_sm80(problem: Problem, device: Device) -> Tile:
     """The tile of ``forward/sm80.cuh``."""
     dim_qk, dim_v = round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
     # 32 rows a warp halve the shared-memory reads per product against 16; wide heads leave registers for 16 only.
-    if max(dim_qk, dim_v) <= 64:
-        candidates = [(128, 128, 128, "32 rows a warp, wide kv tiles: few barriers a score")]
+    if problem.mask.kind == "tensor":
+        candidates = [(64, 64, 128, "16 rows a warp: the mask's addresses need the registers")]
+    elif max(dim_qk, dim_v) <= 64:
+        # H200, 8k, d 64: 316 TFLOP/s; with 64 keys 284 (two blocks an SM) and 298 (three).
+        candidates = [(128, 128, 128, "32 rows a warp, 128 keys: few barriers and row reductions a score")]
     elif max(dim_qk, dim_v) <= 128:
+        # H200, 8k, d 128: 349 TFLOP/s; 64 x 64 292, 128 x 32 306, 16 rows a warp 234.
         candidates = [(128, 64, 128, "32 rows a warp, 64 keys: out and S fit in 255 registers, two blocks an SM")]
     else:
         candidates = [(128, 64, 256, "16 rows a warp: 256 columns of out take 128 registers")]
@@ -56,7 +60,7 @@ def forward_sm80(problem: Problem, device: Device) -> Tile:
     for tile_q, tile_kv, threads, reason in candidates:
         smem = _shared_tile(tile_q, max(dim_qk, dim_v)) + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v)
         if smem <= device.smem_per_block:
-            blocks = min(2, _resident(smem, threads, 255 if threads == 128 else 168, device))
+            blocks = _resident(smem, threads, 255, device)
             return Tile(tile_q, tile_kv, threads, smem, blocks_per_sm=blocks, reason=reason)
     raise AssertionError(f"no forward tile of {problem} fits {device}")
 
@@ -65,11 +69,16 @@ def backward_sm80(problem: Problem, device: Device) -> Tile:
     """The tile of ``backward/sm80.cuh``, whose dq rows ``backward/convert.cuh`` shares."""
     widest = max(problem.dim_qk, problem.dim_v)
     if widest <= 64:
-        candidates = [(64, 128, 256, 2, 1, "16 key rows a warp"), (64, 64, 128, 2, 1, "the largest that fits")]
-    elif widest <= 128:
+        # H200, 8k, d 64: 280 TFLOP/s; 16 key rows a warp 236, 64 keys 235; 64 queries 290, but they spill 350 bytes.
         candidates = [
-            (64, 128, 256, 2, 1, "dk and dv take 128 registers, S and dP 64"),
-            (64, 64, 128, 1, 1, "one stage: q tiles are not copied ahead"),
+            (32, 128, 128, 2, 1, "32 key rows a warp halve the shared-memory reads per product against 16"),
+            (64, 64, 128, 2, 1, "the largest that fits"),
+        ]
+    elif widest <= 128:
+        # H200, 8k, d 128: 276 TFLOP/s; with two stages 266, 64 keys 264, 32 queries 238.
+        candidates = [
+            (64, 128, 256, 1, 1, "dk and dv take 128 registers, S and dP 64"),
+            (64, 64, 128, 1, 1, "the largest that fits"),
         ]
     else:
         candidates = [

@@ -22,8 +22,7 @@ CF_DEVICE Work query_work(int64 block, int tiles, int heads) {
               static_cast<int>(head_index / heads)};
 }
 
-// Key tiles in rising order: the first is the longest under a causal mask, and OrderedReduction relies on a block never
-// waiting for one of a higher index.
+// Key tiles of one head are neighbours too, in rising order.
 CF_DEVICE Work key_work(int64 block, int tiles, int heads) {
   const int64 head_index = block / tiles;
   return Work{static_cast<int>(block % tiles), static_cast<int>(head_index % heads),

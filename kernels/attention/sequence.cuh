@@ -31,18 +31,18 @@ struct VarlenSequence {
   int rows_kv;
   int tail_q;
   int tail_kv;
-  int64 start_q;   // first packed row
-  int64 start_kv;
+  int start_q;     // first packed row
+  int start_kv;
   int64 batch;
 
   CF_DEVICE VarlenSequence(const Attention& a, int batch_index)
       : start_q(a.cu_seqlens_q[batch_index]), start_kv(a.cu_seqlens_kv[batch_index]), batch(batch_index) {
-    len_q = a.cu_seqlens_q[batch_index + 1] - static_cast<int>(start_q);
-    rows_kv = a.cu_seqlens_kv[batch_index + 1] - static_cast<int>(start_kv);
+    len_q = a.cu_seqlens_q[batch_index + 1] - start_q;
+    rows_kv = a.cu_seqlens_kv[batch_index + 1] - start_kv;
     len_kv = a.seqused_kv ? min_of(a.seqused_kv[batch_index], rows_kv) : rows_kv;
     const bool last = batch_index == a.batch - 1;
-    tail_q = last ? a.total_q - static_cast<int>(start_q) - len_q : 0;
-    tail_kv = last ? a.total_kv - static_cast<int>(start_kv) - rows_kv : 0;
+    tail_q = last ? a.total_q - start_q - len_q : 0;
+    tail_kv = last ? a.total_kv - start_kv - rows_kv : 0;
   }
 
   CF_DEVICE int64 q_offset(const Strides& stride) const { return start_q * stride.row; }

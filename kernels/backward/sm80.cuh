@@ -98,7 +98,9 @@ struct BackwardSm80 {
     const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
 
     const int split = ptx::block_index() % Config::kDimSplits;
-    const Work work = key_work(ptx::block_index() / Config::kDimSplits, num_tiles(a.len_kv, kTileKv), a.heads_kv);
+    const int kv_tiles_longest = num_tiles(a.len_kv, kTileKv);
+    Work work = key_work(ptx::block_index() / Config::kDimSplits, kv_tiles_longest, a.heads_kv);
+    work.tile = Config::Reduction::key_tile(work.tile, kv_tiles_longest);
     const Sequence sequence(a, work.batch);
     if (work.tile == 0 && split == 0) zero_tail(p, sequence, work.head);
     const int kv_first = work.tile * kTileKv;
@@ -177,7 +179,7 @@ struct BackwardSm80 {
         dq.clear();
         gemm_atb<Element>(dq, smem.ds, Accum::warp_row(), smem.k, split * kColsQk + Accum::warp_col());
         const int64 index = Accum::index(a, sequence, head, tile, split);
-        Config::Reduction::wait_turn(p.dq_turn + index, work.tile - kv_tiles.begin);
+        Config::Reduction::wait_turn(p.dq_turn + index, kv_tiles.end - 1 - work.tile);
         Accum::for_each(dq, p.dq_accum + index * Accum::kTileFloats,
                         [](float x, float* accumulator) { ptx::red_add(accumulator, x); });
         Config::Reduction::pass_turn(p.dq_turn + index);

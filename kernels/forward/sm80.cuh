@@ -24,6 +24,7 @@ namespace cuflash {
 template <class Config>
 struct ForwardSm80 {
   using Element = typename Config::Element;
+  using Sequence = typename Config::Sequence;
   using Score = typename Config::Score;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileQ / kWarps;
@@ -81,20 +82,29 @@ struct ForwardSm80 {
     }
   }
 
+  CF_DEVICE static Element* out_of(const FwdParams& p, const Sequence& sequence, int head) {
+    return static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + head * p.out_stride.head;
+  }
+  CF_DEVICE static float* lse_of(const FwdParams& p, const Sequence& sequence, int head) {
+    return static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
+  }
+
+  // Packed rows that belong to no sequence are empty rows.
+  CF_DEVICE static void store_tail(const FwdParams& p, const Sequence& sequence, int head) {
+    zero_rows<Config::kDimV, kThreads>(out_of(p, sequence, head) + sequence.len_q * p.out_stride.row,
+                                       p.out_stride.row, sequence.tail_q);
+    fill<kThreads>(lse_of(p, sequence, head) + sequence.len_q, sequence.tail_q, -infinity<float>());
+  }
+
   CF_DEVICE static void run(const FwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
     const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
 
     const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, kTileQ), a.heads_q);
-    const typename Config::Sequence sequence(a, work.batch);
+    const Sequence sequence(a, work.batch);
     const int head_kv = work.head / (a.heads_q / a.heads_kv);
-    Element* g_out = static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + work.head * p.out_stride.head;
-    float* g_lse = static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + work.head * p.lse_stride.head;
-    if (work.tile == 0) {
-      zero_rows<Config::kDimV, kThreads>(g_out + sequence.len_q * p.out_stride.row, p.out_stride.row, sequence.tail_q);
-      fill<kThreads>(g_lse + sequence.len_q, sequence.tail_q, -infinity<float>());
-    }
+    if (work.tile == 0) store_tail(p, sequence, work.head);
     const int q_first = work.tile * kTileQ, q_rows = sequence.len_q - q_first;
     if (q_rows <= 0) return;
 
@@ -155,6 +165,9 @@ struct ForwardSm80 {
       gemm_ab<Element>(out, weights, smem.v);
     }
 
+    // The output's addresses are made only now: registers are scarce inside the loop.
+    Element* g_out = out_of(p, sequence, work.head) + (q_first + warp_row) * p.out_stride.row;
+    float* g_lse = lse_of(p, sequence, work.head) + q_first;
     ptx::sync_threads();  // every warp is done with Q, whose memory `out` takes over
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
@@ -166,11 +179,11 @@ struct ForwardSm80 {
         *reinterpret_cast<uint32*>(smem.out.at(row, n * 8 + lane % 4 * 2)) =
             ptx::pack<Element>(out.at(r, n, 0) * inverse, out.at(r, n, 1) * inverse);
       }
-      if (lane % 4 == 0 && row < q_rows) g_lse[q_first + row] = rows[r].lse(score.unit());
+      if (lane % 4 == 0 && row < q_rows) g_lse[row] = rows[r].lse(score.unit());
     }
     ptx::sync_warp();
-    store_tile<kWarpRows, kDimV, kBytes, 32>(g_out + (q_first + warp_row) * p.out_stride.row, p.out_stride.row,
-                                             q_rows - warp_row, Config::kDimV, smem.out, warp_row, lane);
+    store_tile<kWarpRows, kDimV, kBytes, 32>(g_out, p.out_stride.row, q_rows - warp_row, Config::kDimV, smem.out,
+                                             warp_row, lane);
   }
 };
 

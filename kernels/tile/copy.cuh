@@ -24,21 +24,28 @@ template <int kDim, int kBytes, int kThreads, class Tile, class Element>
 CF_DEVICE void load_tile_async(Tile& tile, const Element* global, int64 row_stride, int valid_rows) {
   constexpr int kWidth = kBytes / sizeof(Element);  // elements of one access
   constexpr int kAcross = Tile::kCols / kWidth;
+  constexpr int kThreadsAcross = min_of(kThreads, power_of_two_above(kAcross));
+  constexpr int kRowsAtOnce = kThreads / kThreadsAcross;
   static_assert(kDim % kWidth == 0 && Tile::kCols % kWidth == 0);
-  constexpr int kAccesses = Tile::kRows * kAcross;
-  const int thread = ptx::thread_index();
+  const int first_row = ptx::thread_index() / kThreadsAcross, first_col = ptx::thread_index() % kThreadsAcross;
 #pragma unroll
-  for (int first = 0; first < kAccesses; first += kThreads) {
-    const int index = first + thread;
-    if (kAccesses % kThreads != 0 && index >= kAccesses) break;
-    const int row = index / kAcross, col = index % kAcross * kWidth;
-    const bool valid = row < valid_rows && (kDim == Tile::kCols || col < kDim);
-    const Element* source = global + (valid ? row * row_stride + col : 0);
-    if constexpr (kBytes >= 4) {
-      ptx::cp_async<kBytes>(tile.address(row, col), source, valid);
-    } else {
-      using Vector = typename VectorOf<kBytes>::Type;
-      *reinterpret_cast<Vector*>(tile.at(row, col)) = valid ? *reinterpret_cast<const Vector*>(source) : Vector{};
+  for (int across = 0; across < kAcross; across += kThreadsAcross) {
+    const int col = (across + first_col) * kWidth;
+    if (kAcross % kThreadsAcross != 0 && col >= Tile::kCols) break;
+    // A running pointer: independent addresses would be kept in registers over the whole kernel.
+    const Element* source = global + first_row * row_stride + col;
+    const int64 step = kRowsAtOnce * row_stride;
+#pragma unroll
+    for (int down = 0; down < Tile::kRows; down += kRowsAtOnce, source += step) {
+      const int row = down + first_row;
+      if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
+      const bool valid = row < valid_rows && (kDim == Tile::kCols || col < kDim);
+      if constexpr (kBytes >= 4) {
+        ptx::cp_async<kBytes>(tile.address(row, col), source, valid);
+      } else {
+        using Vector = typename VectorOf<kBytes>::Type;
+        *reinterpret_cast<Vector*>(tile.at(row, col)) = valid ? *reinterpret_cast<const Vector*>(source) : Vector{};
+      }
     }
   }
 }

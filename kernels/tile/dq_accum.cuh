@@ -43,18 +43,22 @@ struct DqAccum {
   }
 };
 
-// Blocks add in whatever order they arrive: fast, and different in the last bits from run to run.
+// Blocks add in whatever order they arrive: fast, and different in the last bits from run to run. The first key tile
+// comes first: under a causal mask it is the longest.
 struct AtomicReduction {
+  CF_DEVICE static int key_tile(int index, int /*tiles*/) { return index; }
   CF_DEVICE static void wait_turn(int*, int) {}
   CF_DEVICE static void pass_turn(int*) {}
 };
 
-// Blocks add to a tile in the order of their key tiles. A block waits only for blocks of lower index, which the
+// Blocks add to a query tile in falling order of their key tiles. Under a causal mask all blocks of a head thus start at
+// their diagonals at once and follow each other like a wave. A block waits only for blocks of lower index, which the
 // hardware starts first.
 struct OrderedReduction {
-  CF_DEVICE static void wait_turn(int* turn, int position) {
+  CF_DEVICE static int key_tile(int index, int tiles) { return tiles - 1 - index; }
+  CF_DEVICE static void wait_turn(int* turn, int before) {
     if (ptx::thread_index() == 0) {
-      while (ptx::load_acquire(turn) != position) {}
+      while (ptx::load_acquire(turn) != before) {}
     }
     ptx::sync_threads();
   }

@@ -20,7 +20,7 @@ CF_DEVICE void gemm_abt(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int 
   static_assert(TileA::kCols == TileB::kCols);
   const uint32 a_address = a.address(a_row + down_first_row(), down_first_col());
   const uint32 b_address = b.address(b_row + across_first_row(), across_first_col());
-#pragma unroll 4
+#pragma unroll 2
   for (int k = 0; k < TileA::kCols; k += 16) {
     uint32 a_regs[kM / 16][4];
 #pragma unroll
