@@ -14,19 +14,18 @@ struct Work {
 // Tiles of the longest sequence; never 0, so that outputs of empty sequences are still written.
 CF_DEVICE int num_tiles(int longest, int tile) { return max_of(1, cdiv(longest, tile)); }
 
-// Tiles of one head are neighbours, so that the blocks in flight share its keys in L2. The last tile comes first: under
-// a causal mask it is the longest, and short ones fill the end of the grid.
-CF_DEVICE Work query_work(int64 block, int tiles, int heads) {
-  const int64 head_index = block / tiles;
-  return Work{tiles - 1 - static_cast<int>(block % tiles), static_cast<int>(head_index % heads),
-              static_cast<int>(head_index / heads)};
-}
-
-// Key tiles of one head are neighbours too, in rising order.
+// Tiles of one head are neighbours, in rising order, so that the blocks in flight share its rows in L2.
 CF_DEVICE Work key_work(int64 block, int tiles, int heads) {
   const int64 head_index = block / tiles;
   return Work{static_cast<int>(block % tiles), static_cast<int>(head_index % heads),
               static_cast<int>(head_index / heads)};
+}
+
+// The last query tile comes first: under a causal mask it is the longest, and short ones fill the end of the grid.
+CF_DEVICE Work query_work(int64 block, int tiles, int heads) {
+  Work work = key_work(block, tiles, heads);
+  work.tile = tiles - 1 - work.tile;
+  return work;
 }
 
 }  // namespace cuflash
