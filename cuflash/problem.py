@@ -12,6 +12,9 @@ from cuflash.masks import Mask
 
 Direction = Literal["forward", "backward"]
 Layout = Literal["dense", "varlen"]
+DropoutScheme = Literal["byte", "word"]
+"""How random bits become a mask (``kernels/attention/dropout.cuh``): like PyTorch's flash kernels, 8 bits an element, or
+like its memory-efficient ones, 32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,17 @@ class Problem:
     softcap: float = 0.0
     """Scores become ``softcap * tanh(score / softcap)``; 0 leaves them alone."""
     softmax_scale: float = 1.0
+    alibi: bool = False
+    """Slopes times the distance from the diagonal are taken off the logits."""
+    bias: DType | None = None
+    """Element type of the tensor added to the logits, if any."""
+    bias_broadcast: tuple[bool, bool, bool, bool] = (False, False, False, False)
+    """Along which of (batch, heads_q, len_q, len_kv) the bias is broadcast; decides its gradient's shape."""
+    bias_grad: bool = False
+    """Backward only: the gradient of the bias is wanted."""
+    sink: bool = False
+    """A learnable logit per head takes part in every row's softmax without a value."""
+    dropout: DropoutScheme | None = None
     deterministic: bool = False
     """Backward only: bit-equal gradients from run to run."""
     copy_bytes: int = 16
@@ -74,6 +88,11 @@ class Problem:
         parts += [self.layout] if self.layout != "dense" else []
         parts += [self.mask.kind] if self.mask.kind != "none" else []
         parts += ["softcap"] if self.softcap else []
+        parts += ["alibi"] if self.alibi else []
+        parts += [f"bias-{self.bias}"] if self.bias else []
+        parts += ["dbias"] if self.bias_grad else []
+        parts += ["sink"] if self.sink else []
+        parts += [f"dropout-{self.dropout}"] if self.dropout else []
         parts += ["deterministic"] if self.deterministic else []
         return " ".join(parts)
 

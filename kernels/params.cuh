@@ -18,14 +18,26 @@ struct Strides {
 struct Attention {
   const int* cu_seqlens_q;    // [batch + 1] first packed row of each sequence; null when dense
   const int* cu_seqlens_kv;   // [batch + 1]
-  const int* seqused_kv;      // [batch] keys that take part; null: all
+  const int* seqused_q;       // [batch] queries and keys of a packed sequence that take part; null: all
+  const int* seqused_kv;
   const uint8* mask;          // boolean (batch, heads_q, len_q, len_kv) by strides, 0 = hidden; null: band mask
   int64 mask_batch;           // strides of `mask` in bytes, 0 where it broadcasts
   int64 mask_head;
   int64 mask_row;
   int64 mask_column;
+  const void* bias;           // added to the logits, (batch, heads_q, len_q, len_kv) by strides; null: none
+  int64 bias_batch;           // strides of `bias` in elements, 0 where it broadcasts
+  int64 bias_head;
+  int64 bias_row;
+  int64 bias_column;
+  const float* alibi;         // slopes, (batch, heads_q) with a batch stride of 0 or heads_q; null: none
+  int64 alibi_batch;
+  const float* sink;          // [heads_q] logits that take probability but have no value; null: none
+  const uint64* rng_state;    // [2] Philox seed and offset of this call's dropout; null: none
   double softmax_scale;
   double softcap;             // 0: none
+  double keep_scale;          // what kept probabilities are multiplied by, usually 1 / (1 - p_dropout)
+  double dropout_p;           // probability of dropping
   int batch;
   int heads_q;
   int heads_kv;
@@ -67,6 +79,11 @@ struct BwdParams {
   void* dk;                   // [batch, len_kv, heads_kv, dim_qk]
   void* dv;                   // [batch, len_kv, heads_kv, dim_v]
   float* dq_accum;            // zeroed tiles of dq in fragment order (tile/dq_accum.cuh); sm80 only
+  float* dsink;               // [heads_q]
+  float* dbias;               // (1 or batch, 1 or heads_q, 1 or len_q, 1 or len_kv), the last contiguous
+  int64 dbias_batch;          // strides in elements
+  int64 dbias_head;
+  int64 dbias_row;
   int* dq_turn;               // [heads_q, tiles] zeroed: key tiles already added to each dq tile; deterministic only
   Strides q_stride;
   Strides k_stride;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
@@ -57,6 +58,11 @@ FEATURES: dict[str, str] = {
     "window": "sliding window, either side, both alignments",
     "boolean mask": "boolean tensor, broadcast over any axis",
     "softcap": "soft-capped scores",
+    "alibi": "linear biases by slope, (h,) or (b, h)",
+    "bias": "additive tensor, broadcast over any axis",
+    "bias gradient": "reduced over the broadcast axes in fp32, always deterministic",
+    "sink": "learnable logit per head, with its gradient",
+    "dropout": "counter-based Philox, bit-exact to PyTorch's flash and memory-efficient kernels",
     "gqa": "fewer key/value heads than query heads, summed in fp32",
     "dim_v != dim_qk": "value heads of another size",
     "deterministic": "bit-equal gradients from run to run",
@@ -69,10 +75,15 @@ def needs(problem: Problem) -> list[str]:
     used = {
         "backward": problem.direction == "backward",
         "varlen": problem.layout == "varlen",
-        "causal": problem.mask.kind == "causal",
-        "window": problem.mask.kind == "window",
-        "boolean mask": problem.mask.kind == "tensor",
+        "causal": problem.mask.band == "causal",
+        "window": problem.mask.band == "window",
+        "boolean mask": problem.mask.tensor,
         "softcap": problem.softcap != 0,
+        "alibi": problem.alibi,
+        "bias": problem.bias is not None,
+        "bias gradient": problem.bias_grad,
+        "sink": problem.sink,
+        "dropout": problem.dropout is not None,
         "gqa": problem.group != 1,
         "dim_v != dim_qk": problem.dim_v != problem.dim_qk,
         "deterministic": problem.deterministic,
@@ -80,19 +91,33 @@ def needs(problem: Problem) -> list[str]:
     return [feature for feature in FEATURES if used[feature]]
 
 
+_DROPOUTS = {None: "NoDropout", "byte": "ByteDropout", "word": "WordDropout"}
+
+
+def _score(problem: Problem, real: str) -> str:
+    """The score policy: a scale or a soft cap, plus a term for each additive bias."""
+    base = "SoftCapScore" if problem.softcap else "ScaledScore" if problem.softmax_scale > 0 else "SignedScore"
+    score = f"{base}<{real}>"
+    for term in (["Alibi"] if problem.alibi else []) + ([f"Bias<{problem.bias.cuda}>"] if problem.bias else []):
+        score = f"Plus<{score}, {term}>"
+    return score
+
+
 def _config(problem: Problem, tile: tiles.Tile) -> Config:
     """The compile-time choices that follow from the problem, for a kernel with this tile."""
     real = "double" if problem.dtype.accumulator == np.float64 else "float"
-    score = "SoftCapScore" if problem.softcap else "ScaledScore" if problem.softmax_scale > 0 else "SignedScore"
-    masks = {"none": "NoMask", "causal": "CausalMask", "window": "WindowMask", "tensor": "TensorMask"}
+    masks = {"none": "NoMask", "causal": "CausalMask", "window": "WindowMask"}
+    mask = masks[problem.mask.band]
     return Config(
         element=problem.dtype.cuda,
         dim_qk=problem.dim_qk,
         dim_v=problem.dim_v,
         threads=tile.threads,
         sequence="VarlenSequence" if problem.layout == "varlen" else "DenseSequence",
-        mask=masks[problem.mask.kind],
-        score=f"{score}<{real}>",
+        mask=f"TensorMask<{mask}>" if problem.mask.tensor else mask,
+        score=_score(problem, real),
+        dropout=_DROPOUTS[problem.dropout],
+        sink="LearnableSink" if problem.sink else "NoSink",
         reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
         tile_q=tile.tile_q,
         tile_kv=tile.tile_kv,
@@ -106,8 +131,8 @@ def _config(problem: Problem, tile: tiles.Tile) -> Config:
 
 def _plain(config: Config, **changes: object) -> Config:
     """The same config without the choices a row-wise helper kernel does not read, so that variants share it."""
-    neutral = replace(config, mask="NoMask", score="ScaledScore<float>", reduction="AtomicReduction", tile_kv=1, stages=1)
-    return replace(neutral, blocks_per_sm=1, **changes)
+    neutral = replace(config, mask="NoMask", score="ScaledScore<float>", dropout="NoDropout", sink="NoSink")
+    return replace(neutral, reduction="AtomicReduction", tile_kv=1, stages=1, blocks_per_sm=1, **changes)
 
 
 def _tiles(longest: int, tile: int) -> int:
@@ -131,6 +156,25 @@ def delta_step(problem: Problem) -> Step:
     return Step("bwd_delta", "BwdParams", config, _query_blocks(problem, config.tile_q))
 
 
+def _extra_steps(problem: Problem, config: Config) -> tuple[Step, ...]:
+    """Launches for the gradients that only some calls want."""
+    if not problem.sink:
+        return ()
+    threads = 256
+    changes = {"dim_qk": 1, "dim_v": 1, "threads": threads, "tile_q": 1, "copy_bytes": problem.dtype.itemsize}
+    sink = _plain(config, **changes, smem_bytes=threads * problem.dtype.accumulator.itemsize, dim_splits=1)
+    return (Step("bwd_sink", "BwdParams", sink, problem.heads_q),)
+
+
+def _sm80_bias_step(problem: Problem) -> tuple[Step, ...]:
+    if not problem.bias_grad:
+        return ()
+    tile = tiles.bias_sm80(problem)
+    counts = (problem.batch, problem.heads_q, -(-problem.len_q // tile.tile_q), -(-problem.len_kv // tile.tile_kv))
+    blocks = prod(1 if one else n for n, one in zip(counts, problem.bias_broadcast, strict=True))
+    return (Step("bwd_bias_sm80", "BwdParams", replace(_config(problem, tile), reduction="AtomicReduction"), blocks),)
+
+
 def _sm80_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_sm80(problem, device)
     config = replace(_config(problem, tile), reduction="AtomicReduction")
@@ -147,6 +191,8 @@ def _sm80_backward(problem: Problem, device: Device) -> Plan:
         delta_step(problem),
         Step("bwd_sm80", "BwdParams", config, blocks),
         Step("bwd_convert", "BwdParams", convert, _query_blocks(problem, tile.tile_q)),
+        *_sm80_bias_step(problem),
+        *_extra_steps(problem, config),
     )
 
     if problem.layout == "varlen":  # VarlenSequence::num_q_tiles

@@ -29,6 +29,10 @@ class Config:
     """``kernels/attention/mask.cuh``: NoMask, CausalMask, WindowMask, TensorMask."""
     score: str = "ScaledScore"
     """``kernels/attention/score.cuh``: ScaledScore, SignedScore, SoftCapScore."""
+    dropout: str = "NoDropout"
+    """``kernels/attention/dropout.cuh``: NoDropout, ByteDropout, WordDropout."""
+    sink: str = "NoSink"
+    """``kernels/attention/softmax.cuh``: NoSink, LearnableSink."""
     reduction: str = "AtomicReduction"
     """How blocks add to dq (``kernels/tile/dq_accum.cuh``): AtomicReduction, OrderedReduction."""
     tile_q: int = 1

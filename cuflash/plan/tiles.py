@@ -46,8 +46,10 @@ def forward_sm80(problem: Problem, device: Device) -> Tile:
     """The tile of ``forward/sm80.cuh``."""
     dim_qk, dim_v = round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
     # 32 rows a warp halve the shared-memory reads per product against 16; wide heads leave registers for 16 only.
-    if problem.mask.kind == "tensor":
-        candidates = [(64, 64, 128, "16 rows a warp: the mask's addresses need the registers")]
+    if problem.mask.tensor or problem.bias is not None or problem.dropout == "word":
+        candidates = [(64, 64, 128, "16 rows a warp: the addresses of another tensor need the registers")]
+    elif problem.dropout is not None or (problem.alibi and max(dim_qk, dim_v) <= 64):
+        candidates = [(128, 64, 128, "32 rows a warp, 64 keys")] if max(dim_qk, dim_v) <= 128 else [(128, 64, 256, "")]
     elif max(dim_qk, dim_v) <= 64:
         # H200, 8k, d 64: 316 TFLOP/s; with 64 keys 284 (two blocks an SM) and 298 (three).
         candidates = [(128, 128, 128, "32 rows a warp, 128 keys: few barriers and row reductions a score")]
@@ -105,6 +107,14 @@ def backward_sm80_smem(problem: Problem, tile_q: int, tile_kv: int, threads: int
     dim_v = round_up(problem.dim_v, 16 * splits)
     stage = _shared_tile(tile_q, dim_qk) + _shared_tile(tile_q, dim_v) + 2 * 4 * tile_q
     return _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v) + _shared_tile(tile_kv, tile_q) + stages * stage
+
+
+def bias_sm80(problem: Problem) -> Tile:
+    """The tile of ``backward/bias.cuh``: a square that fits every architecture."""
+    dim_qk, dim_v = round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
+    edge = 64 if max(dim_qk, dim_v) <= 128 else 32
+    smem = 2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + edge * (edge + 1) * 4
+    return Tile(edge, edge, 2 * edge, smem, reason="recomputes dS for each element of the bias")
 
 
 def convert_smem(problem: Problem, tile: Tile) -> int:

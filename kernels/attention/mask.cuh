@@ -15,6 +15,8 @@ struct Tiles {
   CF_DEVICE bool is_full(int tile) const { return full_begin <= tile && tile < full_end; }
   CF_DEVICE bool contains(int tile) const { return begin <= tile && tile < end; }
 
+  CF_DEVICE Tiles none_full() const { return Tiles{begin, end, end, end}; }
+
   // `some` positions are visible to some row of the other side, `all` to every row of it.
   CF_DEVICE static Tiles of(int some_begin, int some_end, int all_begin, int all_end, int tile) {
     Tiles t;
@@ -69,21 +71,24 @@ using NoMask = BandMask<false, false>;
 using CausalMask = BandMask<false, true>;
 using WindowMask = BandMask<true, true>;
 
-// A boolean tensor decides element by element; nothing is known about whole tiles.
+// A band and a boolean tensor: elements must pass both. Nothing is known about whole tiles of the tensor.
+template <class Band>
 struct TensorMask {
-  int len_q, len_kv;
+  Band band;
   const uint8* mask;  // (len_q, len_kv) by strides, of this batch element and head
   int64 row, column;
 
   template <class Sequence>
   CF_DEVICE TensorMask(const Attention& a, const Sequence& sequence, int head)
-      : len_q(sequence.len_q), len_kv(sequence.len_kv),
-        mask(a.mask + sequence.batch * a.mask_batch + head * a.mask_head), row(a.mask_row), column(a.mask_column) {}
+      : band(a, sequence, head), mask(a.mask + sequence.batch * a.mask_batch + head * a.mask_head), row(a.mask_row),
+        column(a.mask_column) {}
 
-  CF_DEVICE bool keep(int q, int kv) const { return q < len_q && kv < len_kv && mask[q * row + kv * column]; }
+  CF_DEVICE bool keep(int q, int kv) const {
+    return q < band.len_q && band.keep(q, kv) && mask[q * row + kv * column];
+  }
 
-  CF_DEVICE Tiles kv_tiles(int, int, int tile) const { return Tiles::of(0, len_kv, 0, 0, tile); }
-  CF_DEVICE Tiles q_tiles(int kv, int, int tile) const { return Tiles::of(0, kv < len_kv ? len_q : 0, 0, 0, tile); }
+  CF_DEVICE Tiles kv_tiles(int q, int rows, int tile) const { return band.kv_tiles(q, rows, tile).none_full(); }
+  CF_DEVICE Tiles q_tiles(int kv, int rows, int tile) const { return band.q_tiles(kv, rows, tile).none_full(); }
 };
 
 }  // namespace cuflash

@@ -1,9 +1,10 @@
 // Score: from the raw product q.k to the logit, and back for the gradient.
 //
-// apply(s) is in units in which p = exp2(log2_unit * (x - max)); slope(x) * scale() turns d(loss)/d(logit) into
-// d(loss)/d(q.k), the constant scale() being left to the end of the gradient products.
+// apply(s, q, kv) is in units in which p = exp2(log2_unit * (x - max)), log2_unit = log2(e) * unit(). softmax_scale *
+// slope(s) is d(logit)/d(q.k); the constant factor is left to the end of the gradient products.
 #pragma once
 
+#include "element.cuh"
 #include "params.cuh"
 
 namespace cuflash {
@@ -12,42 +13,98 @@ namespace cuflash {
 // largest score is the largest logit.
 template <class Real>
 struct ScaledScore {
+  using Number = Real;
   Real softmax_scale;
 
-  CF_DEVICE explicit ScaledScore(const Attention& a) : softmax_scale(static_cast<Real>(a.softmax_scale)) {}
+  template <class Sequence>
+  CF_DEVICE ScaledScore(const Attention& a, const Sequence&, int /*head*/)
+      : softmax_scale(static_cast<Real>(a.softmax_scale)) {}
   CF_DEVICE Real unit() const { return softmax_scale; }
-  CF_DEVICE Real scale() const { return softmax_scale; }
-  CF_DEVICE Real apply(Real s) const { return s; }
-  CF_DEVICE Real slope(Real) const { return Real(1); }
+  CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return s; }
+  CF_DEVICE Real slope(Real /*s*/) const { return Real(1); }
 };
 
 // x = softmax_scale * s for a scale of any sign, zero included.
 template <class Real>
 struct SignedScore {
+  using Number = Real;
   Real softmax_scale;
 
-  CF_DEVICE explicit SignedScore(const Attention& a) : softmax_scale(static_cast<Real>(a.softmax_scale)) {}
+  template <class Sequence>
+  CF_DEVICE SignedScore(const Attention& a, const Sequence&, int /*head*/)
+      : softmax_scale(static_cast<Real>(a.softmax_scale)) {}
   CF_DEVICE Real unit() const { return Real(1); }
-  CF_DEVICE Real scale() const { return softmax_scale; }
-  CF_DEVICE Real apply(Real s) const { return softmax_scale * s; }
-  CF_DEVICE Real slope(Real) const { return Real(1); }
+  CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return softmax_scale * s; }
+  CF_DEVICE Real slope(Real /*s*/) const { return Real(1); }
 };
 
 // x = softcap * tanh(softmax_scale * s / softcap), in units of softcap; slope = 1 - tanh^2.
 template <class Real>
 struct SoftCapScore {
+  using Number = Real;
   Real softmax_scale;
   Real softcap;
   Real exponent;  // 2 log2(e) softmax_scale / softcap
 
-  CF_DEVICE explicit SoftCapScore(const Attention& a)
+  template <class Sequence>
+  CF_DEVICE SoftCapScore(const Attention& a, const Sequence&, int /*head*/)
       : softmax_scale(static_cast<Real>(a.softmax_scale)), softcap(static_cast<Real>(a.softcap)),
         exponent(static_cast<Real>(2 * kLog2E * a.softmax_scale / a.softcap)) {}
   CF_DEVICE Real unit() const { return softcap; }
-  CF_DEVICE Real scale() const { return softmax_scale; }
   // tanh(y) = 1 - 2 / (exp(2y) + 1): exact at both ends, and far closer than the hardware's tanh.approx.
-  CF_DEVICE Real apply(Real s) const { return Real(1) - Real(2) / (exp2(s * exponent) + Real(1)); }
-  CF_DEVICE Real slope(Real x) const { return Real(1) - x * x; }
+  CF_DEVICE Real tanh(Real s) const { return Real(1) - Real(2) / (exp2(s * exponent) + Real(1)); }
+  CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return tanh(s); }
+  CF_DEVICE Real slope(Real s) const { return Real(1) - tanh(s) * tanh(s); }
+};
+
+// The score of another policy plus a term that depends on the position only; natural logits.
+template <class Inner, class Term>
+struct Plus {
+  using Number = typename Inner::Number;
+  Inner inner;
+  Term term;
+
+  template <class Sequence>
+  CF_DEVICE Plus(const Attention& a, const Sequence& sequence, int head)
+      : inner(a, sequence, head), term(a, sequence, head) {}
+  CF_DEVICE Number unit() const { return Number(1); }
+  CF_DEVICE Number apply(Number s, int q, int kv) const {
+    return inner.unit() * inner.apply(s, q, kv) + static_cast<Number>(term.at(q, kv));
+  }
+  CF_DEVICE Number slope(Number s) const { return inner.slope(s); }
+};
+
+// Attention with linear biases (Press et al. 2021, arXiv 2108.12409): -slope * distance from the diagonal.
+struct Alibi {
+  float slope;
+  int off;  // the key on query 0's diagonal
+
+  template <class Sequence>
+  CF_DEVICE Alibi(const Attention& a, const Sequence& sequence, int head)
+      : slope(a.alibi[sequence.batch * a.alibi_batch + head]),
+        off(a.top_left ? 0 : sequence.len_kv - sequence.len_q) {}
+  CF_DEVICE float at(int q, int kv) const {
+    const int distance = q + off - kv;
+    return -slope * static_cast<float>(distance < 0 ? -distance : distance);
+  }
+};
+
+// An additive tensor, broadcast over any axis by strides of 0.
+template <class Element>
+struct Bias {
+  int len_q, len_kv;
+  const Element* bias;  // (len_q, len_kv) by strides, of this batch element and head
+  int64 row, column;
+
+  template <class Sequence>
+  CF_DEVICE Bias(const Attention& a, const Sequence& sequence, int head)
+      : len_q(sequence.len_q), len_kv(sequence.len_kv),
+        bias(static_cast<const Element*>(a.bias) + sequence.batch * a.bias_batch + head * a.bias_head),
+        row(a.bias_row), column(a.bias_column) {}
+  // Accumulator type of the element; 0 beyond the sequence, where the tensor may end.
+  CF_DEVICE auto at(int q, int kv) const {
+    return q < len_q && kv < len_kv ? to_accumulator(bias[q * row + kv * column]) : to_accumulator(Element(0.f));
+  }
 };
 
 }  // namespace cuflash

@@ -9,7 +9,7 @@ struct DenseSequence {
   int len_q;     // query rows
   int len_kv;    // keys that take part
   int rows_kv;   // keys that exist: dk and dv are defined for all of them
-  int tail_q;    // packed rows after the last sequence, for this block to zero; none here
+  int tail_q;    // packed rows behind this sequence that no query takes part in; none here
   int tail_kv;
   int64 batch;
 
@@ -37,11 +37,12 @@ struct VarlenSequence {
 
   CF_DEVICE VarlenSequence(const Attention& a, int batch_index)
       : start_q(a.cu_seqlens_q[batch_index]), start_kv(a.cu_seqlens_kv[batch_index]), batch(batch_index) {
-    len_q = a.cu_seqlens_q[batch_index + 1] - start_q;
-    rows_kv = a.cu_seqlens_kv[batch_index + 1] - start_kv;
-    len_kv = a.seqused_kv ? min_of(a.seqused_kv[batch_index], rows_kv) : rows_kv;
     const bool last = batch_index == a.batch - 1;
-    tail_q = last ? a.total_q - start_q - len_q : 0;
+    const int rows_q = a.cu_seqlens_q[batch_index + 1] - start_q;
+    rows_kv = a.cu_seqlens_kv[batch_index + 1] - start_kv;
+    len_q = a.seqused_q ? min_of(a.seqused_q[batch_index], rows_q) : rows_q;
+    len_kv = a.seqused_kv ? min_of(a.seqused_kv[batch_index], rows_kv) : rows_kv;
+    tail_q = (last ? a.total_q - start_q : rows_q) - len_q;
     tail_kv = last ? a.total_kv - start_kv - rows_kv : 0;
   }
 

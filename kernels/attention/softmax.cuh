@@ -2,7 +2,7 @@
 // visible" is decided here: such a row has m = -inf, l = 0, and becomes output 0 with lse -inf.
 #pragma once
 
-#include "std.cuh"
+#include "params.cuh"
 
 namespace cuflash {
 
@@ -26,10 +26,31 @@ struct RowState {
     return rescale;
   }
 
+  // Takes in one more logit that has no value; returns the factor by which the output so far shrinks.
+  CF_DEVICE Real add_sink(Real logit, Real unit) {
+    const Real log2_unit = unit * static_cast<Real>(kLog2E);
+    const Real rescale = update(logit / unit, log2_unit);
+    l += exp2(logit * static_cast<Real>(kLog2E) - shift(log2_unit));
+    return rescale;
+  }
+
   CF_DEVICE Real inverse_sum() const { return l == Real(0) ? Real(0) : Real(1) / l; }
 
   // Natural logarithm of sum(exp(logit)).
   CF_DEVICE Real lse(Real unit) const { return l == Real(0) ? -infinity<Real>() : m * unit + log(l); }
+};
+
+// Whether a learnable logit per head takes its share of every row's probability.
+struct NoSink {
+  template <class Real>
+  CF_DEVICE static Real close(RowState<Real>&, const Attention&, int /*head*/, Real /*unit*/) { return Real(1); }
+};
+
+struct LearnableSink {
+  template <class Real>
+  CF_DEVICE static Real close(RowState<Real>& row, const Attention& a, int head, Real unit) {
+    return row.add_sink(static_cast<Real>(a.sink[head]), unit);
+  }
 };
 
 // lse in base 2 as the backward subtracts it: empty rows (-inf, or +inf as PyTorch writes it) give p = exp2(-inf) = 0.

@@ -20,6 +20,7 @@
 #include "attention/schedule.cuh"
 #include "attention/softmax.cuh"
 #include "tile/copy.cuh"
+#include "tile/dropout.cuh"
 #include "tile/dq_accum.cuh"
 #include "tile/gemm_sm80.cuh"
 
@@ -29,6 +30,8 @@ template <class Config>
 struct BackwardSm80 {
   using Element = typename Config::Element;
   using Sequence = typename Config::Sequence;
+  using Score = typename Config::Score;
+  using Dropout = typename Config::Dropout;
   using Accum = DqAccum<Config>;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileKv / kWarps;
@@ -107,8 +110,6 @@ struct BackwardSm80 {
     if (kv_first >= sequence.rows_kv) return;
 
     const int group = a.heads_q / a.heads_kv, head_first = work.head * group;
-    const typename Config::Score score(a);
-    const float log2_unit = score.unit() * static_cast<float>(kLog2E);
     const Tiles tiles = typename Config::Mask(a, sequence, head_first).q_tiles(kv_first, kTileKv, kTileQ);
     const int tiles_per_head = tiles.end - tiles.begin, num_steps = tiles_per_head * group;
     const auto load_step = [&](int step) {
@@ -139,11 +140,18 @@ struct BackwardSm80 {
       if (kStages > 1 && step + 1 < num_steps) load_step(step + 1);
 
       const typename Config::Mask mask(a, sequence, head);
+      const Score score(a, sequence, head);
+      const Dropout dropout(a, sequence, head);
+      const float log2_unit = score.unit() * static_cast<float>(kLog2E);
       Scores s, dp;
       s.clear();
       dp.clear();
       gemm_abt<Element>(s, smem.k, warp_row, stage.q);
       gemm_abt<Element>(dp, smem.v, warp_row, stage.dout);
+
+      BitSet<Scores::kM * Scores::kN * 4> kept;
+      for_each_dropped_transposed(dropout, s, q_first, kv_first + warp_row,
+                                  [&](int m, int n, int i) { kept.clear((m * Scores::kN + n) * 4 + i); });
 
       // s becomes p and dp becomes ds, both transposed: rows are keys, columns are queries.
       const bool full = tiles.is_full(tile);
@@ -155,11 +163,14 @@ struct BackwardSm80 {
           const float lse2 = stage.lse2[col], delta = stage.delta[col];
 #pragma unroll
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
-            const float x = score.apply(s.at(r, n, i));
-            const bool keep = full || mask.keep(q_first + col, kv_first + warp_row + r * 8 + lane / 4);
-            const float weight = keep ? exp2(x * log2_unit - lse2) : 0.f;
-            s.at(r, n, i) = weight;
-            dp.at(r, n, i) = weight * (dp.at(r, n, i) - delta) * score.slope(x);
+            const int q = q_first + col, kv = kv_first + warp_row + r * 8 + lane / 4;
+            const float raw = s.at(r, n, i);
+            const bool visible = full || mask.keep(q, kv);
+            const float p_value = visible ? exp2(score.apply(raw, q, kv) * log2_unit - lse2) : 0.f;
+            const bool keep = kept.has((r / 2 * Scores::kN + n) * 4 + r % 2 * 2 + i);
+            s.at(r, n, i) = keep ? p_value : 0.f;
+            const float dp_value = keep ? dp.at(r, n, i) * Dropout::scale(a) : 0.f;
+            dp.at(r, n, i) = p_value * (dp_value - delta) * score.slope(raw);
           }
         }
       }
@@ -187,9 +198,9 @@ struct BackwardSm80 {
     }
 
     ptx::sync_threads();  // every warp is done with K and V, whose memory dk and dv take over
-    store_grad<kColsQk, Config::kDimQk>(smem.k, dk, score.scale(), p.dk, p.dk_stride, sequence, work.head, kv_first,
-                                        split * kColsQk);
-    store_grad<kColsV, Config::kDimV>(smem.v, dv, 1.f, p.dv, p.dv_stride, sequence, work.head, kv_first,
+    store_grad<kColsQk, Config::kDimQk>(smem.k, dk, static_cast<float>(a.softmax_scale), p.dk, p.dk_stride, sequence,
+                                        work.head, kv_first, split * kColsQk);
+    store_grad<kColsV, Config::kDimV>(smem.v, dv, Dropout::scale(a), p.dv, p.dv_stride, sequence, work.head, kv_first,
                                       split * kColsV);
   }
 };

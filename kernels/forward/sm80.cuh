@@ -8,7 +8,7 @@
 //           +----+----+----+      kTileQ / kWarps whole rows, so softmax needs shuffles inside four lanes only.
 //
 //   load_q, load_k(first)
-//   for each kv tile:   load_v | S = Q K^T | mask_tile | softmax_tile | load_k(next) | out += P V
+//   for each kv tile:   load_v | S = Q K^T | mask_tile | softmax_tile, dropout | load_k(next) | out += P V
 //   store_out, store_lse
 //
 // K and V have one buffer each: V's copy runs under S = Q K^T, the next K's under P V.
@@ -17,6 +17,7 @@
 #include "attention/schedule.cuh"
 #include "attention/softmax.cuh"
 #include "tile/copy.cuh"
+#include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
 
 namespace cuflash {
@@ -26,6 +27,7 @@ struct ForwardSm80 {
   using Element = typename Config::Element;
   using Sequence = typename Config::Sequence;
   using Score = typename Config::Score;
+  using Dropout = typename Config::Dropout;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileQ / kWarps;
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
@@ -126,7 +128,8 @@ struct ForwardSm80 {
     };
 
     const typename Config::Mask mask(a, sequence, work.head);
-    const Score score(a);
+    const Score score(a, sequence, work.head);
+    const Dropout dropout(a, sequence, work.head);
     const float log2_unit = score.unit() * static_cast<float>(kLog2E);
     const Tiles tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
 
@@ -148,13 +151,17 @@ struct ForwardSm80 {
       Scores s;
       s.clear();
       gemm_abt<Element>(s, smem.q, warp_row, smem.k);
-      s.for_each(lane, [&](float& x, int, int) { x = score.apply(x); });
+      s.for_each(lane, [&](float& x, int row, int col) {
+        x = score.apply(x, q_first + warp_row + row, tile * kTileKv + col);
+      });
       if (!tiles.is_full(tile)) {
         s.for_each(lane, [&](float& x, int row, int col) {
           if (!mask.keep(q_first + warp_row + row, tile * kTileKv + col)) x = -infinity<float>();
         });
       }
       softmax_tile(s, rows, out, log2_unit);
+      for_each_dropped(dropout, s, q_first + warp_row, tile * kTileKv,
+                       [&](int m, int n, int i) { s.x[m][n][i] = 0.f; });
 
       ptx::cp_async_wait<0>();
       ptx::sync_threads();  // V is here, and every warp is done with K
@@ -172,12 +179,13 @@ struct ForwardSm80 {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       rows[r].l = row_sum(rows[r].l);
-      const float inverse = rows[r].inverse_sum();
+      const float rescale = Config::Sink::close(rows[r], a, work.head, score.unit());
+      const float factor = rescale * rows[r].inverse_sum() * Dropout::scale(a);
       const int row = warp_row + r * 8 + lane / 4;
 #pragma unroll
       for (int n = 0; n < Output::kN; ++n) {
         *reinterpret_cast<uint32*>(smem.out.at(row, n * 8 + lane % 4 * 2)) =
-            ptx::pack<Element>(out.at(r, n, 0) * inverse, out.at(r, n, 1) * inverse);
+            ptx::pack<Element>(out.at(r, n, 0) * factor, out.at(r, n, 1) * factor);
       }
       if (lane % 4 == 0 && row < q_rows) g_lse[row] = rows[r].lse(score.unit());
     }

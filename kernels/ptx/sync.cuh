@@ -17,4 +17,7 @@ CF_DEVICE void sync_warp() { __syncwarp(); }
 template <class T>
 CF_DEVICE T shuffle_xor(T x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 
+template <class T>
+CF_DEVICE T shuffle(T x, int source_lane) { return __shfl_sync(0xffffffffu, x, source_lane); }
+
 }  // namespace cuflash::ptx

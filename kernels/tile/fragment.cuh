@@ -67,4 +67,17 @@ CF_DEVICE void pack_operand(Operand<kRows, kCols>& operand, const Fragment<kRows
   }
 }
 
+// One bit for each of a lane's elements, all set at first; indices are compile-time constants after unrolling.
+template <int kBits>
+struct BitSet {
+  uint32 words[(kBits + 31) / 32];
+
+  CF_DEVICE BitSet() {
+#pragma unroll
+    for (uint32& word : words) word = ~0u;
+  }
+  CF_DEVICE void clear(int bit) { words[bit / 32] &= ~(1u << bit % 32); }
+  CF_DEVICE bool has(int bit) const { return words[bit / 32] >> bit % 32 & 1u; }
+};
+
 }  // namespace cuflash

@@ -1,0 +1,48 @@
+// Gradient of the sink logits: dsink = -sum over rows of exp(sink - lse) * delta. A block sums one head in a fixed order.
+#pragma once
+
+#include "attention/softmax.cuh"
+#include "element.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/sync.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct BackwardSink {
+  using Real = Accumulator<typename Config::Element>;
+
+  struct SmemPlan {
+    Real partial[Config::kThreads];
+  };
+
+  CF_DEVICE static void run(const BwdParams& p) {
+    SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
+    const Attention& a = p.attention;
+    const int head = ptx::block_index(), thread = ptx::thread_index();
+    const Real sink2 = static_cast<Real>(a.sink[head]) * static_cast<Real>(kLog2E);
+    Real sum = 0;
+    for (int batch = 0; batch < a.batch; ++batch) {
+      const typename Config::Sequence sequence(a, batch);
+      const int64 offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
+      const Real* delta = static_cast<const Real*>(p.delta) + offset;
+      const Real* lse2 = static_cast<const Real*>(p.lse2) + offset;
+      for (int row = thread; row < sequence.len_q; row += Config::kThreads) sum -= exp2(sink2 - lse2[row]) * delta[row];
+    }
+    smem.partial[thread] = sum;
+    ptx::sync_threads();
+    for (int half = Config::kThreads / 2; half > 0; half /= 2) {
+      if (thread < half) smem.partial[thread] += smem.partial[thread + half];
+      ptx::sync_threads();
+    }
+    if (thread == 0) p.dsink[head] = static_cast<float>(smem.partial[0]);
+  }
+};
+
+template <class Config>
+CF_DEVICE void backward_sink(const BwdParams& params) {
+  SmemSizeCheck<sizeof(typename BackwardSink<Config>::SmemPlan), Config::kSmemBytes>();
+  BackwardSink<Config>::run(params);
+}
+
+}  // namespace cuflash
