@@ -16,7 +16,7 @@ CLAIMS = {
     "01_quickstart.py": ["on numpy arrays: (2, 300, 4, 64) float32", "largest difference from softmax"],
     "02_training_step.py": ["finite differences measure", "loss after one step"],
     "03_variable_length.py": ["400 rows, where padding would need 1200", "other sequences unchanged to the bit: True"],
-    "08_look_inside.py": ["struct Config", "registers"],
+    "08_look_inside.py": ["struct Config", "fwd_sm80: ", "bwd_sm80: ", " registers a thread"],
 }
 
 
@@ -41,6 +41,8 @@ def test_every_numbered_example_is_here():
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_an_example_proves_what_it_says(name, tmp_path):
+    if name == "08_look_inside.py":
+        pytest.importorskip("cupy", reason="compiling needs CuPy")
     printed = run(str(ROOT / "examples" / name), cwd=tmp_path)
     for claim in CLAIMS[name]:
         assert claim in printed
