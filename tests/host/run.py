@@ -6,12 +6,12 @@ import ctypes
 from collections.abc import Mapping
 
 import numpy as np
-from host.build import build
 
 from cuflash.jit.params import dtype as params_dtype
 from cuflash.jit.render import config_header
 from cuflash.plan import Plan, Step
 from cuflash.problem import Problem
+from host.build import build
 
 UNIT = """
 #define __global__
@@ -20,12 +20,12 @@ UNIT = """
 #include "block.hpp"
 #include "entry/{kernel}.cu"
 
-extern "C" __attribute__((visibility("default"))) const char* launch(const void* params, long long num_blocks, int threads,
-                                                                     int smem_bytes, unsigned seed) {{
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT const char* launch(const void* params, long long num_blocks, int threads, int smem_bytes, unsigned seed) {{
   const auto kernel = [](const void* p) {{ {kernel}(*static_cast<const cuflash::{params}*>(p)); }};
   return cuflash::host::launch(kernel, params, num_blocks, threads, smem_bytes, seed);
 }}
-extern "C" __attribute__((visibility("default"))) long long bank_conflicts() {{ return cuflash::host::block.bank_conflicts; }}
+EXPORT int bank_conflicts() {{ return static_cast<int>(cuflash::host::block.bank_conflicts); }}
 """
 
 
@@ -33,8 +33,8 @@ class LaunchFailed(RuntimeError):
     """The kernel deadlocked, or touched shared memory where it must not."""
 
 
-def launch(step: Step, params: np.ndarray, seed: int = 0) -> None:
-    """Run one kernel to its end; ``seed`` decides in which order warps run."""
+def launch(step: Step, params: np.ndarray, seed: int = 0) -> int:
+    """Run one kernel to its end; ``seed`` decides in which order warps run. Returns its ldmatrix bank conflicts."""
     header = config_header(step.kernel, step.config, step.params)
     library = build(UNIT.format(kernel=step.kernel, params=step.params), header)
     library.launch.restype = ctypes.c_char_p
@@ -49,6 +49,7 @@ def launch(step: Step, params: np.ndarray, seed: int = 0) -> None:
     )
     if error is not None:
         raise LaunchFailed(f"{step.kernel}: {error.decode()}\n{header}")
+    return library.bank_conflicts()
 
 
 def strides(array: np.ndarray, axes: str) -> tuple[int, int, int]:
@@ -79,8 +80,8 @@ def attention_params(problem: Problem, arrays: Mapping[str, np.ndarray]) -> np.n
     return a
 
 
-def run_plan_on_host(plan: Plan, arrays: Mapping[str, np.ndarray | None], seed: int = 0) -> None:
-    """Run every kernel of a plan.
+def run_plan_on_host(plan: Plan, arrays: Mapping[str, np.ndarray], seed: int = 0) -> int:
+    """Run every kernel of a plan, and return their ldmatrix bank conflicts.
 
     ``arrays`` holds, by their names in ``params.cuh``, the inputs and the outputs, which are written in place:
     (b, s, h, d) or (total, h, d) tensors, and lse, dlse as (b, h, s) or (h, total).
@@ -89,6 +90,7 @@ def run_plan_on_host(plan: Plan, arrays: Mapping[str, np.ndarray | None], seed: 
     layout = "bshd" if problem.layout == "dense" else "shd"
     row_layout = "bhs" if problem.layout == "dense" else "hs"
     workspaces = {}
+    conflicts = 0
     for workspace in plan.workspaces:
         scratch = np.zeros(workspace.shape, workspace.dtype)
         if not workspace.zeroed:
@@ -107,7 +109,8 @@ def run_plan_on_host(plan: Plan, arrays: Mapping[str, np.ndarray | None], seed: 
         for name, scratch in workspaces.items():
             params[name] = scratch.ctypes.data
         if "delta" in workspaces:
-            shape = (problem.batch, problem.heads_q, problem.len_q)
-            rows = workspaces["delta"].reshape(shape if problem.layout == "dense" else (problem.heads_q, problem.total_q))
-            params["delta_stride"] = strides(rows, row_layout)
-        launch(step, params, seed)
+            dense = problem.layout == "dense"
+            rows = (problem.batch, problem.heads_q, problem.len_q) if dense else (problem.heads_q, problem.total_q)
+            params["delta_stride"] = strides(workspaces["delta"].reshape(rows), row_layout)
+        conflicts += launch(step, params, seed)
+    return conflicts
