@@ -55,8 +55,8 @@ def _writable(path: Path) -> bool:
         if _has_entries(path):
             return True
         warnings.warn(
-            f"the kernel cache {path} cannot be written ({error.strerror or error}); kernels are compiled again by every "
-            "process. Set CUFLASH_CACHE_DIR to a folder that can.",
+            f"the kernel cache {path} cannot be written ({error.strerror or error}), so every process compiles its "
+            "kernels again. Set CUFLASH_CACHE_DIR to a folder that can.",
             RuntimeWarning,
             stacklevel=2,
         )

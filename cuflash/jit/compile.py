@@ -130,8 +130,8 @@ def _module() -> Any:
         nvrtc.getVersion()
     except Exception as error:
         raise CompileError(
-            f"CuPy does not find the NVRTC library ({error}). Install cuflash[cuda13], or cuflash[cuda12] for a CUDA 12 "
-            "driver, or set CUDA_PATH to a CUDA toolkit."
+            f"CuPy does not find the NVRTC library ({error}). Install cuflash[cuda13], or cuflash[cuda12] for a "
+            "CUDA 12 driver, or set CUDA_PATH to a CUDA toolkit."
         ) from error
     return nvrtc
 

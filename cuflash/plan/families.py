@@ -106,8 +106,8 @@ def _config(problem: Problem, tile: tiles.Tile) -> Config:
 
 def _plain(config: Config, **changes: object) -> Config:
     """The same config without the choices a row-wise helper kernel does not read, so that variants share it."""
-    neutral = replace(config, mask="NoMask", score="ScaledScore<float>", reduction="AtomicReduction", tile_kv=1, stages=1)
-    return replace(neutral, blocks_per_sm=1, **changes)
+    neutral = replace(config, mask="NoMask", score="ScaledScore<float>", reduction="AtomicReduction")
+    return replace(neutral, tile_kv=1, stages=1, blocks_per_sm=1, **changes)
 
 
 def _tiles(longest: int, tile: int) -> int:
@@ -117,6 +117,10 @@ def _tiles(longest: int, tile: int) -> int:
 
 def _query_blocks(problem: Problem, tile_q: int) -> int:
     return _tiles(problem.len_q, tile_q) * problem.heads_q * problem.batch
+
+
+def _key_blocks(problem: Problem, tile_kv: int) -> int:
+    return _tiles(problem.len_kv, tile_kv) * problem.heads_kv * problem.batch
 
 
 def _row_workspace(problem: Problem, name: str) -> Workspace:
@@ -141,7 +145,7 @@ def _sm80_forward(problem: Problem, device: Device) -> Plan:
 def _sm80_backward(problem: Problem, device: Device) -> Plan:
     tile = tiles.backward_sm80(problem, device)
     config = _config(problem, tile)
-    blocks = _tiles(problem.len_kv, tile.tile_kv) * problem.heads_kv * problem.batch * tile.dim_splits
+    blocks = _key_blocks(problem, tile.tile_kv) * tile.dim_splits
     convert = _plain(config, dim_v=1, smem_bytes=tiles.convert_smem(problem, tile))
     steps = (
         delta_step(problem),
@@ -179,9 +183,7 @@ def _simt_backward(problem: Problem, device: Device) -> Plan:
     config = replace(_config(problem, tile), reduction="AtomicReduction")
     steps = (
         delta_step(problem),
-        Step(
-            "bwd_simt_dkdv", "BwdParams", config, _tiles(problem.len_kv, tile.tile_kv) * problem.heads_kv * problem.batch
-        ),
+        Step("bwd_simt_dkdv", "BwdParams", config, _key_blocks(problem, tile.tile_kv)),
         Step("bwd_simt_dq", "BwdParams", config, _query_blocks(problem, tile.tile_q)),
     )
     workspaces = (_row_workspace(problem, "delta"), _row_workspace(problem, "lse2"))
