@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import cuflash
+
 ROOT = Path(__file__).parent.parent
 
 CLAIMS = {
@@ -21,8 +23,13 @@ CLAIMS = {
 
 
 def run(*arguments: str, cwd: Path) -> str:
-    """Run Python where no GPU is visible."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "CUFLASH_CACHE_DIR": str(cwd)}
+    """Run Python with this cuflash where no GPU is visible."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(cuflash.__file__).parent.parent),
+        "CUDA_VISIBLE_DEVICES": "",
+        "CUFLASH_CACHE_DIR": str(cwd),
+    }
     done = subprocess.run(
         [sys.executable, "-W", "error", *arguments],
         capture_output=True,
