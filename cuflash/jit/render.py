@@ -58,7 +58,7 @@ def _layout_assertions(params: str) -> list[str]:
         dtype = params_header.dtype(struct)
         lines.append(f'static_assert(sizeof({struct}) == {dtype.itemsize}, "host layout");')
         lines += [
-            f'static_assert(__builtin_offsetof({struct}, {name}) == {offset}, "host layout");'
+            f'static_assert(CF_OFFSET({struct}, {name}) == {offset}, "host layout");'
             for name, (_, offset, *_) in dtype.fields.items()
         ]
     return lines
