@@ -116,7 +116,7 @@ def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, ar
     views = {name: framework.view(options.name(name), x) for name, x in arguments.items()}
     problem = check.problem_of(direction, options, views)
     ordinal = int(views["q"].device.removeprefix("cuda:"))
-    plan = choose(problem, device.current(ordinal))
+    plan = choose(problem, device.current(ordinal), options.family)
 
     shapes = check.shapes(options, views)
     new = {

@@ -38,6 +38,8 @@ class Options(NamedTuple):
     enable_gqa: bool = True
     sdpa: bool = False
     """Called as ``scaled_dot_product_attention``: (b, h, s, d) tensors and PyTorch's argument names."""
+    family: str | None = None
+    """Hold the planner to one kernel family, for checks of kernels that another is preferred to."""
 
     def name(self, argument: str) -> str:
         """What the caller knows an argument as."""
