@@ -125,7 +125,7 @@ def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, ar
         if name not in views
     }
     allocated = (*new.values(), *plan.workspaces)
-    places = [*ARGUMENTS[direction], *new]
+    places = [*(name if name in views else None for name in ARGUMENTS[direction]), *new]
     outputs = [name for name in OUTPUTS[direction] if name in views]
     params = jit.params.dtype(plan.steps[0].params)
     with framework.context(ordinal):
