@@ -4,10 +4,13 @@
 #ifdef __CUDACC__
 #define CF_DEVICE __device__ __forceinline__
 #define CF_INFINITY __longlong_as_double(0x7ff0000000000000ll)
+#define CF_OFFSET(type, member) __INTADDR__(&((type*)0)->member)  // NVRTC has no offsetof
 #else  // a host compiler: the policies are unit-tested, and the kernels emulated, without a GPU
 #include <cmath>
+#include <cstddef>
 #define CF_DEVICE inline
 #define CF_INFINITY HUGE_VAL
+#define CF_OFFSET(type, member) offsetof(type, member)
 #endif
 
 #ifdef CF_DEBUG

@@ -121,9 +121,8 @@ def test_the_nearest_sentence_is_about_the_query(encoder, query, nearest):
 
 def test_the_command_prints_the_neighbours(tmp_path):
     command = [sys.executable, sentence_search.__file__, "how do I keep my plants alive", "--top", "3"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"}, check=False
-    )
+    here = {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **here}, check=False)
     assert run.returncode == 0, run.stderr
     rows = [line for line in run.stdout.splitlines() if line.startswith("│")]
     assert len(rows) == 3

@@ -144,6 +144,10 @@ def _query_blocks(problem: Problem, tile_q: int) -> int:
     return _tiles(problem.len_q, tile_q) * problem.heads_q * problem.batch
 
 
+def _key_blocks(problem: Problem, tile_kv: int) -> int:
+    return _tiles(problem.len_kv, tile_kv) * problem.heads_kv * problem.batch
+
+
 def _row_workspace(problem: Problem, name: str) -> Workspace:
     """One accumulator-type number for every query row, laid out like the log-sum-exp."""
     rows = problem.total_q if problem.layout == "varlen" else problem.batch * problem.len_q
@@ -185,7 +189,7 @@ def _sm80_forward(problem: Problem, device: Device) -> Plan:
 def _sm80_backward(problem: Problem, device: Device) -> Plan:
     tile = tiles.backward_sm80(problem, device)
     config = _config(problem, tile)
-    blocks = _tiles(problem.len_kv, tile.tile_kv) * problem.heads_kv * problem.batch * tile.dim_splits
+    blocks = _key_blocks(problem, tile.tile_kv) * tile.dim_splits
     convert = _plain(config, dim_v=1, smem_bytes=tiles.convert_smem(problem, tile))
     steps = (
         delta_step(problem),
@@ -225,9 +229,7 @@ def _simt_backward(problem: Problem, device: Device) -> Plan:
     config = replace(_config(problem, tile), reduction="AtomicReduction")
     steps = (
         delta_step(problem),
-        Step(
-            "bwd_simt_dkdv", "BwdParams", config, _tiles(problem.len_kv, tile.tile_kv) * problem.heads_kv * problem.batch
-        ),
+        Step("bwd_simt_dkdv", "BwdParams", config, _key_blocks(problem, tile.tile_kv)),
         Step("bwd_simt_dq", "BwdParams", config, _query_blocks(problem, tile.tile_q)),
     )
     workspaces = (_row_workspace(problem, "delta"), _row_workspace(problem, "lse2"))

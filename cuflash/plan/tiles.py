@@ -1,6 +1,7 @@
 """Tile tables: how each kernel cuts a problem, what that costs in shared memory, and why these numbers.
 
-The shared-memory formulas restate the kernels' ``SmemPlan`` structs; a kernel whose ``sizeof`` differs does not compile.
+The shared-memory formulas restate the kernels' ``SmemPlan`` structs; a kernel whose ``sizeof`` differs does not
+compile.
 """
 
 from __future__ import annotations

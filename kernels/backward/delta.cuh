@@ -52,8 +52,10 @@ CF_DEVICE void backward_delta(const BwdParams& p) {
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
     if (row < end && lane == 0) {
-      g_delta[row] = sum - (p.dlse ? g_dlse[row * p.dlse_stride.row] : Real(0));
-      g_lse2[row] = backward_lse2(g_lse[row * p.lse_stride.row]);
+      const Real lse2 = backward_lse2(g_lse[row * p.lse_stride.row]);
+      const Real dlse = p.dlse ? g_dlse[row * p.dlse_stride.row] : Real(0);
+      g_lse2[row] = lse2;
+      g_delta[row] = lse2 == infinity<Real>() ? Real(0) : sum - dlse;  // dlse of an empty row may be anything
     }
   }
 }

@@ -172,10 +172,10 @@ struct ForwardSm80 {
       gemm_ab<Element>(out, weights, smem.v);
     }
 
-    // The output's addresses are made only now: registers are scarce inside the loop.
+    // `out` takes over Q's memory: the loop's last barrier came after every warp's last Q K^T. The output's addresses are
+    // made only now: registers are scarce inside the loop.
     Element* g_out = out_of(p, sequence, work.head) + (q_first + warp_row) * p.out_stride.row;
     float* g_lse = lse_of(p, sequence, work.head) + q_first;
-    ptx::sync_threads();  // every warp is done with Q, whose memory `out` takes over
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       rows[r].l = row_sum(rows[r].l);

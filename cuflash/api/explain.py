@@ -1,0 +1,77 @@
+"""The choice of kernels, made visible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cuflash import ops
+from cuflash.masks import Alignment
+from cuflash.ops import Options
+from cuflash.problem import Problem
+
+Array = Any
+
+
+def explain(
+    q: Array | Problem,
+    k: Array | None = None,
+    v: Array | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alignment: Alignment = "bottom-right",
+    attn_mask: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Array | None = None,
+    deterministic: bool = False,
+    device: str | None = None,
+    backward: bool = False,
+) -> object:
+    """Say which kernels a call would run, with which tiles and scratch memory, and why no others; runs nothing.
+
+    Parameters
+    ----------
+    q : array or Problem
+        The queries of a call, as for `flash_attn_func` or, with `cu_seqlens_q`, `flash_attn_varlen_func`; or a
+        `cuflash.problem.Problem`, which says everything but the device.
+    k, v : array
+        Keys and values.
+    softmax_scale, causal, window_size, softcap, alignment, attn_mask
+        As for `flash_attn_vjp`.
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
+        As for `flash_attn_varlen_func`.
+    deterministic : bool
+        As for `flash_attn_backward`; acts with ``backward=True``.
+    device : str, optional
+        A GPU by name or architecture (``"h100"``, ``"sm_90a"``), which need not be there; the arrays' own by default.
+        Needed for NumPy arrays and for a Problem.
+    backward : bool
+        Explain the gradients instead of the forward.
+
+    Returns
+    -------
+    Explanation
+        ``print()`` shows it; `plan`, `problem`, `device` and `why_not` hold the parts.
+
+    Raises
+    ------
+    InvalidArgument
+        If the call would be refused, or the device is not known.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> x = np.zeros((1, 1024, 8, 64), np.float16)
+    >>> print(cuflash.explain(x, x, x, causal=True, device="h100"))  # doctest: +ELLIPSIS
+    forward fp16 b1 h8 s1024x1024 d64 causal on NVIDIA H100 (sm_90a)
+    ...
+    """
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, deterministic, max_seqlen_q, max_seqlen_k)
+    arrays = (k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    return ops.explain(q, arrays, options, device, backward)

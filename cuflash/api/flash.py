@@ -1,0 +1,522 @@
+"""Attention with flash-attn's names, argument order and meaning, for every kind of array, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cuflash import ops
+from cuflash.api.served import refuse_unserved
+from cuflash.errors import InvalidArgument
+from cuflash.masks import Alignment
+from cuflash.ops import Options
+
+Array = Any
+"""An array of NumPy, CuPy, torch, JAX or another library that speaks DLPack."""
+
+
+def flash_attn_func(
+    q: Array,
+    k: Array,
+    v: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    alignment: Alignment = "bottom-right",
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Exact attention, ``softmax(softmax_scale * q @ k.T) @ v`` per head, in memory that grows with the lengths only.
+
+    NumPy arrays are computed on the CPU. CuPy arrays run kernels on the current stream, torch tensors on CUDA devices
+    on torch's current stream, and JAX arrays and those of other DLPack producers on CuPy's current stream, ordered with
+    their own. None of them is copied, and the result belongs to the same library. Query ``i`` sees key ``j`` where a 1
+    is drawn::
+
+        causal=True             causal=True             causal=True, window_size=(1, 0)
+        len_q=2, len_kv=4       len_q=4, len_kv=2       len_q=len_kv=4
+        1 1 1 0                 0 0                     1 0 0 0
+        1 1 1 1                 0 0                     1 1 0 0
+                                1 0                     0 1 1 0
+                                1 1                     0 0 1 1
+
+    A query that sees no key has output 0 and log-sum-exp -inf. Query head ``h`` uses key/value head
+    ``h // (heads_q // heads_kv)``.
+
+    Parameters
+    ----------
+    q : array, (b, len_q, heads_q, dim_qk)
+        Queries in float16, bfloat16, float32 or float64. The last dimension of every tensor must be contiguous; the
+        other strides are free.
+    k : array, (b, len_kv, heads_kv, dim_qk)
+        Keys; heads_q must be a multiple of heads_kv.
+    v : array, (b, len_kv, heads_kv, dim_v)
+        Values.
+    dropout_p : float
+        Must be 0: dropout is not supported yet.
+    softmax_scale : float, optional
+        Factor of ``q @ k.T``, of any sign; ``dim_qk ** -0.5`` by default.
+    causal : bool
+        Query ``i`` sees no key after its own, ``i + len_kv - len_q``; the right side of `window_size` becomes 0.
+    window_size : (int, int)
+        How many keys before and after its own a query sees; -1 is unbounded.
+    softcap : float
+        Scores become ``softcap * tanh(score / softcap)``; 0 leaves them alone.
+    alibi_slopes : None
+        Must be None: ALiBi is not supported yet.
+    deterministic : bool
+        The forward gives the same bits on every run either way; the flag acts in `flash_attn_backward` and
+        `flash_attn_vjp`.
+    return_attn_probs : bool
+        Must be False: probabilities are never stored. See `return_lse`.
+    alignment : {"bottom-right", "top-left"}
+        Which key is a query's own: with ``bottom-right`` the last query's is the last key, with ``top-left`` the first
+        query's is the first key.
+    return_lse : bool
+        Also return the log-sum-exp.
+    out : array, (b, len_q, heads_q, dim_v), optional
+        Written and returned instead of a new array; NumPy, CuPy and torch only. May not overlap q, k or v.
+
+    Returns
+    -------
+    out : array, (b, len_q, heads_q, dim_v)
+        In the dtype of q.
+    lse : array, (b, heads_q, len_q)
+        With `return_lse`: natural logarithm of the sum of exponentials of each query's scores, in float32 (float64 for
+        float64 tensors).
+
+    Raises
+    ------
+    InvalidArgument
+        If an argument is wrong or does not fit another; nothing has been launched or written then.
+    UnsupportedProblem
+        If the arguments ask for something that is not supported yet, or that no kernel runs on this device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> q = k = np.zeros((1, 3, 2, 4), np.float32)
+    >>> v = np.ones((1, 3, 2, 5), np.float32)
+    >>> cuflash.flash_attn_func(q, k, v, causal=True).shape
+    (1, 3, 2, 5)
+    """
+    refuse_unserved(dropout_p, alibi_slopes, return_attn_probs)
+    options = Options(softmax_scale, causal, window_size, softcap, alignment)
+    out, lse = ops.forward(options, q, k, v, out=out)
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_kvpacked_func(
+    q: Array,
+    kv: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    alignment: Alignment = "bottom-right",
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """`flash_attn_func` of keys and values in one array.
+
+    Parameters
+    ----------
+    q : array, (b, len_q, heads_q, dim)
+        Queries.
+    kv : array, (b, len_kv, 2, heads_kv, dim)
+        Keys, then values.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        As for `flash_attn_func`.
+    alignment, return_lse, out
+        As for `flash_attn_func`.
+
+    Returns
+    -------
+    out : array, (b, len_q, heads_q, dim)
+        And with `return_lse` the log-sum-exp, (b, heads_q, len_q).
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `flash_attn_func`.
+    """
+    k, v = _unpacked("kv", kv, ("b", "s", "2", "h", "d"))
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_func(q, k, v, *options, alignment=alignment, return_lse=return_lse, out=out)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    alignment: Alignment = "bottom-right",
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """`flash_attn_func` of queries, keys and values in one array.
+
+    Parameters
+    ----------
+    qkv : array, (b, s, 3, h, dim)
+        Queries, then keys, then values.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        As for `flash_attn_func`.
+    alignment, return_lse, out
+        As for `flash_attn_func`.
+
+    Returns
+    -------
+    out : array, (b, s, h, dim)
+        And with `return_lse` the log-sum-exp, (b, h, s).
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `flash_attn_func`.
+    """
+    q, k, v = _unpacked("qkv", qkv, ("b", "s", "3", "h", "d"))
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_func(q, k, v, *options, alignment=alignment, return_lse=return_lse, out=out)
+
+
+def flash_attn_varlen_func(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    alignment: Alignment = "bottom-right",
+    seqused_k: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Attention of sequences of different lengths, packed one after the other without padding.
+
+    Each sequence attends to its own keys, with masks aligned to its own lengths. Rows after the last sequence have
+    output 0 and log-sum-exp -inf.
+
+    Parameters
+    ----------
+    q : array, (total_q, heads_q, dim_qk)
+        Queries of all sequences.
+    k : array, (total_kv, heads_kv, dim_qk)
+        Keys.
+    v : array, (total_kv, heads_kv, dim_v)
+        Values.
+    cu_seqlens_q, cu_seqlens_k : array of int32, (b + 1,)
+        The row of q, and of k and v, at which each sequence starts, from 0 and rising; the last number is the end of
+        the last sequence.
+    max_seqlen_q, max_seqlen_k : int, optional
+        At least as long as the longest sequence. None reads `cu_seqlens` and checks its values; on a GPU that waits for
+        the device once, and cannot be captured in a graph. Given, values on a GPU are trusted.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        As for `flash_attn_func`.
+    alignment, return_lse
+        As for `flash_attn_func`.
+    seqused_k : array of int32, (b,), optional
+        How many keys of each sequence, from its first, take part; the others are not read.
+    out : array, (total_q, heads_q, dim_v), optional
+        Written and returned instead of a new array.
+
+    Returns
+    -------
+    out : array, (total_q, heads_q, dim_v)
+        In the dtype of q.
+    lse : array, (heads_q, total_q)
+        With `return_lse`, as for `flash_attn_func`.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `flash_attn_func`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> x = np.ones((5, 2, 4), np.float32)
+    >>> starts = np.array([0, 2, 5], np.int32)
+    >>> cuflash.flash_attn_varlen_func(x, x, x, starts, starts, causal=True).shape
+    (5, 2, 4)
+    """
+    refuse_unserved(dropout_p, alibi_slopes, return_attn_probs)
+    _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, False, max_seqlen_q, max_seqlen_k)
+    out, lse = ops.forward(options, q, k, v, None, cu_seqlens_q, cu_seqlens_k, seqused_k, out)
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Array,
+    kv: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    alignment: Alignment = "bottom-right",
+    seqused_k: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """`flash_attn_varlen_func` of keys and values in one array.
+
+    Parameters
+    ----------
+    q : array, (total_q, heads_q, dim)
+        Queries of all sequences.
+    kv : array, (total_kv, 2, heads_kv, dim)
+        Keys, then values.
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
+        As for `flash_attn_varlen_func`.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        As for `flash_attn_func`.
+    alignment, return_lse, out
+        As for `flash_attn_varlen_func`.
+
+    Returns
+    -------
+    out : array, (total_q, heads_q, dim)
+        And with `return_lse` the log-sum-exp, (heads_q, total_q).
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `flash_attn_func`.
+    """
+    k, v = _unpacked("kv", kv, ("total", "2", "h", "d"))
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(
+        q, k, v, *lengths, *options, alignment=alignment, seqused_k=seqused_k, return_lse=return_lse, out=out
+    )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array,
+    cu_seqlens: Array,
+    max_seqlen: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    alignment: Alignment = "bottom-right",
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """`flash_attn_varlen_func` of queries, keys and values in one array.
+
+    Parameters
+    ----------
+    qkv : array, (total, 3, h, dim)
+        Queries, then keys, then values.
+    cu_seqlens : array of int32, (b + 1,)
+        The row at which each sequence starts, and the end of the last.
+    max_seqlen : int, optional
+        At least as long as the longest sequence; None reads `cu_seqlens`, as in `flash_attn_varlen_func`.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        As for `flash_attn_func`.
+    alignment, return_lse, out
+        As for `flash_attn_varlen_func`.
+
+    Returns
+    -------
+    out : array, (total, h, dim)
+        And with `return_lse` the log-sum-exp, (h, total).
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `flash_attn_func`.
+    """
+    q, k, v = _unpacked("qkv", qkv, ("total", "3", "h", "d"))
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(q, k, v, *lengths, *options, alignment=alignment, return_lse=return_lse, out=out)
+
+
+def flash_attn_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alignment: Alignment = "bottom-right",
+    attn_mask: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Array | None = None,
+    deterministic: bool = False,
+    dlse: Array | None = None,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v, given those of the output.
+
+    Parameters
+    ----------
+    dout : array, shaped like `out`
+        Gradient of the output.
+    q, k, v : array
+        The tensors of the forward: (b, s, h, d), or packed (total, h, d) when `cu_seqlens_q` is given.
+    out, lse : array
+        What the forward returned for them with ``return_lse=True``. Both -inf and +inf in `lse` mark a query that sees
+        no key.
+    softmax_scale, causal, window_size, softcap, alignment
+        As in the forward.
+    attn_mask : array of bool, optional
+        True where a query and a key take part; broadcasts to (b, heads_q, len_q, len_kv).
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
+        As in `flash_attn_varlen_func`.
+    deterministic : bool
+        Give the same bits on every run, for some of the speed.
+    dlse : array, shaped like `lse`, optional
+        Gradient of the log-sum-exp; zero by default.
+    dq, dk, dv : array, optional
+        Written and returned instead of new arrays; NumPy, CuPy and torch only. May not overlap the other arguments.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        Shaped and typed like q, k and v. Where nothing is visible they are 0.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `flash_attn_func`.
+    """
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, deterministic, max_seqlen_q, max_seqlen_k)
+    masks = (attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    return ops.backward(options, q, k, v, *masks, out, dout, lse, dlse, dq, dk, dv)
+
+
+def flash_attn_vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alignment: Alignment = "bottom-right",
+    attn_mask: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Array | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> tuple[Any, Callable[..., tuple[Array, Array, Array]]]:
+    """Attention and the function that pulls gradients back through it.
+
+    Parameters
+    ----------
+    q, k, v : array
+        (b, s, h, d), or packed (total, h, d) when `cu_seqlens_q` is given. They, the output and the log-sum-exp are
+        kept until the pullback is dropped.
+    softmax_scale, causal, window_size, softcap, alignment
+        As for `flash_attn_func`.
+    attn_mask : array of bool, optional
+        True where a query and a key take part; broadcasts to (b, heads_q, len_q, len_kv).
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
+        As for `flash_attn_varlen_func`.
+    deterministic : bool
+        Make the pullback give the same bits on every run, for some of the speed.
+    return_lse : bool
+        Also return the log-sum-exp.
+
+    Returns
+    -------
+    out : array
+        As from `flash_attn_func`; (out, lse) with `return_lse`.
+    pullback : callable
+        ``pullback(dout, dlse=None) -> (dq, dk, dv)``.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `flash_attn_func`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> q = k = v = np.ones((1, 3, 2, 4), np.float32)
+    >>> out, pullback = cuflash.flash_attn_vjp(q, k, v, causal=True)
+    >>> dq, dk, dv = pullback(np.ones_like(out))
+    """
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, deterministic, max_seqlen_q, max_seqlen_k)
+    out, lse, pullback = ops.vjp(options, q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    return ((out, lse) if return_lse else out), pullback
+
+
+def _unpacked(name: str, x: Array, axes: tuple[str, ...]) -> list[Array]:
+    """Views of the q, k and v in one array; the axis that is named by a number holds them."""
+    axis = next(i for i, a in enumerate(axes) if a.isdigit())
+    shape = getattr(x, "shape", None)
+    if shape is None:
+        raise InvalidArgument(f"{name} is a {type(x).__name__}; expected an array ({', '.join(axes)}).")
+    if len(shape) != len(axes) or shape[axis] != int(axes[axis]):
+        raise InvalidArgument(f"{name} has shape {tuple(shape)}; expected ({', '.join(axes)}).")
+    return [x[(slice(None),) * axis + (i,)] for i in range(shape[axis])]
+
+
+def _require(**arrays: Array | None) -> None:
+    """Refuse None for arrays that make a call what it is."""
+    for name, x in arrays.items():
+        if x is None:
+            raise InvalidArgument(f"{name} is None; expected an array.")

@@ -1,0 +1,342 @@
+"""Arrays at the door: whose they are, where they lie, and how results go back to the same framework.
+
+Below this file an array is a pointer with a shape, strides and a dtype. torch and JAX are found in ``sys.modules`` and
+never imported: an array of theirs can only exist after their user imported them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuflash.errors import InvalidArgument, UnsupportedProblem
+
+_CPU, _CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType of dlpack.h
+
+
+class View(NamedTuple):
+    """One array argument, spelled out in the same words for every framework."""
+
+    name: str
+    """What the caller knows the argument as."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Distances between neighbours along each axis, in bytes."""
+    dtype: str
+    """NumPy's name of the element type: ``float16``, ``bfloat16``, ``int32``, ..."""
+    itemsize: int
+    pointer: int
+    device: str
+    """``cpu`` or ``cuda:<ordinal>``."""
+    writeable: bool = True
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no element."""
+        return 0 in self.shape
+
+    def span(self) -> tuple[str, int, int]:
+        """Its name, and the addresses of its first byte and its end."""
+        first, end = self.extent()
+        return self.name, self.pointer + first, self.pointer + end
+
+    def extent(self) -> tuple[int, int]:
+        """First byte and end of the elements, relative to the pointer."""
+        if self.empty:
+            return 0, 0
+        steps = [(n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)]
+        return sum(min(s, 0) for s in steps), sum(max(s, 0) for s in steps) + self.itemsize
+
+
+class NumPy:
+    """Arrays in host memory."""
+
+    name = "NumPy"
+
+    def view(self, name: str, x: np.ndarray) -> View:
+        """Spell the array out."""
+        # .name says "float32" for either byte order; str() says ">f4" for the foreign one.
+        dtype = x.dtype.name if x.dtype.isnative else str(x.dtype)
+        pointer = x.__array_interface__["data"][0]
+        return View(name, x.shape, x.strides, dtype, x.itemsize, pointer, "cpu", x.flags.writeable)
+
+
+class CuPy:
+    """CuPy arrays, on the current CuPy stream of their device."""
+
+    name = "CuPy"
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._current_device = cupy.cuda.runtime.getDevice
+        self._here = nullcontext()
+
+    def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
+        """Pointers of the arrays that are given, and everything else about all of them as a key."""
+        pointers, key = [], []
+        for x in arrays:
+            if x is None:
+                key.append(None)
+                continue
+            data = x.data
+            pointer = data.ptr
+            pointers.append(pointer)
+            key.append((x.shape, x.strides, x.dtype, data.device_id, pointer & 15))
+        return pointers, tuple(key)
+
+    def view(self, name: str, x: Any) -> View:
+        """Spell the array out."""
+        device = f"cuda:{x.data.device_id}"
+        return View(name, x.shape, x.strides, x.dtype.name, x.dtype.itemsize, x.data.ptr, device)
+
+    def context(self, device: int) -> AbstractContextManager[Any]:
+        """Where launches and allocations for the device belong."""
+        return self._here if self._current_device() == device else self._cupy.cuda.Device(device)
+
+    def dtype(self, dtype: np.dtype) -> Any:
+        """The framework's own name of a dtype."""
+        return dtype
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate on the current stream; call inside :meth:`context`."""
+        return self._cupy.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate and clear on the current stream; call inside :meth:`context`."""
+        return self._cupy.zeros(shape, dtype)
+
+    def pointer(self, x: Any) -> int:
+        """Address of the first element."""
+        return x.data.ptr
+
+
+class Torch:
+    """Tensors on CUDA devices, on torch's current stream of their device; memory comes from torch's allocator.
+
+    Torch's allocator knows which stream a block belongs to and which blocks a captured graph owns, so nothing here has
+    to be kept alive by hand.
+    """
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._torch = sys.modules["torch"]
+        self._here = nullcontext()
+
+    def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
+        """Pointers of the arrays that are given, and everything else about all of them as a key."""
+        grad = self._torch.is_grad_enabled()
+        pointers, key = [], []
+        for name, x in zip(names, arrays, strict=True):
+            if x is None:
+                key.append(None)
+                continue
+            if grad and x.requires_grad:
+                raise InvalidArgument(
+                    f"{name} requires grad, but autograd does not see cuflash's kernels: its gradient would be lost. "
+                    f"Pass {name}.detach() (or call under torch.no_grad()), and take gradients from "
+                    "cuflash.flash_attn_vjp or cuflash.flash_attn_backward."
+                )
+            pointer = x.data_ptr()
+            pointers.append(pointer)
+            key.append((x.shape, x.stride(), x.dtype, x.device, x.is_neg(), pointer & 15))
+        return pointers, tuple(key)
+
+    def view(self, name: str, x: Any) -> View:
+        """Spell the tensor out."""
+        if x.device.type != "cuda":
+            raise _not_on_cuda(name, self.name, f"on {x.device}")
+        if x.is_neg():
+            raise InvalidArgument(f"{name} is a lazily negated torch view; pass {name}.resolve_neg().")
+        itemsize = x.element_size()
+        strides = tuple(stride * itemsize for stride in x.stride())
+        dtype = str(x.dtype).removeprefix("torch.")
+        return View(name, tuple(x.shape), strides, dtype, itemsize, x.data_ptr(), str(x.device))
+
+    def context(self, device: int) -> AbstractContextManager[Any]:
+        """Where launches and allocations for the device belong."""
+        cuda = _cupy().cuda
+        stream = self._torch.cuda.current_stream(device).cuda_stream
+        if cuda.runtime.getDevice() == device and cuda.get_current_stream().ptr == stream:
+            return self._here
+        return _on_stream(device, stream)
+
+    def dtype(self, dtype: np.dtype) -> Any:
+        """The framework's own name of a dtype."""
+        return getattr(self._torch, dtype.name)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate on torch's current stream."""
+        return self._torch.empty(shape, dtype=dtype, device=f"cuda:{device}")
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate and clear on torch's current stream."""
+        return self._torch.zeros(shape, dtype=dtype, device=f"cuda:{device}")
+
+    def pointer(self, x: Any) -> int:
+        """Address of the first element."""
+        return x.data_ptr()
+
+
+class Guest:
+    """A framework reached through DLPack alone: its arrays become CuPy views, results become its arrays.
+
+    Both ways the consumer names its stream and the producer orders the two, so nothing waits on the host.
+    """
+
+    def __init__(self, name: str, from_dlpack: Callable[[Any], Any]) -> None:
+        self.name = name
+        self._from_dlpack = from_dlpack
+        self._in_flight: list[tuple[Any, Sequence[Any]]] = []
+        self._lock = threading.Lock()
+
+    def borrow(self, names: Sequence[str], arrays: Sequence[Any]) -> list[Any]:
+        """View the arrays as CuPy arrays that CuPy's current stream may read."""
+        cupy = _cupy()
+        views = []
+        for name, x in zip(names, arrays, strict=True):
+            if x is not None and x.__dlpack_device__()[0] not in (_CUDA, _CUDA_MANAGED):
+                raise _not_on_cuda(name, self.name, "in host memory")
+            views.append(None if x is None else cupy.from_dlpack(x))
+        return views
+
+    def lend(self, results: Sequence[Any], borrowed: Sequence[Any]) -> tuple[Any, ...]:
+        """Hand CuPy results over, and keep what was borrowed until the kernels queued so far are done with it.
+
+        The owner's allocator knows nothing of CuPy's stream, and would reuse memory that its user drops too early.
+        """
+        with results[0].device:
+            event = _cupy().cuda.Event(disable_timing=True)
+            event.record()
+            lent = tuple(self._from_dlpack(x) for x in results)
+        with self._lock:
+            self._in_flight = [(e, held) for e, held in self._in_flight if not e.done]
+            self._in_flight.append((event, borrowed))
+        return lent
+
+
+Framework = NumPy | CuPy | Torch | Guest
+
+numpy_arrays = NumPy()
+
+
+@cache
+def cupy_arrays() -> CuPy:
+    """The one CuPy framework; imports CuPy."""
+    _cupy()
+    return CuPy()
+
+
+def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
+    """The framework that all the given arrays belong to; None among them is an argument that was left out.
+
+    Raises
+    ------
+    InvalidArgument
+        If one is not an array, or they belong to different frameworks.
+    UnsupportedProblem
+        If one is a JAX tracer.
+    """
+    first, first_name = None, ""
+    for name, x in zip(names, arrays, strict=True):
+        if x is None:
+            continue
+        framework = _framework_of_type(type(x))
+        if framework is None:
+            raise InvalidArgument(
+                f"{name} is a {type(x).__name__}; expected an array of NumPy, CuPy, torch, JAX or another library that "
+                f"speaks DLPack. Convert it first, for example with numpy.asarray or cupy.asarray."
+            )
+        if first is None:
+            first, first_name = framework, name
+        elif framework is not first:
+            raise InvalidArgument(
+                f"{name} is a {framework.name} array but {first_name} is a {first.name} array; "
+                "all arrays of a call must come from one framework. Convert one of them."
+            )
+    if first is None:
+        raise InvalidArgument(f"{names[0]} is None; expected an array.")
+    return first
+
+
+@lru_cache(maxsize=256)
+def _framework_of_type(kind: type) -> Framework | None:
+    """The framework an array type belongs to; None when it is not an array type."""
+    if issubclass(kind, np.ndarray):
+        return None if issubclass(kind, np.ma.MaskedArray) else numpy_arrays
+    cupy, torch, jax = (sys.modules.get(name) for name in ("cupy", "torch", "jax"))
+    if cupy is not None and issubclass(kind, cupy.ndarray):
+        return cupy_arrays()
+    if torch is not None and issubclass(kind, torch.Tensor):
+        return _torch_tensors()
+    if jax is not None and issubclass(kind, jax.core.Tracer):
+        raise UnsupportedProblem(
+            "cuflash does not run inside jax.jit, jax.grad or jax.vmap yet. "
+            "Call it on concrete JAX arrays, and take gradients from cuflash.flash_attn_vjp."
+        )
+    if jax is not None and issubclass(kind, jax.Array):
+        return _guest("JAX", jax.numpy.from_dlpack)
+    module = sys.modules.get(kind.__module__.partition(".")[0])
+    if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") and hasattr(module, "from_dlpack"):
+        return _guest(module.__name__, module.from_dlpack)
+    return None
+
+
+@cache
+def _torch_tensors() -> Torch:
+    return Torch()
+
+
+@cache
+def _guest(name: str, from_dlpack: Callable[[Any], Any]) -> Guest:
+    return Guest(name, from_dlpack)
+
+
+def _cupy() -> Any:
+    """CuPy, which launches the kernels for every framework."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            "cuflash launches its kernels through CuPy, which cannot be imported. "
+            "Install it with `pip install cuflash[cuda12]` or `pip install cuflash[cuda13]`."
+        ) from error
+    return cupy
+
+
+def _not_on_cuda(name: str, framework: str, where: str) -> InvalidArgument:
+    """The refusal of a guest's array that is on no GPU."""
+    return InvalidArgument(
+        f"{name} is a {framework} array {where}; cuflash computes {framework} arrays on CUDA devices and NumPy arrays "
+        f"on the CPU. Move {name} to a GPU, or pass numpy.asarray({name})."
+    )
+
+
+class _StreamPointer:
+    """A raw stream in the words of the CUDA stream protocol."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+@cache  # never evicted: a CuPy stream object destroys what it wraps in some CuPy versions, and torch pools its streams
+def _stream(device: int, pointer: int) -> Any:
+    return _cupy().cuda.Stream.from_external(_StreamPointer(pointer))
+
+
+@contextmanager
+def _on_stream(device: int, pointer: int) -> Any:
+    """Make a device and one of its streams current for CuPy."""
+    with _cupy().cuda.Device(device), _stream(device, pointer):
+        yield

@@ -1,0 +1,7 @@
+"""Plan -> running code: sources, config.cuh, NVRTC, the cubin cache, and kernels to launch."""
+
+from cuflash.jit import cache, params, render, sources
+from cuflash.jit.compile import Cubin, compile_kernel, compile_many
+from cuflash.jit.kernel import Kernel, load
+
+__all__ = ["Cubin", "Kernel", "cache", "compile_kernel", "compile_many", "load", "params", "render", "sources"]

@@ -1,0 +1,202 @@
+"""Sources -> cubin by NVRTC, without a GPU if need be. The only module that names NVRTC."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache as once
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from cuflash import settings
+from cuflash.errors import CompileError
+from cuflash.jit import cache, sources
+from cuflash.jit.render import config_header
+from cuflash.plan.plan import Config
+
+_FLAGS = ("--std=c++17", "-ftz=true", "-prec-div=false", "-Xptxas=-v")
+_RESOURCES = {
+    "registers": r"Used (\d+) registers",
+    "stack": r"(\d+) bytes stack frame",
+    "spill_stores": r"(\d+) bytes spill stores",
+    "spill_loads": r"(\d+) bytes spill loads",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cubin:
+    """A compiled kernel and what the assembler said of it."""
+
+    path: Path
+    """The file in the cache."""
+    kernel: str
+    arch: str
+    registers: int
+    """Per thread."""
+    stack: int
+    """Bytes of local memory per thread."""
+    spill_stores: int
+    spill_loads: int
+    seconds: float
+    """What compiling took, when it was compiled."""
+    warnings: tuple[str, ...] = ()
+    """Remarks of the compiler and the assembler."""
+    cached: bool = False
+    """Found on disk."""
+
+
+def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin:
+    """Compile one variant for an architecture such as ``sm_90a``, or find it in the cache.
+
+    Raises
+    ------
+    CompileError
+        If NVRTC is missing, does not know the architecture, or refuses the sources.
+    """
+    header = config_header(kernel, config, params)
+    files = sources.gather(kernel, header)
+    flags = flags_for(arch)
+    key = cache.key(files, (*flags, *version()))
+    folder = cache.folder(_title(kernel, config), key)
+    found = cache.read(folder)
+    if found is not None:
+        path, report = found
+        return Cubin(path=path, cached=True, **{**report, "warnings": tuple(report["warnings"])})
+
+    start = time.perf_counter()
+    binary, log = _nvrtc(sources.entry_name(kernel), files, flags)
+    report: dict[str, Any] = {
+        "kernel": kernel,
+        "arch": arch,
+        **{name: _largest(pattern, log) for name, pattern in _RESOURCES.items()},
+        "seconds": round(time.perf_counter() - start, 3),
+        "warnings": tuple(line for line in log.splitlines() if "warning" in line or re.search(r"\bC75\d\d\b", line)),
+    }
+    return Cubin(path=cache.publish(folder, binary, report, header), **report)
+
+
+def compile_many(
+    jobs: Iterable[tuple[str, Config, str, str]], workers: int | None = None
+) -> Iterable[Cubin | CompileError]:
+    """Compile (kernel, config, params, arch) jobs in parallel processes; results in order, a failure as its error."""
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_compile_or_error, list(jobs))
+
+
+def _compile_or_error(job: tuple[str, Config, str, str]) -> Cubin | CompileError:
+    try:
+        return compile_kernel(*job)
+    except CompileError as error:
+        return error
+
+
+def flags_for(arch: str) -> tuple[str, ...]:
+    """Compiler options of every kernel."""
+    # NVRTC's own cache would swallow the assembler's report.
+    no_cache = ("-no-cache",) if version() >= (12, 9) else ()
+    debug = ("-DCF_DEBUG",) if settings.read().debug else ()
+    return (f"-arch={arch}", *_FLAGS, *no_cache, *debug)
+
+
+@once
+def version() -> tuple[int, int]:
+    """Version of NVRTC."""
+    return _module().getVersion()
+
+
+@once
+def supported_archs() -> tuple[str, ...]:
+    """Architectures this NVRTC compiles for, without their feature-specific forms."""
+    return tuple(f"sm_{number}" for number in _module().getSupportedArchs())
+
+
+@once
+def _module() -> Any:
+    try:
+        from cupy.cuda import nvrtc
+    except ImportError as error:
+        raise CompileError(
+            f"kernels are compiled by NVRTC through CuPy, which cannot be imported ({error}). "
+            "Install cuflash[cuda13], or cuflash[cuda12] for a CUDA 12 driver."
+        ) from error
+    try:
+        nvrtc.getVersion()
+    except Exception as error:
+        raise CompileError(
+            f"CuPy does not find the NVRTC library ({error}). Install cuflash[cuda13], or cuflash[cuda12] for a "
+            "CUDA 12 driver, or set CUDA_PATH to a CUDA toolkit."
+        ) from error
+    return nvrtc
+
+
+@once
+def include_dir() -> Path:
+    """The folder of ``cuda_fp16.h`` and ``cuda_bf16.h``: of the CUDA wheels, else of a toolkit."""
+    major = version()[0]
+    candidates = []
+    spec = importlib.util.find_spec("nvidia")
+    for base in spec.submodule_search_locations or () if spec else ():
+        candidates += [Path(base, f"cu{major}", "include"), Path(base, "cuda_runtime", "include")]
+    toolkit = os.environ.get("CUDA_PATH") or os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    candidates.append(Path(toolkit, "include"))
+    for candidate in candidates:
+        if (candidate / "cuda_fp16.h").is_file():
+            return candidate
+    raise CompileError(
+        "the CUDA headers (cuda_fp16.h) are in none of " + ", ".join(map(str, candidates)) + f". Install "
+        f"cuflash[cuda{major}], or set CUDA_PATH to a CUDA toolkit."
+    )
+
+
+def _nvrtc(entry: str, files: dict[str, bytes], flags: Sequence[str]) -> tuple[bytes, str]:
+    """The cubin and the log."""
+    nvrtc = _module()
+    headers = {name: text for name, text in files.items() if name != entry}
+    program = nvrtc.createProgram(
+        files[entry].decode(), entry, list(headers.values()), [name.encode() for name in headers]
+    )
+    try:
+        try:
+            nvrtc.compileProgram(program, (*flags, f"-I{include_dir()}"))
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise CompileError(
+                f"NVRTC {'.'.join(map(str, version()))} refused {entry} ({error}; {' '.join(flags)}):\n{log}\n"
+                f"config.cuh:\n{files[sources.CONFIG].decode()}\nThe sources are saved under {_save(files)}."
+            ) from None
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _save(files: dict[str, bytes]) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="cuflash-"))
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text)
+    return folder
+
+
+def _largest(pattern: str, log: str) -> int:
+    return max(map(int, re.findall(pattern, log)), default=0)
+
+
+def _title(kernel: str, config: Config) -> str:
+    """The readable part of a cache folder's name."""
+    plain = replace(config, mask="NoMask", score="", sequence="DenseSequence", reduction="AtomicReduction")
+    element = {"float": "fp32", "double": "fp64"}.get(config.element, config.element)
+    dims = f"d{config.dim_qk}" + (f"x{config.dim_v}" if config.dim_v != config.dim_qk else "")
+    features = [
+        getattr(config, name).split("<")[0].removesuffix(suffix).lower()
+        for name, suffix in (("sequence", "Sequence"), ("mask", "Mask"), ("reduction", "Reduction"))
+        if getattr(config, name) != getattr(plain, name)
+    ]
+    return "-".join([kernel, element, dims, *features])

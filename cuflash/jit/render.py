@@ -1,0 +1,66 @@
+"""Config -> ``config.cuh``, the only CUDA text that is generated."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from cuflash.jit import params as params_header
+from cuflash.plan.plan import Config
+
+_INCLUDES = (
+    "element.cuh",
+    "params.cuh",
+    "attention/dropout.cuh",
+    "attention/mask.cuh",
+    "attention/score.cuh",
+    "attention/sequence.cuh",
+    "attention/softmax.cuh",
+    "tile/dq_accum.cuh",
+)
+
+
+def config_header(kernel: str, config: Config, params: str) -> str:
+    """Render the header that makes ``entry/<kernel>.cu`` concrete.
+
+    Strings of the config become type aliases, numbers constants. The parameter struct's layout is asserted to be the
+    one the host fills.
+    """
+    types, constants = [], []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        name = "".join(word.capitalize() for word in field.name.split("_"))
+        if isinstance(value, str):
+            types.append(f"  using {name} = {value};")
+        else:
+            constants.append(f"  static constexpr int k{name} = {value};")
+    lines = [
+        f"// Written by cuflash.jit.render for {kernel}. Do not edit.",
+        "#pragma once",
+        "",
+        *(f'#include "{name}"' for name in _INCLUDES),
+        "",
+        "namespace cuflash {",
+        "",
+        "struct Config {",
+        *types,
+        *constants,
+        "};",
+        "",
+        *_layout_assertions(params),
+        "",
+        "}  // namespace cuflash",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _layout_assertions(params: str) -> list[str]:
+    """The host's layout of the parameter struct and of the one inside it, as static assertions."""
+    lines = []
+    for struct in ("Strides", "Attention", params):
+        dtype = params_header.dtype(struct)
+        lines.append(f'static_assert(sizeof({struct}) == {dtype.itemsize}, "host layout");')
+        lines += [
+            f'static_assert(CF_OFFSET({struct}, {name}) == {offset}, "host layout");'
+            for name, (_, offset, *_) in dtype.fields.items()
+        ]
+    return lines

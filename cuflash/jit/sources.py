@@ -1,0 +1,53 @@
+"""Kernel sources: where they lie, and which headers an entry reaches."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from cuflash.errors import CompileError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
+CONFIG = "config.cuh"
+"""The one header that is rendered, not read."""
+
+
+@cache
+def root() -> Path:
+    """The folder of the kernels: inside an installed package, beside the package in a checkout."""
+    inside = _PACKAGE / "kernels"
+    return inside if inside.is_dir() else _PACKAGE.parent / "kernels"
+
+
+def entry_name(kernel: str) -> str:
+    """The translation unit of a kernel, relative to the root."""
+    return f"entry/{kernel}.cu"
+
+
+def gather(kernel: str, config: str, kernels: Path | None = None) -> dict[str, bytes]:
+    """Read an entry, its rendered config and every header they include, by name relative to the root.
+
+    Raises
+    ------
+    CompileError
+        If a header is included that does not exist.
+    """
+    kernels = kernels or root()
+    found: dict[str, bytes] = {CONFIG: config.encode()}
+    waiting = [(entry_name(kernel), "the catalogue"), *((name, CONFIG) for name in _included(found[CONFIG]))]
+    while waiting:
+        name, includer = waiting.pop()
+        if name in found:
+            continue
+        path = kernels / name
+        if not path.is_file():
+            raise CompileError(f"{includer} names {name}, which is not a file under {kernels}.")
+        found[name] = path.read_bytes()
+        waiting += [(included, name) for included in _included(found[name])]
+    return found
+
+
+def _included(text: bytes) -> list[str]:
+    return [name.decode() for name in _INCLUDE.findall(text)]

@@ -1,0 +1,9 @@
+"""From checked arrays to results: the only place that joins the NumPy backend, the planner and the compiler."""
+
+from cuflash.ops.backward import backward
+from cuflash.ops.explain import explain
+from cuflash.ops.forward import forward
+from cuflash.ops.options import Options
+from cuflash.ops.vjp import vjp
+
+__all__ = ["Options", "backward", "explain", "forward", "vjp"]

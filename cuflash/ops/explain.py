@@ -1,0 +1,49 @@
+"""Which kernels would run for a call, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from cuflash import device as devices
+from cuflash import plan
+from cuflash.arrays import Guest, cupy_arrays, framework_of
+from cuflash.errors import InvalidArgument
+from cuflash.ops import check
+from cuflash.ops.lengths import with_lengths
+from cuflash.ops.options import Options, given
+from cuflash.plan.choose import Explanation
+from cuflash.problem import Problem
+
+
+def explain(q: Any, others: Sequence[Any], options: Options, device: str | None, backward: bool) -> Explanation:
+    """The choice for q and the other arrays of a forward call, or for a Problem, on a device.
+
+    `others` are k, v, attn_mask, cu_seqlens_q, cu_seqlens_k and seqused_k; without a device it is the arrays' own.
+    """
+    if isinstance(q, Problem):
+        if options != Options() or backward or any(x is not None for x in others):
+            raise InvalidArgument("explain takes only a device next to a Problem, which says everything else itself.")
+        if device is None:
+            raise InvalidArgument("device is None; name the one to explain a Problem for, for example device='h100'.")
+        return plan.explain(q, devices.named(device))
+
+    arrays = (q, *others, None)
+    framework = framework_of(options.names("forward"), arrays)
+    options = with_lengths(framework, "forward", options, arrays)
+    if isinstance(framework, Guest):
+        framework, arrays = cupy_arrays(), framework.borrow(options.names("forward"), arrays)
+    views = {name: framework.view(options.name(name), x) for name, x in given("forward", arrays).items()}
+    problem = check.problem_of("forward", options, views)
+    if backward:
+        problem = replace(problem, direction="backward", deterministic=bool(options.deterministic))
+    if device is not None:
+        return plan.explain(problem, devices.named(device))
+    where = views["q"].device
+    if where == "cpu":
+        raise InvalidArgument(
+            "device is None and the arrays are NumPy arrays, which no kernel runs on; "
+            "name the device to explain the choice for, for example device='h100'."
+        )
+    return plan.explain(problem, devices.current(int(where.removeprefix("cuda:"))))

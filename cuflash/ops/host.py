@@ -1,0 +1,43 @@
+"""What both directions need to call the NumPy backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cuflash.arrays import numpy_arrays
+from cuflash.ops import check, packed
+from cuflash.ops.options import OUTPUTS, Options, given
+from cuflash.problem import Direction, Problem
+
+
+def problem_of(
+    direction: Direction, options: Options, arrays: Sequence[np.ndarray | None]
+) -> tuple[Problem, dict[str, tuple[int, ...]]]:
+    """Check a call on NumPy arrays, values of cu_seqlens included; its problem, and the shapes of its results."""
+    arguments = given(direction, arrays)
+    views = {name: numpy_arrays.view(options.name(name), x) for name, x in arguments.items()}
+    if check.layout_of(direction, options, views) == "varlen":
+        options = packed.with_lengths(options, views, arguments)
+    problem = check.problem_of(direction, options, views)
+    num_outputs = sum(name in views for name in OUTPUTS[direction])
+    if num_outputs:
+        check.check_separate([view.span() for view in views.values()], num_outputs)
+    return problem, check.shapes(options, views)
+
+
+def keywords(problem: Problem, attn_mask: np.ndarray | None, seqused_k: np.ndarray | None) -> dict[str, Any]:
+    """The keywords of every function of the backend."""
+    shared = {"mask": problem.mask, "softmax_scale": problem.softmax_scale, "softcap": problem.softcap}
+    layout = {"seqused_k": seqused_k} if problem.layout == "varlen" else {"mask_tensor": attn_mask}
+    return shared | layout
+
+
+def stored(result: np.ndarray, output: np.ndarray | None) -> np.ndarray:
+    """The result, in the caller's array if there is one."""
+    if output is None:
+        return result
+    output[...] = result
+    return output

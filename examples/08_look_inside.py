@@ -1,0 +1,40 @@
+"""What lies between a call and its launch: problem, plan, config.cuh, compiled kernel. Needs no GPU."""
+
+from cuflash import jit, plan
+from cuflash.device import named
+from cuflash.dtypes import BF16
+from cuflash.masks import Mask
+from cuflash.problem import Problem
+
+for direction in ("forward", "backward"):
+    problem = Problem(
+        direction,
+        BF16,
+        batch=2,
+        heads_q=16,
+        heads_kv=4,
+        len_q=4096,
+        len_kv=4096,
+        dim_qk=128,
+        dim_v=128,
+        mask=Mask(right=0),
+        softmax_scale=128**-0.5,
+    )
+    device = named("h100")
+
+    # Which kernels would run, with which tiles, and why not the others.
+    print(plan.explain(problem, device), end="\n\n")
+
+    for step in plan.choose(problem, device).steps:
+        # The only generated CUDA: everything else that is compiled is a file below kernels/. What follows the struct
+        # asserts that NumPy and the compiler lay out the kernel's arguments alike.
+        header = jit.render.config_header(step.kernel, step.config, step.params)
+        print(header.partition("static_assert")[0].strip(), end="\n\n")
+
+        try:
+            cubin = jit.compile_kernel(step.kernel, step.config, step.params, device.arch)
+        except ImportError as error:
+            print(f"{step.kernel} is not compiled: {error}")
+            continue
+        spilled = cubin.spill_stores + cubin.spill_loads
+        print(f"{step.kernel}: {cubin.registers} registers a thread, {spilled} bytes spilled, kept in {cubin.path}\n")

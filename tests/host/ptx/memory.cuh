@@ -1,0 +1,32 @@
+// The host twin of kernels/ptx/memory.cuh. Blocks run one after another, so an addition needs no atomicity.
+#pragma once
+
+#include "block.hpp"
+#include "std.cuh"
+
+namespace cuflash::ptx {
+
+inline char* dynamic_smem() { return host::block.smem; }
+
+inline uint32 smem_u32(const void* pointer) {
+  const int64 offset = static_cast<const char*>(pointer) - host::block.smem;
+  if (offset < 0 || offset >= host::block.smem_bytes) {
+    host::fail("an address %lld bytes from the base of %d bytes of shared memory", offset, host::block.smem_bytes);
+  }
+  return static_cast<uint32>(offset);
+}
+
+inline void red_add(float* address, float x) { *address += x; }
+inline void red_add_release(int* address, int x) { *address += x; }
+
+inline int load_acquire(const int* address) {
+  if (++host::block.current->spins > host::Block::kMaxSpins) {
+    host::fail("thread %d waits for a turn that no block before it gives (the flag is %d)",
+               host::block.current->index, *address);
+  }
+  return *address;
+}
+
+inline void fence() {}
+
+}  // namespace cuflash::ptx

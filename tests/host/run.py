@@ -1,0 +1,116 @@
+"""Launches plans on the host: the parameter structs of ``kernels/params.cuh`` filled from NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+
+import numpy as np
+
+from cuflash.jit.params import dtype as params_dtype
+from cuflash.jit.render import config_header
+from cuflash.plan import Plan, Step
+from cuflash.problem import Problem
+from host.build import build
+
+UNIT = """
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#include "block.hpp"
+#include "entry/{kernel}.cu"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT const char* launch(const void* params, long long num_blocks, int threads, int smem_bytes, unsigned seed) {{
+  const auto kernel = [](const void* p) {{ {kernel}(*static_cast<const cuflash::{params}*>(p)); }};
+  return cuflash::host::launch(kernel, params, num_blocks, threads, smem_bytes, seed);
+}}
+EXPORT int bank_conflicts() {{ return static_cast<int>(cuflash::host::block.bank_conflicts); }}
+"""
+
+
+class LaunchFailed(RuntimeError):
+    """The kernel deadlocked, or touched shared memory where it must not."""
+
+
+def launch(step: Step, params: np.ndarray, seed: int = 0) -> int:
+    """Run one kernel to its end; ``seed`` decides in which order warps run. Returns its ldmatrix bank conflicts."""
+    header = config_header(step.kernel, step.config, step.params)
+    library = build(UNIT.format(kernel=step.kernel, params=step.params), header)
+    library.launch.restype = ctypes.c_char_p
+    raw = np.ascontiguousarray(params)
+    config = step.config
+    error = library.launch(
+        ctypes.c_void_p(raw.ctypes.data),
+        ctypes.c_longlong(step.num_blocks),
+        config.threads,
+        config.smem_bytes,
+        ctypes.c_uint(seed),
+    )
+    if error is not None:
+        raise LaunchFailed(f"{step.kernel}: {error.decode()}\n{header}")
+    return library.bank_conflicts()
+
+
+def strides(array: np.ndarray, axes: str) -> tuple[int, int, int]:
+    """(batch, row, head) strides in elements of an array whose axes are named by letters, 0 for those it lacks."""
+    of = {axis: stride // array.itemsize for axis, stride in zip(axes, array.strides, strict=True)}
+    return of.get("b", 0), of["s"], of["h"]
+
+
+def attention_params(problem: Problem, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The ``Attention`` struct."""
+    a = np.zeros((), params_dtype("Attention"))
+    for name in ("batch", "heads_q", "heads_kv", "len_q", "len_kv", "total_q", "total_kv", "softmax_scale", "softcap"):
+        a[name] = getattr(problem, name)
+    for name in ("cu_seqlens_q", "cu_seqlens_kv", "seqused_kv"):
+        if arrays.get(name) is not None:
+            a[name] = arrays[name].ctypes.data
+    unbounded = max(problem.len_q, problem.len_kv)
+    a["window_left"] = unbounded if problem.mask.left is None else problem.mask.left
+    a["window_right"] = unbounded if problem.mask.right is None else problem.mask.right
+    a["top_left"] = problem.mask.alignment == "top-left"
+    if problem.mask.tensor:
+        mask = arrays["mask"]
+        assert mask.dtype == np.bool_ and mask.ndim == 4
+        a["mask"] = mask.ctypes.data
+        a["mask_batch"], a["mask_head"], a["mask_row"], a["mask_column"] = (
+            stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.strides, strict=True)
+        )
+    return a
+
+
+def run_plan_on_host(plan: Plan, arrays: Mapping[str, np.ndarray], seed: int = 0) -> int:
+    """Run every kernel of a plan, and return their ldmatrix bank conflicts.
+
+    ``arrays`` holds, by their names in ``params.cuh``, the inputs and the outputs, which are written in place:
+    (b, s, h, d) or (total, h, d) tensors, and lse, dlse as (b, h, s) or (h, total).
+    """
+    problem = plan.problem
+    layout = "bshd" if problem.layout == "dense" else "shd"
+    row_layout = "bhs" if problem.layout == "dense" else "hs"
+    workspaces = {}
+    conflicts = 0
+    for workspace in plan.workspaces:
+        scratch = np.zeros(workspace.shape, workspace.dtype)
+        if not workspace.zeroed:
+            scratch.view(np.uint8).fill(0xFF)
+        workspaces[workspace.name] = scratch
+
+    for step in plan.steps:
+        params = np.zeros((), params_dtype(step.params))
+        params["attention"] = attention_params(problem, arrays)
+        for name in params.dtype.names:
+            array = arrays.get(name)
+            if name == "attention" or name.endswith("_stride") or array is None:
+                continue
+            params[name] = array.ctypes.data
+            params[f"{name}_stride"] = strides(array, row_layout if name in ("lse", "dlse") else layout)
+        for name, scratch in workspaces.items():
+            params[name] = scratch.ctypes.data
+        if "delta" in workspaces:
+            dense = problem.layout == "dense"
+            rows = (problem.batch, problem.heads_q, problem.len_q) if dense else (problem.heads_q, problem.total_q)
+            params["delta_stride"] = strides(workspaces["delta"].reshape(rows), row_layout)
+        conflicts += launch(step, params, seed)
+    return conflicts

@@ -1,0 +1,369 @@
+"""The public functions on NumPy arrays against the oracle: names, orders, layouts, options, outputs, and the import."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cuflash
+from cuflash.dtypes import DTYPES
+from cuflash.plan.choose import Explanation
+
+DTYPE = {name: dtype.numpy for name, dtype in DTYPES.items()}
+B, H, HK, SQ, SK, D, DV = 2, 4, 2, 19, 27, 16, 24
+STARTS_Q, STARTS_K = np.array([0, 8, 8, 15], np.int32), np.array([0, 3, 12, 22], np.int32)
+USED = np.array([3, 0, 6], np.int32)
+
+
+def random(*shape: int, dtype: np.dtype | str = "fp32", seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(DTYPE.get(dtype, dtype))
+
+
+def inputs(dtype: str = "fp32", packed: bool = False) -> list[np.ndarray]:
+    """q, k, v."""
+    rows_q, rows_kv = ((SQ,), (SK,)) if packed else ((B, SQ), (B, SK))
+    return [
+        random(*rows_q, H, D, dtype=dtype),
+        random(*rows_kv, HK, D, dtype=dtype, seed=1),
+        random(*rows_kv, HK, DV, dtype=dtype, seed=2),
+    ]
+
+
+def assert_matches(actual: tuple, arrays: list[np.ndarray], **options) -> None:
+    """Compare (out, lse, dq, dk, dv), or the first of them, with the oracle."""
+    extra = arrays[3:]
+    exact = oracle.attention(*arrays[:3], *extra, **options)
+    naive = oracle.naive_in_dtype(*arrays[:3], *extra, **options)
+    padded = oracle.Attention(*actual, *[None] * (5 - len(actual)))
+    oracle.assert_all_close(padded, exact, naive)
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "causal-top-left": {"causal": True, "alignment": "top-left"},
+    "window": {"window_size": (5, 3)},
+    "window-left": {"window_size": (4, -1)},
+    "window-causal-wins": {"window_size": (6, 5), "causal": True},
+    "window-beyond": {"window_size": (2**31 - 1, 27)},
+    "window-diagonal": {"window_size": (0, 0), "alignment": "top-left"},
+    "softcap": {"softcap": 1.5},
+    "scale": {"softmax_scale": 0.7},
+    "scale-negative": {"softmax_scale": -0.4, "causal": True},
+    "scale-zero": {"softmax_scale": 0.0},
+}
+
+
+def oracles(options: dict) -> dict:
+    """The oracle's names for the options."""
+    names = {"softmax_scale": "scale", "window_size": "window", "attn_mask": "mask"}
+    return {names.get(name, name): value for name, value in options.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_flash_attn_func(options: dict, dtype: str) -> None:
+    q, k, v = inputs(dtype)
+    out, lse = cuflash.flash_attn_func(q, k, v, **options, return_lse=True)
+    assert out.dtype == q.dtype and lse.dtype == DTYPES[dtype].accumulator
+    assert_matches((out, lse), [q, k, v], **oracles(options))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_flash_attn_varlen_func(options: dict) -> None:
+    q, k, v = inputs(packed=True)
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "seqused_k": USED}
+    out, lse = cuflash.flash_attn_varlen_func(q, k, v, **lengths, **options, return_lse=True)
+    assert_matches((out, lse), [q, k, v], **lengths, **oracles(options))
+    assert not out[STARTS_Q[-1] :].any() and np.isneginf(lse[:, STARTS_Q[-1] :]).all()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_vjp_and_backward(options: dict, deterministic: bool, packed: bool) -> None:
+    q, k, v = inputs("fp64", packed)
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "seqused_k": USED} if packed else {}
+    (out, lse), pullback = cuflash.flash_attn_vjp(
+        q, k, v, **options, **lengths, deterministic=deterministic, return_lse=True
+    )
+    dout, dlse = random(*out.shape, dtype="fp64", seed=3), random(*lse.shape, dtype="fp64", seed=4)
+    gradients = pullback(dout, dlse)
+    assert_matches((out, lse, *gradients), [q, k, v, dout, dlse], **lengths, **oracles(options))
+    again = cuflash.flash_attn_backward(
+        dout, q, k, v, out, lse, dlse=dlse, **options, **lengths, deterministic=deterministic
+    )
+    for one, other in zip(gradients, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_pullback_without_dlse() -> None:
+    q, k, v = inputs()
+    out, pullback = cuflash.flash_attn_vjp(q, k, v, causal=True)
+    dout = random(*out.shape, seed=3)
+    lse = cuflash.flash_attn_func(q, k, v, causal=True, return_lse=True)[1]
+    assert_matches((out, lse, *pullback(dout)), [q, k, v, dout], causal=True)
+
+
+def test_gradients_accept_either_infinity_for_rows_that_see_nothing() -> None:
+    q, k, v = inputs()
+    k, v = k[:, :5], v[:, :5]
+    out, lse = cuflash.flash_attn_func(q, k, v, causal=True, return_lse=True)
+    dout = random(*out.shape, seed=3)
+    assert np.isneginf(lse).any()
+    minus = cuflash.flash_attn_backward(dout, q, k, v, out, lse, causal=True)
+    plus = cuflash.flash_attn_backward(dout, q, k, v, out, np.where(np.isneginf(lse), np.inf, lse), causal=True)
+    for one, other in zip(minus, plus, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_packed_forms_are_views_of_the_plain_ones() -> None:
+    qkv, kv, q = random(B, SQ, 3, H, D), random(B, SK, 2, HK, D), random(B, SQ, H, D)
+    options = (0.0, 0.3, True)
+    for packed, plain in (
+        (cuflash.flash_attn_qkvpacked_func(qkv, *options), (*np.moveaxis(qkv, 2, 0), *options)),
+        (cuflash.flash_attn_kvpacked_func(q, kv, *options), (q, *np.moveaxis(kv, 2, 0), *options)),
+    ):
+        np.testing.assert_array_equal(packed, cuflash.flash_attn_func(*plain))
+
+    qkv, kv, q = qkv[0], kv[0], q[0]
+    one, both = (STARTS_Q, 8), (STARTS_Q, STARTS_K, 8, 10)
+    used = {"seqused_k": USED}
+    for packed, plain in (
+        (cuflash.flash_attn_varlen_qkvpacked_func(qkv, *one, *options),
+         (*np.moveaxis(qkv, 1, 0), STARTS_Q, STARTS_Q, 8, 8, *options)),
+        (cuflash.flash_attn_varlen_kvpacked_func(q, kv, *both, *options), (q, *np.moveaxis(kv, 1, 0), *both, *options)),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(packed, cuflash.flash_attn_varlen_func(*plain))
+    np.testing.assert_array_equal(
+        cuflash.flash_attn_varlen_kvpacked_func(q, kv, *both, *options, **used),
+        cuflash.flash_attn_varlen_func(q, *np.moveaxis(kv, 1, 0), *both, *options, **used),
+    )
+
+
+def test_packed_forms_hand_every_option_on() -> None:
+    qkv = random(B, SQ, 3, H, D)
+    options = {"window_size": (3, 1), "softcap": 2.0, "alignment": "top-left", "deterministic": True}
+    out = np.empty((B, SQ, H, D), np.float32)
+    got, lse = cuflash.flash_attn_qkvpacked_func(qkv, **options, return_lse=True, out=out)
+    expected = cuflash.flash_attn_func(*np.moveaxis(qkv, 2, 0), **options, return_lse=True)
+    assert got is out
+    np.testing.assert_array_equal(out, expected[0])
+    np.testing.assert_array_equal(lse, expected[1])
+
+
+HEAD = ["dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic",
+        "return_attn_probs"]  # fmt: skip
+LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+POSITIONAL = {
+    "flash_attn_func": ["q", "k", "v", *HEAD],
+    "flash_attn_kvpacked_func": ["q", "kv", *HEAD],
+    "flash_attn_qkvpacked_func": ["qkv", *HEAD],
+    "flash_attn_varlen_func": ["q", "k", "v", *LENGTHS, *HEAD],
+    "flash_attn_varlen_kvpacked_func": ["q", "kv", *LENGTHS, *HEAD],
+    "flash_attn_varlen_qkvpacked_func": ["qkv", "cu_seqlens", "max_seqlen", *HEAD],
+    "scaled_dot_product_attention": [
+        "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
+    ],
+}  # fmt: skip
+DEFAULTS = {"dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
+            "alibi_slopes": None, "deterministic": False, "return_attn_probs": False, "is_causal": False,
+            "attn_mask": None, "scale": None, "enable_gqa": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_positional_order_and_defaults_are_those_of_the_original(name: str) -> None:
+    parameters = inspect.signature(getattr(cuflash, name)).parameters.values()
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [p.name for p in positional] == POSITIONAL[name]
+    assert {p.name: p.default for p in positional if p.name in DEFAULTS} == {
+        n: DEFAULTS[n] for n in POSITIONAL[name] if n in DEFAULTS
+    }
+
+
+SDPA = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "mask": {"attn_mask": np.random.default_rng(5).random((B, H, SQ, SK)) < 0.5},
+    "mask-keys": {"attn_mask": np.arange(SK) % 3 > 0},
+    "mask-queries": {"attn_mask": (np.arange(SQ) % 2 > 0)[:, None]},
+    "mask-batch": {"attn_mask": np.array([True, False])[:, None, None, None]},
+    "mask-heads": {"attn_mask": np.random.default_rng(5).random((1, H, 1, SK)) < 0.5},
+}
+
+
+@pytest.mark.parametrize("options", SDPA.values(), ids=SDPA)
+@pytest.mark.parametrize("gqa", [False, True], ids=["mha", "gqa"])
+def test_scaled_dot_product_attention(options: dict, gqa: bool) -> None:
+    heads_kv = HK if gqa else H
+    q, k, v = random(B, H, SQ, D), random(B, heads_kv, SK, D, seed=1), random(B, heads_kv, SK, DV, seed=2)
+    out, lse = cuflash.scaled_dot_product_attention(q, k, v, **options, enable_gqa=gqa, return_lse=True)
+    assert out.flags.c_contiguous
+    named = {"mask": options.get("attn_mask"), "causal": options.get("is_causal", False), "scale": options.get("scale")}
+    in_order = [x.swapaxes(1, 2) for x in (q, k, v)]
+    assert_matches((out.swapaxes(1, 2), lse), in_order, **named, alignment="top-left")
+
+
+@pytest.mark.parametrize("mask", [SDPA["mask"], SDPA["mask-keys"]], ids=["full", "keys"])
+def test_gradients_through_a_boolean_mask(mask: dict) -> None:
+    q, k, v = inputs("fp64")
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, **mask, return_lse=True)
+    dout = random(*out.shape, dtype="fp64", seed=3)
+    assert_matches((out, lse, *pullback(dout)), [q, k, v, dout], mask=mask["attn_mask"])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_out_is_written_in_place_at_any_strides(packed: bool) -> None:
+    q, k, v = inputs(packed=packed)
+    lengths = (STARTS_Q, STARTS_K) if packed else ()
+    function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
+    expected = function(q, k, v, *lengths)
+    buffer = np.full((H, *expected.shape[:-2], DV + 3), 7, np.float32)
+    out = np.moveaxis(buffer, 0, -2)[..., :DV]
+    assert function(q, k, v, *lengths, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    assert (buffer[..., DV:] == 7).all()
+
+
+def test_sdpa_out_is_written_in_place() -> None:
+    q, k, v = random(B, H, SQ, D), random(B, H, SK, D), random(B, H, SK, DV)
+    out = np.empty((B, SQ, H, DV), np.float32).swapaxes(1, 2)
+    assert cuflash.scaled_dot_product_attention(q, k, v, out=out) is out
+    np.testing.assert_array_equal(out, cuflash.scaled_dot_product_attention(q, k, v))
+
+
+def test_gradients_are_written_in_place_into_one_packed_array() -> None:
+    qkv = random(B, SQ, 3, H, D)
+    q, k, v = np.moveaxis(qkv, 2, 0)
+    out, lse = cuflash.flash_attn_func(q, k, v, return_lse=True)
+    dout = random(*out.shape, seed=3)
+    dqkv = np.empty_like(qkv)
+    places = dict(zip(("dq", "dk", "dv"), np.moveaxis(dqkv, 2, 0), strict=True))
+    got = cuflash.flash_attn_backward(dout, q, k, v, out, lse, **places)
+    assert all(x is place for x, place in zip(got, places.values(), strict=True))
+    np.testing.assert_array_equal(dqkv, np.stack(cuflash.flash_attn_backward(dout, q, k, v, out, lse), axis=2))
+
+
+def test_negative_and_zero_strides() -> None:
+    q, k, v = inputs()
+    backwards = [x[:, ::-1, ::-1] for x in (q, k, v)]
+    out = cuflash.flash_attn_func(*backwards, causal=True)
+    np.testing.assert_array_equal(out, cuflash.flash_attn_func(*map(np.ascontiguousarray, backwards), causal=True))
+    broadcast = [np.broadcast_to(x[:1, :1], x.shape) for x in (q, k, v)]
+    out = cuflash.flash_attn_func(*broadcast)
+    np.testing.assert_array_equal(out, cuflash.flash_attn_func(*map(np.ascontiguousarray, broadcast)))
+
+
+@pytest.mark.parametrize(("b", "sq", "sk"), [(0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0)])
+def test_empty_tensors(b: int, sq: int, sk: int) -> None:
+    q, k, v = random(b, sq, H, D), random(b, sk, HK, D), random(b, sk, HK, DV)
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, causal=True, return_lse=True)
+    assert out.shape == (b, sq, H, DV) and lse.shape == (b, H, sq)
+    assert not out.any() and np.isneginf(lse).all()
+    for gradient, x in zip(pullback(np.ones_like(out)), (q, k, v), strict=True):
+        assert gradient.shape == x.shape and not gradient.any()
+
+
+@pytest.mark.parametrize("starts", [np.zeros(1, np.int32), np.zeros(4, np.int32)], ids=["no-sequence", "all-empty"])
+def test_packed_tensors_without_rows_in_sequences(starts: np.ndarray) -> None:
+    q, k, v = inputs(packed=True)
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, return_lse=True)
+    assert not out.any() and np.isneginf(lse).all()
+    assert not any(gradient.any() for gradient in pullback(np.ones_like(out)))
+
+
+@given(causal=st.booleans(), left=st.integers(-1, 30), right=st.integers(-1, 30), top_left=st.booleans())
+def test_any_band_equals_the_boolean_mask_that_draws_it(causal: bool, left: int, right: int, top_left: bool) -> None:
+    q, k, v = inputs()
+    offset = 0 if top_left else SK - SQ
+    distance = np.arange(SK)[None, :] - np.arange(SQ)[:, None] - offset
+    drawn = np.ones((SQ, SK), bool)
+    drawn &= (distance >= -left) | (left < 0)
+    drawn &= (distance <= (0 if causal else right)) | (right < 0 and not causal)
+    alignment = "top-left" if top_left else "bottom-right"
+    band = cuflash.flash_attn_func(q, k, v, causal=causal, window_size=(left, right), alignment=alignment)
+    mask = cuflash.flash_attn_vjp(q, k, v, attn_mask=drawn)[0]
+    np.testing.assert_allclose(band, mask, rtol=0, atol=1e-5)
+
+
+def test_max_seqlens_do_not_change_the_result() -> None:
+    q, k, v = inputs(packed=True)
+    lengths = (STARTS_Q, STARTS_K)
+    expected = cuflash.flash_attn_varlen_func(q, k, v, *lengths, causal=True)
+    for longest in ((8, 10), (100, 100), (np.int32(8), np.int64(10)), (None, 10)):
+        np.testing.assert_array_equal(
+            cuflash.flash_attn_varlen_func(q, k, v, *lengths, *longest, causal=True), expected
+        )
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    q, k, v = inputs()
+    out = cuflash.flash_attn_func(q, k, v, softmax_scale=np.float32(0.5), causal=np.True_, window_size=(np.int8(3), -1))
+    np.testing.assert_array_equal(
+        out, cuflash.flash_attn_func(q, k, v, softmax_scale=0.5, causal=1, window_size=(3, -1))
+    )
+
+
+def test_explain_says_what_would_run() -> None:
+    q, k, v = (x.astype(np.float16) for x in inputs())
+    report = cuflash.explain(q, k, v, causal=True, device="h100")
+    assert isinstance(report, Explanation)
+    assert report.plan.family == "sm80" and report.problem.mask.kind == "causal"
+    assert "fwd_sm80" in str(report)
+    assert cuflash.explain(report.problem, device="h100") == report
+    packed = [x[0] for x in (q, k, v)]
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}
+    report = cuflash.explain(*packed, **lengths, device="sm_86", backward=True, deterministic=True)
+    problem = report.problem
+    assert (problem.direction, problem.layout, problem.deterministic) == ("backward", "varlen", True)
+    assert (problem.len_q, problem.len_kv, problem.total_q, problem.total_kv) == (8, 10, SQ, SK)
+    assert cuflash.explain(*inputs("fp64"), device="h100").plan.family == "simt"
+
+
+def test_explain_of_a_forward_does_not_depend_on_deterministic() -> None:
+    q, k, v = inputs("fp16")
+    assert not cuflash.explain(q, k, v, deterministic=True, device="h100").problem.deterministic
+
+
+@pytest.mark.parametrize("module", ["cuflash.api.flash", "cuflash.api.sdpa", "cuflash.api.explain"])
+def test_docstring_examples(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_every_public_function_documents_every_argument() -> None:
+    for name in cuflash.__all__:
+        function = getattr(cuflash, name)
+        if inspect.isfunction(function):
+            for parameter in inspect.signature(function).parameters:
+                assert parameter in function.__doc__, f"{name} does not document {parameter}"
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, time; start = time.process_time(); import cuflash; "
+        "print(time.process_time() - start, *(m for m in ('cupy', 'torch', 'jax') if m in sys.modules))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(3)
+    ]
+    assert min(float(seconds) for seconds, *_ in runs) < 0.3
+    assert [modules for _, *modules in runs] == [[]] * 3
+
+
+def test_bfloat16_arrays_stay_bfloat16() -> None:
+    x = random(1, 4, 2, 8, dtype="bf16")
+    out = cuflash.flash_attn_func(x, x, x)
+    assert out.dtype == ml_dtypes.bfloat16

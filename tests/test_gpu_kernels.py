@@ -1,0 +1,152 @@
+"""Every kernel on a GPU: the case table on strided tensors between NaNs, repeats, and offsets beyond 32 bits."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+
+from cuflash.bench import calls
+from cuflash.bench.cases import CASES, Case
+from cuflash.bench.inputs import Inputs, Normals, host, make
+from cuflash.dtypes import BF16
+from cuflash.errors import UnsupportedProblem
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def cp() -> Any:
+    import cupy
+
+    return cupy
+
+
+def among_nans(cp: Any, x: Any) -> Any:
+    """A view with the values of `x` in a larger buffer full of NaN, every axis but the last strided.
+
+    Offsets are multiples of 16 bytes where those of `x` are, so that a case keeps its access width.
+    """
+    pad = 16 // x.dtype.itemsize
+    shape = tuple(n + 3 for n in x.shape[:-1]) + (x.shape[-1] + 2 * pad,)
+    buffer = cp.full(prod(shape) + pad, cp.nan, x.dtype)
+    shift = x.data.ptr % 16 // x.dtype.itemsize
+    grown = buffer[shift : shift + prod(shape)].reshape(shape)
+    view = grown[tuple(slice(1, 1 + n) for n in x.shape[:-1]) + (slice(pad, pad + x.shape[-1]),)]
+    view[...] = x
+    return view
+
+
+def expected(case: Case, inputs: Inputs, *, naive: bool = False) -> oracle.Attention:
+    """The oracle's answer, exact or naive in the case's element type."""
+    problem, mask = case.problem, case.problem.mask
+    compute = oracle.naive_in_dtype if naive else oracle.attention
+    return compute(
+        *(host(x) for x in (inputs.q, inputs.k, inputs.v)),
+        host(inputs.dout) if problem.direction == "backward" else None,
+        window=tuple(-1 if side is None else side for side in (mask.left, mask.right)),
+        alignment=mask.alignment,
+        softcap=problem.softcap,
+        scale=problem.softmax_scale,
+        mask=host(inputs.mask_tensor),
+        cu_seqlens_q=np.array([0, *accumulate(case.lens_q)]) if case.lens_q else None,
+        cu_seqlens_k=np.array([0, *accumulate(case.lens_kv)]) if case.lens_kv else None,
+        seqused_k=np.array(case.seqused_kv) if case.seqused_kv else None,
+    )
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_case(cp: Any, case_id: str) -> None:
+    case = CASES[case_id]
+    inputs = make(case, Normals(cp))
+    for name in ("q", "k", "v", "dout"):
+        setattr(inputs, name, among_nans(cp, getattr(inputs, name)))
+    try:
+        results = [host(x) for x in calls.of(case, inputs)()]
+    except UnsupportedProblem as error:
+        pytest.skip(str(error).splitlines()[0])
+    exact, naive = expected(case, inputs), expected(case, inputs, naive=True)
+    fields = ("out", "lse") if case.problem.direction == "forward" else ("dq", "dk", "dv")
+    for field, result in zip(fields, results, strict=True):
+        oracle.assert_close(result, getattr(exact, field), getattr(naive, field), f"{case_id} {field}")
+
+
+@pytest.mark.parametrize(
+    "case_id",
+    [case_id for case_id, case in CASES.items() if case.problem.direction == "forward" or case.problem.deterministic],
+)
+def test_repeats_are_bit_equal(cp: Any, case_id: str) -> None:
+    case = CASES[case_id]
+    try:
+        call = calls.of(case, make(case, Normals(cp)))
+        first = [x.tobytes() for x in call()]
+    except UnsupportedProblem as error:
+        pytest.skip(str(error).splitlines()[0])
+    for _ in range(19):
+        assert [x.tobytes() for x in call()] == first
+
+
+def test_simt_gradients_need_no_flag_to_be_bit_equal(cp: Any) -> None:
+    case = CASES["bwd_simt-fp32-d64-gqa"]
+    call = calls.of(case, make(case, Normals(cp)))
+    first = [x.tobytes() for x in call()]
+    for _ in range(19):
+        assert [x.tobytes() for x in call()] == first
+
+
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+def test_batches_further_apart_than_32_bits(cp: Any, family: str) -> None:
+    """Element offsets beyond 2^31 in every tensor: two batch elements at both ends of one large buffer."""
+    import cuflash
+
+    shape, far = (2, 96, 2, 64), 2**31 + 64
+    rng = np.random.default_rng(0)
+    buffer = cp.zeros(far + 4 * prod(shape), np.float16)
+
+    def placed(number: int) -> tuple[Any, Any]:
+        small = cp.asarray(rng.standard_normal(shape, np.float32).astype(np.float16))
+        start = number * prod(shape[1:])
+        strides = tuple(2 * n for n in (far, 128, 64, 1))
+        view = cp.lib.stride_tricks.as_strided(buffer[start:], shape, strides)
+        view[...] = small
+        return small, view
+
+    near, spread = zip(*(placed(number) for number in range(4)), strict=True)
+    options = cuflash.ops.Options(causal=True, family=family)
+    answers = []
+    for q, k, v, dout in (near, spread):
+        out, lse = cuflash.ops.forward(options, q, k, v)
+        grads = cuflash.ops.backward(options._replace(deterministic=True), q, k, v, out=out, dout=dout, lse=lse)
+        answers.append([x.tobytes() for x in (out, lse, *grads)])
+    assert answers[0] == answers[1]
+
+
+def test_more_than_2_to_the_31_elements(cp: Any) -> None:
+    """Tensors of over 2^31 elements, narrow windows: the last rows must equal those of the last rows alone."""
+    import cuflash
+
+    length, heads, dim, left = 2**22 + 100, 8, 64, 64
+    if cp.cuda.Device().mem_info[0] < 60 * 2**30:
+        pytest.skip("needs 60 GB of free device memory")
+    q, k, v, dout = (
+        cp.random.default_rng(seed).standard_normal((1, length, heads, dim), dtype=np.float32).astype(BF16.numpy)
+        for seed in range(4)
+    )
+    options = {"window_size": (left, 0), "return_lse": True}
+    out, lse = cuflash.flash_attn_func(q, k, v, **options)
+    dq, _, _ = cuflash.flash_attn_backward(dout, q, k, v, out, lse, window_size=(left, 0))
+    rows = 1000
+    ends = [x[:, -rows - left :] for x in (q, k, v, dout)]
+    out_end, lse_end = cuflash.flash_attn_func(*ends[:3], **options)
+    dq_end, _, _ = cuflash.flash_attn_backward(
+        ends[3], *ends[:3], out_end, lse_end, window_size=(left, 0), deterministic=True
+    )
+    for whole, end in ((out, out_end), (dq, dq_end)):
+        whole, end = (host(x[0, -rows:]).astype(np.float64) for x in (whole, end))
+        assert np.isfinite(end).all()
+        np.testing.assert_allclose(whole, end, atol=0.02, rtol=0.02)
+    cp.get_default_memory_pool().free_all_blocks()

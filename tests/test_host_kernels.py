@@ -1,0 +1,236 @@
+"""The real kernels, run thread by thread on the CPU (``tests/host``), against the float64 oracle.
+
+Inputs are nasty by default: every tensor is a view into a larger one filled with NaN, in its own memory order, at the
+worst alignment its case allows; outputs start as NaN and nothing outside them may change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import oracle
+import pytest
+from host.build import why_not
+from host.run import run_plan_on_host
+
+from cuflash import dtypes
+from cuflash.device import named
+from cuflash.masks import Mask
+from cuflash.plan import choose
+from cuflash.problem import Problem
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+CAUSAL = Mask(right=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One problem with the data that a Problem leaves open."""
+
+    problem: Problem
+    family: str = "sm80"
+    device: str = "h100"
+    lens_q: tuple[int, ...] = ()
+    """Sequence lengths of a packed problem."""
+    lens_kv: tuple[int, ...] = ()
+    seqused_kv: tuple[int, ...] | None = None
+    mask_axes: str = ""
+    """The axes, of ``bhqk``, along which a boolean mask does not broadcast."""
+    empty_lse: float = -np.inf
+    """How the backward is told of an empty row."""
+
+
+def dense(
+    dtype: str, heads: tuple[int, int], lens: tuple[int, int], dims: tuple[int, int], batch: int = 1, **more
+) -> Case:
+    """A dense case; what is not a field of Problem is one of Case."""
+    case = {name: more.pop(name) for name in Case.__dataclass_fields__ if name in more}
+    more.setdefault("softmax_scale", dims[0] ** -0.5)
+    return Case(Problem("forward", dtypes.DTYPES[dtype], batch, *heads, *lens, *dims, **more), **case)
+
+
+def packed(
+    dtype: str, heads: tuple[int, int], lens_q: tuple, lens_kv: tuple, dims: tuple[int, int], tail: int = 0, **more
+) -> Case:
+    """A packed case with ``tail`` rows after the last sequence."""
+    totals = {"total_q": sum(lens_q) + tail, "total_kv": sum(lens_kv) + tail}
+    lens = max(lens_q), max(lens_kv)
+    more |= {"layout": "varlen", "batch": len(lens_q), "lens_q": lens_q, "lens_kv": lens_kv}
+    return dense(dtype, heads, lens, dims, **totals, **more)
+
+
+CASES: dict[str, Case] = {
+    "fp16-d64": dense("fp16", (2, 2), (100, 150), (64, 64), batch=2),
+    "bf16-d128-causal": dense("bf16", (2, 2), (140, 200), (128, 128), mask=CAUSAL),
+    "d16-one-row": dense("fp16", (1, 1), (1, 70), (16, 16)),
+    "d40-gqa-causal": dense("fp16", (4, 2), (130, 130), (40, 40), mask=CAUSAL),
+    "d72-dv24-window": dense("fp16", (2, 1), (150, 170), (72, 24), mask=Mask(left=40, right=5)),
+    "d80-dv136-mqa": dense("bf16", (3, 1), (70, 90), (80, 136), copy_bytes=8),
+    "d256": dense("fp16", (1, 1), (70, 140), (256, 256)),
+    "d200-dv256-softcap": dense("bf16", (1, 1), (65, 66), (200, 256), softcap=2.0),
+    "d256-99KB": dense("bf16", (1, 1), (50, 90), (256, 256), device="a10", deterministic=True),
+    "copy-4": dense("fp16", (1, 1), (33, 80), (34, 18), copy_bytes=4, mask=CAUSAL),
+    "copy-2": dense("bf16", (1, 1), (70, 40), (33, 7), copy_bytes=2),
+    "more-queries-causal": dense("fp16", (2, 1), (200, 60), (64, 64), mask=CAUSAL),
+    "more-queries-causal-inf": dense("fp16", (2, 1), (200, 60), (64, 64), mask=CAUSAL, empty_lse=np.inf),
+    "top-left": dense("fp16", (2, 1), (90, 150), (64, 64), mask=Mask(right=0, alignment="top-left")),
+    "window-top-left": dense("fp16", (1, 1), (150, 60), (64, 64), mask=Mask(left=20, right=9, alignment="top-left")),
+    "window-left": dense("bf16", (1, 1), (150, 150), (64, 64), mask=Mask(left=33)),
+    "window-one-key": dense("fp16", (1, 1), (150, 150), (64, 64), mask=Mask(left=0, right=0)),
+    "negative-scale": dense("fp16", (1, 1), (70, 70), (64, 64), softmax_scale=-0.3, mask=CAUSAL),
+    "zero-scale": dense("fp16", (1, 1), (70, 70), (64, 64), softmax_scale=0.0),
+    "softcap-causal": dense("fp16", (2, 1), (70, 150), (64, 64), softcap=1.5, softmax_scale=0.7, mask=CAUSAL),
+    "softcap-negative": dense("fp16", (1, 1), (70, 70), (64, 64), softcap=1.5, softmax_scale=-0.7),
+    "mask": dense("fp16", (2, 1), (140, 150), (64, 64), batch=2, mask=Mask(tensor=True), mask_axes="bhqk"),
+    "mask-keys": dense("bf16", (2, 2), (70, 150), (64, 64), batch=2, mask=Mask(tensor=True), mask_axes="bk"),
+    "mask-queries": dense("fp16", (2, 1), (140, 70), (64, 64), mask=Mask(tensor=True), mask_axes="hq"),
+    "deterministic": dense("fp16", (4, 2), (150, 300), (64, 64), mask=CAUSAL, deterministic=True),
+    "deterministic-window": dense(
+        "bf16", (2, 1), (260, 300), (64, 64), mask=Mask(left=70, right=3), deterministic=True
+    ),
+    "no-keys": dense("fp16", (2, 1), (40, 0), (64, 64)),
+    "no-queries": dense("fp16", (2, 1), (0, 40), (64, 64)),
+    "varlen": packed("fp16", (2, 1), (70, 0, 1, 130), (30, 20, 0, 150), (64, 64), tail=5),
+    "varlen-causal": packed("bf16", (2, 2), (1, 150, 64, 0), (130, 60, 64, 0), (64, 64), tail=70, mask=CAUSAL),
+    "varlen-window-d40": packed("fp16", (2, 1), (33, 90), (90, 200), (40, 24), tail=1, mask=Mask(left=9, right=20)),
+    "varlen-seqused": packed(
+        "fp16", (2, 1), (40, 70, 3), (150, 90, 30), (64, 64), seqused_kv=(20, 0, 99), mask=CAUSAL, deterministic=True
+    ),
+    "varlen-d256": packed("bf16", (1, 1), (20, 70), (70, 20), (256, 192), tail=3),
+}
+
+
+def surrounded(shape: tuple[int, ...], dtype: np.dtype, copy_bytes: int, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """A (…, d) view and the buffer of NaN (bytes 0xFF) around it, aligned to ``copy_bytes`` and no better.
+
+    ``order`` rotates the axes in memory; the last one stays contiguous.
+    """
+    *outer, dim = shape
+    axes = np.roll(np.arange(len(outer)), order)
+    pitch = -(-dim * dtype.itemsize // copy_bytes) * copy_bytes
+    pitch += copy_bytes * (1 + pitch // copy_bytes % 2)  # an odd multiple
+    sizes = [outer[axis] + 1 for axis in axes]
+    buffer = np.full(np.prod(sizes, dtype=int) * pitch + 256, 0xFF, np.uint8)
+    start = -buffer.ctypes.data % 128 + copy_bytes
+    rows = buffer[start : start + np.prod(sizes, dtype=int) * pitch].reshape(*sizes, pitch)
+    view = rows[tuple(slice(0, outer[axis]) for axis in axes)][..., : dim * dtype.itemsize].view(dtype)
+    return view.transpose(*np.argsort(axes), len(outer)), buffer
+
+
+class Tensors:
+    """The arrays of one case, by their names in ``params.cuh``."""
+
+    def __init__(self, case: Case) -> None:
+        p = case.problem
+        self.case, self.rng = case, np.random.default_rng(5)
+        self.arrays: dict[str, np.ndarray] = {}
+        self.buffers: dict[str, np.ndarray] = {}
+        varlen = p.layout == "varlen"
+        rows_q, rows_kv = ((p.total_q,), (p.total_kv,)) if varlen else ((p.batch, p.len_q), (p.batch, p.len_kv))
+        self.shapes = {
+            "q": (*rows_q, p.heads_q, p.dim_qk),
+            "k": (*rows_kv, p.heads_kv, p.dim_qk),
+            "v": (*rows_kv, p.heads_kv, p.dim_v),
+            "out": (*rows_q, p.heads_q, p.dim_v),
+            "lse": (p.heads_q, p.total_q) if varlen else (p.batch, p.heads_q, p.len_q),
+        }
+        for name, like in (("dout", "out"), ("dq", "q"), ("dk", "k"), ("dv", "v"), ("dlse", "lse")):
+            self.shapes[name] = self.shapes[like]
+
+        self.options = {
+            "window": (-1 if p.mask.left is None else p.mask.left, -1 if p.mask.right is None else p.mask.right),
+            "alignment": p.mask.alignment,
+            "softcap": p.softcap,
+            "scale": p.softmax_scale,
+        }
+        self.live_q, self.live_kv = rows_q[-1], rows_kv[-1]
+        if varlen:
+            self.arrays["cu_seqlens_q"] = np.cumsum((0, *case.lens_q), dtype=np.int32)
+            self.arrays["cu_seqlens_kv"] = np.cumsum((0, *case.lens_kv), dtype=np.int32)
+            self.live_q, self.live_kv = sum(case.lens_q), sum(case.lens_kv)
+            self.options["cu_seqlens_q"] = self.arrays["cu_seqlens_q"]
+            self.options["cu_seqlens_k"] = self.arrays["cu_seqlens_kv"]
+        if case.seqused_kv is not None:
+            self.arrays["seqused_kv"] = np.array(case.seqused_kv, np.int32)
+            self.options["seqused_k"] = np.minimum(case.seqused_kv, case.lens_kv)
+        if p.mask.tensor:
+            shape = (p.batch, p.heads_q, p.len_q, p.len_kv)
+            kept = tuple(n if axis in case.mask_axes else 1 for axis, n in zip("bhqk", shape, strict=True))
+            mask = self.rng.random((*kept[:2], kept[3], kept[2])).transpose(0, 1, 3, 2) < 0.6  # keys are not contiguous
+            if kept[2] > 1:
+                mask[:, :, kept[2] // 3] = False  # an empty row
+            if kept[3] > 1:
+                mask[:, :, : kept[2] // 2, : kept[3] // 2] = False  # whole tiles
+            self.arrays["mask"] = self.options["mask"] = mask
+
+    def place(self, name: str, values: np.ndarray | None = None) -> np.ndarray:
+        """Put a tensor into its surroundings; NaN without values. Only rows of sequences get values."""
+        p = self.case.problem
+        if name in ("lse", "dlse"):
+            *outer, rows = self.shapes[name]
+            view, buffer = surrounded((*outer, rows), p.dtype.accumulator, p.dtype.accumulator.itemsize, 0)
+            if values is not None:
+                view[..., : self.live_q] = values[..., : self.live_q]
+        else:
+            view, buffer = surrounded(self.shapes[name], p.dtype.numpy, p.copy_bytes, len(self.buffers))
+            live = self.live_kv if name in ("k", "v", "dk", "dv") else self.live_q
+            if values is not None:
+                view[..., :live, :, :] = values[..., :live, :, :]
+        self.arrays[name], self.buffers[name] = view, buffer
+        return view
+
+    def random(self, name: str) -> np.ndarray:
+        """Place normally distributed values."""
+        return self.place(name, self.rng.standard_normal(self.shapes[name]).astype(self.case.problem.dtype.numpy))
+
+    def assert_surroundings_untouched(self, *outputs: str) -> None:
+        for name in outputs:
+            view, around = self.arrays[name], self.buffers[name].copy()
+            if view.size:
+                start = view.ctypes.data - self.buffers[name].ctypes.data
+                base = around[start : start + view.itemsize].view(view.dtype)
+                inside = np.lib.stride_tricks.as_strided(base, view.shape, view.strides)
+                inside[...] = np.full(view.itemsize, 0xFF, np.uint8).view(view.dtype)[0]
+            written = np.flatnonzero(around != 0xFF)
+            assert written.size == 0, f"{written.size} bytes beside {name} were written, the first at {written[0]}"
+
+
+def exact_and_naive(tensors: Tensors, *extra: str) -> tuple[oracle.Attention, oracle.Attention]:
+    inputs = [tensors.arrays[name] for name in ("q", "k", "v", *extra)]
+    return oracle.attention(*inputs, **tensors.options), oracle.naive_in_dtype(*inputs, **tensors.options)
+
+
+def run(case: Case, tensors: Tensors, direction: str, seed: int = 0) -> None:
+    plan = choose(replace(case.problem, direction=direction), named(case.device), case.family)
+    assert run_plan_on_host(plan, tensors.arrays, seed) == 0, "ldmatrix met bank conflicts"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_forward(case: Case) -> None:
+    tensors = Tensors(case)
+    for name in ("q", "k", "v"):
+        tensors.random(name)
+    out, lse = tensors.place("out"), tensors.place("lse")
+    exact, naive = exact_and_naive(tensors)
+    run(case, tensors, "forward")
+    oracle.assert_close(out, exact.out, naive.out, "out")
+    oracle.assert_close(lse, exact.lse, naive.lse, "lse")
+    tensors.assert_surroundings_untouched("out", "lse")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_backward(case: Case) -> None:
+    tensors = Tensors(case)
+    for name in ("q", "k", "v", "dout", "dlse"):
+        tensors.random(name)
+    exact, naive = exact_and_naive(tensors, "dout", "dlse")
+    tensors.place("out", exact.out.astype(case.problem.dtype.numpy))
+    tensors.place("lse", np.where(np.isneginf(exact.lse), case.empty_lse, exact.lse))
+    dq, dk, dv = (tensors.place(name) for name in ("dq", "dk", "dv"))
+    run(case, tensors, "backward")
+    oracle.assert_close(dq, exact.dq, naive.dq, "dq")
+    oracle.assert_close(dk, exact.dk, naive.dk, "dk")
+    oracle.assert_close(dv, exact.dv, naive.dv, "dv")
+    tensors.assert_surroundings_untouched("dq", "dk", "dv")

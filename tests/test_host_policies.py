@@ -1,0 +1,391 @@
+"""kernels/attention/*.cuh compiled for the CPU, against brute force and NumPy."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from ctypes import c_double, c_longlong, c_void_p
+from functools import cache
+
+import numpy as np
+import pytest
+from host.build import build, why_not
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+UNIT = r"""
+#include "attention/mask.cuh"
+#include "attention/schedule.cuh"
+#include "attention/score.cuh"
+#include "attention/sequence.cuh"
+#include "attention/softmax.cuh"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+using namespace cuflash;
+
+struct Lengths { int len_q, len_kv; int64 batch; };
+
+template <class Mask>
+void mask_rules(const Attention& a, const Lengths& lengths, int head, int rows_kv, int tile_q, int tile_kv, bool* keep,
+                Tiles* kv_tiles, Tiles* q_tiles) {
+  const Mask mask(a, lengths, head);
+  for (int q = 0; q < lengths.len_q; ++q) {
+    for (int kv = 0; kv < rows_kv; ++kv) keep[q * rows_kv + kv] = mask.keep(q, kv);
+  }
+  for (int q = 0; q < lengths.len_q; q += tile_q) kv_tiles[q / tile_q] = mask.kv_tiles(q, tile_q, tile_kv);
+  for (int kv = 0; kv < rows_kv; kv += tile_kv) q_tiles[kv / tile_kv] = mask.q_tiles(kv, tile_kv, tile_q);
+}
+
+EXPORT void band(int kind, int len_q, int len_kv, int rows_kv, int left, int right, int top_left, int tile_q,
+                 int tile_kv, bool* keep, Tiles* kv_tiles, Tiles* q_tiles) {
+  Attention a{};
+  a.window_left = left;
+  a.window_right = right;
+  a.top_left = top_left;
+  const Lengths lengths{len_q, len_kv, 0};
+  const auto rules = kind == 0 ? mask_rules<NoMask> : kind == 1 ? mask_rules<CausalMask> : mask_rules<WindowMask>;
+  rules(a, lengths, 0, rows_kv, tile_q, tile_kv, keep, kv_tiles, q_tiles);
+}
+
+EXPORT void tensor(const uint8* mask, const int64* strides, int batch, int head, int len_q, int len_kv, int rows_kv,
+                   int tile_q, int tile_kv, bool* keep, Tiles* kv_tiles, Tiles* q_tiles) {
+  Attention a{};
+  a.mask = mask;
+  a.mask_batch = strides[0];
+  a.mask_head = strides[1];
+  a.mask_row = strides[2];
+  a.mask_column = strides[3];
+  mask_rules<TensorMask>(a, Lengths{len_q, len_kv, batch}, head, rows_kv, tile_q, tile_kv, keep, kv_tiles, q_tiles);
+}
+
+// Feeds x [tiles, width] to one row; value: the running sum of p * value.
+template <class Real>
+void row(const double* x, const double* value, int tiles, int width, double unit, double* lse, double* out) {
+  const Real log2_unit = static_cast<Real>(unit * kLog2E);
+  RowState<Real> state;
+  state.init();
+  Real sum = 0;
+  for (int tile = 0; tile < tiles; ++tile) {
+    Real top = -infinity<Real>();
+    for (int i = 0; i < width; ++i) top = max_of(top, static_cast<Real>(x[tile * width + i]));
+    sum *= state.update(top, log2_unit);
+    const Real shift = state.shift(log2_unit);
+    for (int i = 0; i < width; ++i) {
+      const Real p = exp2(static_cast<Real>(x[tile * width + i]) * log2_unit - shift);
+      state.l += p;
+      sum += p * static_cast<Real>(value[tile * width + i]);
+    }
+  }
+  *lse = state.lse(static_cast<Real>(unit));
+  *out = sum * state.inverse_sum();
+}
+EXPORT void row_float(const double* x, const double* v, int tiles, int width, double unit, double* lse, double* out) {
+  row<float>(x, v, tiles, width, unit, lse, out);
+}
+EXPORT void row_double(const double* x, const double* v, int tiles, int width, double unit, double* lse, double* out) {
+  row<double>(x, v, tiles, width, unit, lse, out);
+}
+
+template <template <class> class Score, class Real>
+void score(double scale, double softcap, const double* s, int count, double* logit, double* slope) {
+  Attention a{};
+  a.softmax_scale = scale;
+  a.softcap = softcap;
+  const Score<Real> score(a);
+  for (int i = 0; i < count; ++i) {
+    const Real x = score.apply(static_cast<Real>(s[i]));
+    logit[i] = score.unit() * x;
+    slope[i] = score.slope(x) * score.scale();
+  }
+}
+EXPORT void scores(int kind, int is_double, double scale, double softcap, const double* s, int count, double* logit,
+                   double* slope) {
+  const auto f = kind == 0 ? (is_double ? score<ScaledScore, double> : score<ScaledScore, float>)
+                 : kind == 1 ? (is_double ? score<SignedScore, double> : score<SignedScore, float>)
+                             : (is_double ? score<SoftCapScore, double> : score<SoftCapScore, float>);
+  f(scale, softcap, s, count, logit, slope);
+}
+
+EXPORT int tiles_of(int longest, int tile) { return num_tiles(longest, tile); }
+EXPORT void schedule(int keys, int64 block, int tiles, int heads, int* out) {
+  const Work work = keys ? key_work(block, tiles, heads) : query_work(block, tiles, heads);
+  out[0] = work.tile;
+  out[1] = work.head;
+  out[2] = work.batch;
+}
+
+template <class Sequence>
+void describe(const Attention& a, int batch, int tile, const Strides& stride, int64* out) {
+  const Sequence s(a, batch);
+  const int64 values[] = {s.len_q, s.len_kv, s.rows_kv, s.tail_q, s.tail_kv, s.q_offset(stride), s.kv_offset(stride),
+                          s.first_q_tile(tile), Sequence::num_q_tiles(a, tile)};
+  for (int64 value : values) *out++ = value;
+}
+EXPORT void varlen(const int* cu_q, const int* cu_kv, const int* used, int batches, int total_q, int total_kv,
+                   int batch, int tile, const Strides* stride, int64* out) {
+  Attention a{};
+  a.cu_seqlens_q = cu_q;
+  a.cu_seqlens_kv = cu_kv;
+  a.seqused_kv = used;
+  a.batch = batches;
+  a.total_q = total_q;
+  a.total_kv = total_kv;
+  describe<VarlenSequence>(a, batch, tile, *stride, out);
+}
+EXPORT void dense(int batches, int len_q, int len_kv, int batch, int tile, const Strides* stride, int64* out) {
+  Attention a{};
+  a.batch = batches;
+  a.len_q = len_q;
+  a.len_kv = len_kv;
+  describe<DenseSequence>(a, batch, tile, *stride, out);
+}
+
+EXPORT double lse2_float(double lse) { return backward_lse2(static_cast<float>(lse)); }
+EXPORT double lse2_double(double lse) { return backward_lse2(lse); }
+"""
+
+
+@cache
+def policies() -> ctypes.CDLL:
+    library = build(UNIT)
+    library.lse2_float.restype = library.lse2_double.restype = c_double
+    return library
+
+
+def pointer(array: np.ndarray) -> c_void_p:
+    return c_void_p(array.ctypes.data)
+
+
+class Rules:
+    """What a mask says about a (len_q, rows_kv) square of scores cut into tiles."""
+
+    def __init__(self, len_q: int, rows_kv: int, tile_q: int, tile_kv: int) -> None:
+        self.tile_q, self.tile_kv = tile_q, tile_kv
+        self.keep = np.zeros((len_q, rows_kv), bool)
+        self.kv_tiles = np.full((-(-len_q // tile_q), 4), -1, np.int32)  # begin, full_begin, full_end, end
+        self.q_tiles = np.full((-(-rows_kv // tile_kv), 4), -1, np.int32)
+
+    def check(self, visible: np.ndarray, tight: bool) -> None:
+        """Compare with the mask's definition, ``visible``; tight: no tile is visited or tested in vain."""
+        np.testing.assert_array_equal(self.keep, visible)
+        tiles_q, tiles_kv = len(self.kv_tiles), len(self.q_tiles)
+        some = np.zeros((tiles_q, tiles_kv), bool)
+        whole = np.zeros((tiles_q, tiles_kv), bool)
+        for m, n in np.ndindex(some.shape):
+            rows = slice(m * self.tile_q, (m + 1) * self.tile_q)
+            tile = visible[rows, n * self.tile_kv : (n + 1) * self.tile_kv]
+            some[m, n] = tile.any()
+            whole[m, n] = tile.all() and tile.shape[1] == self.tile_kv
+        m, n = np.indices(some.shape)
+        walks = []
+        for cuts, index in ((self.kv_tiles[:, None, :], n), (self.q_tiles[None, :, :], m)):
+            begin, full_begin, full_end, end = np.moveaxis(cuts, -1, 0)
+            assert ((begin >= 0) & (begin <= full_begin) & (full_begin <= full_end) & (full_end <= end)).all(), cuts
+            walk, full = (begin <= index) & (index < end), (full_begin <= index) & (index < full_end)
+            assert (walk >= some).all(), "a visible element lies outside [begin, end)"
+            assert (whole >= full).all(), "a tile in [full_begin, full_end) is not visible whole"
+            if tight:
+                np.testing.assert_array_equal(walk, some, "a tile without visible elements is visited")
+                np.testing.assert_array_equal(full, whole, "a tile that is visible whole is tested")
+            walks.append(walk)
+        by_query, by_key = walks
+        assert (by_key >= by_query).all(), "OrderedReduction waits for a key tile that does not visit the query tile"
+
+
+LENGTHS = (0, 1, 4, 7, 8, 13)
+TILES = ((4, 4), (2, 8), (8, 2), (3, 5))
+
+
+@pytest.mark.parametrize("kind", ["NoMask", "CausalMask", "WindowMask"])
+def test_band_masks_exhaustively(kind: str) -> None:
+    unbounded = 1000
+    lefts, rights = ([0, 2, 5, unbounded], [0, 3, unbounded]) if kind == "WindowMask" else ([0], [0])
+    for len_q, len_kv, left, right, top_left in itertools.product(LENGTHS, LENGTHS, lefts, rights, (0, 1)):
+        diagonal = np.arange(len_q)[:, None] + (0 if top_left else len_kv - len_q)
+        # Two key rows more than take part (seqused_kv): nothing sees them.
+        keys = np.arange(len_kv + 2)
+        visible = np.broadcast_to(keys < len_kv, (len_q, len_kv + 2)).copy()
+        if kind != "NoMask":
+            visible &= keys <= diagonal + right
+        if kind == "WindowMask":
+            visible &= keys >= diagonal - left
+        for tile_q, tile_kv in TILES:
+            rules = Rules(len_q, len_kv + 2, tile_q, tile_kv)
+            policies().band(
+                ["NoMask", "CausalMask", "WindowMask"].index(kind),
+                *(len_q, len_kv, len_kv + 2, left, right, top_left, tile_q, tile_kv),
+                *(pointer(x) for x in (rules.keep, rules.kv_tiles, rules.q_tiles)),
+            )
+            try:
+                rules.check(visible, tight=True)
+            except AssertionError as error:
+                raise AssertionError(f"{len_q=} {len_kv=} {left=} {right=} {top_left=} {tile_q=} {tile_kv=}") from error
+
+
+@pytest.mark.parametrize("tile_q", [16, 32, 64, 128])
+@pytest.mark.parametrize("tile_kv", [64, 128])
+def test_window_mask_at_real_tile_sizes(tile_q: int, tile_kv: int) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        len_q, len_kv = (int(x) for x in rng.integers(1, 600, 2))
+        left, right = (int(x) for x in rng.integers(0, 300, 2))
+        top_left = int(rng.integers(2))
+        diagonal = np.arange(len_q)[:, None] + (0 if top_left else len_kv - len_q)
+        keys = np.arange(len_kv)
+        rules = Rules(len_q, len_kv, tile_q, tile_kv)
+        policies().band(
+            *(2, len_q, len_kv, len_kv, left, right, top_left, tile_q, tile_kv),
+            *(pointer(x) for x in (rules.keep, rules.kv_tiles, rules.q_tiles)),
+        )
+        rules.check((keys <= diagonal + right) & (keys >= diagonal - left), tight=True)
+
+
+@pytest.mark.parametrize("len_kv", [0, 9, 12])
+def test_tensor_mask(len_kv: int) -> None:
+    rng = np.random.default_rng(2)
+    shape = 3, 2, 10, 12
+    for kept in itertools.product((False, True), repeat=4):
+        mask = rng.random([n if keep else 1 for n, keep in zip(shape, kept, strict=True)]) < 0.5
+        mask = mask.swapaxes(2, 3).copy().swapaxes(2, 3)
+        strides = np.where(kept, mask.strides, 0).astype(np.int64)
+        for batch, head in itertools.product(range(3), range(2)):
+            rules = Rules(10, 12, 4, 8)
+            policies().tensor(
+                *(pointer(mask), pointer(strides), batch, head, 10, len_kv, 12, 4, 8),
+                *(pointer(x) for x in (rules.keep, rules.kv_tiles, rules.q_tiles)),
+            )
+            rules.check(np.broadcast_to(mask, shape)[batch, head] & (np.arange(12) < len_kv), tight=False)
+
+
+SCORE = st.one_of(st.just(-np.inf), st.floats(-50, 50))
+
+
+@given(x=st.lists(st.tuples(SCORE, SCORE, SCORE), max_size=6), unit=st.sampled_from([0.125, 1.0, 30.0]))
+def test_row_state_is_softmax(x: list, unit: float) -> None:
+    scores = np.array(x, np.float64).reshape(-1, 3)
+    values = np.random.default_rng(3).standard_normal(scores.shape)
+    logits = scores.ravel() * unit
+    top = logits.max(initial=-np.inf)
+    if top == -np.inf:
+        exact = -np.inf, 0.0
+    else:
+        weights = np.exp(logits - top)
+        exact = top + np.log(weights.sum()), weights @ values.ravel() / weights.sum()
+    # Exponents reach unit * 50 * log2(e) and are rounded once, so p is off by that many units of the last place.
+    for name, eps in (("float", 2.0**-24), ("double", 2.0**-53)):
+        lse, out = c_double(), c_double()
+        getattr(policies(), f"row_{name}")(
+            pointer(scores), pointer(values), *(len(scores), 3, c_double(unit)), ctypes.byref(lse), ctypes.byref(out)
+        )
+        tolerance = 16 * eps * (1 + 2 * 50 * unit)
+        np.testing.assert_allclose((lse.value, out.value), exact, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_row_state_survives_empty_tiles_first_and_last() -> None:
+    scores = np.array([[-np.inf] * 3, [1.0, -np.inf, 2.0], [-np.inf] * 3])
+    lse, out = c_double(), c_double()
+    policies().row_double(
+        pointer(scores), pointer(np.ones(9)), *(3, 3, c_double(1.0)), ctypes.byref(lse), ctypes.byref(out)
+    )
+    assert lse.value == pytest.approx(np.log(np.exp(1) + np.exp(2)), rel=1e-14)
+    assert out.value == pytest.approx(1.0, rel=1e-14)
+
+
+@pytest.mark.parametrize("is_double", [False, True], ids=["float", "double"])
+@pytest.mark.parametrize(
+    ("kind", "scale", "softcap"),
+    [("ScaledScore", 0.125, 0), ("SignedScore", -0.5, 0), ("SignedScore", 0, 0)]
+    + [("SoftCapScore", scale, cap) for scale in (0.125, -2.0, 0.0) for cap in (0.5, 30.0)],
+)
+def test_score_and_its_slope(kind: str, scale: float, softcap: float, is_double: bool) -> None:
+    def logits(s: np.ndarray) -> np.ndarray:
+        return softcap * np.tanh(scale * s / softcap) if softcap else scale * s
+
+    def run(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logit, slope = np.empty_like(s), np.empty_like(s)
+        kinds = ["ScaledScore", "SignedScore", "SoftCapScore"]
+        arguments = kinds.index(kind), int(is_double), c_double(scale), c_double(softcap)
+        policies().scores(*arguments, pointer(s), s.size, pointer(logit), pointer(slope))
+        return logit, slope
+
+    s = np.concatenate([np.linspace(-40, 40, 401), [-1e4, 1e4]])
+    logit, slope = run(s)
+    eps = np.finfo(np.float64 if is_double else np.float32).eps
+    np.testing.assert_allclose(logit, logits(s), rtol=8 * eps, atol=8 * eps * max(1.0, softcap))
+    h = 1e-5
+    np.testing.assert_allclose(slope, (logits(s + h) - logits(s - h)) / (2 * h), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", [0, 1], ids=["query_work", "key_work"])
+@pytest.mark.parametrize(("tiles", "heads", "batch"), [(1, 1, 1), (5, 3, 4), (1, 7, 2), (9, 1, 3)])
+def test_schedule_covers_every_tile_once(keys: int, tiles: int, heads: int, batch: int) -> None:
+    work = np.empty((tiles * heads * batch, 3), np.int32)
+    for block in range(len(work)):
+        policies().schedule(keys, c_longlong(block), tiles, heads, pointer(work[block]))
+    assert sorted(map(tuple, work.tolist())) == sorted(itertools.product(range(tiles), range(heads), range(batch)))
+    of_a_head = work[:tiles, 0]
+    assert (np.diff(of_a_head) == (1 if keys else -1)).all(), "key tiles rise, query tiles fall"
+
+
+def test_schedule_beyond_32_bits() -> None:
+    work = np.empty(3, np.int32)
+    policies().schedule(0, c_longlong(2**33 + 5), 1 << 20, 1 << 10, pointer(work))
+    assert work.tolist() == [(1 << 20) - 1 - 5, 0, 8]
+
+
+def test_number_of_tiles() -> None:
+    assert [policies().tiles_of(n, 64) for n in (0, 1, 64, 65)] == [1, 1, 1, 2]
+
+
+STRIDES = np.array([2**33, 2**20, 7], np.int64)  # batch, row, head
+FIELDS = ("len_q", "len_kv", "rows_kv", "tail_q", "tail_kv", "q_offset", "kv_offset", "first_q_tile", "num_q_tiles")
+
+
+@given(
+    lens=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200), st.integers(0, 250)), min_size=1, max_size=8),
+    tails=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    tile=st.sampled_from([16, 64, 128]),
+    seqused=st.booleans(),
+)
+def test_varlen_sequence(lens: list, tails: tuple[int, int], tile: int, seqused: bool) -> None:
+    len_q, rows_kv, used = (np.array(x, np.int32) for x in zip(*lens, strict=True))
+    cu_q, cu_kv = (np.cumsum([0, *x], dtype=np.int32) for x in (len_q, rows_kv))
+    total_q, total_kv = cu_q[-1] + tails[0], cu_kv[-1] + tails[1]
+    next_free = 0
+    for b in range(len(lens)):
+        values = np.empty(len(FIELDS), np.int64)
+        policies().varlen(
+            *(pointer(cu_q), pointer(cu_kv), pointer(used) if seqused else None),
+            *(len(lens), int(total_q), int(total_kv), b, tile, pointer(STRIDES), pointer(values)),
+        )
+        got = dict(zip(FIELDS, values.tolist(), strict=True))
+        last = b == len(lens) - 1
+        first = got.pop("first_q_tile")
+        assert first >= next_free, "the tiles of two sequences overlap"
+        next_free = first + -(-len_q[b] // tile)
+        assert next_free <= got.pop("num_q_tiles"), "a tile lies outside the accumulator"
+        assert got == {
+            "len_q": len_q[b],
+            "len_kv": min(rows_kv[b], used[b]) if seqused else rows_kv[b],
+            "rows_kv": rows_kv[b],
+            "tail_q": tails[0] * last,
+            "tail_kv": tails[1] * last,
+            "q_offset": int(cu_q[b]) * 2**20,
+            "kv_offset": int(cu_kv[b]) * 2**20,
+        }
+
+
+def test_dense_sequence() -> None:
+    for b in range(3):
+        values = np.empty(len(FIELDS), np.int64)
+        policies().dense(3, 130, 70, b, 64, pointer(STRIDES), pointer(values))
+        assert values.tolist() == [130, 70, 70, 0, 0, b * 2**33, b * 2**33, b * 3, 9]
+
+
+def test_backward_lse2() -> None:
+    for lse2, eps in ((policies().lse2_float, 2.0**-23), (policies().lse2_double, 2.0**-52)):
+        assert lse2(c_double(-np.inf)) == np.inf
+        assert lse2(c_double(np.inf)) == np.inf
+        assert lse2(c_double(-3.5)) == pytest.approx(-3.5 * np.log2(np.e), rel=eps)

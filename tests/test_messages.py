@@ -1,0 +1,468 @@
+"""Every refusal of the public functions, word for word: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cuflash
+from cuflash.arrays import NumPy
+from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.ops import check
+from cuflash.ops.options import Options
+from cuflash.problem import Problem
+
+
+def full(*shape: int, dtype: Any = np.float16) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+Q, K, V = full(2, 6, 4, 8), full(2, 10, 2, 8), full(2, 10, 2, 16)
+OUT, LSE = full(2, 6, 4, 16), full(2, 4, 6, dtype=np.float32)
+PACKED_Q, PACKED_KV = full(6, 4, 8), full(10, 2, 8)
+STARTS_Q, STARTS_K = np.array([0, 2, 6], np.int32), np.array([0, 7, 9], np.int32)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a public function with the arguments that differ from a sound one."""
+
+    function: Callable[..., Any]
+    message: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    error: type[Exception] = InvalidArgument
+
+    def __call__(self) -> None:
+        self.function(**(SOUND[self.function] | self.changes))
+
+
+func, varlen, sdpa = cuflash.flash_attn_func, cuflash.flash_attn_varlen_func, cuflash.scaled_dot_product_attention
+backward, vjp, explain = cuflash.flash_attn_backward, cuflash.flash_attn_vjp, cuflash.explain
+kvpacked, qkvpacked = cuflash.flash_attn_kvpacked_func, cuflash.flash_attn_qkvpacked_func
+varlen_qkvpacked = cuflash.flash_attn_varlen_qkvpacked_func
+varlen_kvpacked = cuflash.flash_attn_varlen_kvpacked_func
+
+SOUND: dict[Callable[..., Any], dict[str, Any]] = {
+    func: {"q": Q, "k": K, "v": V},
+    varlen: {"q": PACKED_Q, "k": PACKED_KV, "v": PACKED_KV, "cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K},
+    sdpa: {"query": full(2, 4, 6, 8), "key": full(2, 4, 10, 8), "value": full(2, 4, 10, 16)},
+    backward: {"dout": OUT, "q": Q, "k": K, "v": V, "out": OUT, "lse": LSE},
+    vjp: {"q": Q, "k": K, "v": V},
+    explain: {"q": Q, "k": K, "v": V, "device": "h100"},
+    kvpacked: {"q": Q, "kv": full(2, 10, 2, 2, 8)},
+    qkvpacked: {"qkv": full(2, 6, 3, 4, 8)},
+    varlen_kvpacked: {"q": PACKED_Q, "kv": full(10, 2, 2, 8), "cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K},
+    varlen_qkvpacked: {"qkv": full(6, 3, 4, 8), "cu_seqlens": STARTS_Q},
+}
+
+read_only = full(2, 6, 4, 16)
+read_only.flags.writeable = False
+shared = full(2, 6, 4, 24)
+misaligned = np.zeros(2 * 6 * 4 * 8 * 2 + 1, np.uint8)[1:].view(np.float16).reshape(2, 6, 4, 8)
+odd_rows = np.zeros((2, 6, 4, 17), np.uint8)[..., :16].view(np.float16)
+problem = Problem("forward", check._DTYPES["float16"], 1, 1, 1, 8, 8, 16, 16)
+
+CALLS: dict[str, Call] = {
+    "not-an-array": Call(
+        func,
+        "q is a list; expected an array of NumPy, CuPy, torch, JAX or another library that speaks DLPack. "
+        "Convert it first, for example with numpy.asarray or cupy.asarray.",
+        {"q": [1.0]},
+    ),
+    "masked-array": Call(
+        func,
+        "k is a MaskedArray; expected an array of NumPy, CuPy, torch, JAX or another library that speaks DLPack. "
+        "Convert it first, for example with numpy.asarray or cupy.asarray.",
+        {"k": np.ma.masked_array(K)},
+    ),
+    "none": Call(func, "k is None; expected an array.", {"k": None}),
+    "all-none": Call(func, "q is None; expected an array.", {"q": None, "k": None, "v": None}),
+    "sdpa-none": Call(sdpa, "value is None; expected an array.", {"value": None}),
+    "backward-none": Call(backward, "lse is None; expected an array.", {"lse": None}),
+    "varlen-none": Call(varlen, "cu_seqlens_k is None; expected an array.", {"cu_seqlens_k": None}),
+    "rank": Call(func, "q has 3 dimensions, shape (6, 4, 8); expected 4: (b, s, h, d).", {"q": PACKED_Q}),
+    "varlen-rank": Call(varlen, "k has 4 dimensions, shape (2, 10, 2, 8); expected 3: (total, h, d).", {"k": K}),
+    "sdpa-rank": Call(sdpa, "key has 2 dimensions, shape (3, 8); expected 4: (b, h, s, d).", {"key": full(3, 8)}),
+    "dtype": Call(
+        func,
+        "q is int32; expected float16, bfloat16, float32, float64. Convert q, k and v.",
+        {"q": Q.astype(np.int32)},
+    ),
+    "dtype-byte-order": Call(
+        func,
+        "q is >f4; expected float16, bfloat16, float32, float64. Convert q, k and v.",
+        {"q": Q.astype(">f4")},
+    ),
+    "dtype-mixed": Call(
+        func, "v is bfloat16 but q is float16; convert one of them.", {"v": V.astype(ml_dtypes.bfloat16)}
+    ),
+    "batch": Call(
+        func,
+        "k has batch size 3 but q has 2; they must be equal.\n"
+        "  q: (b=2, s=6, h=4, d=8) float16    k: (b=3, s=10, h=2, d=8) float16",
+        {"k": full(3, 10, 2, 8)},
+    ),
+    "length": Call(
+        func,
+        "v has length 9 but k has 10; they must be equal.\n"
+        "  k: (b=2, s=10, h=2, d=8) float16    v: (b=2, s=9, h=2, d=16) float16",
+        {"v": full(2, 9, 2, 16)},
+    ),
+    "packed-length": Call(
+        varlen,
+        "v has packed length 9 but k has 10; they must be equal.\n"
+        "  k: (total=10, h=2, d=8) float16    v: (total=9, h=2, d=8) float16",
+        {"v": full(9, 2, 8)},
+    ),
+    "dim": Call(
+        func,
+        "k has head dimension 16 but q has 8; they must be equal.\n"
+        "  q: (b=2, s=6, h=4, d=8) float16    k: (b=2, s=10, h=2, d=16) float16",
+        {"k": V},
+    ),
+    "heads-kv": Call(
+        func,
+        "v has number of heads 4 but k has 2; they must be equal.\n"
+        "  k: (b=2, s=10, h=2, d=8) float16    v: (b=2, s=10, h=4, d=16) float16",
+        {"v": full(2, 10, 4, 16)},
+    ),
+    "no-heads": Call(
+        func,
+        "k has number of heads 0; expected at least 1.\n  k: (b=2, s=10, h=0, d=8) float16",
+        {"k": full(2, 10, 0, 8), "v": full(2, 10, 0, 16)},
+    ),
+    "no-dim": Call(
+        func,
+        "v has head dimension 0; expected at least 1.\n  v: (b=2, s=10, h=2, d=0) float16",
+        {"v": full(2, 10, 2, 0)},
+    ),
+    "gqa": Call(
+        func,
+        "k has 3 heads but q has 4; heads_q must be a multiple of heads_kv.\n"
+        "  q: (b=2, s=6, h=4, d=8) float16    k: (b=2, s=10, h=3, d=8) float16",
+        {"k": full(2, 10, 3, 8), "v": full(2, 10, 3, 16)},
+    ),
+    "sdpa-gqa": Call(
+        sdpa,
+        "key has 2 heads but query has 4; pass enable_gqa=True to let query heads share key/value heads.\n"
+        "  query: (b=2, h=4, s=6, d=8) float16    key: (b=2, h=2, s=10, d=8) float16",
+        {"key": full(2, 2, 10, 8), "value": full(2, 2, 10, 16)},
+    ),
+    "enable-gqa": Call(
+        sdpa,
+        "enable_gqa is 'yes'; expected True or False.",
+        {"key": full(2, 2, 10, 8), "value": full(2, 2, 10, 16), "enable_gqa": "yes"},
+    ),
+    "last-dim": Call(
+        func,
+        "q is not contiguous along its last dimension, whose stride is 4 bytes; expected 2. "
+        "Pass a contiguous copy of it.",
+        {"q": full(2, 6, 4, 16)[..., ::2]},
+    ),
+    "last-dim-broadcast": Call(
+        backward,
+        "dout is not contiguous along its last dimension, whose stride is 0 bytes; expected 2. "
+        "Pass a contiguous copy of it.",
+        {"dout": np.broadcast_to(np.float16(1), OUT.shape)},
+    ),
+    "last-dim-backwards": Call(
+        func,
+        "q is not contiguous along its last dimension, whose stride is -2 bytes; expected 2. "
+        "Pass a contiguous copy of it.",
+        {"q": Q[..., ::-1]},
+    ),
+    "misaligned": Call(
+        func,
+        "q is misaligned: not all of its elements start at a multiple of their 2 bytes. Pass a contiguous copy of it.",
+        {"q": misaligned},
+    ),
+    "misaligned-rows": Call(
+        func,
+        "q is misaligned: not all of its elements start at a multiple of their 2 bytes. Pass a contiguous copy of it.",
+        {"q": odd_rows},
+    ),
+    "misaligned-lse": Call(
+        backward,
+        "lse is misaligned: not all of its elements start at a multiple of their 4 bytes. "
+        "Pass a contiguous copy of it.",
+        {"lse": np.zeros(2 * 4 * 6 * 4 + 2, np.uint8)[2:].view(np.float32).reshape(2, 4, 6)},
+    ),
+    "too-many-rows": Call(
+        func,
+        "k has 1073741825 rows; expected at most 2**30 in a sequence, and fewer than 2**31 in all packed ones.",
+        {
+            "k": np.broadcast_to(full(2, 1, 2, 8), (2, 2**30 + 1, 2, 8)),
+            "v": np.broadcast_to(full(2, 1, 2, 8), (2, 2**30 + 1, 2, 8)),
+        },
+    ),
+    "too-many-packed-rows": Call(
+        varlen,
+        "q has 2147483648 rows; expected at most 2**30 in a sequence, and fewer than 2**31 in all packed ones.",
+        {"q": np.broadcast_to(full(1, 4, 8), (2**31, 4, 8))},
+    ),
+    "scale": Call(func, "softmax_scale is nan; expected a finite number.", {"softmax_scale": float("nan")}),
+    "scale-type": Call(func, "softmax_scale is '1'; expected a finite number.", {"softmax_scale": "1"}),
+    "scale-array": Call(func, "softmax_scale is array([1.]); expected a finite number.", {"softmax_scale": np.ones(1)}),
+    "sdpa-scale": Call(sdpa, "scale is inf; expected a finite number.", {"scale": float("inf")}),
+    "softcap": Call(func, "softcap is -1.0; expected 0 (none) or a positive number.", {"softcap": -1.0}),
+    "softcap-type": Call(func, "softcap is None; expected a finite number.", {"softcap": None}),
+    "causal": Call(func, "causal is 'yes'; expected True or False.", {"causal": "yes"}),
+    "sdpa-causal": Call(sdpa, "is_causal is 2; expected True or False.", {"is_causal": 2}),
+    "deterministic": Call(backward, "deterministic is None; expected True or False.", {"deterministic": None}),
+    "alignment": Call(func, "alignment is 'left'; expected 'bottom-right' or 'top-left'.", {"alignment": "left"}),
+    "window-type": Call(func, "window_size is 3; expected a tuple of two integers (left, right).", {"window_size": 3}),
+    "window-list": Call(
+        func, "window_size is [3, 0]; expected a tuple of two integers (left, right).", {"window_size": [3, 0]}
+    ),
+    "window-count": Call(
+        func, "window_size is (1, 2, 3); expected a tuple of two integers (left, right).", {"window_size": (1, 2, 3)}
+    ),
+    "window-negative": Call(
+        func,
+        "window_size is (-2, 0); expected bounds from 0 to 2**31 - 1, or -1 for unbounded.",
+        {"window_size": (-2, 0)},
+    ),
+    "window-large": Call(
+        func,
+        "window_size is (0, 2147483648); expected bounds from 0 to 2**31 - 1, or -1 for unbounded.",
+        {"window_size": (0, 2**31)},
+    ),
+    "starts-dtype": Call(
+        varlen, "cu_seqlens_q is int64; expected int32. Convert it.", {"cu_seqlens_q": STARTS_Q.astype(np.int64)}
+    ),
+    "starts-rank": Call(
+        varlen, "cu_seqlens_k has shape (3, 1); expected one dimension.", {"cu_seqlens_k": STARTS_K[:, None]}
+    ),
+    "starts-strided": Call(
+        varlen,
+        "cu_seqlens_q is not contiguous; pass a contiguous copy of it.",
+        {"cu_seqlens_q": np.repeat(STARTS_Q, 2)[::2]},
+    ),
+    "starts-empty": Call(
+        varlen,
+        "cu_seqlens_q is empty; expected batch + 1 numbers, the first of them 0.",
+        {"cu_seqlens_q": STARTS_Q[:0]},
+    ),
+    "starts-count": Call(
+        varlen,
+        "cu_seqlens_k has 2 numbers but cu_seqlens_q has 3; "
+        "both need batch + 1, with a sequence of keys for each sequence of queries.",
+        {"cu_seqlens_k": STARTS_K[:2]},
+    ),
+    "starts-first": Call(
+        varlen,
+        "cu_seqlens_q starts with 1; expected 0, the first row of the first sequence.",
+        {"cu_seqlens_q": np.array([1, 2, 6], np.int32)},
+    ),
+    "starts-fall": Call(
+        varlen,
+        "cu_seqlens_q falls from 5 to 4 at index 2; "
+        "expected the first row of each sequence in rising order, and the end of the last.",
+        {"cu_seqlens_q": np.array([0, 5, 4], np.int32)},
+    ),
+    "starts-beyond": Call(
+        varlen, "cu_seqlens_k ends at row 11, but k has 10 rows.", {"cu_seqlens_k": np.array([0, 7, 11], np.int32)}
+    ),
+    "starts-one-side": Call(
+        backward,
+        "cu_seqlens_q is given but cu_seqlens_k is not; packed sequences need both.",
+        {"cu_seqlens_q": STARTS_Q},
+    ),
+    "starts-other-side": Call(
+        vjp, "cu_seqlens_k is given but cu_seqlens_q is not; packed sequences need both.", {"cu_seqlens_k": STARTS_K}
+    ),
+    "used-dtype": Call(
+        varlen, "seqused_k is int8; expected int32. Convert it.", {"seqused_k": np.array([1, 2], np.int8)}
+    ),
+    "used-count": Call(
+        varlen,
+        "seqused_k has 3 numbers; expected one for each of the 2 sequences.",
+        {"seqused_k": np.array([1, 2, 0], np.int32)},
+    ),
+    "used-beyond": Call(
+        varlen,
+        "seqused_k[1] is 3, but sequence 1 has 2 keys; expected a number from 0 to those.",
+        {"seqused_k": np.array([1, 3], np.int32)},
+    ),
+    "used-dense": Call(
+        vjp,
+        "seqused_k is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too.",
+        {"seqused_k": np.array([1, 3], np.int32)},
+    ),
+    "longest-dense": Call(
+        vjp, "max_seqlen_q is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too.", {"max_seqlen_q": 6}
+    ),
+    "longest-type": Call(
+        varlen,
+        "max_seqlen_q is 4.0; expected an integer from 0, or None to read it from cu_seqlens.",
+        {"max_seqlen_q": 4.0},
+    ),
+    "longest-negative": Call(
+        varlen,
+        "max_seqlen_k is -1; expected an integer from 0, or None to read it from cu_seqlens.",
+        {"max_seqlen_k": -1},
+    ),
+    "longest-short": Call(
+        varlen,
+        "max_seqlen_k is 6, but a sequence has 7 rows; pass at least that, or None.",
+        {"max_seqlen_k": 6},
+    ),
+    "out-shape": Call(func, "out has shape (2, 6, 4, 8); expected (2, 6, 4, 16).", {"out": full(2, 6, 4, 8)}),
+    "out-dtype": Call(func, "out is float32; expected float16.", {"out": full(2, 6, 4, 16, dtype=np.float32)}),
+    "out-read-only": Call(func, "out is read-only; pass an array that can be written.", {"out": read_only}),
+    "out-overlaps-itself": Call(
+        func,
+        "out has elements that share memory, shape (2, 6, 4, 16) with strides of (0, 128, 32, 2) bytes; "
+        "pass an array without overlap.",
+        {"out": np.lib.stride_tricks.as_strided(full(6, 4, 16), (2, 6, 4, 16), (0, 128, 32, 2))},
+    ),
+    "out-overlaps-q": Call(
+        func,
+        "out shares memory with q, which is still read while out is written. Give out memory of its own.",
+        {"q": shared[..., :8], "out": shared[..., 8:]},
+    ),
+    "dk-overlaps-v": Call(
+        backward,
+        "dk shares memory with v, which is still read while dk is written. Give dk memory of its own.",
+        {"dk": V[..., :8]},
+    ),
+    "lse-dtype": Call(backward, "lse is float16; expected float32.", {"lse": LSE.astype(np.float16)}),
+    "lse-shape": Call(
+        backward, "lse has shape (2, 6, 4); expected (2, 4, 6).", {"lse": np.ascontiguousarray(LSE.swapaxes(1, 2))}
+    ),
+    "dlse-shape": Call(backward, "dlse has shape (4, 6); expected (2, 4, 6).", {"dlse": LSE[0]}),
+    "dout-shape": Call(backward, "dout has shape (2, 6, 4, 8); expected (2, 6, 4, 16).", {"dout": Q}),
+    "dv-shape": Call(backward, "dv has shape (2, 10, 2, 8); expected (2, 10, 2, 16).", {"dv": K.copy()}),
+    "mask-dtype": Call(
+        sdpa,
+        "attn_mask is int32; expected bool, True where a query and a key take part.",
+        {"attn_mask": full(6, 10, dtype=np.int32)},
+    ),
+    "mask-shape": Call(
+        sdpa,
+        "attn_mask has shape (10, 6); expected one that broadcasts to (b, heads_q, len_q, len_kv) = (2, 4, 6, 10).",
+        {"attn_mask": full(10, 6, dtype=bool)},
+    ),
+    "mask-rank": Call(
+        sdpa,
+        "attn_mask has shape (1, 1, 1, 6, 10); "
+        "expected one that broadcasts to (b, heads_q, len_q, len_kv) = (2, 4, 6, 10).",
+        {"attn_mask": full(1, 1, 1, 6, 10, dtype=bool)},
+    ),
+    "mask-causal": Call(
+        sdpa,
+        "attn_mask and is_causal are given together; combine them into attn_mask.",
+        {"attn_mask": full(6, 10, dtype=bool), "is_causal": True},
+    ),
+    "mask-window": Call(
+        vjp,
+        "attn_mask and window_size are given together; combine them into attn_mask.",
+        {"attn_mask": full(6, 10, dtype=bool), "window_size": (3, -1)},
+    ),
+    "mask-packed": Call(
+        vjp,
+        "attn_mask is given with cu_seqlens_q; masks are for sequences that are not packed.",
+        SOUND[varlen] | {"attn_mask": full(6, 10, dtype=bool)},
+    ),
+    "mask-float": Call(
+        sdpa,
+        "attn_mask is float32; masks of numbers to add to the scores are not supported yet. "
+        "Pass a boolean mask, True where a query and a key take part.",
+        {"attn_mask": full(6, 10, dtype=np.float32)},
+        UnsupportedProblem,
+    ),
+    "dropout": Call(
+        func,
+        "dropout_p is 0.1; dropout is not supported yet. Pass dropout_p=0.0.",
+        {"dropout_p": 0.1},
+        UnsupportedProblem,
+    ),
+    "alibi": Call(
+        varlen,
+        "alibi_slopes is given; ALiBi is not supported yet. Pass alibi_slopes=None.",
+        {"alibi_slopes": np.ones(4, np.float32)},
+        UnsupportedProblem,
+    ),
+    "probabilities": Call(
+        varlen_qkvpacked,
+        "return_attn_probs is True; probabilities are never stored. "
+        "Pass return_lse=True for the log-sum-exp, with which exp(scores - lse) gives them.",
+        {"return_attn_probs": True},
+        UnsupportedProblem,
+    ),
+    "kvpacked": Call(
+        kvpacked, "kv has shape (2, 10, 3, 2, 8); expected (b, s, 2, h, d).", {"kv": full(2, 10, 3, 2, 8)}
+    ),
+    "qkvpacked": Call(qkvpacked, "qkv has shape (6, 3, 4, 8); expected (b, s, 3, h, d).", {"qkv": full(6, 3, 4, 8)}),
+    "varlen-kvpacked": Call(varlen_kvpacked, "kv is a NoneType; expected an array (total, 2, h, d).", {"kv": None}),
+    "varlen-qkvpacked": Call(
+        varlen_qkvpacked, "qkv has shape (6, 2, 4, 8); expected (total, 3, h, d).", {"qkv": full(6, 2, 4, 8)}
+    ),
+    "explain-no-device": Call(
+        explain,
+        "device is None and the arrays are NumPy arrays, which no kernel runs on; "
+        "name the device to explain the choice for, for example device='h100'.",
+        {"device": None},
+    ),
+    "explain-problem-no-device": Call(
+        explain,
+        "device is None; name the one to explain a Problem for, for example device='h100'.",
+        {"q": problem, "k": None, "v": None, "device": None},
+    ),
+    "explain-problem-and-more": Call(
+        explain,
+        "explain takes only a device next to a Problem, which says everything else itself.",
+        {"q": problem, "k": None, "v": None, "causal": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_refusal(call: Call) -> None:
+    with pytest.raises(call.error) as caught:
+        call()
+    assert str(caught.value) == call.message
+
+
+@pytest.mark.parametrize("function", SOUND, ids=lambda f: f.__name__)
+def test_the_calls_that_refusals_start_from_are_sound(function: Callable[..., Any]) -> None:
+    function(**SOUND[function])
+
+
+@pytest.mark.parametrize("name", ["out-overlaps-q", "starts-fall", "misaligned", "window-negative"])
+def test_nothing_is_written_by_a_refused_call(name: str) -> None:
+    call = CALLS[name]
+    changes = dict(call.changes)
+    rows = PACKED_Q.shape[:-1] if call.function is varlen else Q.shape[:-1]
+    changes.setdefault("out", full(*rows, SOUND[call.function]["v"].shape[-1]))
+    changes["out"][...] = 7
+    before = changes["out"].copy()
+    with pytest.raises(InvalidArgument):
+        call.function(**(SOUND[call.function] | changes))
+    np.testing.assert_array_equal(changes["out"], before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "copy_bytes"),
+    [
+        ((2, 6, 4, 8), None, 16),
+        ((2, 6, 4, 12), None, 8),
+        ((2, 6, 4, 7), None, 2),
+        ((2, 6, 4, 8), (960, 160, 40, 2), 8),
+        ((2, 6, 1, 8), (960, 160, 7, 2), 16),
+        ((2, 6, 4, 8), (-768, -128, 32, 2), 16),
+    ],
+)
+def test_copy_bytes_is_the_widest_access_that_all_rows_allow(shape, strides, copy_bytes) -> None:
+    numpy = NumPy()
+    views = {name: numpy.view(name, full(*shape))._replace(pointer=4096) for name in ("q", "k", "v")}
+    if strides is not None:
+        views["k"] = views["k"]._replace(strides=strides)
+    assert check.problem_of("forward", Options(), views).copy_bytes == copy_bytes
+    views["v"] = views["v"]._replace(pointer=4096 + copy_bytes // 2) if copy_bytes > 2 else views["v"]
+    assert check.problem_of("forward", Options(), views).copy_bytes == max(2, copy_bytes // 2)
