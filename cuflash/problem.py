@@ -7,14 +7,12 @@ from typing import Literal
 
 import numpy as np
 
+from cuflash.dropout import Scheme
 from cuflash.dtypes import DType
 from cuflash.masks import Mask
 
 Direction = Literal["forward", "backward"]
 Layout = Literal["dense", "varlen"]
-DropoutScheme = Literal["byte", "word"]
-"""How random bits become a mask (``kernels/attention/dropout.cuh``): like PyTorch's flash kernels, 8 bits an element, or
-like its memory-efficient ones, 32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class Problem:
     """Backward only: the gradient of the bias is wanted."""
     sink: bool = False
     """A learnable logit per head takes part in every row's softmax without a value."""
-    dropout: DropoutScheme | None = None
+    dropout: Scheme | None = None
     deterministic: bool = False
     """Backward only: bit-equal gradients from run to run."""
     copy_bytes: int = 16
