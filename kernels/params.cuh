@@ -57,6 +57,11 @@ struct FwdParams {
   const void* v;              // [batch, len_kv, heads_kv, dim_v]
   void* out;                  // [batch, len_q, heads_q, dim_v]
   void* lse;                  // [batch, heads_q, len_q] or [heads_q, total_q], accumulator type, natural log
+  int64* rng_state;           // [2] where fwd_rng leaves the seed and offset of this call, what attention.rng_state reads
+  int64* generator;           // [2] seed and offset kept on the device, advanced by each call; null: the two below
+  int64 seed;
+  int64 offset;
+  int64 increment;            // Philox counters this call uses up
   Strides q_stride;
   Strides k_stride;
   Strides v_stride;

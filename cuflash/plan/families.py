@@ -160,6 +160,14 @@ def delta_step(problem: Problem) -> Step:
     return Step("bwd_delta", "BwdParams", config, _query_blocks(problem, config.tile_q))
 
 
+def _rng_step(problem: Problem) -> tuple[Step, ...]:
+    """The launch before a forward with dropout."""
+    if problem.dropout is None:
+        return ()
+    config = Config(element=problem.dtype.cuda, dim_qk=1, dim_v=1, threads=32)
+    return (Step("fwd_rng", "FwdParams", config, 1),)
+
+
 def _extra_steps(problem: Problem, config: Config) -> tuple[Step, ...]:
     """Launches for the gradients that only some calls want."""
     if not problem.sink:
@@ -183,7 +191,7 @@ def _sm80_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_sm80(problem, device)
     config = replace(_config(problem, tile), reduction="AtomicReduction")
     step = Step("fwd_sm80", "FwdParams", config, _query_blocks(problem, tile.tile_q))
-    return Plan(problem, device, "sm80", (step,), reason=tile.reason)
+    return Plan(problem, device, "sm80", (*_rng_step(problem), step), reason=tile.reason)
 
 
 def _sm80_backward(problem: Problem, device: Device) -> Plan:
@@ -220,7 +228,7 @@ def _simt_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_simt(problem, device)
     config = replace(_config(problem, tile), reduction="AtomicReduction")
     step = Step("fwd_simt", "FwdParams", config, _query_blocks(problem, tile.tile_q))
-    return Plan(problem, device, "simt", (step,), reason=tile.reason)
+    return Plan(problem, device, "simt", (*_rng_step(problem), step), reason=tile.reason)
 
 
 def _simt_backward(problem: Problem, device: Device) -> Plan:
