@@ -46,7 +46,7 @@ def run(framework: Framework, direction: Direction, options: Options, arrays: Se
             if name in given(direction, arrays):
                 raise InvalidArgument(
                     f"{name} is a {framework.name} array, and cuflash does not write to those. "
-                    f"Leave {name} out and use the array that is returned."
+                    f"Drop {name} and use the array that is returned."
                 )
         borrowed = framework.borrow(names, arrays)
         return framework.lend(run(cupy_arrays(), direction, options, borrowed), borrowed)
