@@ -69,7 +69,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         def go(num_blocks: int, params: np.ndarray) -> None:
             assert num_blocks == step.num_blocks and params.shape == (1,)
             seen.kernels.append(step.kernel)
-            seen.params.append(params.copy())
+            seen.params.append(params.view(jit.params.dtype(step.params)))
             run.launch(step, params)
 
         return SimpleNamespace(launch=go)
