@@ -189,6 +189,7 @@ STARTS_Q, STARTS_K = np.array([0, 30, 30, 75], np.int32), np.array([0, 10, 40, 9
 
 CASES = {
     "dense": ({}, FP16, False),
+    "fp64": ({"window_size": (30, 5), "softmax_scale": -0.2}, np.float64, False),
     "causal-window": ({"causal": True, "window_size": (20, -1)}, BF16, False),
     "top-left": ({"causal": True, "alignment": "top-left", "softcap": 1.5}, FP16, False),
     "mask": ({"attn_mask": np.random.default_rng(1).random((2, 1, 70, 90)) < 0.5}, FP16, False),
@@ -210,11 +211,14 @@ def test_vjp_on_host_memory(launches: Launches, wrap: Any, options: dict, dtype:
     v = random(*rows_kv, 2, 24, dtype=dtype, seed=2)
     wrapped = {name: wrap(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     (out, lse), pullback = cuflash.flash_attn_vjp(wrap(q), wrap(k), wrap(v), **wrapped, return_lse=True)
-    dout, dlse = random(*out.shape, dtype=dtype, seed=3), random(*lse.shape, dtype=np.float32, seed=4)
+    row_dtype = np.float64 if dtype is np.float64 else np.float32
+    dout, dlse = random(*out.shape, dtype=dtype, seed=3), random(*lse.shape, dtype=row_dtype, seed=4)
     results = [to_numpy(x) for x in (out, lse, *pullback(wrap(dout), wrap(dlse)))]
-    assert launches.take() == ["fwd_sm80", "bwd_delta", "bwd_sm80", "bwd_convert"]
+    simt, sm80 = ["bwd_simt_dkdv", "bwd_simt_dq"], ["bwd_sm80", "bwd_convert"]
+    family, last = ("simt", simt) if dtype is np.float64 else ("sm80", sm80)
+    assert launches.take() == [f"fwd_{family}", "bwd_delta", *last]
 
-    names = {"attn_mask": "mask", "window_size": "window"}
+    names = {"attn_mask": "mask", "window_size": "window", "softmax_scale": "scale"}
     given = {names.get(n, n): x for n, x in options.items() if not n.startswith("max_seqlen")}
     inputs = (q, k, v, dout, dlse)
     oracle.assert_all_close(
