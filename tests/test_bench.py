@@ -318,3 +318,18 @@ def test_markdown_shows_how_many_times_faster_cuflash_is():
     assert f"| {case.id} | {case.flops() / 200e6:.1f} (200.0 µs) | {case.flops() / 300e6:.1f} (1.50x) |" in text
     assert "| cuflash | forward | 12.0 |" in text
     assert "| forward, cold | 0.100 | 0.900 |" in text
+
+
+def test_a_bench_keeps_what_it_has_when_the_device_no_longer_answers(monkeypatch):
+    def broken(case: Case, normals: Normals) -> None:
+        if case.problem.len_q > 256:
+            raise RuntimeError("an illegal memory access was encountered")
+        return make(case, normals)
+
+    monkeypatch.setattr("cuflash.bench.run.make", broken)
+    bench = Bench([CuflashCpu()], gpu=False, quick=True)
+    bench.run(sets.cpu()[:2], seconds=20, done=lambda case: None)
+    assert [row.case for row in bench.report.rows] == ["d64-s256"]
+    assert bench.report.notes == [
+        "stopped by RuntimeError: an illegal memory access was encountered: forward d64-s1024"
+    ]

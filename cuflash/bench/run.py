@@ -44,7 +44,11 @@ class Bench:
                 if left_s <= 0:
                     self._left_out["out of time (--seconds)"] += [self._label(each) for each in cases[i:]]
                     break
-                self._case(case, left_s / (len(cases) - i))
+                try:
+                    self._case(case, left_s / (len(cases) - i))
+                except Exception as error:  # not an implementation's own: the device itself no longer answers
+                    self._left_out[f"stopped by {_reason(error)}"] += [self._label(each) for each in cases[i:]]
+                    break
                 done(case)
         self.report.notes += [f"{reason}: {_listed(names)}" for reason, names in self._left_out.items()]
         self._left_out.clear()
@@ -54,9 +58,7 @@ class Bench:
         before = len(self.report.rows)
         self.run(cases, seconds=30.0, done=lambda case: None)
         tiny, self.report.rows = self.report.rows[before:], self.report.rows[:before]
-        self.report.host = [
-            {"impl": row.impl, "phase": row.phase, "host_us": row.host_us} for row in tiny if row.case == cases[0].id
-        ]
+        self.report.host = [{"impl": row.impl, "phase": row.phase, "host_us": row.host_us} for row in tiny]
 
     def _case(self, case: Case, seconds: float) -> None:
         inputs = make(case, self._normals)

@@ -48,6 +48,7 @@ class Timing:
 def measure(runner: Runner, repeats: int) -> float:
     """Microseconds a launch, over ``repeats`` of them back to back."""
     if runner.clock == "wall":
+        runner.wait()
         start_s = time.perf_counter()
         for _ in range(repeats):
             runner.launch()
@@ -55,11 +56,12 @@ def measure(runner: Runner, repeats: int) -> float:
         return (time.perf_counter() - start_s) * 1e6 / repeats
     import cupy
 
+    stream = cupy.cuda.get_current_stream()
     start, end = cupy.cuda.Event(), cupy.cuda.Event()
-    start.record()
+    start.record(stream)
     for _ in range(repeats):
         runner.launch()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return cupy.cuda.get_elapsed_time(start, end) * 1e3 / repeats
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,7 +37,9 @@ def bench(
     ] = None,
     case: Annotated[str | None, typer.Option(help="Only cases whose id contains this or matches it as a glob.")] = None,
     phase: Annotated[Phase, typer.Option()] = Phase.BOTH,
-    peers: Annotated[str, typer.Option(help="Of these, all that are installed; '' for none.")] = ",".join(PEERS),
+    peers: Annotated[
+        str | None, typer.Option(help=f"Some of {','.join(PEERS)}; '' for none, all that are installed if not given.")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Stop starting cases after this long.")] = 240.0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter rounds.")] = False,
     processes: Annotated[bool, typer.Option(help="Also time new processes and calls on a tiny problem.")] = True,
@@ -62,7 +65,7 @@ def bench(
         raise InvalidArgument("--write needs --render, the file of a finished run.")
     gpu = has_gpu()
     cases = _cases(problems or ("prefill" if gpu else "numpy"), case, phase)
-    found = find(_peer_names(peers), gpu)
+    found = find(_peer_names(peers, gpu), gpu)
     run = Bench(found.implementations, gpu, quick)
     run.report.notes += found.notes
     with _progress() as progress:
@@ -75,9 +78,12 @@ def bench(
     if gpu:
         run.report.clocks |= {f"{name}, after": value for name, value in report.clocks().items()}
     if processes:
-        tiny = sets.latency() if gpu else sets.cpu()[:1]
-        run.host([each.turned(direction) for each in tiny for direction in ("forward", "backward")])
-        run.report.start = start.measure(gpu)
+        tiny = (sets.latency() if gpu else sets.cpu())[0]
+        run.host([tiny.turned(direction) for direction in ("forward", "backward")])
+        try:
+            run.report.start = start.measure(gpu)
+        except subprocess.SubprocessError as error:
+            run.report.notes.append(f"start: {error}")
     _print(run.report, console())
     if json is not None:
         run.report.write(json)
@@ -97,7 +103,9 @@ def _cases(problems: str, pattern: str | None, phase: Phase) -> list[Case]:
     return [each.turned(direction) for direction in directions for each in chosen]
 
 
-def _peer_names(text: str) -> list[str]:
+def _peer_names(text: str | None, gpu: bool) -> list[str]:
+    if text is None:
+        return [name for name in PEERS if gpu != (name == "numpy")]
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in PEERS]
     if unknown:
