@@ -77,7 +77,7 @@ class Prepared:
     template: np.ndarray
     """The parameter block as 8-byte words, without pointers."""
     block: np.dtype
-    """The block as one opaque element: NumPy describes a structured one to CuPy member by member, for 20 us a launch."""
+    """The block as one opaque element: NumPy describes a structured one to CuPy member by member, 20 us a launch."""
     slots: tuple[int, ...]
     """The words that take the pointers: of the given arrays, then of the allocated ones."""
     allocations: tuple[tuple[Any, tuple[int, ...], Any], ...]
