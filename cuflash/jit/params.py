@@ -54,6 +54,8 @@ def parse(text: str) -> dict[str, np.dtype]:
             known = _POINTER if kind.endswith("*") else (_TYPES | structs).get(kind)
             if known is None:
                 raise CompileError(f"params.cuh({number}): type {kind!r} is none of {', '.join([*_TYPES, *structs])}.")
+            if member["name"] in dict(members):
+                raise CompileError(f"params.cuh({number}): {name} has two members {member['name']}.")
             members.append((member["name"], known))
         else:
             raise CompileError(f"params.cuh({number}): expected one declaration a line, got {line!r}.")
