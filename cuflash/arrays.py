@@ -245,9 +245,9 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
     UnsupportedProblem
         If one is a JAX tracer.
     """
-    first, first_name = None, ""
+    first, first_name, first_type = None, "", None
     for name, x in zip(names, arrays, strict=True):
-        if x is None:
+        if x is None or type(x) is first_type:
             continue
         framework = _framework_of_type(type(x))
         if framework is None:
@@ -256,7 +256,7 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
                 f"speaks DLPack. Convert it first, for example with numpy.asarray or cupy.asarray."
             )
         if first is None:
-            first, first_name = framework, name
+            first, first_name, first_type = framework, name, type(x)
         elif framework is not first:
             raise InvalidArgument(
                 f"{name} is a {framework.name} array but {first_name} is a {first.name} array; "

@@ -23,6 +23,13 @@ def read() -> Settings:
     """Read the environment now; callers keep the result if they need a stable value."""
     cache = os.environ.get("CUFLASH_CACHE_DIR")
     return Settings(
-        cache_dir=Path(cache) if cache else Path(platformdirs.user_cache_dir("cuflash", appauthor=False)),
+        cache_dir=Path(cache) if cache else _default_cache_dir(),
         debug=os.environ.get("CUFLASH_DEBUG", "0") not in ("", "0"),
     )
+
+
+def _default_cache_dir() -> Path:
+    try:
+        return Path(platformdirs.user_cache_dir("cuflash", appauthor=False))
+    except RuntimeError:  # there is no home folder, which the cache says when it is written to
+        return Path("~/.cache/cuflash")

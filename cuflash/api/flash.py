@@ -98,6 +98,12 @@ def flash_attn_func(
     UnsupportedProblem
         If the arguments ask for something that is not supported yet, or that no kernel runs on this device.
 
+    Notes
+    -----
+    Calls on a GPU return before it is done. Once a first call has compiled its kernels, a call can be captured in a
+    CUDA graph. Scratch memory and new arrays come from torch's allocator for torch and from CuPy's for all others;
+    CuPy's does not know of graphs, so capture with a ``cupy.cuda.MemoryPool`` that lives as long as the graph.
+
     Examples
     --------
     >>> import numpy as np

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache as once
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from cuflash import settings
+from cuflash.dtypes import DTYPES
 from cuflash.errors import CompileError
 from cuflash.jit import cache, sources
 from cuflash.jit.render import config_header
@@ -28,6 +28,10 @@ _RESOURCES = {
     "spill_stores": r"(\d+) bytes spill stores",
     "spill_loads": r"(\d+) bytes spill loads",
 }
+_REMARK = re.compile(r"warning|\bC75\d\d\b")  # C75xx: the assembler serialised what should overlap
+_CUDA_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")
+_ELEMENTS = {dtype.cuda: dtype.name for dtype in DTYPES.values()}
+_POLICIES = ("sequence", "mask", "score", "reduction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +62,18 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
     Raises
     ------
     CompileError
-        If NVRTC is missing, does not know the architecture, or refuses the sources.
+        If NVRTC or the CUDA headers are missing, NVRTC does not know the architecture, or it refuses the sources.
     """
     header = config_header(kernel, config, params)
     files = sources.gather(kernel, header)
     flags = flags_for(arch)
-    key = cache.key(files, (*flags, *version()))
-    folder = cache.folder(_title(kernel, config), key)
+    folder = cache.folder(_title(kernel, config), cache.key(files, (*flags, *version(), _cuda_headers_digest())))
     found = cache.read(folder)
     if found is not None:
         path, report = found
         return Cubin(path=path, cached=True, **{**report, "warnings": tuple(report["warnings"])})
 
+    _check_arch(arch)
     start = time.perf_counter()
     binary, log = _nvrtc(sources.entry_name(kernel), files, flags)
     report: dict[str, Any] = {
@@ -77,7 +81,7 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
         "arch": arch,
         **{name: _largest(pattern, log) for name, pattern in _RESOURCES.items()},
         "seconds": round(time.perf_counter() - start, 3),
-        "warnings": tuple(line for line in log.splitlines() if "warning" in line or re.search(r"\bC75\d\d\b", line)),
+        "warnings": tuple(line for line in log.splitlines() if _REMARK.search(line)),
     }
     return Cubin(path=cache.publish(folder, binary, report, header), **report)
 
@@ -85,7 +89,13 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
 def compile_many(
     jobs: Iterable[tuple[str, Config, str, str]], workers: int | None = None
 ) -> Iterable[Cubin | CompileError]:
-    """Compile (kernel, config, params, arch) jobs in parallel processes; results in order, a failure as its error."""
+    """Compile (kernel, config, params, arch) jobs in parallel processes; results in order, a failure as its error.
+
+    The processes import the calling script anew, so it must keep to ``if __name__ == "__main__"``.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         yield from pool.map(_compile_or_error, list(jobs))
 
@@ -115,6 +125,15 @@ def version() -> tuple[int, int]:
 def supported_archs() -> tuple[str, ...]:
     """Architectures this NVRTC compiles for, without their feature-specific forms."""
     return tuple(f"sm_{number}" for number in _module().getSupportedArchs())
+
+
+def _check_arch(arch: str) -> None:
+    known = supported_archs()
+    if arch.rstrip("af") not in known:
+        raise CompileError(
+            f"NVRTC {_dotted(version())} compiles for {', '.join(known)}, not for {arch!r}. "
+            "CUDA 13 dropped sm_70, which cuflash[cuda12] has; newer architectures need a newer nvidia-cuda-nvrtc."
+        )
 
 
 @once
@@ -147,12 +166,18 @@ def include_dir() -> Path:
     toolkit = os.environ.get("CUDA_PATH") or os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     candidates.append(Path(toolkit, "include"))
     for candidate in candidates:
-        if (candidate / "cuda_fp16.h").is_file():
+        if all((candidate / name).is_file() for name in _CUDA_HEADERS):
             return candidate
     raise CompileError(
-        "the CUDA headers (cuda_fp16.h) are in none of " + ", ".join(map(str, candidates)) + f". Install "
-        f"cuflash[cuda{major}], or set CUDA_PATH to a CUDA toolkit."
+        f"the CUDA headers {' and '.join(_CUDA_HEADERS[::2])} are in none of {', '.join(map(str, candidates))}. "
+        f"Install cuflash[cuda{major}], or set CUDA_PATH to a CUDA {major} toolkit."
     )
+
+
+@once
+def _cuda_headers_digest() -> str:
+    """SHA-256 over the CUDA headers that kernels include, which NVRTC's version does not tell."""
+    return hashlib.sha256(b"".join((include_dir() / name).read_bytes() for name in _CUDA_HEADERS)).hexdigest()
 
 
 def _nvrtc(entry: str, files: dict[str, bytes], flags: Sequence[str]) -> tuple[bytes, str]:
@@ -168,7 +193,7 @@ def _nvrtc(entry: str, files: dict[str, bytes], flags: Sequence[str]) -> tuple[b
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program)
             raise CompileError(
-                f"NVRTC {'.'.join(map(str, version()))} refused {entry} ({error}; {' '.join(flags)}):\n{log}\n"
+                f"NVRTC {_dotted(version())} refused {entry} ({error}; {' '.join(flags)}):\n{log}\n"
                 f"config.cuh:\n{files[sources.CONFIG].decode()}\nThe sources are saved under {_save(files)}."
             ) from None
         return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
@@ -189,14 +214,18 @@ def _largest(pattern: str, log: str) -> int:
     return max(map(int, re.findall(pattern, log)), default=0)
 
 
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
 def _title(kernel: str, config: Config) -> str:
-    """The readable part of a cache folder's name."""
-    plain = replace(config, mask="NoMask", score="", sequence="DenseSequence", reduction="AtomicReduction")
-    element = {"float": "fp32", "double": "fp64"}.get(config.element, config.element)
+    """The readable part of a cache folder's name, such as ``fwd_sm80-bf16-d128-causal``."""
+    plain = Config(config.element, config.dim_qk, config.dim_v, config.threads)
     dims = f"d{config.dim_qk}" + (f"x{config.dim_v}" if config.dim_v != config.dim_qk else "")
-    features = [
-        getattr(config, name).split("<")[0].removesuffix(suffix).lower()
-        for name, suffix in (("sequence", "Sequence"), ("mask", "Mask"), ("reduction", "Reduction"))
-        if getattr(config, name) != getattr(plain, name)
+    policies = {name: getattr(config, name).split("<")[0] for name in _POLICIES}
+    words = [
+        policy.removesuffix(name.capitalize()).lower()
+        for name, policy in policies.items()
+        if policy != getattr(plain, name)
     ]
-    return "-".join([kernel, element, dims, *features])
+    return "-".join([kernel, _ELEMENTS[config.element], dims, *words])

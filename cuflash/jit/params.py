@@ -44,17 +44,21 @@ def parse(text: str) -> dict[str, np.dtype]:
         line = raw.split("//")[0].strip()
         if not line or (not name and _OUTSIDE.fullmatch(line)):
             continue
-        if opened := _STRUCT.fullmatch(line):
+        if not name and (opened := _STRUCT.fullmatch(line)):
             name, members = opened[1], []
-        elif line == "};" and name:
+        elif line == "};" and members:
             structs[name] = np.dtype(members, align=True)
-            name = ""
+            name, members = "", []
         elif name and (member := _MEMBER.fullmatch(line)):
             kind = member["type"].removeprefix("const ").strip()
-            known = _POINTER if kind.endswith("*") else _TYPES.get(kind, structs.get(kind))
+            known = _POINTER if kind.endswith("*") else (_TYPES | structs).get(kind)
             if known is None:
                 raise CompileError(f"params.cuh({number}): type {kind!r} is none of {', '.join([*_TYPES, *structs])}.")
+            if member["name"] in dict(members):
+                raise CompileError(f"params.cuh({number}): {name} has two members {member['name']}.")
             members.append((member["name"], known))
         else:
             raise CompileError(f"params.cuh({number}): expected one declaration a line, got {line!r}.")
+    if name:
+        raise CompileError(f"params.cuh({number}): struct {name} has no end.")
     return structs

@@ -234,11 +234,12 @@ def _simt_forward(problem: Problem, device: Device) -> Plan:
 def _simt_backward(problem: Problem, device: Device) -> Plan:
     tile = tiles.backward_simt(problem, device)
     # No block adds to another's rows, so the gradients are always deterministic and the config need not say so.
-    config = replace(_config(problem, tile), reduction="AtomicReduction")
+    dkdv = replace(_config(problem, tile), reduction="AtomicReduction")
+    dq = replace(dkdv, tile_q=tile.tile_kv, tile_kv=tile.tile_q)  # either kernel owns as many rows
     steps = (
         delta_step(problem),
-        Step("bwd_simt_dkdv", "BwdParams", config, _key_blocks(problem, tile.tile_kv)),
-        Step("bwd_simt_dq", "BwdParams", config, _query_blocks(problem, tile.tile_q)),
+        Step("bwd_simt_dkdv", "BwdParams", dkdv, _key_blocks(problem, dkdv.tile_kv)),
+        Step("bwd_simt_dq", "BwdParams", dq, _query_blocks(problem, dq.tile_q)),
     )
     workspaces = (_row_workspace(problem, "delta"), _row_workspace(problem, "lse2"))
     return Plan(problem, device, "simt", steps, workspaces, reason=tile.reason)

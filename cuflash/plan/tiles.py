@@ -121,3 +121,63 @@ def bias_sm80(problem: Problem) -> Tile:
 def convert_smem(problem: Problem, tile: Tile) -> int:
     """Bytes of ``BackwardConvert::SmemPlan``."""
     return _shared_tile(tile.tile_q, dq_columns(problem.dim_qk, tile.tile_q, tile.threads, tile.dim_splits))
+
+
+def forward_simt(problem: Problem, device: Device) -> Tile:
+    """The tile of ``forward/simt.cuh``."""
+    # Bytes of the widest row in the accumulator type, rows, threads, registers that float takes.
+    candidates = [
+        (256, 64, 128, 128, "4 x 8 scores a thread; four blocks an SM load and multiply by turns"),
+        (512, 64, 128, 168, "4 x 8 scores a thread; three blocks an SM load and multiply by turns"),
+        (1024, 64, 256, 128, "64 registers of out a thread, two blocks an SM"),
+        (2048, 32, 256, 128, "32 rows keep out at 64 registers a thread"),
+        (4096, 32, 256, 255, "128 registers of out a thread"),
+        (8192, 16, 256, 255, "16 rows keep out at 128 registers a thread"),
+    ]
+    rows, threads, smem, blocks, reason = _simt(candidates, problem, device)
+    return Tile(rows, SIMT_COLS, threads, smem, blocks_per_sm=blocks, reason=reason)
+
+
+def backward_simt(problem: Problem, device: Device) -> Tile:
+    """The tile of ``backward/simt.cuh``: dk's and dv's; dq's has queries and keys exchanged."""
+    candidates = [
+        (256, 64, 128, 255, "4 x 8 scores a thread"),
+        (512, 32, 128, 168, "4 x 4 scores a thread, so that three blocks fit an SM"),
+        (1024, 32, 128, 255, "128 registers of dk and dv a thread, two blocks an SM"),
+        (2048, 32, 256, 255, "128 registers of dk and dv a thread"),
+        (4096, 16, 256, 255, "16 rows keep dk and dv at 128 registers a thread"),
+        (8192, 8, 256, 255, "8 rows keep dk and dv at 128 registers a thread"),
+    ]
+    rows, threads, smem, blocks, reason = _simt(candidates, problem, device)
+    return Tile(SIMT_COLS, rows, threads, smem, blocks_per_sm=blocks, reason=reason)
+
+
+SIMT_COLS = 64
+"""Rows of the other side that a simt block walks at a time."""
+
+
+def _simt(
+    candidates: list[tuple[int, int, int, int, str]], problem: Problem, device: Device
+) -> tuple[int, int, int, int, str]:
+    """Rows, threads, shared memory, blocks an SM and the reason of the first candidate wide enough."""
+    size = problem.dtype.accumulator.itemsize
+    row_bytes = max(problem.dim_qk, problem.dim_v) * size
+    rows, threads, registers, reason = next(rest for widest, *rest in candidates if row_bytes <= widest)
+    smem = simt_smem(problem, rows, SIMT_COLS, threads)
+    if size == 8 or problem.mask.kind == "tensor":  # double takes two registers; a tensor mask's addresses take some
+        registers = 255
+    return rows, threads, smem, _resident(smem, threads, registers, device), reason
+
+
+def simt_smem(problem: Problem, rows: int, cols: int, threads: int) -> int:
+    """Bytes of ``SimtBlock::SmemPlan`` (tile/gemm_simt.cuh), for a block of ``rows`` that walks tiles of ``cols``."""
+    size = problem.dtype.accumulator.itemsize
+    dims, pack, across = (problem.dim_qk, problem.dim_v), 16 // size, min(32, 4 * threads // rows)
+    staged_cols = max(round_up(-(-dim // -(-dim * size // 256)), 8) for dim in dims)
+    widest_row = round_up(max(dims), across)
+    staged_rows = cols
+    while staged_rows > pack and staged_rows * widest_row * size > 16384:
+        staged_rows //= 2
+    operands = (rows + cols) * (staged_cols + pack) * size
+    weighted = (rows * (cols + across) + staged_rows * widest_row) * size
+    return max(operands, weighted)

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <setjmp.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -72,15 +71,18 @@ struct Block {
 
 inline Block block;
 
-// Ends the launch: the running thread goes back to the scheduler and nothing runs any more.
-[[noreturn]] inline void fail(const char* format, ...) {
-  if (!block.error[0]) {
-    va_list arguments;
-    va_start(arguments, format);
-    const int prefix = snprintf(block.error, sizeof block.error, "block %lld: ", block.index);
-    vsnprintf(block.error + prefix, sizeof block.error - prefix, format, arguments);
-    va_end(arguments);
-  }
+// Notes the first fault of a launch; nothing runs after it.
+template <class... Values>
+void note_fault(const char* format, Values... values) {
+  if (block.error[0]) return;
+  const int prefix = snprintf(block.error, sizeof block.error, "block %lld: ", block.index);
+  snprintf(block.error + prefix, sizeof block.error - prefix, format, values...);
+}
+
+// Ends the launch from inside a thread or an instruction.
+template <class... Values>
+[[noreturn]] void fail(const char* format, Values... values) {
+  note_fault(format, values...);
   _longjmp(block.scheduler, 1);
 }
 
@@ -91,9 +93,9 @@ inline void suspend(State state) {
 }
 
 // Uniform in [0, n), close enough.
-inline int random_below(int n) {
+inline size_t random_below(size_t n) {
   block.random = block.random * 6364136223846793005ull + 1442695040888963407ull;
-  return static_cast<int>((block.random >> 33) % n);
+  return (block.random >> 33) % n;
 }
 
 // Meets the other lanes of the warp at `instruction`.
@@ -133,8 +135,8 @@ inline bool run_warp(Thread* lanes) {
       const Thread& other = lanes[lane];
       if (other.state != first.state ||
           (first.state == State::kAtInstruction && other.instruction != first.instruction)) {
-        snprintf(block.error, sizeof block.error, "block %lld: the lanes of a warp part: thread %d is at %s, thread %d at %s",
-                 block.index, first.index, place_of(first), other.index, place_of(other));
+        note_fault("the lanes of a warp part: thread %d is at %s, thread %d at %s", first.index, place_of(first),
+                   other.index, place_of(other));
         return false;
       }
     }
@@ -166,15 +168,15 @@ inline void run_block() {
   std::vector<int> order(block.threads.size() / 32);
   for (size_t warp = 0; warp < order.size(); ++warp) order[warp] = static_cast<int>(warp);
   for (;;) {
-    for (size_t left = order.size(); left > 1; --left) std::swap(order[left - 1], order[random_below(static_cast<int>(left))]);
+    for (size_t left = order.size(); left > 1; --left) std::swap(order[left - 1], order[random_below(left)]);
     for (int warp : order) {
       if (!run_warp(&block.threads[warp * 32])) return;
     }
     const State state = block.threads[0].state;
     for (Thread& thread : block.threads) {
       if (thread.state != state) {
-        snprintf(block.error, sizeof block.error, "block %lld: thread 0 waits at %s, thread %d at %s: deadlock", block.index,
-                 place_of(block.threads[0]), thread.index, place_of(thread));
+        note_fault("thread 0 waits at %s, thread %d at %s: deadlock", place_of(block.threads[0]), thread.index,
+                   place_of(thread));
         return;
       }
     }
@@ -183,7 +185,7 @@ inline void run_block() {
   }
   for (int i = 0; i < Block::kGuardBytes; ++i) {
     if (block.smem[block.smem_bytes + i] != static_cast<char>(0xff)) {
-      snprintf(block.error, sizeof block.error, "block %lld: wrote %d bytes past the end of shared memory", block.index, i);
+      note_fault("wrote %d bytes past the end of shared memory", i);
       return;
     }
   }
@@ -203,14 +205,14 @@ inline const char* launch(void (*kernel)(const void*), const void* params, int64
   block.random = seed;
   block.threads.resize(num_threads);
   const size_t stack_bytes = size_t(num_threads) * Block::kStackBytes;
-  char* stacks = static_cast<char*>(mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (stacks == MAP_FAILED) return "no memory for the threads' stacks";
+  void* const mapped = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return "no memory for the threads' stacks";
   for (int index = 0; index < num_threads; ++index) {
     block.threads[index].index = index;
-    block.threads[index].stack = stacks + size_t(index) * Block::kStackBytes;
+    block.threads[index].stack = static_cast<char*>(mapped) + size_t(index) * Block::kStackBytes;
   }
   for (block.index = 0; block.index < num_blocks && !block.error[0]; ++block.index) run_block();
-  munmap(stacks, stack_bytes);
+  munmap(mapped, stack_bytes);
   return block.error[0] ? block.error : nullptr;
 }
 

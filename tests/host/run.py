@@ -29,8 +29,11 @@ EXPORT int bank_conflicts() {{ return static_cast<int>(cuflash::host::block.bank
 """
 
 
+GUARD = 64 * 1024  # bytes on either side of a workspace
+
+
 class LaunchFailed(RuntimeError):
-    """The kernel deadlocked, or touched shared memory where it must not."""
+    """The kernel deadlocked, or touched memory that is not its own."""
 
 
 def launch(step: Step, params: np.ndarray, seed: int = 0) -> int:
@@ -89,13 +92,15 @@ def run_plan_on_host(plan: Plan, arrays: Mapping[str, np.ndarray], seed: int = 0
     problem = plan.problem
     layout = "bshd" if problem.layout == "dense" else "shd"
     row_layout = "bhs" if problem.layout == "dense" else "hs"
-    workspaces = {}
+    workspaces, surroundings = {}, {}
     conflicts = 0
     for workspace in plan.workspaces:
-        scratch = np.zeros(workspace.shape, workspace.dtype)
-        if not workspace.zeroed:
-            scratch.view(np.uint8).fill(0xFF)
-        workspaces[workspace.name] = scratch
+        buffer = np.full(workspace.nbytes + 2 * GUARD, 0xFF, np.uint8)
+        inside = buffer[GUARD : GUARD + workspace.nbytes]
+        if workspace.zeroed:
+            inside[...] = 0
+        workspaces[workspace.name] = inside.view(workspace.dtype).reshape(workspace.shape)
+        surroundings[workspace.name] = buffer[:GUARD], buffer[GUARD + workspace.nbytes :]
 
     for step in plan.steps:
         params = np.zeros((), params_dtype(step.params))
@@ -113,4 +118,7 @@ def run_plan_on_host(plan: Plan, arrays: Mapping[str, np.ndarray], seed: int = 0
             rows = (problem.batch, problem.heads_q, problem.len_q) if dense else (problem.heads_q, problem.total_q)
             params["delta_stride"] = strides(workspaces["delta"].reshape(rows), row_layout)
         conflicts += launch(step, params, seed)
+        for name, sides in surroundings.items():
+            if any((side != 0xFF).any() for side in sides):
+                raise LaunchFailed(f"{step.kernel} wrote outside the workspace {name}")
     return conflicts

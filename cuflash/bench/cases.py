@@ -1,0 +1,243 @@
+"""The table of named problems that ``check``, ``compile --all`` and the tests draw from.
+
+An id reads ``<kernel>-<dtype>-d<dims>[-<feature>]``, for example ``fwd_sm80-bf16-d128-causal``; it names the kernel
+that must run the case even where another family would be chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from cuflash.device import Device, named
+from cuflash.dtypes import DTYPES
+from cuflash.errors import InvalidArgument
+from cuflash.masks import Mask
+from cuflash.plan import Step, choose, why_not
+from cuflash.problem import Direction, Problem, visible_pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One named problem with the lengths that a :class:`Problem` leaves to the device."""
+
+    id: str
+    family: str | None
+    """The kernel family that must run it; None leaves the choice to the planner."""
+    problem: Problem
+    lens_q: tuple[int, ...] = ()
+    """Rows of each packed sequence; empty when the layout is dense."""
+    lens_kv: tuple[int, ...] = ()
+    seqused_kv: tuple[int, ...] = ()
+    """Keys of each sequence that take part; empty: all of them."""
+
+    @property
+    def sequences(self) -> list[tuple[int, int]]:
+        """(len_q, len_kv) of every sequence, counting only keys that take part."""
+        if self.problem.layout == "dense":
+            return [(self.problem.len_q, self.problem.len_kv)] * self.problem.batch
+        return list(zip(self.lens_q, self.seqused_kv or self.lens_kv, strict=True))
+
+    def turned(self, direction: Direction) -> Case:
+        """The same case in the other direction."""
+        return replace(self, problem=replace(self.problem, direction=direction))
+
+    def flops(self) -> float:
+        """Like :meth:`Problem.flops`, with the true lengths of packed sequences."""
+        problem = self.problem
+        pairs = sum(visible_pairs(problem.mask, len_q, len_kv) for len_q, len_kv in self.sequences)
+        forward = 2.0 * problem.heads_q * pairs * (problem.dim_qk + problem.dim_v)
+        return forward if problem.direction == "forward" else 2.5 * forward
+
+    def nbytes(self) -> int:
+        """Bytes that any algorithm must read and write: the tensors once each, without scratch memory."""
+        problem = self.problem
+        q, out = (problem.rows_q * problem.heads_q * dim for dim in (problem.dim_qk, problem.dim_v))
+        k, v = (problem.rows_kv * problem.heads_kv * dim for dim in (problem.dim_qk, problem.dim_v))
+        elements = q + k + v + out if problem.direction == "forward" else 2 * (q + k + v) + 2 * out
+        return elements * problem.dtype.itemsize
+
+
+# Neither length is a multiple of a tile; both need several tiles of every kernel in the catalogue.
+_LEN_Q, _LEN_KV = 203, 331
+# An ordinary pair, an empty query, an empty key, one row, and one pair that spans several tiles.
+_LENS_Q = (97, 0, 37, 1, 203)
+_LENS_KV = (131, 40, 0, 331, 257)
+_SEQUSED_KV = (100, 40, 0, 0, 256)
+
+FEATURES: dict[str, str] = {
+    "causal": "bottom-right causal mask",
+    "top_left": "top-left causal mask",
+    "window": "window of 64 keys left and 17 right of the diagonal",
+    "mask": "boolean tensor",
+    "softcap": "scores capped at 2",
+    "negative": "negative softmax_scale",
+    "gqa": "three query heads to a key/value head, causal",
+    "varlen": "packed sequences, some empty",
+    "varlen_causal": "packed sequences, causal",
+    "seqused": "packed sequences of which only some keys take part",
+    "deterministic": "gradients bit-equal from run to run, causal",
+    "copy2": "tensors aligned to 2 bytes only",
+    "copy4": "tensors aligned to 4 bytes only",
+    "copy8": "tensors aligned to 8 bytes only",
+}
+"""What the last part of an id stands for."""
+
+_CAUSAL = Mask(right=0)
+_CHANGES: dict[str, dict[str, object]] = {
+    "causal": {"mask": _CAUSAL},
+    "top_left": {"mask": Mask(right=0, alignment="top-left")},
+    "window": {"mask": Mask(left=64, right=17)},
+    "mask": {"mask": Mask(tensor=True)},
+    "softcap": {"softcap": 2.0},
+    "gqa": {"heads_q": 6, "mask": _CAUSAL},
+    "varlen_causal": {"mask": _CAUSAL},
+    "deterministic": {"deterministic": True, "mask": _CAUSAL},
+}
+
+
+def widest_copy(itemsize: int, dims: Iterable[int], at_most: int = 16) -> int:
+    """The widest access in bytes that contiguous heads of these sizes allow, from a base aligned to ``at_most``."""
+    return math.gcd(at_most, *(dim * itemsize for dim in dims))
+
+
+def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature: str) -> Case:
+    dim_qk, dim_v = (int(d) for d in (dims.split("x") * 2)[:2])
+    dtype = DTYPES[dtype_name]
+    base = int(feature.removeprefix("copy")) if feature.startswith("copy") else 16
+    problem = Problem(
+        direction=direction,
+        dtype=dtype,
+        batch=2,
+        heads_q=2,
+        heads_kv=2,
+        len_q=_LEN_Q,
+        len_kv=_LEN_KV,
+        dim_qk=dim_qk,
+        dim_v=dim_v,
+        softmax_scale=dim_qk**-0.5 * (-1 if feature == "negative" else 1),
+        copy_bytes=widest_copy(dtype.itemsize, (dim_qk, dim_v), base),
+    )
+    problem = replace(problem, **_CHANGES.get(feature, {}))
+    case_id = f"{direction[0]}wd_{family}-{dtype_name}-d{dims}" + (f"-{feature}" if feature else "")
+    if feature not in ("varlen", "varlen_causal", "seqused"):
+        return Case(case_id, family, problem)
+    problem = replace(
+        problem,
+        layout="varlen",
+        batch=len(_LENS_Q),
+        len_q=max(_LENS_Q),
+        len_kv=max(_LENS_KV),
+        total_q=sum(_LENS_Q),
+        total_kv=sum(_LENS_KV),
+    )
+    return Case(case_id, family, problem, _LENS_Q, _LENS_KV, _SEQUSED_KV if feature == "seqused" else ())
+
+
+# (dtype, dims, features): every dim once plain, the common ones with everything.
+_PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
+    "sm80": [
+        *(("bf16", dims, ("",)) for dims in ("32", "40", "80", "96")),
+        *(("bf16", dims, ("", "causal")) for dims in ("192", "256", "192x128")),
+        ("bf16", "64", ("", *FEATURES)),
+        ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "deterministic", "copy2")),
+        ("bf16", "256", ("varlen_causal", "deterministic")),
+        ("fp16", "64", ("", "causal")),
+        ("fp16", "128", ("", "softcap")),
+    ],
+    "simt": [
+        *(("fp32", dims, ("",)) for dims in ("16", "33", "128", "256", "512", "64x128", "1024")),
+        ("fp32", "64", ("", *(f for f in FEATURES if f != "copy2"))),
+        ("fp32", "256", ("causal",)),
+        ("fp64", "64", ("", "causal", "window", "mask", "softcap", "varlen")),
+        ("fp64", "256", ("",)),
+        *((dtype, "64", ("", "causal")) for dtype in ("fp16", "bf16")),
+        ("bf16", "33", ("",)),
+        ("bf16", "512", ("causal",)),
+    ],
+}
+
+
+def _table() -> Iterator[Case]:
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    for direction in directions:
+        for family, rows in _PLAN.items():
+            for dtype, dims, features in rows:
+                for feature in features:
+                    if direction == "backward" or feature != "deterministic":
+                        yield _case(family, direction, dtype, dims, feature)
+
+
+CASES: dict[str, Case] = {case.id: case for case in _table()}
+"""Every case by its id."""
+
+SMOKE: tuple[str, ...] = tuple(
+    f"{name}_{rest}"
+    for name in ("fwd", "bwd")
+    for rest in (
+        "sm80-bf16-d64-causal",
+        "sm80-bf16-d128",
+        "sm80-bf16-d128-varlen_causal",
+        "sm80-bf16-d256",
+        "simt-fp32-d64-causal",
+        "simt-fp64-d64",
+        "simt-fp32-d256",
+    )
+)
+"""Ids that touch every kernel, for slow tools and for architectures that need no full matrix."""
+
+
+def select(pattern: str | None = None) -> list[Case]:
+    """Cases whose id equals the pattern, matches it as a glob, or contains it; all of them for None.
+
+    Raises
+    ------
+    InvalidArgument
+        If nothing matches.
+    """
+    if pattern is None:
+        return list(CASES.values())
+    if pattern == "smoke":
+        return [CASES[case_id] for case_id in SMOKE]
+    if pattern in CASES:
+        return [CASES[pattern]]
+    found = [case for case in CASES.values() if pattern in case.id or fnmatchcase(case.id, pattern)]
+    if not found:
+        some = ", ".join(list(CASES)[:3])
+        raise InvalidArgument(
+            f"case {pattern!r} matches none of the {len(CASES)} ids; expected an id, a part of one, a glob or 'smoke', "
+            f"for example {some}."
+        )
+    return found
+
+
+def variants(cases: Iterable[Case], device: Device) -> list[tuple[str, Step]]:
+    """The distinct kernels that these cases need on a device, each with the first case that needs it.
+
+    A case whose family does not run on the device (too old an architecture) needs none.
+    """
+    found: dict[tuple[object, ...], tuple[str, Step]] = {}
+    for case in cases:
+        if why_not(case.problem, device)[case.family]:
+            continue
+        for step in choose(case.problem, device, case.family).steps:
+            found.setdefault((step.kernel, step.params, step.config), (case.id, step))
+    return list(found.values())
+
+
+ARCHITECTURES: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+"""What ``compile`` covers by default."""
+
+FULL_ARCHITECTURES: tuple[str, ...] = ("sm_80", "sm_90a")
+"""Where ``compile --all`` takes the whole table; the others take the smoke cases."""
+
+
+def matrix(architectures: Iterable[str] = ARCHITECTURES, pattern: str | None = None) -> list[tuple[str, str, Step]]:
+    """Every (architecture, case id, step) to compile: a pattern's cases, or all where it pays, else smoke."""
+    rows = []
+    for arch in architectures:
+        cases = select(pattern if pattern or arch in FULL_ARCHITECTURES else "smoke")
+        rows += [(arch, case_id, step) for case_id, step in variants(cases, named(arch))]
+    return rows

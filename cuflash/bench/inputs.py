@@ -1,0 +1,97 @@
+"""Arrays for a case: random normal tensors of its shapes, lengths and alignment, on NumPy or CuPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from cuflash.bench.cases import Case
+from cuflash.dtypes import DType
+
+Array = Any
+"""A NumPy or CuPy array; CuPy is imported only where there is a GPU."""
+
+
+@dataclass(slots=True)
+class Inputs:
+    """The arrays of one call; dense tensors are (b, s, h, d), packed ones (total, h, d)."""
+
+    q: Array
+    k: Array
+    v: Array
+    dout: Array
+    cu_seqlens_q: Array | None = None
+    cu_seqlens_kv: Array | None = None
+    seqused_kv: Array | None = None
+    mask_tensor: Array | None = None
+    """Boolean (b, 1, len_q, len_kv), True = take part."""
+
+
+class Normals:
+    """Standard normal numbers on a device, drawn once for each type and handed out as views of one buffer.
+
+    Drawing on the host works with the lean CuPy install, which has no cuRAND, and reuse keeps it cheap.
+    """
+
+    def __init__(self, xp: Any, seed: int = 0) -> None:
+        self.xp = xp
+        self._seed = seed
+        self._drawn: dict[DType, Array] = {}
+
+    def tensors(self, dtype: DType, shapes: list[tuple[int, ...]], align: int = 16) -> list[Array]:
+        """Contiguous tensors that do not overlap, each base aligned to ``align`` bytes and, below 16, to no more."""
+        step = 256 // dtype.itemsize
+        starts = [0, *accumulate(-(-prod(shape) // step) * step + step for shape in shapes)]
+        numbers = self._at_least(dtype, starts[-1])
+        shift = align % 16 // dtype.itemsize
+        return [
+            numbers[start + shift : start + shift + prod(shape)].reshape(shape)
+            for start, shape in zip(starts, shapes, strict=False)
+        ]
+
+    def _at_least(self, dtype: DType, count: int) -> Array:
+        drawn = self._drawn.get(dtype)
+        if drawn is None or drawn.size < count:
+            real = np.float64 if dtype.accumulator == np.float64 else np.float32
+            host = np.random.default_rng(self._seed).standard_normal(count, dtype=real).astype(dtype.numpy)
+            drawn = self._drawn[dtype] = self.xp.asarray(host)
+        return drawn
+
+
+def make(case: Case, normals: Normals) -> Inputs:
+    """Make the arrays of a case, alike on every device for the same seed."""
+    problem = case.problem
+    varlen = problem.layout == "varlen"
+    rows_q = (problem.total_q,) if varlen else (problem.batch, problem.len_q)
+    rows_kv = (problem.total_kv,) if varlen else (problem.batch, problem.len_kv)
+    q, k, v, dout = normals.tensors(
+        problem.dtype,
+        [
+            (*rows_q, problem.heads_q, problem.dim_qk),
+            (*rows_kv, problem.heads_kv, problem.dim_qk),
+            (*rows_kv, problem.heads_kv, problem.dim_v),
+            (*rows_q, problem.heads_q, problem.dim_v),
+        ],
+        align=problem.copy_bytes,
+    )
+    inputs = Inputs(q, k, v, dout)
+    xp = normals.xp
+    if varlen:
+        inputs.cu_seqlens_q = xp.asarray(np.array([0, *accumulate(case.lens_q)], np.int32))
+        inputs.cu_seqlens_kv = xp.asarray(np.array([0, *accumulate(case.lens_kv)], np.int32))
+    if case.seqused_kv:
+        inputs.seqused_kv = xp.asarray(np.array(case.seqused_kv, np.int32))
+    if problem.mask.tensor:
+        keep = np.random.default_rng(1).random((problem.batch, 1, problem.len_q, problem.len_kv)) < 0.5
+        keep[:, :, 3] = False  # a row that sees nothing
+        inputs.mask_tensor = xp.asarray(keep)
+    return inputs
+
+
+def host(x: Array | None) -> np.ndarray | None:
+    """The same array in host memory."""
+    return x if x is None or isinstance(x, np.ndarray) else x.get()

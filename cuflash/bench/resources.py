@@ -1,0 +1,51 @@
+"""What a compiled kernel may take of a multiprocessor, and the spills that are known and accepted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from cuflash.device import Device
+from cuflash.jit import Cubin
+from cuflash.plan import Step
+
+_REGISTERS = 64 * 1024  # of a multiprocessor, every architecture from sm_70
+_RESERVED_SMEM = 1024  # of each resident block, CUDA 11 and later, from sm_80
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """Spills that cost less than what would avoid them."""
+
+    kernel: str
+    case: str
+    """Glob of the case ids it holds for."""
+    spill_bytes: int
+    """Stores and loads together, a thread."""
+    reason: str
+
+
+ALLOWANCES: tuple[Allowance, ...] = ()
+
+
+def complaints(case_id: str, step: Step, cubin: Cubin, device: Device) -> list[str]:
+    """What is wrong with the resources of a compiled kernel; empty when nothing is."""
+    config = step.config
+    found = [warning for warning in cubin.warnings if "C75" in warning]  # the assembler serialised what should overlap
+    spills, allowed = cubin.spill_stores + cubin.spill_loads, allowed_spills(case_id, step.kernel)
+    if spills > allowed:
+        found.append(f"spills {spills} bytes, {allowed} are allowed")
+    registers = cubin.registers * config.threads * config.blocks_per_sm
+    if registers > _REGISTERS:
+        found.append(f"{config.blocks_per_sm} blocks need {registers} registers of {_REGISTERS}")
+    if config.smem_bytes > device.smem_per_block:
+        found.append(f"a block needs {config.smem_bytes} bytes of shared memory of {device.smem_per_block}")
+    smem = (config.smem_bytes + _RESERVED_SMEM) * config.blocks_per_sm
+    if smem > device.smem_per_sm:
+        found.append(f"{config.blocks_per_sm} blocks need {smem} bytes of shared memory of {device.smem_per_sm}")
+    return found
+
+
+def allowed_spills(case_id: str, kernel: str) -> int:
+    """Bytes of spills that are accepted of a kernel for a case."""
+    return max((a.spill_bytes for a in ALLOWANCES if a.kernel == kernel and fnmatchcase(case_id, a.case)), default=0)

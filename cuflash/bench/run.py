@@ -1,0 +1,124 @@
+"""The bench itself: every case, each implementation of it in turn, within a budget of seconds."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from cuflash.bench import report
+from cuflash.bench.cases import Case
+from cuflash.bench.inputs import Normals, make
+from cuflash.bench.peers import Implementation
+from cuflash.bench.timing import Runner, interleave
+from cuflash.errors import UnsupportedProblem
+
+
+class Bench:
+    """Measures cases on one device and collects what it finds in a report."""
+
+    def __init__(self, implementations: list[Implementation], gpu: bool, quick: bool = False) -> None:
+        self.report = report.new(gpu)
+        self._implementations = implementations
+        self._gpu = gpu
+        self._rounds, self._slice_us = (3, 3_000.0) if quick else (7, 10_000.0)
+        self._left_out: dict[str, list[str]] = defaultdict(list)
+        if gpu:
+            import cupy
+
+            self._normals = Normals(cupy)
+        else:
+            import numpy
+
+            self._normals = Normals(numpy)
+
+    def run(self, cases: list[Case], seconds: float, done: Callable[[Case], None]) -> None:
+        """Measure cases until the seconds are used up; ``done`` is called after each."""
+        deadline_s = time.perf_counter() + seconds
+        with self._stream():
+            for i, case in enumerate(cases):
+                left_s = deadline_s - time.perf_counter()
+                if left_s <= 0:
+                    self._left_out["out of time (--seconds)"] += [self._label(each) for each in cases[i:]]
+                    break
+                try:
+                    self._case(case, left_s / (len(cases) - i))
+                except Exception as error:  # not an implementation's own: the device itself no longer answers
+                    self._left_out[f"stopped by {_reason(error)}"] += [self._label(each) for each in cases[i:]]
+                    break
+                done(case)
+        self.report.notes += [f"{reason}: {_listed(names)}" for reason, names in self._left_out.items()]
+        self._left_out.clear()
+
+    def host(self, cases: list[Case]) -> None:
+        """Fill the report's host section from cases so small that the device keeps up."""
+        before = len(self.report.rows)
+        self.run(cases, seconds=30.0, done=lambda case: None)
+        tiny, self.report.rows = self.report.rows[before:], self.report.rows[:before]
+        self.report.host = [{"impl": row.impl, "phase": row.phase, "host_us": row.host_us} for row in tiny]
+
+    def _case(self, case: Case, seconds: float) -> None:
+        inputs = make(case, self._normals)
+        started_s = time.perf_counter()
+        runners = [runner for each in self._implementations if (runner := self._prepared(each, case, inputs))]
+        seconds -= time.perf_counter() - started_s
+        timings = interleave(runners, seconds, self._rounds, self._slice_us, failed=self._failed(case))
+        by_name = {runner.impl: runner for runner in runners}
+        self.report.rows += [report.row(case, by_name[impl], timing) for impl, timing in timings.items()]
+        runners.clear()
+        by_name.clear()
+        self._release()
+
+    def _prepared(self, implementation: Implementation, case: Case, inputs: object) -> Runner | None:
+        reason = implementation.why_not(case.problem)
+        if reason is None:
+            try:
+                return implementation.prepare(case, inputs)
+            except UnsupportedProblem as error:
+                reason = str(error).splitlines()[0]
+            except Exception as error:  # a peer's failure is its own; the others go on
+                reason = _reason(error)
+        self._left_out[f"{implementation.name} ({reason})"].append(self._label(case))
+        return None
+
+    def _failed(self, case: Case) -> Callable[[Runner, Exception], None]:
+        def note(runner: Runner, error: Exception) -> None:
+            self._left_out[f"{runner.impl} ({_reason(error)})"].append(self._label(case))
+
+        return note
+
+    def _label(self, case: Case) -> str:
+        return f"{case.problem.direction} {case.id}"
+
+    def _stream(self) -> object:
+        """Graphs cannot be captured on the default stream."""
+        if not self._gpu:
+            return nullcontext()
+        import cupy
+
+        return cupy.cuda.Stream(non_blocking=True)
+
+    def _release(self) -> None:
+        """Give the memory of the last case back to the device, from every pool that may hold some."""
+        gc.collect()
+        if self._gpu:
+            import cupy
+
+            cupy.cuda.get_current_stream().synchronize()
+            cupy.get_default_memory_pool().free_all_blocks()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _listed(names: list[str]) -> str:
+    """A few of many names."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

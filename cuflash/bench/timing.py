@@ -1,0 +1,146 @@
+"""The clock: device time by events around graph replays, host time by counting calls, everything interleaved.
+
+Tensors stay where the last call left them. Those of the ``prefill`` problems (268 MB in, out) exceed every L2 cache;
+smaller ones are partly in L2, as they are in a model whose previous layer has just written them. All implementations
+read the same inputs, so none has a warmer cache than another.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(slots=True)
+class Runner:
+    """One implementation, ready to run one case again and again."""
+
+    impl: str
+    family: str
+    call: Callable[[], object]
+    """One call as a user makes it, without waiting for the device."""
+    launch: Callable[[], object]
+    """The same device work with as little host work as possible."""
+    clock: Literal["events", "wall"]
+    """How ``launch`` is timed: CUDA events on CuPy's current stream, or the host's clock until ``wait`` returns."""
+    wait: Callable[[], object]
+    """Returns when everything launched is done."""
+    scope: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Entered around any number of calls."""
+    keep: list[Any] = field(default_factory=list)
+    """Memory that captured work still reads and writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What one implementation took for one case."""
+
+    gpu_us: float
+    """Device time of a call: the median over rounds, in microseconds; the whole time on the CPU."""
+    host_us: float
+    """Host time of a call until it returns, in microseconds: the median over calls."""
+
+
+def measure(runner: Runner, repeats: int) -> float:
+    """Microseconds a launch, over ``repeats`` of them back to back."""
+    if runner.clock == "wall":
+        runner.wait()
+        start_s = time.perf_counter()
+        for _ in range(repeats):
+            runner.launch()
+        runner.wait()
+        return (time.perf_counter() - start_s) * 1e6 / repeats
+    import cupy
+
+    stream = cupy.cuda.get_current_stream()
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record(stream)
+    for _ in range(repeats):
+        runner.launch()
+    end.record(stream)
+    end.synchronize()
+    return cupy.cuda.get_elapsed_time(start, end) * 1e3 / repeats
+
+
+def measure_host(runner: Runner, calls: int) -> float:
+    """Microseconds of host time a call, over calls that do not wait for the device: their median."""
+    times = []
+    for _ in range(calls):
+        start_s = time.perf_counter()
+        runner.call()
+        times.append((time.perf_counter() - start_s) * 1e6)
+    runner.wait()
+    return statistics.median(times)
+
+
+def interleave(
+    runners: Sequence[Runner],
+    seconds: float,
+    rounds: int = 7,
+    slice_us: float = 10_000.0,
+    failed: Callable[[Runner, Exception], None] | None = None,
+) -> dict[str, Timing]:
+    """Time runners in rotated order, so that none always follows the same one or runs on the warmest card.
+
+    Parameters
+    ----------
+    runners
+        Implementations of one case.
+    seconds
+        Stop starting rounds after this long; one round is always finished.
+    rounds
+        Rounds at most.
+    slice_us
+        A runner launches for about this long in each round.
+    failed
+        Called with a runner that raised, which takes no further part; without it the exception goes on.
+
+    Returns
+    -------
+    dict[str, Timing]
+        The time of each implementation that did not fail, by its name.
+    """
+    alive = {runner.impl: runner for runner in runners}
+    gpu_us: dict[str, list[float]] = {impl: [] for impl in alive}
+    host_us: dict[str, float] = {}
+    repeats: dict[str, int] = {}
+
+    def attempt(impl: str, work: Callable[[Runner], None]) -> None:
+        runner = alive[impl]
+        try:
+            with runner.scope():
+                work(runner)
+        except Exception as error:
+            if failed is None:
+                raise
+            del alive[impl]
+            failed(runner, error)
+
+    def prepare(runner: Runner) -> None:
+        runner.launch()  # the first one may still allocate or upload
+        runner.wait()
+        estimate_us = measure(runner, 1)
+        repeats[runner.impl] = min(50, max(1, round(slice_us / max(estimate_us, 1.0))))
+        runner.call()
+        runner.wait()
+        host_us[runner.impl] = measure_host(runner, calls=min(50, max(3, round(slice_us * 5 / max(estimate_us, 1.0)))))
+
+    def one_round(runner: Runner) -> None:
+        runner.launch()  # brings back this implementation's own caches after the previous one's
+        gpu_us[runner.impl].append(measure(runner, repeats[runner.impl]))
+
+    for impl in list(alive):
+        attempt(impl, prepare)
+    deadline_s = time.perf_counter() + seconds
+    for turn in range(rounds):
+        names = list(alive)
+        shift = turn % max(len(names), 1)
+        for impl in names[shift:] + names[:shift]:
+            attempt(impl, one_round)
+        if time.perf_counter() > deadline_s:
+            break
+    return {impl: Timing(statistics.median(gpu_us[impl]), host_us[impl]) for impl in alive}

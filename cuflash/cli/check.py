@@ -1,0 +1,115 @@
+"""``check``: run cases and compare them with exact answers, optionally under a sanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.progress import track
+
+from cuflash.bench.cases import Case, select
+from cuflash.bench.inputs import Normals, make
+from cuflash.bench.verify import verify
+from cuflash.cli.console import console, table
+from cuflash.cli.problem import has_gpu
+from cuflash.errors import InvalidArgument, UnsupportedProblem
+
+
+class Tool(StrEnum):
+    """Tools of compute-sanitizer that find errors of kernels."""
+
+    MEMCHECK = "memcheck"
+    RACECHECK = "racecheck"
+    INITCHECK = "initcheck"
+    SYNCCHECK = "synccheck"
+
+
+def check(
+    case: Annotated[
+        str | None, typer.Argument(help="An id, a part of ids, a glob, or 'smoke'; all cases if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    numpy: Annotated[bool, typer.Option("--numpy", help="Check the NumPy backend even where there is a GPU.")] = False,
+    sanitize: Annotated[Tool | None, typer.Option(help="Run under this tool of compute-sanitizer.")] = None,
+    pool: Annotated[bool, typer.Option(help="Allocate from CuPy's pool; a sanitizer sees more without.")] = True,
+) -> None:
+    """Run cases and compare every output with the same computation in float64; status 1 if one is too far off.
+
+    A result may be twice as far from the exact answer as the naive formula in the same element type, plus a few
+    roundings. Runs the kernels where there is a GPU, else the NumPy backend.
+    """
+    cases = select(case)
+    if sanitize is not None:
+        raise typer.Exit(_sanitized(sanitize, case, seed))
+    xp = _arrays(numpy, pool)
+    numbers = ("error", "naive error", "allowed")
+    where = "the NumPy backend" if xp is np else "the GPU"
+    lines = table(f"{len(cases)} cases on {where}", "case", "tensor", *numbers, "", right=numbers)
+    failures = 0
+    normals = Normals(xp, seed)
+    for each in track(cases, "checking", console=console(stderr=True), transient=True):
+        for line, passed in _lines(each, normals):
+            lines.add_row(*line, style=None if passed else "bold red")
+            failures += not passed
+    screen = console()
+    screen.print(lines)
+    if failures:
+        screen.print(f"{failures} outputs are too far from the exact answer.")
+        raise typer.Exit(1)
+
+
+def _lines(case: Case, normals: Normals) -> list[tuple[tuple[str, ...], bool]]:
+    """Table lines of a case, each with whether it passed."""
+    try:
+        verdicts = verify(case, make(case, normals))
+    except UnsupportedProblem as error:
+        return [((case.id, "", "", "", "", f"not run: {str(error).splitlines()[0]}"), True)]
+    return [
+        (
+            (
+                case.id,
+                v.tensor,
+                f"{v.error:.2e}",
+                f"{v.naive_error:.2e}",
+                f"{v.allowed:.2e}",
+                "" if v.passed else v.worst,
+            ),
+            v.passed,
+        )
+        for v in verdicts
+    ]
+
+
+def _arrays(numpy: bool, pool: bool) -> object:
+    """The array module to run on."""
+    if numpy or not has_gpu():
+        return np
+    import cupy
+
+    if not pool:
+        cupy.cuda.set_allocator(None)
+    return cupy
+
+
+def _sanitized(tool: Tool, pattern: str | None, seed: int) -> int:
+    """Run the same check in a process under compute-sanitizer; its status."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_toolkit())
+    if program is None:
+        raise InvalidArgument(
+            "--sanitize needs the program compute-sanitizer, which is neither on PATH nor below CUDA_PATH; "
+            "it comes with the CUDA toolkit."
+        )
+    again = [sys.executable, "-m", "cuflash", "check", *([pattern] if pattern else []), f"--seed={seed}", "--no-pool"]
+    return subprocess.run([program, f"--tool={tool}", "--error-exitcode=97", *again], check=False).returncode
+
+
+def _toolkit() -> str:
+    """Where an installed toolkit keeps its programs."""
+    root = os.environ.get("CUDA_PATH") or os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return os.pathsep.join([f"{root}/bin", f"{root}/compute-sanitizer"])

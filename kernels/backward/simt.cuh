@@ -1,0 +1,196 @@
+// Backward attention on plain multiply-adds, in two kernels that never write the same row: no atomics, always the same bits.
+//
+//   P = exp(score(Q K^T) - lse),  dP = dO V^T,  dS = P * (dP - delta) * slope
+//   dV = P^T dO,   dK = scale * dS^T Q,   dQ = scale * dS K
+//
+//              q tiles of every head of the group ->             kv tiles ->
+//            +----+----+----+                                  +----+----+----+
+//   kv tile  |####|####|##\ |   bwd_simt_dkdv: dk, dv   q tile |####|####|##\ |   bwd_simt_dq: dq
+//            +----+----+----+                                  +----+----+----+
+//
+//   for each tile:   recompute_p (S, P) | grad_p (dP) | grad_s (dS) | accumulate: dv += P^T dO, dk += dS^T Q, or dq += dS K
+//   store_dkdv, or store_dq
+//
+// Either kernel owns the rows of its micro-tiles: keys in the first, where every matrix is transposed, queries in the
+// second. Recomputing P twice costs two products more than sharing it, and spares an accumulator for dq.
+#pragma once
+
+#include "attention/schedule.cuh"
+#include "attention/softmax.cuh"
+#include "tile/gemm_simt.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct BackwardSimt {
+  using Element = typename Config::Element;
+  using Real = Accumulator<Element>;
+  using Sequence = typename Config::Sequence;
+  static constexpr int kThreads = Config::kThreads, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+  static constexpr int kDimQk = Config::kDimQk, kDimV = Config::kDimV;
+
+  // Rows of one head, from `offset` elements after the tensor's base on.
+  template <class T, class Pointer>
+  CF_DEVICE static GlobalRows<T> rows_of(Pointer pointer, const Strides& stride, int64 offset, int head, int count) {
+    return {static_cast<T*>(pointer) + offset + head * stride.head, stride.row, count};
+  }
+
+  // What one query head reads.
+  struct Inputs {
+    GlobalRows<const Element> q, k, v, dout;
+    const Real* lse2;
+    const Real* delta;
+
+    CF_DEVICE Inputs(const BwdParams& p, const Sequence& sequence, int head) {
+      const int head_kv = head / (p.attention.heads_q / p.attention.heads_kv);
+      q = rows_of<const Element>(p.q, p.q_stride, sequence.q_offset(p.q_stride), head, sequence.len_q);
+      k = rows_of<const Element>(p.k, p.k_stride, sequence.kv_offset(p.k_stride), head_kv, sequence.len_kv);
+      v = rows_of<const Element>(p.v, p.v_stride, sequence.kv_offset(p.v_stride), head_kv, sequence.len_kv);
+      dout = rows_of<const Element>(p.dout, p.dout_stride, sequence.q_offset(p.dout_stride), head, sequence.len_q);
+      const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
+      lse2 = static_cast<const Real*>(p.lse2) + row_offset;
+      delta = static_cast<const Real*>(p.delta) + row_offset;
+    }
+
+    // Rows past the end are empty rows: p = exp2(-inf) = 0.
+    CF_DEVICE Real lse2_of(int row) const { return row < q.count ? lse2[row] : infinity<Real>(); }
+    CF_DEVICE Real delta_of(int row) const { return row < q.count ? delta[row] : Real(0); }
+  };
+
+  CF_DEVICE static GlobalRows<Element> dq_of(const BwdParams& p, const Sequence& sequence, int head) {
+    return rows_of<Element>(p.dq, p.dq_stride, sequence.q_offset(p.dq_stride), head, sequence.len_q);
+  }
+  CF_DEVICE static GlobalRows<Element> dk_of(const BwdParams& p, const Sequence& sequence, int head) {
+    return rows_of<Element>(p.dk, p.dk_stride, sequence.kv_offset(p.dk_stride), head, sequence.rows_kv);
+  }
+  CF_DEVICE static GlobalRows<Element> dv_of(const BwdParams& p, const Sequence& sequence, int head) {
+    return rows_of<Element>(p.dv, p.dv_stride, sequence.kv_offset(p.dv_stride), head, sequence.rows_kv);
+  }
+
+  // Packed rows that belong to no sequence have no gradient.
+  template <int kDim>
+  CF_DEVICE static void zero_tail(const GlobalRows<Element>& rows, int tail) {
+    zero_rows<kDim, kThreads>(rows.from(rows.count).data, rows.stride, tail);
+  }
+
+  // One score and its gradient, from q.k and dout.v: s becomes p, exactly 0 where masked, and dp becomes ds.
+  CF_DEVICE static void grad_s(Real& s, Real& dp, const typename Config::Score& score, Real log2_unit, Real lse2,
+                               Real delta, bool keep) {
+    const Real x = score.apply(s);
+    s = keep ? exp2(x * log2_unit - lse2) : Real(0);
+    dp = s * (dp - delta) * score.slope(x);
+  }
+
+  CF_DEVICE static void run_dkdv(const BwdParams& p) {
+    using Block = SimtBlock<Config, kTileKv, kTileQ>;
+    typename Block::SmemPlan& smem = *reinterpret_cast<typename Block::SmemPlan*>(ptx::dynamic_smem());
+    const Attention& a = p.attention;
+    const Work work = key_work(ptx::block_index(), num_tiles(a.len_kv, kTileKv), a.heads_kv);
+    const Sequence sequence(a, work.batch);
+    if (work.tile == 0) {
+      zero_tail<kDimQk>(dk_of(p, sequence, work.head), sequence.tail_kv);
+      zero_tail<kDimV>(dv_of(p, sequence, work.head), sequence.tail_kv);
+    }
+    const int kv_first = work.tile * kTileKv;
+    if (kv_first >= sequence.rows_kv) return;
+
+    const typename Config::Score score(a);
+    const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
+    typename Block::template Output<kDimQk> dk;
+    typename Block::template Output<kDimV> dv;
+    dk.clear();
+    dv.clear();
+
+    const int group = a.heads_q / a.heads_kv;
+#pragma unroll 1
+    for (int head = work.head * group; head < (work.head + 1) * group; ++head) {
+      const Inputs inputs(p, sequence, head);
+      const typename Config::Mask mask(a, sequence, head);
+      const Tiles tiles = mask.q_tiles(kv_first, kTileKv, kTileQ);
+#pragma unroll 1
+      for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+        const int q_first = tile * kTileQ;
+        typename Block::Scores s, dp;  // transposed: rows are keys, columns are queries
+        s.clear();
+        dp.clear();
+        Block::template multiply<kDimQk>(s, smem.operands, inputs.k.from(kv_first), inputs.q.from(q_first));
+        Block::template multiply<kDimV>(dp, smem.operands, inputs.v.from(kv_first), inputs.dout.from(q_first));
+
+        const bool full = tiles.is_full(tile);
+#pragma unroll
+        for (int n = 0; n < Block::Scores::kN; ++n) {
+          const int q = q_first + s.col_of(n);
+          const Real lse2 = inputs.lse2_of(q), delta = inputs.delta_of(q);
+#pragma unroll
+          for (int m = 0; m < Block::Scores::kM; ++m) {
+            const bool keep = full || mask.keep(q, kv_first + s.row_of(m));
+            grad_s(s.x[m][n], dp.x[m][n], score, log2_unit, lse2, delta, keep);
+          }
+        }
+        Block::template accumulate<kDimV>(dv, smem.weighted, s, inputs.dout.from(q_first));
+        Block::template accumulate<kDimQk>(dk, smem.weighted, dp, inputs.q.from(q_first));
+      }
+    }
+    Block::template store<kDimQk>(dk_of(p, sequence, work.head).from(kv_first), dk, [&](int) { return score.scale(); });
+    Block::template store<kDimV>(dv_of(p, sequence, work.head).from(kv_first), dv, [](int) { return Real(1); });
+  }
+
+  CF_DEVICE static void run_dq(const BwdParams& p) {
+    using Block = SimtBlock<Config, kTileQ, kTileKv>;
+    typename Block::SmemPlan& smem = *reinterpret_cast<typename Block::SmemPlan*>(ptx::dynamic_smem());
+    const Attention& a = p.attention;
+    const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, kTileQ), a.heads_q);
+    const Sequence sequence(a, work.batch);
+    if (work.tile == 0) zero_tail<kDimQk>(dq_of(p, sequence, work.head), sequence.tail_q);
+    const int q_first = work.tile * kTileQ;
+    if (q_first >= sequence.len_q) return;
+
+    const typename Config::Score score(a);
+    const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
+    const Inputs inputs(p, sequence, work.head);
+    const typename Config::Mask mask(a, sequence, work.head);
+    const Tiles tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
+    typename Block::template Output<kDimQk> dq;
+    dq.clear();
+
+#pragma unroll 1
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+      const int kv_first = tile * kTileKv;
+      typename Block::Scores s, dp;
+      s.clear();
+      dp.clear();
+      Block::template multiply<kDimQk>(s, smem.operands, inputs.q.from(q_first), inputs.k.from(kv_first));
+      Block::template multiply<kDimV>(dp, smem.operands, inputs.dout.from(q_first), inputs.v.from(kv_first));
+
+      const bool full = tiles.is_full(tile);
+#pragma unroll
+      for (int m = 0; m < Block::Scores::kM; ++m) {
+        const int q = q_first + s.row_of(m);
+        const Real lse2 = inputs.lse2_of(q), delta = inputs.delta_of(q);
+#pragma unroll
+        for (int n = 0; n < Block::Scores::kN; ++n) {
+          const bool keep = full || mask.keep(q, kv_first + s.col_of(n));
+          grad_s(s.x[m][n], dp.x[m][n], score, log2_unit, lse2, delta, keep);
+        }
+      }
+      Block::template accumulate<kDimQk>(dq, smem.weighted, dp, inputs.k.from(kv_first));
+    }
+    Block::template store<kDimQk>(dq_of(p, sequence, work.head).from(q_first), dq, [&](int) { return score.scale(); });
+  }
+};
+
+template <class Config>
+CF_DEVICE void backward_simt_dkdv(const BwdParams& params) {
+  using Block = SimtBlock<Config, Config::kTileKv, Config::kTileQ>;
+  SmemSizeCheck<sizeof(typename Block::SmemPlan), Config::kSmemBytes>();
+  BackwardSimt<Config>::run_dkdv(params);
+}
+
+template <class Config>
+CF_DEVICE void backward_simt_dq(const BwdParams& params) {
+  using Block = SimtBlock<Config, Config::kTileQ, Config::kTileKv>;
+  SmemSizeCheck<sizeof(typename Block::SmemPlan), Config::kSmemBytes>();
+  BackwardSimt<Config>::run_dq(params);
+}
+
+}  // namespace cuflash

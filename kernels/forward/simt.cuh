@@ -1,0 +1,135 @@
+// Forward attention on plain multiply-adds: any element type, any head size, any architecture.
+//
+//   out = softmax(score(Q K^T)) V,   lse = log sum exp
+//
+//              kv tiles ->
+//           +----+----+----+      One block owns one q tile of one head and walks the kv tiles its mask can let through,
+//    q tile |####|####|##\ |      keeping out and, row by row, the largest score so far and the sum of the weights
+//           +----+----+----+      relative to it (online softmax). Each thread computes a micro-tile of S and of out.
+//
+//   for each kv tile:   load_q, load_k, S += Q K^T, piece by piece of dim_qk | mask_tile | softmax_tile
+//                       load_v, out += P V, piece by piece of the keys
+//   store_out, store_lse
+//
+// Q is staged anew for every kv tile, as pieces of it and of K share one bounded buffer whatever the head size. One block
+// does not overlap its loads with its products: several blocks of a multiprocessor do that for each other.
+#pragma once
+
+#include "attention/schedule.cuh"
+#include "attention/softmax.cuh"
+#include "tile/gemm_simt.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct ForwardSimt {
+  using Element = typename Config::Element;
+  using Real = Accumulator<Element>;
+  using Sequence = typename Config::Sequence;
+  static constexpr int kThreads = Config::kThreads, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+
+  using Block = SimtBlock<Config, kTileQ, kTileKv>;
+  using SmemPlan = typename Block::SmemPlan;
+  using Rows = typename Block::Rows;
+  using Scores = typename Block::Scores;
+  using Output = typename Block::template Output<Config::kDimV>;
+  using States = RowState<Real>[Scores::kM];
+
+  // Logits to probabilities relative to the running maximum; what was accumulated before shrinks to match.
+  // Each thread sums only its own columns into l; row_sum joins them once at the end.
+  CF_DEVICE static void softmax_tile(Scores& s, States& states, Output& out, Real log2_unit) {
+#pragma unroll
+    for (int m = 0; m < Scores::kM; ++m) {
+      Real tile_max = -infinity<Real>();
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) tile_max = max_of(tile_max, s.x[m][n]);
+      const Real rescale = states[m].update(Block::Grid::row_max(tile_max), log2_unit);
+      const Real shift = states[m].shift(log2_unit);
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) {
+        s.x[m][n] = exp2(s.x[m][n] * log2_unit - shift);
+        states[m].l += s.x[m][n];
+      }
+#pragma unroll
+      for (int n = 0; n < Output::kN; ++n) out.x[m][n] *= rescale;
+    }
+  }
+
+  CF_DEVICE static GlobalRows<Element> out_of(const FwdParams& p, const Sequence& sequence, int head) {
+    Element* data = static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + head * p.out_stride.head;
+    return {data, p.out_stride.row, sequence.len_q};
+  }
+  CF_DEVICE static Real* lse_of(const FwdParams& p, const Sequence& sequence, int head) {
+    return static_cast<Real*>(p.lse) + sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
+  }
+
+  // Packed rows that belong to no sequence are empty rows.
+  CF_DEVICE static void store_tail(const FwdParams& p, const Sequence& sequence, int head) {
+    zero_rows<Config::kDimV, kThreads>(out_of(p, sequence, head).from(sequence.len_q).data, p.out_stride.row,
+                                       sequence.tail_q);
+    fill<kThreads>(lse_of(p, sequence, head) + sequence.len_q, sequence.tail_q, -infinity<Real>());
+  }
+
+  CF_DEVICE static void run(const FwdParams& p) {
+    SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
+    const Attention& a = p.attention;
+
+    const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, kTileQ), a.heads_q);
+    const Sequence sequence(a, work.batch);
+    const int head_kv = work.head / (a.heads_q / a.heads_kv);
+    if (work.tile == 0) store_tail(p, sequence, work.head);
+    const int q_first = work.tile * kTileQ, q_rows = sequence.len_q - q_first;
+    if (q_rows <= 0) return;
+
+    const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) + work.head * p.q_stride.head;
+    const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + head_kv * p.k_stride.head;
+    const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + head_kv * p.v_stride.head;
+    const Rows q = Rows{g_q, p.q_stride.row, sequence.len_q}.from(q_first);
+    const Rows k{g_k, p.k_stride.row, sequence.len_kv}, v{g_v, p.v_stride.row, sequence.len_kv};
+
+    const typename Config::Mask mask(a, sequence, work.head);
+    const typename Config::Score score(a);
+    const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
+    const Tiles tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
+
+    Output out;
+    out.clear();
+    States states;
+#pragma unroll
+    for (int m = 0; m < Scores::kM; ++m) states[m].init();
+
+#pragma unroll 1
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+      const int kv_first = tile * kTileKv;
+      Scores s;
+      s.clear();
+      Block::template multiply<Config::kDimQk>(s, smem.operands, q, k.from(kv_first));
+      s.for_each([&](Real& x, int, int) { x = score.apply(x); });
+      if (!tiles.is_full(tile)) {
+        s.for_each([&](Real& x, int row, int col) {
+          if (!mask.keep(q_first + row, kv_first + col)) x = -infinity<Real>();
+        });
+      }
+      softmax_tile(s, states, out, log2_unit);
+      Block::template accumulate<Config::kDimV>(out, smem.weighted, s, v.from(kv_first));
+    }
+
+    Real* g_lse = lse_of(p, sequence, work.head) + q_first;
+#pragma unroll
+    for (int m = 0; m < Scores::kM; ++m) {
+      states[m].l = Block::Grid::row_sum(states[m].l);
+      const int row = Scores::row_of(m);
+      if (Block::Grid::col() == 0 && row < q_rows) g_lse[row] = states[m].lse(score.unit());
+    }
+    Block::template store<Config::kDimV>(out_of(p, sequence, work.head).from(q_first), out,
+                                         [&](int m) { return states[m].inverse_sum(); });
+  }
+};
+
+template <class Config>
+CF_DEVICE void forward_simt(const FwdParams& params) {
+  SmemSizeCheck<sizeof(typename ForwardSimt<Config>::SmemPlan), Config::kSmemBytes>();
+  ForwardSimt<Config>::run(params);
+}
+
+}  // namespace cuflash

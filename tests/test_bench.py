@@ -1,0 +1,335 @@
+"""The case table, its inputs, the clock, the report: everything of the bench that needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import oracle
+import pytest
+
+from cuflash import dtypes
+from cuflash.bench import calls, report, sets
+from cuflash.bench.cases import CASES, SMOKE, Case, select, widest_copy
+from cuflash.bench.inputs import Normals, make
+from cuflash.bench.naive import Naive, visible
+from cuflash.bench.peers import PEERS, CuflashCpu, NumpyNaive, find
+from cuflash.bench.run import Bench
+from cuflash.bench.timing import Runner, Timing, interleave
+from cuflash.bench.verify import verify
+from cuflash.device import named
+from cuflash.errors import InvalidArgument
+from cuflash.masks import Mask
+from cuflash.ops import host as ops_host
+from cuflash.plan import FAMILIES, choose
+from cuflash.plan.families import FEATURES, needs
+
+H100 = named("h100")
+ROW_KEYS = ["case", "phase", "impl", "family", "dtype", "d", "dv", "b", "h", "hk", "sq", "sk"]
+ROW_KEYS += ["causal", "features", "gpu_us", "host_us", "tflops", "gbps"]
+
+
+def test_the_id_names_the_kernel_that_runs_the_case():
+    for case in CASES.values():
+        kernel = case.id.partition("-")[0]
+        steps = choose(case.problem, H100, case.family).steps
+        assert any(step.kernel.startswith(kernel) for step in steps), case.id
+
+
+def test_the_table_covers_every_family_dtype_and_feature():
+    seen = Counter()
+    for case in CASES.values():
+        for feature in ("", *needs(case.problem)):
+            seen[case.family, case.problem.dtype.name, feature] += 1
+    for family in FAMILIES:
+        for dtype in family.dtypes:
+            assert seen[family.name, dtype, ""], (family.name, dtype)
+        for feature in family.features:
+            assert any(seen[family.name, dtype, feature] for dtype in family.dtypes), (family.name, feature)
+
+
+def test_smoke_touches_every_kernel():
+    def kernels(cases: list[Case]) -> set[str]:
+        return {step.kernel for case in cases for step in choose(case.problem, H100, case.family).steps}
+
+    assert kernels(select("smoke")) == kernels(select()) == kernels([CASES[case_id] for case_id in SMOKE])
+
+
+def test_select_by_id_part_and_glob():
+    assert [case.id for case in select("fwd_sm80-bf16-d64")] == ["fwd_sm80-bf16-d64"]
+    assert {case.id for case in select("sm80-bf16-d64-window")} == {f"{x}wd_sm80-bf16-d64-window" for x in "fb"}
+    assert all(case.id.startswith("bwd_simt") for case in select("bwd_simt*"))
+    with pytest.raises(InvalidArgument, match="'nothing-like-it' matches none"):
+        select("nothing-like-it")
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "dims", "at_most", "expected"),
+    [(2, (64, 64), 16, 16), (2, (33, 33), 16, 2), (2, (40, 36), 16, 8), (4, (64,), 8, 8)],
+)
+def test_widest_copy(itemsize, dims, at_most, expected):
+    assert widest_copy(itemsize, dims, at_most) == expected
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_arrays_of_a_case_are_its_problem(case):
+    """What the library derives from the arrays is what the table says, so that a check runs the variant it names."""
+    inputs = make(case, Normals(np))
+    options = calls.options(case)
+    problem, _ = ops_host.problem_of("forward", options, [*calls.arrays(inputs).values(), None])
+    assert problem == replace(case.problem, direction="forward", deterministic=False)
+
+
+def test_tensors_lie_apart_and_are_aligned_exactly_as_asked():
+    numbers = Normals(np)
+    for align in (2, 4, 8, 16):
+        tensors = numbers.tensors(dtypes.BF16, [(3, 7), (5, 11), (1,)], align)
+        addresses = sorted((x.__array_interface__["data"][0], x.nbytes) for x in tensors)
+        assert all(start + size <= after for (start, size), (after, _) in pairwise(addresses))
+        assert all(start % 16 == align % 16 for start, _ in addresses)
+
+
+@pytest.mark.parametrize(
+    ("mask", "softcap", "heads_kv", "options"),
+    [
+        (Mask(), 0.0, 4, {}),
+        (Mask(right=0), 0.0, 2, {"causal": True}),
+        (Mask(left=3, right=2), 1.5, 1, {"window": (3, 2), "softcap": 1.5}),
+        (Mask(right=0, alignment="top-left"), 0.0, 4, {"causal": True, "alignment": "top-left"}),
+    ],
+)
+def test_naive_attention_is_attention(mask, softcap, heads_kv, options):
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (
+        rng.standard_normal(shape) for shape in [(9, 4, 8), (13, heads_kv, 8), (13, heads_kv, 5), (9, 4, 5)]
+    )
+    dlse = rng.standard_normal((4, 9))
+    exact = oracle.attention(q[None], k[None], v[None], dout[None], dlse[None], scale=0.3, **options)
+    naive = Naive(dtypes.FP64, 0.3, softcap)
+    q, k, v, dout = (x.swapaxes(0, 1) for x in (q, k, v, dout))
+    keep = visible(mask, 9, 13)
+    out, lse = naive.forward(q, k, v, keep)
+    grads = naive.backward(dout, dlse, q, k, v, keep)
+    np.testing.assert_allclose(out.swapaxes(0, 1), exact.out[0], atol=1e-13)
+    np.testing.assert_allclose(lse, exact.lse[0], atol=1e-13)
+    for grad, expected in zip(grads, (exact.dq, exact.dk, exact.dv), strict=True):
+        np.testing.assert_allclose(grad.swapaxes(0, 1), expected[0], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "case_id",
+    [
+        "fwd_sm80-bf16-d64-causal",
+        "bwd_sm80-bf16-d64-softcap",
+        "fwd_simt-fp32-d64-seqused",
+        "bwd_simt-fp32-d64-varlen_causal",
+        "fwd_simt-fp32-d64-mask",
+        "bwd_simt-fp64-d64-window",
+        "bwd_sm80-bf16-d64-gqa",
+    ],
+)
+def test_a_case_passes_on_numpy(case_id):
+    case = CASES[case_id]
+    verdicts = verify(case, make(case, Normals(np)))
+    assert [v.tensor for v in verdicts] == (["out", "lse"] if case_id.startswith("fwd") else ["dq", "dk", "dv"])
+    for verdict in verdicts:
+        assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("damage", [lambda x: x * 1.05, lambda x: np.where(x > 0.5, np.nan, x), lambda x: x[::-1]])
+def test_a_wrong_result_does_not_pass(monkeypatch, damage):
+    case = CASES["fwd_simt-fp32-d64-causal"]
+    real = calls.of
+
+    def damaged(*arguments):
+        call = real(*arguments)
+        return lambda: (damage(call()[0]), call()[1])
+
+    monkeypatch.setattr(calls, "of", damaged)
+    out, lse = verify(case, make(case, Normals(np)))
+    assert not out.passed
+    assert lse.passed
+
+
+def sleeper(name: str, log: list[str], seconds: float = 0.0) -> Runner:
+    def launch() -> None:
+        log.append(name)
+        time.sleep(seconds)
+
+    return Runner(name, "sleep", launch, launch, clock="wall", wait=lambda: None)
+
+
+def test_rounds_are_rotated():
+    log: list[str] = []
+    interleave([sleeper(name, log, 0.002) for name in "abc"], seconds=10, rounds=3, slice_us=1)
+    rounds = log[-18:]  # three rounds, three runners, one warm launch and one timed
+    assert "".join(rounds[::2]) == "abcbcacab"
+
+
+def test_a_timing_is_the_time_taken():
+    log: list[str] = []
+    times = interleave([sleeper("a", log, 0.004), sleeper("b", log, 0.001)], seconds=10, rounds=3, slice_us=8_000)
+    assert 4_000 <= times["a"].gpu_us < 20_000
+    assert times["a"].gpu_us > times["b"].gpu_us >= 1_000
+    assert times["a"].host_us >= 4_000
+
+
+def test_no_round_starts_after_the_time_is_up():
+    log: list[str] = []
+    interleave([sleeper("a", log, 0.002)], seconds=0, rounds=1000, slice_us=1)
+    assert len(log) < 12
+
+
+def test_a_runner_that_fails_is_noted_and_the_others_go_on():
+    log: list[str] = []
+
+    def broken() -> None:
+        raise RuntimeError("no kernel for this")
+
+    failed = []
+    runners = [Runner("bad", "x", broken, broken, "wall", lambda: None), sleeper("good", log)]
+    times = interleave(runners, 10, rounds=2, failed=lambda runner, error: failed.append((runner.impl, str(error))))
+    assert list(times) == ["good"]
+    assert failed == [("bad", "no kernel for this")]
+    with pytest.raises(RuntimeError, match="no kernel"):
+        interleave(runners, 10, rounds=2)
+
+
+def test_calls_are_made_inside_the_scope():
+    inside = []
+
+    @contextmanager
+    def scope():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    seen = []
+    runner = Runner("a", "x", *[lambda: seen.append(bool(inside))] * 2, "wall", lambda: None, scope)
+    interleave([runner], 10, rounds=2)
+    assert seen
+    assert all(seen)
+
+
+def test_prefill_is_the_protocol():
+    cases = sets.prefill()
+    assert len({case.id for case in cases}) == len(cases) == 3 * 2 * 6
+    for case in cases:
+        problem = case.problem
+        assert (problem.batch * problem.len_q, problem.heads_q * problem.dim_qk) == (16_384, 2_048)
+        square = 4.0 * problem.batch * problem.heads_q * problem.len_q**2 * problem.dim_qk
+        rows_seen = (problem.len_q + 1) / 2 / problem.len_q if problem.mask.right == 0 else 1
+        assert case.flops() == square * rows_seen
+        assert case.turned("backward").flops() == 2.5 * case.flops()
+        assert case.nbytes() == 4 * 16_384 * 2_048 * 2
+
+
+def test_flops_of_packed_sequences_count_their_own_lengths():
+    case = next(case for case in sets.features() if case.problem.layout == "varlen")
+    pairs = sum(n * (n + 1) // 2 for n in case.lens_q)
+    assert case.flops() == 4 * 16 * 128 * pairs
+
+
+@pytest.mark.parametrize("name", sets.SETS)
+def test_every_set_has_a_plan_in_both_directions(name):
+    for case in sets.SETS[name]():
+        for direction in ("forward", "backward"):
+            assert choose(case.turned(direction).problem, H100).steps
+
+
+def test_peers_that_are_not_here_are_noted_by_name():
+    found = find(list(PEERS), gpu=False)
+    assert [x.name for x in found.implementations] == ["cuflash", "numpy-naive"]
+    assert [note.partition(":")[0] for note in found.notes] == ["torch", "fa3", "jax"]
+
+
+def test_naive_numpy_refuses_what_it_cannot_express():
+    assert NumpyNaive().why_not(CASES["fwd_simt-fp32-d64-varlen"].problem) == "no varlen"
+    assert NumpyNaive().why_not(CASES["fwd_simt-fp32-d64-causal"].problem) is None
+    assert set(FEATURES) >= {"varlen"}
+
+
+@pytest.fixture(scope="module")
+def measured() -> report.Report:
+    bench = Bench([CuflashCpu(), NumpyNaive()], gpu=False, quick=True)
+    small = sets.cpu()[0]
+    varlen = CASES["fwd_simt-fp32-d64-varlen"]
+    bench.run([small, small.turned("backward"), varlen], seconds=20, done=lambda case: None)
+    return bench.report
+
+
+def test_one_row_for_each_implementation_and_case(measured):
+    assert [(row.case, row.phase, row.impl) for row in measured.rows] == [
+        ("d64-s256", "forward", "cuflash"),
+        ("d64-s256", "forward", "numpy-naive"),
+        ("d64-s256", "backward", "cuflash"),
+        ("d64-s256", "backward", "numpy-naive"),
+        ("fwd_simt-fp32-d64-varlen", "forward", "cuflash"),
+    ]
+    assert measured.notes == ["numpy-naive (no varlen): forward fwd_simt-fp32-d64-varlen"]
+    for row in measured.rows:
+        assert row.gpu_us > 0
+        assert row.host_us > 0
+    first = measured.rows[0]
+    assert first.tflops == pytest.approx(4 * 4 * 256**2 * 64 / first.gpu_us * 1e-6, abs=0.01)
+
+
+def test_a_bench_stops_when_its_seconds_are_used_up():
+    bench = Bench([CuflashCpu()], gpu=False, quick=True)
+    bench.run(sets.cpu(), seconds=0, done=lambda case: None)
+    assert bench.report.rows == []
+    assert bench.report.notes == [
+        "out of time (--seconds): forward d64-s256, forward d64-s1024, forward d64-s2048, "
+        "forward d64-causal-s256 and 2 more"
+    ]
+
+
+def test_the_json_has_the_agreed_keys_and_reads_back(measured, tmp_path):
+    path = tmp_path / "deep" / "out.json"
+    measured.write(path)
+    content = json.loads(path.read_text())
+    assert {"device", "driver", "versions", "date", "clocks", "rows", "host", "start"} <= content.keys()
+    assert [list(row) for row in content["rows"]] == [ROW_KEYS] * len(measured.rows)
+    assert report.Report.read(path) == measured
+
+
+def test_an_empty_report_is_json_too(tmp_path):
+    empty = report.new(gpu=False)
+    empty.write(tmp_path / "out.json")
+    assert report.Report.read(tmp_path / "out.json") == empty
+
+
+def test_markdown_shows_how_many_times_faster_cuflash_is():
+    case = sets.prefill()[0]
+    runners = [Runner(name, "x", print, print, "wall", print) for name in ("peer", "cuflash")]
+    found = report.new(gpu=False)
+    found.rows = [
+        report.row(case, runner, Timing(gpu_us, 1.0)) for runner, gpu_us in zip(runners, (300.0, 200.0), strict=True)
+    ]
+    found.host = [{"impl": "cuflash", "phase": "forward", "host_us": 12.0}]
+    found.start = {"forward, cold": {"import_s": 0.1, "first_call_s": 0.9}}
+    text = report.markdown(found)
+    assert "| case | cuflash TFLOP/s | peer TFLOP/s |" in text
+    assert f"| {case.id} | {case.flops() / 200e6:.1f} (200.0 µs) | {case.flops() / 300e6:.1f} (1.50x) |" in text
+    assert "| cuflash | forward | 12.0 |" in text
+    assert "| forward, cold | 0.100 | 0.900 |" in text
+
+
+def test_a_bench_keeps_what_it_has_when_the_device_no_longer_answers(monkeypatch):
+    def broken(case: Case, normals: Normals) -> None:
+        if case.problem.len_q > 256:
+            raise RuntimeError("an illegal memory access was encountered")
+        return make(case, normals)
+
+    monkeypatch.setattr("cuflash.bench.run.make", broken)
+    bench = Bench([CuflashCpu()], gpu=False, quick=True)
+    bench.run(sets.cpu()[:2], seconds=20, done=lambda case: None)
+    assert [row.case for row in bench.report.rows] == ["d64-s256"]
+    assert bench.report.notes == [
+        "stopped by RuntimeError: an illegal memory access was encountered: forward d64-s1024"
+    ]

@@ -1,0 +1,69 @@
+"""Every kernel of the case table compiles for every architecture and takes no more of it than is there or recorded."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from cuflash import jit
+from cuflash.bench.cases import ARCHITECTURES, CASES, FULL_ARCHITECTURES, matrix, variants
+from cuflash.bench.resources import complaints
+from cuflash.device import named
+from cuflash.errors import CompileError
+from cuflash.jit.compile import version
+
+MOST_KERNELS = 600
+"""Two cores compile about four a second."""
+
+
+def why_no_compiler() -> str | None:
+    try:
+        version()
+    except CompileError as error:
+        return str(error)
+    return None
+
+
+def test_the_matrix_is_bounded_and_covers_the_table():
+    rows = matrix()
+    assert len(rows) <= MOST_KERNELS
+    assert len({(arch, step.kernel, step.config) for arch, _, step in rows}) == len(rows)
+    kernels = {arch: {step.kernel for target, _, step in rows if target == arch} for arch in ARCHITECTURES}
+    everything = {step.kernel for _, step in variants(CASES.values(), named("h100"))}
+    assert kernels == dict.fromkeys(ARCHITECTURES, everything)
+    for arch in FULL_ARCHITECTURES:
+        whole = {(step.kernel, step.config) for _, step in variants(CASES.values(), named(arch))}
+        assert {(step.kernel, step.config) for target, _, step in rows if target == arch} == whole
+
+
+def test_cases_that_share_a_kernel_compile_it_once():
+    causal, top_left = (CASES[f"fwd_sm80-bf16-d64-{feature}"] for feature in ("causal", "top_left"))
+    assert [case_id for case_id, _ in variants([causal, top_left], named("a100"))] == [causal.id]
+
+
+def test_an_architecture_too_old_for_a_family_needs_none_of_its_kernels():
+    assert variants([CASES["fwd_sm80-bf16-d64"]], named("t4")) == []
+    assert [step.kernel for _, step in variants([CASES["fwd_simt-fp32-d64"]], named("t4"))] == ["fwd_simt"]
+
+
+@pytest.mark.skipif(why_no_compiler() is not None, reason=why_no_compiler() or "")
+def test_every_kernel_of_the_matrix(request, monkeypatch, capsys):
+    """One test, as its processes already use every core; cubins are kept between runs."""
+    if "CUFLASH_CACHE_DIR" not in os.environ:
+        monkeypatch.setenv("CUFLASH_CACHE_DIR", str(request.config.cache.mkdir("cuflash_cubins")))
+    rows = matrix()
+    start_s = time.perf_counter()
+    cubins = list(jit.compile_many([(step.kernel, step.config, step.params, arch) for arch, _, step in rows]))
+    found = []
+    for (arch, case_id, step), cubin in zip(rows, cubins, strict=True):
+        wrong = [str(cubin)] if isinstance(cubin, CompileError) else complaints(case_id, step, cubin, named(arch))
+        found += [f"{arch} {case_id} {step.kernel}: {each}" for each in wrong]
+    cached = sum(isinstance(cubin, jit.Cubin) and cubin.cached for cubin in cubins)
+    with capsys.disabled():
+        print(
+            f"\n{len(rows)} kernels for {len(ARCHITECTURES)} architectures, {cached} of them from the cache, ", end=""
+        )
+        print(f"in {time.perf_counter() - start_s:.0f} s")
+    assert not found, "\n" + "\n".join(found)

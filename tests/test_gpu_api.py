@@ -1,0 +1,481 @@
+"""The public functions on a GPU: every library's arrays, zero-copy, on its own stream; capture, memory, refusals."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+import cuflash
+from cuflash import jit
+from cuflash.errors import InvalidArgument, UnsupportedProblem
+
+pytestmark = pytest.mark.gpu
+
+FP16, BF16, FP32 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+STARTS_Q, STARTS_K = np.array([0, 30, 30, 75], np.int32), np.array([0, 10, 40, 90], np.int32)
+SPIN = r"""
+extern "C" __global__ void spin(long long cycles) {
+  const long long start = clock64();
+  while (clock64() - start < cycles) {}
+}
+"""
+
+
+class Library(Protocol):
+    """An array library on the GPU."""
+
+    def put(self, x: np.ndarray) -> Any: ...
+    def get(self, x: Any) -> np.ndarray: ...
+    def pointer(self, x: Any) -> int: ...
+    def owns(self, x: Any) -> bool: ...
+
+
+class WithCuPy:
+    def __init__(self) -> None:
+        import cupy
+
+        self.cupy = cupy
+
+    def put(self, x: np.ndarray) -> Any:
+        return self.cupy.asarray(x)
+
+    def get(self, x: Any) -> np.ndarray:
+        return x.get()
+
+    def pointer(self, x: Any) -> int:
+        return x.data.ptr
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, self.cupy.ndarray)
+
+
+class WithTorch:
+    def __init__(self) -> None:
+        self.torch = pytest.importorskip("torch", reason="torch is not installed")
+        if not self.torch.cuda.is_available():
+            pytest.skip("torch sees no GPU")
+
+    def put(self, x: np.ndarray) -> Any:
+        if x.dtype == BF16:
+            return self.torch.from_numpy(np.ascontiguousarray(x).view(np.int16)).cuda().view(self.torch.bfloat16)
+        return self.torch.from_numpy(np.array(x)).cuda()
+
+    def get(self, x: Any) -> np.ndarray:
+        if x.dtype == self.torch.bfloat16:
+            return x.cpu().view(self.torch.int16).numpy().view(BF16)
+        return x.cpu().numpy()
+
+    def pointer(self, x: Any) -> int:
+        return x.data_ptr()
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, self.torch.Tensor) and x.is_cuda
+
+
+class WithJax:
+    def __init__(self) -> None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        self.jax = pytest.importorskip("jax", reason="JAX is not installed")
+        if self.jax.default_backend() != "gpu":
+            pytest.skip("JAX sees no GPU")
+
+    def put(self, x: np.ndarray) -> Any:
+        return self.jax.device_put(x)
+
+    def get(self, x: Any) -> np.ndarray:
+        return np.asarray(x)
+
+    def pointer(self, x: Any) -> int:
+        return x.unsafe_buffer_pointer()
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, self.jax.Array)
+
+
+LIBRARIES = {"cupy": WithCuPy, "torch": WithTorch, "jax": WithJax}
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest) -> Library:
+    return LIBRARIES[request.param]()
+
+
+@pytest.fixture(params=["cupy", "torch"])
+def writeable_library(request: pytest.FixtureRequest) -> Library:
+    """One whose arrays can be written."""
+    return LIBRARIES[request.param]()
+
+
+@pytest.fixture
+def cp() -> Any:
+    import cupy
+
+    return cupy
+
+
+@pytest.fixture
+def params_of_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, np.ndarray]]]:
+    """Every (kernel, parameter block) that is launched."""
+    seen: list[tuple[str, np.ndarray]] = []
+    original = jit.Kernel.launch
+
+    def recording(self: jit.Kernel, num_blocks: int, params: np.ndarray) -> None:
+        struct = jit.params.dtype("FwdParams" if self.name.startswith("fwd") else "BwdParams")
+        seen.append((self.name, params.copy().view(struct)))
+        original(self, num_blocks, params)
+
+    monkeypatch.setattr(jit.Kernel, "launch", recording)
+    yield seen
+
+
+def random(*shape: int, dtype: np.dtype = FP16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def inputs(dtype: np.dtype = FP16, packed: bool = False) -> list[np.ndarray]:
+    """q, k, v, dout, dlse."""
+    rows_q, rows_kv = ((80,), (95,)) if packed else ((2, 80), (2, 95))
+    return [
+        random(*rows_q, 4, 64, dtype=dtype),
+        random(*rows_kv, 2, 64, dtype=dtype, seed=1),
+        random(*rows_kv, 2, 64, dtype=dtype, seed=2),
+        random(*rows_q, 4, 64, dtype=dtype, seed=3),
+        random(*((4, 80) if packed else (2, 4, 80)), dtype=FP32, seed=4),
+    ]
+
+
+def assert_right(results: list[np.ndarray], arrays: list[np.ndarray], **options: Any) -> None:
+    """Compare (out, lse, dq, dk, dv), or the first of them, with the oracle."""
+    exact, naive = oracle.attention(*arrays, **options), oracle.naive_in_dtype(*arrays, **options)
+    oracle.assert_all_close(oracle.Attention(*results, *[None] * (5 - len(results))), exact, naive)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_arrays_of_every_library(library: Library, params_of_launches: list, packed: bool, dtype: np.dtype) -> None:
+    arrays = inputs(dtype, packed)
+    q, k, v, dout, dlse = map(library.put, arrays)
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K} if packed else {}
+    given = {name: library.put(x) for name, x in lengths.items()}
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, causal=True, **given, return_lse=True)
+    results = [out, lse, *pullback(dout, dlse)]
+    assert all(map(library.owns, results))
+    assert_right([library.get(x) for x in results], arrays, causal=True, **lengths)
+
+    for kernel, params in params_of_launches:
+        names = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+        if kernel.startswith("bwd"):
+            names |= {"dout": dout, "dlse": dlse} | dict(zip(("dq", "dk", "dv"), results[2:], strict=True))
+        for name, x in names.items():
+            assert params[name][0] == library.pointer(x), f"{kernel}: {name} was copied"
+
+
+def test_sdpa_with_a_boolean_mask(library: Library) -> None:
+    q, k, v = (x.swapaxes(1, 2) for x in inputs()[:3])
+    mask = np.random.default_rng(0).random((2, 1, 80, 95)) < 0.5
+    out, lse = cuflash.scaled_dot_product_attention(
+        *map(library.put, (q, k, v, mask)), enable_gqa=True, return_lse=True
+    )
+    assert library.owns(out)
+    assert_right([library.get(out).swapaxes(1, 2), library.get(lse)], inputs()[:3], mask=mask)
+
+
+@pytest.mark.parametrize(("b", "sq", "sk"), [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
+def test_empty_tensors(library: Library, b: int, sq: int, sk: int) -> None:
+    q, k, v = (random(*shape) for shape in ((b, sq, 4, 64), (b, sk, 2, 64), (b, sk, 2, 32)))
+    (out, lse), pullback = cuflash.flash_attn_vjp(*map(library.put, (q, k, v)), return_lse=True)
+    gradients = pullback(library.put(np.ones((b, sq, 4, 32), FP16)))
+    assert not library.get(out).any() and np.isneginf(library.get(lse)).all()
+    for gradient, x in zip(gradients, (q, k, v), strict=True):
+        assert gradient.shape == x.shape and not library.get(gradient).any()
+
+
+def test_rows_of_no_sequence(library: Library) -> None:
+    x = library.put(random(5, 2, 64))
+    starts = library.put(np.zeros(1, np.int32))
+    out, lse = cuflash.flash_attn_varlen_func(x, x, x, starts, starts, return_lse=True)
+    assert not library.get(out).any() and np.isneginf(library.get(lse)).all()
+
+
+def test_out_in_a_slice(writeable_library: Library) -> None:
+    library, (q, k, v, *_) = writeable_library, inputs()
+    buffer = library.put(np.full((4, 2, 83, 72), 7, FP16))
+    place = buffer[:, :, 1:81, 4:68]
+    place = place.transpose(1, 2, 0, 3) if isinstance(library, WithCuPy) else place.permute(1, 2, 0, 3)
+    assert cuflash.flash_attn_func(*map(library.put, (q, k, v)), out=place) is place
+    filled = library.get(buffer)
+    written = filled[:, :, 1:81, 4:68].transpose(1, 2, 0, 3)
+    fresh = library.get(cuflash.flash_attn_func(*map(library.put, (q, k, v))))
+    np.testing.assert_array_equal(written, fresh)
+    filled[:, :, 1:81, 4:68] = 7
+    assert (filled == 7).all()
+
+
+def test_gradients_in_one_packed_array(writeable_library: Library) -> None:
+    library = writeable_library
+    qkv, dout = library.put(random(2, 80, 3, 4, 64)), library.put(random(2, 80, 4, 64, seed=1))
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    out, lse = cuflash.flash_attn_func(q, k, v, return_lse=True)
+    expected = cuflash.flash_attn_backward(dout, q, k, v, out, lse, deterministic=True)
+    dqkv = library.put(np.full((2, 80, 3, 4, 64), np.nan, FP16))
+    places = {name: dqkv[:, :, i] for i, name in enumerate(("dq", "dk", "dv"))}
+    got = cuflash.flash_attn_backward(dout, q, k, v, out, lse, deterministic=True, **places)
+    assert all(x is place for x, place in zip(got, places.values(), strict=True))
+    np.testing.assert_array_equal(library.get(dqkv), np.stack([library.get(x) for x in expected], axis=2))
+
+
+def test_negative_and_zero_strides(cp: Any) -> None:
+    q, k, v = (cp.asarray(x) for x in inputs()[:3])
+    backwards = [x[:, ::-1, ::-1] for x in (q, k, v)]
+    expected = cuflash.flash_attn_func(*map(cp.ascontiguousarray, backwards), causal=True)
+    np.testing.assert_array_equal(cuflash.flash_attn_func(*backwards, causal=True).get(), expected.get())
+    broadcast = [cp.broadcast_to(x[:1, :1], x.shape) for x in (q, k, v)]
+    expected = cuflash.flash_attn_func(*map(cp.ascontiguousarray, broadcast))
+    np.testing.assert_array_equal(cuflash.flash_attn_func(*broadcast).get(), expected.get())
+
+
+def test_runs_on_the_current_cupy_stream(cp: Any) -> None:
+    arrays = inputs()[:3]
+    values = [cp.asarray(x) for x in arrays]
+    q, k, v = (cp.full_like(x, np.nan) for x in values)
+    expected = cuflash.flash_attn_func(*values)
+    spin = cp.RawKernel(SPIN, "spin")
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        cuflash.flash_attn_func(*values)  # the stream's memory is there, so that nothing is allocated below
+        spin((1,), (1,), (np.int64(300_000_000),))  # about 0.2 s, after which the inputs are there
+        for place, x in zip((q, k, v), values, strict=True):
+            place[...] = x
+        out = cuflash.flash_attn_func(q, k, v)
+        assert not stream.done, "the call waited for the device"
+    stream.synchronize()
+    np.testing.assert_array_equal(out.get(), expected.get())
+
+
+def test_runs_on_torchs_current_stream() -> None:
+    library = WithTorch()
+    torch = library.torch
+    values = [library.put(x) for x in inputs()]
+    q, k, v, dout, _ = (torch.full_like(x, float("nan")) for x in values)
+    (expected, _), pullback = cuflash.flash_attn_vjp(*values[:3], deterministic=True, return_lse=True)
+    expected_gradients = pullback(values[3])
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        cuflash.flash_attn_vjp(*values[:3], deterministic=True)[1](values[3])  # the stream's memory is there
+        torch.cuda._sleep(300_000_000)
+        for place, x in zip((q, k, v, dout), values, strict=False):
+            place.copy_(x)
+        (out, _), pullback = cuflash.flash_attn_vjp(q, k, v, deterministic=True, return_lse=True)
+        gradients = pullback(dout)
+        assert not stream.query(), "the call waited for the device"
+        total = out.float().sum()
+    stream.synchronize()
+    assert total.item() == pytest.approx(expected.float().sum().item(), rel=1e-4, abs=1e-2)
+    assert torch.equal(out, expected)
+    assert all(map(torch.equal, gradients, expected_gradients))
+
+
+def test_torch_leaves_the_current_stream_of_cupy_alone(cp: Any) -> None:
+    library = WithTorch()
+    mine = cp.cuda.Stream(non_blocking=True)
+    with mine, library.torch.cuda.stream(library.torch.cuda.Stream()):
+        x = library.put(random(1, 64, 2, 64))
+        cuflash.flash_attn_func(x, x, x)
+        assert cp.cuda.get_current_stream().ptr == mine.ptr
+
+
+def test_jax_streams_are_ordered_both_ways(cp: Any) -> None:
+    library = WithJax()
+    jax, jnp = library.jax, library.jax.numpy
+    arrays = inputs()[:3]
+
+    @jax.jit
+    def late(x: Any, n: Any) -> Any:
+        slow = jax.lax.fori_loop(0, n, lambda i, m: jnp.tanh(m @ m), jnp.ones((2048, 2048)))
+        return x + (slow[0, 0] * 0).astype(x.dtype)
+
+    q, k, v = map(library.put, arrays)
+    late(q, 1).block_until_ready()
+    expected = library.get(cuflash.flash_attn_func(q, k, v))
+    with cp.cuda.Stream(non_blocking=True):
+        for _ in range(5):
+            out = cuflash.flash_attn_func(late(q, 200), k, v)
+            doubled = jnp.add(out, out)
+            np.testing.assert_array_equal(library.get(doubled), expected + expected)
+
+
+def test_jax_inputs_live_until_the_kernel_is_done() -> None:
+    library = WithJax()
+    jnp = library.jax.numpy
+    host = random(4, 2048, 8, 64)
+    x = library.put(host)
+    expected = library.get(cuflash.flash_attn_func(x, x, x))
+    for _ in range(20):
+        fresh = x + 0
+        out = cuflash.flash_attn_func(fresh, fresh, fresh)
+        del fresh
+        junk = jnp.full(host.shape, jnp.nan, jnp.float16)
+        np.testing.assert_array_equal(library.get(out), expected)
+        del junk
+
+
+def test_cupy_graph_capture(cp: Any) -> None:
+    arrays = inputs()[:4]
+    q, k, v, dout = (cp.asarray(x) for x in arrays)
+
+    def step() -> tuple[Any, ...]:
+        (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, causal=True, deterministic=True, return_lse=True)
+        return out, lse, *pullback(dout)
+
+    step()  # kernels are compiled and loaded before the capture
+    stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
+    with cp.cuda.using_allocator(pool.malloc), stream:
+        stream.begin_capture()
+        captured = step()
+        graph = stream.end_capture()
+    for seed in (10, 11):
+        for place, x in zip((q, k, v, dout), arrays, strict=True):
+            place[...] = cp.asarray(random(*x.shape, seed=seed))
+        expected = [x.get() for x in step()]
+        cp.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        for x, y in zip(captured, expected, strict=True):
+            np.testing.assert_array_equal(x.get(), y)
+
+
+def test_torch_graph_capture() -> None:
+    library = WithTorch()
+    torch = library.torch
+    arrays = inputs(packed=True)[:4]
+    q, k, v, dout = map(library.put, arrays)
+    lengths = {"cu_seqlens_q": library.put(STARTS_Q), "cu_seqlens_k": library.put(STARTS_K)}
+    lengths |= {"max_seqlen_q": 45, "max_seqlen_k": 50}
+
+    def step() -> tuple[Any, ...]:
+        (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, **lengths, deterministic=True, return_lse=True)
+        return out, lse, *pullback(dout)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (10, 11):
+        for place, x in zip((q, k, v, dout), arrays, strict=True):
+            place.copy_(library.put(random(*x.shape, seed=seed)))
+        expected = step()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, captured, expected))
+
+
+def test_the_context_survives_refused_calls(cp: Any) -> None:
+    q, k, v = (cp.asarray(x) for x in inputs()[:3])
+    expected = cuflash.flash_attn_func(q, k, v).get()
+    raw = cp.zeros(2 * 80 * 4 * 64 * 2 + 2, cp.uint8)
+    misaligned = cp.ndarray(q.shape, q.dtype, raw.data + 1)
+    wide = cp.zeros((1, 8, 1, 2048), FP16)
+    starts = cp.asarray(STARTS_Q)
+    refused = {
+        "dtype": lambda: cuflash.flash_attn_func(q.astype(cp.int16), k, v),
+        "mixed dtypes": lambda: cuflash.flash_attn_func(q, k.astype(cp.float32), v),
+        "host array": lambda: cuflash.flash_attn_func(q, k, v.get()),
+        "misaligned": lambda: cuflash.flash_attn_func(misaligned, k, v),
+        "last dim": lambda: cuflash.flash_attn_func(q[..., ::2], k[..., ::2], v),
+        "heads": lambda: cuflash.flash_attn_func(q[:, :, :3], k, v),
+        "out": lambda: cuflash.flash_attn_func(q, k, v, out=q),
+        "window": lambda: cuflash.flash_attn_func(q, k, v, window_size=(-2, 0)),
+        "starts": lambda: cuflash.flash_attn_varlen_func(q[0], k[0], v[0], starts.astype(cp.int64), starts),
+        "starts beyond": lambda: cuflash.flash_attn_varlen_func(q[0, :70], k[0], v[0], starts, starts),
+        "too wide": lambda: cuflash.flash_attn_func(wide, wide, wide),
+    }
+    for name, call in refused.items():
+        with pytest.raises((InvalidArgument, UnsupportedProblem)):
+            call()
+        cp.cuda.Device().synchronize()
+        np.testing.assert_array_equal(cuflash.flash_attn_func(q, k, v).get(), expected, err_msg=name)
+
+
+def test_requires_grad_is_refused() -> None:
+    library = WithTorch()
+    x = library.put(random(1, 64, 2, 64)).requires_grad_()
+    with pytest.raises(InvalidArgument, match="q requires grad"):
+        cuflash.flash_attn_func(x, x, x)
+    with library.torch.no_grad():
+        cuflash.flash_attn_func(x, x, x)
+    cuflash.flash_attn_func(x.detach(), x.detach(), x.detach())
+
+
+def test_libraries_do_not_mix(cp: Any) -> None:
+    library = WithTorch()
+    x = random(1, 64, 2, 64)
+    with pytest.raises(InvalidArgument, match="k is a CuPy array but q is a torch array"):
+        cuflash.flash_attn_func(library.put(x), cp.asarray(x), library.put(x))
+
+
+def test_memory_grows_with_the_lengths_only(cp: Any) -> None:
+    peaks = {}
+    for length in (32768, 65536):
+        q, k, v, dout = (cp.asarray(random(1, length, 2, 64, seed=seed)) for seed in range(4))
+        pool = cp.cuda.MemoryPool()
+        with cp.cuda.using_allocator(pool.malloc):
+            _, pullback = cuflash.flash_attn_vjp(q, k, v, causal=True)
+            forward = pool.total_bytes()
+            gradients = pullback(dout)
+            peaks[length] = pool.total_bytes()
+        assert forward < 1.5 * q.nbytes, f"forward took {forward} bytes at {length}"
+        assert np.isfinite(gradients[0].get()).all()
+    assert peaks[65536] < 2.1 * peaks[32768]
+    assert peaks[65536] < 10 * 65536 * 2 * 64 * 2
+
+
+def test_arrays_on_another_device_than_the_current(cp: Any) -> None:
+    if cp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("there is only one GPU")
+    arrays = inputs()
+    with cp.cuda.Device(1):
+        q, k, v, dout, dlse = (cp.asarray(x) for x in arrays)
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, return_lse=True)
+    results = [out, lse, *pullback(dout, dlse)]
+    assert all(x.device.id == 1 for x in results) and cp.cuda.Device().id == 0
+    assert_right([x.get() for x in results], arrays)
+    with pytest.raises(InvalidArgument, match="k is on cuda:0 but q is on cuda:1"):
+        cuflash.flash_attn_func(q, cp.asarray(arrays[1]), v)
+
+
+def test_threads_on_their_own_streams(cp: Any) -> None:
+    tensors = [[cp.asarray(random(1, n, 2, 64, seed=seed)) for seed in range(3)] for n in (64, 100, 128, 200)]
+    expected = [cuflash.flash_attn_func(*x).get() for x in tensors]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        with cp.cuda.Stream(non_blocking=True) as stream:
+            for _ in range(20):
+                out = cuflash.flash_attn_func(*tensors[i])
+                stream.synchronize()
+                if not np.array_equal(out.get(), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(tensors))]
+    cp.cuda.Device().synchronize()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_explain_uses_the_arrays_device(library: Library) -> None:
+    x = library.put(random(1, 64, 2, 64))
+    report = cuflash.explain(x, x, x, causal=True)
+    assert report.plan is not None and report.plan.family == "sm80"

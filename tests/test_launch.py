@@ -1,0 +1,489 @@
+"""The whole path of a GPU call without a GPU: CuPy and torch arrays over host memory, the real kernels run on the CPU.
+
+What a GPU would do is replaced at its edges only: allocation, the current device, and the launch, which runs the kernel
+by `tests/host`. Checks, plans, parameter blocks and the cache of prepared calls are the real ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from host import build, run
+
+import cuflash
+from cuflash import arrays, device, jit
+from cuflash.arrays import CuPy, Torch
+from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.ops import launch
+from cuflash.plan import Step
+
+FP16, BF16 = np.float16, ml_dtypes.bfloat16
+needs_cupy = pytest.mark.skipif(find_spec("cupy") is None, reason="CuPy is not installed")
+needs_compiler = pytest.mark.skipif(build.why_not() is not None, reason=build.why_not() or "")
+
+
+def memory(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The array at an address."""
+    steps = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+    first, end = sum(min(s, 0) for s in steps), sum(max(s, 0) for s in steps) + dtype.itemsize
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    raw = np.frombuffer((ctypes.c_char * (end - first)).from_address(pointer + first), np.uint8)
+    return np.ndarray(shape, dtype, raw, -first, strides)
+
+
+@dataclass
+class Launches:
+    """Every launch since the last look."""
+
+    kernels: list[str] = field(default_factory=list)
+    params: list[np.ndarray] = field(default_factory=list)
+    loaded: list[tuple[str, int]] = field(default_factory=list)
+
+    def take(self) -> list[str]:
+        taken, self.kernels = self.kernels, []
+        return taken
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """A GPU without one."""
+    seen = Launches()
+
+    def load(step: Step, ordinal: int) -> SimpleNamespace:
+        seen.loaded.append((step.kernel, ordinal))
+
+        def go(num_blocks: int, params: np.ndarray) -> None:
+            assert num_blocks == step.num_blocks and params.shape == (1,)
+            seen.kernels.append(step.kernel)
+            seen.params.append(params.view(jit.params.dtype(step.params)))
+            run.launch(step, params)
+
+        return SimpleNamespace(launch=go)
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        x = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        x[...] = 0xFF  # NaN, where a kernel leaves something unwritten
+        return x.view(dtype).reshape(shape)
+
+    def zeroed(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    monkeypatch.setattr(jit, "load", load)
+    monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
+    monkeypatch.setattr(launch, "_prepared", {})
+    for framework, wrap in ((CuPy, as_cupy), (Torch, as_torch)):
+        monkeypatch.setattr(framework, "context", lambda self, ordinal: nullcontext())
+        for name, make in (("empty", allocate), ("zeros", zeroed)):
+            monkeypatch.setattr(
+                framework, name,
+                lambda self, shape, dtype, ordinal, make=make, wrap=wrap: wrap(make(shape, to_numpy_dtype(dtype))),
+            )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch", FAKE_TORCH)
+    arrays._framework_of_type.cache_clear()
+    arrays._torch_tensors.cache_clear()
+    yield seen
+    arrays._framework_of_type.cache_clear()
+    arrays._torch_tensors.cache_clear()
+
+
+def as_cupy(x: np.ndarray, ordinal: int = 0) -> Any:
+    """A CuPy array over the memory of a NumPy array."""
+    import cupy
+
+    owner = cupy.cuda.UnownedMemory(x.ctypes.data, max(x.nbytes, 1), x, ordinal)
+    return cupy.ndarray(x.shape, x.dtype, cupy.cuda.MemoryPointer(owner, 0), x.strides)
+
+
+@dataclass(frozen=True)
+class FakeDtype:
+    """What ``torch.float16`` is."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"torch.{self.name}"
+
+
+def to_numpy_dtype(dtype: np.dtype | FakeDtype) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, dtype.name, dtype.name)) if isinstance(dtype, FakeDtype) else np.dtype(dtype)
+
+
+class FakeTensor:
+    """As much of a torch tensor as cuflash touches."""
+
+    def __init__(
+        self, x: np.ndarray, where: str = "cuda:0", requires_grad: bool = False, negated: bool = False
+    ) -> None:
+        self.x, self.device, self.requires_grad, self.negated = x, FakeDevice(where), requires_grad, negated
+        self.shape, self.dtype = x.shape, FakeDtype(x.dtype.name)
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(stride // self.x.itemsize for stride in self.x.strides)
+
+    def data_ptr(self) -> int:
+        return self.x.ctypes.data
+
+    def element_size(self) -> int:
+        return self.x.itemsize
+
+    def is_neg(self) -> bool:
+        return self.negated
+
+    def tolist(self) -> list:
+        return self.x.tolist()
+
+    def __setitem__(self, index: Any, value: float) -> None:
+        self.x[index] = value
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    name: str
+
+    @property
+    def type(self) -> str:
+        return self.name.partition(":")[0]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def as_torch(x: np.ndarray) -> FakeTensor:
+    return FakeTensor(x)
+
+
+FAKE_TORCH = ModuleType("torch")
+FAKE_TORCH.Tensor = FakeTensor
+FAKE_TORCH.is_grad_enabled = lambda: True
+for _name in ("float16", "bfloat16", "float32", "float64", "int32", "bool"):
+    setattr(FAKE_TORCH, _name, FakeDtype(_name))
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """The values of a result."""
+    if isinstance(x, FakeTensor):
+        return x.x
+    return memory(x.data.ptr, x.shape, x.strides, x.dtype).copy(order="K")  # x may be its only owner
+
+
+def random(*shape: int, dtype: Any = FP16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+FRAMEWORKS = [pytest.param(as_cupy, marks=needs_cupy, id="cupy"), pytest.param(as_torch, id="torch")]
+STARTS_Q, STARTS_K = np.array([0, 30, 30, 75], np.int32), np.array([0, 10, 40, 90], np.int32)
+
+CASES = {
+    "dense": ({}, FP16, False),
+    "fp64": ({"window_size": (30, 5), "softmax_scale": -0.2}, np.float64, False),
+    "causal-window": ({"causal": True, "window_size": (20, -1)}, BF16, False),
+    "top-left": ({"causal": True, "alignment": "top-left", "softcap": 1.5}, FP16, False),
+    "mask": ({"attn_mask": np.random.default_rng(1).random((2, 1, 70, 90)) < 0.5}, FP16, False),
+    "mask-strided": ({"attn_mask": np.random.default_rng(1).random((90, 4, 1)).transpose(1, 2, 0) < 0.5}, FP16, False),
+    "packed": ({"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "max_seqlen_q": 45, "max_seqlen_k": 50,
+                "seqused_k": np.array([4, 30, 20], np.int32)}, FP16, True),
+    "packed-causal": ({"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "max_seqlen_q": 80, "max_seqlen_k": 99,
+                       "causal": True}, BF16, True),
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+@pytest.mark.parametrize(("options", "dtype", "packed"), CASES.values(), ids=CASES)
+def test_vjp_on_host_memory(launches: Launches, wrap: Any, options: dict, dtype: Any, packed: bool) -> None:
+    rows_q, rows_kv = ((80,), (95,)) if packed else ((2, 70), (2, 90))
+    q = random(*rows_q, 4, 40, dtype=dtype)[..., :32]
+    k = random(*rows_kv, 2, 32, dtype=dtype, seed=1)[..., ::-1, :]
+    v = random(*rows_kv, 2, 24, dtype=dtype, seed=2)
+    wrapped = {name: wrap(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    (out, lse), pullback = cuflash.flash_attn_vjp(wrap(q), wrap(k), wrap(v), **wrapped, return_lse=True)
+    row_dtype = np.float64 if dtype is np.float64 else np.float32
+    dout, dlse = random(*out.shape, dtype=dtype, seed=3), random(*lse.shape, dtype=row_dtype, seed=4)
+    results = [to_numpy(x) for x in (out, lse, *pullback(wrap(dout), wrap(dlse)))]
+    simt, sm80 = ["bwd_simt_dkdv", "bwd_simt_dq"], ["bwd_sm80", "bwd_convert"]
+    family, last = ("simt", simt) if dtype is np.float64 else ("sm80", sm80)
+    assert launches.take() == [f"fwd_{family}", "bwd_delta", *last]
+
+    names = {"attn_mask": "mask", "window_size": "window", "softmax_scale": "scale"}
+    given = {names.get(n, n): x for n, x in options.items() if not n.startswith("max_seqlen")}
+    inputs = (q, k, v, dout, dlse)
+    oracle.assert_all_close(
+        oracle.Attention(*results), oracle.attention(*inputs, **given), oracle.naive_in_dtype(*inputs, **given)
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+def test_sdpa_on_host_memory(launches: Launches, wrap: Any) -> None:
+    q, k, v = random(2, 4, 70, 32), random(2, 2, 90, 32, seed=1), random(2, 2, 90, 24, seed=2)
+    out, lse = cuflash.scaled_dot_product_attention(
+        *map(wrap, (q, k, v)), is_causal=True, enable_gqa=True, return_lse=True
+    )
+    assert out.shape == (2, 4, 70, 24) and to_numpy(out).flags.c_contiguous
+    inputs = [x.swapaxes(1, 2) for x in (q, k, v)]
+    options = {"causal": True, "alignment": "top-left"}
+    exact, naive = oracle.attention(*inputs, **options), oracle.naive_in_dtype(*inputs, **options)
+    oracle.assert_all_close(oracle.Attention(to_numpy(out).swapaxes(1, 2), to_numpy(lse)), exact, naive)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+def test_outputs_are_the_callers_arrays(launches: Launches, wrap: Any) -> None:
+    q, k, v = random(2, 70, 4, 32), random(2, 90, 2, 32, seed=1), random(2, 90, 2, 24, seed=2)
+    buffer = np.full((4, 2, 71, 27), 7, FP16)
+    place = wrap(buffer.transpose(1, 2, 0, 3)[:, :70, :, :24])
+    out, lse = cuflash.flash_attn_func(*map(wrap, (q, k, v)), return_lse=True, out=place)
+    assert out is place
+    fresh = cuflash.flash_attn_func(*map(wrap, (q, k, v)))
+    np.testing.assert_array_equal(to_numpy(out), to_numpy(fresh))
+    assert (buffer[..., 24:] == 7).all() and (buffer[:, :, 70:] == 7).all()
+
+    dqk = np.full((2, 90, 6, 32), 7, FP16)
+    dq, dk = wrap(dqk[:, :70, :4]), wrap(dqk[:, :, 4:])
+    got = cuflash.flash_attn_backward(
+        wrap(np.ones((2, 70, 4, 24), FP16)), *map(wrap, (q, k, v)), out, lse, dq=dq, dk=dk
+    )
+    assert got[0] is dq and got[1] is dk and got[2].shape == v.shape
+    assert (dqk[:, 70:, :4] == 7).all() and not (dqk[:, :70, :4] == 7).any() and not (dqk[:, :, 4:] == 7).any()
+
+
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+def test_a_call_is_prepared_once_for_arrays_of_a_kind(launches: Launches, wrap: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    q, k, v = (wrap(random(1, 64, 2, 32, seed=seed)) for seed in range(3))
+    cuflash.flash_attn_func(q, k, v)
+    cuflash.flash_attn_func(wrap(random(1, 64, 2, 32, seed=9)), k, v)
+    assert len(launches.loaded) == 1 and len(launch._prepared) == 1
+    first, second = launches.params
+    assert first["q"] != second["q"] and first["k"] == second["k"] and first["out"] != second["out"]
+    for changed in ({"causal": True}, {"softmax_scale": 0.5}, {"window_size": (3, 3)}, {"softcap": 1.0}):
+        cuflash.flash_attn_func(q, k, v, **changed)
+    shifted = np.zeros(64 * 2 * 32 + 4, FP16)[4:].reshape(1, 64, 2, 32)
+    assert shifted.ctypes.data % 16 == 8
+    cuflash.flash_attn_func(wrap(shifted), k, v)
+    assert len(launches.loaded) == len(launch._prepared) == 6
+
+
+@needs_cupy
+def test_prepared_calls_are_bounded(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    monkeypatch.setattr(launch, "_MAX_PREPARED", 4)
+    x = as_cupy(random(1, 8, 1, 16))
+    for i in range(9):
+        cuflash.flash_attn_func(x, x, x, softmax_scale=1.0 + i)
+        assert len(launch._prepared) <= 4
+
+
+@needs_cupy
+def test_threads_share_prepared_calls(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    monkeypatch.setattr(launch, "_MAX_PREPARED", 3)
+    tensors = [[as_cupy(random(1, n, 1, 16, seed=s)) for s in range(3)] for n in (8, 16, 24, 32, 40)]
+    seen: list[tuple[int, ...]] = []
+
+    def work() -> None:
+        for _ in range(20):
+            for q, k, v in tensors:
+                out = cuflash.flash_attn_func(q, k, v)
+                seen.append((q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 4 * 20 * 5
+    launched = {tuple(int(p[name][0]) for name in ("q", "k", "v", "out")) for p in launches.params}
+    assert set(seen) == launched
+
+
+@pytest.mark.parametrize(("b", "sq", "sk"), [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
+def test_nothing_is_launched_for_empty_tensors(launches: Launches, b: int, sq: int, sk: int) -> None:
+    q, k, v = (as_torch(np.ones(shape, FP16)) for shape in ((b, sq, 2, 32), (b, sk, 2, 32), (b, sk, 2, 16)))
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, return_lse=True)
+    assert out.shape == (b, sq, 2, 16) and lse.shape == (b, 2, sq)
+    assert not to_numpy(out).any() and np.isneginf(to_numpy(lse)).all()
+    for gradient, x in zip(pullback(as_torch(np.ones(out.shape, FP16))), (q, k, v), strict=True):
+        assert gradient.shape == x.shape and not to_numpy(gradient).any()
+    assert launches.loaded == []
+
+
+def test_rows_of_no_sequence_are_filled_without_a_launch(launches: Launches) -> None:
+    x, starts = as_torch(np.ones((5, 2, 16), FP16)), as_torch(np.zeros(1, np.int32))
+    place = as_torch(np.full((5, 2, 16), 7, FP16))
+    out, lse = cuflash.flash_attn_varlen_func(x, x, x, starts, starts, return_lse=True, out=place)
+    assert out is place and not to_numpy(out).any() and np.isneginf(to_numpy(lse)).all()
+    assert launches.loaded == []
+
+
+def test_longest_lengths_are_read_from_the_device(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    q, k, v = (as_torch(x) for x in (random(80, 4, 32), random(95, 2, 32), random(95, 2, 32)))
+    reads: list[FakeTensor] = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: reads.append(self) or self.x.tolist())
+    starts = as_torch(STARTS_Q), as_torch(STARTS_K)
+    _, pullback = cuflash.flash_attn_vjp(q, k, v, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+    pullback(as_torch(random(80, 4, 32)))
+    assert reads == list(starts), "once for both directions"
+    for params in launches.params:
+        assert (params["attention"]["len_q"], params["attention"]["len_kv"]) == (45, 50)
+    with pytest.raises(InvalidArgument, match="cu_seqlens_k ends at row 90, but k has 80 rows"):
+        cuflash.flash_attn_varlen_func(q, q, q, *starts)
+    reads.clear()
+    cuflash.flash_attn_varlen_func(q, k, v, *starts, 45, 50)
+    assert reads == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((2, 6, 4, 16), (6 * 4 * 16, 4 * 16, 16)),
+        ((2, 6, 1, 16), (6 * 16, 16, 0)),
+        ((1, 6, 4, 16), (0, 4 * 16, 16)),
+    ],
+)
+def test_strides_in_the_parameter_block(launches, monkeypatch, shape, strides) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    x = as_torch(random(*shape))
+    out, lse = cuflash.flash_attn_func(x, x, x, window_size=(-1, 2), return_lse=True)
+    (params,) = launches.params
+    for name in ("q", "k", "v", "out"):
+        assert params[f"{name}_stride"][0].item() == strides
+    b, s, h, _ = shape
+    assert params["lse_stride"][0].item() == (h * s if b > 1 else 0, 1, s if h > 1 else 0)
+    attention = params["attention"][0]
+    assert (attention["window_left"], attention["window_right"]) == (2**30, 2)
+    assert (params["out"][0], params["lse"][0]) == (out.data_ptr(), lse.data_ptr())
+    assert attention["mask"] == attention["cu_seqlens_q"] == attention["seqused_kv"] == 0
+
+
+FAKE_GPU_REFUSALS = {
+    "requires-grad": (
+        lambda x: FakeTensor(x, requires_grad=True),
+        "k requires grad, but autograd does not see cuflash's kernels: its gradient would be lost. "
+        "Pass k.detach() (or call under torch.no_grad()), and take gradients from "
+        "cuflash.flash_attn_vjp or cuflash.flash_attn_backward.",
+    ),
+    "cpu": (
+        lambda x: FakeTensor(x, "cpu"),
+        "k is a torch array on cpu; cuflash computes torch arrays on CUDA devices and NumPy arrays on the CPU. "
+        "Move k to a GPU, or pass numpy.asarray(k).",
+    ),
+    "other-device": (
+        lambda x: FakeTensor(x, "cuda:1"),
+        "k is on cuda:1 but q is on cuda:0; all arrays of a call must be on one device. Move one of them.",
+    ),
+    "negated": (lambda x: FakeTensor(x, negated=True), "k is a lazily negated torch view; pass k.resolve_neg()."),
+    "numpy": (
+        lambda x: x,
+        "k is a NumPy array but q is a torch array; all arrays of a call must come from one framework. "
+        "Convert one of them.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), FAKE_GPU_REFUSALS.values(), ids=FAKE_GPU_REFUSALS)
+def test_refused_tensors(launches: Launches, make: Any, message: str) -> None:
+    x = random(1, 8, 2, 16)
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_func(as_torch(x), make(x), as_torch(x))
+    assert str(caught.value) == message
+    assert launches.loaded == [] and launch._prepared == {}
+
+
+def test_requires_grad_is_fine_where_grad_is_off(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    monkeypatch.setattr(FAKE_TORCH, "is_grad_enabled", lambda: False)
+    x = FakeTensor(random(1, 8, 2, 16), requires_grad=True)
+    cuflash.flash_attn_func(x, x, x)
+    assert launches.take() == ["fwd_sm80"]
+
+
+@needs_cupy
+def test_refused_cupy_arrays(launches: Launches) -> None:
+    x = random(1, 8, 2, 16)
+    good = as_cupy(x)
+    with pytest.raises(InvalidArgument, match="v is on cuda:3 but q is on cuda:0"):
+        cuflash.flash_attn_func(good, good, as_cupy(x, ordinal=3))
+    with pytest.raises(InvalidArgument, match="v is a NumPy array but q is a CuPy array"):
+        cuflash.flash_attn_func(good, good, x)
+    with pytest.raises(InvalidArgument, match=r"out shares memory with k, which is still read"):
+        cuflash.flash_attn_func(as_cupy(x.copy()), good, good, out=good)
+    with pytest.raises(UnsupportedProblem, match="no kernel runs this on NVIDIA H100"):
+        wide = as_cupy(random(1, 2, 1, 2048))
+        cuflash.flash_attn_func(wide, wide, wide)
+    assert launches.kernels == []
+
+
+@needs_cupy
+def test_overlap_is_checked_on_every_call(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    q, k, v, out = (as_cupy(random(1, 8, 2, 16, seed=s)) for s in range(4))
+    cuflash.flash_attn_func(q, k, v, out=out)
+    assert len(launch._prepared) == 1
+    with pytest.raises(InvalidArgument, match="out shares memory with v"):
+        cuflash.flash_attn_func(q, k, v, out=v)
+    assert len(launch._prepared) == 1 and len(launches.kernels) == 1
+
+
+class ForeignArray:
+    """An array of a library that is reached through DLPack alone."""
+
+    def __init__(self, where: int) -> None:
+        self.where = where
+
+    def __dlpack__(self, **_: Any) -> None:
+        raise AssertionError("must not be taken")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.where, 0
+
+
+@needs_cupy
+def test_refused_arrays_of_other_libraries(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("foreign")
+    module.from_dlpack = lambda x: x
+    monkeypatch.setitem(sys.modules, "foreign", module)
+    monkeypatch.setattr(ForeignArray, "__module__", "foreign.arrays")
+    x = ForeignArray(where=1)
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_func(x, x, x)
+    assert str(caught.value) == (
+        "q is a foreign array in host memory; cuflash computes foreign arrays on CUDA devices and NumPy arrays on the "
+        "CPU. Move q to a GPU, or pass numpy.asarray(q)."
+    )
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_func(x, x, x, out=x)
+    assert str(caught.value) == (
+        "out is a foreign array, and cuflash does not write to those. Drop out and use the array that is returned."
+    )
+
+
+@needs_cupy
+def test_refused_jax_arrays() -> None:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    x = jax.numpy.zeros((1, 8, 2, 16), device=jax.devices("cpu")[0])
+    with pytest.raises(InvalidArgument, match="q is a JAX array in host memory"):
+        cuflash.flash_attn_func(x, x, x)
+    with pytest.raises(UnsupportedProblem, match=r"cuflash does not run inside jax\.jit, jax\.grad or jax\.vmap yet"):
+        jax.jit(cuflash.flash_attn_func)(x, x, x)
+
+
+def test_cupy_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match=r"pip install cuflash\[cuda13\]"):
+        arrays._cupy()

@@ -1,0 +1,164 @@
+"""``kernels/params.cuh`` read as NumPy dtypes, against a compiler that reads the same file."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from cuflash.errors import CompileError
+from cuflash.jit import params, sources
+
+STRUCTS = ("Strides", "Attention", "FwdParams", "BwdParams")
+HEADER = (sources.root() / "params.cuh").read_text()
+
+
+def members(struct: str) -> dict[str, str]:
+    """Name -> type of the members of a struct of params.cuh, by a reader that knows less than the one under test."""
+    body = re.sub(r"//.*", "", HEADER.split(f"struct {struct} {{")[1].split("};")[0])
+    declarations = [declaration.replace("*", "* ").split() for declaration in body.split(";") if declaration.strip()]
+    return {words[-1]: " ".join(words[:-1]) for words in declarations}
+
+
+@pytest.mark.parametrize("struct", STRUCTS)
+def test_members_are_in_order_with_their_types(struct):
+    kinds = {"int": np.dtype("i4"), "int64": np.dtype("i8"), "double": np.dtype("f8")}
+    dtype = params.dtype(struct)
+    assert dtype.names == tuple(members(struct))
+    for name, kind in members(struct).items():
+        if kind.endswith("*"):
+            assert dtype[name] == np.uint64
+        elif kind in STRUCTS:
+            assert dtype[name] == params.dtype(kind)
+        else:
+            assert dtype[name] == kinds[kind]
+
+
+@pytest.mark.parametrize("struct", STRUCTS)
+def test_dtypes_are_aligned(struct):
+    dtype = params.dtype(struct)
+    assert dtype.isalignedstruct
+    assert dtype.alignment == 8
+    assert dtype.itemsize % 8 == 0
+    assert all(offset % min(kind.itemsize, 8) == 0 for kind, offset in dtype.fields.values())
+
+
+def test_every_struct_is_read():
+    assert tuple(re.findall(r"struct (\w+)", HEADER)) == STRUCTS == tuple(params.parse(HEADER))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_layout_is_the_compilers(tmp_path):
+    lines = []
+    for struct in STRUCTS:
+        lines.append(f'  printf("{struct} %zu %zu\\n", sizeof({struct}), alignof({struct}));')
+        for name in members(struct):
+            place = f"offsetof({struct}, {name}), sizeof((({struct}*)0)->{name})"
+            lines.append(f'  printf("{struct}.{name} %zu %zu\\n", {place});')
+    text = ["#include <cstdio>", '#include "params.cuh"', "using namespace cuflash;", "int main() {", *lines, "}"]
+    (tmp_path / "print.cpp").write_text("\n".join(text) + "\n")
+    command = ["g++", "-std=c++17", f"-I{sources.root()}", "print.cpp", "-o", "print"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    printed = subprocess.run([tmp_path / "print"], capture_output=True, text=True, check=True).stdout
+    compiled = {name: (int(a), int(b)) for name, a, b in map(str.split, printed.splitlines())}
+
+    ours = {}
+    for struct in STRUCTS:
+        dtype = params.dtype(struct)
+        ours[struct] = (dtype.itemsize, dtype.alignment)
+        ours |= {f"{struct}.{name}": (offset, kind.itemsize) for name, (kind, offset) in dtype.fields.items()}
+    assert ours == compiled
+    assert len(ours) > 60
+
+
+def test_values_land_where_the_names_say():
+    block = np.zeros((), params.dtype("FwdParams"))
+    block["attention"]["softmax_scale"] = 0.125
+    block["attention"]["len_q"] = 77
+    block["out"] = 0xFFFF_FFFF_FFFF_FFF0
+    block["k_stride"]["row"] = -(2**40)
+    raw = block.tobytes()
+    dtype, attention = params.dtype("FwdParams"), params.dtype("Attention")
+    start = attention.fields["softmax_scale"][1]
+    assert np.frombuffer(raw, "f8", 1, start) == 0.125
+    assert np.frombuffer(raw, "i4", 1, attention.fields["len_q"][1]) == 77
+    assert np.frombuffer(raw, "u8", 1, dtype.fields["out"][1]) == 0xFFFF_FFFF_FFFF_FFF0
+    assert np.frombuffer(raw, "i8", 1, dtype.fields["k_stride"][1] + 8) == -(2**40)
+
+
+def test_padding_and_nesting():
+    text = """
+    #include "std.cuh"
+    namespace cuflash {
+    // Remarks stand anywhere.
+    struct Inner {
+      int a;  // [b]
+      double b;
+      int c;
+    };
+
+    struct Outer {
+      int first;
+      Inner inner;
+      const void* pointer;
+      float* other;
+      int64 last;
+    };
+    }  // namespace cuflash
+    """
+    found = params.parse(text)
+    assert list(found) == ["Inner", "Outer"]
+    assert [found["Inner"].fields[name][1] for name in "abc"] == [0, 8, 16]
+    assert found["Inner"].itemsize == 24
+    offsets = {name: offset for name, (_, offset) in found["Outer"].fields.items()}
+    assert offsets == {"first": 0, "inner": 8, "pointer": 32, "other": 40, "last": 48}
+
+
+MISUNDERSTOOD = {
+    "two declarations": ("int a; int b;", "params.cuh(2): expected one declaration a line, got 'int a; int b;'."),
+    "two names": ("int a, b;", "params.cuh(2): expected one declaration a line, got 'int a, b;'."),
+    "an array": ("int a[3];", "params.cuh(2): expected one declaration a line, got 'int a[3];'."),
+    "a default": ("int a = 0;", "params.cuh(2): expected one declaration a line, got 'int a = 0;'."),
+    "no semicolon": ("int a", "params.cuh(2): expected one declaration a line, got 'int a'."),
+    "a block comment": ("/* why */", "params.cuh(2): expected one declaration a line, got '/* why */'."),
+    "a directive": ("#ifdef CF_DEBUG", "params.cuh(2): expected one declaration a line, got '#ifdef CF_DEBUG'."),
+    "a struct inside": ("struct B {", "params.cuh(2): expected one declaration a line, got 'struct B {'."),
+    "an unknown type": ("float a;", "params.cuh(2): type 'float' is none of int, int64, double."),
+    "a later struct": ("Later a;", "params.cuh(2): type 'Later' is none of int, int64, double."),
+    "an empty struct": ("", "params.cuh(3): expected one declaration a line, got '};'."),
+    "itself": ("A a;", "params.cuh(2): type 'A' is none of int, int64, double."),
+}
+
+
+@pytest.mark.parametrize("line, message", MISUNDERSTOOD.values(), ids=MISUNDERSTOOD)
+def test_what_the_reader_does_not_understand_is_refused(line, message):
+    with pytest.raises(CompileError) as caught:
+        params.parse(f"struct A {{\n  {line}\n}};\nstruct Later {{\n  int b;\n}};\n")
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("text", ["int outside;\n", "};\n", "struct A { int a; };\n", "struct A\n"])
+def test_stray_lines_are_refused(text):
+    with pytest.raises(CompileError, match=r"params.cuh\(1\): expected one declaration a line"):
+        params.parse(text)
+
+
+def test_a_struct_without_an_end_is_refused():
+    with pytest.raises(CompileError, match=r"params.cuh\(2\): struct A has no end"):
+        params.parse("struct A {\n  int a;\n")
+
+
+def test_a_name_given_twice_is_refused():
+    with pytest.raises(CompileError, match=r"params.cuh\(3\): A has two members a"):
+        params.parse("struct A {\n  int a;\n  int a;\n};\n")
+
+
+def test_unknown_struct_names_the_known_ones():
+    with pytest.raises(CompileError) as caught:
+        params.dtype("Params")
+    assert (
+        str(caught.value) == "kernels/params.cuh has no struct Params; it has Strides, Attention, FwdParams, BwdParams."
+    )

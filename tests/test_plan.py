@@ -1,0 +1,315 @@
+"""Plans made for named devices: every case gets one that fits, or reasons."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from cuflash import dtypes
+from cuflash.device import NAMED, Device, named
+from cuflash.errors import UnsupportedProblem
+from cuflash.masks import Mask
+from cuflash.plan import FAMILIES, Config, Plan, choose, explain, why_not
+from cuflash.plan.families import FEATURES, needs
+from cuflash.problem import Problem, visible_pairs
+
+BASE = Problem("forward", dtypes.BF16, 2, 8, 2, 500, 700, 64, 64, softmax_scale=0.125)
+
+MASKS = {
+    "full": Mask(),
+    "causal": Mask(right=0),
+    "window": Mask(left=100, right=20),
+    "tensor": Mask(tensor=True),
+}
+DIMS = [(16, 16), (40, 40), (64, 64), (72, 24), (96, 96), (128, 128), (160, 160), (192, 128), (256, 256)]
+    (16, 16),
+    (40, 40),
+    (64, 64),
+    (72, 24),
+    (96, 96),
+    (128, 128),
+    (160, 160),
+    (192, 128),
+    (256, 256),
+    (16, 256),
+    (256, 1),
+]
+DIMS += [(16, 256), (256, 1), (512, 512), (257, 64)]
+
+
+def widest_copy(itemsize: int, dims: tuple[int, int]) -> int:
+    return max(n for n in (2, 4, 8, 16) if all(dim * itemsize % n == 0 for dim in dims))
+
+
+def table() -> list[Problem]:
+    """Every direction, dtype, size, mask and layout."""
+    problems = []
+    for dtype in dtypes.DTYPES.values():
+        for dims in DIMS:
+            for mask in MASKS.values():
+                packed = [{}] if mask.tensor else [{}, {"layout": "varlen", "total_q": 900, "total_kv": 1300}]
+                for layout in packed:
+                    problem = replace(
+                        BASE,
+                        dtype=dtype,
+                        dim_qk=dims[0],
+                        dim_v=dims[1],
+                        mask=mask,
+                        copy_bytes=widest_copy(dtype.itemsize, dims),
+                        **layout,
+                    )
+                    problems += [problem, replace(problem, direction="backward")]
+                    problems.append(replace(problem, direction="backward", deterministic=True))
+    return problems
+
+
+PROBLEMS = table()
+
+
+def plans(problem: Problem, device: Device) -> list[Plan]:
+    """The plan of every family without a reason against the problem."""
+    return [choose(problem, device, name) for name, reasons in why_not(problem, device).items() if not reasons]
+
+
+@pytest.mark.parametrize("device", NAMED.values(), ids=NAMED.keys())
+def test_every_plan_fits_its_device(device: Device) -> None:
+    for problem in PROBLEMS:
+        made = plans(problem, device)
+        assert made, f"no family runs {problem} on {device}"
+        assert choose(problem, device) == made[0], "the first family in the catalogue comes first"
+        for plan in made:
+            assert (plan.problem, plan.device) == (problem, device)
+            assert plan.reason
+            for step in plan.steps:
+                config = step.config
+                where = f"{step.kernel} of {problem} on {device}: {config}"
+                assert config.smem_bytes <= device.smem_per_block, where
+                assert config.blocks_per_sm * (config.smem_bytes + 1024) <= device.smem_per_sm, where
+                assert config.threads % 32 == 0 and 0 < config.threads <= 1024, where
+                assert config.blocks_per_sm * config.threads <= 2048, where
+                assert 0 < step.num_blocks < 2**31, where
+                assert config.copy_bytes % problem.dtype.itemsize == 0, where
+                assert (config.tile_q, config.tile_kv) > (0, 0), where
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_blocks_and_workspaces_cover_the_problem(family, direction: str) -> None:
+    device = named("h100")
+    for layout in ({}, {"layout": "varlen", "total_q": 931, "total_kv": 1300}):
+        for len_q, len_kv in ((500, 700), (1, 1), (0, 10), (10, 0)):
+            problem = replace(BASE, direction=direction, len_q=len_q, len_kv=len_kv, deterministic=True, **layout)
+            plan = choose(problem, device, family.name)
+            rows = problem.rows_q * problem.heads_q
+            main = plan.steps[0 if direction == "forward" else 1]
+            along_q = -(-max(1, len_q) // main.config.tile_q) * problem.heads_q
+            along_kv = -(-max(1, len_kv) // main.config.tile_kv) * problem.heads_kv * main.config.dim_splits
+            expected = along_q if direction == "forward" else along_kv
+            assert main.num_blocks == expected * problem.batch
+            sizes = {w.name: w.nbytes for w in plan.workspaces}
+            if direction == "forward":
+                assert sizes == {}
+            else:
+                assert sizes["delta"] == sizes["lse2"] == 4 * rows
+                assert sizes.get("dq_accum", 4 * rows * problem.dim_qk) >= 4 * rows * problem.dim_qk
+            assert plan.workspace_bytes == sum(sizes.values())
+
+
+def test_zeroed_workspaces_are_the_ones_that_are_added_to() -> None:
+    plan = choose(replace(BASE, direction="backward", deterministic=True), named("h100"), "sm80")
+    assert {w.name for w in plan.workspaces if w.zeroed} == {"dq_accum", "dq_turn"}
+    turns = {w.name: w for w in plan.workspaces}["dq_turn"]
+    assert turns.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"len_q": 1, "len_kv": 9000, "batch": 7, "heads_q": 2, "heads_kv": 1},
+        {"softmax_scale": 3.0},
+        {"mask": Mask(left=7, right=300, alignment="top-left")},
+        {"mask": Mask(left=7)},
+    ],
+    ids=["sizes", "scale", "window", "one side"],
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_run_time_values_do_not_make_variants(family, direction: str, changes: dict) -> None:
+    problem = replace(BASE, direction=direction, mask=MASKS["window"])
+    for device in (named("h100"), named("a10")):
+        before = choose(problem, device, family.name)
+        after = choose(replace(problem, **changes), device, family.name)
+        assert [(s.kernel, s.config) for s in before.steps] == [(s.kernel, s.config) for s in after.steps]
+
+
+def test_row_kernels_are_shared_between_variants() -> None:
+    """delta and convert do not look at scores: one variant a dtype, size and layout."""
+    device = named("h100")
+    seen: dict[str, set[Config]] = {}
+    for mask in MASKS.values():
+        for changes in ({}, {"softcap": 2.0}, {"softmax_scale": -1.0}, {"deterministic": True}):
+            problem = replace(BASE, direction="backward", mask=mask, **changes)
+            for plan in plans(problem, device):
+                for step in plan.steps:
+                    seen.setdefault(step.kernel, set()).add(step.config)
+    assert {kernel: len(configs) for kernel, configs in seen.items() if kernel in ("bwd_delta", "bwd_convert")} == {
+        "bwd_delta": 1,
+        "bwd_convert": 1,
+    }
+    assert len(seen["bwd_sm80"]) == 4 * 3 * 2  # masks x scores x reduction
+    assert len(seen["bwd_simt_dq"]) == len(seen["bwd_simt_dkdv"]) == 4 * 3
+
+
+def test_number_of_variants() -> None:
+    """What one dtype and head size can compile to in all, over every mask, score, layout and reduction."""
+    variants = set()
+    for mask in MASKS.values():
+        for layout in ({}, {"layout": "varlen", "total_q": 900, "total_kv": 1300}):
+            for score in ({}, {"softcap": 2.0}, {"softmax_scale": -1.0}):
+                for direction in ("forward", "backward"):
+                    for deterministic in (False, True):
+                        problem = replace(
+                            BASE, direction=direction, deterministic=deterministic, mask=mask, **layout, **score
+                        )
+                        plan = choose(problem, named("h100"), "sm80")
+                        variants |= {(step.kernel, step.config) for step in plan.steps}
+    forward, backward, shared = 4 * 2 * 3, 4 * 2 * 3 * 2, 2 * 2
+    assert len(variants) == forward + backward + shared
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "reasons"),
+    [
+        ("h100", {}, {"sm80": [], "simt": []}),
+        ("v100", {}, {"sm80": ["needs sm_80"], "simt": []}),
+        ("t4", {}, {"sm80": ["needs sm_80"], "simt": []}),
+        ("a100", {"dtype": dtypes.FP32}, {"sm80": ["no fp32 (has fp16, bf16)"], "simt": []}),
+        ("a100", {"dim_qk": 300}, {"sm80": ["dim_qk 300 > 256"], "simt": []}),
+        (
+            "v100",
+            {"dtype": dtypes.FP64, "dim_qk": 300, "dim_v": 2000},
+            {
+                "sm80": ["needs sm_80", "no fp64 (has fp16, bf16)", "dim_qk 300 > 256", "dim_v 2000 > 256"],
+                "simt": ["dim_v 2000 > 1024"],
+            },
+        ),
+    ],
+)
+def test_reasons(device: str, changes: dict, reasons: dict) -> None:
+    assert why_not(replace(BASE, **changes), named(device)) == reasons
+
+
+def test_a_feature_that_a_family_lacks_is_a_reason() -> None:
+    family = replace(FAMILIES[0], features=("causal",))
+    problem = replace(BASE, mask=MASKS["window"], softcap=1.0)
+    assert family.why_not(problem, named("h100")) == ["no window", "no softcap", "no gqa"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"direction": "backward"}, "backward"),
+        ({"layout": "varlen"}, "varlen"),
+        ({"mask": MASKS["causal"]}, "causal"),
+        ({"mask": MASKS["window"]}, "window"),
+        ({"mask": MASKS["tensor"]}, "boolean mask"),
+        ({"softcap": 5.0}, "softcap"),
+        ({"heads_kv": 4}, "gqa"),
+        ({"dim_v": 32}, "dim_v != dim_qk"),
+        ({"deterministic": True}, "deterministic"),
+    ],
+)
+def test_needs(changes: dict, feature: str) -> None:
+    plain = replace(BASE, heads_kv=BASE.heads_q)
+    assert needs(plain) == []
+    assert needs(replace(plain, **changes)) == [feature]
+    assert feature in FEATURES
+
+
+def test_families_declare_known_features() -> None:
+    for family in FAMILIES:
+        assert set(family.features) <= set(FEATURES)
+        assert set(family.dtypes) <= set(dtypes.DTYPES)
+        assert family.summary
+
+
+def test_nothing_runs_it() -> None:
+    with pytest.raises(UnsupportedProblem) as error:
+        choose(replace(BASE, dim_qk=2000, mask=MASKS["causal"]), named("v100"))
+    assert str(error.value) == (
+        "no kernel runs this on NVIDIA V100 (sm_70):\n"
+        "  forward bf16 b2 h8/2 s500x700 d2000x64 causal\n"
+        "  sm80    needs sm_80; dim_qk 2000 > 256\n"
+        "  simt    dim_qk 2000 > 1024\n"
+        "`python -m cuflash explain` shows the choice for a problem without running it."
+    )
+
+
+def test_the_named_family_does_not_run_it() -> None:
+    with pytest.raises(UnsupportedProblem) as error:
+        choose(replace(BASE, dtype=dtypes.FP32), named("h100"), "sm80")
+    assert "sm80    no fp32" in str(error.value) and "simt" not in str(error.value)
+    with pytest.raises(UnsupportedProblem, match=r"there is no kernel family 'sm75'; there are: sm80, simt"):
+        choose(BASE, named("h100"), "sm75")
+
+
+def test_equal_problems_share_one_plan() -> None:
+    assert choose(replace(BASE), named("h100")) is choose(BASE, named("h100"))
+
+
+def test_explanation() -> None:
+    problem = replace(BASE, direction="backward", mask=MASKS["causal"])
+    explanation = explain(problem, named("h100"))
+    text, plan = str(explanation), choose(problem, named("h100"))
+    assert explanation.plan == plan
+    lines = text.splitlines()
+    assert lines[0] == "backward bf16 b2 h8/2 s500x700 d64 causal on NVIDIA H100 (sm_90a)"
+    assert lines[1] == f"  {problem.flops() / 1e9:,.1f} GFLOP"
+    assert lines[2] == f"  family sm80: {plan.reason}"
+    assert lines[3].startswith(f"  workspace {plan.workspace_bytes:,} bytes, delta 32,000, lse2 32,000, dq_accum ")
+    assert [line.split()[0] for line in lines[4:7]] == ["bwd_delta", "bwd_sm80", "bwd_convert"]
+    config = plan.steps[1].config
+    assert f"{plan.steps[1].num_blocks} blocks x {config.threads} threads" in lines[5]
+    assert f"tile {config.tile_q} x {config.tile_kv}, {config.smem_bytes:,} bytes of shared memory" in lines[5]
+    assert lines[7:] == ["  not simt: sm80 comes first"]
+
+
+def test_explanation_without_a_plan() -> None:
+    explanation = explain(replace(BASE, dim_v=1025), named("a100"))
+    assert explanation.plan is None
+    assert str(explanation).splitlines()[2:] == ["  not sm80: dim_v 1025 > 256", "  not simt: dim_v 1025 > 1024"]
+
+
+def test_flops_count_visible_pairs() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        len_q, len_kv = (int(n) for n in rng.integers(0, 30, 2))
+        left, right = (None if rng.random() < 0.3 else int(rng.integers(0, 20)) for _ in range(2))
+        mask = Mask(left, right, "top-left" if rng.random() < 0.5 else "bottom-right")
+        diagonal = np.arange(len_q)[:, None] + (len_kv - len_q if mask.alignment == "bottom-right" else 0)
+        keys = np.arange(len_kv)
+        visible = np.ones((len_q, len_kv), bool)
+        if left is not None:
+            visible &= keys >= diagonal - left
+        if right is not None:
+            visible &= keys <= diagonal + right
+        assert visible_pairs(mask, len_q, len_kv) == visible.sum()
+        clipped = mask.clipped(len_q, len_kv)
+        assert visible_pairs(clipped, len_q, len_kv) == visible.sum()
+    causal = replace(BASE, len_q=4, len_kv=4, mask=Mask(right=0))
+    assert causal.flops() == 2 * 2 * 8 * 10 * (64 + 64)
+    assert replace(causal, direction="backward").flops() == 2.5 * causal.flops()
+
+
+def test_problems_print_what_they_are() -> None:
+    problem = replace(BASE, dim_v=32, softcap=1.0, layout="varlen", direction="backward", deterministic=True)
+    assert str(problem) == "backward bf16 b2 h8/2 s500x700 d64x32 varlen softcap deterministic"
+
+
+def test_config_members_are_plain() -> None:
+    """``jit.render`` writes strings as types and integers as constants; nothing else may appear."""
+    for step in choose(replace(BASE, direction="backward"), named("h100")).steps:
+        for field in fields(Config):
+            assert type(getattr(step.config, field.name)) in (str, int), field.name
