@@ -24,6 +24,8 @@ class Attention(NamedTuple):
     dq: Array | None = None
     dk: Array | None = None
     dv: Array | None = None
+    dbias: Array | None = None
+    dsink: Array | None = None
 
 
 def attention(
@@ -32,8 +34,11 @@ def attention(
     """Float64 attention of (b, s, h, d) arrays, or of packed (total, h, d) arrays when `cu_seqlens_q` is given.
 
     Options: causal, window=(left, right) with -1 for unbounded, alignment, softcap, scale (None: dim ** -0.5), mask
-    (bool, broadcastable to (b, heads_q, len_q, len_kv)), cu_seqlens_q, cu_seqlens_k, seqused_k. With `dout`, also the
-    gradients of sum(out * dout) + sum(lse * dlse).
+    (bool) and bias, both broadcastable to (b, heads_q, len_q, len_kv), alibi_slopes (heads_q,) or (b, heads_q), sink
+    (heads_q,), dropout_p with dropout_scheme ("byte" or "word"), dropout_unbiased and rng_state (seed, offset),
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, and max_seqlen_q and max_seqlen_k (None: from cu_seqlens), by
+    which the word scheme numbers pairs. With `dout`, also the gradients of sum(out * dout) + sum(lse * dlse); dbias
+    has the shape of the bias.
     """
     return _attention(_Precision(np.float64, np.float64), q, k, v, dout, dlse, **options)
 
@@ -114,42 +119,102 @@ def _attention(
     softcap: float = 0.0,
     scale: float | None = None,
     mask: Array | None = None,
+    alibi_slopes: Array | None = None,
+    bias: Array | None = None,
+    sink: Array | None = None,
+    dropout_p: float = 0.0,
+    dropout_scheme: str = "byte",
+    dropout_unbiased: bool = False,
+    rng_state: tuple[int, int] = (0, 0),
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
+    seqused_q: Array | None = None,
     seqused_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Attention:
     q, k, v = (np.asarray(x, precision.work) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dense = cu_seqlens_q is None
-    group = q.shape[-2] // k.shape[-2]
+    heads_q, group = q.shape[-2], q.shape[-2] // k.shape[-2]
     out = np.zeros((*q.shape[:-1], v.shape[-1]))
     lse = np.full((q.shape[0], q.shape[2], q.shape[1]) if dense else (q.shape[1], q.shape[0]), -np.inf)
     dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
+    dbias = None if bias is None else np.zeros(bias.shape)
+    dsink = None if sink is None else np.zeros(sink.shape)
+    if dense:
+        max_q, max_kv = q.shape[1], k.shape[1]
+    else:
+        max_q, max_kv = (
+            np.diff(starts).max(initial=0) if given is None else given
+            for starts, given in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k))
+        )
 
     for b in range(q.shape[0] if dense else len(cu_seqlens_q) - 1):
         if dense:
             rows, keys = (b, slice(0, q.shape[1])), (b, slice(0, k.shape[1]))
         else:
+            stop_q = cu_seqlens_q[b + 1] if seqused_q is None else cu_seqlens_q[b] + seqused_q[b]
             stop = cu_seqlens_k[b + 1] if seqused_k is None else cu_seqlens_k[b] + seqused_k[b]
-            rows, keys = (slice(cu_seqlens_q[b], cu_seqlens_q[b + 1]),), (slice(cu_seqlens_k[b], stop),)
+            rows, keys = (slice(cu_seqlens_q[b], stop_q),), (slice(cu_seqlens_k[b], stop),)
         len_q, len_kv = q[rows].shape[0], k[keys].shape[0]
         band = _visible(len_q, len_kv, causal, window, alignment)
-        for h in range(q.shape[-2]):
-            keep = band if mask is None else band & np.broadcast_to(mask, (q.shape[0], q.shape[2], *band.shape))[b, h]
+        for h in range(heads_q):
             at_q, at_kv = (*rows, h), (*keys, h // group)
             at_lse = (b, h) if dense else (h, *rows)
-            head = _Head(precision, q[at_q], k[at_kv], v[at_kv], keep, scale, softcap)
+            keep = band if mask is None else band & _of_head(mask, b, h, len_q, len_kv)
+            terms = []
+            if alibi_slopes is not None:
+                slope = alibi_slopes[h] if alibi_slopes.ndim == 1 else alibi_slopes[b, h]
+                terms.append(-slope * _distance(len_q, len_kv, alignment))
+            if bias is not None:
+                terms.append(_of_head(bias, b, h, len_q, len_kv))
+            dropped = None
+            if dropout_p:
+                grid = b, h, heads_q, np.arange(len_q)[:, None], np.arange(len_kv)[None, :]
+                if dropout_scheme == "byte":
+                    kept = flash_keep(*rng_state, dropout_p, *grid)
+                else:
+                    kept = word_uniform(*rng_state, *grid, len_kv, max_q * max_kv) > np.float32(dropout_p)
+                dropped = kept * keep_scale(dropout_p, dropout_scheme, dropout_unbiased)
+            head = _Head(
+                precision, q[at_q], k[at_kv], v[at_kv], keep, scale, softcap, terms, None if sink is None else sink[h],
+                dropped,
+            )  # fmt: skip
             out[at_q], lse[at_lse] = head.out, head.lse
             if dout is not None:
                 dlse_head = np.zeros(len_q) if dlse is None else dlse[at_lse]
-                dq_head, dk_head, dv_head = head.gradients(dout[at_q].astype(precision.work), dlse_head)
+                dq_head, dk_head, dv_head, ds, dsink_head = head.gradients(dout[at_q].astype(precision.work), dlse_head)
                 dq[at_q] = dq_head
                 dk[at_kv] += dk_head
                 dv[at_kv] += dv_head
+                if bias is not None:
+                    _add_to_head(dbias, b, h, ds)
+                if sink is not None:
+                    dsink[h] += dsink_head
 
     if dout is None:
         return Attention(precision.round(out), lse)
-    return Attention(*(precision.round(x) if x is not lse else x for x in (out, lse, dq, dk, dv)))
+    r = precision.round
+    return Attention(r(out), lse, r(dq), r(dk), r(dv), dbias, dsink)
+
+
+def _of_head(x: Array, b: int, h: int, len_q: int, len_kv: int) -> Array:
+    """The (len_q, len_kv) part of what broadcasts to (batch, heads, longest len_q, longest len_kv)."""
+    x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    x = x[b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0]
+    x = x[:len_q] if x.shape[0] > 1 else x
+    x = x[:, :len_kv] if x.shape[1] > 1 else x
+    return np.broadcast_to(x, (len_q, len_kv))
+
+
+def _add_to_head(total: Array, b: int, h: int, x: Array) -> None:
+    """The transpose of `_of_head`: add x where `_of_head` reads it, to a contiguous total."""
+    total = total.reshape((1,) * (4 - total.ndim) + total.shape)
+    total = total[b if total.shape[0] > 1 else 0, h if total.shape[1] > 1 else 0]
+    x = x if total.shape[0] > 1 else x.sum(axis=0, keepdims=True)
+    x = x if total.shape[1] > 1 else x.sum(axis=1, keepdims=True)
+    total[: x.shape[0], : x.shape[1]] += x
 
 
 def _visible(len_q: int, len_kv: int, causal: bool, window: tuple[int, int], alignment: str) -> Array:
@@ -158,7 +223,7 @@ def _visible(len_q: int, len_kv: int, causal: bool, window: tuple[int, int], ali
     if causal:
         right = 0
     i, j = np.arange(len_q)[:, None], np.arange(len_kv)[None, :]
-    diagonal = i + (len_kv - len_q if alignment == "bottom-right" else 0)
+    diagonal = i + _offset(len_q, len_kv, alignment)
     keep = np.ones((len_q, len_kv), bool)
     if left >= 0:
         keep &= j >= diagonal - left
@@ -167,11 +232,84 @@ def _visible(len_q: int, len_kv: int, causal: bool, window: tuple[int, int], ali
     return keep
 
 
+def _offset(len_q: int, len_kv: int, alignment: str) -> int:
+    return len_kv - len_q if alignment == "bottom-right" else 0
+
+
+def _distance(len_q: int, len_kv: int, alignment: str) -> Array:
+    """(len_q, len_kv) numbers of keys between each key and the query's diagonal."""
+    return np.abs(np.subtract.outer(np.arange(len_q) + _offset(len_q, len_kv, alignment), np.arange(len_kv)))
+
+
+def philox(counter: tuple[Array, ...], key: tuple[int, int], rounds: int) -> tuple[Array, ...]:
+    """Philox4x32 from its definition, for arrays of counters: four arrays of 32-bit words, held in 64 bits."""
+    c = [np.asarray(x, np.uint64) for x in counter]
+    k = [np.uint64(x) for x in key]
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for i in range(rounds):
+        if i:
+            k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+        a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(b >> half) ^ c[1] ^ k[0], b & low, (a >> half) ^ c[3] ^ k[1], a & low]
+    return tuple(c)
+
+
+def _key(seed: int) -> tuple[int, int]:
+    return seed % 2**32, seed // 2**32
+
+
+def flash_keep(seed: int, offset: int, p: float, b: int, h: int, heads: int, i: Array, j: Array) -> Array:
+    """What the byte scheme keeps of rows i and keys j, one call of Philox for every element."""
+    r, c = i % 16, j % 32
+    lane = 4 * (r % 8) + (c % 8) // 2
+    byte = 8 * (c // 16) + 4 * ((c // 8) % 2) + 2 * (r // 8) + c % 2
+    counter = lane.astype(np.uint64) + np.uint64((offset + 32 * (b * heads + h)) % 2**64)
+    low, high = counter & np.uint64(2**32 - 1), counter >> np.uint64(32)
+    words = philox((low, high, i // 16, j // 32), _key(seed), 7)
+    word = np.choose(byte // 4, [x.astype(np.int64) for x in words])
+    return (word >> 8 * (byte % 4)) & 255 <= _threshold(p)
+
+
+def word_uniform(
+    seed: int, offset: int, b: int, h: int, heads: int, i: Array, j: Array, len_kv: int, plane: int
+) -> Array:
+    """The word scheme's number in (0, 1] of rows i and keys j."""
+    n = (i * len_kv + j).astype(np.uint64) + np.uint64((offset + int(b * heads + h) * int(plane)) % 2**64)
+    call = n // np.uint64(4)
+    words = philox((call % np.uint64(2**32), call // np.uint64(2**32), 0, 0), _key(seed), 10)
+    word = np.choose((n % np.uint64(4)).astype(np.int64), [x.astype(np.int64) for x in words])
+    # Twice rounded: to fp32, and after the fused multiply-add, whose product is exact.
+    exact = word.astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33
+    return exact.astype(np.float32)
+
+
+def keep_scale(p: float, scheme: str, unbiased: bool) -> float:
+    """What kept probabilities are multiplied by."""
+    return 256 / (_threshold(p) + 1) if unbiased and scheme == "byte" else 1 / (1 - p)
+
+
+def _threshold(p: float) -> int:
+    return int(np.floor(np.float64(np.float32(1) - np.float32(p)) * 255))
+
+
 class _Head:
-    """One head of one sequence: (len_q, d), (len_kv, d) and (len_kv, dv) matrices."""
+    """One head of one sequence: (len_q, d), (len_kv, d) and (len_kv, dv) matrices.
+
+    `terms` are added to the scores one by one; `dropped` is what dropout multiplies probabilities by.
+    """
 
     def __init__(
-        self, precision: _Precision, q: Array, k: Array, v: Array, keep: Array, scale: float, softcap: float
+        self,
+        precision: _Precision,
+        q: Array,
+        k: Array,
+        v: Array,
+        keep: Array,
+        scale: float,
+        softcap: float,
+        terms: list[Array],
+        sink: float | None,
+        dropped: Array | None,
     ) -> None:
         r: Callable[[Array], Array] = precision.round
         self.r, self.q, self.k, self.v, self.scale = r, q, k, v, scale
@@ -181,20 +319,28 @@ class _Head:
             tanh = r(np.tanh(r(scores / softcap)))
             scores = r(softcap * tanh)
             self.slope = 1 - tanh**2
+        for term in terms:
+            scores = r(scores + r(np.asarray(term)))
         scores = np.where(keep, scores, -np.inf)
-        empty = ~keep.any(axis=1)
-        top = np.where(empty, 0, scores.max(axis=1, initial=-np.inf))[:, None]
-        weights = np.exp(scores - top)
-        total = weights.sum(axis=1, keepdims=True) + empty[:, None]
-        self.p = r(weights / total)
-        self.out = r(self.p @ v)
-        self.lse = np.where(empty, -np.inf, (top + np.log(total))[:, 0])
-        self.empty = empty
+        # The sink is one more key, without a value.
+        logits = scores if sink is None else np.column_stack([scores, np.full(len(q), sink, scores.dtype)])
+        self.empty = (logits == -np.inf).all(axis=1)
+        top = np.where(self.empty, 0, logits.max(axis=1, initial=-np.inf))[:, None]
+        weights = np.exp(logits - top)
+        total = weights.sum(axis=1, keepdims=True) + self.empty[:, None]
+        p = r(weights / total)
+        self.p, self.p_sink = p[:, : len(k)], p[:, len(k) :]
+        self.dropped = 1.0 if dropped is None else dropped.astype(precision.work)
+        self.p_kept = r(self.p * self.dropped)
+        self.out = r(self.p_kept @ v)
+        self.lse = np.where(self.empty, -np.inf, (top + np.log(total))[:, 0])
 
-    def gradients(self, dout: Array, dlse: Array) -> tuple[Array, Array, Array]:
-        """dq, dk, dv; d(out)/d(p) is v, d(lse)/d(score) is p, and softmax's Jacobian is diag(p) - p p^T."""
+    def gradients(self, dout: Array, dlse: Array) -> tuple[Array, Array, Array, Array, float]:
+        """dq, dk, dv, dscores and dsink; d(lse)/d(score) is p, and softmax's Jacobian is diag(p) - p p^T."""
         r = self.r
-        dp = r(dout @ self.v.T)
-        delta = (dout * self.out).sum(axis=1) - np.where(self.empty, 0, dlse)
-        ds = r(r(self.p * (dp - delta[:, None])) * self.slope)
-        return r(r(ds @ self.k) * self.scale), r(r(ds.T @ self.q) * self.scale), r(self.p.T @ dout)
+        dp = r(r(dout @ self.v.T) * self.dropped)
+        delta = ((dout * self.out).sum(axis=1) - np.where(self.empty, 0, dlse))[:, None]
+        ds = r(self.p * (dp - delta))
+        dx = r(ds * self.slope)
+        dsink = -(self.p_sink * delta).sum()
+        return r(r(dx @ self.k) * self.scale), r(r(dx.T @ self.q) * self.scale), r(self.p_kept.T @ dout), ds, dsink

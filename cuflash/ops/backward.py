@@ -38,4 +38,4 @@ def backward(
         gradients = reference.backward_varlen(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **keywords)
     else:
         gradients = reference.backward(dout, q, k, v, out, lse, **keywords)
-    return tuple(host.stored(x, given) for x, given in zip(gradients, (dq, dk, dv), strict=True))
+    return tuple(host.stored(x, given) for x, given in zip(gradients[:3], (dq, dk, dv), strict=True))

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from cuflash.reference.attention import backward, backward_varlen, forward, forward_varlen
+from cuflash.reference.attention import (
+    Gradients,
+    backward,
+    backward_varlen,
+    forward,
+    forward_paged,
+    forward_varlen,
+)
 
-__all__ = ["backward", "backward_varlen", "forward", "forward_varlen"]
+__all__ = ["Gradients", "backward", "backward_varlen", "forward", "forward_paged", "forward_varlen"]
