@@ -25,7 +25,7 @@ class Mask:
     tensor: bool = False
 
     @property
-    def band(self) -> Literal["none", "causal", "window"]:
+    def kind(self) -> Literal["none", "causal", "window"]:
         """The kind of band, the part that is compiled into a kernel."""
         if self.left is not None:
             return "window"

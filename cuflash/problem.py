@@ -85,6 +85,7 @@ class Problem:
         parts = [self.direction, self.dtype.name, f"b{self.batch}", heads, f"s{self.len_q}x{self.len_kv}", dims]
         parts += [self.layout] if self.layout != "dense" else []
         parts += [self.mask.kind] if self.mask.kind != "none" else []
+        parts += ["mask"] if self.mask.tensor else []
         parts += ["softcap"] if self.softcap else []
         parts += ["alibi"] if self.alibi else []
         parts += [f"bias-{self.bias}"] if self.bias else []

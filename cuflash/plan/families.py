@@ -75,8 +75,8 @@ def needs(problem: Problem) -> list[str]:
     used = {
         "backward": problem.direction == "backward",
         "varlen": problem.layout == "varlen",
-        "causal": problem.mask.band == "causal",
-        "window": problem.mask.band == "window",
+        "causal": problem.mask.kind == "causal",
+        "window": problem.mask.kind == "window",
         "boolean mask": problem.mask.tensor,
         "softcap": problem.softcap != 0,
         "alibi": problem.alibi,
@@ -107,7 +107,7 @@ def _config(problem: Problem, tile: tiles.Tile) -> Config:
     """The compile-time choices that follow from the problem, for a kernel with this tile."""
     real = "double" if problem.dtype.accumulator == np.float64 else "float"
     masks = {"none": "NoMask", "causal": "CausalMask", "window": "WindowMask"}
-    mask = masks[problem.mask.band]
+    mask = masks[problem.mask.kind]
     return Config(
         element=problem.dtype.cuda,
         dim_qk=problem.dim_qk,

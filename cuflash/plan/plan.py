@@ -27,7 +27,7 @@ class Config:
     """``kernels/attention/sequence.cuh``: DenseSequence, VarlenSequence."""
     mask: str = "NoMask"
     """``kernels/attention/mask.cuh``: NoMask, CausalMask, WindowMask, TensorMask."""
-    score: str = "ScaledScore"
+    score: str = "ScaledScore<float>"
     """``kernels/attention/score.cuh``: ScaledScore, SignedScore, SoftCapScore."""
     dropout: str = "NoDropout"
     """``kernels/attention/dropout.cuh``: NoDropout, ByteDropout, WordDropout."""

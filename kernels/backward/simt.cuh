@@ -15,6 +15,7 @@
 // second. Recomputing P twice costs two products more than sharing it, and spares an accumulator for dq.
 #pragma once
 
+#include "attention/dropout.cuh"
 #include "attention/schedule.cuh"
 #include "attention/softmax.cuh"
 #include "tile/gemm_simt.cuh"
@@ -131,8 +132,10 @@ struct BackwardSimt {
         Block::template accumulate<kDimQk>(dk, smem.weighted, dp, inputs.q.from(q_first));
       }
     }
-    Block::template store<kDimQk>(dk_of(p, sequence, work.head).from(kv_first), dk, [&](int) { return score.scale(); });
-    Block::template store<kDimV>(dv_of(p, sequence, work.head).from(kv_first), dv, [](int) { return Real(1); });
+    const Real scale = static_cast<Real>(a.softmax_scale);
+    Block::template store<kDimQk>(dk_of(p, sequence, work.head).from(kv_first), dk, [&](int) { return scale; });
+    Block::template store<kDimV>(dv_of(p, sequence, work.head).from(kv_first), dv,
+                                 [&](int) { return Real(Dropout::scale(a)); });
   }
 
   CF_DEVICE static void run_dq(const BwdParams& p) {
@@ -175,7 +178,7 @@ struct BackwardSimt {
       }
       Block::template accumulate<kDimQk>(dq, smem.weighted, dp, inputs.k.from(kv_first));
     }
-    Block::template store<kDimQk>(dq_of(p, sequence, work.head).from(q_first), dq, [&](int) { return score.scale(); });
+    Block::template store<kDimQk>(dq_of(p, sequence, work.head).from(q_first), dq, [&](int) { return static_cast<Real>(a.softmax_scale); });
   }
 };
 

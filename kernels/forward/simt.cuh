@@ -15,6 +15,7 @@
 // does not overlap its loads with its products: several blocks of a multiprocessor do that for each other.
 #pragma once
 
+#include "attention/dropout.cuh"
 #include "attention/schedule.cuh"
 #include "attention/softmax.cuh"
 #include "tile/gemm_simt.cuh"
@@ -88,7 +89,8 @@ struct ForwardSimt {
     const Rows k{g_k, p.k_stride.row, sequence.len_kv}, v{g_v, p.v_stride.row, sequence.len_kv};
 
     const typename Config::Mask mask(a, sequence, work.head);
-    const typename Config::Score score(a);
+    const typename Config::Score score(a, sequence, work.head);
+    const typename Config::Dropout dropout(a, sequence, work.head);
     const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
     const Tiles tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
 
@@ -104,25 +106,31 @@ struct ForwardSimt {
       Scores s;
       s.clear();
       Block::template multiply<Config::kDimQk>(s, smem.operands, q, k.from(kv_first));
-      s.for_each([&](Real& x, int, int) { x = score.apply(x); });
+      s.for_each([&](Real& x, int row, int col) { x = score.apply(x, q_first + row, kv_first + col); });
       if (!tiles.is_full(tile)) {
         s.for_each([&](Real& x, int row, int col) {
           if (!mask.keep(q_first + row, kv_first + col)) x = -infinity<Real>();
         });
       }
       softmax_tile(s, states, out, log2_unit);
+      s.for_each([&](Real& x, int row, int col) {
+        if (!dropout.keep(q_first + row, kv_first + col)) x = Real(0);
+      });
       Block::template accumulate<Config::kDimV>(out, smem.weighted, s, v.from(kv_first));
     }
 
     Real* g_lse = lse_of(p, sequence, work.head) + q_first;
+    Real factor[Scores::kM];  // from the sum of weighted values to out
 #pragma unroll
     for (int m = 0; m < Scores::kM; ++m) {
       states[m].l = Block::Grid::row_sum(states[m].l);
+      const Real rescale = Config::Sink::close(states[m], a, work.head, score.unit());
+      factor[m] = rescale * states[m].inverse_sum() * Config::Dropout::scale(a);
       const int row = Scores::row_of(m);
       if (Block::Grid::col() == 0 && row < q_rows) g_lse[row] = states[m].lse(score.unit());
     }
     Block::template store<Config::kDimV>(out_of(p, sequence, work.head).from(q_first), out,
-                                         [&](int m) { return states[m].inverse_sum(); });
+                                         [&](int m) { return factor[m]; });
   }
 };
 
