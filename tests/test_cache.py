@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from nvrtc import needs_nvrtc
 
 from cuflash import jit
 from cuflash.errors import CompileError
@@ -26,18 +27,6 @@ DELTA = Config(element="float", dim_qk=1, dim_v=64, threads=128, score="ScaledSc
 """A config of ``bwd_delta``, the kernel that compiles fastest."""
 CUBIN = bytes(range(256)) * 40
 REPORT = {"kernel": "fwd_simt", "arch": "sm_80", "registers": 77, "warnings": []}
-
-
-def why_no_nvrtc() -> str | None:
-    try:
-        compile.version()
-        compile.include_dir()
-    except CompileError as error:
-        return str(error)
-    return None
-
-
-needs_nvrtc = pytest.mark.skipif(why_no_nvrtc() is not None, reason=str(why_no_nvrtc()))
 
 
 @pytest.fixture(autouse=True)

@@ -99,6 +99,30 @@ CASES: dict[str, Case] = {
         "fp16", (2, 1), (40, 70, 3), (150, 90, 30), (64, 64), seqused_kv=(20, 0, 99), mask=CAUSAL, deterministic=True
     ),
     "varlen-d256": packed("bf16", (1, 1), (20, 70), (70, 20), (256, 192), tail=3),
+    "simt-fp32": dense("fp32", (4, 2), (70, 90), (64, 64), batch=2, family="simt"),
+    "simt-fp64-causal": dense("fp64", (2, 1), (50, 70), (40, 24), family="simt", mask=CAUSAL),
+    "simt-fp16-gqa-window": dense(
+        "fp16", (4, 2), (70, 90), (72, 36), family="simt", mask=Mask(left=20, right=3), copy_bytes=8
+    ),
+    "simt-bf16-copy-2": dense("bf16", (1, 1), (40, 50), (33, 7), family="simt", copy_bytes=2),
+    "simt-fp32-copy-4": dense("fp32", (1, 1), (40, 50), (35, 9), family="simt", copy_bytes=4),
+    "simt-fp32-d512": dense("fp32", (1, 1), (20, 30), (512, 512), family="simt"),
+    "simt-fp64-d300-dv520": dense("fp64", (1, 1), (20, 40), (300, 520), family="simt"),
+    "simt-d1024": dense("fp32", (1, 1), (9, 10), (1024, 16), family="simt", device="t4"),
+    "simt-softcap": dense("fp32", (1, 1), (70, 70), (64, 64), family="simt", softcap=1.5, softmax_scale=-0.7),
+    "simt-fp64-negative-scale": dense("fp64", (1, 1), (40, 70), (32, 32), family="simt", softmax_scale=-0.3),
+    "simt-top-left": dense("fp32", (1, 1), (90, 40), (32, 32), family="simt", mask=Mask(right=0, alignment="top-left")),
+    "simt-more-queries": dense("fp64", (2, 2), (90, 40), (32, 32), family="simt", mask=CAUSAL, empty_lse=np.inf),
+    "simt-mask": dense(
+        "fp32", (2, 1), (70, 90), (32, 32), family="simt", batch=2, mask=Mask(tensor=True), mask_axes="bhqk"
+    ),
+    "simt-no-keys": dense("fp32", (2, 1), (10, 0), (32, 32), family="simt"),
+    "simt-varlen": packed(
+        "fp64", (2, 1), (50, 0, 1, 70), (30, 20, 0, 90), (40, 24), family="simt", tail=5, seqused_kv=(9, 20, 0, 99)
+    ),
+    "simt-varlen-causal": packed(
+        "fp16", (2, 2), (1, 70, 33), (90, 60, 33), (64, 64), family="simt", tail=3, mask=CAUSAL
+    ),
 }
 
 

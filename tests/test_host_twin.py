@@ -89,7 +89,13 @@ def ordering_calls(kernel: str) -> list[int]:
     return [call.start() for call in ORDER.finditer((build.KERNELS / kernel).read_text())]
 
 
-CALLS = [(file, i) for file in ("forward/sm80.cuh", "backward/sm80.cuh") for i in range(len(ordering_calls(file)))]
+TESTS = {
+    "forward/sm80.cuh": (test_host_kernels.test_forward, "sm80"),
+    "backward/sm80.cuh": (test_host_kernels.test_backward, "sm80"),
+    "backward/convert.cuh": (test_host_kernels.test_backward, "sm80"),
+    "tile/gemm_simt.cuh": (test_host_kernels.test_forward, "simt"),
+}
+CALLS = [(file, number) for file in TESTS for number in range(len(ordering_calls(file)))]
 
 
 @pytest.fixture
@@ -107,13 +113,13 @@ def kernels_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         memoised.cache_clear()
 
 
-@pytest.mark.parametrize(("file", "number"), CALLS, ids=[f"{file.split('/')[0]}-{number}" for file, number in CALLS])
+@pytest.mark.parametrize(("file", "number"), CALLS)
 def test_every_ordering_call_matters(file: str, number: int, kernels_copy: Path) -> None:
     """Without any one of its barriers and waits, a kernel goes wrong here: the tests of the kernels would notice."""
     path = kernels_copy / file
-    text = path.read_text()
-    path.write_text(text[: (start := ordering_calls(file)[number])] + text[text.index(";", start) :])
-    case: Case = dense("fp16", (2, 1), (150, 330), (64, 40), mask=Mask(right=0))
-    test = test_host_kernels.test_forward if file.startswith("forward") else test_host_kernels.test_backward
+    text, start = path.read_text(), ordering_calls(file)[number]
+    path.write_text(text[:start] + text[text.index(";", start) :])
+    test, family = TESTS[file]
+    case: Case = dense("fp16", (2, 1), (150, 330), (64, 40), family=family, mask=Mask(right=0))
     with pytest.raises(AssertionError):
         test(case)

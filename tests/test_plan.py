@@ -24,18 +24,6 @@ MASKS = {
     "tensor": Mask(tensor=True),
 }
 DIMS = [(16, 16), (40, 40), (64, 64), (72, 24), (96, 96), (128, 128), (160, 160), (192, 128), (256, 256)]
-    (16, 16),
-    (40, 40),
-    (64, 64),
-    (72, 24),
-    (96, 96),
-    (128, 128),
-    (160, 160),
-    (192, 128),
-    (256, 256),
-    (16, 256),
-    (256, 1),
-]
 DIMS += [(16, 256), (256, 1), (512, 512), (257, 64)]
 
 
@@ -158,7 +146,7 @@ def test_row_kernels_are_shared_between_variants() -> None:
         "bwd_delta": 1,
         "bwd_convert": 1,
     }
-    assert len(seen["bwd_sm80"]) == 4 * 3 * 2  # masks x scores x reduction
+    assert len(seen["bwd_sm80"]) == 4 * (3 + 1)  # masks x (scores + another reduction)
     assert len(seen["bwd_simt_dq"]) == len(seen["bwd_simt_dkdv"]) == 4 * 3
 
 

@@ -32,18 +32,22 @@ def gather(kernel: str, config: str, kernels: Path | None = None) -> dict[str, b
     Raises
     ------
     CompileError
-        If a header is included that does not exist.
+        If there is no such kernel, or a header is included that does not exist.
     """
     kernels = kernels or root()
+    entry = entry_name(kernel)
+    if not (kernels / entry).is_file():
+        known = sorted(path.stem for path in kernels.glob(entry_name("*")))
+        raise CompileError(f"there is no kernel {kernel} in {kernels / 'entry'}; there are: {', '.join(known)}.")
     found: dict[str, bytes] = {CONFIG: config.encode()}
-    waiting = [(entry_name(kernel), "the catalogue"), *((name, CONFIG) for name in _included(found[CONFIG]))]
+    waiting = [(entry, ""), *((name, CONFIG) for name in _included(found[CONFIG]))]
     while waiting:
         name, includer = waiting.pop()
         if name in found:
             continue
         path = kernels / name
         if not path.is_file():
-            raise CompileError(f"{includer} names {name}, which is not a file under {kernels}.")
+            raise CompileError(f"{includer} includes {name}, which is not a file under {kernels}.")
         found[name] = path.read_bytes()
         waiting += [(included, name) for included in _included(found[name])]
     return found

@@ -1,0 +1,245 @@
+"""The one generated header, and what a user sees when a kernel does not compile.
+
+``python tests/test_render.py`` writes the golden files and ``kernels/config.example.cuh`` anew.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from nvrtc import needs_nvrtc
+
+from cuflash import jit, plan
+from cuflash.device import named
+from cuflash.dtypes import BF16
+from cuflash.errors import CompileError
+from cuflash.jit import compile, sources
+from cuflash.masks import Mask
+from cuflash.plan import Config
+from cuflash.problem import Problem
+
+GOLDEN = Path(__file__).parent / "golden"
+EXAMPLE = sources.root() / "config.example.cuh"
+
+FORWARD = Config(
+    element="bf16",
+    dim_qk=128,
+    dim_v=128,
+    threads=128,
+    mask="CausalMask",
+    score="ScaledScore<float>",
+    tile_q=128,
+    tile_kv=64,
+    blocks_per_sm=2,
+    smem_bytes=69632,
+)
+BACKWARD = Config(
+    element="double",
+    dim_qk=24,
+    dim_v=40,
+    threads=256,
+    sequence="VarlenSequence",
+    mask="WindowMask",
+    score="SoftCapScore<double>",
+    reduction="OrderedReduction",
+    tile_q=64,
+    tile_kv=32,
+    stages=2,
+    dim_splits=3,
+    copy_bytes=8,
+    smem_bytes=12345,
+)
+DELTA = Config(element="float", dim_qk=1, dim_v=64, threads=128, score="ScaledScore<float>", tile_q=64)
+"""A config of ``bwd_delta``, the kernel that compiles fastest."""
+
+
+def example() -> str:
+    problem = Problem("forward", BF16, 1, 16, 16, 8192, 8192, 128, 128, mask=Mask(right=0))
+    (step,) = plan.choose(problem, named("h100"), "sm80").steps
+    return jit.render.config_header(step.kernel, step.config, step.params)
+
+
+RENDERED = {
+    GOLDEN / "fwd_sm80.cuh": lambda: jit.render.config_header("fwd_sm80", FORWARD, "FwdParams"),
+    GOLDEN / "bwd_simt_dkdv.cuh": lambda: jit.render.config_header("bwd_simt_dkdv", BACKWARD, "BwdParams"),
+    EXAMPLE: example,
+}
+
+
+@pytest.mark.parametrize("path", RENDERED, ids=lambda path: path.name)
+def test_rendered_text_is_the_one_on_record(path):
+    assert RENDERED[path]() == path.read_text(), f"run python {Path(__file__).name}, and read what changes"
+
+
+@pytest.mark.parametrize("config", [FORWARD, BACKWARD], ids=["forward", "backward"])
+def test_every_choice_appears_once(config):
+    text = jit.render.config_header("fwd_sm80", config, "FwdParams")
+    struct = text.split("struct Config {")[1].split("};")[0]
+    types = dict(re.findall(r"using (\w+) = (.+);", struct))
+    numbers = {name: int(value) for name, value in re.findall(r"static constexpr int k(\w+) = (-?\d+);", struct)}
+    assert len(types) + len(numbers) == struct.count(";") == len(fields(config))
+    found = {name.lower(): value for name, value in (types | numbers).items()}
+    assert found == {field.name.replace("_", ""): getattr(config, field.name) for field in fields(config)}
+
+
+def test_every_choice_changes_the_text():
+    seen = {jit.render.config_header("fwd_sm80", FORWARD, "FwdParams")}
+    for field in fields(FORWARD):
+        value = getattr(FORWARD, field.name)
+        other = replace(FORWARD, **{field.name: value + "x" if isinstance(value, str) else value + 1})
+        seen.add(jit.render.config_header("fwd_sm80", other, "FwdParams"))
+    seen.add(jit.render.config_header("fwd_simt", FORWARD, "FwdParams"))
+    seen.add(jit.render.config_header("fwd_sm80", FORWARD, "BwdParams"))
+    assert len(seen) == len(fields(FORWARD)) + 3
+
+
+def test_text_is_deterministic():
+    texts = {jit.render.config_header("bwd_sm80", replace(BACKWARD), "BwdParams") for _ in range(3)}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("params", ["FwdParams", "BwdParams"])
+def test_layout_of_every_member_is_asserted(params):
+    text = jit.render.config_header("fwd_sm80", FORWARD, params)
+    for struct in ("Strides", "Attention", params):
+        dtype = jit.params.dtype(struct)
+        assert f"static_assert(sizeof({struct}) == {dtype.itemsize}," in text
+        for name, (_, offset) in dtype.fields.items():
+            assert f"static_assert(CF_OFFSET({struct}, {name}) == {offset}," in text
+
+
+def test_includes_exist():
+    text = jit.render.config_header("fwd_sm80", FORWARD, "FwdParams")
+    included = re.findall(r'#include "(.+)"', text)
+    assert len(included) >= 6
+    assert all((sources.root() / name).is_file() for name in included)
+
+
+# What a user sees when it fails
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch) -> Path:
+    """A copy of the kernel sources that a test may break, an empty cache, and room for saved sources."""
+    copy = Path(shutil.copytree(sources.root(), tmp_path / "kernels"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(sources, "root", lambda: copy)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "cache"))
+    return copy
+
+
+def compile_delta(arch: str = "sm_80", **changes) -> jit.Cubin:
+    return jit.compile_kernel("bwd_delta", replace(DELTA, **changes), "BwdParams", arch)
+
+
+def test_a_missing_header_names_who_includes_it(kernels):
+    (kernels / "ptx" / "sync.cuh").unlink()
+    with pytest.raises(CompileError) as caught:
+        sources.gather("bwd_delta", jit.render.config_header("bwd_delta", DELTA, "BwdParams"))
+    assert re.fullmatch(
+        rf"\S+\.cuh includes ptx/sync.cuh, which is not a file under {re.escape(str(kernels))}\.", str(caught.value)
+    )
+
+
+def test_a_missing_entry_lists_the_kernels_there_are(kernels):
+    with pytest.raises(CompileError) as caught:
+        sources.gather("fwd_sm70", "")
+    names = sorted(path.stem for path in (kernels / "entry").iterdir())
+    assert str(caught.value) == f"there is no kernel fwd_sm70 in {kernels / 'entry'}; there are: {', '.join(names)}."
+
+
+def test_gather_takes_what_is_included_and_nothing_else(kernels):
+    (kernels / "new.cuh").write_text('  #  include "std.cuh"\n// #include "nowhere.cuh"\n#include <cuda_fp16.h>\n')
+    (kernels / "entry" / "new.cu").write_text('#include "config.cuh"\n#include "new.cuh"\n')
+    found = sources.gather("new", "// a config")
+    assert found.keys() == {"config.cuh", "entry/new.cu", "new.cuh", "std.cuh"}
+    assert found["config.cuh"] == b"// a config"
+    assert found["std.cuh"] == (kernels / "std.cuh").read_bytes()
+
+
+@needs_nvrtc
+def test_an_error_shows_the_header_its_line_and_the_config(kernels):
+    header = kernels / "backward" / "delta.cuh"
+    text = header.read_text()
+    line = text.index("{\n", text.index("backward_delta(")) + 2
+    header.write_text(text[:line] + "  this_is_not_declared();\n" + text[line:])
+    number = text[:line].count("\n") + 1
+    with pytest.raises(CompileError) as caught:
+        compile_delta()
+    message = str(caught.value)
+    assert message.startswith(f"NVRTC {'.'.join(map(str, compile.version()))} refused entry/bwd_delta.cu")
+    assert "-arch=sm_80" in message
+    assert re.search(rf"delta\.cuh\({number}\): error: .*this_is_not_declared", message)
+    assert jit.render.config_header("bwd_delta", DELTA, "BwdParams") in message
+    saved = Path(re.search(r"saved under (\S+)\.$", message)[1])
+    assert saved.is_relative_to(tempfile.gettempdir())
+    assert (saved / "backward" / "delta.cuh").read_text() == header.read_text()
+    assert (saved / "config.cuh").is_file()
+    assert (saved / "entry" / "bwd_delta.cu").is_file()
+
+
+@needs_nvrtc
+def test_an_error_is_not_cached(kernels, tmp_path):
+    for _ in range(2):
+        with pytest.raises(CompileError, match="NoSuchScore"):
+            compile_delta(score="NoSuchScore<float>")
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_nvrtc
+def test_a_layout_that_differs_is_an_error(kernels, monkeypatch):
+    """The host keeps the old layout while the header changes under it."""
+    jit.params.dtype("BwdParams")
+    header = kernels / "params.cuh"
+    header.write_text(header.read_text().replace("  void* dq; ", "  int extra;\n  void* dq; "))
+    with pytest.raises(CompileError, match=r"config\.cuh\(\d+\): error: static assertion failed.*host layout"):
+        compile_delta()
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_1", "sm_999", "sm_90x", "hopper", ""])
+def test_an_unknown_architecture_names_the_known_ones(kernels, arch):
+    with pytest.raises(CompileError) as caught:
+        compile_delta(arch)
+    message = str(caught.value)
+    assert f"not for {arch!r}" in message
+    assert "sm_80, " in message
+    assert all(known in message for known in compile.supported_archs())
+
+
+@needs_nvrtc
+def test_missing_cuda_headers(kernels, monkeypatch, tmp_path):
+    monkeypatch.setattr(compile.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "no" / "toolkit"))
+    compile.include_dir.cache_clear()
+    compile._cuda_headers_digest.cache_clear()
+    with pytest.raises(CompileError) as caught:
+        compile_delta()
+    major = compile.version()[0]
+    assert str(caught.value) == (
+        f"the CUDA headers cuda_fp16.h and cuda_bf16.h are in none of {tmp_path}/no/toolkit/include. "
+        f"Install cuflash[cuda{major}], or set CUDA_PATH to a CUDA {major} toolkit."
+    )
+
+
+def test_no_cupy_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    compile._module.cache_clear()
+    with pytest.raises(CompileError) as caught:
+        compile._module()
+    assert "kernels are compiled by NVRTC through CuPy, which cannot be imported" in str(caught.value)
+    assert "Install cuflash[cuda13], or cuflash[cuda12] for a CUDA 12 driver." in str(caught.value)
+
+
+if __name__ == "__main__":
+    for path, render in RENDERED.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(render())
+        print(path)
