@@ -164,7 +164,8 @@ def _simt(
     row_bytes = max(problem.dim_qk, problem.dim_v) * size
     rows, threads, registers, reason = next(rest for widest, *rest in candidates if row_bytes <= widest)
     smem = simt_smem(problem, rows, SIMT_COLS, threads)
-    if size == 8 or problem.mask.tensor:  # double takes two registers; a tensor mask's addresses take some
+    # Double takes two registers; another tensor's addresses and random numbers take some.
+    if size == 8 or problem.mask.tensor or problem.bias is not None or problem.dropout is not None:
         registers = 255
     return rows, threads, smem, _resident(smem, threads, registers, device), reason
 

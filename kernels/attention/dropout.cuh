@@ -35,7 +35,7 @@ struct ByteDropout {
   CF_DEVICE bool keeps(uint32 word, int byte) const { return (word >> (8 * byte) & 255u) <= threshold; }
 
   CF_DEVICE bool keep(int q, int kv) const {
-    return keeps(draw(q, kv, 4 * (q % 8) + kv % 8 / 2).word[kv % 32 / 8], q % 16 / 8 * 2 + kv % 2);
+    return keeps(draw(q, kv, 4 * (q % 8) + kv % 8 / 2).at(kv % 32 / 8), q % 16 / 8 * 2 + kv % 2);
   }
   CF_DEVICE static float scale(const Attention& a) { return static_cast<float>(a.keep_scale); }
 };
@@ -56,8 +56,7 @@ struct WordDropout {
   CF_DEVICE bool keep(int q, int kv) const {
     const uint64 n = base + static_cast<uint64>(q) * row + kv, c = n / 4;
     const Philox random = Philox::draw<10>(static_cast<uint32>(c), static_cast<uint32>(c >> 32), 0, 0, seed);
-    const uint32 word = n % 4 == 0 ? random.word[0] : n % 4 == 1 ? random.word[1] : n % 4 == 2 ? random.word[2]
-                                                                                             : random.word[3];
+    const uint32 word = random.at(static_cast<int>(n % 4));
     return static_cast<float>(word) * 2.3283064e-10f + 2.3283064e-10f / 2 > p;  // uniform in (0, 1]
   }
   CF_DEVICE static float scale(const Attention& a) { return static_cast<float>(a.keep_scale); }

@@ -8,6 +8,12 @@ namespace cuflash {
 struct Philox {
   uint32 word[4];
 
+  // A word by a number known at run time only, without sending the array to memory.
+  CF_DEVICE uint32 at(int i) const {
+    const uint32 low = i % 2 ? word[1] : word[0], high = i % 2 ? word[3] : word[2];
+    return i / 2 ? high : low;
+  }
+
   template <int kRounds>
   CF_DEVICE static Philox draw(uint32 c0, uint32 c1, uint32 c2, uint32 c3, uint64 seed) {
     uint32 k0 = static_cast<uint32>(seed), k1 = static_cast<uint32>(seed >> 32);

@@ -74,13 +74,26 @@ struct BackwardSimt {
     zero_rows<kDim, kThreads>(rows.from(rows.count).data, rows.stride, tail);
   }
 
-  // One score and its gradient, from q.k and dout.v: s becomes p, exactly 0 where masked, and dp becomes ds.
-  CF_DEVICE static void grad_s(Real& s, Real& dp, const typename Config::Score& score, Real log2_unit, Real lse2,
-                               Real delta, bool keep) {
-    const Real x = score.apply(s);
-    s = keep ? exp2(x * log2_unit - lse2) : Real(0);
-    dp = s * (dp - delta) * score.slope(x);
-  }
+  // What one head does to its scores.
+  struct Policies {
+    typename Config::Mask mask;
+    typename Config::Score score;
+    typename Config::Dropout dropout;
+    Real log2_unit, keep_scale;
+
+    CF_DEVICE Policies(const Attention& a, const Sequence& sequence, int head)
+        : mask(a, sequence, head), score(a, sequence, head), dropout(a, sequence, head),
+          log2_unit(score.unit() * static_cast<Real>(kLog2E)), keep_scale(Config::Dropout::scale(a)) {}
+
+    // One score and its gradient, from q.k and dout.v: s becomes the weight of v, exactly 0 where masked or dropped, and
+    // dp becomes ds.
+    CF_DEVICE void grad_s(Real& s, Real& dp, Real lse2, Real delta, int q, int kv, bool full) const {
+      const Real p = full || mask.keep(q, kv) ? exp2(score.apply(s, q, kv) * log2_unit - lse2) : Real(0);
+      const bool keep = dropout.keep(q, kv);
+      dp = p * ((keep ? dp * keep_scale : Real(0)) - delta) * score.slope(s);
+      s = keep ? p : Real(0);
+    }
+  };
 
   CF_DEVICE static void run_dkdv(const BwdParams& p) {
     using Block = SimtBlock<Config, kTileKv, kTileQ>;
@@ -95,8 +108,6 @@ struct BackwardSimt {
     const int kv_first = work.tile * kTileKv;
     if (kv_first >= sequence.rows_kv) return;
 
-    const typename Config::Score score(a);
-    const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
     typename Block::template Output<kDimQk> dk;
     typename Block::template Output<kDimV> dv;
     dk.clear();
@@ -106,8 +117,8 @@ struct BackwardSimt {
 #pragma unroll 1
     for (int head = work.head * group; head < (work.head + 1) * group; ++head) {
       const Inputs inputs(p, sequence, head);
-      const typename Config::Mask mask(a, sequence, head);
-      const Tiles tiles = mask.q_tiles(kv_first, kTileKv, kTileQ);
+      const Policies policies(a, sequence, head);
+      const Tiles tiles = policies.mask.q_tiles(kv_first, kTileKv, kTileQ);
 #pragma unroll 1
       for (int tile = tiles.begin; tile < tiles.end; ++tile) {
         const int q_first = tile * kTileQ;
@@ -124,8 +135,7 @@ struct BackwardSimt {
           const Real lse2 = inputs.lse2_of(q), delta = inputs.delta_of(q);
 #pragma unroll
           for (int m = 0; m < Block::Scores::kM; ++m) {
-            const bool keep = full || mask.keep(q, kv_first + s.row_of(m));
-            grad_s(s.x[m][n], dp.x[m][n], score, log2_unit, lse2, delta, keep);
+            policies.grad_s(s.x[m][n], dp.x[m][n], lse2, delta, q, kv_first + s.row_of(m), full);
           }
         }
         Block::template accumulate<kDimV>(dv, smem.weighted, s, inputs.dout.from(q_first));
@@ -135,7 +145,7 @@ struct BackwardSimt {
     const Real scale = static_cast<Real>(a.softmax_scale);
     Block::template store<kDimQk>(dk_of(p, sequence, work.head).from(kv_first), dk, [&](int) { return scale; });
     Block::template store<kDimV>(dv_of(p, sequence, work.head).from(kv_first), dv,
-                                 [&](int) { return Real(Dropout::scale(a)); });
+                                 [&](int) { return Real(Config::Dropout::scale(a)); });
   }
 
   CF_DEVICE static void run_dq(const BwdParams& p) {
@@ -148,11 +158,9 @@ struct BackwardSimt {
     const int q_first = work.tile * kTileQ;
     if (q_first >= sequence.len_q) return;
 
-    const typename Config::Score score(a);
-    const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
     const Inputs inputs(p, sequence, work.head);
-    const typename Config::Mask mask(a, sequence, work.head);
-    const Tiles tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
+    const Policies policies(a, sequence, work.head);
+    const Tiles tiles = policies.mask.kv_tiles(q_first, kTileQ, kTileKv);
     typename Block::template Output<kDimQk> dq;
     dq.clear();
 
@@ -172,13 +180,13 @@ struct BackwardSimt {
         const Real lse2 = inputs.lse2_of(q), delta = inputs.delta_of(q);
 #pragma unroll
         for (int n = 0; n < Block::Scores::kN; ++n) {
-          const bool keep = full || mask.keep(q, kv_first + s.col_of(n));
-          grad_s(s.x[m][n], dp.x[m][n], score, log2_unit, lse2, delta, keep);
+          policies.grad_s(s.x[m][n], dp.x[m][n], lse2, delta, q, kv_first + s.col_of(n), full);
         }
       }
       Block::template accumulate<kDimQk>(dq, smem.weighted, dp, inputs.k.from(kv_first));
     }
-    Block::template store<kDimQk>(dq_of(p, sequence, work.head).from(q_first), dq, [&](int) { return static_cast<Real>(a.softmax_scale); });
+    const Real scale = static_cast<Real>(a.softmax_scale);
+    Block::template store<kDimQk>(dq_of(p, sequence, work.head).from(q_first), dq, [&](int) { return scale; });
   }
 };
 

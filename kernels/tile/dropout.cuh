@@ -75,7 +75,7 @@ CF_DEVICE void for_each_dropped_transposed(const ByteDropout& dropout, Fragment&
       const Philox random = dropout.draw(q + n * 8, kv + m * 16, lane);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32 word = half ? random.word[2 + i / 2] : random.word[i / 2];
+        const uint32 word = random.at(2 * half + i / 2);
         const uint32 fetched = ptx::shuffle(word, lane % 4 * 8 + i % 2 * 4 + lane / 8);
 #pragma unroll
         for (int q_half = 0; q_half < 2; ++q_half) {
