@@ -13,10 +13,12 @@ from cuflash.api.flash import (
 )
 from cuflash.api.sdpa import scaled_dot_product_attention
 from cuflash.errors import CompileError, InvalidArgument, UnsupportedProblem
+from cuflash.generator import PhiloxGenerator, manual_seed
 
 __all__ = [
     "CompileError",
     "InvalidArgument",
+    "PhiloxGenerator",
     "UnsupportedProblem",
     "explain",
     "flash_attn_backward",
@@ -27,5 +29,6 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_vjp",
+    "manual_seed",
     "scaled_dot_product_attention",
 ]
