@@ -86,8 +86,8 @@ def backward(
 ) -> Gradients:
     """Gradients of `forward` for the upstream gradients `dout` of out and `dlse` of lse (None: zero).
 
-    `lse` may hold -inf or +inf for rows that see no key. dq, dk and dv are shaped and typed like q, k and v; `bias_grad`
-    asks for the gradient of the bias.
+    `lse` may hold -inf or +inf for rows that see no key. dq, dk and dv are shaped and typed like q, k and v;
+    `bias_grad` asks for the gradient of the bias.
     """
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
     features = Features(**features)

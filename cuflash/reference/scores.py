@@ -46,11 +46,11 @@ class Scores:
             yield tile, keep
 
     def capped(self, x: np.ndarray) -> np.ndarray:
-        """softcap * tanh(x), in place."""
+        """Apply softcap * tanh(x) in place."""
         return np.multiply(np.tanh(x, out=x), self.softcap, out=x) if self.softcap else x
 
     def slope(self, capped: np.ndarray) -> np.ndarray | float:
-        """d(capped)/dx: softcap * (1 - tanh(x)^2)."""
+        """The derivative of `capped`, softcap * (1 - tanh(x)^2), from its result."""
         return self.softcap - capped * capped / self.softcap if self.softcap else 1.0
 
     def finish(self, capped: np.ndarray, tile: Tile, keep: np.ndarray | None, group: int) -> np.ndarray:

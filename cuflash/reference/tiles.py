@@ -1,8 +1,8 @@
 """How a problem is cut into tiles, and how tiles are read and written.
 
-Inside the backend tensors are (b, s, heads_kv, group, d) views, and what belongs to pairs is (b, heads_kv, group, len_q,
-len_kv). A tile stacks the query heads of a group as rows of one matrix, so that keys are never repeated and the
-gradients of shared keys are summed by the product itself.
+Inside the backend tensors are (b, s, heads_kv, group, d) views, and what belongs to pairs of query and key is
+(b, heads_kv, group, len_q, len_kv). A tile stacks the query heads of a group as rows of one matrix, so that keys are
+never repeated and the gradients of shared keys are summed by the product itself.
 """
 
 from __future__ import annotations
