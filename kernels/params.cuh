@@ -85,7 +85,7 @@ struct BwdParams {
   void* dv;                   // [batch, len_kv, heads_kv, dim_v]
   float* dq_accum;            // zeroed tiles of dq in fragment order (tile/dq_accum.cuh); sm80 only
   float* dsink;               // [heads_q]
-  float* dbias;               // (1 or batch, 1 or heads_q, 1 or len_q, 1 or len_kv), the last contiguous
+  void* dbias;                // (1 or batch, 1 or heads_q, 1 or len_q, 1 or len_kv), accumulator type, contiguous rows
   int64 dbias_batch;          // strides in elements
   int64 dbias_head;
   int64 dbias_row;

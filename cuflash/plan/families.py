@@ -168,23 +168,24 @@ def _rng_step(problem: Problem) -> tuple[Step, ...]:
     return (Step("fwd_rng", "FwdParams", config, 1),)
 
 
-def _extra_steps(problem: Problem, config: Config) -> tuple[Step, ...]:
-    """Launches for the gradients that only some calls want."""
+def _sink_step(problem: Problem) -> tuple[Step, ...]:
+    """The launch for the gradient of the sink logits, where there are any."""
     if not problem.sink:
         return ()
     threads = 256
-    changes = {"dim_qk": 1, "dim_v": 1, "threads": threads, "tile_q": 1, "copy_bytes": problem.dtype.itemsize}
-    sink = _plain(config, **changes, smem_bytes=threads * problem.dtype.accumulator.itemsize, dim_splits=1)
-    return (Step("bwd_sink", "BwdParams", sink, problem.heads_q),)
+    tile = tiles.Tile(1, 1, threads, smem_bytes=threads * problem.dtype.accumulator.itemsize)
+    config = _plain(_config(problem, tile), dim_qk=1, dim_v=1, copy_bytes=problem.dtype.itemsize)
+    return (Step("bwd_sink", "BwdParams", config, problem.heads_q),)
 
 
-def _sm80_bias_step(problem: Problem) -> tuple[Step, ...]:
+def _bias_step(problem: Problem, kernel: str, tile: tiles.Tile) -> tuple[Step, ...]:
+    """The launch for the gradient of the bias, where it is wanted."""
     if not problem.bias_grad:
         return ()
-    tile = tiles.bias_sm80(problem)
     counts = (problem.batch, problem.heads_q, -(-problem.len_q // tile.tile_q), -(-problem.len_kv // tile.tile_kv))
     blocks = prod(1 if one else n for n, one in zip(counts, problem.bias_broadcast, strict=True))
-    return (Step("bwd_bias_sm80", "BwdParams", replace(_config(problem, tile), reduction="AtomicReduction"), blocks),)
+    config = replace(_config(problem, tile), reduction="AtomicReduction")
+    return (Step(kernel, "BwdParams", config, blocks),)
 
 
 def _sm80_forward(problem: Problem, device: Device) -> Plan:
@@ -203,8 +204,8 @@ def _sm80_backward(problem: Problem, device: Device) -> Plan:
         delta_step(problem),
         Step("bwd_sm80", "BwdParams", config, blocks),
         Step("bwd_convert", "BwdParams", convert, _query_blocks(problem, tile.tile_q)),
-        *_sm80_bias_step(problem),
-        *_extra_steps(problem, config),
+        *_bias_step(problem, "bwd_bias_sm80", tiles.bias_sm80(problem)),
+        *_sink_step(problem),
     )
 
     if problem.layout == "varlen":  # VarlenSequence::num_q_tiles
@@ -240,6 +241,8 @@ def _simt_backward(problem: Problem, device: Device) -> Plan:
         delta_step(problem),
         Step("bwd_simt_dkdv", "BwdParams", dkdv, _key_blocks(problem, dkdv.tile_kv)),
         Step("bwd_simt_dq", "BwdParams", dq, _query_blocks(problem, dq.tile_q)),
+        *_bias_step(problem, "bwd_bias_simt", tiles.bias_simt(problem)),
+        *_sink_step(problem),
     )
     workspaces = (_row_workspace(problem, "delta"), _row_workspace(problem, "lse2"))
     return Plan(problem, device, "simt", steps, workspaces, reason=tile.reason)

@@ -118,6 +118,13 @@ def bias_sm80(problem: Problem) -> Tile:
     return Tile(edge, edge, 2 * edge, smem, reason="recomputes dS for each element of the bias")
 
 
+def bias_simt(problem: Problem) -> Tile:
+    """The tile of ``backward/bias_simt.cuh``."""
+    edge, threads, size = 64, 256, problem.dtype.accumulator.itemsize
+    smem = simt_operands(problem, edge, edge) + edge * (edge + 1) * size
+    return Tile(edge, edge, threads, smem, reason="recomputes dS for each element of the bias")
+
+
 def convert_smem(problem: Problem, tile: Tile) -> int:
     """Bytes of ``BackwardConvert::SmemPlan``."""
     return _shared_tile(tile.tile_q, dq_columns(problem.dim_qk, tile.tile_q, tile.threads, tile.dim_splits))
@@ -173,12 +180,17 @@ def _simt(
 def simt_smem(problem: Problem, rows: int, cols: int, threads: int) -> int:
     """Bytes of ``SimtBlock::SmemPlan`` (tile/gemm_simt.cuh), for a block of ``rows`` that walks tiles of ``cols``."""
     size = problem.dtype.accumulator.itemsize
-    dims, pack, across = (problem.dim_qk, problem.dim_v), 16 // size, min(32, 4 * threads // rows)
-    staged_cols = max(round_up(-(-dim // -(-dim * size // 256)), 8) for dim in dims)
-    widest_row = round_up(max(dims), across)
+    pack, across = 16 // size, min(32, 4 * threads // rows)
+    widest_row = round_up(max(problem.dim_qk, problem.dim_v), across)
     staged_rows = cols
     while staged_rows > pack and staged_rows * widest_row * size > 16384:
         staged_rows //= 2
-    operands = (rows + cols) * (staged_cols + pack) * size
     weighted = (rows * (cols + across) + staged_rows * widest_row) * size
-    return max(operands, weighted)
+    return max(simt_operands(problem, rows, cols), weighted)
+
+
+def simt_operands(problem: Problem, rows: int, cols: int) -> int:
+    """Bytes of ``SimtBlock::Operands``."""
+    size = problem.dtype.accumulator.itemsize
+    staged_cols = max(round_up(-(-dim // -(-dim * size // 256)), 8) for dim in (problem.dim_qk, problem.dim_v))
+    return (rows + cols) * (staged_cols + 16 // size) * size

@@ -1,0 +1,91 @@
+// One tile of dS on mma.sync tensor cores, for the gradient of the bias.
+#pragma once
+
+#include "backward/bias.cuh"
+#include "tile/copy.cuh"
+#include "tile/dropout.cuh"
+#include "tile/gemm_sm80.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct BiasTileSm80 {
+  using Element = typename Config::Element;
+  using Sequence = typename Config::Sequence;
+  static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
+  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileQ / kWarps;
+  static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
+  static constexpr int kBytes = Config::kCopyBytes;
+  using Scores = Fragment<kWarpRows, kTileKv>;
+  using Total = Scores;
+
+  struct SmemPlan {
+    SharedTile<Element, kTileQ, kDimQk> q;
+    SharedTile<Element, kTileQ, kDimV> dout;
+    SharedTile<Element, kTileKv, kDimQk> k;
+    SharedTile<Element, kTileKv, kDimV> v;
+  };
+
+  // Adds dS of one tile of one head to `total`.
+  CF_DEVICE static void add_tile(SmemPlan& smem, const BwdParams& p, const Sequence& sequence, int head, int q_first,
+                                 int kv_first, Total& total) {
+    const Attention& a = p.attention;
+    const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
+    const int head_kv = head / (a.heads_q / a.heads_kv);
+    const auto load = [&](auto& tile, auto dim, const void* base, const Strides& stride, int64 offset, int at_head,
+                          int first, int rows) {
+      load_tile_async<decltype(dim)::value, kBytes, kThreads>(
+          tile, static_cast<const Element*>(base) + offset + at_head * stride.head + first * stride.row, stride.row,
+          rows - first);
+    };
+    ptx::sync_threads();  // every warp is done with the tiles before
+    load(smem.q, Constant<Config::kDimQk>(), p.q, p.q_stride, sequence.q_offset(p.q_stride), head, q_first,
+         sequence.len_q);
+    load(smem.dout, Constant<Config::kDimV>(), p.dout, p.dout_stride, sequence.q_offset(p.dout_stride), head, q_first,
+         sequence.len_q);
+    load(smem.k, Constant<Config::kDimQk>(), p.k, p.k_stride, sequence.kv_offset(p.k_stride), head_kv, kv_first,
+         sequence.len_kv);
+    load(smem.v, Constant<Config::kDimV>(), p.v, p.v_stride, sequence.kv_offset(p.v_stride), head_kv, kv_first,
+         sequence.len_kv);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    ptx::sync_threads();
+
+    Scores s, dp;
+    s.clear();
+    dp.clear();
+    gemm_abt<Element>(s, smem.q, warp_row, smem.k);
+    gemm_abt<Element>(dp, smem.dout, warp_row, smem.v);
+    const BiasPolicies<Config> policies(a, sequence, head);
+    const float keep_scale = Config::Dropout::scale(a);
+    dp.for_each(lane, [&](float& x, int, int) { x *= keep_scale; });
+    for_each_dropped(policies.dropout, dp, q_first + warp_row, kv_first,
+                     [&](int m, int n, int i) { dp.x[m][n][i] = 0.f; });
+
+    const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
+    const float* g_lse2 = static_cast<const float*>(p.lse2) + row_offset;
+    const float* g_delta = static_cast<const float*>(p.delta) + row_offset;
+#pragma unroll
+    for (int r = 0; r < Scores::kRowsPerLane; ++r) {
+      const int q = q_first + warp_row + r * 8 + lane / 4, row = min_of(q, sequence.len_q - 1);
+      const float lse2 = g_lse2[row], delta = g_delta[row];
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int kv = kv_first + n * 8 + lane % 4 * 2 + i;
+          total.at(r, n, i) += policies.ds(s.at(r, n, i), dp.at(r, n, i), lse2, delta, q, kv);
+        }
+      }
+    }
+  }
+
+  // f(element, row, column) of the tile over this thread's elements.
+  template <class F>
+  CF_DEVICE static void for_each(Total& total, F&& f) {
+    const int warp_row = ptx::warp_index() * kWarpRows;
+    total.for_each(ptx::lane_index(), [&](float x, int row, int col) { f(x, warp_row + row, col); });
+  }
+};
+
+}  // namespace cuflash
