@@ -52,6 +52,8 @@ def complaints(case_id: str, step: Step, cubin: Cubin, device: Device) -> list[s
     """What is wrong with the resources of a compiled kernel; empty when nothing is."""
     config = step.config
     found = [warning for warning in cubin.warnings if "C75" in warning]  # the assembler serialised what should overlap
+    if not cubin.registers:
+        found.append("the assembler reported no registers")
     spills, allowed = cubin.spill_stores + cubin.spill_loads, allowed_spills(case_id, step.kernel)
     if spills > allowed:
         found.append(f"spills {spills} bytes, {allowed} are allowed")
