@@ -13,11 +13,12 @@ import oracle
 import pytest
 from host.build import why_not
 from host.run import run_plan_on_host
+from test_plan import PROBLEMS, plans
 
 from cuflash import dtypes
-from cuflash.device import named
+from cuflash.device import NAMED, named
 from cuflash.masks import Mask
-from cuflash.plan import choose
+from cuflash.plan import Plan, choose
 from cuflash.problem import Problem
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -71,6 +72,7 @@ CASES: dict[str, Case] = {
     "d256": dense("fp16", (1, 1), (70, 140), (256, 256)),
     "d200-dv256-softcap": dense("bf16", (1, 1), (65, 66), (200, 256), softcap=2.0),
     "d256-99KB": dense("bf16", (1, 1), (50, 90), (256, 256), device="a10", deterministic=True),
+    "d128-99KB": dense("fp16", (2, 1), (70, 150), (128, 128), device="a10", mask=CAUSAL),
     "copy-4": dense("fp16", (1, 1), (33, 80), (34, 18), copy_bytes=4, mask=CAUSAL),
     "copy-2": dense("bf16", (1, 1), (70, 40), (33, 7), copy_bytes=2),
     "more-queries-causal": dense("fp16", (2, 1), (200, 60), (64, 64), mask=CAUSAL),
@@ -106,6 +108,7 @@ CASES: dict[str, Case] = {
     ),
     "simt-bf16-copy-2": dense("bf16", (1, 1), (40, 50), (33, 7), family="simt", copy_bytes=2),
     "simt-fp32-copy-4": dense("fp32", (1, 1), (40, 50), (35, 9), family="simt", copy_bytes=4),
+    "simt-bf16-d200": dense("bf16", (1, 1), (70, 30), (200, 200), family="simt"),
     "simt-fp32-d512": dense("fp32", (1, 1), (20, 30), (512, 512), family="simt"),
     "simt-fp64-d300-dv520": dense("fp64", (1, 1), (20, 40), (300, 520), family="simt"),
     "simt-d1024": dense("fp32", (1, 1), (9, 10), (1024, 16), family="simt", device="t4"),
@@ -271,3 +274,20 @@ def test_backward(case: Case, seed: int = 0) -> None:
 def test_any_order_of_warps(name: str, seed: int) -> None:
     test_forward(CASES[name], seed)
     test_backward(CASES[name], seed)
+
+
+def test_cases_run_every_tile() -> None:
+    """Whatever tile a plan for any named device has, some case here has run it."""
+
+    def tile(plan: Plan) -> tuple:
+        config = plan.steps[1 if plan.problem.direction == "backward" else 0].config
+        sizes = config.tile_q, config.tile_kv, config.threads, config.stages, config.dim_splits
+        return plan.family, plan.problem.direction, *sizes
+
+    run_here = {
+        tile(choose(replace(case.problem, direction=direction), named(case.device), case.family))
+        for case in CASES.values()
+        for direction in ("forward", "backward")
+    }
+    planned = {tile(plan) for device in NAMED.values() for problem in PROBLEMS for plan in plans(problem, device)}
+    assert planned - run_here == set()

@@ -41,6 +41,10 @@ def test_spills_count_in_both_directions():
     assert found(cubin=replace(CUBIN, spill_stores=8, spill_loads=12)) == ["spills 20 bytes, 0 are allowed"]
 
 
+def test_a_missing_report_counts():
+    assert found(cubin=replace(CUBIN, registers=0)) == ["the assembler reported no registers"]
+
+
 def test_registers_of_all_resident_blocks_count():
     assert found(replace(STEP, config=replace(STEP.config, threads=129))) == ["2 blocks need 65790 registers of 65536"]
 

@@ -161,10 +161,11 @@ def include_dir() -> Path:
     major = version()[0]
     candidates = []
     spec = importlib.util.find_spec("nvidia")
+    wheel = "cuda_runtime" if major == 12 else f"cu{major}"
     for base in spec.submodule_search_locations or () if spec else ():
-        candidates += [Path(base, f"cu{major}", "include"), Path(base, "cuda_runtime", "include")]
-    toolkit = os.environ.get("CUDA_PATH") or os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    candidates.append(Path(toolkit, "include"))
+        candidates.append(Path(base, wheel, "include"))
+    toolkits = os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"
+    candidates.append(Path(next(filter(None, toolkits)), "include"))
     for candidate in candidates:
         if all((candidate / name).is_file() for name in _CUDA_HEADERS):
             return candidate

@@ -1,0 +1,257 @@
+"""Who may import whom, in Python and in CUDA: each floor stands on the ones below it and knows none above."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from cuflash.jit import sources
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cuflash"
+KERNELS = sources.root()
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+HEADERS = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cu*"))
+
+GROUND = {"errors", "settings", "dtypes", "device", "arrays"}
+DESCRIPTIONS = GROUND | {"problem", "masks"}
+PARTS = DESCRIPTIONS | {"reference", "plan", "jit", "ops", "api", "__init__"}
+FLOORS = {
+    **dict.fromkeys(GROUND, GROUND),
+    "masks": GROUND,
+    "problem": GROUND | {"masks"},
+    "reference": DESCRIPTIONS | {"reference"},
+    "plan": DESCRIPTIONS | {"plan"},
+    "jit": DESCRIPTIONS | {"jit", "plan"},
+    "ops": DESCRIPTIONS | {"reference", "plan", "jit", "ops"},
+    "api": DESCRIPTIONS | {"ops", "api"},
+    "__init__": {"api", "errors"},
+    "bench": PARTS | {"bench"},
+    "cli": PARTS | {"bench", "cli"},
+    "__main__": {"cli"},
+}
+"""What each part of the package may import of it; ``__init__`` is ``import cuflash``. Only ``ops`` joins ``reference``
+with ``plan`` and ``jit``, for everything above it but the tools in ``bench`` and ``cli``."""
+
+LIBRARIES = {
+    **{name: {"numpy"} for name in FLOORS},
+    "settings": {"platformdirs"},
+    "dtypes": {"numpy", "ml_dtypes"},
+    "bench": {"numpy", "ml_dtypes", "rich"},
+    "cli": {"numpy", "rich", "typer"},
+}
+"""What each part may import from outside the standard library, at the top of a file."""
+
+MAY_USE_CUPY = {"device.py", "arrays.py", "jit/compile.py", "jit/kernel.py"}
+"""Files that import cupy, inside functions; bench and cli may as well."""
+
+
+class Import(NamedTuple):
+    name: str
+    """Dotted, with the imported name: ``cuflash.plan.plan.Config``."""
+    line: int
+    in_function: bool
+
+
+def imports(name: str) -> Iterator[Import]:
+    """Every import statement of a module of the package."""
+
+    def walk(node: ast.AST, in_function: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, child.lineno, in_function) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{name}:{child.lineno} imports relatively"
+                yield from (Import(f"{child.module}.{a.name}", child.lineno, in_function) for a in child.names)
+            yield from walk(child, in_function or isinstance(child, ast.FunctionDef | ast.Lambda))
+
+    return walk(ast.parse((PACKAGE / name).read_text()), False)
+
+
+def part(name: str) -> str:
+    """The part of the package a file belongs to: ``jit`` for ``jit/cache.py``, ``masks`` for ``masks.py``."""
+    return name.split("/")[0].removesuffix(".py")
+
+
+def imported_part(name: str) -> str:
+    """The part of the package an import names: ``jit`` for ``cuflash.jit.cache`` and for ``jit`` from ``cuflash``."""
+    words = name.split(".")
+    return words[1] if len(words) > 1 and words[1] in FLOORS else "__init__"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_floors_below_only(name):
+    allowed = FLOORS[part(name)]
+    wrong = [
+        f"{name}:{each.line} imports {each.name}"
+        for each in imports(name)
+        if each.name.split(".")[0] == "cuflash" and imported_part(each.name) not in allowed
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_its_libraries_only(name):
+    wrong = []
+    for each in imports(name):
+        library = each.name.split(".")[0]
+        if library == "cupy":
+            here = name in MAY_USE_CUPY or part(name) in ("bench", "cli")
+            fine = here and each.in_function
+        else:
+            fine = library in {"cuflash", *sys.stdlib_module_names, *LIBRARIES[part(name)]}
+        if not fine:
+            wrong.append(f"{name}:{each.line} imports {each.name}")
+    assert not wrong
+
+
+def words(name: str) -> set[str]:
+    """Every name and attribute that the code of a module speaks of."""
+    nodes = list(ast.walk(ast.parse((PACKAGE / name).read_text())))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return used | {word for each in imports(name) for word in each.name.split(".")}
+
+
+@pytest.mark.parametrize(
+    "word, home",
+    [("nvrtc", "jit/compile.py"), ("RawModule", "jit/kernel.py"), ("createProgram", "jit/compile.py")],
+)
+def test_one_module_only_knows(word, home):
+    assert [name for name in MODULES if word in words(name)] == [home]
+
+
+def test_jit_knows_the_types_of_a_plan_and_nothing_else_of_it():
+    taken = {each.name for name in MODULES if part(name) == "jit" for each in imports(name)}
+    assert {name for name in taken if name.startswith("cuflash.plan")} == {
+        "cuflash.plan.plan.Config",
+        "cuflash.plan.plan.Step",
+    }
+
+
+def test_every_part_of_the_package_has_a_floor():
+    assert {part(name) for name in MODULES} == FLOORS.keys()
+
+
+def test_only_the_bench_imports_by_name():
+    assert {part(name) for name in MODULES if words(name) & {"import_module", "__import__"}} == {"bench"}
+
+
+VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "core", "base"}
+
+
+def test_no_file_has_a_vague_name():
+    wrong = [name for name in (*MODULES, *HEADERS) if VAGUE & set(re.split(r"[/._]", name))]
+    assert not wrong
+
+
+def test_import_is_light():
+    script = (
+        "import sys, time\n"
+        "start = time.process_time()\n"  # of this process, so that a busy machine does not count
+        "import cuflash\n"
+        "print(time.process_time() - start)\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))\n"
+    )
+    times = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds, modules = done.stdout.splitlines()
+        times.append(float(seconds))
+        assert "cuflash" in modules.split()
+        heavy = {"cupy", "cupy_backends", "torch", "jax", "typer", "rich", "concurrent", "multiprocessing"}
+        assert not heavy & set(modules.split())
+    assert statistics.median(times) < 0.3
+
+
+# Kernels
+
+POLICIES = {"attention/sequence.cuh"}
+"""Policies that tiles may speak of: whose rows they are."""
+KERNEL_FLOORS = {
+    "std.cuh": set(),
+    "element.cuh": {"std.cuh"},
+    "params.cuh": {"std.cuh"},
+    "ptx": {"std.cuh", "element.cuh", "params.cuh"},
+    "tile": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", *POLICIES},
+    "attention": {"std.cuh", "element.cuh", "params.cuh", "attention"},
+    "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
+    "backward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
+}
+CUDA_HEADERS = {"element.cuh": {"cuda_fp16.h", "cuda_bf16.h"}, "std.cuh": {"cmath", "cstddef"}}
+"""The only headers from outside, ``std.cuh``'s for host compilers alone."""
+
+
+def code(name: str) -> str:
+    """A kernel file without its comments."""
+    return re.sub(r"//.*|/\*[^*]*\*/", "", (KERNELS / name).read_text())
+
+
+def included(name: str) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*"([^"]+)"', code(name), flags=re.MULTILINE)
+
+
+def included_from_outside(name: str) -> set[str]:
+    return set(re.findall(r"^\s*#\s*include\s*<([^>]+)>", code(name), flags=re.MULTILINE))
+
+
+FLOOR_HEADERS = [name for name in HEADERS if name.split("/")[0] in KERNEL_FLOORS]
+
+
+def test_every_kernel_file_has_a_floor():
+    assert set(HEADERS) - set(FLOOR_HEADERS) == {n for n in HEADERS if n.startswith("entry/")} | {"config.example.cuh"}
+
+
+@pytest.mark.parametrize("name", FLOOR_HEADERS)
+def test_header_includes_floors_below_only(name):
+    allowed = KERNEL_FLOORS[name.split("/")[0]]
+    assert not [each for each in included(name) if each not in allowed and each.split("/")[0] not in allowed]
+    assert all((KERNELS / each).is_file() for each in included(name))
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_header_includes_nothing_from_outside(name):
+    assert included_from_outside(name) == CUDA_HEADERS.get(name, set())
+
+
+def test_host_headers_are_for_host_compilers_alone():
+    device, host = re.split(r"^#else.*$", code("std.cuh").split("#ifdef __CUDACC__")[1], maxsplit=1, flags=re.MULTILINE)
+    assert "#include" not in device
+    assert all(f"<{name}>" in host.split("#endif")[0] for name in CUDA_HEADERS["std.cuh"])
+
+
+@pytest.mark.parametrize("name", [name for name in HEADERS if name.startswith("entry/")])
+def test_entry_joins_a_config_and_one_kernel(name):
+    config, kernel = included(name)
+    assert config == "config.cuh"
+    assert re.fullmatch(r"(forward|backward)/\w+\.cuh", kernel)
+    assert (KERNELS / kernel).is_file()
+    assert re.findall(r"(\w+)\(const __grid_constant__ cuflash::\w+ params\)", code(name)) == [Path(name).stem]
+
+
+MACHINE = r"\b(asm|__asm__|threadIdx|blockIdx|blockDim|gridDim|__shared__|__sync\w+|__shfl\w*|atomic\w+)\b"
+
+
+@pytest.mark.parametrize("name", [name for name in HEADERS if not name.startswith("ptx/")])
+def test_instructions_are_named_in_ptx_only(name):
+    assert not re.findall(MACHINE, code(name))
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_no_architecture_is_asked_for(name):
+    """A kernel for another architecture is another file."""
+    assert "__CUDA_ARCH__" not in code(name)
+
+
+@pytest.mark.parametrize("name", [name for name in HEADERS if name.endswith(".cuh")])
+def test_header_is_read_once(name):
+    directives = [line for line in code(name).splitlines() if line.strip()]
+    assert directives[0] == "#pragma once"
