@@ -2,6 +2,7 @@
 
 from cuflash.api.explain import explain
 from cuflash.api.flash import (
+    Gradients,
     flash_attn_backward,
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -17,6 +18,7 @@ from cuflash.generator import PhiloxGenerator, manual_seed
 
 __all__ = [
     "CompileError",
+    "Gradients",
     "InvalidArgument",
     "PhiloxGenerator",
     "UnsupportedProblem",

@@ -101,6 +101,10 @@ class CuPy:
         """Where launches and allocations for the device belong."""
         return self._here if self._current_device() == device else self._cupy.cuda.Device(device)
 
+    def is_capturing(self) -> bool:
+        """Whether the current stream records a graph."""
+        return self._cupy.cuda.get_current_stream().is_capturing()
+
     def dtype(self, dtype: np.dtype) -> Any:
         """The framework's own name of a dtype."""
         return dtype
@@ -168,6 +172,10 @@ class Torch:
         if cuda.runtime.getDevice() == device and cuda.get_current_stream().ptr == stream:
             return self._here
         return _on_stream(device, stream)
+
+    def is_capturing(self) -> bool:
+        """Whether torch's current stream records a graph."""
+        return self._torch.cuda.is_current_stream_capturing()
 
     def dtype(self, dtype: np.dtype) -> Any:
         """The framework's own name of a dtype."""

@@ -19,6 +19,10 @@ class PhiloxGenerator:
 
     Draws on the same seed and offset are equal on every backend. All methods may be called from several threads.
 
+    The state is kept on the host, where drawing costs nothing, until `to_device` moves it to a GPU. From there on
+    kernels advance it, also those of a captured CUDA graph at every replay. Calls on streams that run side by side then
+    need generators of their own, and the methods that read or change the state wait for the GPU.
+
     Parameters
     ----------
     seed : int, optional
@@ -42,6 +46,7 @@ class PhiloxGenerator:
 
     def __init__(self, seed: int | None = None, offset: int = 0) -> None:
         self._lock = threading.Lock()
+        self._array: Any = None  # CuPy (2,) uint64, where the state is on a GPU
         self._set(secrets.randbits(64) if seed is None else seed, offset)
 
     @classmethod
@@ -61,7 +66,7 @@ class PhiloxGenerator:
     def state(self) -> tuple[int, int]:
         """(seed, offset) of the next draw."""
         with self._lock:
-            return self._seed, self._offset
+            return self._load()
 
     def next(self, increment: int) -> tuple[int, int]:
         """Return (seed, offset) for a draw of `increment` numbers; move on by as many, up to a multiple of 4."""
@@ -70,9 +75,35 @@ class PhiloxGenerator:
                 f"increment is {increment!r}; expected an integer from 0 to 2**64 - 1. Pass how many numbers are drawn."
             )
         with self._lock:
-            state = self._seed, self._offset
-            self._offset = (self._offset + (int(increment) + 3) // 4 * 4) % 2**64
-        return state
+            seed, offset = self._load()
+            self._store(seed, (offset + (int(increment) + 3) // 4 * 4) % 2**64)
+        return seed, offset
+
+    def to_device(self, device: int | None = None) -> PhiloxGenerator:
+        """Keep the state in the memory of a GPU from now on; returns the generator.
+
+        Call it before a CUDA graph with dropout is captured. The graph then draws fresh numbers at every replay.
+
+        Parameters
+        ----------
+        device : int, optional
+            Number of the GPU, CuPy's current one by default.
+        """
+        import cupy
+
+        with self._lock:
+            ordinal = cupy.cuda.Device().id if device is None else device
+            if self._array is None or self._array.device.id != ordinal:  # captured graphs know the address
+                state = self._load()
+                with cupy.cuda.Device(ordinal):
+                    self._array = cupy.empty(2, np.uint64)
+                self._store(*state)
+        return self
+
+    def address(self, device: int) -> int:
+        """Where a GPU keeps the state, for kernels to advance it; 0 if it is elsewhere."""
+        array = self._array
+        return array.data.ptr if array is not None and array.data.device_id == device else 0
 
     def manual_seed(self, seed: int) -> PhiloxGenerator:
         """Start again at `seed`, offset 0; returns the generator."""
@@ -102,7 +133,23 @@ class PhiloxGenerator:
                 f"offset is {offset!r}; expected a multiple of 4 from 0 to 2**64 - 4. Round it up to one."
             )
         with self._lock:
-            self._seed, self._offset = int(seed), int(offset)
+            self._store(int(seed), int(offset))
+
+    def _load(self) -> tuple[int, int]:
+        if self._array is None:
+            return self._host
+        with self._array.device as device:
+            device.synchronize()
+            return tuple(self._array.get().tolist())
+
+    def _store(self, seed: int, offset: int) -> None:
+        if self._array is None:
+            self._host = seed, offset
+            return
+        with self._array.device as device:
+            device.synchronize()
+            self._array.set(np.array((seed, offset), np.uint64))
+            device.synchronize()
 
     def __reduce__(self) -> tuple[type[PhiloxGenerator], tuple[int, int]]:
         return type(self), self.state

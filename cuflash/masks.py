@@ -13,8 +13,8 @@ class Mask:
     """Query row ``i`` sees key ``j`` iff ``i + off - left <= j <= i + off + right``, for ``0 <= j < len_kv``.
 
     ``off`` is ``len_kv - len_q`` of the sequence at hand for ``bottom-right`` (the last query sees the last key) and
-    0 for ``top-left``. A side that is None is unbounded; causal attention is ``right = 0``. With ``tensor`` a boolean array
-    (True = take part) given at the call must let an element through as well.
+    0 for ``top-left``. A side that is None is unbounded; causal attention is ``right = 0``. With ``tensor`` a boolean
+    array (True = take part) given at the call must let an element through as well.
 
     ``Mask()`` lets every query see every key.
     """

@@ -22,18 +22,20 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 HEADERS = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cu*"))
 
 GROUND = {"errors", "settings", "dtypes", "device", "arrays"}
-DESCRIPTIONS = GROUND | {"problem", "masks"}
+DESCRIPTIONS = GROUND | {"problem", "masks", "dropout", "generator"}
 PARTS = DESCRIPTIONS | {"reference", "plan", "jit", "ops", "api", "__init__"}
 FLOORS = {
     **dict.fromkeys(GROUND, GROUND),
     "masks": GROUND,
-    "problem": GROUND | {"masks"},
+    "dropout": GROUND,
+    "generator": GROUND,
+    "problem": GROUND | {"masks", "dropout"},
     "reference": DESCRIPTIONS | {"reference"},
     "plan": DESCRIPTIONS | {"plan"},
     "jit": DESCRIPTIONS | {"jit", "plan"},
     "ops": DESCRIPTIONS | {"reference", "plan", "jit", "ops"},
     "api": DESCRIPTIONS | {"ops", "api"},
-    "__init__": {"api", "errors"},
+    "__init__": {"api", "errors", "generator"},
     "bench": PARTS | {"bench"},
     "cli": PARTS | {"bench", "cli"},
     "__main__": {"cli"},
@@ -50,7 +52,7 @@ LIBRARIES = {
 }
 """What each part may import from outside the standard library, at the top of a file."""
 
-MAY_USE_CUPY = {"device.py", "arrays.py", "jit/compile.py", "jit/kernel.py"}
+MAY_USE_CUPY = {"device.py", "arrays.py", "generator.py", "jit/compile.py", "jit/kernel.py"}
 """Files that import cupy, inside functions; bench and cli may as well."""
 
 
@@ -184,7 +186,7 @@ KERNEL_FLOORS = {
     "tile": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", *POLICIES},
     "attention": {"std.cuh", "element.cuh", "params.cuh", "attention"},
     "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
-    "backward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
+    "backward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention", "backward/bias.cuh"},
 }
 CUDA_HEADERS = {"element.cuh": {"cuda_fp16.h", "cuda_bf16.h"}, "std.cuh": {"cmath", "cstddef"}}
 """The only headers from outside, ``std.cuh``'s for host compilers alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cuflash import ops
+from cuflash.dropout import Scheme
 from cuflash.masks import Alignment
 from cuflash.ops import Options
 from cuflash.problem import Problem
@@ -27,8 +28,15 @@ def explain(
     cu_seqlens_k: Array | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    seqused_q: Array | None = None,
     seqused_k: Array | None = None,
+    alibi_slopes: Array | None = None,
+    attn_bias: Array | None = None,
+    sink: Array | None = None,
+    dropout_p: float = 0.0,
+    dropout_scheme: Scheme = "byte",
     deterministic: bool = False,
+    bias_grad: bool = False,
     device: str | None = None,
     backward: bool = False,
 ) -> object:
@@ -41,12 +49,14 @@ def explain(
         `cuflash.problem.Problem`, which says everything but the device.
     k, v : array
         Keys and values.
-    softmax_scale, causal, window_size, softcap, alignment, attn_mask
-        As for `flash_attn_vjp`.
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
+    softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
+        As for `flash_attn_func`.
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
         As for `flash_attn_varlen_func`.
-    deterministic : bool
-        As for `flash_attn_backward`; acts with ``backward=True``.
+    dropout_p, dropout_scheme
+        As for `flash_attn_func`.
+    deterministic, bias_grad : bool
+        As for `flash_attn_backward`; act with ``backward=True``.
     device : str, optional
         A GPU by name or architecture (``"h100"``, ``"sm_90a"``), which need not be there; the arrays' own by default.
         Needed for NumPy arrays and for a Problem.
@@ -72,6 +82,9 @@ def explain(
     forward fp16 b1 h8 s1024x1024 d64 causal on NVIDIA H100 (sm_90a)
     ...
     """
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, deterministic, max_seqlen_q, max_seqlen_k)
-    arrays = (k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    dropout = dropout_p, dropout_scheme, False
+    gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    arrays = (k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     return ops.explain(q, arrays, options, device, backward)

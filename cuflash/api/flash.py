@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from cuflash import ops
-from cuflash.api.served import refuse_unserved
-from cuflash.errors import InvalidArgument
+from cuflash.dropout import Scheme
+from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.generator import PhiloxGenerator
 from cuflash.masks import Alignment
-from cuflash.ops import Options
+from cuflash.ops import Gradients, Options
 
 Array = Any
 """An array of NumPy, CuPy, torch, JAX or another library that speaks DLPack."""
+Generator = PhiloxGenerator | tuple[int, int] | None
+"""What dropout draws from."""
 
 
 def flash_attn_func(
@@ -29,9 +32,16 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     alignment: Alignment = "bottom-right",
+    attn_mask: Array | None = None,
+    attn_bias: Array | None = None,
+    sink: Array | None = None,
+    generator: Generator = None,
+    dropout_scheme: Scheme = "byte",
+    unbiased_dropout: bool = False,
     return_lse: bool = False,
+    return_rng_state: bool = False,
     out: Array | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array | None, ...]:
     """Exact attention, ``softmax(softmax_scale * q @ k.T) @ v`` per head, in memory that grows with the lengths only.
 
     NumPy arrays are computed on the CPU. CuPy arrays run kernels on the current stream, torch tensors on CUDA devices
@@ -59,7 +69,8 @@ def flash_attn_func(
     v : array, (b, len_kv, heads_kv, dim_v)
         Values.
     dropout_p : float
-        Must be 0: dropout is not supported yet.
+        Chance from 0 to below 1 with which a probability is dropped, after the softmax; the others are divided by
+        ``1 - dropout_p``. The log-sum-exp is not affected.
     softmax_scale : float, optional
         Factor of ``q @ k.T``, of any sign; ``dim_qk ** -0.5`` by default.
     causal : bool
@@ -68,8 +79,9 @@ def flash_attn_func(
         How many keys before and after its own a query sees; -1 is unbounded.
     softcap : float
         Scores become ``softcap * tanh(score / softcap)``; 0 leaves them alone.
-    alibi_slopes : None
-        Must be None: ALiBi is not supported yet.
+    alibi_slopes : array of float32, (heads_q,) or (b, heads_q), optional
+        ``slope * |i + len_kv - len_q - j|`` is taken off the score of query ``i`` and key ``j``, after the soft cap;
+        ``slope * |i - j|`` with ``alignment="top-left"``. The log-sum-exp includes it.
     deterministic : bool
         The forward gives the same bits on every run either way; the flag acts in `flash_attn_backward` and
         `flash_attn_vjp`.
@@ -78,8 +90,27 @@ def flash_attn_func(
     alignment : {"bottom-right", "top-left"}
         Which key is a query's own: with ``bottom-right`` the last query's is the last key, with ``top-left`` the first
         query's is the first key.
+    attn_mask : array of bool, optional
+        True where a query and a key take part, if `causal` and `window_size` let them too; broadcasts to
+        (b, heads_q, len_q, len_kv).
+    attn_bias : array, optional
+        Added to the scores after the soft cap, in the dtype of q or float32; broadcasts to
+        (b, heads_q, len_q, len_kv), and may lie in memory in any way. -inf hides a key.
+    sink : array of float32, (heads_q,), optional
+        Logits that take part in the softmax of every query, and in the log-sum-exp, but have no value.
+    generator : PhiloxGenerator or (int, int), optional
+        What dropout draws from: a generator, which moves on, or a seed and an offset. By default the generator that
+        `manual_seed` seeds.
+    dropout_scheme : {"byte", "word"}
+        How random numbers decide. ``byte`` spends 8 bits on a probability and keeps the same ones as PyTorch's flash
+        kernels for the same seed and offset, at chances that are multiples of 1/256. ``word`` spends 32 bits, as
+        PyTorch's memory-efficient kernels.
+    unbiased_dropout : bool
+        With ``byte``, divide by the chance of keeping that 8 bits really give, instead of ``1 - dropout_p``.
     return_lse : bool
         Also return the log-sum-exp.
+    return_rng_state : bool
+        Also return the seed and offset that dropout drew with, which `flash_attn_backward` needs.
     out : array, (b, len_q, heads_q, dim_v), optional
         Written and returned instead of a new array; NumPy, CuPy and torch only. May not overlap q, k or v.
 
@@ -90,6 +121,9 @@ def flash_attn_func(
     lse : array, (b, heads_q, len_q)
         With `return_lse`: natural logarithm of the sum of exponentials of each query's scores, in float32 (float64 for
         float64 tensors).
+    rng_state : array of uint64, (2,)
+        With `return_rng_state`: seed and offset, None without dropout. The same 16 bytes are (4,) uint32 for JAX and
+        other DLPack libraries.
 
     Raises
     ------
@@ -101,8 +135,9 @@ def flash_attn_func(
     Notes
     -----
     Calls on a GPU return before it is done. Once a first call has compiled its kernels, a call can be captured in a
-    CUDA graph. Scratch memory and new arrays come from torch's allocator for torch and from CuPy's for all others;
-    CuPy's does not know of graphs, so capture with a ``cupy.cuda.MemoryPool`` that lives as long as the graph.
+    CUDA graph; one with dropout needs a generator whose state is on the GPU, see `PhiloxGenerator.to_device`. Scratch
+    memory and new arrays come from torch's allocator for torch and from CuPy's for all others; CuPy's does not know of
+    graphs, so capture with a ``cupy.cuda.MemoryPool`` that lives as long as the graph.
 
     Examples
     --------
@@ -113,10 +148,15 @@ def flash_attn_func(
     >>> cuflash.flash_attn_func(q, k, v, causal=True).shape
     (1, 3, 2, 5)
     """
-    refuse_unserved(dropout_p, alibi_slopes, return_attn_probs)
-    options = Options(softmax_scale, causal, window_size, softcap, alignment)
-    out, lse = ops.forward(options, q, k, v, out=out)
-    return (out, lse) if return_lse else out
+    if return_attn_probs:
+        raise _probabilities()
+    options = Options(
+        softmax_scale, causal, window_size, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout
+    )
+    found = ops.forward(
+        options, q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink, out, generator
+    )
+    return _asked(found, return_lse, return_rng_state)
 
 
 def flash_attn_kvpacked_func(
@@ -130,11 +170,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    *,
-    alignment: Alignment = "bottom-right",
-    return_lse: bool = False,
-    out: Array | None = None,
-) -> Array | tuple[Array, Array]:
+    **keywords: Any,
+) -> Array | tuple[Array | None, ...]:
     """`flash_attn_func` of keys and values in one array.
 
     Parameters
@@ -145,8 +182,8 @@ def flash_attn_kvpacked_func(
         Keys, then values.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
-    alignment, return_lse, out
-        As for `flash_attn_func`.
+    **keywords
+        The keywords of `flash_attn_func`.
 
     Returns
     -------
@@ -160,7 +197,7 @@ def flash_attn_kvpacked_func(
     """
     k, v = _unpacked("kv", kv, ("b", "s", "2", "h", "d"))
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, alignment=alignment, return_lse=return_lse, out=out)
+    return flash_attn_func(q, k, v, *options, **keywords)
 
 
 def flash_attn_qkvpacked_func(
@@ -173,11 +210,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    *,
-    alignment: Alignment = "bottom-right",
-    return_lse: bool = False,
-    out: Array | None = None,
-) -> Array | tuple[Array, Array]:
+    **keywords: Any,
+) -> Array | tuple[Array | None, ...]:
     """`flash_attn_func` of queries, keys and values in one array.
 
     Parameters
@@ -186,8 +220,8 @@ def flash_attn_qkvpacked_func(
         Queries, then keys, then values.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
-    alignment, return_lse, out
-        As for `flash_attn_func`.
+    **keywords
+        The keywords of `flash_attn_func`.
 
     Returns
     -------
@@ -201,7 +235,7 @@ def flash_attn_qkvpacked_func(
     """
     q, k, v = _unpacked("qkv", qkv, ("b", "s", "3", "h", "d"))
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, alignment=alignment, return_lse=return_lse, out=out)
+    return flash_attn_func(q, k, v, *options, **keywords)
 
 
 def flash_attn_varlen_func(
@@ -222,10 +256,18 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     *,
     alignment: Alignment = "bottom-right",
+    seqused_q: Array | None = None,
     seqused_k: Array | None = None,
+    attn_mask: Array | None = None,
+    attn_bias: Array | None = None,
+    sink: Array | None = None,
+    generator: Generator = None,
+    dropout_scheme: Scheme = "byte",
+    unbiased_dropout: bool = False,
     return_lse: bool = False,
+    return_rng_state: bool = False,
     out: Array | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array | None, ...]:
     """Attention of sequences of different lengths, packed one after the other without padding.
 
     Each sequence attends to its own keys, with masks aligned to its own lengths. Rows after the last sequence have
@@ -247,10 +289,14 @@ def flash_attn_varlen_func(
         the device once, and cannot be captured in a graph. Given, values on a GPU are trusted.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
-    alignment, return_lse
+    alignment, sink, generator, dropout_scheme, unbiased_dropout, return_lse, return_rng_state
         As for `flash_attn_func`.
-    seqused_k : array of int32, (b,), optional
-        How many keys of each sequence, from its first, take part; the others are not read.
+    seqused_q, seqused_k : array of int32, (b,), optional
+        How many queries and keys of each sequence, from its first, take part; the others are not read. Masks are
+        aligned to these lengths. Queries that take no part have output 0 and log-sum-exp -inf.
+    attn_mask, attn_bias : array, optional
+        As for `flash_attn_func`, of the shape (b, heads_q, max_seqlen_q, max_seqlen_k): row and column count from the
+        first query and key of each sequence. The ``word`` scheme of dropout numbers probabilities by this shape.
     out : array, (total_q, heads_q, dim_v), optional
         Written and returned instead of a new array.
 
@@ -260,6 +306,8 @@ def flash_attn_varlen_func(
         In the dtype of q.
     lse : array, (heads_q, total_q)
         With `return_lse`, as for `flash_attn_func`.
+    rng_state : array of uint64, (2,)
+        With `return_rng_state`, as for `flash_attn_func`.
 
     Raises
     ------
@@ -275,11 +323,15 @@ def flash_attn_varlen_func(
     >>> cuflash.flash_attn_varlen_func(x, x, x, starts, starts, causal=True).shape
     (5, 2, 4)
     """
-    refuse_unserved(dropout_p, alibi_slopes, return_attn_probs)
+    if return_attn_probs:
+        raise _probabilities()
     _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, False, max_seqlen_q, max_seqlen_k)
-    out, lse = ops.forward(options, q, k, v, None, cu_seqlens_q, cu_seqlens_k, seqused_k, out)
-    return (out, lse) if return_lse else out
+    longest = max_seqlen_q, max_seqlen_k
+    dropout = dropout_p, dropout_scheme, unbiased_dropout
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, False, *longest)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    found = ops.forward(options, q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink, out, generator)
+    return _asked(found, return_lse, return_rng_state)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -297,12 +349,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    *,
-    alignment: Alignment = "bottom-right",
-    seqused_k: Array | None = None,
-    return_lse: bool = False,
-    out: Array | None = None,
-) -> Array | tuple[Array, Array]:
+    **keywords: Any,
+) -> Array | tuple[Array | None, ...]:
     """`flash_attn_varlen_func` of keys and values in one array.
 
     Parameters
@@ -311,12 +359,12 @@ def flash_attn_varlen_kvpacked_func(
         Queries of all sequences.
     kv : array, (total_kv, 2, heads_kv, dim)
         Keys, then values.
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         As for `flash_attn_varlen_func`.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
-    alignment, return_lse, out
-        As for `flash_attn_varlen_func`.
+    **keywords
+        The keywords of `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -331,9 +379,7 @@ def flash_attn_varlen_kvpacked_func(
     k, v = _unpacked("kv", kv, ("total", "2", "h", "d"))
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(
-        q, k, v, *lengths, *options, alignment=alignment, seqused_k=seqused_k, return_lse=return_lse, out=out
-    )
+    return flash_attn_varlen_func(q, k, v, *lengths, *options, **keywords)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -348,11 +394,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    *,
-    alignment: Alignment = "bottom-right",
-    return_lse: bool = False,
-    out: Array | None = None,
-) -> Array | tuple[Array, Array]:
+    **keywords: Any,
+) -> Array | tuple[Array | None, ...]:
     """`flash_attn_varlen_func` of queries, keys and values in one array.
 
     Parameters
@@ -365,8 +408,8 @@ def flash_attn_varlen_qkvpacked_func(
         At least as long as the longest sequence; None reads `cu_seqlens`, as in `flash_attn_varlen_func`.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
-    alignment, return_lse, out
-        As for `flash_attn_varlen_func`.
+    **keywords
+        The keywords of `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -381,7 +424,7 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = _unpacked("qkv", qkv, ("total", "3", "h", "d"))
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options, alignment=alignment, return_lse=return_lse, out=out)
+    return flash_attn_varlen_func(q, k, v, *lengths, *options, **keywords)
 
 
 def flash_attn_backward(
@@ -402,14 +445,23 @@ def flash_attn_backward(
     cu_seqlens_k: Array | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    seqused_q: Array | None = None,
     seqused_k: Array | None = None,
+    alibi_slopes: Array | None = None,
+    attn_bias: Array | None = None,
+    sink: Array | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Array | None = None,
+    dropout_scheme: Scheme = "byte",
+    unbiased_dropout: bool = False,
     deterministic: bool = False,
+    bias_grad: bool = False,
     dlse: Array | None = None,
     dq: Array | None = None,
     dk: Array | None = None,
     dv: Array | None = None,
-) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v, given those of the output.
+) -> tuple[Array, Array, Array] | Gradients:
+    """Gradients of q, k and v, and of a bias and a sink, given those of the output.
 
     Parameters
     ----------
@@ -420,14 +472,18 @@ def flash_attn_backward(
     out, lse : array
         What the forward returned for them with ``return_lse=True``. Both -inf and +inf in `lse` mark a query that sees
         no key.
-    softmax_scale, causal, window_size, softcap, alignment
+    softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As in the forward.
-    attn_mask : array of bool, optional
-        True where a query and a key take part; broadcasts to (b, heads_q, len_q, len_kv).
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
         As in `flash_attn_varlen_func`.
+    dropout_p, dropout_scheme, unbiased_dropout
+        As in the forward.
+    rng_state : array of uint64, (2,), optional
+        What the forward returned with ``return_rng_state=True``; needed with dropout.
     deterministic : bool
         Give the same bits on every run, for some of the speed.
+    bias_grad : bool
+        Also compute the gradient of `attn_bias`, whose broadcast axes must then have size 1.
     dlse : array, shaped like `lse`, optional
         Gradient of the log-sum-exp; zero by default.
     dq, dk, dv : array, optional
@@ -437,15 +493,21 @@ def flash_attn_backward(
     -------
     dq, dk, dv : array
         Shaped and typed like q, k and v. Where nothing is visible they are 0.
+    Gradients
+        Instead, with `bias_grad` or a sink: the same with the fields `dbias` and `dsink`, in float32 (dbias of float64
+        tensors in float64), None where not asked for.
 
     Raises
     ------
     InvalidArgument, UnsupportedProblem
         As `flash_attn_func`.
     """
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, deterministic, max_seqlen_q, max_seqlen_k)
-    masks = (attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    return ops.backward(options, q, k, v, *masks, out, dout, lse, dlse, dq, dk, dv)
+    dropout = dropout_p, dropout_scheme, unbiased_dropout
+    gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    features = alibi_slopes, attn_bias, sink, rng_state
+    return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, dq, dk, dv)
 
 
 def flash_attn_vjp(
@@ -463,10 +525,19 @@ def flash_attn_vjp(
     cu_seqlens_k: Array | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    seqused_q: Array | None = None,
     seqused_k: Array | None = None,
+    alibi_slopes: Array | None = None,
+    attn_bias: Array | None = None,
+    sink: Array | None = None,
+    dropout_p: float = 0.0,
+    generator: Generator = None,
+    dropout_scheme: Scheme = "byte",
+    unbiased_dropout: bool = False,
     deterministic: bool = False,
+    bias_grad: bool = False,
     return_lse: bool = False,
-) -> tuple[Any, Callable[..., tuple[Array, Array, Array]]]:
+) -> tuple[Any, Callable[..., tuple[Array, Array, Array] | Gradients]]:
     """Attention and the function that pulls gradients back through it.
 
     Parameters
@@ -474,14 +545,16 @@ def flash_attn_vjp(
     q, k, v : array
         (b, s, h, d), or packed (total, h, d) when `cu_seqlens_q` is given. They, the output and the log-sum-exp are
         kept until the pullback is dropped.
-    softmax_scale, causal, window_size, softcap, alignment
+    softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As for `flash_attn_func`.
-    attn_mask : array of bool, optional
-        True where a query and a key take part; broadcasts to (b, heads_q, len_q, len_kv).
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
         As for `flash_attn_varlen_func`.
+    dropout_p, generator, dropout_scheme, unbiased_dropout
+        As for `flash_attn_func`; the pullback drops what the forward dropped.
     deterministic : bool
         Make the pullback give the same bits on every run, for some of the speed.
+    bias_grad : bool
+        Let the pullback return the gradient of `attn_bias` too.
     return_lse : bool
         Also return the log-sum-exp.
 
@@ -490,7 +563,8 @@ def flash_attn_vjp(
     out : array
         As from `flash_attn_func`; (out, lse) with `return_lse`.
     pullback : callable
-        ``pullback(dout, dlse=None) -> (dq, dk, dv)``.
+        ``pullback(dout, dlse=None) -> (dq, dk, dv)``, or `Gradients` with `bias_grad` or a sink, as
+        `flash_attn_backward`.
 
     Raises
     ------
@@ -505,9 +579,28 @@ def flash_attn_vjp(
     >>> out, pullback = cuflash.flash_attn_vjp(q, k, v, causal=True)
     >>> dq, dk, dv = pullback(np.ones_like(out))
     """
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, deterministic, max_seqlen_q, max_seqlen_k)
-    out, lse, pullback = ops.vjp(options, q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    dropout = dropout_p, dropout_scheme, unbiased_dropout
+    gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
+    out, lse, pullback = ops.vjp(options, arrays, generator)
     return ((out, lse) if return_lse else out), pullback
+
+
+def _asked(found: tuple[Array, ...], return_lse: bool, return_rng_state: bool) -> Array | tuple[Array | None, ...]:
+    """Of (out, lse) or (out, lse, rng_state), what the caller wants."""
+    if return_rng_state:
+        rng_state = found[2] if len(found) == 3 else None
+        return (*found[:2], rng_state) if return_lse else (found[0], rng_state)
+    return found[:2] if return_lse else found[0]
+
+
+def _probabilities() -> UnsupportedProblem:
+    return UnsupportedProblem(
+        "return_attn_probs is True; probabilities are never stored. "
+        "Pass return_lse=True for the log-sum-exp, with which exp(scores - lse) gives them."
+    )
 
 
 def _unpacked(name: str, x: Array, axes: tuple[str, ...]) -> list[Array]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cuflash import ops
-from cuflash.api.served import refuse_unserved
-from cuflash.errors import UnsupportedProblem
+from cuflash.api.flash import Array, Generator
+from cuflash.dropout import Scheme
 from cuflash.ops import Options
-
-Array = Any
 
 
 def scaled_dot_product_attention(
@@ -22,6 +18,9 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    generator: Generator = None,
+    dropout_scheme: Scheme = "byte",
+    unbiased_dropout: bool = False,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -40,17 +39,19 @@ def scaled_dot_product_attention(
         Keys.
     value : array, (b, heads_kv, len_kv, dim_v)
         Values.
-    attn_mask : array of bool, optional
-        True where a query and a key take part; broadcasts to (b, heads_q, len_q, len_kv). Not with `is_causal`. Masks
-        of numbers to add are not supported yet.
+    attn_mask : array, optional
+        Broadcasts to (b, heads_q, len_q, len_kv). bool: True where a query and a key take part. Numbers, in the dtype
+        of query or float32: added to the scores; -inf hides a key.
     dropout_p : float
-        Must be 0: dropout is not supported yet.
+        Chance from 0 to below 1 with which a probability is dropped; the others are divided by ``1 - dropout_p``.
     is_causal : bool
-        Query ``i`` sees keys 0 to ``i``.
+        Query ``i`` sees keys 0 to ``i`` at most, next to what `attn_mask` says.
     scale : float, optional
         Factor of ``query @ key.T``, of any sign; ``dim_qk ** -0.5`` by default.
     enable_gqa : bool
         Let heads_q be a multiple of heads_kv; query head ``h`` then uses key/value head ``h // (heads_q // heads_kv)``.
+    generator, dropout_scheme, unbiased_dropout
+        As for `flash_attn_func`.
     return_lse : bool
         Also return the log-sum-exp.
     out : array, (b, heads_q, len_q, dim_v), optional
@@ -79,12 +80,11 @@ def scaled_dot_product_attention(
     >>> cuflash.scaled_dot_product_attention(x, x, x, is_causal=True).shape
     (1, 2, 3, 4)
     """
-    refuse_unserved(dropout_p)
-    if "float" in str(getattr(attn_mask, "dtype", "")):
-        raise UnsupportedProblem(
-            f"attn_mask is {attn_mask.dtype}; masks of numbers to add to the scores are not supported yet. "
-            "Pass a boolean mask, True where a query and a key take part."
-        )
-    options = Options(scale, is_causal, alignment="top-left", enable_gqa=enable_gqa, sdpa=True)
-    out, lse = ops.forward(options, query, key, value, attn_mask, out=out)
-    return (out, lse) if return_lse else out
+    options = Options(
+        scale, is_causal, (-1, -1), 0.0, "top-left", dropout_p, dropout_scheme, unbiased_dropout,
+        enable_gqa=enable_gqa, sdpa=True,
+    )  # fmt: skip
+    numbers = "float" in str(getattr(attn_mask, "dtype", ""))
+    mask, bias = (None, attn_mask) if numbers else (attn_mask, None)
+    found = ops.forward(options, query, key, value, mask, attn_bias=bias, out=out, generator=generator)
+    return found[:2] if return_lse else found[0]

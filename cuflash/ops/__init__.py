@@ -3,7 +3,7 @@
 from cuflash.ops.backward import backward
 from cuflash.ops.explain import explain
 from cuflash.ops.forward import forward
-from cuflash.ops.options import Options
+from cuflash.ops.options import Gradients, Options
 from cuflash.ops.vjp import vjp
 
-__all__ = ["Options", "backward", "explain", "forward", "vjp"]
+__all__ = ["Gradients", "Options", "backward", "explain", "forward", "vjp"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cuflash import reference
 from cuflash.arrays import framework_of, numpy_arrays
 from cuflash.ops import host, launch
-from cuflash.ops.options import Options
+from cuflash.ops.options import Gradients, Options
 
 
 def backward(
@@ -18,7 +20,12 @@ def backward(
     attn_mask: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
+    seqused_q: Any = None,
     seqused_k: Any = None,
+    alibi_slopes: Any = None,
+    attn_bias: Any = None,
+    sink: Any = None,
+    rng_state: Any = None,
     out: Any = None,
     dout: Any = None,
     lse: Any = None,
@@ -26,16 +33,30 @@ def backward(
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
-) -> tuple[Any, Any, Any]:
-    """(dq, dk, dv) as arrays of the same framework; dq, dk and dv are written where they are given."""
-    arrays = (q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k, out, dout, lse, dlse, dq, dk, dv)
+) -> Gradients | tuple[Any, Any, Any]:
+    """(dq, dk, dv) as arrays of the same framework, all Gradients where a bias' or a sink's are among them.
+
+    dq, dk and dv are written where they are given.
+    """
+    arrays = (
+        q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, attn_bias, sink, rng_state,
+        out, dout, lse, dlse, dq, dk, dv,
+    )  # fmt: skip
     framework = framework_of(options.names("backward"), arrays)
     if framework is not numpy_arrays:
-        return launch.run(framework, "backward", options, arrays)
+        found = launch.run(framework, "backward", options, arrays)
+        if len(found) == 3:
+            return found
+        return Gradients(*found[:3], found[3] if options.bias_grad else None, None if sink is None else found[-1])
+
     problem, _ = host.problem_of("backward", options, arrays)
-    keywords = {"dlse": dlse, **host.keywords(problem, attn_mask, seqused_k)}
+    drawn = None if rng_state is None else np.ascontiguousarray(rng_state).view(np.uint64)
+    keywords = {"dlse": dlse, "bias_grad": problem.bias_grad, **host.keywords(problem, options, arrays, drawn)}
     if problem.layout == "varlen":
-        gradients = reference.backward_varlen(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **keywords)
+        found = reference.backward_varlen(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **keywords)
     else:
-        gradients = reference.backward(dout, q, k, v, out, lse, **keywords)
-    return tuple(host.stored(x, given) for x, given in zip(gradients[:3], (dq, dk, dv), strict=True))
+        found = reference.backward(dout, q, k, v, out, lse, **keywords)
+    stored = [host.stored(x, given) for x, given in zip(found[:3], (dq, dk, dv), strict=True)]
+    if not problem.bias_grad and not problem.sink:
+        return tuple(stored)
+    return Gradients(*stored, found.dbias, None if sink is None else found.dsink.astype(np.float32))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 
 from cuflash.arrays import View
+from cuflash.dropout import Dropout, Scheme
 from cuflash.dtypes import DTYPES, DType
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask, band
@@ -28,6 +30,8 @@ _PER_ROW = ("lse", "dlse")
 _WORDS = {"b": "batch size", "s": "length", "total": "packed length", "h": "number of heads", "d": "head dimension"}
 _EQUAL = ("b", "q", "k"), ("b", "q", "v"), ("s", "k", "v"), ("total", "k", "v"), ("d", "q", "k"), ("h", "k", "v")
 """Axes along which two tensors must have one size."""
+_RNG_STATES = [((2,), "uint64"), ((2,), "int64"), ((4,), "uint32")]
+"""Shapes and dtypes that 16 bytes of seed and offset may have; JAX has no 64-bit integers by default."""
 _DTYPES = {dtype.numpy.name: dtype for dtype in DTYPES.values()}
 
 
@@ -66,6 +70,19 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         if name in views:
             _check_writeable(views[name])
 
+    scores = (batch, q["h"], len_q, len_kv)
+    if varlen:  # the lengths as given, which a tensor of pairs has been made for
+        scores = (batch, q["h"], length(options, "max_seqlen_q"), length(options, "max_seqlen_k"))
+    bias, broadcast = _bias(options, views, dtype, scores)
+    if "alibi_slopes" in views:
+        _check_alibi(views["alibi_slopes"], batch, q["h"])
+    if "sink" in views:
+        _check_like(views["sink"], (q["h"],), "float32")
+        _check_rows(views["sink"])
+    dropout = dropout_of(options)
+    if direction == "backward":
+        _check_rng_state(dropout, views.get("rng_state"))
+
     scale = options.softmax_scale
     softcap = _finite("softcap", options.softcap)
     if softcap < 0:
@@ -83,9 +100,15 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         layout="varlen" if varlen else "dense",
         total_q=q.get("total", 0),
         total_kv=k.get("total", 0),
-        mask=_mask(options, views, (batch, q["h"], len_q, len_kv)).clipped(len_q, len_kv),
+        mask=_mask(options, views, scores).clipped(len_q, len_kv),
         softcap=softcap,
         softmax_scale=q["d"] ** -0.5 if scale is None else _finite(options.name("softmax_scale"), scale),
+        alibi="alibi_slopes" in views,
+        bias=bias,
+        bias_broadcast=broadcast,
+        bias_grad=options.bias_grad and direction == "backward",
+        sink="sink" in views,
+        dropout=dropout and dropout.scheme,
         deterministic=_flag("deterministic", options.deterministic) and direction == "backward",
         copy_bytes=_copy_bytes(tensors, (q["d"], v["d"])),
     )
@@ -120,7 +143,28 @@ def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, 
     sizes = dict(zip(options.axes(varlen), q, strict=True))
     rows = tuple(sizes[axis] for axis in options.row_axes(varlen))
     out = (*q[:-1], v[-1])
-    return {"out": out, "dout": out, "lse": rows, "dlse": rows, "delta": rows, "dq": q, "dk": k, "dv": v}
+    bias = views["attn_bias"].shape if "attn_bias" in views else ()
+    return {
+        "out": out, "dout": out, "lse": rows, "dlse": rows, "delta": rows, "rng_state": (2,),
+        "dq": q, "dk": k, "dv": v, "dbias": bias, "dsink": (sizes["h"],),
+    }  # fmt: skip
+
+
+def dropout_of(options: Options) -> Dropout | None:
+    """What happens to probabilities after the softmax; None where all are kept."""
+    p = _finite("dropout_p", options.dropout_p)
+    if not 0 <= p < 1:
+        raise InvalidArgument(f"dropout_p is {p}; expected a probability of dropping, from 0 to below 1.")
+    if options.dropout_scheme not in get_args(Scheme):
+        raise InvalidArgument(f"dropout_scheme is {options.dropout_scheme!r}; expected 'byte' or 'word'.")
+    unbiased = _flag("unbiased_dropout", options.unbiased_dropout)
+    return Dropout(p, options.dropout_scheme, unbiased) if p else None
+
+
+def pair_strides(view: View) -> tuple[int, ...]:
+    """Strides in elements along batch, head, row and column of a tensor of pairs, 0 where it broadcasts."""
+    steps = [stride // view.itemsize if n > 1 else 0 for n, stride in zip(view.shape, view.strides, strict=True)]
+    return (0,) * (4 - len(steps)) + tuple(steps)
 
 
 def check_separate(spans: Sequence[tuple[str, int, int]], num_outputs: int) -> None:
@@ -201,11 +245,16 @@ def _check_rows(view: View) -> None:
 
 def _check_alignment(view: View) -> None:
     """Elements must start at multiples of their size."""
-    if not view.empty and any(n % view.itemsize for n in (view.pointer, *_outer_strides(view))):
-        raise InvalidArgument(
-            f"{view.name} is misaligned: not all of its elements start at a multiple of their {view.itemsize} bytes. "
-            "Pass a contiguous copy of it."
-        )
+    strides = [stride for n, stride in zip(view.shape, view.strides, strict=True) if n > 1]
+    if not view.empty and any(n % view.itemsize for n in (view.pointer, *strides)):
+        raise _misaligned(view)
+
+
+def _misaligned(view: View) -> InvalidArgument:
+    return InvalidArgument(
+        f"{view.name} is misaligned: not all of its elements start at a multiple of their {view.itemsize} bytes. "
+        "Pass a contiguous copy of it."
+    )
 
 
 def _check_writeable(view: View) -> None:
@@ -238,7 +287,7 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _mask(options: Options, views: Mapping[str, View], scores: tuple[int, int, int, int]) -> Mask:
-    """The mask of the keywords, or of the boolean tensor, which must broadcast to the shape of the scores."""
+    """The band of the keywords, and the boolean tensor, which must broadcast to the shape of the scores."""
     causal = _flag(options.name("causal"), options.causal)
     if options.alignment not in ("bottom-right", "top-left"):
         raise InvalidArgument(f"alignment is {options.alignment!r}; expected 'bottom-right' or 'top-left'.")
@@ -248,23 +297,80 @@ def _mask(options: Options, views: Mapping[str, View], scores: tuple[int, int, i
         raise InvalidArgument(f"window_size is {window!r}; expected a tuple of two integers (left, right).")
     if not all(-1 <= bound < 2**31 for bound in window):
         raise InvalidArgument(f"window_size is {window!r}; expected bounds from 0 to 2**31 - 1, or -1 for unbounded.")
+    mask = band(causal, window, options.alignment)
     view = views.get("attn_mask")
     if view is None:
-        return band(causal, window, options.alignment)
-
-    if causal or window != (-1, -1):
-        other = options.name("causal") if causal else "window_size"
-        raise InvalidArgument(f"attn_mask and {other} are given together; combine them into attn_mask.")
-    if "cu_seqlens_q" in views:
-        raise InvalidArgument("attn_mask is given with cu_seqlens_q; masks are for sequences that are not packed.")
+        return mask
     if view.dtype != "bool":
-        raise InvalidArgument(f"attn_mask is {view.dtype}; expected bool, True where a query and a key take part.")
+        raise InvalidArgument(f"{view.name} is {view.dtype}; expected bool, True where a query and a key take part.")
+    _check_pairs(view, scores)
+    return replace(mask, tensor=True)
+
+
+def _bias(
+    options: Options, views: Mapping[str, View], dtype: DType, scores: tuple[int, int, int, int]
+) -> tuple[DType | None, tuple[bool, bool, bool, bool]]:
+    """Element type of the additive tensor, and along which axes of the scores it is broadcast."""
+    wants_gradient = _flag("bias_grad", options.bias_grad)
+    view = views.get("attn_bias")
+    if view is None:
+        if wants_gradient:
+            raise InvalidArgument("bias_grad is True but attn_bias is None; pass the bias whose gradient is wanted.")
+        return None, (False, False, False, False)
+    allowed = [dtype.numpy.name] + (["float32"] if dtype.numpy.name != "float32" else [])
+    if view.dtype not in allowed:
+        raise InvalidArgument(f"{view.name} is {view.dtype}; expected {' or '.join(allowed)}. Convert it.")
+    _check_pairs(view, scores)
+    _check_alignment(view)
+    strides = pair_strides(view)
+    if wants_gradient and any(n > 1 and stride == 0 for n, stride in zip(view.shape, view.strides, strict=True)):
+        raise InvalidArgument(
+            f"{view.name} has shape {view.shape} with strides of {view.strides} bytes, and its gradient is wanted; "
+            "expected size 1 along axes that are broadcast. Pass it before it is expanded."
+        )
+    return _DTYPES[view.dtype], tuple(stride == 0 for stride in strides)
+
+
+def _check_pairs(view: View, scores: tuple[int, int, int, int]) -> None:
+    """A tensor of pairs must broadcast to the shape of the scores."""
     padded = (1,) * (4 - len(view.shape)) + view.shape
     if len(padded) != 4 or any(n not in (1, size) for n, size in zip(padded, scores, strict=True)):
         raise InvalidArgument(
-            f"attn_mask has shape {view.shape}; expected one that broadcasts to (b, heads_q, len_q, len_kv) = {scores}."
+            f"{view.name} has shape {view.shape}; "
+            f"expected one that broadcasts to (b, heads_q, len_q, len_kv) = {scores}."
         )
-    return Mask(tensor=True)
+
+
+def _check_alibi(view: View, batch: int, heads: int) -> None:
+    """One slope for each query head, or for each of each batch element."""
+    if view.shape not in ((heads,), (batch, heads)):
+        raise InvalidArgument(
+            f"{view.name} has shape {view.shape}; expected (heads_q,) or (b, heads_q), here ({heads},) or "
+            f"({batch}, {heads})."
+        )
+    _check_like(view, view.shape, "float32")
+    _check_rows(view)
+
+
+def _check_rng_state(dropout: Dropout | None, view: View | None) -> None:
+    """The backward draws what the forward drew."""
+    if view is None:
+        if dropout is not None:
+            raise InvalidArgument(
+                f"rng_state is None but dropout_p is {dropout.p}; "
+                "pass what the forward returned with return_rng_state=True."
+            )
+        return
+    if dropout is None:
+        raise InvalidArgument("rng_state is given but dropout_p is 0; pass the dropout_p of the forward.")
+    if (view.shape, view.dtype) not in _RNG_STATES:
+        raise InvalidArgument(
+            f"{view.name} is {view.dtype} of shape {view.shape}; expected uint64 of shape (2,), seed and offset. "
+            "Pass what the forward returned with return_rng_state=True."
+        )
+    _check_rows(view)
+    if view.pointer % 8:
+        raise _misaligned(view)
 
 
 def _copy_bytes(tensors: Sequence[View], dims: Sequence[int]) -> int:

@@ -20,7 +20,7 @@ from cuflash.problem import Problem
 def explain(q: Any, others: Sequence[Any], options: Options, device: str | None, backward: bool) -> Explanation:
     """The choice for q and the other arrays of a forward call, or for a Problem, on a device.
 
-    `others` are k, v, attn_mask, cu_seqlens_q, cu_seqlens_k and seqused_k; without a device it is the arrays' own.
+    `others` are in the order of :data:`SHARED`; without a device it is the arrays' own.
     """
     if isinstance(q, Problem):
         if options != Options() or backward or any(x is not None for x in others):
@@ -37,7 +37,8 @@ def explain(q: Any, others: Sequence[Any], options: Options, device: str | None,
     views = {name: framework.view(options.name(name), x) for name, x in given("forward", arrays).items()}
     problem = check.problem_of("forward", options, views)
     if backward:
-        problem = replace(problem, direction="backward", deterministic=bool(options.deterministic))
+        gradients = {"deterministic": bool(options.deterministic), "bias_grad": bool(options.bias_grad)}
+        problem = replace(problem, direction="backward", **gradients)
     if device is not None:
         return plan.explain(problem, devices.named(device))
     where = views["q"].device

@@ -8,7 +8,7 @@ import numpy as np
 
 from cuflash import reference
 from cuflash.arrays import framework_of, numpy_arrays
-from cuflash.ops import host, launch
+from cuflash.ops import draw, host, launch
 from cuflash.ops.options import Options
 
 
@@ -20,20 +20,32 @@ def forward(
     attn_mask: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
+    seqused_q: Any = None,
     seqused_k: Any = None,
+    alibi_slopes: Any = None,
+    attn_bias: Any = None,
+    sink: Any = None,
     out: Any = None,
-) -> tuple[Any, Any]:
-    """(out, lse) as arrays of the same framework; q is packed when cu_seqlens are given."""
-    arrays = (q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k, out)
+    generator: Any = None,
+) -> tuple[Any, ...]:
+    """(out, lse), and rng_state with dropout, as arrays of the same framework; packed when cu_seqlens are given."""
+    arrays = (
+        q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, attn_bias, sink, out,
+    )  # fmt: skip
     framework = framework_of(options.names("forward"), arrays)
+    if generator is not None:
+        draw.check(generator)
     if framework is not numpy_arrays:
-        return launch.run(framework, "forward", options, arrays)
+        return launch.run(framework, "forward", options, arrays, generator)
     problem, shapes = host.problem_of("forward", options, arrays)
     if out is None:
         out = np.empty(shapes["out"], q.dtype)
+    rng_state = draw.on_host(generator, problem) if problem.dropout else None
     rows = [x.swapaxes(1, 2) if options.sdpa else x for x in (q, k, v)]
-    keywords = host.keywords(problem, attn_mask, seqused_k)
+    keywords = host.keywords(problem, options, arrays, rng_state)
     keywords["out"] = out.swapaxes(1, 2) if options.sdpa else out
     if problem.layout == "varlen":
-        return out, reference.forward_varlen(*rows, cu_seqlens_q, cu_seqlens_k, **keywords)[1]
-    return out, reference.forward(*rows, **keywords)[1]
+        _, lse = reference.forward_varlen(*rows, cu_seqlens_q, cu_seqlens_k, **keywords)
+    else:
+        _, lse = reference.forward(*rows, **keywords)
+    return (out, lse) if rng_state is None else (out, lse, rng_state)

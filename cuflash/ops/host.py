@@ -9,7 +9,7 @@ import numpy as np
 
 from cuflash.arrays import numpy_arrays
 from cuflash.ops import check, packed
-from cuflash.ops.options import OUTPUTS, Options, given
+from cuflash.ops.options import ARGUMENTS, OUTPUTS, Options, given
 from cuflash.problem import Direction, Problem
 
 
@@ -28,11 +28,26 @@ def problem_of(
     return problem, check.shapes(options, views)
 
 
-def keywords(problem: Problem, attn_mask: np.ndarray | None, seqused_k: np.ndarray | None) -> dict[str, Any]:
+def keywords(
+    problem: Problem, options: Options, arrays: Sequence[np.ndarray | None], rng_state: np.ndarray | None
+) -> dict[str, Any]:
     """The keywords of every function of the backend."""
-    shared = {"mask": problem.mask, "softmax_scale": problem.softmax_scale, "softcap": problem.softcap}
-    layout = {"seqused_k": seqused_k} if problem.layout == "varlen" else {"mask_tensor": attn_mask}
-    return shared | layout
+    arguments = dict(zip(ARGUMENTS[problem.direction], arrays, strict=True))
+    shared = {
+        "mask": problem.mask,
+        "softmax_scale": problem.softmax_scale,
+        "softcap": problem.softcap,
+        "mask_tensor": arguments["attn_mask"],
+        "alibi_slopes": arguments["alibi_slopes"],
+        "bias": arguments["attn_bias"],
+        "sink": arguments["sink"],
+        "dropout": check.dropout_of(options),
+        "rng_state": rng_state,
+    }
+    if problem.layout == "dense":
+        return shared
+    lengths = {"max_seqlen_q": problem.len_q, "max_seqlen_k": problem.len_kv}
+    return shared | lengths | {name: arguments[name] for name in ("seqused_q", "seqused_k")}
 
 
 def stored(result: np.ndarray, output: np.ndarray | None) -> np.ndarray:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cuflash import device, jit
 from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays
 from cuflash.errors import InvalidArgument
-from cuflash.ops import check
+from cuflash.ops import check, draw
 from cuflash.ops.lengths import with_lengths
-from cuflash.ops.options import ARGUMENTS, OUTPUTS, RESULTS, Options, given
+from cuflash.ops.options import ARGUMENTS, OUTPUTS, Options, given, results
 from cuflash.plan import Workspace, choose
 from cuflash.problem import Direction, Problem
 
@@ -28,7 +28,10 @@ _UNBOUNDED = 2**30
 _EMPTY_VALUES = {"lse": -np.inf}
 """What results hold where there is nothing to attend to; 0 when not listed."""
 
-_PARAMS_NAMES = {"attn_mask": "mask", "cu_seqlens_k": "cu_seqlens_kv", "seqused_k": "seqused_kv"}
+_PARAMS_NAMES = {
+    "attn_mask": "mask", "cu_seqlens_k": "cu_seqlens_kv", "seqused_k": "seqused_kv", "alibi_slopes": "alibi",
+    "attn_bias": "bias",
+}  # fmt: skip
 """Members of ``params.cuh`` that are not called like the argument."""
 
 _PER_ROW = ("lse", "dlse", "delta")
@@ -38,8 +41,10 @@ _MAX_PREPARED = 1024
 _prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
-def run(framework: Framework, direction: Direction, options: Options, arrays: Sequence[Any]) -> tuple[Any, ...]:
-    """Answer a call on arrays that live on a GPU; `arrays` in the order of :data:`check.ARGUMENTS`."""
+def run(
+    framework: Framework, direction: Direction, options: Options, arrays: Sequence[Any], generator: Any = None
+) -> tuple[Any, ...]:
+    """Answer a call on arrays that live on a GPU; `arrays` in the order of :data:`ARGUMENTS`."""
     names = options.names(direction)
     if isinstance(framework, Guest):
         for name in OUTPUTS[direction]:
@@ -49,7 +54,10 @@ def run(framework: Framework, direction: Direction, options: Options, arrays: Se
                     f"Drop {name} and use the array that is returned."
                 )
         borrowed = framework.borrow(names, arrays)
-        return framework.lend(run(cupy_arrays(), direction, options, borrowed), borrowed)
+        found = run(cupy_arrays(), direction, options, borrowed, generator)
+        if direction == "forward":  # (out, lse, rng_state): JAX has no 64-bit integers by default
+            found = (*found[:2], *(rng_state.view(np.uint32) for rng_state in found[2:]))
+        return framework.lend(found, borrowed)
 
     options = with_lengths(framework, direction, options, arrays)
     pointers, described = framework.describe(names, arrays)
@@ -63,7 +71,7 @@ def run(framework: Framework, direction: Direction, options: Options, arrays: Se
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared
-    return prepared(arrays, pointers)
+    return prepared(arrays, pointers, generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +90,25 @@ class Prepared:
     """The words that take the pointers: of the given arrays, then of the allocated ones."""
     allocations: tuple[tuple[Any, tuple[int, ...], Any], ...]
     """(allocator, shape, the framework's dtype) of the results that are not given, and of the workspaces."""
-    results: tuple[tuple[int, float], ...]
-    """Where each result is among arguments and allocations, and what it holds when nothing is launched."""
+    results: tuple[int, ...]
+    """Where each result is among arguments and allocations."""
+    fills: tuple[tuple[int, float], ...]
+    """The same of those that no kernel writes, as there is nothing to attend to, and what they hold."""
+    draw: Draw | None
+    """Forward with dropout only."""
     extents: tuple[tuple[str, int, int], ...]
     """(name, first byte, end) of every given array from its pointer; empty when all results are allocated."""
     num_outputs: int
     """How many of the given arrays, the last ones, are written."""
 
-    def __call__(self, arrays: Sequence[Any], pointers: list[int]) -> tuple[Any, ...]:
+    def __call__(self, arrays: Sequence[Any], pointers: list[int], generator: Any) -> tuple[Any, ...]:
         """Allocate, launch and return the results; `pointers` are those of the arrays that are not None."""
         if self.extents:
             spans = [(name, p + first, p + end) for p, (name, first, end) in zip(pointers, self.extents, strict=True)]
             check.check_separate(spans, self.num_outputs)
         framework = self.framework
         with framework.context(self.device):
+            drawn = self.draw and draw.on_device(generator, self.draw.increment, framework, self.device)
             allocated = [allocate(shape, dtype, self.device) for allocate, shape, dtype in self.allocations]
             everything = [*arrays, *allocated]
             if self.launches:
@@ -103,13 +116,29 @@ class Prepared:
                 pointers += [framework.pointer(x) for x in allocated]
                 for slot, pointer in zip(self.slots, pointers, strict=True):
                     words[slot] = pointer
+                if drawn:
+                    words[self.draw.reader] = words[self.draw.writer]
+                    for slot, word in zip(self.draw.source, drawn, strict=True):
+                        words[slot] = word
                 params = words.view(self.block)
                 for kernel, num_blocks in self.launches:
                     kernel.launch(num_blocks, params)
-            else:
-                for index, value in self.results:
-                    everything[index][...] = value
-        return tuple([everything[index] for index, _ in self.results])
+            for index, value in self.fills:
+                everything[index][...] = value
+        return tuple([everything[index] for index in self.results])
+
+
+class Draw(NamedTuple):
+    """How a call takes its random numbers."""
+
+    increment: int
+    """How far it moves a generator on."""
+    source: tuple[int, int, int]
+    """The words of the parameter block that take the address of a generator's state, and a seed and an offset."""
+    writer: int
+    """The word that says where the drawn seed and offset go."""
+    reader: int
+    """The word that says where they are read."""
 
 
 def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, arguments: Mapping[str, Any]) -> Prepared:
@@ -120,17 +149,18 @@ def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, ar
     plan = choose(problem, device.current(ordinal), options.family)
 
     shapes = check.shapes(options, views)
-    new = {
-        name: Workspace(name, problem.dtype.accumulator if name == "lse" else problem.dtype.numpy, shapes[name])
-        for name in RESULTS[direction]
-        if name not in views
-    }
-    allocated = (*new.values(), *plan.workspaces)
+    names = results(problem)
+    new = {name: _result(name, problem, shapes[name]) for name in names if name not in views}
     places = [*(name if name in views else None for name in ARGUMENTS[direction]), *new]
     outputs = [name for name in OUTPUTS[direction] if name in views]
     params = jit.params.dtype(plan.steps[0].params)
+    # Without pairs there is still a seed to draw, and a sink alone decides lse and its own gradient.
+    rows = min(problem.batch, problem.rows_q) > 0
+    whole = rows and (problem.rows_kv > 0 or problem.sink)
+    steps = [step for step in plan.steps if (whole or step.kernel == "fwd_rng") and step.num_blocks > 0]
+    allocated = (*new.values(), *(plan.workspaces if whole else ()))
     with framework.context(ordinal):
-        kernels = [(jit.load(step, ordinal), step.num_blocks) for step in plan.steps] if _has_pairs(problem) else []
+        kernels = [(jit.load(step, ordinal), step.num_blocks) for step in steps]
     return Prepared(
         framework=framework,
         device=ordinal,
@@ -139,24 +169,43 @@ def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, ar
         block=np.dtype((np.void, params.itemsize)),
         slots=tuple(_word(params, name) for name in (*views, *(w.name for w in allocated))),
         allocations=tuple(
-            (framework.zeros if w.zeroed else framework.empty, w.shape, framework.dtype(w.dtype))
-            for w in (allocated if kernels else new.values())
+            (framework.zeros if w.zeroed else framework.empty, w.shape, framework.dtype(w.dtype)) for w in allocated
         ),
-        results=tuple((places.index(name), _EMPTY_VALUES.get(name, 0.0)) for name in RESULTS[direction]),
+        results=tuple(places.index(name) for name in names),
+        fills=tuple(
+            (places.index(name), _EMPTY_VALUES.get(name, 0.0)) for name in names if not whole and name != "rng_state"
+        ),
+        draw=_draw(params, problem) if "rng_state" in names else None,
         extents=tuple((view.name, *view.extent()) for view in views.values()) if outputs else (),
         num_outputs=len(outputs),
     )
 
 
-def _has_pairs(problem: Problem) -> bool:
-    return min(problem.batch, problem.rows_q, problem.rows_kv) > 0
+def _result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
+    """A result to be allocated."""
+    dtypes = {
+        "lse": problem.dtype.accumulator, "rng_state": np.dtype(np.uint64),
+        "dbias": problem.dtype.accumulator, "dsink": np.dtype(np.float32),
+    }  # fmt: skip
+    # Kernels write dbias up to the packed rows there are, which may be fewer than max_seqlen.
+    zeroed = name == "dbias" and problem.layout == "varlen"
+    return Workspace(name, dtypes.get(name, problem.dtype.numpy), shape, zeroed)
+
+
+def _draw(params: np.dtype, problem: Problem) -> Draw:
+    generator, seed, offset = (_word(params, name) for name in ("generator", "seed", "offset"))
+    writer, reader = _word(params, "rng_state"), _attention_word(params, "rng_state")
+    return Draw(draw.increment(problem), (generator, seed, offset), writer, reader)
 
 
 def _word(params: np.dtype, argument: str) -> int:
-    """Index of the 8-byte word of a parameter block that holds a pointer."""
+    """Index of the 8-byte word of a parameter block that holds a pointer or an argument of 8 bytes."""
     name = _PARAMS_NAMES.get(argument, argument)
-    if name in params.fields:
-        return params.fields[name][1] // 8
+    return params.fields[name][1] // 8 if name in params.fields else _attention_word(params, name)
+
+
+def _attention_word(params: np.dtype, name: str) -> int:
+    """The same of a member of the struct that both directions share."""
     attention, offset = params.fields["attention"]
     return (offset + attention.fields[name][1]) // 8
 
@@ -178,12 +227,20 @@ def _template(
     attention["window_left"] = _UNBOUNDED if mask.left is None else mask.left
     attention["window_right"] = _UNBOUNDED if mask.right is None else mask.right
     attention["top_left"] = mask.alignment == "top-left"
-    if mask.tensor:
-        view = views["attn_mask"]
-        missing = 4 - len(view.shape)
-        strides = [0] * missing + [stride if n > 1 else 0 for n, stride in zip(view.shape, view.strides, strict=True)]
-        for axis, stride in zip(("batch", "head", "row", "column"), strides, strict=True):
-            attention[f"mask_{axis}"] = stride
+    for name, view in ((name, views[name]) for name in ("attn_mask", "attn_bias") if name in views):
+        for axis, stride in zip(("batch", "head", "row", "column"), check.pair_strides(view), strict=True):
+            attention[f"{_PARAMS_NAMES[name]}_{axis}"] = stride
+    if problem.alibi and len(views["alibi_slopes"].shape) == 2:
+        attention["alibi_batch"] = check.pair_strides(views["alibi_slopes"])[2]
+    dropout = check.dropout_of(options)
+    attention["keep_scale"] = dropout.keep_scale if dropout else 1.0
+    attention["dropout_p"] = dropout.p if dropout else 0.0
+    if dropout and problem.direction == "forward":
+        block["increment"] = draw.increment(problem)
+    if problem.bias_grad:
+        shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
+        for axis, name in enumerate(("batch", "head", "row")):
+            block[f"dbias_{name}"] = prod(shape[axis + 1 :]) if shape[axis] > 1 else 0
 
     for member in params.names:
         name = member.removesuffix("_stride")
@@ -200,4 +257,4 @@ def _template(
         block[member]["batch"] = steps.get("b", 0)
         block[member]["row"] = steps["total" if varlen else "s"]
         block[member]["head"] = steps["h"]
-    return block.view(np.int64)
+    return block.view(np.uint64)

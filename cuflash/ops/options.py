@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cuflash.problem import Direction
+from cuflash.problem import Direction, Problem
 
-_SHARED = ("q", "k", "v", "attn_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "out")
+SHARED = (
+    "q", "k", "v", "attn_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "attn_bias",
+    "sink",
+)  # fmt: skip
+"""The arrays that both directions read."""
 
 ARGUMENTS: dict[Direction, tuple[str, ...]] = {
-    "forward": _SHARED,
-    "backward": (*_SHARED, "dout", "lse", "dlse", "dq", "dk", "dv"),
+    "forward": (*SHARED, "out"),
+    "backward": (*SHARED, "rng_state", "out", "dout", "lse", "dlse", "dq", "dk", "dv"),
 }
 """The arrays of a call in the order in which they are handed down; one that was left out is None."""
 
 OUTPUTS: dict[Direction, tuple[str, ...]] = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
 """The last arguments: written when given, allocated when not."""
 
-RESULTS: dict[Direction, tuple[str, ...]] = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}
-"""What a call returns."""
-
-_SDPA_NAMES = {"q": "query", "k": "key", "v": "value", "causal": "is_causal", "softmax_scale": "scale"}
+_SDPA_NAMES = {
+    "q": "query", "k": "key", "v": "value", "causal": "is_causal", "softmax_scale": "scale", "attn_bias": "attn_mask",
+}  # fmt: skip
 
 
 class Options(NamedTuple):
@@ -32,9 +35,13 @@ class Options(NamedTuple):
     window_size: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
     alignment: str = "bottom-right"
+    dropout_p: float = 0.0
+    dropout_scheme: str = "byte"
+    unbiased_dropout: bool = False
     deterministic: bool = False
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    bias_grad: bool = False
     enable_gqa: bool = True
     sdpa: bool = False
     """Called as ``scaled_dot_product_attention``: (b, h, s, d) tensors and PyTorch's argument names."""
@@ -57,6 +64,35 @@ class Options(NamedTuple):
     def row_axes(self, varlen: bool) -> tuple[str, ...]:
         """The axes of lse and every array with one number for each head and query row."""
         return ("h", "total") if varlen else ("b", "h", "s")
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call.
+
+    Attributes
+    ----------
+    dq, dk, dv : array
+        Shaped and typed like q, k and v.
+    dbias : array, optional
+        Shaped like `attn_bias`, summed over the axes along which it was broadcast, in float32 (float64 for float64
+        tensors); None unless ``bias_grad=True``.
+    dsink : array, optional
+        (heads_q,) float32; None without a sink.
+    """
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dbias: Any = None
+    dsink: Any = None
+
+
+def results(problem: Problem) -> tuple[str, ...]:
+    """What a call returns."""
+    if problem.direction == "forward":
+        return ("out", "lse", "rng_state") if problem.dropout else ("out", "lse")
+    extra = [name for name, wanted in (("dbias", problem.bias_grad), ("dsink", problem.sink)) if wanted]
+    return ("dq", "dk", "dv", *extra)
 
 
 def given(direction: Direction, arrays: Sequence[Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checks of packed sequences: cu_seqlens_q, cu_seqlens_k and seqused_k, first as arrays, then their values."""
+"""Checks of packed sequences: cu_seqlens and seqused of queries and keys, first as arrays, then their values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cuflash.arrays import View
 from cuflash.errors import InvalidArgument
 from cuflash.ops.options import Options
 
-LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 """The arguments that say where sequences lie."""
 
 
@@ -19,7 +19,7 @@ def is_packed(options: Options, views: Mapping[str, View]) -> bool:
     """Whether the call is on packed sequences; checks that what says so is complete and can be read."""
     starts = [views[name] for name in LENGTHS[:2] if name in views]
     if not starts:
-        for name in ("seqused_k", "max_seqlen_q", "max_seqlen_k"):
+        for name in (*LENGTHS[2:], "max_seqlen_q", "max_seqlen_k"):
             if name in views or getattr(options, name, None) is not None:
                 raise InvalidArgument(f"{name} is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too.")
         return False
@@ -41,11 +41,11 @@ def is_packed(options: Options, views: Mapping[str, View]) -> bool:
             f"cu_seqlens_k has {counts[1]} numbers but cu_seqlens_q has {counts[0]}; "
             "both need batch + 1, with a sequence of keys for each sequence of queries."
         )
-    used = views.get("seqused_k")
-    if used is not None and used.shape[0] != counts[0] - 1:
-        raise InvalidArgument(
-            f"seqused_k has {used.shape[0]} numbers; expected one for each of the {counts[0] - 1} sequences."
-        )
+    for view in (views[name] for name in LENGTHS[2:] if name in views):
+        if view.shape[0] != counts[0] - 1:
+            raise InvalidArgument(
+                f"{view.name} has {view.shape[0]} numbers; expected one for each of the {counts[0] - 1} sequences."
+            )
     return True
 
 
@@ -58,17 +58,17 @@ def length(options: Options, name: str) -> int:
 
 
 def with_lengths(options: Options, views: Mapping[str, View], arrays: Mapping[str, Any]) -> Options:
-    """Read cu_seqlens_q, cu_seqlens_k and seqused_k, check their values and fill in the longest lengths."""
+    """Read what says where sequences lie, check its values and fill in the longest lengths."""
     values = {name: arrays[name].tolist() for name in LENGTHS if name in arrays}
     lengths_q = _lengths("cu_seqlens_q", values["cu_seqlens_q"], views["q"])
     lengths_k = _lengths("cu_seqlens_k", values["cu_seqlens_k"], views["k"])
-    if "seqused_k" in values:
-        used = np.asarray(values["seqused_k"], np.int64)
-        wrong = np.flatnonzero((used < 0) | (used > lengths_k))
+    for name, lengths, rows in (("seqused_q", lengths_q, "queries"), ("seqused_k", lengths_k, "keys")):
+        used = np.asarray(values.get(name, ()), np.int64)
+        wrong = np.flatnonzero((used < 0) | (used > lengths[: len(used)]))
         if wrong.size:
             at = wrong[0]
             raise InvalidArgument(
-                f"seqused_k[{at}] is {used[at]}, but sequence {at} has {lengths_k[at]} keys; "
+                f"{name}[{at}] is {used[at]}, but sequence {at} has {lengths[at]} {rows}; "
                 "expected a number from 0 to those."
             )
     return options._replace(

@@ -1,0 +1,138 @@
+"""The four checks of arguments that PyTorch's attention makes before it launches a kernel."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from cuflash.arrays import Guest, View, cupy_arrays, framework_of, numpy_arrays
+from cuflash.errors import InvalidArgument
+
+
+def check_contiguous(name: str, x: Any) -> None:
+    """Check that an array is on a CUDA device, dense and contiguous in row-major order.
+
+    Parameters
+    ----------
+    name : str
+        What the message calls it.
+    x : array
+        Of CuPy, torch, JAX or another library that speaks DLPack.
+
+    Raises
+    ------
+    InvalidArgument
+        If it is not.
+    """
+    view = _on_device(name, x)
+    sizes = [view.itemsize * prod(view.shape[axis + 1 :]) for axis in range(len(view.shape))]
+    wrong = any(n > 1 and stride != size for n, stride, size in zip(view.shape, view.strides, sizes, strict=True))
+    if wrong and not view.empty:
+        raise InvalidArgument(
+            f"{name} has shape {view.shape} with strides of {view.strides} bytes; "
+            "expected a contiguous array. Pass a contiguous copy of it."
+        )
+
+
+def check_last_contiguous(name: str, x: Any) -> None:
+    """Check that an array is on a CUDA device, dense and contiguous along its last dimension.
+
+    Parameters
+    ----------
+    name : str
+        What the message calls it.
+    x : array
+        Of CuPy, torch, JAX or another library that speaks DLPack.
+
+    Raises
+    ------
+    InvalidArgument
+        If it is not, or has no dimension.
+    """
+    view = _on_device(name, x)
+    if not view.shape:
+        raise InvalidArgument(f"{name} has no dimension; expected at least one.")
+    if view.shape[-1] > 1 and not view.empty and view.strides[-1] != view.itemsize:
+        raise InvalidArgument(
+            f"{name} is not contiguous along its last dimension, whose stride is {view.strides[-1]} bytes; "
+            f"expected {view.itemsize}. Pass a contiguous copy of it."
+        )
+
+
+def check_aligned(name: str, pointer: Any, alignment: int) -> None:
+    """Check that an address, or that of an array's first element, is a multiple of `alignment` bytes.
+
+    Parameters
+    ----------
+    name : str
+        What the message calls it.
+    pointer : int or array
+        The address, or any array.
+    alignment : int
+        In bytes.
+
+    Raises
+    ------
+    InvalidArgument
+        If it is not a multiple.
+    """
+    whole = isinstance(pointer, int | np.integer)
+    address = int(pointer) if whole else _view(name, pointer).pointer
+    if address % alignment:
+        raise InvalidArgument(
+            f"{name} is at {address:#x}, which is no multiple of {alignment} bytes. "
+            "Pass a copy of it: fresh arrays are aligned."
+        )
+
+
+def check_range(name: str, value: Any, dtype: Any = np.int32) -> int:
+    """Check that an integer is below the largest one of an integer type, and not below its least.
+
+    Parameters
+    ----------
+    name : str
+        What the message calls it.
+    value : int
+        The number.
+    dtype : dtype
+        An integer type of NumPy.
+
+    Returns
+    -------
+    int
+        The number.
+
+    Raises
+    ------
+    InvalidArgument
+        If it is no integer or out of range.
+    """
+    limits = np.iinfo(dtype)
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not limits.min <= value < limits.max:
+        raise InvalidArgument(
+            f"{name} is {value!r}; expected an integer from {limits.min} to {limits.max - 1}, as {limits.dtype} holds."
+        )
+    return int(value)
+
+
+def _on_device(name: str, x: Any) -> View:
+    """The array spelled out, if it is dense and on a CUDA device."""
+    layout = str(getattr(x, "layout", "torch.strided"))
+    if layout != "torch.strided":
+        raise InvalidArgument(f"{name} has layout {layout}; expected a dense array. Pass {name}.to_dense().")
+    view = _view(name, x)
+    if not view.device.startswith("cuda"):
+        raise InvalidArgument(f"{name} is on {view.device}; expected an array on a CUDA device. Move it there.")
+    return view
+
+
+def _view(name: str, x: Any) -> View:
+    if x is None:
+        raise InvalidArgument(f"{name} is None; expected an array.")
+    framework = framework_of([name], [x])
+    if framework is not numpy_arrays and isinstance(framework, Guest):
+        framework, (x,) = cupy_arrays(), framework.borrow([name], [x])
+    return framework.view(name, x)
