@@ -17,6 +17,8 @@ class Settings:
     """Where compiled kernels are kept (``CUFLASH_CACHE_DIR``; the platform's cache folder by default)."""
     debug: bool
     """Compile device-side checks into the kernels (``CUFLASH_DEBUG=1``)."""
+    attention_backend: str
+    """The kernels that explicit functions prefer (``CUFLASH_ATTENTION_BACKEND``, see `preferred_backend`)."""
 
 
 def read() -> Settings:
@@ -25,6 +27,7 @@ def read() -> Settings:
     return Settings(
         cache_dir=Path(cache) if cache else _default_cache_dir(),
         debug=os.environ.get("CUFLASH_DEBUG", "0") not in ("", "0"),
+        attention_backend=os.environ.get("CUFLASH_ATTENTION_BACKEND") or "default",
     )
 
 

@@ -152,9 +152,10 @@ def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, 
 
 def dropout_of(options: Options) -> Dropout | None:
     """What happens to probabilities after the softmax; None where all are kept."""
-    p = _finite("dropout_p", options.dropout_p)
+    name = options.name("dropout_p")
+    p = _finite(name, options.dropout_p)
     if not 0 <= p < 1:
-        raise InvalidArgument(f"dropout_p is {p}; expected a probability of dropping, from 0 to below 1.")
+        raise InvalidArgument(f"{name} is {p}; expected a probability of dropping, from 0 to below 1.")
     if options.dropout_scheme not in get_args(Scheme):
         raise InvalidArgument(f"dropout_scheme is {options.dropout_scheme!r}; expected 'byte' or 'word'.")
     unbiased = _flag("unbiased_dropout", options.unbiased_dropout)

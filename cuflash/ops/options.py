@@ -22,9 +22,27 @@ ARGUMENTS: dict[Direction, tuple[str, ...]] = {
 OUTPUTS: dict[Direction, tuple[str, ...]] = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
 """The last arguments: written when given, allocated when not."""
 
-_SDPA_NAMES = {
-    "q": "query", "k": "key", "v": "value", "causal": "is_causal", "softmax_scale": "scale", "attn_bias": "attn_mask",
+_MHA = {
+    "dropout_p": "p_dropout", "causal": "is_causal", "alibi_slopes": "alibi_slopes_", "attn_bias": "attn_bias_",
+    "lse": "softmax_lse", "rng_state": "philox_seed", "dq": "dq_", "dk": "dk_", "dv": "dv_",
+    "block_table": "block_table_",
 }  # fmt: skip
+_VOCABULARIES = {
+    "flash": {},
+    "sdpa": {
+        "q": "query", "k": "key", "v": "value", "causal": "is_causal", "softmax_scale": "scale",
+        "attn_bias": "attn_mask",
+    },
+    "mha_fwd": _MHA | {"out": "out_"},
+    "mha_bwd": _MHA,
+    "mem_eff_forward": _MHA | {"out": "out_", "softmax_scale": "scale", "seqused_k": "seqused_k_"},
+    "mem_eff_backward": _MHA | {"softmax_scale": "scale", "attn_bias": "attn_bias"},
+    "efficient": {
+        "q": "query", "k": "key", "v": "value", "softmax_scale": "scale", "attn_bias": "bias", "seqused_k": "seqlen_k",
+        "lse": "logsumexp", "rng_state": "philox_seed", "dout": "grad_out_",
+    },
+}  # fmt: skip
+"""What callers know arguments as, by function, where it is something else."""
 
 
 class Options(NamedTuple):
@@ -45,17 +63,20 @@ class Options(NamedTuple):
     enable_gqa: bool = True
     sdpa: bool = False
     """Called as ``scaled_dot_product_attention``: (b, h, s, d) tensors and PyTorch's argument names."""
+    vocabulary: str = "flash"
+    """Whose argument names messages use."""
     family: str | None = None
     """Hold the planner to one kernel family, for checks of kernels that another is preferred to."""
 
     def name(self, argument: str) -> str:
         """What the caller knows an argument as."""
-        return _SDPA_NAMES.get(argument, argument) if self.sdpa else argument
+        return _VOCABULARIES["sdpa" if self.sdpa else self.vocabulary].get(argument, argument)
 
     def names(self, direction: Direction) -> Sequence[str]:
         """What the caller knows :data:`ARGUMENTS` as."""
         arguments = ARGUMENTS[direction]
-        return [self.name(argument) for argument in arguments] if self.sdpa else arguments
+        plain = self.vocabulary == "flash" and not self.sdpa
+        return arguments if plain else [self.name(argument) for argument in arguments]
 
     def axes(self, varlen: bool) -> tuple[str, ...]:
         """The axes of q, k, v and every array with heads of elements."""
