@@ -21,22 +21,25 @@ template <class T>
 struct Shuffle {
   T x;
   T result;
-  int lane_mask;
+  int source;  // lane that is read
 
   static void run(void* const* lanes) {
     for (int lane = 0; lane < 32; ++lane) {
       Shuffle& mine = *static_cast<Shuffle*>(lanes[lane]);
-      mine.result = static_cast<Shuffle*>(lanes[lane ^ mine.lane_mask])->x;
+      mine.result = static_cast<Shuffle*>(lanes[mine.source])->x;
     }
   }
-  static constexpr host::Instruction kInstruction{"shuffle_xor", run};
+  static constexpr host::Instruction kInstruction{"shuffle", run};
 };
 
 template <class T>
-T shuffle_xor(T x, int lane_mask) {
-  Shuffle<T> shuffle{x, x, lane_mask};
+T shuffle(T x, int source_lane) {
+  Shuffle<T> shuffle{x, x, source_lane};
   host::execute(Shuffle<T>::kInstruction, &shuffle);
   return shuffle.result;
 }
+
+template <class T>
+T shuffle_xor(T x, int lane_mask) { return shuffle(x, lane_index() ^ lane_mask); }
 
 }  // namespace cuflash::ptx
