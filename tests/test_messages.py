@@ -354,39 +354,141 @@ CALLS: dict[str, Call] = {
         "expected one that broadcasts to (b, heads_q, len_q, len_kv) = (2, 4, 6, 10).",
         {"attn_mask": full(1, 1, 1, 6, 10, dtype=bool)},
     ),
-    "mask-causal": Call(
-        sdpa,
-        "attn_mask and is_causal are given together; combine them into attn_mask.",
-        {"attn_mask": full(6, 10, dtype=bool), "is_causal": True},
-    ),
-    "mask-window": Call(
-        vjp,
-        "attn_mask and window_size are given together; combine them into attn_mask.",
-        {"attn_mask": full(6, 10, dtype=bool), "window_size": (3, -1)},
-    ),
     "mask-packed": Call(
-        vjp,
-        "attn_mask is given with cu_seqlens_q; masks are for sequences that are not packed.",
-        SOUND[varlen] | {"attn_mask": full(6, 10, dtype=bool)},
+        varlen,
+        "attn_mask has shape (6, 10); expected one that broadcasts to (b, heads_q, len_q, len_kv) = (2, 4, 4, 7).",
+        {"attn_mask": full(6, 10, dtype=bool)},
     ),
     "mask-float": Call(
         sdpa,
-        "attn_mask is float32; masks of numbers to add to the scores are not supported yet. "
-        "Pass a boolean mask, True where a query and a key take part.",
-        {"attn_mask": full(6, 10, dtype=np.float32)},
-        UnsupportedProblem,
+        "attn_mask is float64; expected float16 or float32. Convert it.",
+        {"attn_mask": full(6, 10, dtype=np.float64)},
     ),
-    "dropout": Call(
+    "mask-float-shape": Call(
+        sdpa,
+        "attn_mask has shape (10, 6); expected one that broadcasts to (b, heads_q, len_q, len_kv) = (2, 4, 6, 10).",
+        {"attn_mask": full(10, 6)},
+    ),
+    "bias-dtype": Call(
         func,
-        "dropout_p is 0.1; dropout is not supported yet. Pass dropout_p=0.0.",
-        {"dropout_p": 0.1},
-        UnsupportedProblem,
+        "attn_bias is bfloat16; expected float16 or float32. Convert it.",
+        {"attn_bias": full(6, 10, dtype=ml_dtypes.bfloat16)},
     ),
-    "alibi": Call(
+    "bias-dtype-fp32": Call(
+        func,
+        "attn_bias is float16; expected float32. Convert it.",
+        {"q": Q.astype(np.float32), "k": K.astype(np.float32), "v": V.astype(np.float32), "attn_bias": full(6, 10)},
+    ),
+    "bias-bool": Call(
+        func, "attn_bias is bool; expected float16 or float32. Convert it.", {"attn_bias": full(6, 10, dtype=bool)}
+    ),
+    "bias-shape": Call(
+        backward,
+        "attn_bias has shape (2, 2, 6, 10); "
+        "expected one that broadcasts to (b, heads_q, len_q, len_kv) = (2, 4, 6, 10).",
+        {"attn_bias": full(2, 2, 6, 10)},
+    ),
+    "bias-misaligned": Call(
+        func,
+        "attn_bias is misaligned: not all of its elements start at a multiple of their 4 bytes. "
+        "Pass a contiguous copy of it.",
+        {"attn_bias": np.zeros(6 * 10 * 4 + 2, np.uint8)[2:].view(np.float32).reshape(6, 10)},
+    ),
+    "bias-misaligned-columns": Call(
+        func,
+        "attn_bias is misaligned: not all of its elements start at a multiple of their 2 bytes. "
+        "Pass a contiguous copy of it.",
+        {"attn_bias": np.lib.stride_tricks.as_strided(full(6, 20), (6, 10), (40, 3))},
+    ),
+    "bias-grad-without": Call(
+        backward,
+        "bias_grad is True but attn_bias is None; pass the bias whose gradient is wanted.",
+        {"bias_grad": True},
+    ),
+    "bias-grad-flag": Call(
+        vjp, "bias_grad is 'sum'; expected True or False.", {"bias_grad": "sum", "attn_bias": full(6, 10)}
+    ),
+    "bias-grad-expanded": Call(
+        vjp,
+        "attn_bias has shape (6, 10) with strides of (0, 2) bytes, and its gradient is wanted; "
+        "expected size 1 along axes that are broadcast. Pass it before it is expanded.",
+        {"bias_grad": True, "attn_bias": np.broadcast_to(full(10), (6, 10))},
+    ),
+    "alibi-shape": Call(
         varlen,
-        "alibi_slopes is given; ALiBi is not supported yet. Pass alibi_slopes=None.",
-        {"alibi_slopes": np.ones(4, np.float32)},
-        UnsupportedProblem,
+        "alibi_slopes has shape (4, 2); expected (heads_q,) or (b, heads_q), here (4,) or (2, 4).",
+        {"alibi_slopes": np.ones((4, 2), np.float32)},
+    ),
+    "alibi-dtype": Call(func, "alibi_slopes is float16; expected float32.", {"alibi_slopes": np.ones(4, np.float16)}),
+    "alibi-strided": Call(
+        func,
+        "alibi_slopes is not contiguous along its last dimension, whose stride is 8 bytes; expected 4. "
+        "Pass a contiguous copy of it.",
+        {"alibi_slopes": np.ones((2, 8), np.float32)[:, ::2]},
+    ),
+    "sink-shape": Call(func, "sink has shape (2,); expected (4,).", {"sink": np.ones(2, np.float32)}),
+    "sink-dtype": Call(backward, "sink is float64; expected float32.", {"sink": np.ones(4)}),
+    "dropout-one": Call(
+        func,
+        "dropout_p is 1.0; expected a probability of dropping, from 0 to below 1.",
+        {"dropout_p": 1.0},
+    ),
+    "dropout-negative": Call(
+        sdpa, "dropout_p is -0.1; expected a probability of dropping, from 0 to below 1.", {"dropout_p": -0.1}
+    ),
+    "dropout-type": Call(vjp, "dropout_p is '0.1'; expected a finite number.", {"dropout_p": "0.1"}),
+    "dropout-scheme": Call(
+        func, "dropout_scheme is 'bit'; expected 'byte' or 'word'.", {"dropout_p": 0.1, "dropout_scheme": "bit"}
+    ),
+    "dropout-unbiased": Call(
+        func, "unbiased_dropout is None; expected True or False.", {"dropout_p": 0.1, "unbiased_dropout": None}
+    ),
+    "generator": Call(
+        func,
+        "generator is 7; expected a cuflash.PhiloxGenerator, a tuple (seed, offset), "
+        "or None for the one that cuflash.manual_seed seeds.",
+        {"dropout_p": 0.1, "generator": 7},
+    ),
+    "generator-seed": Call(
+        func,
+        "seed is -1; expected an integer from 0 to 2**64 - 1, or None for any.",
+        {"dropout_p": 0.1, "generator": (-1, 0)},
+    ),
+    "generator-offset": Call(
+        varlen,
+        "offset is 2; expected a multiple of 4 from 0 to 2**64 - 4. Round it up to one.",
+        {"dropout_p": 0.1, "generator": (0, 2)},
+    ),
+    "rng-state-missing": Call(
+        backward,
+        "rng_state is None but dropout_p is 0.1; pass the seed and offset of the forward.",
+        {"dropout_p": 0.1},
+    ),
+    "rng-state-without-dropout": Call(
+        backward,
+        "rng_state is given but dropout_p is 0; pass the dropout_p of the forward.",
+        {"rng_state": full(2, dtype=np.uint64)},
+    ),
+    "rng-state-dtype": Call(
+        backward,
+        "rng_state is float64 of shape (2,); expected uint64 of shape (2,). "
+        "Pass the seed and offset that the forward returned.",
+        {"dropout_p": 0.1, "rng_state": np.zeros(2)},
+    ),
+    "used-queries-beyond": Call(
+        varlen,
+        "seqused_q[0] is 3, but sequence 0 has 2 queries; expected a number from 0 to those.",
+        {"seqused_q": np.array([3, 1], np.int32)},
+    ),
+    "used-queries-dense": Call(
+        backward,
+        "seqused_q is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too.",
+        {"seqused_q": np.array([1, 3], np.int32)},
+    ),
+    "used-queries-count": Call(
+        varlen,
+        "seqused_q has 1 numbers; expected one for each of the 2 sequences.",
+        {"seqused_q": np.array([1], np.int32)},
     ),
     "probabilities": Call(
         varlen_qkvpacked,

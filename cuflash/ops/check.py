@@ -81,7 +81,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         _check_rows(views["sink"])
     dropout = dropout_of(options)
     if direction == "backward":
-        _check_rng_state(dropout, views.get("rng_state"))
+        _check_rng_state(options, dropout, views.get("rng_state"))
 
     scale = options.softmax_scale
     softcap = _finite("softcap", options.softcap)
@@ -316,7 +316,8 @@ def _bias(
     view = views.get("attn_bias")
     if view is None:
         if wants_gradient:
-            raise InvalidArgument("bias_grad is True but attn_bias is None; pass the bias whose gradient is wanted.")
+            name = options.name("attn_bias")
+            raise InvalidArgument(f"bias_grad is True but {name} is None; pass the bias whose gradient is wanted.")
         return None, (False, False, False, False)
     allowed = [dtype.numpy.name] + (["float32"] if dtype.numpy.name != "float32" else [])
     if view.dtype not in allowed:
@@ -353,21 +354,19 @@ def _check_alibi(view: View, batch: int, heads: int) -> None:
     _check_rows(view)
 
 
-def _check_rng_state(dropout: Dropout | None, view: View | None) -> None:
+def _check_rng_state(options: Options, dropout: Dropout | None, view: View | None) -> None:
     """The backward draws what the forward drew."""
+    name, p = options.name("rng_state"), options.name("dropout_p")
     if view is None:
         if dropout is not None:
-            raise InvalidArgument(
-                f"rng_state is None but dropout_p is {dropout.p}; "
-                "pass what the forward returned with return_rng_state=True."
-            )
+            raise InvalidArgument(f"{name} is None but {p} is {dropout.p}; pass the seed and offset of the forward.")
         return
     if dropout is None:
-        raise InvalidArgument("rng_state is given but dropout_p is 0; pass the dropout_p of the forward.")
+        raise InvalidArgument(f"{name} is given but {p} is 0; pass the {p} of the forward.")
     if (view.shape, view.dtype) not in _RNG_STATES:
         raise InvalidArgument(
-            f"{view.name} is {view.dtype} of shape {view.shape}; expected uint64 of shape (2,), seed and offset. "
-            "Pass what the forward returned with return_rng_state=True."
+            f"{name} is {view.dtype} of shape {view.shape}; expected uint64 of shape (2,). "
+            "Pass the seed and offset that the forward returned."
         )
     _check_rows(view)
     if view.pointer % 8:
