@@ -22,7 +22,7 @@ from cuflash.plan.choose import Explanation
 DTYPE = {name: dtype.numpy for name, dtype in DTYPES.items()}
 B, H, HK, SQ, SK, D, DV = 2, 4, 2, 19, 27, 16, 24
 STARTS_Q, STARTS_K = np.array([0, 8, 8, 15], np.int32), np.array([0, 3, 12, 22], np.int32)
-USED = np.array([3, 0, 6], np.int32)
+USED_Q, USED = np.array([5, 0, 7], np.int32), np.array([3, 0, 6], np.int32)
 
 
 def random(*shape: int, dtype: np.dtype | str = "fp32", seed: int = 0) -> np.ndarray:
@@ -66,8 +66,149 @@ OPTIONS = {
 
 def oracles(options: dict) -> dict:
     """The oracle's names for the options."""
-    names = {"softmax_scale": "scale", "window_size": "window", "attn_mask": "mask"}
+    names = {
+        "softmax_scale": "scale", "window_size": "window", "attn_mask": "mask", "attn_bias": "bias",
+        "unbiased_dropout": "dropout_unbiased", "generator": "rng_state",
+    }  # fmt: skip
     return {names.get(name, name): value for name, value in options.items()}
+
+
+RNG = np.random.default_rng(6)
+SLOPES, SINK = RNG.uniform(0.05, 0.5, (B, H)).astype(np.float32), RNG.standard_normal(H).astype(np.float32)
+BIAS = RNG.standard_normal((B, H, SQ, SK)).astype(np.float32)
+DROPOUT = {"dropout_p": 0.3, "generator": (2**64 - 7, 2**33 + 4)}
+FEATURES = {
+    "alibi": {"alibi_slopes": SLOPES[0], "causal": True},
+    "alibi-batch": {"alibi_slopes": SLOPES, "alignment": "top-left"},
+    "bias": {"attn_bias": BIAS, "softcap": 2.0},
+    "bias-heads": {"attn_bias": BIAS[0, :, :1]},
+    "bias-rows": {"attn_bias": BIAS[0, 0], "softmax_scale": -0.3},
+    "bias-strided": {"attn_bias": BIAS.transpose(1, 0, 3, 2)[:, :, ::-1].transpose(1, 0, 3, 2)},
+    "sink": {"sink": SINK, "causal": True},
+    "dropout": DROPOUT,
+    "dropout-word": DROPOUT | {"dropout_scheme": "word"},
+    "dropout-unbiased": DROPOUT | {"unbiased_dropout": True, "softcap": 1.5},
+    "mask-and-band": {"attn_mask": RNG.random((B, 1, SQ, SK)) < 0.6, "causal": True, "window_size": (9, 0)},
+    "all": DROPOUT | {"alibi_slopes": SLOPES, "attn_bias": BIAS[:, :1], "sink": SINK, "softcap": 2.0, "causal": True,
+                      "attn_mask": RNG.random((SQ, SK)) < 0.8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
+def test_score_features(options: dict) -> None:
+    q, k, v = inputs("fp32")
+    out, lse = cuflash.flash_attn_func(q, k, v, **options, return_lse=True)
+    assert_matches((out, lse), [q, k, v], **oracles(options))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
+def test_gradients_of_score_features(options: dict, packed: bool) -> None:
+    q, k, v = inputs("fp64", packed)
+    lengths = {}
+    if packed:
+        lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "seqused_q": USED_Q, "seqused_k": USED}
+        cut = {"attn_bias": lambda x: x[..., : min(8, x.shape[-2]), :10], "attn_mask": lambda x: x[..., :8, :10]}
+        options = {name: cut[name](x) if name in cut else x for name, x in options.items()}
+        # Three sequences, where the dense tensors have two.
+        options = {n: x[[0, 1, 0]] if getattr(x, "shape", (0,))[0] == B else x for n, x in options.items()}
+    wanted = {"bias_grad": "attn_bias" in options}
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, **options, **lengths, **wanted, return_lse=True)
+    dout, dlse = random(*out.shape, dtype="fp64", seed=3), random(*lse.shape, dtype="fp64", seed=4)
+    found = pullback(dout, dlse)
+    extra = wanted["bias_grad"] or "sink" in options
+    assert isinstance(found, cuflash.Gradients) is extra
+    exact = oracle.attention(q, k, v, dout, dlse, **lengths, **oracles(options))
+    naive = oracle.naive_in_dtype(q, k, v, dout, dlse, **lengths, **oracles(options))
+    oracle.assert_all_close(oracle.Attention(out, lse, *found, *[None] * (5 - len(found))), exact, naive)
+    assert extra or len(found) == 3
+    if "sink" in options:
+        assert found.dsink.dtype == np.float32
+    if wanted["bias_grad"]:
+        assert found.dbias.dtype == np.float64 and found.dbias.shape == options["attn_bias"].shape
+
+    state = {}
+    if "dropout_p" in options:
+        state["rng_state"] = np.array(options["generator"], np.uint64)
+        options = {name: x for name, x in options.items() if name != "generator"}
+    again = cuflash.flash_attn_backward(dout, q, k, v, out, lse, dlse=dlse, **options, **lengths, **wanted, **state)
+    for one, other in zip(found, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_gradients_are_extra_only_where_they_are_asked_for() -> None:
+    q, k, v = inputs()
+    for keywords, fields in (
+        ({"attn_bias": BIAS}, ()),
+        ({"attn_bias": BIAS, "bias_grad": True}, ("dbias",)),
+        ({"attn_bias": BIAS, "sink": SINK}, ("dsink",)),
+    ):
+        out, pullback = cuflash.flash_attn_vjp(q, k, v, **keywords)
+        found = pullback(out)
+        assert len(found) == (5 if fields else 3)
+        assert tuple(name for name in ("dbias", "dsink") if getattr(found, name, None) is not None) == fields
+
+
+def test_dropout_draws_from_a_generator_that_moves_on() -> None:
+    q, k, v = inputs()
+    generator = cuflash.PhiloxGenerator(5, 8)
+    out, lse, state = cuflash.flash_attn_func(q, k, v, 0.5, generator=generator, return_lse=True, return_rng_state=True)
+    assert state.dtype == np.uint64 and state.tolist() == [5, 8]
+    assert generator.state == (5, 8 + B * H * 32)
+    other, state = cuflash.flash_attn_func(q, k, v, 0.5, generator=generator, return_rng_state=True)
+    assert state.tolist() == [5, 8 + B * H * 32] and (other != out).any()
+    same = cuflash.flash_attn_func(q, k, v, 0.5, generator=(5, 8))
+    np.testing.assert_array_equal(same, out)
+    np.testing.assert_array_equal(lse, cuflash.flash_attn_func(q, k, v, return_lse=True)[1])
+
+    generator.manual_seed(5)
+    cuflash.flash_attn_func(q, k, v, 0.5, generator=generator, dropout_scheme="word")
+    assert generator.state == (5, -(-B * H * SQ * SK // 4) * 4)
+    before = generator.state
+    assert cuflash.flash_attn_func(q, k, v, generator=generator, return_rng_state=True)[1] is None
+    assert generator.state == before
+
+
+def test_dropout_draws_from_the_default_generator() -> None:
+    q, k, v = inputs()
+    generator = cuflash.manual_seed(11)
+    first = cuflash.flash_attn_func(q, k, v, 0.5)
+    assert generator.state == (11, B * H * 32)
+    assert (cuflash.flash_attn_func(q, k, v, 0.5) != first).any()
+    cuflash.manual_seed(11)
+    np.testing.assert_array_equal(cuflash.flash_attn_func(q, k, v, 0.5), first)
+
+
+def test_the_pullback_drops_what_the_forward_dropped() -> None:
+    q, k, v = inputs("fp64")
+    generator = cuflash.PhiloxGenerator(3)
+    out, pullback = cuflash.flash_attn_vjp(q, k, v, dropout_p=0.4, generator=generator)
+    dout = random(*out.shape, dtype="fp64", seed=3)
+    moved = generator.state
+    _, _, dv = pullback(dout)
+    assert generator.state == moved
+    # Attention is linear in v: <dv, v> = <dout, out> for the very mask of the forward.
+    np.testing.assert_allclose((dv * v).sum(), (dout * out).sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("state", [np.array([7, 12], np.int64), np.array([7, 0, 12, 0], np.uint32)], ids=str)
+def test_other_forms_of_the_same_rng_state(state: np.ndarray) -> None:
+    q, k, v = inputs()
+    out, lse = cuflash.flash_attn_func(q, k, v, 0.4, generator=(7, 12), return_lse=True)
+    expected = cuflash.flash_attn_backward(
+        out, q, k, v, out, lse, dropout_p=0.4, rng_state=np.array([7, 12], np.uint64)
+    )
+    found = cuflash.flash_attn_backward(out, q, k, v, out, lse, dropout_p=0.4, rng_state=state)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_sink_alone_decides_lse_where_there_are_no_keys() -> None:
+    q, k, v = random(B, SQ, H, D), random(B, 0, HK, D), random(B, 0, HK, DV)
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, sink=SINK, return_lse=True)
+    assert not out.any() and (lse == SINK[:, None]).all()
+    dlse = random(B, H, SQ)
+    np.testing.assert_allclose(pullback(out, dlse).dsink, dlse.sum((0, 2)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,6 +341,10 @@ SDPA = {
     "mask-queries": {"attn_mask": (np.arange(SQ) % 2 > 0)[:, None]},
     "mask-batch": {"attn_mask": np.array([True, False])[:, None, None, None]},
     "mask-heads": {"attn_mask": np.random.default_rng(5).random((1, H, 1, SK)) < 0.5},
+    "mask-causal": {"attn_mask": np.arange(SK) % 3 > 0, "is_causal": True},
+    "bias": {"attn_mask": np.random.default_rng(5).standard_normal((B, H, SQ, SK)).astype(np.float32)},
+    "bias-hides": {"attn_mask": np.where(np.arange(SK) % 3 > 0, np.float32(0), -np.inf), "is_causal": True},
+    "dropout": {"dropout_p": 0.25, "generator": (1, 4)},
 }
 
 
@@ -210,7 +355,10 @@ def test_scaled_dot_product_attention(options: dict, gqa: bool) -> None:
     q, k, v = random(B, H, SQ, D), random(B, heads_kv, SK, D, seed=1), random(B, heads_kv, SK, DV, seed=2)
     out, lse = cuflash.scaled_dot_product_attention(q, k, v, **options, enable_gqa=gqa, return_lse=True)
     assert out.flags.c_contiguous
-    named = {"mask": options.get("attn_mask"), "causal": options.get("is_causal", False), "scale": options.get("scale")}
+    names = {"is_causal": "causal", "scale": "scale", "dropout_p": "dropout_p", "generator": "rng_state"}
+    named = {names[name]: x for name, x in options.items() if name in names}
+    if "attn_mask" in options:
+        named["mask" if options["attn_mask"].dtype == bool else "bias"] = options["attn_mask"]
     in_order = [x.swapaxes(1, 2) for x in (q, k, v)]
     assert_matches((out.swapaxes(1, 2), lse), in_order, **named, alignment="top-left")
 
@@ -324,6 +472,12 @@ def test_explain_says_what_would_run() -> None:
     assert cuflash.explain(report.problem, device="h100") == report
     packed = [x[0] for x in (q, k, v)]
     lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}
+    report = cuflash.explain(
+        q, k, v, attn_bias=BIAS, sink=SINK, dropout_p=0.1, device="h100", backward=True, bias_grad=True
+    )
+    problem = report.problem
+    assert (problem.bias.name, problem.bias_grad, problem.sink, problem.dropout) == ("fp32", True, True, "byte")
+    assert problem.bias_broadcast == (False,) * 4 and "bwd_bias_sm80" in str(report)
     report = cuflash.explain(*packed, **lengths, device="sm_86", backward=True, deterministic=True)
     problem = report.problem
     assert (problem.direction, problem.layout, problem.deterministic) == ("backward", "varlen", True)
