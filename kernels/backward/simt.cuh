@@ -1,4 +1,4 @@
-// Backward attention on plain multiply-adds, in two kernels that never write the same row: no atomics, always the same bits.
+// Backward attention on plain multiply-adds, in two kernels without atomics: always the same bits.
 //
 //   P = exp(score(Q K^T) - lse),  dP = dO V^T,  dS = P * (dP - delta) * slope
 //   dV = P^T dO,   dK = scale * dS^T Q,   dQ = scale * dS K
@@ -8,8 +8,8 @@
 //   kv tile  |####|####|##\ |   bwd_simt_dkdv: dk, dv   q tile |####|####|##\ |   bwd_simt_dq: dq
 //            +----+----+----+                                  +----+----+----+
 //
-//   for each tile:   recompute_p (S, P) | grad_p (dP) | grad_s (dS) | accumulate: dv += P^T dO, dk += dS^T Q, or dq += dS K
-//   store_dkdv, or store_dq
+//   for each tile:   load, S = Q K^T | load, dP = dO V^T | P, dS | load, dV += P^T dO, dK += dS^T Q or dQ += dS K
+//   store_dkdv or store_dq
 //
 // Either kernel owns the rows of its micro-tiles: keys in the first, where every matrix is transposed, queries in the
 // second. Recomputing P twice costs two products more than sharing it, and spares an accumulator for dq.
@@ -35,7 +35,8 @@ struct BackwardSimt {
     return {static_cast<T*>(pointer) + offset + head * stride.head, stride.row, count};
   }
 
-  // What one query head reads.
+  // What one query head reads. It lies in shared memory: in registers, the compiler would keep a row address of every
+  // operand besides over the whole kernel.
   struct Inputs {
     GlobalRows<const Element> q, k, v, dout;
     const Real* lse2;
@@ -57,6 +58,14 @@ struct BackwardSimt {
     CF_DEVICE Real delta_of(int row) const { return row < q.count ? delta[row] : Real(0); }
   };
 
+  template <class Block>
+  struct SmemPlan {
+    typename Block::SmemPlan products;
+    Inputs inputs;
+  };
+  using BlockDkdv = SimtBlock<Config, kTileKv, kTileQ>;
+  using BlockDq = SimtBlock<Config, kTileQ, kTileKv>;
+
   CF_DEVICE static GlobalRows<Element> dq_of(const BwdParams& p, const Sequence& sequence, int head) {
     return rows_of<Element>(p.dq, p.dq_stride, sequence.q_offset(p.dq_stride), head, sequence.len_q);
   }
@@ -65,6 +74,12 @@ struct BackwardSimt {
   }
   CF_DEVICE static GlobalRows<Element> dv_of(const BwdParams& p, const Sequence& sequence, int head) {
     return rows_of<Element>(p.dv, p.dv_stride, sequence.kv_offset(p.dv_stride), head, sequence.rows_kv);
+  }
+
+  CF_DEVICE static const Inputs& share_inputs(Inputs& inputs, const BwdParams& p, const Sequence& sequence, int head) {
+    if (ptx::thread_index() == 0) inputs = Inputs(p, sequence, head);
+    ptx::sync_threads();
+    return inputs;
   }
 
   // Packed rows that belong to no sequence have no gradient.
@@ -82,8 +97,8 @@ struct BackwardSimt {
   }
 
   CF_DEVICE static void run_dkdv(const BwdParams& p) {
-    using Block = SimtBlock<Config, kTileKv, kTileQ>;
-    typename Block::SmemPlan& smem = *reinterpret_cast<typename Block::SmemPlan*>(ptx::dynamic_smem());
+    using Block = BlockDkdv;
+    SmemPlan<Block>& smem = *reinterpret_cast<SmemPlan<Block>*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
     const Work work = key_work(ptx::block_index(), num_tiles(a.len_kv, kTileKv), a.heads_kv);
     const Sequence sequence(a, work.batch);
@@ -104,7 +119,7 @@ struct BackwardSimt {
     const int group = a.heads_q / a.heads_kv;
 #pragma unroll 1
     for (int head = work.head * group; head < (work.head + 1) * group; ++head) {
-      const Inputs inputs(p, sequence, head);
+      const Inputs& inputs = share_inputs(smem.inputs, p, sequence, head);
       const typename Config::Mask mask(a, sequence, head);
       const Tiles tiles = mask.q_tiles(kv_first, kTileKv, kTileQ);
 #pragma unroll 1
@@ -113,8 +128,8 @@ struct BackwardSimt {
         typename Block::Scores s, dp;  // transposed: rows are keys, columns are queries
         s.clear();
         dp.clear();
-        Block::template multiply<kDimQk>(s, smem.operands, inputs.k.from(kv_first), inputs.q.from(q_first));
-        Block::template multiply<kDimV>(dp, smem.operands, inputs.v.from(kv_first), inputs.dout.from(q_first));
+        Block::template multiply<kDimQk>(s, smem.products.operands, inputs.k.from(kv_first), inputs.q.from(q_first));
+        Block::template multiply<kDimV>(dp, smem.products.operands, inputs.v.from(kv_first), inputs.dout.from(q_first));
 
         const bool full = tiles.is_full(tile);
 #pragma unroll
@@ -127,8 +142,8 @@ struct BackwardSimt {
             grad_s(s.x[m][n], dp.x[m][n], score, log2_unit, lse2, delta, keep);
           }
         }
-        Block::template accumulate<kDimV>(dv, smem.weighted, s, inputs.dout.from(q_first));
-        Block::template accumulate<kDimQk>(dk, smem.weighted, dp, inputs.q.from(q_first));
+        Block::template accumulate<kDimV>(dv, smem.products.weighted, s, inputs.dout.from(q_first));
+        Block::template accumulate<kDimQk>(dk, smem.products.weighted, dp, inputs.q.from(q_first));
       }
     }
     Block::template store<kDimQk>(dk_of(p, sequence, work.head).from(kv_first), dk, [&](int) { return score.scale(); });
@@ -136,8 +151,8 @@ struct BackwardSimt {
   }
 
   CF_DEVICE static void run_dq(const BwdParams& p) {
-    using Block = SimtBlock<Config, kTileQ, kTileKv>;
-    typename Block::SmemPlan& smem = *reinterpret_cast<typename Block::SmemPlan*>(ptx::dynamic_smem());
+    using Block = BlockDq;
+    SmemPlan<Block>& smem = *reinterpret_cast<SmemPlan<Block>*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
     const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, kTileQ), a.heads_q);
     const Sequence sequence(a, work.batch);
@@ -147,7 +162,7 @@ struct BackwardSimt {
 
     const typename Config::Score score(a);
     const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
-    const Inputs inputs(p, sequence, work.head);
+    const Inputs& inputs = share_inputs(smem.inputs, p, sequence, work.head);
     const typename Config::Mask mask(a, sequence, work.head);
     const Tiles tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
     typename Block::template Output<kDimQk> dq;
@@ -159,8 +174,8 @@ struct BackwardSimt {
       typename Block::Scores s, dp;
       s.clear();
       dp.clear();
-      Block::template multiply<kDimQk>(s, smem.operands, inputs.q.from(q_first), inputs.k.from(kv_first));
-      Block::template multiply<kDimV>(dp, smem.operands, inputs.dout.from(q_first), inputs.v.from(kv_first));
+      Block::template multiply<kDimQk>(s, smem.products.operands, inputs.q.from(q_first), inputs.k.from(kv_first));
+      Block::template multiply<kDimV>(dp, smem.products.operands, inputs.dout.from(q_first), inputs.v.from(kv_first));
 
       const bool full = tiles.is_full(tile);
 #pragma unroll
@@ -173,7 +188,7 @@ struct BackwardSimt {
           grad_s(s.x[m][n], dp.x[m][n], score, log2_unit, lse2, delta, keep);
         }
       }
-      Block::template accumulate<kDimQk>(dq, smem.weighted, dp, inputs.k.from(kv_first));
+      Block::template accumulate<kDimQk>(dq, smem.products.weighted, dp, inputs.k.from(kv_first));
     }
     Block::template store<kDimQk>(dq_of(p, sequence, work.head).from(q_first), dq, [&](int) { return score.scale(); });
   }
@@ -181,16 +196,16 @@ struct BackwardSimt {
 
 template <class Config>
 CF_DEVICE void backward_simt_dkdv(const BwdParams& params) {
-  using Block = SimtBlock<Config, Config::kTileKv, Config::kTileQ>;
-  SmemSizeCheck<sizeof(typename Block::SmemPlan), Config::kSmemBytes>();
-  BackwardSimt<Config>::run_dkdv(params);
+  using Kernel = BackwardSimt<Config>;
+  SmemSizeCheck<sizeof(typename Kernel::template SmemPlan<typename Kernel::BlockDkdv>), Config::kSmemBytes>();
+  Kernel::run_dkdv(params);
 }
 
 template <class Config>
 CF_DEVICE void backward_simt_dq(const BwdParams& params) {
-  using Block = SimtBlock<Config, Config::kTileQ, Config::kTileKv>;
-  SmemSizeCheck<sizeof(typename Block::SmemPlan), Config::kSmemBytes>();
-  BackwardSimt<Config>::run_dq(params);
+  using Kernel = BackwardSimt<Config>;
+  SmemSizeCheck<sizeof(typename Kernel::template SmemPlan<typename Kernel::BlockDq>), Config::kSmemBytes>();
+  Kernel::run_dq(params);
 }
 
 }  // namespace cuflash
