@@ -32,11 +32,11 @@ def among_nans(cp: Any, x: Any) -> Any:
     Offsets are multiples of 16 bytes where those of `x` are, so that a case keeps its access width.
     """
     pad = 16 // x.dtype.itemsize
-    shape = tuple(n + 3 for n in x.shape[:-1]) + (x.shape[-1] + 2 * pad,)
+    shape = (*(n + 3 for n in x.shape[:-1]), x.shape[-1] + 2 * pad)
     buffer = cp.full(prod(shape) + pad, cp.nan, x.dtype)
     shift = x.data.ptr % 16 // x.dtype.itemsize
     grown = buffer[shift : shift + prod(shape)].reshape(shape)
-    view = grown[tuple(slice(1, 1 + n) for n in x.shape[:-1]) + (slice(pad, pad + x.shape[-1]),)]
+    view = grown[(*(slice(1, 1 + n) for n in x.shape[:-1]), slice(pad, pad + x.shape[-1]))]
     view[...] = x
     return view
 

@@ -6,7 +6,7 @@ compile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cuflash.device import Device
 from cuflash.problem import Problem
@@ -59,7 +59,7 @@ def forward_sm80(problem: Problem, device: Device) -> Tile:
         candidates = [(128, 64, 128, "32 rows a warp, 64 keys: out and S fit in 255 registers, two blocks an SM")]
     else:
         candidates = [(128, 64, 256, "16 rows a warp: 256 columns of out take 128 registers")]
-    candidates += [(64, 64, 128, "the largest that fits"), (64, 32, 128, "the largest that fits")]
+    candidates += [(64, 64, 128, "the largest that fits")]
     for tile_q, tile_kv, threads, reason in candidates:
         smem = _shared_tile(tile_q, max(dim_qk, dim_v)) + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v)
         if smem <= device.smem_per_block:
@@ -73,19 +73,18 @@ def backward_sm80(problem: Problem, device: Device) -> Tile:
     widest = max(problem.dim_qk, problem.dim_v)
     if widest <= 64:
         # H200, 8k, d 64: 280 TFLOP/s; 16 key rows a warp 236, 64 keys 235; 64 queries 290, but they spill 350 bytes.
-        candidates = [
-            (32, 128, 128, 2, 1, "32 key rows a warp halve the shared-memory reads per product against 16"),
-            (64, 64, 128, 2, 1, "the largest that fits"),
-        ]
+        candidates = [(32, 128, 128, 2, 1, "32 key rows a warp halve the shared-memory reads per product against 16")]
     elif widest <= 128:
-        # H200, 8k, d 128: 276 TFLOP/s; with two stages 266, 64 keys 264, 32 queries 238.
+        # H200, 8k, d 128: 284 TFLOP/s; with two stages 266, 64 keys 264, 32 queries 238.
         candidates = [
             (64, 128, 256, 1, 1, "dk and dv take 128 registers, S and dP 64"),
             (64, 64, 128, 1, 1, "the largest that fits"),
         ]
     else:
+        # H200, 8k, d 256: 198 TFLOP/s; 64 keys 149, and with 32 queries 172.
         candidates = [
-            (64, 64, 128, 1, 2, "two blocks share the columns of dk and dv, which else overflow the registers"),
+            (64, 128, 256, 1, 2, "two blocks share the columns of dk and dv, which else overflow the registers"),
+            (64, 64, 128, 1, 2, "the largest that fits"),
             (16, 64, 128, 1, 2, "16 query rows: what fits in 99 KB"),
         ]
     for tile_q, tile_kv, threads, stages, splits, reason in candidates:
@@ -98,7 +97,8 @@ def backward_sm80(problem: Problem, device: Device) -> Tile:
 def dq_columns(dim_qk: int, tile_q: int, threads: int, splits: int) -> int:
     """Columns of q and k in the backward's shared memory and in dq_accum (``DqAccum::kDimQk``)."""
     warps = threads // 32
-    warps_across = warps // min(warps // 2, tile_q // 16)
+    widest = 4 if dim_qk % (64 * splits) == 0 else 2
+    warps_across = warps // min(warps // widest, tile_q // 16)
     return round_up(dim_qk, 16 * warps_across * splits)
 
 
@@ -130,63 +130,63 @@ def convert_smem(problem: Problem, tile: Tile) -> int:
     return _shared_tile(tile.tile_q, dq_columns(problem.dim_qk, tile.tile_q, tile.threads, tile.dim_splits))
 
 
+SIMT_COLS = 64
+"""Rows of the other side that a simt block walks at a time."""
+
+
 def forward_simt(problem: Problem, device: Device) -> Tile:
     """The tile of ``forward/simt.cuh``."""
-    # Bytes of the widest row in the accumulator type, rows, threads, registers that float takes.
     candidates = [
-        (256, 64, 128, 128, "4 x 8 scores a thread; four blocks an SM load and multiply by turns"),
-        (512, 64, 128, 168, "4 x 8 scores a thread; three blocks an SM load and multiply by turns"),
-        (1024, 64, 256, 128, "64 registers of out a thread, two blocks an SM"),
-        (2048, 32, 256, 128, "32 rows keep out at 64 registers a thread"),
-        (4096, 32, 256, 255, "128 registers of out a thread"),
-        (8192, 16, 256, 255, "16 rows keep out at 128 registers a thread"),
+        (128, 64, 128, 168, "4 x 8 scores a thread; up to three blocks an SM load and multiply by turns"),
+        (256, 32, 128, 168, "64 registers of out a thread; up to three blocks an SM load and multiply by turns"),
+        (512, 32, 128, 255, "128 registers of out a thread"),
+        (1024, 32, 256, 255, "128 registers of out a thread"),
+        (2048, 16, 256, 255, "64 registers of out a thread"),
+        (4096, 8, 256, 255, "64 registers of out a thread"),
     ]
-    rows, threads, smem, blocks, reason = _simt(candidates, problem, device)
-    return Tile(rows, SIMT_COLS, threads, smem, blocks_per_sm=blocks, reason=reason)
+    return _simt(candidates, problem, device)
 
 
 def backward_simt(problem: Problem, device: Device) -> Tile:
     """The tile of ``backward/simt.cuh``: dk's and dv's; dq's has queries and keys exchanged."""
     candidates = [
-        (256, 64, 128, 255, "4 x 8 scores a thread"),
-        (512, 32, 128, 168, "4 x 4 scores a thread, so that three blocks fit an SM"),
-        (1024, 32, 128, 255, "128 registers of dk and dv a thread, two blocks an SM"),
-        (2048, 32, 256, 255, "128 registers of dk and dv a thread"),
-        (4096, 16, 256, 255, "16 rows keep dk and dv at 128 registers a thread"),
-        (8192, 8, 256, 255, "8 rows keep dk and dv at 128 registers a thread"),
+        (64, 32, 128, 128, "4 x 4 scores a thread; up to four blocks an SM load and multiply by turns"),
+        (128, 32, 128, 168, "4 x 4 scores a thread; up to three blocks an SM load and multiply by turns"),
+        (256, 32, 128, 255, "128 registers of dk and dv a thread"),
+        (512, 32, 256, 255, "128 registers of dk and dv a thread"),
+        (1024, 16, 256, 255, "128 registers of dk and dv a thread"),
+        (4096, 8, 256, 255, "at most 128 registers of dk and dv a thread"),
     ]
-    rows, threads, smem, blocks, reason = _simt(candidates, problem, device)
-    return Tile(SIMT_COLS, rows, threads, smem, blocks_per_sm=blocks, reason=reason)
+    tile = _simt(candidates, problem, device)
+    return replace(tile, tile_q=tile.tile_kv, tile_kv=tile.tile_q)
 
 
-SIMT_COLS = 64
-"""Rows of the other side that a simt block walks at a time."""
+def _simt(candidates: list[tuple[int, int, int, int, str]], problem: Problem, device: Device) -> Tile:
+    """The first candidate (dim, rows, threads, registers, reason) that is wide enough, its rows being queries.
+
+    The dim is the widest whose sums the registers hold in fp32.
+    """
+    # A double takes two registers; exp2 and 1 / x of doubles, another tensor's addresses and random numbers still more.
+    double = problem.dtype.accumulator.itemsize == 8
+    crowded = double or problem.mask.tensor or problem.bias is not None or problem.dropout is not None
+    dim = max(problem.dim_qk, problem.dim_v) * (4 if double else 1)
+    rows, threads, registers, reason = next(rest for widest, *rest in candidates if dim <= widest)
+    smem = simt_smem(problem, rows, threads)
+    blocks = _resident(smem, threads, 255 if crowded else registers, device)
+    return Tile(rows, SIMT_COLS, threads, smem, blocks_per_sm=blocks, reason=reason)
 
 
-def _simt(
-    candidates: list[tuple[int, int, int, int, str]], problem: Problem, device: Device
-) -> tuple[int, int, int, int, str]:
-    """Rows, threads, shared memory, blocks an SM and the reason of the first candidate wide enough."""
-    size = problem.dtype.accumulator.itemsize
-    row_bytes = max(problem.dim_qk, problem.dim_v) * size
-    rows, threads, registers, reason = next(rest for widest, *rest in candidates if row_bytes <= widest)
-    smem = simt_smem(problem, rows, SIMT_COLS, threads)
-    # Double takes two registers; another tensor's addresses and random numbers take some.
-    if size == 8 or problem.mask.tensor or problem.bias is not None or problem.dropout is not None:
-        registers = 255
-    return rows, threads, smem, _resident(smem, threads, registers, device), reason
-
-
-def simt_smem(problem: Problem, rows: int, cols: int, threads: int) -> int:
-    """Bytes of ``SimtBlock::SmemPlan`` (tile/gemm_simt.cuh), for a block of ``rows`` that walks tiles of ``cols``."""
-    size = problem.dtype.accumulator.itemsize
+def simt_smem(problem: Problem, rows: int, threads: int) -> int:
+    """Bytes of ``SimtBlock::SmemPlan`` (tile/gemm_simt.cuh), and of ``BackwardSimt::Inputs`` beside it."""
+    size, cols = problem.dtype.accumulator.itemsize, SIMT_COLS
     pack, across = 16 // size, min(32, 4 * threads // rows)
     widest_row = round_up(max(problem.dim_qk, problem.dim_v), across)
     staged_rows = cols
     while staged_rows > pack and staged_rows * widest_row * size > 16384:
         staged_rows //= 2
     weighted = (rows * (cols + across) + staged_rows * widest_row) * size
-    return max(simt_operands(problem, rows, cols), weighted)
+    inputs = 112 if problem.direction == "backward" else 0
+    return max(simt_operands(problem, rows, cols), weighted) + inputs
 
 
 def simt_operands(problem: Problem, rows: int, cols: int) -> int:

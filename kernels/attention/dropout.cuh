@@ -11,7 +11,7 @@ struct NoDropout {
   template <class Sequence>
   CF_DEVICE NoDropout(const Attention&, const Sequence&, int /*head*/) {}
   CF_DEVICE static constexpr bool keep(int, int) { return true; }
-  CF_DEVICE static constexpr float scale(const Attention&) { return 1.f; }
+  CF_DEVICE static constexpr double scale(const Attention&) { return 1; }
 };
 
 // The scheme of FlashAttention-2 and PyTorch's flash kernels: 16 rows x 32 columns share 32 calls of Philox, each of
@@ -37,7 +37,7 @@ struct ByteDropout {
   CF_DEVICE bool keep(int q, int kv) const {
     return keeps(draw(q, kv, 4 * (q % 8) + kv % 8 / 2).at(kv % 32 / 8), q % 16 / 8 * 2 + kv % 2);
   }
-  CF_DEVICE static float scale(const Attention& a) { return static_cast<float>(a.keep_scale); }
+  CF_DEVICE static double scale(const Attention& a) { return a.keep_scale; }
 };
 
 // The scheme of PyTorch's memory-efficient kernels: one 32-bit word an element, numbered in row-major order.
@@ -59,7 +59,7 @@ struct WordDropout {
     const uint32 word = random.at(static_cast<int>(n % 4));
     return static_cast<float>(word) * 2.3283064e-10f + 2.3283064e-10f / 2 > p;  // uniform in (0, 1]
   }
-  CF_DEVICE static float scale(const Attention& a) { return static_cast<float>(a.keep_scale); }
+  CF_DEVICE static double scale(const Attention& a) { return a.keep_scale; }
 };
 
 }  // namespace cuflash

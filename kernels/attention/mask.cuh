@@ -61,7 +61,7 @@ struct BandMask {
     const int last = min_of(kv + rows, len_kv) - 1;
     if (last < kv) return Tiles{0, 0, 0, 0};
     int all_end = q_end(kv);
-    if (all_end == len_q) all_end = round_up(len_q, tile);  // rows past the end have p = 0 anyway
+    if (all_end == len_q) all_end = round_up(len_q, tile);  // rows past the end are zeros: they add nothing
     if (kv + rows > len_kv) all_end = 0;
     return Tiles::of(q_begin(kv), q_end(last), q_begin(last), all_end, tile);
   }

@@ -69,23 +69,26 @@ struct Plus {
       : inner(a, sequence, head), term(a, sequence, head) {}
   CF_DEVICE Number unit() const { return Number(1); }
   CF_DEVICE Number apply(Number s, int q, int kv) const {
-    return inner.unit() * inner.apply(s, q, kv) + static_cast<Number>(term.at(q, kv));
+    return inner.unit() * inner.apply(s, q, kv) + term.template at<Number>(q, kv);
   }
   CF_DEVICE Number slope(Number s) const { return inner.slope(s); }
 };
 
-// Attention with linear biases (Press et al. 2021, arXiv 2108.12409): -slope * distance from the diagonal.
+// Attention with linear biases (Press et al. 2021, arXiv 2108.12409): -slope * distance from the diagonal. 0 for rows past
+// the end, whose probabilities must stay finite whatever the sign of the slope.
 struct Alibi {
+  int len_q;
   float slope;
   int off;  // the key on query 0's diagonal
 
   template <class Sequence>
   CF_DEVICE Alibi(const Attention& a, const Sequence& sequence, int head)
-      : slope(a.alibi[sequence.batch * a.alibi_batch + head]),
+      : len_q(sequence.len_q), slope(a.alibi[sequence.batch * a.alibi_batch + head]),
         off(a.top_left ? 0 : sequence.len_kv - sequence.len_q) {}
-  CF_DEVICE float at(int q, int kv) const {
-    const int distance = q + off - kv;
-    return -slope * static_cast<float>(distance < 0 ? -distance : distance);
+  template <class Real>
+  CF_DEVICE Real at(int q, int kv) const {
+    const int distance = q < len_q ? q + off - kv : 0;
+    return -static_cast<Real>(slope) * static_cast<Real>(distance < 0 ? -distance : distance);
   }
 };
 
@@ -101,9 +104,10 @@ struct Bias {
       : len_q(sequence.len_q), len_kv(sequence.len_kv),
         bias(static_cast<const Element*>(a.bias) + sequence.batch * a.bias_batch + head * a.bias_head),
         row(a.bias_row), column(a.bias_column) {}
-  // Accumulator type of the element; 0 beyond the sequence, where the tensor may end.
-  CF_DEVICE auto at(int q, int kv) const {
-    return q < len_q && kv < len_kv ? to_accumulator(bias[q * row + kv * column]) : to_accumulator(Element(0.f));
+  // 0 beyond the sequence, where the tensor may end.
+  template <class Real>
+  CF_DEVICE Real at(int q, int kv) const {
+    return q < len_q && kv < len_kv ? static_cast<Real>(to_accumulator(bias[q * row + kv * column])) : Real(0);
   }
 };
 

@@ -39,7 +39,7 @@ struct BiasTileSimt {
     Block::template multiply<Config::kDimV>(dp, smem.operands, dout, v);
 
     const BiasPolicies<Config> policies(a, sequence, head);
-    const Real keep_scale = Config::Dropout::scale(a);
+    const Real keep_scale = static_cast<Real>(Config::Dropout::scale(a));
     const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
     const Real* g_lse2 = static_cast<const Real*>(p.lse2) + row_offset;
     const Real* g_delta = static_cast<const Real*>(p.delta) + row_offset;

@@ -57,7 +57,7 @@ struct BiasTileSm80 {
     gemm_abt<Element>(s, smem.q, warp_row, smem.k);
     gemm_abt<Element>(dp, smem.dout, warp_row, smem.v);
     const BiasPolicies<Config> policies(a, sequence, head);
-    const float keep_scale = Config::Dropout::scale(a);
+    const float keep_scale = static_cast<float>(Config::Dropout::scale(a));
     dp.for_each(lane, [&](float& x, int, int) { x *= keep_scale; });
     for_each_dropped(policies.dropout, dp, q_first + warp_row, kv_first,
                      [&](int m, int n, int i) { dp.x[m][n][i] = 0.f; });

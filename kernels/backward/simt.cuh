@@ -1,4 +1,4 @@
-// Backward attention on plain multiply-adds, in two kernels that never write the same row: no atomics, always the same bits.
+// Backward attention on plain multiply-adds, in two kernels without atomics: always the same bits.
 //
 //   P = exp(score(Q K^T) - lse),  dP = dO V^T,  dS = P * (dP - delta) * slope
 //   dV = P^T dO,   dK = scale * dS^T Q,   dQ = scale * dS K
@@ -8,8 +8,8 @@
 //   kv tile  |####|####|##\ |   bwd_simt_dkdv: dk, dv   q tile |####|####|##\ |   bwd_simt_dq: dq
 //            +----+----+----+                                  +----+----+----+
 //
-//   for each tile:   recompute_p (S, P) | grad_p (dP) | grad_s (dS) | accumulate: dv += P^T dO, dk += dS^T Q, or dq += dS K
-//   store_dkdv, or store_dq
+//   for each tile:   load, S = Q K^T | load, dP = dO V^T | P, dS | load, dV += P^T dO, dK += dS^T Q or dQ += dS K
+//   store_dkdv or store_dq
 //
 // Either kernel owns the rows of its micro-tiles: keys in the first, where every matrix is transposed, queries in the
 // second. Recomputing P twice costs two products more than sharing it, and spares an accumulator for dq.
@@ -36,7 +36,8 @@ struct BackwardSimt {
     return {static_cast<T*>(pointer) + offset + head * stride.head, stride.row, count};
   }
 
-  // What one query head reads.
+  // What one query head reads. It lies in shared memory: in registers, the compiler would keep a row address of every
+  // operand besides over the whole kernel.
   struct Inputs {
     GlobalRows<const Element> q, k, v, dout;
     const Real* lse2;
@@ -58,6 +59,14 @@ struct BackwardSimt {
     CF_DEVICE Real delta_of(int row) const { return row < q.count ? delta[row] : Real(0); }
   };
 
+  template <class Block>
+  struct SmemPlan {
+    typename Block::SmemPlan products;
+    Inputs inputs;
+  };
+  using BlockDkdv = SimtBlock<Config, kTileKv, kTileQ>;
+  using BlockDq = SimtBlock<Config, kTileQ, kTileKv>;
+
   CF_DEVICE static GlobalRows<Element> dq_of(const BwdParams& p, const Sequence& sequence, int head) {
     return rows_of<Element>(p.dq, p.dq_stride, sequence.q_offset(p.dq_stride), head, sequence.len_q);
   }
@@ -66,6 +75,12 @@ struct BackwardSimt {
   }
   CF_DEVICE static GlobalRows<Element> dv_of(const BwdParams& p, const Sequence& sequence, int head) {
     return rows_of<Element>(p.dv, p.dv_stride, sequence.kv_offset(p.dv_stride), head, sequence.rows_kv);
+  }
+
+  CF_DEVICE static const Inputs& share_inputs(Inputs& inputs, const BwdParams& p, const Sequence& sequence, int head) {
+    if (ptx::thread_index() == 0) inputs = Inputs(p, sequence, head);
+    ptx::sync_threads();
+    return inputs;
   }
 
   // Packed rows that belong to no sequence have no gradient.
@@ -83,7 +98,7 @@ struct BackwardSimt {
 
     CF_DEVICE Policies(const Attention& a, const Sequence& sequence, int head)
         : mask(a, sequence, head), score(a, sequence, head), dropout(a, sequence, head),
-          log2_unit(score.unit() * static_cast<Real>(kLog2E)), keep_scale(Config::Dropout::scale(a)) {}
+          log2_unit(score.unit() * static_cast<Real>(kLog2E)), keep_scale(static_cast<Real>(Config::Dropout::scale(a))) {}
 
     // One score and its gradient, from q.k and dout.v: s becomes the weight of v, exactly 0 where masked or dropped, and
     // dp becomes ds.
@@ -96,8 +111,8 @@ struct BackwardSimt {
   };
 
   CF_DEVICE static void run_dkdv(const BwdParams& p) {
-    using Block = SimtBlock<Config, kTileKv, kTileQ>;
-    typename Block::SmemPlan& smem = *reinterpret_cast<typename Block::SmemPlan*>(ptx::dynamic_smem());
+    using Block = BlockDkdv;
+    SmemPlan<Block>& smem = *reinterpret_cast<SmemPlan<Block>*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
     const Work work = key_work(ptx::block_index(), num_tiles(a.len_kv, kTileKv), a.heads_kv);
     const Sequence sequence(a, work.batch);
@@ -116,7 +131,7 @@ struct BackwardSimt {
     const int group = a.heads_q / a.heads_kv;
 #pragma unroll 1
     for (int head = work.head * group; head < (work.head + 1) * group; ++head) {
-      const Inputs inputs(p, sequence, head);
+      const Inputs& inputs = share_inputs(smem.inputs, p, sequence, head);
       const Policies policies(a, sequence, head);
       const Tiles tiles = policies.mask.q_tiles(kv_first, kTileKv, kTileQ);
 #pragma unroll 1
@@ -125,8 +140,8 @@ struct BackwardSimt {
         typename Block::Scores s, dp;  // transposed: rows are keys, columns are queries
         s.clear();
         dp.clear();
-        Block::template multiply<kDimQk>(s, smem.operands, inputs.k.from(kv_first), inputs.q.from(q_first));
-        Block::template multiply<kDimV>(dp, smem.operands, inputs.v.from(kv_first), inputs.dout.from(q_first));
+        Block::template multiply<kDimQk>(s, smem.products.operands, inputs.k.from(kv_first), inputs.q.from(q_first));
+        Block::template multiply<kDimV>(dp, smem.products.operands, inputs.v.from(kv_first), inputs.dout.from(q_first));
 
         const bool full = tiles.is_full(tile);
 #pragma unroll
@@ -138,19 +153,19 @@ struct BackwardSimt {
             policies.grad_s(s.x[m][n], dp.x[m][n], lse2, delta, q, kv_first + s.row_of(m), full);
           }
         }
-        Block::template accumulate<kDimV>(dv, smem.weighted, s, inputs.dout.from(q_first));
-        Block::template accumulate<kDimQk>(dk, smem.weighted, dp, inputs.q.from(q_first));
+        Block::template accumulate<kDimV>(dv, smem.products.weighted, s, inputs.dout.from(q_first));
+        Block::template accumulate<kDimQk>(dk, smem.products.weighted, dp, inputs.q.from(q_first));
       }
     }
     const Real scale = static_cast<Real>(a.softmax_scale);
     Block::template store<kDimQk>(dk_of(p, sequence, work.head).from(kv_first), dk, [&](int) { return scale; });
     Block::template store<kDimV>(dv_of(p, sequence, work.head).from(kv_first), dv,
-                                 [&](int) { return Real(Config::Dropout::scale(a)); });
+                                 [&](int) { return static_cast<Real>(Config::Dropout::scale(a)); });
   }
 
   CF_DEVICE static void run_dq(const BwdParams& p) {
-    using Block = SimtBlock<Config, kTileQ, kTileKv>;
-    typename Block::SmemPlan& smem = *reinterpret_cast<typename Block::SmemPlan*>(ptx::dynamic_smem());
+    using Block = BlockDq;
+    SmemPlan<Block>& smem = *reinterpret_cast<SmemPlan<Block>*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
     const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, kTileQ), a.heads_q);
     const Sequence sequence(a, work.batch);
@@ -158,7 +173,7 @@ struct BackwardSimt {
     const int q_first = work.tile * kTileQ;
     if (q_first >= sequence.len_q) return;
 
-    const Inputs inputs(p, sequence, work.head);
+    const Inputs& inputs = share_inputs(smem.inputs, p, sequence, work.head);
     const Policies policies(a, sequence, work.head);
     const Tiles tiles = policies.mask.kv_tiles(q_first, kTileQ, kTileKv);
     typename Block::template Output<kDimQk> dq;
@@ -170,8 +185,8 @@ struct BackwardSimt {
       typename Block::Scores s, dp;
       s.clear();
       dp.clear();
-      Block::template multiply<kDimQk>(s, smem.operands, inputs.q.from(q_first), inputs.k.from(kv_first));
-      Block::template multiply<kDimV>(dp, smem.operands, inputs.dout.from(q_first), inputs.v.from(kv_first));
+      Block::template multiply<kDimQk>(s, smem.products.operands, inputs.q.from(q_first), inputs.k.from(kv_first));
+      Block::template multiply<kDimV>(dp, smem.products.operands, inputs.dout.from(q_first), inputs.v.from(kv_first));
 
       const bool full = tiles.is_full(tile);
 #pragma unroll
@@ -183,7 +198,7 @@ struct BackwardSimt {
           policies.grad_s(s.x[m][n], dp.x[m][n], lse2, delta, q, kv_first + s.col_of(n), full);
         }
       }
-      Block::template accumulate<kDimQk>(dq, smem.weighted, dp, inputs.k.from(kv_first));
+      Block::template accumulate<kDimQk>(dq, smem.products.weighted, dp, inputs.k.from(kv_first));
     }
     const Real scale = static_cast<Real>(a.softmax_scale);
     Block::template store<kDimQk>(dq_of(p, sequence, work.head).from(q_first), dq, [&](int) { return scale; });
@@ -192,16 +207,16 @@ struct BackwardSimt {
 
 template <class Config>
 CF_DEVICE void backward_simt_dkdv(const BwdParams& params) {
-  using Block = SimtBlock<Config, Config::kTileKv, Config::kTileQ>;
-  SmemSizeCheck<sizeof(typename Block::SmemPlan), Config::kSmemBytes>();
-  BackwardSimt<Config>::run_dkdv(params);
+  using Kernel = BackwardSimt<Config>;
+  SmemSizeCheck<sizeof(typename Kernel::template SmemPlan<typename Kernel::BlockDkdv>), Config::kSmemBytes>();
+  Kernel::run_dkdv(params);
 }
 
 template <class Config>
 CF_DEVICE void backward_simt_dq(const BwdParams& params) {
-  using Block = SimtBlock<Config, Config::kTileQ, Config::kTileKv>;
-  SmemSizeCheck<sizeof(typename Block::SmemPlan), Config::kSmemBytes>();
-  BackwardSimt<Config>::run_dq(params);
+  using Kernel = BackwardSimt<Config>;
+  SmemSizeCheck<sizeof(typename Kernel::template SmemPlan<typename Kernel::BlockDq>), Config::kSmemBytes>();
+  Kernel::run_dq(params);
 }
 
 }  // namespace cuflash

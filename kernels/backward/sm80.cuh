@@ -143,6 +143,7 @@ struct BackwardSm80 {
       const Score score(a, sequence, head);
       const Dropout dropout(a, sequence, head);
       const float log2_unit = score.unit() * static_cast<float>(kLog2E);
+      const float keep_scale = static_cast<float>(Dropout::scale(a));
       Scores s, dp;
       s.clear();
       dp.clear();
@@ -169,7 +170,7 @@ struct BackwardSm80 {
             const float p_value = visible ? exp2(score.apply(raw, q, kv) * log2_unit - lse2) : 0.f;
             const bool keep = kept.has((r / 2 * Scores::kN + n) * 4 + r % 2 * 2 + i);
             s.at(r, n, i) = keep ? p_value : 0.f;
-            const float dp_value = keep ? dp.at(r, n, i) * Dropout::scale(a) : 0.f;
+            const float dp_value = keep ? dp.at(r, n, i) * keep_scale : 0.f;
             dp.at(r, n, i) = p_value * (dp_value - delta) * score.slope(raw);
           }
         }
@@ -200,8 +201,8 @@ struct BackwardSm80 {
     ptx::sync_threads();  // every warp is done with K and V, whose memory dk and dv take over
     store_grad<kColsQk, Config::kDimQk>(smem.k, dk, static_cast<float>(a.softmax_scale), p.dk, p.dk_stride, sequence,
                                         work.head, kv_first, split * kColsQk);
-    store_grad<kColsV, Config::kDimV>(smem.v, dv, Dropout::scale(a), p.dv, p.dv_stride, sequence, work.head, kv_first,
-                                      split * kColsV);
+    store_grad<kColsV, Config::kDimV>(smem.v, dv, static_cast<float>(Dropout::scale(a)), p.dv, p.dv_stride, sequence,
+                                      work.head, kv_first, split * kColsV);
   }
 };
 

@@ -3,16 +3,16 @@
 //   out = softmax(score(Q K^T)) V,   lse = log sum exp
 //
 //              kv tiles ->
-//           +----+----+----+      One block owns one q tile of one head and walks the kv tiles its mask can let through,
-//    q tile |####|####|##\ |      keeping out and, row by row, the largest score so far and the sum of the weights
-//           +----+----+----+      relative to it (online softmax). Each thread computes a micro-tile of S and of out.
+//           +----+----+----+      One block owns one q tile of one head and walks the kv tiles its mask can let
+//    q tile |####|####|##\ |      through, keeping out and, for each row, the largest score so far and the sum of the
+//           +----+----+----+      weights relative to it (online softmax). Each thread has micro-tiles of S and out.
 //
 //   for each kv tile:   load_q, load_k, S += Q K^T, piece by piece of dim_qk | mask_tile | softmax_tile
 //                       load_v, out += P V, piece by piece of the keys
 //   store_out, store_lse
 //
-// Q is staged anew for every kv tile, as pieces of it and of K share one bounded buffer whatever the head size. One block
-// does not overlap its loads with its products: several blocks of a multiprocessor do that for each other.
+// Q is staged anew for every kv tile: pieces of it and of K share one bounded buffer, whatever the head size. A block
+// does not overlap its loads with its products; the blocks that share a multiprocessor do that for each other.
 #pragma once
 
 #include "attention/dropout.cuh"
@@ -125,7 +125,7 @@ struct ForwardSimt {
     for (int m = 0; m < Scores::kM; ++m) {
       states[m].l = Block::Grid::row_sum(states[m].l);
       const Real rescale = Config::Sink::close(states[m], a, work.head, score.unit());
-      factor[m] = rescale * states[m].inverse_sum() * Config::Dropout::scale(a);
+      factor[m] = rescale * states[m].inverse_sum() * static_cast<Real>(Config::Dropout::scale(a));
       const int row = Scores::row_of(m);
       if (Block::Grid::col() == 0 && row < q_rows) g_lse[row] = states[m].lse(score.unit());
     }

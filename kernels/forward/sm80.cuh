@@ -180,7 +180,7 @@ struct ForwardSm80 {
     for (int r = 0; r < kRowsPerLane; ++r) {
       rows[r].l = row_sum(rows[r].l);
       const float rescale = Config::Sink::close(rows[r], a, work.head, score.unit());
-      const float factor = rescale * rows[r].inverse_sum() * Dropout::scale(a);
+      const float factor = rescale * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a));
       const int row = warp_row + r * 8 + lane / 4;
 #pragma unroll
       for (int n = 0; n < Output::kN; ++n) {

@@ -14,7 +14,9 @@ namespace cuflash {
 template <class Config>
 struct DqAccum {
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
-  static constexpr int kWarpsDown = min_of(kWarps / 2, Config::kTileQ / 16), kWarpsAcross = kWarps / kWarpsDown;
+  // Four warps across make square fragments; two where the columns would need padding for four.
+  static constexpr int kWidest = Config::kDimQk % (64 * Config::kDimSplits) == 0 ? 4 : 2;
+  static constexpr int kWarpsDown = min_of(kWarps / kWidest, Config::kTileQ / 16), kWarpsAcross = kWarps / kWarpsDown;
   // Columns of q and k in shared memory, a whole number of fragments for every warp of every split.
   static constexpr int kDimQk = round_up(Config::kDimQk, 16 * kWarpsAcross * Config::kDimSplits);
   static constexpr int kCols = kDimQk / Config::kDimSplits;  // of one block's share

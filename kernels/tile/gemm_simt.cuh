@@ -1,11 +1,11 @@
 // Products of a whole block on plain multiply-adds: operands in shared memory, results in registers.
 //
-//                 kAcross threads share a row              Thread (r, c) of the grid owns rows r, r + kDown, ... and
-//               +---+---+---+---+---+---+---+---+          columns c, c + kAcross, ...: its micro-tile. A number read
-//    kDown rows |0,0|0,1|...|   |0,0|0,1|...|   |          from shared memory serves a whole row or column of it.
-//               |1,0|1,1|   |   |1,0|1,1|   |   |          The threads of a row are neighbours in one warp, so what
-//               +---+---+---+---+---+---+---+---+          one of them computes of a row reaches the others by shuffles.
-//               |0,0|0,1|   |   |0,0|0,1|   |   |
+//               kAcross threads share a row            Thread (r, c) of the grid owns rows r, r + kDown, ... and
+//             +---+---+---+---+---+---+---+---+        columns c, c + kAcross, ...: its micro-tile. A number read
+//  kDown rows |0,0|0,1|...|   |0,0|0,1|...|   |        from shared memory serves a whole row or column of it.
+//             |1,0|1,1|   |   |1,0|1,1|   |   |        The threads of a row are neighbours in one warp, so what
+//             +---+---+---+---+---+---+---+---+        one of them finds out of a row reaches the others by shuffles.
+//             |0,0|0,1|   |   |0,0|0,1|   |   |
 //
 // Operands are converted to the accumulator type on their way into shared memory, a bounded piece at a time: the head
 // size decides how many pieces, never how much memory. fp16, bf16 and fp32 thus differ in their loads and stores only.
@@ -25,7 +25,7 @@ struct alignas(kCount * sizeof(Real)) Pack { Real x[kCount]; };
 template <class Real>
 constexpr int kPackOf = 16 / sizeof(Real);
 
-// kPad keeps the packs that neighbouring threads read in different banks.
+// kRows rows of kCols numbers; kPad more keep what neighbouring threads access at once in different banks.
 template <class Real, int kRows_, int kCols_, int kPad>
 struct StagedTile {
   static constexpr int kRows = kRows_, kCols = kCols_;
@@ -43,7 +43,8 @@ struct StagedTile {
 // The threads of a block over a matrix of kRows rows.
 template <int kThreads, int kRows>
 struct ThreadGrid {
-  static constexpr int kAcross = min_of(32, 4 * kThreads / kRows), kDown = kThreads / kAcross;  // four rows a thread
+  // Four rows a thread, as far as one warp holds a row: few enough registers for a pack of each.
+  static constexpr int kAcross = min_of(32, 4 * kThreads / kRows), kDown = kThreads / kAcross;
 
   CF_DEVICE static int row() { return ptx::thread_index() / kAcross; }
   CF_DEVICE static int col() { return ptx::thread_index() % kAcross; }
@@ -148,18 +149,19 @@ struct GlobalRows {
   CF_DEVICE GlobalRows from(int row) const { return {data + row * stride, stride, count - row}; }
 };
 
-// Columns that are staged at once: at most 256 bytes of a row, shared out evenly.
+// Columns that are staged at once: at most 256 bytes of a row, in pieces of equal size.
 template <class Real>
 CF_DEVICE constexpr int staged_cols(int dim) {
-  return round_up(cdiv(dim, cdiv(dim, 256 / static_cast<int>(sizeof(Real)))), 8);
+  const int pieces = cdiv(dim * static_cast<int>(sizeof(Real)), 256);
+  return round_up(cdiv(dim, pieces), 8);
 }
 
-// Rows that are staged at once: 16 KB, a power of two in [least, most].
+// Rows that are staged at once: `most` halved until they take 16 KB or are the `least`.
 CF_DEVICE constexpr int staged_rows(int row_bytes, int least, int most) {
   return most <= least || most * row_bytes <= 16384 ? most : staged_rows(row_bytes, least, most / 2);
 }
 
-// A block that owns a tile of kRows rows and walks tiles of kCols others, multiplying both kinds by both head sizes.
+// A block that owns a tile of kRows rows and walks tiles of kCols others: its shared memory and its products.
 template <class Config, int kRows, int kCols>
 struct SimtBlock {
   using Element = typename Config::Element;
@@ -188,12 +190,13 @@ struct SimtBlock {
     Weighted weighted;
   };
 
-  // The whole tile's rows, columns [first_col, first_col + kStaged) of kDim; zeros where there are none, so that padding of
-  // any content (NaN included) never enters a product.
+  // Fills the tile's rows with columns [first_col, first_col + kStaged) of kDim; zeros where there are none, so that
+  // padding of any content (NaN included) never enters a product.
   template <int kStaged, int kDim, class Tile>
   CF_DEVICE static void load(Tile& tile, const Rows& rows, int first_col) {
     using Vector = typename VectorOf<Config::kCopyBytes>::Type;
     constexpr int kWidth = Config::kCopyBytes / sizeof(Element), kMove = min_of(kWidth, kPack);
+    constexpr int kInFlight = min_of(4, 16 / kWidth);  // accesses under way: at most 16 registers after conversion
     constexpr int kAcross = kStaged / kWidth, kThreadsAcross = min_of(Config::kThreads, power_of_two_above(kAcross));
     constexpr int kRowsAtOnce = Config::kThreads / kThreadsAcross;
     static_assert(kDim % kWidth == 0 && kStaged % kWidth == 0);
@@ -202,8 +205,9 @@ struct SimtBlock {
     for (int across = ptx::thread_index() % kThreadsAcross; across < kAcross; across += kThreadsAcross) {
       const int col = across * kWidth;
       const bool valid_col = kDim % kStaged == 0 || first_col + col < kDim;
+      // A running pointer: independent addresses would be kept in registers over the whole kernel.
       const Element* source = rows.data + first_row * rows.stride + first_col + col;
-#pragma unroll 4
+#pragma unroll kInFlight
       for (int down = 0; down < Tile::kRows; down += kRowsAtOnce, source += kRowsAtOnce * rows.stride) {
         const int row = down + first_row;
         if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
@@ -258,7 +262,8 @@ struct SimtBlock {
       const Real scale = scale_of(m);
 #pragma unroll
       for (int n = 0; n < Output<kDim>::kN; ++n) {
-        if (c.col_of(n) < kDim) rows.data[row * rows.stride + c.col_of(n)] = from_accumulator<Element>(c.x[m][n] * scale);
+        const int col = c.col_of(n);
+        if (col < kDim) rows.data[row * rows.stride + col] = from_accumulator<Element>(c.x[m][n] * scale);
       }
     }
   }
