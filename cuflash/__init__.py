@@ -1,5 +1,6 @@
 """Exact attention, forward and backward, for NumPy and CUDA arrays; kernels are compiled at run time."""
 
+from cuflash.api.backend import preferred_backend
 from cuflash.api.explain import explain
 from cuflash.api.flash import (
     Gradients,
@@ -12,7 +13,16 @@ from cuflash.api.flash import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_vjp,
 )
+from cuflash.api.mem_eff import (
+    efficient_attention_backward,
+    efficient_attention_forward,
+    mem_eff_backward,
+    mem_eff_forward,
+)
+from cuflash.api.mha import mha_bwd, mha_fwd, mha_varlen_bwd, mha_varlen_fwd
+from cuflash.api.mha_ck import mha_bwd_ck, mha_fwd_ck, mha_varlen_bwd_ck, mha_varlen_fwd_ck
 from cuflash.api.sdpa import scaled_dot_product_attention
+from cuflash.api.validators import check_aligned, check_contiguous, check_last_contiguous, check_range
 from cuflash.errors import CompileError, InvalidArgument, UnsupportedProblem
 from cuflash.generator import PhiloxGenerator, manual_seed
 
@@ -22,6 +32,12 @@ __all__ = [
     "InvalidArgument",
     "PhiloxGenerator",
     "UnsupportedProblem",
+    "check_aligned",
+    "check_contiguous",
+    "check_last_contiguous",
+    "check_range",
+    "efficient_attention_backward",
+    "efficient_attention_forward",
     "explain",
     "flash_attn_backward",
     "flash_attn_func",
@@ -32,5 +48,16 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_vjp",
     "manual_seed",
+    "mem_eff_backward",
+    "mem_eff_forward",
+    "mha_bwd",
+    "mha_bwd_ck",
+    "mha_fwd",
+    "mha_fwd_ck",
+    "mha_varlen_bwd",
+    "mha_varlen_bwd_ck",
+    "mha_varlen_fwd",
+    "mha_varlen_fwd_ck",
+    "preferred_backend",
     "scaled_dot_product_attention",
 ]

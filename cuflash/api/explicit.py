@@ -1,0 +1,286 @@
+"""What the `mha_*` and `mem_eff_*` functions share: forward and backward with everything in and out said explicitly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuflash import ops
+from cuflash.api import backend
+from cuflash.api.layouts import Place, longest, unexpanded
+from cuflash.api.probabilities import random_values, signed_probabilities
+from cuflash.errors import InvalidArgument
+from cuflash.generator import PhiloxGenerator
+from cuflash.ops import Options, check
+from cuflash.ops.paged import forward_paged
+
+
+@dataclass(frozen=True, slots=True)
+class Convention:
+    """How a version of PyTorch lays results out, and what it does without."""
+
+    lacks: tuple[str, ...] = ()
+    """Arguments that its functions do not have."""
+    padded: bool = True
+    """Row-wise results of packed sequences are (b, h, max_seqlen_q) instead of (h, total_q)."""
+    scalars: bool = True
+    """Seed and offset are two int64 numbers instead of one pair of uint64."""
+    multiple: int = 1
+    """What lengths of probabilities and row sums are rounded up to."""
+
+
+CONVENTIONS = {
+    "current": Convention(padded=False, scalars=False, multiple=128),
+    "legacy": Convention(("softcap", "block_table_"), multiple=128),
+    "rocm": Convention(),
+    "aotriton": Convention(("softcap",)),
+}
+CK = Convention()
+
+
+class Forward(NamedTuple):
+    """What the functions return, in this order."""
+
+    out: Any
+    q: Any
+    k: Any
+    v: Any
+    lse: Any
+    seed: Any
+    offset: Any
+    probabilities: Any
+
+
+class Backward(NamedTuple):
+    """What the functions return, in this order; those without a bias leave out the last."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    softmax_d: Any
+    dbias: Any
+
+
+def window(left: int | None, right: int | None) -> tuple[int, int]:
+    """Both sides of a window, of which None and every negative number are unbounded."""
+    sides = []
+    for name, side in (("window_size_left", left), ("window_size_right", right)):
+        if side is not None and (not isinstance(side, int | np.integer) or isinstance(side, bool)):
+            raise InvalidArgument(f"{name} is {side!r}; expected an integer, or None or -1 for unbounded.")
+        sides.append(-1 if side is None or side < 0 else int(side))
+    return sides[0], sides[1]
+
+
+def flag(name: str, value: Any) -> bool:
+    """A switch, and nothing else that happens to stand in its place."""
+    if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
+        raise InvalidArgument(f"{name} is {value!r}; expected True or False.")
+    return bool(value)
+
+
+def require(**arrays: Any) -> None:
+    """Refuse None for arrays that make a call what it is."""
+    for name, x in arrays.items():
+        if x is None:
+            raise InvalidArgument(f"{name} is None; expected an array.")
+
+
+@contextmanager
+def drawing_from(generator: Any) -> Iterator[Any]:
+    """What ops draw from; a generator of torch moves on by what they drew."""
+    if generator is None or isinstance(generator, PhiloxGenerator | tuple) or not hasattr(generator, "get_state"):
+        yield generator
+        return
+    state = generator.get_state()
+    stand_in = PhiloxGenerator.from_torch_state(state)
+    yield stand_in
+    moved = state.clone()
+    moved.numpy()[:] = np.frombuffer(stand_in.torch_state(), np.uint8)
+    generator.set_state(moved)
+
+
+def forward(
+    convention: Convention,
+    options: Options,
+    choice: str | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    generator: Any,
+    return_softmax: bool,
+    zero_tensors: bool = False,
+    block_table: Any = None,
+    random: bool = False,
+    **arrays: Any,
+) -> Forward:
+    """Run the forward and lay its results out; `arrays` are those of `ops.forward` that the caller has."""
+    place = Place(options.name("q"), q)
+    if flag("return_softmax", return_softmax) and block_table is not None:
+        raise InvalidArgument(
+            "return_softmax is True and block_table_ is given; probabilities of keys in pages are not returned. "
+            "Gather the pages into packed k and v."
+        )
+    flag("zero_tensors", zero_tensors)
+    starts_q, starts_k = arrays.get("cu_seqlens_q"), arrays.get("cu_seqlens_k")
+    run, given = ops.forward, dict(arrays)
+    if block_table is not None:
+        run, given = forward_paged, {**arrays, "block_table": block_table}
+    with drawing_from(generator) as source:
+        out, lse, *drawn = backend.call(run, options, choice, q=q, k=k, v=v, generator=source, **given)
+    rng_state = drawn[0] if drawn else None
+
+    if starts_q is not None:
+        lengths = longest(starts_q, options.max_seqlen_q), longest(starts_k, options.max_seqlen_k)
+        options = options._replace(max_seqlen_q=lengths[0], max_seqlen_k=lengths[1])
+    probabilities = place.full((0,), 0, "uint8" if random else q.dtype)
+    if return_softmax:
+        arrays.pop("out", None)
+        probabilities = signed_probabilities(
+            place, ops.forward, options, choice, rng_state, convention.multiple, q=q, k=k, v=v, **arrays
+        )
+        probabilities = random_values(place, probabilities) if random else probabilities
+    lse = place.with_infinity(lse)
+    if starts_q is not None:
+        lse = _packed_lse(place, convention, options, lse, starts_q, -np.inf if zero_tensors else np.inf)
+    return Forward(out, q, k, v, lse, *_state(place, convention, rng_state), probabilities)
+
+
+def backward(
+    convention: Convention,
+    options: Options,
+    choice: str | None,
+    *,
+    philox_seed: Any,
+    philox_offset: Any,
+    grad_bias: Any = None,
+    bias_requires_grad: bool = False,
+    zero_tensors: bool = False,
+    **arrays: Any,
+) -> Backward:
+    """Run the backward and lay its results out; `arrays` are those of `ops.backward` that the caller has."""
+    place = Place(options.name("q"), arrays["q"])
+    flag("zero_tensors", zero_tensors)
+    out, dout, lse, starts_q = (arrays.get(name) for name in ("out", "dout", "lse", "cu_seqlens_q"))
+    if drops(options):
+        arrays["rng_state"] = rng_state(place, options, philox_seed, philox_offset)
+    if convention.padded and starts_q is not None:
+        arrays["lse"] = packed_lse(place, options, lse, starts_q, arrays["q"])
+    wanted = wants_bias(options, arrays, grad_bias, bias_requires_grad)
+    gradients = backend.call(ops.backward, options._replace(bias_grad=wanted), choice, **arrays)
+    dbias = stored_bias(place, gradients, arrays.get("attn_bias"), grad_bias)
+    sums = place.row_sums(dout, out, 1 - options.dropout_p)
+    if starts_q is None:
+        softmax_d = place.rounded(sums, convention.multiple)
+    elif convention.padded:
+        length = longest(starts_q, options.max_seqlen_q)
+        softmax_d = place.rounded(place.padded(sums, starts_q, length, 0.0), convention.multiple)
+    else:
+        softmax_d = place.spaced(sums, starts_q)
+    return Backward(*gradients[:3], softmax_d, dbias)
+
+
+def drops(options: Options) -> bool:
+    """Whether anything can be dropped; checks the probability."""
+    return check.dropout_of(options) is not None
+
+
+def wants_bias(options: Options, arrays: dict[str, Any], grad_bias: Any, bias_requires_grad: bool) -> bool:
+    """Whether the gradient of the bias is computed; one that is expanded gives way to what it was expanded from."""
+    wanted = flag("bias_requires_grad", bias_requires_grad)
+    bias, name = arrays.get("attn_bias"), options.name("attn_bias")
+    if wanted and bias is None:
+        raise InvalidArgument(f"bias_requires_grad is True but {name} is None; pass the bias whose gradient is wanted.")
+    if not wanted and grad_bias is not None:
+        raise InvalidArgument("grad_bias is given but bias_requires_grad is False; pass True to have it filled.")
+    if wanted and hasattr(bias, "shape"):
+        arrays["attn_bias"] = unexpanded(bias)
+        if grad_bias is not None and tuple(grad_bias.shape) != tuple(arrays["attn_bias"].shape):
+            raise InvalidArgument(
+                f"grad_bias has shape {tuple(grad_bias.shape)}; expected {tuple(arrays['attn_bias'].shape)}, that of "
+                f"{name} with size 1 along the axes that it is expanded over."
+            )
+    return wanted
+
+
+def stored_bias(place: Place, gradients: Any, bias: Any, grad_bias: Any) -> Any:
+    """The gradient of the bias in the dtype of the bias, in the caller's array if there is one; None if not wanted."""
+    dbias = gradients[3] if len(gradients) > 3 else None
+    if dbias is None:
+        return None
+    if grad_bias is None:
+        return place.cast(dbias, bias.dtype)
+    grad_bias[...] = place.cast(dbias, grad_bias.dtype)
+    return grad_bias
+
+
+def rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: Any) -> Any:
+    """Seed and offset as `ops.backward` takes them: of a pair, of two numbers, or of two arrays of one number."""
+    if philox_seed is None:
+        raise InvalidArgument(
+            f"philox_seed is None but {options.name('dropout_p')} is {options.dropout_p}; "
+            "pass what the forward returned."
+        )
+    if np.prod(getattr(philox_seed, "shape", ())) == 2:
+        if philox_offset is not None and tuple(getattr(philox_offset, "shape", (0,))) != ():
+            raise InvalidArgument(
+                "philox_seed holds seed and offset, and philox_offset has dimensions; "
+                "expected None or the placeholder that the forward returned."
+            )
+        return philox_seed
+    if philox_offset is None:
+        raise InvalidArgument("philox_offset is None and philox_seed is one number; pass what the forward returned.")
+    numbers = [_on_host(x) for x in (philox_seed, philox_offset)]
+    if None not in numbers:
+        return place.pair(*numbers)
+    rows = [place.cast(x.reshape(1), "int64") for x in (philox_seed, philox_offset)]
+    return place.xp.concatenate(rows)
+
+
+def _on_host(x: Any) -> int | None:
+    """The number, if it is one in host memory."""
+    if isinstance(x, int | np.integer) or (isinstance(x, np.ndarray) and x.size == 1):
+        return int(x)
+    device = getattr(x, "device", None)
+    return int(x) if getattr(device, "type", None) == "cpu" else None
+
+
+def scalars(place: Place, state: Any) -> tuple[Any, Any]:
+    """Seed and offset, int64 without dimensions; empty without dropout."""
+    if state is None:
+        return place.full((0,), 0, "int64"), place.full((0,), 0, "int64")
+    numbers = state.view(place.dtype("int64"))
+    return numbers[0:1].reshape(()), numbers[1:2].reshape(())
+
+
+def _state(place: Place, convention: Convention, state: Any) -> tuple[Any, Any]:
+    """The two results that hold the random state."""
+    if convention.scalars:
+        return scalars(place, state)
+    return place.full((2,), 0, "uint64") if state is None else state, place.full((), 0, "uint64")
+
+
+def _packed_lse(place: Place, convention: Convention, options: Options, lse: Any, starts_q: Any, tail: float) -> Any:
+    """The log-sum-exp of packed sequences, with `tail` where there is no row."""
+    if convention.padded:
+        return place.padded(lse, starts_q, options.max_seqlen_q, tail)
+    outside = place.count(lse.shape[1]) >= place.starts(starts_q)[-1:]
+    lse[...] = place.xp.where(outside, tail, lse)
+    return lse
+
+
+def packed_lse(place: Place, options: Options, lse: Any, starts_q: Any, q: Any) -> Any:
+    """A log-sum-exp that is padded to (b, h, at least max_seqlen_q), without its padding."""
+    name = options.name("lse")
+    if lse is None:
+        raise InvalidArgument(f"{name} is None; expected an array.")
+    heads, length = q.shape[-2], longest(starts_q, options.max_seqlen_q)
+    shape = tuple(lse.shape)
+    if len(shape) != 3 or shape[:2] != (len(starts_q) - 1, heads) or shape[2] < length:
+        raise InvalidArgument(
+            f"{name} has shape {shape}; expected (b, heads_q, max_seqlen_q) = {(len(starts_q) - 1, heads, length)}."
+        )
+    return place.packed(lse, starts_q, q.shape[0], np.inf)

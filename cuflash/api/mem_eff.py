@@ -1,0 +1,456 @@
+"""Memory-efficient attention with the names, argument orders and results of PyTorch's functions.
+
+`mem_eff_forward` and its gradients stand for ``me_ck_api.h``; `efficient_attention_forward` and its gradients for the
+operators over the kernel of ``mem_eff_attention/kernel_forward.h``, with masks by number, padded log-sum-exps and that
+kernel's dropout. Arrays are NumPy's, CuPy's or torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuflash import ops
+from cuflash.api import backend as backends
+from cuflash.api import explicit
+from cuflash.api.layouts import Place, longest
+from cuflash.errors import InvalidArgument
+from cuflash.generator import PhiloxGenerator
+from cuflash.ops import Options
+
+Array = Any
+
+LSE_ROWS = 32
+"""What the kernel's log-sum-exps are padded to a multiple of."""
+
+
+def mem_eff_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    p_dropout: float = 0.0,
+    return_dropout_randval: bool = False,
+    is_causal: bool | None = False,
+    scale: float | None = None,
+    attn_bias_: Array | None = None,
+    out_: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    seqstart_q: Array | None = None,
+    seqstart_k: Array | None = None,
+    gen_: PhiloxGenerator | tuple[int, int] | None = None,
+    seqused_k_: Array | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, ...]:
+    """Attention with an additive bias; eight results.
+
+    Parameters
+    ----------
+    q : array, (b, len_q, heads_q, dim)
+        Queries; (total_q, heads_q, dim) when `cu_seqlens_q` or `seqstart_q` is given.
+    k, v : array, (b, len_kv, heads_kv, dim) and (b, len_kv, heads_kv, dim_v)
+        Keys and values, or packed ones.
+    p_dropout : float
+        Probability of dropping, 0 <= p < 1.
+    return_dropout_randval : bool
+        Also return which probabilities were dropped, as `mha_fwd_ck` does.
+    is_causal : bool, optional
+        Bottom-right aligned; None is False.
+    scale : float, optional
+        Factor of ``q @ k.T``, of any sign; ``dim ** -0.5`` by default.
+    attn_bias_ : array, broadcastable to (b, heads_q, len_q, len_kv), optional
+        Added to the scaled scores, in the dtype of q or float32.
+    out_ : array, optional
+        Filled and returned instead of a new array.
+    cu_seqlens_q, cu_seqlens_k : array of int32, (b + 1,), optional
+        Where packed sequences start, and the end of the last.
+    seqstart_q, seqstart_k : array of int32, (b + 1,), optional
+        The same by the names of xFormers; not both.
+    gen_ : PhiloxGenerator, torch.Generator or (int, int), optional
+        As for `mha_fwd`.
+    seqused_k_ : array of int32, (b,), optional
+        How many keys of each packed sequence take part.
+    backend : {"flash", "mem_eff", "default"}, optional
+        As for `preferred_backend`, for this call.
+
+    Returns
+    -------
+    out, q, k, v, lse, seed, offset, random : array
+        As from `mha_fwd_ck`, or `mha_varlen_fwd_ck` for packed sequences.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `mha_fwd`.
+    """
+    starts = [
+        _one_of(("cu_seqlens_q", cu_seqlens_q), ("seqstart_q", seqstart_q)),
+        _one_of(("cu_seqlens_k", cu_seqlens_k), ("seqstart_k", seqstart_k)),
+    ]
+    options = Options(
+        softmax_scale=scale, causal=False if is_causal is None else is_causal, dropout_p=p_dropout,
+        vocabulary="mem_eff_forward",
+    )  # fmt: skip
+    return tuple(
+        explicit.forward(
+            explicit.CK, options, backend, q, k, v, gen_, return_dropout_randval, random=True, cu_seqlens_q=starts[0],
+            cu_seqlens_k=starts[1], seqused_k=seqused_k_, attn_bias=attn_bias_, out=out_,
+        )
+    )  # fmt: skip
+
+
+def mem_eff_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    softmax_lse: Array,
+    dq_: Array | None,
+    dk_: Array | None,
+    dv_: Array | None,
+    attn_bias: Array | None = None,
+    bias_requires_grad: bool = False,
+    grad_bias: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    p_dropout: float = 0.0,
+    scale: float | None = None,
+    is_causal: bool = False,
+    deterministic: bool = False,
+    zero_tensors: bool = False,
+    philox_seed: Array | int | None = None,
+    philox_offset: Array | int | None = None,
+    *,
+    seqused_k: Array | None = None,
+    backend: str | None = None,
+) -> tuple[Array, ...]:
+    """Gradients of `mem_eff_forward`, that of the bias among them; four results.
+
+    Parameters
+    ----------
+    dout, q, k, v, out, softmax_lse : array
+        Gradient of the output; arguments and results of the forward.
+    dq_, dk_, dv_ : array or None
+        Filled and returned; None makes new arrays.
+    attn_bias, bias_requires_grad, grad_bias, deterministic, philox_seed, philox_offset, backend
+        As for `mha_bwd_ck`.
+    cu_seqlens_q, cu_seqlens_k : array of int32, (b + 1,), optional
+        As in the forward.
+    max_seqlen_q, max_seqlen_k : int, optional
+        As for `mha_varlen_bwd`; lengths of dense tensors are theirs, and these must be them or None.
+    p_dropout, scale, is_causal
+        As in the forward.
+    zero_tensors : bool
+        As for `mha_varlen_bwd`.
+    seqused_k : array of int32, (b,), optional
+        As in the forward; PyTorch's backward has no such argument.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        Shaped and typed like q, k and v.
+    dbias : array or None
+        As from `mha_bwd_ck`.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `mha_fwd`.
+    """
+    options = Options(
+        softmax_scale=scale, causal=is_causal, dropout_p=p_dropout, deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_backward",
+    )  # fmt: skip
+    if cu_seqlens_q is None:
+        options = _dense_lengths(options, q, k)
+    found = explicit.backward(
+        explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset, grad_bias=grad_bias,
+        bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias, out=out, dout=dout, lse=softmax_lse,
+        dq=dq_, dk=dk_, dv=dv_,
+    )  # fmt: skip
+    return found.dq, found.dk, found.dv, found.dbias
+
+
+class Efficient(NamedTuple):
+    """What `efficient_attention_forward` returns, in this order."""
+
+    output: Array
+    logsumexp: Array
+    philox_seed: Array
+    philox_offset: Array
+    max_seqlen_batch_q: int
+    max_seqlen_batch_k: int
+
+
+def efficient_attention_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    custom_mask_type: int = 0,
+    compute_log_sumexp: bool = False,
+    *,
+    scale: float | None = None,
+    seqlen_k: Array | None = None,
+    window_size: int | None = None,
+    gen_: PhiloxGenerator | tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> Efficient:
+    """Attention with the arguments and results of PyTorch's ``_efficient_attention_forward``.
+
+    Parameters
+    ----------
+    query : array, (b, len_q, heads_q, dim)
+        Queries; (1, total_q, heads_q, dim) of packed sequences.
+    key, value : array, (b, len_kv, heads_kv, dim) and (b, len_kv, heads_kv, dim_v)
+        Keys and values; heads_q must be a multiple of heads_kv.
+    bias : array, broadcastable to (b, heads_q, len_q, len_kv), optional
+        Added to the scaled scores, in the dtype of query or float32, with any strides, 0 among them.
+    cu_seqlens_q, cu_seqlens_k : array of int32, (b + 1,), optional
+        Where packed sequences start, and the end of the last; both or neither.
+    max_seqlen_q, max_seqlen_k : int, optional
+        At least as long as the longest packed sequence; None reads `cu_seqlens`, for which a GPU is waited. Lengths of
+        dense tensors are theirs.
+    dropout_p : float
+        Probability of dropping, 0 <= p < 1, by the 32-bit scheme of PyTorch's memory-efficient kernels. Pairs of packed
+        sequences are numbered by the longest lengths, so the backward needs the same ones.
+    custom_mask_type : {0, 1, 2}
+        No mask, causal top-left or causal bottom-right aligned.
+    compute_log_sumexp : bool
+        Return the log-sum-exp.
+    scale : float, optional
+        Factor of ``query @ key.T``, of any sign; ``dim ** -0.5`` by default.
+    seqlen_k : array of int32, (b,), optional
+        How many keys of each packed sequence take part.
+    window_size : int, optional
+        With a causal mask, how many keys up to its own a query sees; None and 0 are all.
+    gen_ : PhiloxGenerator, torch.Generator or (int, int), optional
+        As for `mha_fwd`.
+    backend : {"flash", "mem_eff", "default"}, optional
+        As for `preferred_backend`, for this call.
+
+    Returns
+    -------
+    output : array, (b, len_q, heads_q, dim_v)
+        Or (1, total_q, heads_q, dim_v); 0 for queries that see no key.
+    logsumexp : array, (b, heads_q, longest len_q rounded up to a multiple of 32)
+        Natural logarithms in float32 (float64 for float64 tensors); +inf in the padding and for queries that see no
+        key. (b, heads_q, 0) unless `compute_log_sumexp`.
+    philox_seed, philox_offset : array of int64, ()
+        For the backward; empty without dropout.
+    max_seqlen_batch_q, max_seqlen_batch_k : int
+        The longest lengths.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `mha_fwd`.
+    """
+    place = Place("query", query)
+    packed = _starts(cu_seqlens_q, cu_seqlens_k)
+    explicit.flag("compute_log_sumexp", compute_log_sumexp)
+    options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k)
+    if packed:
+        q, k, v = (_unbatched(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    else:
+        q, k, v = query, key, value
+        options = _dense_lengths(options, query, key)
+    with explicit.drawing_from(gen_) as generator:
+        out, lse, *drawn = backends.call(
+            ops.forward, options, backend, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqlen_k, attn_bias=bias, generator=generator,
+        )  # fmt: skip
+
+    if packed:
+        lengths = longest(cu_seqlens_q, max_seqlen_q), longest(cu_seqlens_k, max_seqlen_k)
+        batch, out = len(cu_seqlens_q) - 1, out[None]
+    else:
+        lengths, batch = (q.shape[1], k.shape[1]), q.shape[0]
+    if compute_log_sumexp:
+        lse = place.with_infinity(lse)
+        rows = -(-lengths[0] // LSE_ROWS) * LSE_ROWS
+        lse = place.padded(lse, cu_seqlens_q, rows, np.inf) if packed else place.filled(lse, rows, np.inf)
+    else:
+        lse = place.full((batch, q.shape[-2], 0), 0, lse.dtype)
+    return Efficient(out, lse, *explicit.scalars(place, drawn[0] if drawn else None), *lengths)
+
+
+def efficient_attention_backward(
+    grad_out_: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    out: Array,
+    cu_seqlens_q: Array | None,
+    cu_seqlens_k: Array | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    logsumexp: Array,
+    dropout_p: float,
+    philox_seed: Array | int | None,
+    philox_offset: Array | int | None,
+    custom_mask_type: int,
+    bias_requires_grad: bool,
+    *,
+    scale: float | None = None,
+    num_splits_key: int | None = None,
+    window_size: int | None = None,
+    shared_storage_dqdkdv: bool = False,
+    seqlen_k: Array | None = None,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Gradients with the arguments and results of PyTorch's ``_efficient_attention_backward``.
+
+    Parameters
+    ----------
+    grad_out_ : array, shaped like `out`
+        Gradient of the output.
+    query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, custom_mask_type : array or int
+        Arguments of the forward, with the longest lengths that it returned.
+    out, logsumexp, philox_seed, philox_offset : array
+        Results of the forward with ``compute_log_sumexp=True``; the random state may also be two integers.
+    dropout_p, scale, window_size, seqlen_k
+        As in the forward.
+    bias_requires_grad : bool
+        Compute the gradient of the bias.
+    num_splits_key : int, optional
+        1 adds the shares of key tiles to the gradient of the queries in a fixed order, like `deterministic`. None and
+        greater numbers let as many blocks as there are key tiles add in any order.
+    shared_storage_dqdkdv : bool
+        Return slices of one (b, len, 3, heads, dim) array; query, key and value must have one shape.
+    deterministic : bool
+        Give the same bits on every run; not with more than one key split.
+    backend : {"flash", "mem_eff", "default"}, optional
+        As for `preferred_backend`, for this call.
+
+    Returns
+    -------
+    grad_query, grad_key, grad_value : array
+        Shaped and typed like query, key and value.
+    grad_bias : array or None
+        Typed like the bias and shaped like it, with size 1 along axes of stride 0: summed over what it is broadcast
+        over. None unless `bias_requires_grad`.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `mha_fwd`.
+    """
+    place = Place("query", query)
+    packed = _starts(cu_seqlens_q, cu_seqlens_k)
+    ordered = _ordered(num_splits_key, explicit.flag("deterministic", deterministic))
+    options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k)
+    options = options._replace(deterministic=ordered)
+    names = {"q": query, "k": key, "v": value, "out": out, "dout": grad_out_}
+    arrays = {name: _unbatched(options.name(name), x) if packed else x for name, x in names.items()}
+    explicit.require(logsumexp=logsumexp)
+    if packed:
+        arrays["lse"] = explicit.packed_lse(place, options, logsumexp, cu_seqlens_q, arrays["q"])
+    else:
+        options = _dense_lengths(options, query, key)
+        arrays["lse"] = logsumexp[..., : query.shape[1]]
+    if explicit.flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
+        shared = _shared(place, query, key, value)
+        for i, name in enumerate(("dq", "dk", "dv")):
+            part = shared[..., i, :, :]
+            arrays[name] = part[0] if packed else part
+    arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqlen_k, "attn_bias": bias}
+    if explicit.drops(options):
+        arrays["rng_state"] = explicit.rng_state(place, options, philox_seed, philox_offset)
+    wanted = explicit.wants_bias(options, arrays, None, bias_requires_grad)
+    found = backends.call(ops.backward, options._replace(bias_grad=wanted), backend, **arrays)
+    gradients = [x[None] if packed else x for x in found[:3]]
+    return (*gradients, explicit.stored_bias(place, found, bias, None))
+
+
+def _one_of(first: tuple[str, Array | None], second: tuple[str, Array | None]) -> Array | None:
+    """The one of two names of an argument that was used."""
+    if first[1] is not None and second[1] is not None:
+        raise InvalidArgument(f"{first[0]} and {second[0]} are given together, which are one argument. Drop one.")
+    return second[1] if first[1] is None else first[1]
+
+
+def _options(scale: float | None, mask_type: int, window: int | None, p: float, *lengths: int | None) -> Options:
+    """The keywords of the kernel's functions in those of ops."""
+    if not isinstance(mask_type, int | np.integer) or isinstance(mask_type, bool) or mask_type not in (0, 1, 2):
+        raise InvalidArgument(
+            f"custom_mask_type is {mask_type!r}; "
+            "expected 0 for none, 1 for causal top-left or 2 for causal bottom-right."
+        )
+    whole = window is None or (isinstance(window, int | np.integer) and not isinstance(window, bool))
+    if not whole or (window is not None and window < 0):
+        raise InvalidArgument(f"window_size is {window!r}; expected a number of keys from 1, or None or 0 for all.")
+    if window and not mask_type:
+        raise InvalidArgument(
+            f"window_size is {window} but custom_mask_type is 0; windows end at a query's own key. "
+            "Pass custom_mask_type 1 or 2."
+        )
+    return Options(
+        softmax_scale=scale, causal=mask_type > 0, window_size=(int(window) - 1 if window else -1, -1),
+        alignment="top-left" if mask_type == 1 else "bottom-right", dropout_p=p, dropout_scheme="word",
+        max_seqlen_q=lengths[0], max_seqlen_k=lengths[1], vocabulary="efficient",
+    )  # fmt: skip
+
+
+def _starts(cu_seqlens_q: Array | None, cu_seqlens_k: Array | None) -> bool:
+    """Whether sequences are packed."""
+    given = {"cu_seqlens_q": cu_seqlens_q is not None, "cu_seqlens_k": cu_seqlens_k is not None}
+    if sum(given.values()) == 1:
+        one, other = sorted(given, key=given.get, reverse=True)
+        raise InvalidArgument(f"{one} is given but {other} is not; packed sequences need both.")
+    return given["cu_seqlens_q"]
+
+
+def _unbatched(name: str, x: Array) -> Array:
+    """(1, total, h, d) to (total, h, d)."""
+    explicit.require(**{name: x})
+    if len(x.shape) != 4 or x.shape[0] != 1:
+        raise InvalidArgument(f"{name} has shape {tuple(x.shape)}; expected (1, total, h, d) with cu_seqlens_q.")
+    return x[0]
+
+
+def _dense_lengths(options: Options, q: Array, k: Array) -> Options:
+    """Check longest lengths of dense tensors, which are their lengths, and drop them."""
+    for name, x in (("max_seqlen_q", q), ("max_seqlen_k", k)):
+        given, shape = getattr(options, name), getattr(x, "shape", ())
+        if given is not None and len(shape) == 4 and given != shape[1]:
+            raise InvalidArgument(f"{name} is {given} but the tensor has {shape[1]} rows; pass that, or None.")
+    return options._replace(max_seqlen_q=None, max_seqlen_k=None)
+
+
+def _ordered(num_splits_key: int | None, deterministic: bool) -> bool:
+    """Whether key tiles add to a gradient in a fixed order."""
+    if num_splits_key is None:
+        return deterministic
+    if not isinstance(num_splits_key, int | np.integer) or isinstance(num_splits_key, bool) or num_splits_key < 1:
+        raise InvalidArgument(f"num_splits_key is {num_splits_key!r}; expected a number from 1, or None.")
+    if deterministic and num_splits_key > 1:
+        raise InvalidArgument(
+            f"num_splits_key is {num_splits_key} and deterministic is True; only one split has a fixed order. Drop one."
+        )
+    return num_splits_key == 1
+
+
+def _shared(place: Place, query: Array, key: Array, value: Array) -> Array:
+    """One array for three gradients."""
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    if len(set(shapes)) > 1:
+        raise InvalidArgument(
+            f"shared_storage_dqdkdv is True and query, key and value have shapes {shapes[0]}, {shapes[1]} and "
+            f"{shapes[2]}; expected one shape."
+        )
+    batch, rows, heads, dim = shapes[0]
+    return place.full((batch, rows, 3, heads, dim), 0, query.dtype)

@@ -1,0 +1,68 @@
+"""Attention probabilities, and which of them dropout dropped, by attention to one-hot values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cuflash.api import backend
+from cuflash.api.layouts import Place
+from cuflash.ops import Options
+
+_COLUMNS = 256
+"""Keys at a time: a head dimension that every kernel family runs."""
+
+
+def signed_probabilities(
+    place: Place, forward: Any, options: Options, choice: str | None, rng_state: Any, multiple: int, **arrays: Any
+) -> Any:
+    """(b, heads_q, len_q, len_kv) probabilities in the dtype of q, zeros behind len_q and len_kv up to `multiple`.
+
+    The sign bit says what dropout dropped, of hidden pairs (0) as well. Attention to the identity matrix gives the
+    probabilities themselves; dropout of a uniform softmax, whose every probability is positive, what is kept.
+    """
+    q, k, v = (arrays.pop(name) for name in ("q", "k", "v"))
+    lengths = {name: x for name, x in arrays.items() if name.startswith(("cu_seqlens", "seqused")) and x is not None}
+    packed = "cu_seqlens_q" in lengths
+    len_kv = options.max_seqlen_k if packed else k.shape[1]
+    plain = options._replace(dropout_p=0.0)
+    uniform = Options(
+        softmax_scale=0.0, dropout_p=options.dropout_p, dropout_scheme=options.dropout_scheme,
+        max_seqlen_q=options.max_seqlen_q, max_seqlen_k=options.max_seqlen_k, vocabulary=options.vocabulary,
+    )  # fmt: skip
+    drawn = tuple(int(x) % 2**64 for x in rng_state.tolist()) if options.dropout_p else None
+
+    parts = []
+    for first in range(0, len_kv, _COLUMNS):
+        one_hot = _one_hot(place, v, lengths.get("cu_seqlens_k"), first, min(_COLUMNS, len_kv - first))
+        part = backend.call(forward, plain, choice, q=q, k=k, v=one_hot, **arrays)[0]
+        if drawn is not None:
+            kept = backend.call(forward, uniform, choice, q=q, k=k, v=one_hot, generator=drawn, **lengths)[0]
+            part = place.xp.where(kept > 0, part, -part)
+        parts.append(_rows_last(place, part, lengths.get("cu_seqlens_q"), options.max_seqlen_q))
+    if not parts:
+        batch = len(lengths["cu_seqlens_q"]) - 1 if packed else q.shape[0]
+        return place.full((batch, q.shape[-2], options.max_seqlen_q if packed else q.shape[1], 0), 0, q.dtype)
+    whole = place.xp.concatenate(parts, axis=-1)
+    return place.rounded(place.rounded(whole, multiple, axis=-2), multiple)
+
+
+def random_values(place: Place, probabilities: Any) -> Any:
+    """A byte for each pair, which was kept where it is at most ``floor((1 - p) * 255)``: 0, and 255 where dropped."""
+    return place.cast(place.xp.signbit(probabilities), "uint8") * 255
+
+
+def _one_hot(place: Place, v: Any, cu_seqlens_k: Any, first: int, columns: int) -> Any:
+    """Values of which key j has 1 in column j - first."""
+    rows = place.count(v.shape[1]) if cu_seqlens_k is None else place.locals(cu_seqlens_k, v.shape[0])
+    values = place.cast(rows[:, None] == first + place.count(columns), v.dtype)[:, None]
+    shape = (*v.shape[:-1], columns)
+    return place.xp.broadcast_to(values, shape)
+
+
+def _rows_last(place: Place, x: Any, cu_seqlens_q: Any, len_q: int | None) -> Any:
+    """(b, len_q, h, n) or packed (total, h, n) to (b, h, len_q, n)."""
+    if cu_seqlens_q is not None:
+        total, *others = x.shape
+        x = place.xp.concatenate([x, place.full((1, *others), 0, x.dtype)])
+        x = x[place.padded_index(cu_seqlens_q, len_q, total)]
+    return x.swapaxes(1, 2)
