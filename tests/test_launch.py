@@ -24,10 +24,11 @@ import pytest
 from host import build, run
 
 import cuflash
-from cuflash import arrays, device, jit
+from cuflash import arrays, device, jit, ops
 from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import launch
+from cuflash.ops.options import SHARED
 from cuflash.plan import Step
 
 FP16, BF16 = np.float16, ml_dtypes.bfloat16
@@ -87,6 +88,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(launch, "_prepared", {})
     for framework, wrap in ((CuPy, as_cupy), (Torch, as_torch)):
         monkeypatch.setattr(framework, "context", lambda self, ordinal: nullcontext())
+        monkeypatch.setattr(framework, "is_capturing", lambda self: False)
         for name, make in (("empty", allocate), ("zeros", zeroed)):
             monkeypatch.setattr(
                 framework, name,
@@ -169,7 +171,7 @@ def as_torch(x: np.ndarray) -> FakeTensor:
 FAKE_TORCH = ModuleType("torch")
 FAKE_TORCH.Tensor = FakeTensor
 FAKE_TORCH.is_grad_enabled = lambda: True
-for _name in ("float16", "bfloat16", "float32", "float64", "int32", "bool"):
+for _name in ("float16", "bfloat16", "float32", "float64", "int32", "uint64", "bool"):
     setattr(FAKE_TORCH, _name, FakeDtype(_name))
 
 
@@ -224,6 +226,136 @@ def test_vjp_on_host_memory(launches: Launches, wrap: Any, options: dict, dtype:
     oracle.assert_all_close(
         oracle.Attention(*results), oracle.attention(*inputs, **given), oracle.naive_in_dtype(*inputs, **given)
     )
+
+
+RNG = np.random.default_rng(8)
+SLOPES, SINK = RNG.uniform(0.02, 0.3, (3, 4)).astype(np.float32), RNG.standard_normal(4).astype(np.float32)
+BIAS = RNG.standard_normal((3, 4, 90, 95))
+PACKED = CASES["packed"][0] | {"seqused_q": np.array([21, 0, 45], np.int32)}
+BYTE, WORD = {"dropout_p": 0.3}, {"dropout_p": 0.4, "dropout_scheme": "word"}
+GENERATOR = (2**64 - 7, 2**33 + 4)
+FEATURES = {
+    "alibi": {"alibi_slopes": SLOPES[0], "causal": True},
+    "bias": {"attn_bias": BIAS[:2, :, :70, :90].astype(FP16), "bias_grad": True},
+    "bias-heads-fp32": {"attn_bias": BIAS[0, :, :1, :90].astype(np.float32), "bias_grad": True, "softcap": 1.5},
+    "bias-strided": {"attn_bias": BIAS[0, :1, :90, :70].astype(FP16).transpose(0, 2, 1)[..., ::-1], "bias_grad": True},
+    "sink": {"sink": SINK, "window_size": (9, 3)},
+    "byte": BYTE | {"causal": True, "unbiased_dropout": True},
+    "word": WORD | {"attn_mask": RNG.random((2, 1, 70, 90)) < 0.6, "causal": True},
+    "all": BYTE | {"alibi_slopes": SLOPES[:2], "attn_bias": BIAS[0, 0, :70, :90].astype(FP16), "bias_grad": True,
+                   "sink": SINK, "softcap": 2.0, "attn_mask": RNG.random((70, 90)) < 0.8},
+    "packed-used": PACKED | BYTE | {"alibi_slopes": SLOPES, "sink": SINK},
+    "packed-longer": PACKED | {"max_seqlen_q": 90, "max_seqlen_k": 99, "bias_grad": True,
+                               "attn_bias": np.pad(BIAS[:, :1], [(0, 0), (0, 0), (0, 0), (0, 4)]).astype(FP16)},
+    "packed-bias": PACKED | WORD | {"attn_bias": BIAS[:, :1, :45, :50].astype(FP16), "bias_grad": True},
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_score_features_on_host_memory(launches: Launches, name: str, family: str, wrap: Any) -> None:
+    given = FEATURES[name]
+    packed = "cu_seqlens_q" in given
+    rows_q, rows_kv = ((80,), (95,)) if packed else ((2, 70), (2, 90))
+    q, k, v = random(*rows_q, 4, 32), random(*rows_kv, 2, 32, seed=1), random(*rows_kv, 2, 24, seed=2)
+    options = ops.Options(**{n: x for n, x in given.items() if n in ops.Options._fields}, family=family)
+    arrays = [q, k, v, *(given.get(n) for n in SHARED[3:])]
+    wrapped = [None if x is None else wrap(x) for x in arrays]
+    out, lse, pullback = ops.vjp(options, wrapped, GENERATOR)
+    dout, dlse = random(*out.shape, seed=3), random(*lse.shape, dtype=np.float32, seed=4)
+    found = pullback(wrap(dout), wrap(dlse))
+    results = [None if x is None else to_numpy(x) for x in (out, lse, *found)]
+    assert [kernel.endswith(family) for kernel in launches.kernels if kernel.startswith("fwd_s")] == [True]
+    assert ("fwd_rng" in launches.kernels) is ("dropout_p" in given)
+
+    names = {"attn_mask": "mask", "window_size": "window", "attn_bias": "bias", "unbiased_dropout": "dropout_unbiased"}
+    expected = {names.get(n, n): x for n, x in given.items() if n != "bias_grad"} | {"rng_state": GENERATOR}
+    inputs = (q, k, v, dout, dlse)
+    exact, naive = oracle.attention(*inputs, **expected), oracle.naive_in_dtype(*inputs, **expected)
+    oracle.assert_all_close(oracle.Attention(*results, *[None] * (7 - len(results))), exact, naive)
+    assert (getattr(found, "dbias", None) is None) is (not given.get("bias_grad"))
+    assert (getattr(found, "dsink", None) is None) is ("sink" not in given)
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_a_sink_alone_decides_lse_where_there_are_no_keys(launches: Launches, family: str, packed: bool) -> None:
+    rows_q, rows_kv = ((9,), (0,)) if packed else ((2, 9), (2, 0))
+    q, k, v = (as_torch(random(*rows, 4, 32)) for rows in (rows_q, rows_kv, rows_kv))
+    starts = [np.array([0, 4, 9], np.int32), np.zeros(3, np.int32)] if packed else [None, None]
+    starts = [x if x is None else as_torch(x) for x in starts]
+    options = ops.Options(family=family, bias_grad=True)
+    bias = as_torch(np.zeros((2, 4, 1, 1), FP16))
+    arrays = [q, k, v, None, *starts, None, None, None, bias, as_torch(SINK)]
+    out, lse, pullback = ops.vjp(options, arrays)
+    assert not to_numpy(out).any() and (to_numpy(lse) == SINK[:, None]).all()
+    dlse = random(*lse.shape, dtype=np.float32)
+    found = pullback(as_torch(random(*out.shape)), as_torch(dlse))
+    assert not to_numpy(found.dq).any() and not to_numpy(found.dbias).any()
+    np.testing.assert_allclose(to_numpy(found.dsink), dlse.sum(1 if packed else (0, 2)), rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+def test_drawn_seed_and_offset(launches: Launches, wrap: Any) -> None:
+    q, k, v = (wrap(random(2, 16, 3, 32, seed=seed)) for seed in range(3))
+    generator = cuflash.PhiloxGenerator(2**64 - 1, 8)
+    for offset in (8, 8 + 2 * 3 * 32):
+        out, state = cuflash.flash_attn_func(q, k, v, 0.5, generator=generator, return_rng_state=True)
+        assert launches.take() == ["fwd_rng", "fwd_sm80"] and to_numpy(state).tolist() == [2**64 - 1, offset]
+    assert len(launch._prepared) == 1, "the seed and offset are no part of the kind of a call"
+    attention = launches.params[-1]["attention"][0]
+    assert attention["rng_state"] == launches.params[-1]["rng_state"][0] != 0
+    assert (attention["dropout_p"], attention["keep_scale"]) == (0.5, 2.0)
+    on_host = cuflash.flash_attn_func(*map(to_numpy, (q, k, v)), 0.5, generator=(2**64 - 1, 8 + 2 * 3 * 32))
+    np.testing.assert_allclose(to_numpy(out), on_host, atol=5e-3)
+
+
+@needs_compiler
+def test_a_generator_on_the_device_is_advanced_there(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = np.array([5, 8], np.uint64)
+    generator = cuflash.PhiloxGenerator(1)
+    monkeypatch.setattr(generator, "_array", SimpleNamespace(data=SimpleNamespace(ptr=state.ctypes.data, device_id=0)))
+    monkeypatch.setattr(Torch, "is_capturing", lambda self: True)
+    q, k, v = (as_torch(random(2, 7, 3, 32, seed=seed)) for seed in range(3))
+    step = -(-2 * 3 * 7 * 7 // 4) * 4
+    for offset in (8, 8 + step):
+        _, drawn = cuflash.flash_attn_func(
+            q, k, v, 0.5, generator=generator, dropout_scheme="word", return_rng_state=True
+        )
+        assert to_numpy(drawn).tolist() == [5, offset] and state.tolist() == [5, offset + step]
+
+
+def test_graphs_that_would_repeat_their_dropout_are_refused(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    monkeypatch.setattr(Torch, "is_capturing", lambda self: True)
+    x = as_torch(random(1, 8, 2, 16))
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_func(x, x, x, 0.5)
+    assert str(caught.value) == (
+        "generator keeps its state where cuda:0 cannot advance it, so that every replay of the graph being captured "
+        "would drop the same probabilities. Call generator.to_device() before capturing "
+        "(cuflash.manual_seed(seed).to_device() for the default one), or pass a tuple (seed, offset)."
+    )
+    assert launches.take() == []
+    cuflash.flash_attn_func(x, x, x, 0.5, generator=(1, 4))
+    assert launches.take() == ["fwd_rng", "fwd_sm80"]
+
+
+@needs_compiler
+def test_numbers_are_drawn_even_where_there_are_no_keys(launches: Launches) -> None:
+    q, k = as_torch(random(2, 5, 3, 32)), as_torch(random(2, 0, 3, 32))
+    generator = cuflash.PhiloxGenerator(5)
+    out, state = cuflash.flash_attn_func(q, k, k, 0.5, generator=generator, return_rng_state=True)
+    assert launches.take() == ["fwd_rng"] and not to_numpy(out).any() and to_numpy(state).tolist() == [5, 0]
+    on_host = cuflash.PhiloxGenerator(5)
+    cuflash.flash_attn_func(*(to_numpy(x) for x in (q, k, k)), 0.5, generator=on_host)
+    assert on_host.state == generator.state == (5, 2 * 3 * 32)
 
 
 @needs_compiler
