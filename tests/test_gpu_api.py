@@ -379,6 +379,66 @@ def test_torch_graph_capture() -> None:
         assert all(map(torch.equal, captured, expected))
 
 
+def test_dropout_in_a_cupy_graph_is_fresh_at_every_replay(cp: Any) -> None:
+    q, k, v, dout = (cp.asarray(x) for x in inputs()[:4])
+    generator = cuflash.PhiloxGenerator(2**64 - 3, 8).to_device()
+
+    def step(source: Any) -> tuple[Any, ...]:
+        out, pullback = cuflash.flash_attn_vjp(q, k, v, dropout_p=0.5, generator=source, deterministic=True)
+        return out, *pullback(dout)
+
+    step((0, 0))
+    stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
+    with cp.cuda.using_allocator(pool.malloc), stream:
+        stream.begin_capture()
+        with pytest.raises(InvalidArgument, match=r"Call generator\.to_device\(\) before capturing"):
+            step(cuflash.PhiloxGenerator(1))
+        captured = step(generator)
+        graph = stream.end_capture()
+    assert generator.state == (2**64 - 3, 8), "nothing has run yet"
+    for _ in range(3):
+        before = generator.state
+        graph.launch(stream)
+        stream.synchronize()
+        assert generator.state == (before[0], before[1] + 32 * q.shape[0] * q.shape[2])
+        for x, y in zip(captured, step(before), strict=True):
+            np.testing.assert_array_equal(x.get(), y.get())
+
+
+def test_dropout_in_a_torch_graph_is_fresh_at_every_replay() -> None:
+    library = WithTorch()
+    torch = library.torch
+    q, k, v = map(library.put, inputs()[:3])
+    generator = cuflash.PhiloxGenerator(5).to_device()
+
+    def step(source: Any) -> Any:
+        return cuflash.flash_attn_func(q, k, v, 0.5, dropout_scheme="word", generator=source)
+
+    step((0, 0))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(generator)
+    for _ in range(3):
+        before = generator.state
+        graph.replay()
+        torch.cuda.synchronize()
+        assert generator.state != before
+        assert torch.equal(captured, step(before))
+
+
+def test_a_generator_on_the_device_is_the_same_generator(cp: Any) -> None:
+    on_host, on_device = cuflash.PhiloxGenerator(9, 4), cuflash.PhiloxGenerator(9, 4).to_device()
+    q, k, v = (cp.asarray(x) for x in inputs()[:3])
+    for _ in range(3):
+        outs = [cuflash.flash_attn_func(q, k, v, 0.3, generator=each).get() for each in (on_host, on_device)]
+        np.testing.assert_array_equal(*outs)
+        assert on_host.state == on_device.state
+    assert on_host.next(5) == on_device.next(5) and on_host.state == on_device.state
+    address = on_device.address(0)
+    assert on_device.to_device(0).manual_seed(3).state == (3, 0) and on_device.address(0) == address
+
+
 def test_the_context_survives_refused_calls(cp: Any) -> None:
     q, k, v = (cp.asarray(x) for x in inputs()[:3])
     expected = cuflash.flash_attn_func(q, k, v).get()
