@@ -17,6 +17,7 @@ from test_plan import PROBLEMS, plans
 
 from cuflash import dtypes
 from cuflash.device import NAMED, named
+from cuflash.dropout import Dropout
 from cuflash.masks import Mask
 from cuflash.plan import Plan, choose
 from cuflash.problem import Problem
@@ -36,9 +37,16 @@ class Case:
     lens_q: tuple[int, ...] = ()
     """Sequence lengths of a packed problem."""
     lens_kv: tuple[int, ...] = ()
+    seqused_q: tuple[int, ...] | None = None
     seqused_kv: tuple[int, ...] | None = None
     mask_axes: str = ""
     """The axes, of ``bhqk``, along which a boolean mask does not broadcast."""
+    bias_axes: str = ""
+    """The same of an additive bias."""
+    alibi_axes: str = ""
+    """The axes of the slopes, ``h`` or ``bh``."""
+    dropout_p: float = 0.0
+    unbiased: bool = False
     empty_lse: float = -np.inf
     """How the backward is told of an empty row."""
 
@@ -49,6 +57,15 @@ def dense(
     """A dense case; what is not a field of Problem is one of Case."""
     case = {name: more.pop(name) for name in Case.__dataclass_fields__ if name in more}
     more.setdefault("softmax_scale", dims[0] ** -0.5)
+    more["alibi"] = "alibi_axes" in case
+    if "mask_axes" in case:
+        more["mask"] = replace(more.get("mask", Mask()), tensor=True)
+    if "bias_axes" in case:
+        more.setdefault("bias", dtypes.DTYPES[dtype])
+        sizes = zip("bhqk", (batch, heads[0], *lens), strict=True)
+        more["bias_broadcast"] = tuple(axis not in case["bias_axes"] or n == 1 for axis, n in sizes)
+    if "dropout" in more:
+        case.setdefault("dropout_p", 0.3)
     return Case(Problem("forward", dtypes.DTYPES[dtype], batch, *heads, *lens, *dims, **more), **case)
 
 
@@ -85,9 +102,9 @@ CASES: dict[str, Case] = {
     "zero-scale": dense("fp16", (1, 1), (70, 70), (64, 64), softmax_scale=0.0),
     "softcap-causal": dense("fp16", (2, 1), (70, 150), (64, 64), softcap=1.5, softmax_scale=0.7, mask=CAUSAL),
     "softcap-negative": dense("fp16", (1, 1), (70, 70), (64, 64), softcap=1.5, softmax_scale=-0.7),
-    "mask": dense("fp16", (2, 1), (140, 150), (64, 64), batch=2, mask=Mask(tensor=True), mask_axes="bhqk"),
-    "mask-keys": dense("bf16", (2, 2), (70, 150), (64, 64), batch=2, mask=Mask(tensor=True), mask_axes="bk"),
-    "mask-queries": dense("fp16", (2, 1), (140, 70), (64, 64), mask=Mask(tensor=True), mask_axes="hq"),
+    "mask": dense("fp16", (2, 1), (140, 150), (64, 64), batch=2, mask_axes="bhqk"),
+    "mask-keys": dense("bf16", (2, 2), (70, 150), (64, 64), batch=2, mask_axes="bk"),
+    "mask-queries": dense("fp16", (2, 1), (140, 70), (64, 64), mask_axes="hq"),
     "deterministic": dense("fp16", (4, 2), (150, 300), (64, 64), mask=CAUSAL, deterministic=True),
     "deterministic-window": dense(
         "bf16", (2, 1), (260, 300), (64, 64), mask=Mask(left=70, right=3), deterministic=True
@@ -116,9 +133,7 @@ CASES: dict[str, Case] = {
     "simt-fp64-negative-scale": dense("fp64", (1, 1), (40, 70), (32, 32), family="simt", softmax_scale=-0.3),
     "simt-top-left": dense("fp32", (1, 1), (90, 40), (32, 32), family="simt", mask=Mask(right=0, alignment="top-left")),
     "simt-more-queries": dense("fp64", (2, 2), (90, 40), (32, 32), family="simt", mask=CAUSAL, empty_lse=np.inf),
-    "simt-mask": dense(
-        "fp32", (2, 1), (70, 90), (32, 32), family="simt", batch=2, mask=Mask(tensor=True), mask_axes="bhqk"
-    ),
+    "simt-mask": dense("fp32", (2, 1), (70, 90), (32, 32), family="simt", batch=2, mask_axes="bhqk"),
     "simt-no-keys": dense("fp32", (2, 1), (10, 0), (32, 32), family="simt"),
     "simt-varlen": packed(
         "fp64", (2, 1), (50, 0, 1, 70), (30, 20, 0, 90), (40, 24), family="simt", tail=5, seqused_kv=(9, 20, 0, 99)
@@ -127,6 +142,74 @@ CASES: dict[str, Case] = {
         "fp16", (2, 2), (1, 70, 33), (90, 60, 33), (64, 64), family="simt", tail=3, mask=CAUSAL
     ),
 }
+
+
+TOP_LEFT = Mask(right=0, alignment="top-left")
+WINDOW = Mask(left=40, right=5)
+FP32 = dtypes.FP32
+
+# Lengths of one tile and a bit: enough for every loop over tiles to turn twice.
+CASES |= {
+    "alibi": dense("fp16", (4, 2), (90, 140), (64, 64), batch=2, alibi_axes="bh", mask=CAUSAL),
+    "alibi-rising": dense("bf16", (2, 2), (150, 70), (32, 32), alibi_axes="h"),
+    "alibi-top-left": dense("fp16", (2, 1), (90, 140), (64, 64), alibi_axes="h", mask=TOP_LEFT),
+    "alibi-softcap": dense("fp16", (2, 1), (70, 90), (64, 64), alibi_axes="h", softcap=1.5, softmax_scale=-0.4),
+    "bias": dense("fp16", (2, 1), (70, 140), (64, 64), batch=2, bias_axes="bhqk"),
+    "bias-queries": dense("bf16", (2, 2), (140, 70), (64, 64), batch=2, bias_axes="bhq", mask=CAUSAL),
+    "bias-keys": dense("bf16", (2, 1), (140, 150), (64, 64), batch=2, bias_axes="bhk", bias=FP32),
+    "bias-one-head": dense("fp16", (2, 1), (70, 90), (64, 64), batch=2, bias_axes="bqk", mask=WINDOW),
+    "bias-one-batch": dense("bf16", (4, 2), (70, 90), (128, 128), batch=2, bias_axes="hqk", bias=FP32, softcap=2.0),
+    "bias-all-pairs": dense("fp16", (2, 2), (70, 90), (64, 64), batch=2, bias_axes="qk", softmax_scale=-0.1),
+    "bias-heads": dense("fp16", (2, 1), (70, 90), (64, 64), batch=2, bias_axes="h", mask=CAUSAL),
+    "bias-all-keys": dense("bf16", (2, 1), (70, 90), (24, 40), batch=2, bias_axes="k", bias=FP32),
+    "bias-d256": dense("bf16", (1, 1), (40, 70), (256, 200), bias_axes="hqk", bias=FP32),
+    "bias-copy-2": dense("fp16", (1, 1), (40, 70), (33, 7), bias_axes="bqk", copy_bytes=2),
+    "bias-number": dense("fp16", (2, 1), (70, 40), (16, 16), batch=2, bias_axes="", bias=FP32),
+    "sink": dense("fp16", (4, 2), (90, 140), (64, 64), batch=2, sink=True, mask=CAUSAL),
+    "sink-softcap": dense("bf16", (2, 1), (150, 70), (64, 64), sink=True, softcap=1.5, mask=CAUSAL),
+    "sink-no-keys": dense("fp16", (2, 1), (40, 0), (64, 64), sink=True),
+    "mask-causal": dense("fp16", (2, 1), (140, 150), (64, 64), mask=CAUSAL, mask_axes="bhqk"),
+    "mask-window": dense("bf16", (2, 1), (140, 150), (64, 64), batch=2, mask=WINDOW, mask_axes="bqk"),
+    "dropout": dense("fp16", (4, 2), (90, 150), (64, 64), batch=2, dropout="byte"),
+    "dropout-causal-d128": dense("bf16", (2, 1), (90, 150), (128, 128), dropout="byte", mask=CAUSAL, unbiased=True),
+    "dropout-d256": dense("bf16", (1, 1), (70, 90), (256, 256), dropout="byte", dropout_p=0.9, unbiased=True),
+    "dropout-word": dense("fp16", (4, 2), (90, 150), (64, 64), batch=2, dropout="word"),
+    "dropout-word-window": dense("bf16", (2, 1), (90, 151), (40, 72), dropout="word", mask=WINDOW, copy_bytes=8),
+    "dropout-no-keys": dense("fp16", (2, 1), (40, 0), (64, 64), dropout="byte"),
+    "varlen-everything": packed(
+        "bf16", (4, 2), (40, 0, 70, 3), (90, 30, 20, 150), (64, 64), tail=5, seqused_q=(33, 0, 70, 1),
+        seqused_kv=(70, 9, 20, 99), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", bias=FP32,
+        softcap=3.0, sink=True, dropout="byte", deterministic=True,
+    ),
+    "varlen-word": packed(
+        "fp16", (2, 1), (40, 70), (90, 30), (64, 64), tail=5, seqused_q=(33, 0), dropout="word", bias_axes="hk"
+    ),
+    "varlen-alibi": packed("fp16", (2, 2), (40, 1, 70), (20, 90, 0), (64, 64), tail=1, alibi_axes="h", sink=True),
+    "varlen-seqused-q": packed("fp16", (2, 1), (130, 64), (90, 150), (64, 64), tail=3, seqused_q=(64, 70)),
+    "everything": dense(
+        "fp16", (4, 2), (90, 140), (64, 64), batch=2, mask=WINDOW, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk",
+        softcap=3.0, sink=True, dropout="byte",
+    ),
+    "everything-d128": dense(
+        "bf16", (2, 1), (70, 90), (128, 128), mask=CAUSAL, mask_axes="hqk", alibi_axes="h", bias_axes="hqk",
+        bias=FP32, softmax_scale=-0.2, sink=True, dropout="word", deterministic=True,
+    ),
+    "simt-alibi": dense("fp32", (2, 1), (70, 90), (32, 32), family="simt", batch=2, alibi_axes="bh", mask=CAUSAL),
+    "simt-bias": dense("fp32", (2, 1), (70, 90), (32, 32), family="simt", batch=2, bias_axes="bhqk"),
+    "simt-bias-keys": dense("bf16", (2, 1), (70, 90), (32, 48), family="simt", batch=2, bias_axes="bk", bias=FP32),
+    "simt-bias-fp64": dense("fp64", (2, 1), (70, 40), (40, 24), family="simt", bias_axes="hq", bias=FP32),
+    "simt-bias-d300": dense("fp32", (1, 1), (20, 30), (300, 300), family="simt", bias_axes="qk"),
+    "simt-sink": dense("fp64", (4, 2), (70, 40), (32, 32), family="simt", batch=2, sink=True, mask=CAUSAL),
+    "simt-dropout": dense("fp32", (4, 2), (70, 90), (64, 64), family="simt", batch=2, dropout="byte"),
+    "simt-dropout-word": dense("fp64", (2, 1), (50, 71), (32, 32), family="simt", dropout="word", mask=WINDOW),
+    "simt-everything": packed(
+        "fp32", (4, 2), (40, 0, 70), (90, 30, 20), (32, 32), family="simt", tail=5, seqused_q=(33, 0, 70),
+        seqused_kv=(70, 9, 20), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", softcap=3.0,
+        sink=True, dropout="byte",
+    ),
+}  # fmt: skip
+
+SEED, OFFSET = 0x123456789ABCDEF0, 64
 
 
 def surrounded(shape: tuple[int, ...], dtype: np.dtype, copy_bytes: int, order: int) -> tuple[np.ndarray, np.ndarray]:
@@ -179,18 +262,53 @@ class Tensors:
             self.live_q, self.live_kv = sum(case.lens_q), sum(case.lens_kv)
             self.options["cu_seqlens_q"] = self.arrays["cu_seqlens_q"]
             self.options["cu_seqlens_k"] = self.arrays["cu_seqlens_kv"]
-        if case.seqused_kv is not None:
-            self.arrays["seqused_kv"] = np.array(case.seqused_kv, np.int32)
-            self.options["seqused_k"] = np.minimum(case.seqused_kv, case.lens_kv)
+        for side, used, lens in (("q", case.seqused_q, case.lens_q), ("kv", case.seqused_kv, case.lens_kv)):
+            if used is not None:
+                self.arrays[f"seqused_{side}"] = np.array(used, np.int32)
+                self.options[f"seqused_{side[0]}"] = np.minimum(used, lens)
+        if p.alibi:
+            shape = (p.batch, p.heads_q) if case.alibi_axes == "bh" else (p.heads_q,)
+            # Falling and rising ones; logits far above 1 would cost fp32 its digits through lse.
+            slopes = self.rng.standard_normal(shape, np.float32) * (1 if p.dtype.itemsize == 2 else 0.25)
+            self.arrays["alibi"] = self.options["alibi_slopes"] = slopes
+        if p.sink:
+            self.arrays["sink"] = self.options["sink"] = self.rng.standard_normal(p.heads_q, np.float32) + 2
+        self.numbers = {}
+        if p.dropout:
+            dropout = Dropout(case.dropout_p, p.dropout, case.unbiased)
+            self.numbers = {"dropout_p": dropout.p, "keep_scale": dropout.keep_scale, "seed": SEED, "offset": OFFSET}
+            self.arrays["rng_state"] = np.array([SEED, OFFSET], np.uint64)
+            self.options |= {"dropout_p": dropout.p, "dropout_scheme": p.dropout, "dropout_unbiased": case.unbiased}
+            self.options["rng_state"] = (SEED, OFFSET)
+        if p.bias is not None:
+            kept = self.pairs(case.bias_axes)
+            bias = self.rng.standard_normal((*kept[:2], kept[3] + 3, kept[2])).astype(p.bias.numpy)
+            bias[:, :, kept[3] :] = np.nan
+            bias = bias[:, :, : kept[3]].transpose(0, 1, 3, 2)  # keys are not contiguous
+            if "q" in case.bias_axes and kept[2] > 3:
+                bias[:, :, 3, kept[3] // 3 :] = -np.inf  # hides keys; all of them where it is broadcast along keys
+            self.arrays["bias"] = self.options["bias"] = bias
         if p.mask.tensor:
-            shape = (p.batch, p.heads_q, p.len_q, p.len_kv)
-            kept = tuple(n if axis in case.mask_axes else 1 for axis, n in zip("bhqk", shape, strict=True))
+            kept = self.pairs(case.mask_axes)
             mask = self.rng.random((*kept[:2], kept[3], kept[2])).transpose(0, 1, 3, 2) < 0.6  # keys are not contiguous
             if kept[2] > 1:
                 mask[:, :, kept[2] // 3] = False  # an empty row
             if kept[3] > 1:
                 mask[:, :, : kept[2] // 2, : kept[3] // 2] = False  # whole tiles
             self.arrays["mask"] = self.options["mask"] = mask
+
+    def pairs(self, axes: str) -> tuple[int, ...]:
+        """Shape of an array of pairs that does not broadcast along these axes."""
+        p = self.case.problem
+        sizes = zip("bhqk", (p.batch, p.heads_q, p.len_q, p.len_kv), strict=True)
+        return tuple(n if axis in axes else 1 for axis, n in sizes)
+
+    def place_flat(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """Put a contiguous result between NaNs."""
+        buffer = np.full(np.prod(shape, dtype=int) * np.dtype(dtype).itemsize + 512, 0xFF, np.uint8)
+        self.buffers[name] = buffer
+        self.arrays[name] = buffer[256:-256].view(dtype).reshape(shape)
+        return self.arrays[name]
 
     def place(self, name: str, values: np.ndarray | None = None) -> np.ndarray:
         """Put a tensor into its surroundings; NaN without values. Only rows of sequences get values."""
@@ -205,9 +323,10 @@ class Tensors:
             live = self.live_kv if name in ("k", "v", "dk", "dv") else self.live_q
             if values is not None:
                 view[..., :live, :, :] = values[..., :live, :, :]
-            if name in ("k", "v") and self.case.seqused_kv is not None:  # what does not take part may be anything
-                starts = self.arrays["cu_seqlens_kv"]
-                for start, end, used in zip(starts, starts[1:], self.case.seqused_kv, strict=False):
+            side = "kv" if name in ("k", "v") else "q"
+            if values is not None and f"seqused_{side}" in self.arrays:  # what does not take part may be anything
+                starts = self.arrays[f"cu_seqlens_{side}"]
+                for start, end, used in zip(starts, starts[1:], self.arrays[f"seqused_{side}"], strict=False):
                     view[min(start + used, end) : end] = np.nan
         self.arrays[name], self.buffers[name] = view, buffer
         return view
@@ -234,8 +353,10 @@ def exact_and_naive(tensors: Tensors, *extra: str) -> tuple[oracle.Attention, or
 
 
 def run(case: Case, tensors: Tensors, direction: str, seed: int) -> None:
-    plan = choose(replace(case.problem, direction=direction), named(case.device), case.family)
-    assert run_plan_on_host(plan, tensors.arrays, seed) == 0, "ldmatrix met bank conflicts"
+    backward = direction == "backward"
+    problem = replace(case.problem, direction=direction, bias_grad=backward and case.problem.bias is not None)
+    plan = choose(problem, named(case.device), case.family)
+    assert run_plan_on_host(plan, tensors.arrays, seed, tensors.numbers) == 0, "ldmatrix met bank conflicts"
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -245,7 +366,12 @@ def test_forward(case: Case, seed: int = 0) -> None:
         tensors.random(name)
     out, lse = tensors.place("out"), tensors.place("lse")
     exact, naive = exact_and_naive(tensors)
+    if case.problem.dropout:
+        tensors.place_flat("rng_state", (2,), np.uint64)
     run(case, tensors, "forward", seed)
+    if case.problem.dropout:
+        assert tensors.arrays["rng_state"].tolist() == [SEED, OFFSET]
+        tensors.assert_surroundings_untouched("rng_state")
     oracle.assert_close(out, exact.out, naive.out, "out")
     oracle.assert_close(lse, exact.lse, naive.lse, "lse")
     tensors.assert_surroundings_untouched("out", "lse")
@@ -261,12 +387,15 @@ def test_backward(case: Case, seed: int = 0) -> None:
     empty = np.isneginf(exact.lse)
     tensors.place("lse", np.where(empty, case.empty_lse, exact.lse))
     tensors.arrays["dlse"][empty] = np.nan  # the gradient of a constant
-    dq, dk, dv = (tensors.place(name) for name in ("dq", "dk", "dv"))
+    results = {name: tensors.place(name) for name in ("dq", "dk", "dv")}
+    if case.problem.bias is not None:
+        results["dbias"] = tensors.place_flat("dbias", tensors.arrays["bias"].shape, case.problem.dtype.accumulator)
+    if case.problem.sink:
+        results["dsink"] = tensors.place_flat("dsink", (case.problem.heads_q,), np.float32)
     run(case, tensors, "backward", seed)
-    oracle.assert_close(dq, exact.dq, naive.dq, "dq")
-    oracle.assert_close(dk, exact.dk, naive.dk, "dk")
-    oracle.assert_close(dv, exact.dv, naive.dv, "dv")
-    tensors.assert_surroundings_untouched("dq", "dk", "dv")
+    for name, result in results.items():
+        oracle.assert_close(result, getattr(exact, name), getattr(naive, name), name)
+    tensors.assert_surroundings_untouched(*results)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -274,6 +403,66 @@ def test_backward(case: Case, seed: int = 0) -> None:
 def test_any_order_of_warps(name: str, seed: int) -> None:
     test_forward(CASES[name], seed)
     test_backward(CASES[name], seed)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("scheme", ["byte", "word"])
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+def test_dropout_masks_are_exact(family: str, scheme: str, dim: int) -> None:
+    """Every kernel's mask, read from results: uniform probabilities meet identity matrices."""
+    len_q, len_kv = dim - 11, dim - 5
+    case = dense(
+        "fp16", (2, 1), (len_q, len_kv), (dim, dim), batch=2, family=family, dropout=scheme, bias_axes="bhqk"
+    )  # fmt: skip
+    tensors = Tensors(case)
+    tensors.arrays["bias"][...] = 0
+    i, j = np.arange(len_q)[:, None], np.arange(len_kv)[None, :]
+    state = SEED, OFFSET, *((case.dropout_p,) if scheme == "byte" else ())
+    draw = oracle.flash_keep if scheme == "byte" else oracle.word_uniform
+    more = () if scheme == "byte" else (len_kv, len_q * len_kv)
+    keep = np.array([[draw(*state, b, h, 2, i, j, *more) for h in range(2)] for b in range(2)])
+    keep = keep if scheme == "byte" else keep > np.float32(case.dropout_p)
+
+    def diagonal(name: str) -> np.ndarray:
+        batch, rows, heads, _ = tensors.shapes[name]
+        return np.broadcast_to(np.eye(rows, dim)[None, :, None], (batch, rows, heads, dim))
+
+    for name in ("q", "k"):
+        tensors.place(name, np.zeros(tensors.shapes[name]))
+    tensors.place("v", diagonal("v"))
+    out, _ = tensors.place("out"), tensors.place("lse")
+    run(case, tensors, "forward", 0)
+    np.testing.assert_array_equal(out[..., :len_kv].transpose(0, 2, 1, 3) != 0, keep)
+
+    # With delta = 0 and dout.v = 1 everywhere, ds is the dropped probability; so is dv of each of the two heads.
+    tensors.place("k", diagonal("k"))
+    tensors.place("v", np.ones(tensors.shapes["v"]))
+    for h in range(2):
+        dout = diagonal("dout").copy()
+        dout[:, :, 1 - h] = 0
+        tensors.place("dout", dout)
+        tensors.place("out", np.zeros(tensors.shapes["out"]))
+        tensors.place("lse", np.full(tensors.shapes["lse"], np.log(len_kv)))
+        dq, _, dv = (tensors.place(name) for name in ("dq", "dk", "dv"))
+        dbias = tensors.place_flat("dbias", tensors.arrays["bias"].shape, np.float32)
+        run(case, tensors, "backward", 0)
+        np.testing.assert_array_equal(dv[:, :, 0, :len_q].transpose(0, 2, 1) != 0, keep[:, h])
+        np.testing.assert_array_equal(dq[:, :, h, :len_kv] != 0, keep[:, h])
+        np.testing.assert_array_equal(dbias[:, h] != 0, keep[:, h])
+
+
+def test_a_generator_on_the_device_moves_on() -> None:
+    case = replace(CASES["dropout"], problem=replace(CASES["dropout"].problem, len_q=3, len_kv=5))
+    tensors = Tensors(case)
+    for name in ("q", "k", "v"):
+        tensors.random(name)
+    tensors.place("out"), tensors.place("lse")
+    generator = tensors.arrays["generator"] = np.array([7, 2**63 + 8], np.uint64)
+    tensors.numbers["increment"] = 256
+    for draw in range(2):
+        run(case, tensors, "forward", 0)
+        assert tensors.arrays["rng_state"].tolist() == [7, 2**63 + 8 + 256 * draw]
+    assert generator.tolist() == [7, 2**63 + 8 + 512]
 
 
 def test_cases_run_every_tile() -> None:

@@ -98,7 +98,8 @@ struct BackwardSimt {
 
     CF_DEVICE Policies(const Attention& a, const Sequence& sequence, int head)
         : mask(a, sequence, head), score(a, sequence, head), dropout(a, sequence, head),
-          log2_unit(score.unit() * static_cast<Real>(kLog2E)), keep_scale(static_cast<Real>(Config::Dropout::scale(a))) {}
+          log2_unit(score.unit() * static_cast<Real>(kLog2E)),
+          keep_scale(static_cast<Real>(Config::Dropout::scale(a))) {}
 
     // One score and its gradient, from q.k and dout.v: s becomes the weight of v, exactly 0 where masked or dropped, and
     // dp becomes ds.

@@ -66,28 +66,37 @@ def attention_params(problem: Problem, arrays: Mapping[str, np.ndarray]) -> np.n
     a = np.zeros((), params_dtype("Attention"))
     for name in ("batch", "heads_q", "heads_kv", "len_q", "len_kv", "total_q", "total_kv", "softmax_scale", "softcap"):
         a[name] = getattr(problem, name)
-    for name in ("cu_seqlens_q", "cu_seqlens_kv", "seqused_kv"):
+    for name in ("cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv", "alibi", "sink", "rng_state"):
         if arrays.get(name) is not None:
             a[name] = arrays[name].ctypes.data
+    a["alibi_batch"] = problem.heads_q if problem.alibi and arrays["alibi"].ndim == 2 else 0
+    a["keep_scale"] = 1
     unbounded = max(problem.len_q, problem.len_kv)
     a["window_left"] = unbounded if problem.mask.left is None else problem.mask.left
     a["window_right"] = unbounded if problem.mask.right is None else problem.mask.right
     a["top_left"] = problem.mask.alignment == "top-left"
-    if problem.mask.tensor:
-        mask = arrays["mask"]
-        assert mask.dtype == np.bool_ and mask.ndim == 4
-        a["mask"] = mask.ctypes.data
-        a["mask_batch"], a["mask_head"], a["mask_row"], a["mask_column"] = (
-            stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.strides, strict=True)
-        )
+    for name, wanted in (("mask", problem.mask.tensor), ("bias", problem.bias)):
+        if wanted:
+            pairs = arrays[name]
+            a[name] = pairs.ctypes.data
+            for axis, stride in zip(("batch", "head", "row", "column"), pair_strides(pairs), strict=True):
+                a[f"{name}_{axis}"] = stride
     return a
 
 
-def run_plan_on_host(plan: Plan, arrays: Mapping[str, np.ndarray], seed: int = 0) -> int:
+def pair_strides(pairs: np.ndarray) -> list[int]:
+    """Strides in elements of a 4-dimensional array of pairs, 0 where it broadcasts."""
+    return [stride // pairs.itemsize if n > 1 else 0 for n, stride in zip(pairs.shape, pairs.strides, strict=True)]
+
+
+def run_plan_on_host(
+    plan: Plan, arrays: Mapping[str, np.ndarray], seed: int = 0, numbers: Mapping[str, float] | None = None
+) -> int:
     """Run every kernel of a plan, and return their ldmatrix bank conflicts.
 
     ``arrays`` holds, by their names in ``params.cuh``, the inputs and the outputs, which are written in place:
-    (b, s, h, d) or (total, h, d) tensors, and lse, dlse as (b, h, s) or (h, total).
+    (b, s, h, d) or (total, h, d) tensors, lse, dlse as (b, h, s) or (h, total), and mask, bias, dbias as pairs.
+    ``numbers`` are the members that neither a problem nor an array holds: dropout's.
     """
     problem = plan.problem
     layout = "bshd" if problem.layout == "dense" else "shd"
@@ -105,12 +114,20 @@ def run_plan_on_host(plan: Plan, arrays: Mapping[str, np.ndarray], seed: int = 0
     for step in plan.steps:
         params = np.zeros((), params_dtype(step.params))
         params["attention"] = attention_params(problem, arrays)
+        for name, number in (numbers or {}).items():
+            for struct in params, params["attention"]:
+                if name in struct.dtype.names:
+                    struct[name] = number
         for name in params.dtype.names:
             array = arrays.get(name)
             if name == "attention" or name.endswith("_stride") or array is None:
                 continue
             params[name] = array.ctypes.data
-            params[f"{name}_stride"] = strides(array, row_layout if name in ("lse", "dlse") else layout)
+            if f"{name}_stride" in params.dtype.names:
+                params[f"{name}_stride"] = strides(array, row_layout if name in ("lse", "dlse") else layout)
+        if problem.bias_grad:
+            for axis, stride in zip(("batch", "head", "row"), pair_strides(arrays["dbias"]), strict=False):
+                params[f"dbias_{axis}"] = stride
         for name, scratch in workspaces.items():
             params[name] = scratch.ctypes.data
         if "delta" in workspaces:
