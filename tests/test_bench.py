@@ -26,6 +26,7 @@ from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.ops import host as ops_host
+from cuflash.ops.options import ARGUMENTS
 from cuflash.plan import FAMILIES, choose
 from cuflash.plan.families import FEATURES, needs
 
@@ -81,7 +82,8 @@ def test_the_arrays_of_a_case_are_its_problem(case):
     """What the library derives from the arrays is what the table says, so that a check runs the variant it names."""
     inputs = make(case, Normals(np))
     options = calls.options(case)
-    problem, _ = ops_host.problem_of("forward", options, [*calls.arrays(inputs).values(), None])
+    given = calls.arrays(inputs)
+    problem, _ = ops_host.problem_of("forward", options, [given.get(name) for name in ARGUMENTS["forward"]])
     assert problem == replace(case.problem, direction="forward", deterministic=False)
 
 
