@@ -85,6 +85,7 @@ def mem_eff_forward(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
+    explicit.flag("return_dropout_randval", return_dropout_randval)
     starts = [
         _one_of(("cu_seqlens_q", cu_seqlens_q), ("seqstart_q", seqstart_q)),
         _one_of(("cu_seqlens_k", cu_seqlens_k), ("seqstart_k", seqstart_k)),

@@ -40,8 +40,8 @@ def signed_probabilities(
             part = place.xp.where(kept > 0, part, -part)
         parts.append(_rows_last(place, part, lengths.get("cu_seqlens_q"), options.max_seqlen_q))
     if not parts:
-        batch = len(lengths["cu_seqlens_q"]) - 1 if packed else q.shape[0]
-        return place.full((batch, q.shape[-2], options.max_seqlen_q if packed else q.shape[1], 0), 0, q.dtype)
+        batch, len_q = (len(lengths["cu_seqlens_q"]) - 1, options.max_seqlen_q) if packed else q.shape[:2]
+        parts.append(place.full((batch, q.shape[-2], len_q, 0), 0, q.dtype))
     whole = place.xp.concatenate(parts, axis=-1)
     return place.rounded(place.rounded(whole, multiple, axis=-2), multiple)
 

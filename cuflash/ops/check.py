@@ -43,10 +43,12 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
     q, k, v = (dict(zip(axes, views[name].shape, strict=True)) for name in ("q", "k", "v"))
     _check_sizes(options, views, axes)
 
+    dropout = dropout_of(options)
     if varlen:
         batch = views["cu_seqlens_q"].shape[0] - 1
-        len_q = min(length(options, "max_seqlen_q"), q["total"])
-        len_kv = min(length(options, "max_seqlen_k"), k["total"])
+        len_q, len_kv = length(options, "max_seqlen_q"), length(options, "max_seqlen_k")
+        if dropout is None or dropout.scheme == "byte":  # the word scheme numbers pairs by the lengths as given
+            len_q, len_kv = min(len_q, q["total"]), min(len_kv, k["total"])
     else:
         batch, len_q, len_kv = q["b"], q["s"], k["s"]
     for name, rows, total in (("q", len_q, q.get("total", 0)), ("k", len_kv, k.get("total", 0))):
@@ -79,7 +81,6 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
     if "sink" in views:
         _check_like(views["sink"], (q["h"],), "float32")
         _check_rows(views["sink"])
-    dropout = dropout_of(options)
     if direction == "backward":
         _check_rng_state(options, dropout, views.get("rng_state"))
 

@@ -21,7 +21,9 @@ def is_packed(options: Options, views: Mapping[str, View]) -> bool:
     if not starts:
         for name in (*LENGTHS[2:], "max_seqlen_q", "max_seqlen_k"):
             if name in views or getattr(options, name, None) is not None:
-                raise InvalidArgument(f"{name} is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too.")
+                raise InvalidArgument(
+                    f"{options.name(name)} is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too."
+                )
         return False
     if len(starts) == 1:
         missing = next(name for name in LENGTHS if name != starts[0].name)

@@ -48,14 +48,14 @@ def forward_paged(
     views = {name: numpy_arrays.view(options.name(name), x) for name, x in arguments.items()}
     pages = numpy_arrays.view(table, block_table)
     _check_pages(views["k"], views["v"], pages)
-    rows = len(block_table) * block_table.shape[1] * k.shape[1]
-    views |= {name: _flat(views[name], rows) for name in ("k", "v")}
     packed.is_packed(options, views)
     if len(block_table) != len(cu_seqlens_q) - 1:
         raise InvalidArgument(
             f"{table} has {len(block_table)} rows; expected one for each of the {len(cu_seqlens_q) - 1} sequences."
         )
 
+    # Pages may be shared and cu_seqlens_k may leave room, so their rows do not bound those of all sequences.
+    views |= {name: _flat(views[name], int(cu_seqlens_k[-1])) for name in ("k", "v")}
     options = packed.with_lengths(options, views, arguments)
     lengths = np.diff(cu_seqlens_k) if seqused_k is None else seqused_k
     _check_values(pages, block_table, lengths, k)
