@@ -133,20 +133,21 @@ def forward(
         out, lse, *drawn = backend.call(run, options, choice, q=q, k=k, v=v, generator=source, **given)
     rng_state = drawn[0] if drawn else None
 
-    if starts_q is not None:
+    if starts_q is not None and (convention.padded or return_softmax):
         lengths = longest(starts_q, options.max_seqlen_q), longest(starts_k, options.max_seqlen_k)
         options = options._replace(max_seqlen_q=lengths[0], max_seqlen_k=lengths[1])
-    probabilities = place.full((0,), 0, "uint8" if random else q.dtype)
-    if return_softmax:
-        arrays.pop("out", None)
-        probabilities = signed_probabilities(
-            place, ops.forward, options, choice, rng_state, convention.multiple, q=q, k=k, v=v, **arrays
-        )
-        probabilities = random_values(place, probabilities) if random else probabilities
-    lse = place.with_infinity(lse)
-    if starts_q is not None:
-        lse = _packed_lse(place, convention, options, lse, starts_q, -np.inf if zero_tensors else np.inf)
-    return Forward(out, q, k, v, lse, *_state(place, convention, rng_state), probabilities)
+    with place.here:
+        probabilities = place.full((0,), 0, "uint8" if random else q.dtype)
+        if return_softmax:
+            arrays.pop("out", None)
+            probabilities = signed_probabilities(
+                place, options, choice, rng_state, convention.multiple, q=q, k=k, v=v, **arrays
+            )
+            probabilities = random_values(place, probabilities) if random else probabilities
+        lse = place.with_infinity(lse)
+        if starts_q is not None:
+            lse = _packed_lse(place, convention, options, lse, starts_q, -np.inf if zero_tensors else np.inf)
+        return Forward(out, q, k, v, lse, *_state(place, convention, rng_state), probabilities)
 
 
 def backward(
@@ -165,22 +166,23 @@ def backward(
     place = Place(options.name("q"), arrays["q"])
     flag("zero_tensors", zero_tensors)
     out, dout, lse, starts_q = (arrays.get(name) for name in ("out", "dout", "lse", "cu_seqlens_q"))
-    if drops(options):
-        arrays["rng_state"] = rng_state(place, options, philox_seed, philox_offset)
-    if convention.padded and starts_q is not None:
-        arrays["lse"] = packed_lse(place, options, lse, starts_q, arrays["q"])
-    wanted = wants_bias(options, arrays, grad_bias, bias_requires_grad)
-    gradients = backend.call(ops.backward, options._replace(bias_grad=wanted), choice, **arrays)
-    dbias = stored_bias(place, gradients, arrays.get("attn_bias"), grad_bias)
-    sums = place.row_sums(dout, out, 1 - options.dropout_p)
-    if starts_q is None:
-        softmax_d = place.rounded(sums, convention.multiple)
-    elif convention.padded:
-        length = longest(starts_q, options.max_seqlen_q)
-        softmax_d = place.rounded(place.padded(sums, starts_q, length, 0.0), convention.multiple)
-    else:
-        softmax_d = place.spaced(sums, starts_q)
-    return Backward(*gradients[:3], softmax_d, dbias)
+    with place.here:
+        if drops(options):
+            arrays["rng_state"] = rng_state(place, options, philox_seed, philox_offset)
+        if convention.padded and starts_q is not None:
+            arrays["lse"] = packed_lse(place, options, lse, starts_q, arrays["q"])
+        wanted = wants_bias(options, arrays, grad_bias, bias_requires_grad)
+        gradients = backend.call(ops.backward, options._replace(bias_grad=wanted), choice, **arrays)
+        dbias = stored_bias(place, gradients, arrays.get("attn_bias"), grad_bias)
+        sums = place.row_sums(dout, out, 1 - options.dropout_p)
+        if starts_q is None:
+            softmax_d = place.rounded(sums, convention.multiple)
+        elif convention.padded:
+            length = longest(starts_q, options.max_seqlen_q)
+            softmax_d = place.rounded(place.padded(sums, starts_q, length, 0.0), convention.multiple)
+        else:
+            softmax_d = place.spaced(sums, starts_q)
+        return Backward(*gradients[:3], softmax_d, dbias)
 
 
 def drops(options: Options) -> bool:

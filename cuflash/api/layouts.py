@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +35,7 @@ class Place:
             )
         self.xp: Any = np if isinstance(x, np.ndarray) else sys.modules[framework.name.lower()]
         self._device = {"device": x.device} if framework.name == "torch" else {}
+        self.here: AbstractContextManager[Any] = x.device if framework.name == "CuPy" else nullcontext()
 
     def dtype(self, name: str) -> Any:
         """The library's own name of a dtype."""

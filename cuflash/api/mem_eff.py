@@ -273,18 +273,20 @@ def efficient_attention_forward(
             seqused_k=seqlen_k, attn_bias=bias, generator=generator,
         )  # fmt: skip
 
+    heads = q.shape[-2]
     if packed:
         lengths = longest(cu_seqlens_q, max_seqlen_q), longest(cu_seqlens_k, max_seqlen_k)
         batch, out = len(cu_seqlens_q) - 1, out[None]
     else:
         lengths, batch = (q.shape[1], k.shape[1]), q.shape[0]
-    if compute_log_sumexp:
-        lse = place.with_infinity(lse)
-        rows = -(-lengths[0] // LSE_ROWS) * LSE_ROWS
-        lse = place.padded(lse, cu_seqlens_q, rows, np.inf) if packed else place.filled(lse, rows, np.inf)
-    else:
-        lse = place.full((batch, q.shape[-2], 0), 0, lse.dtype)
-    return Efficient(out, lse, *explicit.scalars(place, drawn[0] if drawn else None), *lengths)
+    with place.here:
+        if compute_log_sumexp:
+            lse = place.with_infinity(lse)
+            rows = -(-lengths[0] // LSE_ROWS) * LSE_ROWS
+            lse = place.padded(lse, cu_seqlens_q, rows, np.inf) if packed else place.filled(lse, rows, np.inf)
+        else:
+            lse = place.full((batch, heads, 0), 0, lse.dtype)
+        return Efficient(out, lse, *explicit.scalars(place, drawn[0] if drawn else None), *lengths)
 
 
 def efficient_attention_backward(
@@ -358,23 +360,24 @@ def efficient_attention_backward(
     names = {"q": query, "k": key, "v": value, "out": out, "dout": grad_out_}
     arrays = {name: _unbatched(options.name(name), x) if packed else x for name, x in names.items()}
     explicit.require(logsumexp=logsumexp)
-    if packed:
-        arrays["lse"] = explicit.packed_lse(place, options, logsumexp, cu_seqlens_q, arrays["q"])
-    else:
-        options = _dense_lengths(options, query, key)
-        arrays["lse"] = logsumexp[..., : query.shape[1]]
-    if explicit.flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
-        shared = _shared(place, query, key, value)
-        for i, name in enumerate(("dq", "dk", "dv")):
-            part = shared[..., i, :, :]
-            arrays[name] = part[0] if packed else part
-    arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqlen_k, "attn_bias": bias}
-    if explicit.drops(options):
-        arrays["rng_state"] = explicit.rng_state(place, options, philox_seed, philox_offset)
-    wanted = explicit.wants_bias(options, arrays, None, bias_requires_grad)
-    found = backends.call(ops.backward, options._replace(bias_grad=wanted), backend, **arrays)
-    gradients = [x[None] if packed else x for x in found[:3]]
-    return (*gradients, explicit.stored_bias(place, found, bias, None))
+    with place.here:
+        if packed:
+            arrays["lse"] = explicit.packed_lse(place, options, logsumexp, cu_seqlens_q, arrays["q"])
+        else:
+            options = _dense_lengths(options, query, key)
+            arrays["lse"] = logsumexp[..., : query.shape[1]]
+        if explicit.flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
+            shared = _shared(place, query, key, value)
+            for i, name in enumerate(("dq", "dk", "dv")):
+                part = shared[..., i, :, :]
+                arrays[name] = part[0] if packed else part
+        arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqlen_k, "attn_bias": bias}
+        if explicit.drops(options):
+            arrays["rng_state"] = explicit.rng_state(place, options, philox_seed, philox_offset)
+        wanted = explicit.wants_bias(options, arrays, None, bias_requires_grad)
+        found = backends.call(ops.backward, options._replace(bias_grad=wanted), backend, **arrays)
+        gradients = [x[None] if packed else x for x in found[:3]]
+        return (*gradients, explicit.stored_bias(place, found, bias, None))
 
 
 def _one_of(first: tuple[str, Array | None], second: tuple[str, Array | None]) -> Array | None:

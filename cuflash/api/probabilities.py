@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cuflash import ops
 from cuflash.api import backend
 from cuflash.api.layouts import Place
 from cuflash.ops import Options
@@ -13,7 +14,7 @@ _COLUMNS = 256
 
 
 def signed_probabilities(
-    place: Place, forward: Any, options: Options, choice: str | None, rng_state: Any, multiple: int, **arrays: Any
+    place: Place, options: Options, choice: str | None, rng_state: Any, multiple: int, **arrays: Any
 ) -> Any:
     """(b, heads_q, len_q, len_kv) probabilities in the dtype of q, zeros behind len_q and len_kv up to `multiple`.
 
@@ -34,9 +35,9 @@ def signed_probabilities(
     parts = []
     for first in range(0, len_kv, _COLUMNS):
         one_hot = _one_hot(place, v, lengths.get("cu_seqlens_k"), first, min(_COLUMNS, len_kv - first))
-        part = backend.call(forward, plain, choice, q=q, k=k, v=one_hot, **arrays)[0]
+        part = backend.call(ops.forward, plain, choice, q=q, k=k, v=one_hot, **arrays)[0]
         if drawn is not None:
-            kept = backend.call(forward, uniform, choice, q=q, k=k, v=one_hot, generator=drawn, **lengths)[0]
+            kept = backend.call(ops.forward, uniform, choice, q=q, k=k, v=one_hot, generator=drawn, **lengths)[0]
             part = place.xp.where(kept > 0, part, -part)
         parts.append(_rows_last(place, part, lengths.get("cu_seqlens_q"), options.max_seqlen_q))
     if not parts:
