@@ -51,13 +51,15 @@ def naive_in_dtype(
     return _attention(_Precision(work, q.dtype), q, k, v, dout, dlse, **options)
 
 
-def assert_close(actual: Array, exact: Array, naive: Array, name: str) -> None:
+def assert_close(actual: Array, exact: Array, naive: Array, name: str, dtype: np.dtype | None = None) -> None:
     """Check max|actual - exact| <= 2 max|naive - exact| + eps, after the places of inf, -inf and nan.
 
     eps is one unit in the last place of the largest value in the dtype of `actual`, for the final rounding, and 32
-    units of fp32 (fp64 for fp64) relative to the larger of 1 and that value, for the sums inside.
+    units of fp32 (fp64 for fp64) relative to the larger of 1 and that value, for the sums inside. Sums whose errors are
+    so few that chance decides between them and the naive ones are given the `dtype` of their addends, if coarser.
     """
     assert actual.shape == exact.shape == naive.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
+    ulp = max(float(ml_dtypes.finfo(each).eps) for each in (actual.dtype, dtype or actual.dtype))
     dtype = actual.dtype
     actual, exact, naive = (np.asarray(x, np.float64) for x in (actual, exact, naive))
     for kind in (np.isnan, np.isposinf, np.isneginf):
@@ -73,7 +75,7 @@ def assert_close(actual: Array, exact: Array, naive: Array, name: str) -> None:
     error, naive_error = _error(actual, exact), _error(naive, exact).max()
     largest = np.abs(exact[np.isfinite(exact)]).max()
     inside = np.float64 if dtype == np.float64 else np.float32
-    eps = float(ml_dtypes.finfo(dtype).eps) * largest + 32 * float(np.finfo(inside).eps) * max(1.0, largest)
+    eps = ulp * largest + 32 * float(np.finfo(inside).eps) * max(1.0, largest)
     allowed = 2 * naive_error + eps
     index = np.unravel_index(error.argmax(), error.shape)
     assert error[index] <= allowed, (

@@ -14,7 +14,7 @@ from cuflash.device import named
 from cuflash.errors import CompileError
 from cuflash.jit.compile import version
 
-MOST_KERNELS = 600
+MOST_KERNELS = 700
 """Two cores compile about four a second."""
 
 

@@ -53,6 +53,13 @@ def expected(case: Case, inputs: Inputs, *, naive: bool = False) -> oracle.Atten
         softcap=problem.softcap,
         scale=problem.softmax_scale,
         mask=host(inputs.mask_tensor),
+        alibi_slopes=host(inputs.alibi_slopes),
+        bias=host(inputs.bias),
+        sink=host(inputs.sink),
+        dropout_p=case.dropout_p,
+        dropout_scheme=problem.dropout or "byte",
+        rng_state=inputs.rng_state or (0, 0),
+        seqused_q=np.array(case.seqused_q) if case.seqused_q else None,
         cu_seqlens_q=np.array([0, *accumulate(case.lens_q)]) if case.lens_q else None,
         cu_seqlens_k=np.array([0, *accumulate(case.lens_kv)]) if case.lens_kv else None,
         seqused_k=np.array(case.seqused_kv) if case.seqused_kv else None,
@@ -70,9 +77,12 @@ def test_case(cp: Any, case_id: str) -> None:
     except UnsupportedProblem as error:
         pytest.skip(str(error).splitlines()[0])
     exact, naive = expected(case, inputs), expected(case, inputs, naive=True)
-    fields = ("out", "lse") if case.problem.direction == "forward" else ("dq", "dk", "dv")
-    for field, result in zip(fields, results, strict=True):
-        oracle.assert_close(result, getattr(exact, field), getattr(naive, field), f"{case_id} {field}")
+    for field, result in zip(calls.results(case), results, strict=True):
+        if field == "rng_state":
+            assert tuple(result) == inputs.rng_state
+            continue
+        addends = case.problem.dtype.numpy if field in ("dbias", "dsink") else None
+        oracle.assert_close(result, getattr(exact, field), getattr(naive, field), f"{case_id} {field}", addends)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ EXPORT void tensor(const uint8* mask, const int64* strides, int batch, int head,
   a.mask_head = strides[1];
   a.mask_row = strides[2];
   a.mask_column = strides[3];
-  mask_rules<TensorMask>(a, Lengths{len_q, len_kv, batch}, head, rows_kv, tile_q, tile_kv, keep, kv_tiles, q_tiles);
+  const Lengths lengths{len_q, len_kv, batch};
+  mask_rules<TensorMask<NoMask>>(a, lengths, head, rows_kv, tile_q, tile_kv, keep, kv_tiles, q_tiles);
 }
 
 // Feeds x [tiles, width] to one row; value: the running sum of p * value.
@@ -93,11 +94,11 @@ void score(double scale, double softcap, const double* s, int count, double* log
   Attention a{};
   a.softmax_scale = scale;
   a.softcap = softcap;
-  const Score<Real> score(a);
+  const Score<Real> score(a, Lengths{1, 1, 0}, 0);
   for (int i = 0; i < count; ++i) {
-    const Real x = score.apply(static_cast<Real>(s[i]));
-    logit[i] = score.unit() * x;
-    slope[i] = score.slope(x) * score.scale();
+    const Real x = static_cast<Real>(s[i]);
+    logit[i] = score.unit() * score.apply(x, 0, 0);
+    slope[i] = score.slope(x) * static_cast<Real>(scale);
   }
 }
 EXPORT void scores(int kind, int is_double, double scale, double softcap, const double* s, int count, double* logit,
@@ -123,11 +124,12 @@ void describe(const Attention& a, int batch, int tile, const Strides& stride, in
                           s.first_q_tile(tile), Sequence::num_q_tiles(a, tile)};
   for (int64 value : values) *out++ = value;
 }
-EXPORT void varlen(const int* cu_q, const int* cu_kv, const int* used, int batches, int total_q, int total_kv,
-                   int batch, int tile, const Strides* stride, int64* out) {
+EXPORT void varlen(const int* cu_q, const int* cu_kv, const int* used_q, const int* used, int batches, int total_q,
+                   int total_kv, int batch, int tile, const Strides* stride, int64* out) {
   Attention a{};
   a.cu_seqlens_q = cu_q;
   a.cu_seqlens_kv = cu_kv;
+  a.seqused_q = used_q;
   a.seqused_kv = used;
   a.batch = batches;
   a.total_q = total_q;
@@ -344,20 +346,22 @@ FIELDS = ("len_q", "len_kv", "rows_kv", "tail_q", "tail_kv", "q_offset", "kv_off
 
 
 @given(
-    lens=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200), st.integers(0, 250)), min_size=1, max_size=8),
+    lens=st.lists(st.tuples(*(st.integers(0, n) for n in (200, 200, 250, 250))), min_size=1, max_size=8),
     tails=st.tuples(st.integers(0, 40), st.integers(0, 40)),
     tile=st.sampled_from([16, 64, 128]),
     seqused=st.booleans(),
 )
 def test_varlen_sequence(lens: list, tails: tuple[int, int], tile: int, seqused: bool) -> None:
-    len_q, rows_kv, used = (np.array(x, np.int32) for x in zip(*lens, strict=True))
-    cu_q, cu_kv = (np.cumsum([0, *x], dtype=np.int32) for x in (len_q, rows_kv))
+    rows_q, rows_kv, used_q, used = (np.array(x, np.int32) for x in zip(*lens, strict=True))
+    len_q = np.minimum(rows_q, used_q) if seqused else rows_q
+    cu_q, cu_kv = (np.cumsum([0, *x], dtype=np.int32) for x in (rows_q, rows_kv))
     total_q, total_kv = cu_q[-1] + tails[0], cu_kv[-1] + tails[1]
     next_free = 0
     for b in range(len(lens)):
         values = np.empty(len(FIELDS), np.int64)
         policies().varlen(
-            *(pointer(cu_q), pointer(cu_kv), pointer(used) if seqused else None),
+            *(pointer(cu_q), pointer(cu_kv)),
+            *((pointer(used_q), pointer(used)) if seqused else (None, None)),
             *(len(lens), int(total_q), int(total_kv), b, tile, pointer(STRIDES), pointer(values)),
         )
         got = dict(zip(FIELDS, values.tolist(), strict=True))
@@ -370,7 +374,7 @@ def test_varlen_sequence(lens: list, tails: tuple[int, int], tile: int, seqused:
             "len_q": len_q[b],
             "len_kv": min(rows_kv[b], used[b]) if seqused else rows_kv[b],
             "rows_kv": rows_kv[b],
-            "tail_q": tails[0] * last,
+            "tail_q": rows_q[b] - len_q[b] + tails[0] * last,
             "tail_kv": tails[1] * last,
             "q_offset": int(cu_q[b]) * 2**20,
             "kv_offset": int(cu_kv[b]) * 2**20,

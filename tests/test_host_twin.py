@@ -57,7 +57,7 @@ def test_barrier_and_shuffle() -> None:
     [
         ("if (thread < 32) ptx::sync_threads();", r"thread 0 waits at sync_threads, thread 32 at the end .*: deadlock"),
         ("if (lane == 7) return; ptx::sync_warp();", r"thread \d+ is at sync_warp, thread \d+ at the end"),
-        ("if (lane < 8) ptx::sync_warp(); else ptx::shuffle_xor(1, 1);", r"sync_warp, thread \d+ at shuffle_xor"),
+        ("if (lane < 8) ptx::sync_warp(); else ptx::shuffle_xor(1, 1);", r"sync_warp, thread \d+ at shuffle"),
         ("int flag = 0; while (ptx::load_acquire(&flag) != 1) {}", r"waits for a turn that no block before it gives"),
         ("smem[256 + thread] = 0;", r"wrote 0 bytes past the end of shared memory"),
         ("ptx::cp_async<16>(ptx::smem_u32(smem) + 4, out, true);", r"cp_async of 16 bytes: .* not aligned"),

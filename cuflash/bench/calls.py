@@ -9,17 +9,23 @@ from cuflash.bench.cases import Case
 from cuflash.bench.inputs import Array, Inputs
 from cuflash.ops import backward, forward
 from cuflash.ops.options import Options
+from cuflash.ops.options import results as results_of
 
 Call = Callable[[], tuple[Array, ...]]
 
 
 def of(case: Case, inputs: Inputs) -> Call:
-    """The call that computes the case: (out, lse), or (dq, dk, dv) of a forward that has run once."""
+    """The call that computes the case, once its forward has run: what it returns is named by :func:`results`."""
     run_forward, run_backward = _held_to_family(case, inputs) if case.family else _public(case, inputs)
     if case.problem.direction == "forward":
         return run_forward
-    out, lse = run_forward()
-    return lambda: run_backward(inputs.dout, out, lse)
+    found = dict(zip(("out", "lse", "rng_state"), run_forward(), strict=False))
+    return lambda: run_backward(dout=inputs.dout, **found)
+
+
+def results(case: Case) -> tuple[str, ...]:
+    """The names of what a call returns."""
+    return results_of(case.problem)
 
 
 def keywords(case: Case) -> dict[str, object]:
@@ -32,6 +38,8 @@ def keywords(case: Case) -> dict[str, object]:
         "window_size": window if mask.kind == "window" else (-1, -1),
         "softcap": problem.softcap,
         "alignment": mask.alignment,
+        "dropout_p": case.dropout_p,
+        "dropout_scheme": problem.dropout or "byte",
     }
 
 
@@ -56,30 +64,37 @@ def arrays(inputs: Inputs) -> dict[str, Array | None]:
         "attn_mask": inputs.mask_tensor,
         "cu_seqlens_q": inputs.cu_seqlens_q,
         "cu_seqlens_k": inputs.cu_seqlens_kv,
+        "seqused_q": inputs.seqused_q,
         "seqused_k": inputs.seqused_kv,
+        "alibi_slopes": inputs.alibi_slopes,
+        "attn_bias": inputs.bias,
+        "sink": inputs.sink,
     }
 
 
 def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:
     chosen = options(case)
     shared = arrays(inputs)
-    gradients = chosen._replace(deterministic=case.problem.deterministic)
+    gradients = chosen._replace(deterministic=case.problem.deterministic, bias_grad=case.problem.bias_grad)
     return (
-        lambda: forward(chosen, **shared),
-        lambda dout, out, lse: backward(gradients, **shared, out=out, dout=dout, lse=lse),
+        lambda: forward(chosen, **shared, generator=inputs.rng_state),
+        lambda **given: _given(backward(gradients, **shared, **given)),
     )
 
 
 def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:
     chosen = keywords(case)
-    packed = {name: x for name, x in arrays(inputs).items() if name.startswith(("cu_", "seq")) and x is not None}
-    packed |= lengths(case)
-    q, k, v = inputs.q, inputs.k, inputs.v
-    function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
-    deterministic = case.problem.deterministic
+    shared = {name: x for name, x in arrays(inputs).items() if x is not None} | lengths(case) | chosen
+    problem = case.problem
+    function = cuflash.flash_attn_func if problem.layout == "dense" else cuflash.flash_attn_varlen_func
+    drawn = {"generator": inputs.rng_state, "return_rng_state": True} if problem.dropout else {}
+    gradients = {"deterministic": problem.deterministic, "bias_grad": problem.bias_grad}
     return (
-        lambda: function(q, k, v, **packed, **chosen, return_lse=True),
-        lambda dout, out, lse: cuflash.flash_attn_backward(
-            dout, q, k, v, out, lse, **packed, **chosen, deterministic=deterministic
-        ),
+        lambda: function(**shared, **drawn, return_lse=True),
+        lambda **given: _given(cuflash.flash_attn_backward(**shared, **gradients, **given)),
     )
+
+
+def _given(gradients: tuple[Array | None, ...]) -> tuple[Array, ...]:
+    """Without the gradients that were not asked for."""
+    return tuple(x for x in gradients if x is not None)

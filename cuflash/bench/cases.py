@@ -30,19 +30,23 @@ class Case:
     lens_q: tuple[int, ...] = ()
     """Rows of each packed sequence; empty when the layout is dense."""
     lens_kv: tuple[int, ...] = ()
+    seqused_q: tuple[int, ...] = ()
+    """Queries of each sequence that take part; empty: all of them."""
     seqused_kv: tuple[int, ...] = ()
     """Keys of each sequence that take part; empty: all of them."""
+    dropout_p: float = 0.0
 
     @property
     def sequences(self) -> list[tuple[int, int]]:
-        """(len_q, len_kv) of every sequence, counting only keys that take part."""
+        """(len_q, len_kv) of every sequence, counting only what takes part."""
         if self.problem.layout == "dense":
             return [(self.problem.len_q, self.problem.len_kv)] * self.problem.batch
-        return list(zip(self.lens_q, self.seqused_kv or self.lens_kv, strict=True))
+        return list(zip(self.seqused_q or self.lens_q, self.seqused_kv or self.lens_kv, strict=True))
 
     def turned(self, direction: Direction) -> Case:
         """The same case in the other direction."""
-        return replace(self, problem=replace(self.problem, direction=direction))
+        bias_grad = self.problem.bias_grad and direction == "backward"
+        return replace(self, problem=replace(self.problem, direction=direction, bias_grad=bias_grad))
 
     def flops(self) -> float:
         """Like :meth:`Problem.flops`, with the true lengths of packed sequences."""
@@ -65,6 +69,7 @@ _LEN_Q, _LEN_KV = 203, 331
 # An ordinary pair, an empty query, an empty key, one row, and one pair that spans several tiles.
 _LENS_Q = (97, 0, 37, 1, 203)
 _LENS_KV = (131, 40, 0, 331, 257)
+_SEQUSED_Q = (97, 0, 1, 0, 130)
 _SEQUSED_KV = (100, 40, 0, 0, 256)
 
 FEATURES: dict[str, str] = {
@@ -78,6 +83,18 @@ FEATURES: dict[str, str] = {
     "varlen": "packed sequences, some empty",
     "varlen_causal": "packed sequences, causal",
     "seqused": "packed sequences of which only some keys take part",
+    "seqused_q": "packed sequences of which only some queries and keys take part",
+    "alibi": "linear biases, causal",
+    "bias": "an additive tensor for each pair of each head",
+    "bias_row": "an additive tensor for each key of each batch element, in fp32",
+    "dbias": "the gradient of `bias`",
+    "dbias_row": "the gradient of `bias_row`",
+    "sink": "a learnable logit for each head, causal",
+    "dropout": "dropout by 8 random bits a pair",
+    "dropout_word": "dropout by 32 random bits a pair",
+    "mask_causal": "boolean tensor under a causal mask",
+    "everything": "window, boolean tensor, soft cap, ALiBi, bias and its gradient, sink, dropout and grouped heads",
+    "varlen_everything": "`everything` on packed sequences of which only some queries and keys take part",
     "deterministic": "gradients bit-equal from run to run, causal",
     "copy2": "tensors aligned to 2 bytes only",
     "copy4": "tensors aligned to 4 bytes only",
@@ -95,7 +112,22 @@ _CHANGES: dict[str, dict[str, object]] = {
     "gqa": {"heads_q": 6, "mask": _CAUSAL},
     "varlen_causal": {"mask": _CAUSAL},
     "deterministic": {"deterministic": True, "mask": _CAUSAL},
-}
+    "alibi": {"alibi": True, "mask": _CAUSAL},
+    "bias": {"bias_broadcast": (True, False, False, False)},
+    "bias_row": {"bias": DTYPES["fp32"], "bias_broadcast": (False, True, True, False)},
+    "sink": {"sink": True, "mask": _CAUSAL},
+    "dropout": {"dropout": "byte"},
+    "dropout_word": {"dropout": "word"},
+    "mask_causal": {"mask": replace(_CAUSAL, tensor=True)},
+    "everything": {
+        "heads_q": 6, "mask": Mask(left=64, right=17, tensor=True), "softcap": 2.0, "alibi": True,
+        "bias": DTYPES["fp32"], "bias_broadcast": (True, False, False, False), "sink": True, "dropout": "byte",
+    },
+}  # fmt: skip
+_CHANGES["dbias"], _CHANGES["dbias_row"] = _CHANGES["bias"], _CHANGES["bias_row"]
+_CHANGES["varlen_everything"] = _CHANGES["everything"]
+_BACKWARD_ONLY = ("deterministic", "dbias", "dbias_row")
+_DROPOUT_P = 0.3
 
 
 def widest_copy(itemsize: int, dims: Iterable[int], at_most: int = 16) -> int:
@@ -121,9 +153,14 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         copy_bytes=widest_copy(dtype.itemsize, (dim_qk, dim_v), base),
     )
     problem = replace(problem, **_CHANGES.get(feature, {}))
+    if feature in ("bias", "dbias"):
+        problem = replace(problem, bias=dtype)
+    if direction == "backward" and ("dbias" in feature or "everything" in feature):
+        problem = replace(problem, bias_grad=True)
+    dropout_p = _DROPOUT_P if problem.dropout else 0.0
     case_id = f"{direction[0]}wd_{family}-{dtype_name}-d{dims}" + (f"-{feature}" if feature else "")
-    if feature not in ("varlen", "varlen_causal", "seqused"):
-        return Case(case_id, family, problem)
+    if not feature.startswith(("varlen", "seqused")):
+        return Case(case_id, family, problem, dropout_p=dropout_p)
     problem = replace(
         problem,
         layout="varlen",
@@ -133,7 +170,16 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         total_q=sum(_LENS_Q),
         total_kv=sum(_LENS_KV),
     )
-    return Case(case_id, family, problem, _LENS_Q, _LENS_KV, _SEQUSED_KV if feature == "seqused" else ())
+    return Case(
+        case_id,
+        family,
+        problem,
+        _LENS_Q,
+        _LENS_KV,
+        seqused_q=_SEQUSED_Q if feature in ("seqused_q", "varlen_everything") else (),
+        seqused_kv=_SEQUSED_KV if feature in ("seqused", "seqused_q", "varlen_everything") else (),
+        dropout_p=dropout_p,
+    )
 
 
 # (dtype, dims, features): every dim once plain, the common ones with everything.
@@ -143,17 +189,19 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         *(("bf16", dims, ("", "causal")) for dims in ("192", "256", "192x128")),
         ("bf16", "64", ("", *FEATURES)),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "deterministic", "copy2")),
-        ("bf16", "256", ("varlen_causal", "deterministic")),
+        ("bf16", "128", ("bias", "dbias", "dropout", "everything")),
+        ("bf16", "256", ("varlen_causal", "deterministic", "everything")),
         ("fp16", "64", ("", "causal")),
         ("fp16", "128", ("", "softcap")),
     ],
     "simt": [
         *(("fp32", dims, ("",)) for dims in ("16", "33", "128", "256", "512", "64x128", "1024")),
-        ("fp32", "64", ("", *(f for f in FEATURES if f != "copy2"))),
+        ("fp32", "64", ("", *(f for f in FEATURES if f not in ("copy2", "mask_causal")))),
         ("fp32", "256", ("causal",)),
-        ("fp64", "64", ("", "causal", "window", "mask", "softcap", "varlen")),
+        ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything")),
         ("fp64", "256", ("",)),
-        *((dtype, "64", ("", "causal")) for dtype in ("fp16", "bf16")),
+        ("fp16", "64", ("",)),
+        ("bf16", "64", ("", "causal")),
         ("bf16", "33", ("",)),
         ("bf16", "512", ("causal",)),
     ],
@@ -166,7 +214,7 @@ def _table() -> Iterator[Case]:
         for family, rows in _PLAN.items():
             for dtype, dims, features in rows:
                 for feature in features:
-                    if direction == "backward" or feature != "deterministic":
+                    if direction == "backward" or feature not in _BACKWARD_ONLY:
                         yield _case(family, direction, dtype, dims, feature)
 
 
@@ -178,10 +226,12 @@ SMOKE: tuple[str, ...] = tuple(
     for name in ("fwd", "bwd")
     for rest in (
         "sm80-bf16-d64-causal",
+        "sm80-bf16-d64-everything",
         "sm80-bf16-d128",
         "sm80-bf16-d128-varlen_causal",
         "sm80-bf16-d256",
         "simt-fp32-d64-causal",
+        "simt-fp32-d64-everything",
         "simt-fp64-d64",
         "simt-fp32-d256",
     )

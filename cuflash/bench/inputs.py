@@ -26,9 +26,18 @@ class Inputs:
     dout: Array
     cu_seqlens_q: Array | None = None
     cu_seqlens_kv: Array | None = None
+    seqused_q: Array | None = None
     seqused_kv: Array | None = None
     mask_tensor: Array | None = None
     """Boolean (b, 1, len_q, len_kv), True = take part."""
+    alibi_slopes: Array | None = None
+    """(heads_q,) fp32."""
+    bias: Array | None = None
+    """(b, heads_q, len_q, len_kv), of size 1 along the axes of ``Problem.bias_broadcast``."""
+    sink: Array | None = None
+    """(heads_q,) fp32."""
+    rng_state: tuple[int, int] | None = None
+    """Philox seed and offset of dropout."""
 
 
 class Normals:
@@ -85,6 +94,23 @@ def make(case: Case, normals: Normals) -> Inputs:
         inputs.cu_seqlens_kv = xp.asarray(np.array([0, *accumulate(case.lens_kv)], np.int32))
     if case.seqused_kv:
         inputs.seqused_kv = xp.asarray(np.array(case.seqused_kv, np.int32))
+    if case.seqused_q:
+        inputs.seqused_q = xp.asarray(np.array(case.seqused_q, np.int32))
+    rng = np.random.default_rng(2)
+    if problem.alibi:  # as published: powers of 2 from 2 ** -1 down
+        slopes = 2.0 ** -np.linspace(1, 8, problem.heads_q)
+        inputs.alibi_slopes = xp.asarray(slopes.astype(np.float32))
+    if problem.bias is not None:
+        pairs = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
+        shape = tuple(1 if one else n for n, one in zip(pairs, problem.bias_broadcast, strict=True))
+        bias = rng.standard_normal(shape, np.float32)
+        if shape[2] > 3:
+            bias[:, :, 3, shape[3] // 2 :] = -np.inf  # hides half of a row
+        inputs.bias = xp.asarray(bias.astype(problem.bias.numpy))
+    if problem.sink:
+        inputs.sink = xp.asarray(rng.standard_normal(problem.heads_q, np.float32))
+    if problem.dropout:
+        inputs.rng_state = (0x123456789ABCDEF0, 2**33 + 4)
     if problem.mask.tensor:
         keep = np.random.default_rng(1).random((problem.batch, 1, problem.len_q, problem.len_kv)) < 0.5
         keep[:, :, 3] = False  # a row that sees nothing
@@ -94,4 +120,4 @@ def make(case: Case, normals: Normals) -> Inputs:
 
 def host(x: Array | None) -> np.ndarray | None:
     """The same array in host memory."""
-    return x if x is None or isinstance(x, np.ndarray) else x.get()
+    return x.get() if hasattr(x, "get") else x

@@ -6,6 +6,8 @@ products accumulate wide. One sequence at a time: arrays are (heads, len, dim).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from cuflash.dtypes import DType
@@ -25,6 +27,32 @@ def visible(mask: Mask, len_q: int, len_kv: int) -> np.ndarray | None:
     return keep
 
 
+class Extras(NamedTuple):
+    """What one sequence has beside its mask; None where there is nothing."""
+
+    added: np.ndarray | None = None
+    """Added to the logits, (1 or heads_q, len_q, len_kv)."""
+    sink: np.ndarray | None = None
+    """(heads_q,) logits of a key without a value."""
+    dropped: np.ndarray | None = None
+    """What dropout multiplies the probabilities by, (heads_q, len_q, len_kv)."""
+
+
+NOTHING = Extras()
+
+
+class Gradients(NamedTuple):
+    """Gradients of one sequence, in the accumulator type."""
+
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    ds: np.ndarray
+    """(heads_q, len_q, len_kv), of the logits after everything has been added to them."""
+    dsink: np.ndarray
+    """(heads_q,); 0 without a sink."""
+
+
 class Naive:
     """Attention of one sequence in one element type."""
 
@@ -34,11 +62,11 @@ class Naive:
         self._softcap = softcap
 
     def forward(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, keep: np.ndarray | None
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, keep: np.ndarray | None, extras: Extras = NOTHING
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return out (heads_q, len_q, dim_v) and lse (heads_q, len_q), both in the accumulator type."""
-        _, p, lse = self._probabilities(q, self._wide(k, len(q)), keep)
-        return self._rounded(p @ self._wide(v, len(q))), lse
+        _, p, _, lse = self._probabilities(q, self._wide(k, len(q)), keep, extras)
+        return self._rounded(self._dropped(p, extras) @ self._wide(v, len(q))), lse
 
     def backward(
         self,
@@ -48,36 +76,47 @@ class Naive:
         k: np.ndarray,
         v: np.ndarray,
         keep: np.ndarray | None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return dq, dk and dv in the accumulator type; query heads of a group are summed into their kv head."""
+        extras: Extras = NOTHING,
+    ) -> Gradients:
+        """All gradients; query heads of a group are summed into their kv head."""
         heads_q, heads_kv = len(q), len(k)
         k, v = self._wide(k, heads_q), self._wide(v, heads_q)
         q, dout = self._wide(q, heads_q), self._wide(dout, heads_q)
-        s, p, _ = self._probabilities(q, k, keep)
-        dp = self._rounded(dout @ v.swapaxes(1, 2))
-        delta = (dp * p).sum(axis=2, keepdims=True) - np.asarray(dlse)[..., None]
-        ds = self._rounded(p * (dp - delta))
+        s, p, p_sink, _ = self._probabilities(q, k, keep, extras)
+        dp = self._dropped(self._rounded(dout @ v.swapaxes(1, 2)), extras)
+        out = self._rounded(self._dropped(p, extras) @ v)
+        delta = (dout * out).sum(axis=2, keepdims=True) - np.asarray(dlse)[..., None]
+        ds = dx = self._rounded(p * (dp - delta))
         if self._softcap:
-            ds = self._rounded(ds * (1 - (s / self._softcap) ** 2))
-        ds = self._rounded(ds * self._scale)
-        dq, dk, dv = ds @ k, ds.swapaxes(1, 2) @ q, p.swapaxes(1, 2) @ dout
+            dx = self._rounded(dx * (1 - (s / self._softcap) ** 2))
+        dx = self._rounded(dx * self._scale)
+        dq, dk, dv = dx @ k, dx.swapaxes(1, 2) @ q, self._dropped(p, extras).swapaxes(1, 2) @ dout
         dk, dv = (x.reshape(heads_kv, heads_q // heads_kv, *x.shape[1:]).sum(axis=1) for x in (dk, dv))
-        return self._rounded(dq), self._rounded(dk), self._rounded(dv)
+        dsink = -(p_sink * delta).sum(axis=(1, 2))
+        return Gradients(self._rounded(dq), self._rounded(dk), self._rounded(dv), ds, dsink)
 
     def _probabilities(
-        self, q: np.ndarray, k: np.ndarray, keep: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Scores after the soft cap, probabilities and log-sum-exp; a row that sees nothing has p = 0, lse = -inf."""
+        self, q: np.ndarray, k: np.ndarray, keep: np.ndarray | None, extras: Extras
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | float, np.ndarray]:
+        """Scores after the soft cap, probabilities of keys and sink, lse; a row with neither has p = 0, lse = -inf."""
         s = self._rounded(self._rounded(self._wide(q, len(q)) @ k.swapaxes(1, 2)) * self._scale)
         if self._softcap:
             s = self._rounded(self._softcap * np.tanh(s / self._softcap))
-        seen = s if keep is None else np.where(keep, s, -np.inf)
-        m = seen.max(axis=2, keepdims=True, initial=-np.inf)
-        e = np.exp(seen - np.where(np.isneginf(m), 0, m))
-        l = e.sum(axis=2, keepdims=True)
+        logits = s if extras.added is None else self._rounded(s + self._rounded(extras.added))
+        seen = logits if keep is None else np.where(keep, logits, -np.inf)
+        sink = s.dtype.type(-np.inf) if extras.sink is None else extras.sink[:, None, None]
+        m = np.maximum(seen.max(axis=2, keepdims=True, initial=-np.inf), sink).astype(s.dtype)
+        shift = np.where(np.isneginf(m), 0, m)
+        e, e_sink = np.exp(seen - shift), np.exp(sink - shift)
+        l = e.sum(axis=2, keepdims=True) + e_sink
         with np.errstate(divide="ignore"):
             lse = (m + np.log(l))[..., 0]
-        return s, self._rounded(e / np.where(l == 0, 1, l)), lse
+        l = np.where(l == 0, 1, l)
+        return s, self._rounded(e / l), e_sink / l, lse
+
+    def _dropped(self, x: np.ndarray, extras: Extras) -> np.ndarray:
+        """Probabilities, or their gradients, after dropout."""
+        return x if extras.dropped is None else self._rounded(x * extras.dropped)
 
     def _wide(self, x: np.ndarray, heads_q: int) -> np.ndarray:
         """The same values in the accumulator type, each kv head repeated for the query heads of its group."""

@@ -74,8 +74,8 @@ struct Plus {
   CF_DEVICE Number slope(Number s) const { return inner.slope(s); }
 };
 
-// Attention with linear biases (Press et al. 2021, arXiv 2108.12409): -slope * distance from the diagonal. 0 for rows past
-// the end, whose probabilities must stay finite whatever the sign of the slope.
+// Attention with linear biases (Press et al. 2021, arXiv 2108.12409): -slope * distance from the diagonal. 0 for rows
+// past the end, whose probabilities must stay finite whatever the sign of the slope.
 struct Alibi {
   int len_q;
   float slope;

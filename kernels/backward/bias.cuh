@@ -43,8 +43,8 @@ struct BiasPolicies {
   }
 };
 
-// Engine: Config -> a SmemPlan, a Total with for_each(f(element, row, column)), and add_tile(), which adds dS of one tile
-// of one head to a Total.
+// Engine: Config -> a SmemPlan, a Total with for_each(f(element, row, column)), and add_tile(), which adds dS of one
+// tile of one head to a Total.
 template <class Config, class Engine>
 struct BackwardBias {
   using Real = Accumulator<typename Config::Element>;

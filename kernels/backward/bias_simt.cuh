@@ -19,7 +19,8 @@ struct BiasTileSimt {
     typename Block::Operands operands;
   };
 
-  CF_DEVICE static Rows rows_of(const void* pointer, const Strides& stride, int64 offset, int head, int first, int count) {
+  CF_DEVICE static Rows rows_of(const void* pointer, const Strides& stride, int64 offset, int head, int first,
+                                int count) {
     return Rows{static_cast<const Element*>(pointer) + offset + head * stride.head, stride.row, count}.from(first);
   }
 

@@ -1,4 +1,5 @@
-// Gradient of the sink logits: dsink = -sum over rows of exp(sink - lse) * delta. A block sums one head in a fixed order.
+// Gradient of the sink logits: dsink = -sum over rows of exp(sink - lse) * delta. A block sums one head in a fixed
+// order.
 #pragma once
 
 #include "attention/softmax.cuh"
