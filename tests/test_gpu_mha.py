@@ -1,0 +1,157 @@
+"""The functions with PyTorch's explicit arguments and results on a GPU, against the same calls on NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuflash
+from cuflash.dtypes import DTYPES
+
+B, H, HK, SQ, SK, D = 2, 4, 2, 70, 90, 64
+STARTS_Q, STARTS_K = np.array([0, 30, 30, 62], np.int32), np.array([0, 40, 41, 81], np.int32)
+USED = np.array([33, 0, 40], np.int32)
+STATE = 0x123456789ABCDEF0, 64
+P = 0.3
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(library: str) -> Callable[[Any], Any]:
+    """From NumPy to the library, and everything that is no array as it is."""
+    module = pytest.importorskip(library)
+
+    def convert(x: Any) -> Any:
+        if not isinstance(x, np.ndarray):
+            return x
+        return module.asarray(x) if library == "cupy" else module.asarray(x, device="cuda")
+
+    return convert
+
+
+def on_host(x: Any) -> Any:
+    if hasattr(x, "cpu"):
+        return x.cpu().numpy()
+    return x.get() if hasattr(x, "get") else x
+
+
+def random(*shape: int, dtype: str, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(DTYPES[dtype].numpy)
+
+
+def inputs(dtype: str, packed: bool) -> list[np.ndarray]:
+    rows_q, rows_kv = ((SQ,), (SK,)) if packed else ((B, SQ), (B, SK))
+    shapes = (*rows_q, H, D), (*rows_kv, HK, D), (*rows_kv, HK, D)
+    return [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+
+
+def assert_same(gpu: tuple, numpy: tuple, dtype: str) -> None:
+    tolerance = {"fp16": 2e-2, "bf16": 1e-1, "fp32": 2e-4}[dtype]
+    assert len(gpu) == len(numpy)
+    for i, (one, other) in enumerate(zip(map(on_host, gpu), numpy, strict=True)):
+        if isinstance(other, np.ndarray):
+            assert one.shape == other.shape and one.dtype == other.dtype, i
+            assert np.allclose(one.astype(np.float64), other.astype(np.float64), atol=tolerance, rtol=tolerance), i
+        else:
+            assert one == other, i
+
+
+@pytest.fixture(params=["cupy", "torch"])
+def convert(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
+    return on_gpu(request.param)
+
+
+def both(convert: Callable, function: Callable, *arguments: Any, **keywords: Any) -> tuple[tuple, tuple]:
+    """The results of a call on a GPU and on NumPy arrays."""
+    gpu = function(*map(convert, arguments), **{name: convert(x) for name, x in keywords.items()})
+    return gpu, function(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("convention", ["current", "legacy", "rocm"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_mha(packed: bool, convention: str, dtype: str, convert: Callable) -> None:
+    q, k, v = inputs(dtype, packed)
+    slopes = np.abs(random(H, dtype="fp32", seed=5))
+    options = {
+        "alibi_slopes_": slopes,
+        "p_dropout": P,
+        "is_causal": True,
+        "window_size_left": 31,
+        "convention": convention,
+    }
+    more = {"gen_": STATE, "return_softmax": True, **options}
+    dout = random(*q.shape, dtype=dtype, seed=3)
+    if packed:
+        lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "seqused_k": USED}
+        gpu, numpy = both(convert, cuflash.mha_varlen_fwd, q, k, v, None, *lengths.values(), **more)
+    else:
+        lengths = {}
+        gpu, numpy = both(convert, cuflash.mha_fwd, q, k, v, **more)
+    assert_same(gpu, numpy, dtype)
+    assert (np.signbit(on_host(gpu[7])) == np.signbit(numpy[7])).all()
+    backward = cuflash.mha_varlen_bwd if packed else cuflash.mha_bwd
+    tensors = {"dout": dout, "q": q, "k": k, "v": v} | ({"dq_": None, "dk_": None, "dv_": None} if packed else {})
+
+    def gradients(results: tuple, at: Callable) -> tuple:
+        given = {name: at(x) for name, x in {**tensors, **lengths, **options}.items()}
+        out, lse, seed, offset = (results[i] for i in (0, 4, 5, 6))
+        return backward(**given, out=out, softmax_lse=lse, philox_seed=seed, philox_offset=offset)
+
+    assert_same(gradients(gpu, convert), gradients(numpy, lambda x: x), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("mask_type", [0, 1, 2])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_efficient_attention(packed: bool, mask_type: int, dtype: str, convert: Callable) -> None:
+    q, k, v = (x[None] if packed else x for x in inputs(dtype, packed))
+    bias = random(1, H, 1, 40 if packed else SK, dtype=dtype, seed=6)
+    starts = (STARTS_Q, STARTS_K) if packed else (None, None)
+    gpu, numpy = both(
+        convert, cuflash.efficient_attention_forward, q, k, v, bias, *starts, None, None, P, mask_type, True, gen_=STATE
+    )
+    assert_same(gpu, numpy, dtype)
+    dout = random(*q.shape, dtype=dtype, seed=3)
+
+    def gradients(results: tuple, at: Callable) -> tuple:
+        out, lse, seed, offset, *lengths = results
+        return cuflash.efficient_attention_backward(
+            *map(at, (dout, q, k, v, bias)), out, *map(at, starts), *lengths, lse, P, seed, offset, mask_type, True
+        )
+
+    assert_same(gradients(gpu, convert), gradients(numpy, lambda x: x), dtype)
+
+
+def test_mem_eff_with_a_bias(convert: Callable) -> None:
+    q, k, v = inputs("fp16", False)
+    bias, dout = random(B, 1, SQ, SK, dtype="fp16", seed=6), random(*q.shape, dtype="fp16", seed=3)
+    gpu, numpy = both(convert, cuflash.mem_eff_forward, q, k, v, P, True, True, None, bias, gen_=STATE)
+    assert_same(gpu, numpy, "fp16")
+
+    def gradients(results: tuple, at: Callable) -> tuple:
+        out, lse, seed, offset = (results[i] for i in (0, 4, 5, 6))
+        head = (*map(at, (dout, q, k, v)), out, lse, None, None, None, at(bias), True)
+        return cuflash.mem_eff_backward(*head, p_dropout=P, is_causal=True, philox_seed=seed, philox_offset=offset)
+
+    assert_same(gradients(gpu, convert), gradients(numpy, lambda x: x), "fp16")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("flash", "fp16"), ("mem_eff", "fp16"), ("mem_eff", "fp32")])
+def test_backends_draw_the_same_dropout(backend: str, dtype: str, convert: Callable) -> None:
+    q, k, v = inputs(dtype, False)
+    gpu, numpy = both(convert, cuflash.mha_fwd, q, k, v, p_dropout=P, return_softmax=True, gen_=STATE, backend=backend)
+    assert_same(gpu, numpy, dtype)
+    assert (np.signbit(on_host(gpu[7])) == np.signbit(numpy[7])).all()
+
+
+def test_a_generator_of_torch_moves_on() -> None:
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator("cuda")
+    generator.manual_seed(7)
+    q, k, v = map(on_gpu("torch"), inputs("fp16", False))
+    states = [cuflash.mha_fwd(q, k, v, p_dropout=P, gen_=generator)[5].tolist() for _ in range(2)]
+    assert states == [[7, 0], [7, B * H * 32]] and generator.get_offset() == 2 * B * H * 32
