@@ -17,7 +17,7 @@ from cuflash import dtypes
 from cuflash.bench import calls, report, sets
 from cuflash.bench.cases import CASES, SMOKE, Case, select, widest_copy
 from cuflash.bench.inputs import Normals, make
-from cuflash.bench.naive import Naive, visible
+from cuflash.bench.naive import Extras, Naive, visible
 from cuflash.bench.peers import PEERS, CuflashCpu, NumpyNaive, find
 from cuflash.bench.run import Bench
 from cuflash.bench.timing import Runner, Timing, interleave
@@ -123,6 +123,28 @@ def test_naive_attention_is_attention(mask, softcap, heads_kv, options):
         np.testing.assert_allclose(grad.swapaxes(0, 1), expected[0], atol=1e-12)
 
 
+def test_naive_attention_knows_every_score_feature():
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((n, 4, d)) for n, d in [(9, 8), (13, 8), (13, 5), (9, 5)])
+    bias, sink = rng.standard_normal((1, 4, 9, 13)), rng.standard_normal(4)
+    kept = np.array([oracle.flash_keep(3, 8, 0.3, 0, h, 4, np.arange(9)[:, None], np.arange(13)) for h in range(4)])
+    exact = oracle.attention(
+        q[None], k[None], v[None], dout[None],
+        scale=0.3, causal=True, bias=bias, sink=sink, dropout_p=0.3, rng_state=(3, 8),
+    )  # fmt: skip
+    extras = Extras(bias[0], sink, kept / 0.7)
+    q, k, v, dout = (x.swapaxes(0, 1) for x in (q, k, v, dout))
+    naive, keep = Naive(dtypes.FP64, 0.3, 0.0), visible(Mask(right=0), 9, 13)
+    out, lse = naive.forward(q, k, v, keep, extras)
+    grads = naive.backward(dout, 0.0, q, k, v, keep, extras)
+    np.testing.assert_allclose(out.swapaxes(0, 1), exact.out[0], atol=1e-13)
+    np.testing.assert_allclose(lse, exact.lse[0], atol=1e-13)
+    for grad, expected in zip(grads[:3], (exact.dq, exact.dk, exact.dv), strict=True):
+        np.testing.assert_allclose(grad.swapaxes(0, 1), expected[0], atol=1e-12)
+    np.testing.assert_allclose(grads.ds, exact.dbias[0], atol=1e-12)
+    np.testing.assert_allclose(grads.dsink, exact.dsink, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "case_id",
     [
@@ -143,7 +165,10 @@ def test_naive_attention_is_attention(mask, softcap, heads_kv, options):
 def test_a_case_passes_on_numpy(case_id):
     case = CASES[case_id]
     verdicts = verify(case, make(case, Normals(np)))
-    assert [v.tensor for v in verdicts] == (["out", "lse"] if case_id.startswith("fwd") else ["dq", "dk", "dv"])
+    expected = ["out", "lse"] if case_id.startswith("fwd") else ["dq", "dk", "dv"]
+    if case_id.startswith("bwd"):
+        expected += ["dbias"] * ("dbias" in case_id or "everything" in case_id) + ["dsink"] * ("everything" in case_id)
+    assert [v.tensor for v in verdicts] == expected
     for verdict in verdicts:
         assert verdict.passed, verdict
 
