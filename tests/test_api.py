@@ -490,7 +490,9 @@ def test_explain_of_a_forward_does_not_depend_on_deterministic() -> None:
     assert not cuflash.explain(q, k, v, deterministic=True, device="h100").problem.deterministic
 
 
-@pytest.mark.parametrize("module", ["cuflash.api.flash", "cuflash.api.sdpa", "cuflash.api.explain"])
+@pytest.mark.parametrize(
+    "module", ["cuflash.api.flash", "cuflash.api.sdpa", "cuflash.api.explain", "cuflash.api.mha", "cuflash.api.backend"]
+)
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted > 0 and result.failed == 0

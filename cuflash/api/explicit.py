@@ -150,7 +150,23 @@ def forward(
         return Forward(out, q, k, v, lse, *_state(place, convention, rng_state), probabilities)
 
 
-def backward(
+def backward(convention: Convention, options: Options, choice: str | None, **given: Any) -> Backward:
+    """Run the backward and lay its results out; `given` is what `gradients` takes."""
+    dq, dk, dv, dbias = gradients(convention, options, choice, **given)
+    place, starts_q = Place(options.name("q"), given["q"]), given.get("cu_seqlens_q")
+    with place.here:
+        sums = place.row_sums(given["dout"], given["out"], 1 - options.dropout_p)
+        if starts_q is None:
+            softmax_d = place.rounded(sums, convention.multiple)
+        elif convention.padded:
+            length = longest(starts_q, options.max_seqlen_q)
+            softmax_d = place.rounded(place.padded(sums, starts_q, length, 0.0), convention.multiple)
+        else:
+            softmax_d = place.spaced(sums, starts_q)
+    return Backward(dq, dk, dv, softmax_d, dbias)
+
+
+def gradients(
     convention: Convention,
     options: Options,
     choice: str | None,
@@ -161,65 +177,48 @@ def backward(
     bias_requires_grad: bool = False,
     zero_tensors: bool = False,
     **arrays: Any,
-) -> Backward:
-    """Run the backward and lay its results out; `arrays` are those of `ops.backward` that the caller has."""
-    place = Place(options.name("q"), arrays["q"])
+) -> tuple[Any, Any, Any, Any]:
+    """(dq, dk, dv, dbias); `arrays` are those of `ops.backward` that the caller has, with the convention's lse."""
+    place, bias = Place(options.name("q"), arrays["q"]), arrays.get("attn_bias")
     flag("zero_tensors", zero_tensors)
-    out, dout, lse, starts_q = (arrays.get(name) for name in ("out", "dout", "lse", "cu_seqlens_q"))
-    with place.here:
-        if drops(options):
-            arrays["rng_state"] = rng_state(place, options, philox_seed, philox_offset)
-        if convention.padded and starts_q is not None:
-            arrays["lse"] = packed_lse(place, options, lse, starts_q, arrays["q"])
-        wanted = wants_bias(options, arrays, grad_bias, bias_requires_grad)
-        gradients = backend.call(ops.backward, options._replace(bias_grad=wanted), choice, **arrays)
-        dbias = stored_bias(place, gradients, arrays.get("attn_bias"), grad_bias)
-        sums = place.row_sums(dout, out, 1 - options.dropout_p)
-        if starts_q is None:
-            softmax_d = place.rounded(sums, convention.multiple)
-        elif convention.padded:
-            length = longest(starts_q, options.max_seqlen_q)
-            softmax_d = place.rounded(place.padded(sums, starts_q, length, 0.0), convention.multiple)
-        else:
-            softmax_d = place.spaced(sums, starts_q)
-        return Backward(*gradients[:3], softmax_d, dbias)
-
-
-def drops(options: Options) -> bool:
-    """Whether anything can be dropped; checks the probability."""
-    return check.dropout_of(options) is not None
-
-
-def wants_bias(options: Options, arrays: dict[str, Any], grad_bias: Any, bias_requires_grad: bool) -> bool:
-    """Whether the gradient of the bias is computed; one that is expanded gives way to what it was expanded from."""
-    wanted = flag("bias_requires_grad", bias_requires_grad)
-    bias, name = arrays.get("attn_bias"), options.name("attn_bias")
-    if wanted and bias is None:
-        raise InvalidArgument(f"bias_requires_grad is True but {name} is None; pass the bias whose gradient is wanted.")
-    if not wanted and grad_bias is not None:
+    if flag("bias_requires_grad", bias_requires_grad):
+        arrays["attn_bias"] = _differentiated(options, bias, grad_bias)
+        options = options._replace(bias_grad=True)
+    elif grad_bias is not None:
         raise InvalidArgument("grad_bias is given but bias_requires_grad is False; pass True to have it filled.")
-    if wanted and hasattr(bias, "shape"):
-        arrays["attn_bias"] = unexpanded(bias)
-        if grad_bias is not None and tuple(grad_bias.shape) != tuple(arrays["attn_bias"].shape):
-            raise InvalidArgument(
-                f"grad_bias has shape {tuple(grad_bias.shape)}; expected {tuple(arrays['attn_bias'].shape)}, that of "
-                f"{name} with size 1 along the axes that it is expanded over."
-            )
-    return wanted
+    with place.here:
+        if check.dropout_of(options):
+            arrays["rng_state"] = _rng_state(place, options, philox_seed, philox_offset)
+        if convention.padded and arrays.get("cu_seqlens_q") is not None:
+            arrays["lse"] = _without_padding(place, options, arrays["lse"], arrays["cu_seqlens_q"], arrays["q"])
+        found = backend.call(ops.backward, options, choice, **arrays)
+        dbias = _stored(place, found[3], bias.dtype, grad_bias) if options.bias_grad else None
+    return (*found[:3], dbias)
 
 
-def stored_bias(place: Place, gradients: Any, bias: Any, grad_bias: Any) -> Any:
-    """The gradient of the bias in the dtype of the bias, in the caller's array if there is one; None if not wanted."""
-    dbias = gradients[3] if len(gradients) > 3 else None
-    if dbias is None:
-        return None
+def _differentiated(options: Options, bias: Any, grad_bias: Any) -> Any:
+    """The bias whose gradient is computed; one that is expanded gives way to what it was expanded from."""
+    name = options.name("attn_bias")
+    if bias is None:
+        raise InvalidArgument(f"bias_requires_grad is True but {name} is None; pass the bias whose gradient is wanted.")
+    bias = unexpanded(bias) if hasattr(bias, "shape") else bias
+    if grad_bias is not None and tuple(grad_bias.shape) != tuple(bias.shape):
+        raise InvalidArgument(
+            f"grad_bias has shape {tuple(grad_bias.shape)}; expected {tuple(bias.shape)}, that of {name} with size 1 "
+            "along the axes that it is expanded over."
+        )
+    return bias
+
+
+def _stored(place: Place, dbias: Any, dtype: Any, grad_bias: Any) -> Any:
+    """The gradient of the bias in the dtype of the bias, in the caller's array if there is one."""
     if grad_bias is None:
-        return place.cast(dbias, bias.dtype)
+        return place.cast(dbias, dtype)
     grad_bias[...] = place.cast(dbias, grad_bias.dtype)
     return grad_bias
 
 
-def rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: Any) -> Any:
+def _rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: Any) -> Any:
     """Seed and offset as `ops.backward` takes them: of a pair, of two numbers, or of two arrays of one number."""
     if philox_seed is None:
         raise InvalidArgument(
@@ -274,7 +273,7 @@ def _packed_lse(place: Place, convention: Convention, options: Options, lse: Any
     return lse
 
 
-def packed_lse(place: Place, options: Options, lse: Any, starts_q: Any, q: Any) -> Any:
+def _without_padding(place: Place, options: Options, lse: Any, starts_q: Any, q: Any) -> Any:
     """A log-sum-exp that is padded to (b, h, at least max_seqlen_q), without its padding."""
     name = options.name("lse")
     if lse is None:

@@ -169,13 +169,12 @@ def mem_eff_backward(
     )  # fmt: skip
     if cu_seqlens_q is None:
         options = _dense_lengths(options, q, k)
-    found = explicit.backward(
+    return explicit.gradients(
         explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset, grad_bias=grad_bias,
         bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias, out=out, dout=dout, lse=softmax_lse,
         dq=dq_, dk=dk_, dv=dv_,
     )  # fmt: skip
-    return found.dq, found.dk, found.dv, found.dbias
 
 
 class Efficient(NamedTuple):
@@ -360,24 +359,20 @@ def efficient_attention_backward(
     names = {"q": query, "k": key, "v": value, "out": out, "dout": grad_out_}
     arrays = {name: _unbatched(options.name(name), x) if packed else x for name, x in names.items()}
     explicit.require(logsumexp=logsumexp)
-    with place.here:
-        if packed:
-            arrays["lse"] = explicit.packed_lse(place, options, logsumexp, cu_seqlens_q, arrays["q"])
-        else:
-            options = _dense_lengths(options, query, key)
-            arrays["lse"] = logsumexp[..., : query.shape[1]]
-        if explicit.flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
+    if not packed:
+        options = _dense_lengths(options, query, key)
+        logsumexp = logsumexp[..., : query.shape[1]]
+    if explicit.flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
+        with place.here:
             shared = _shared(place, query, key, value)
-            for i, name in enumerate(("dq", "dk", "dv")):
-                part = shared[..., i, :, :]
-                arrays[name] = part[0] if packed else part
-        arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqlen_k, "attn_bias": bias}
-        if explicit.drops(options):
-            arrays["rng_state"] = explicit.rng_state(place, options, philox_seed, philox_offset)
-        wanted = explicit.wants_bias(options, arrays, None, bias_requires_grad)
-        found = backends.call(ops.backward, options._replace(bias_grad=wanted), backend, **arrays)
-        gradients = [x[None] if packed else x for x in found[:3]]
-        return (*gradients, explicit.stored_bias(place, found, bias, None))
+        for i, name in enumerate(("dq", "dk", "dv")):
+            arrays[name] = shared[0, :, i] if packed else shared[:, :, i]
+    *gradients, grad_bias = explicit.gradients(
+        explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
+        bias_requires_grad=bias_requires_grad, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqlen_k, attn_bias=bias, lse=logsumexp, **arrays,
+    )  # fmt: skip
+    return (*(x[None] if packed else x for x in gradients), grad_bias)
 
 
 def _one_of(first: tuple[str, Array | None], second: tuple[str, Array | None]) -> Array | None:
