@@ -56,10 +56,6 @@ CF_DEVICE constexpr int power_of_two_above(int n) { return n <= 1 ? 1 : 2 * powe
 template <class T>
 CF_DEVICE T infinity() { return static_cast<T>(CF_INFINITY); }
 
-// A number that a function parameter can carry to a template.
-template <int kValue>
-struct Constant { static constexpr int value = kValue; };
-
 // A compile error here means that Python's shared-memory formula (plan/tiles.py) and the kernel's struct disagree.
 template <int kActual, int kPlanned>
 struct SmemSizeCheck {

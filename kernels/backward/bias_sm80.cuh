@@ -26,27 +26,29 @@ struct BiasTileSm80 {
     SharedTile<Element, kTileKv, kDimV> v;
   };
 
+  // Starts the copy of rows [first, rows) of one head, as many as the tile takes.
+  template <int kDim, class Tile>
+  CF_DEVICE static void load(Tile& tile, const void* base, const Strides& stride, int64 offset, int head, int first,
+                             int rows) {
+    const Element* global = static_cast<const Element*>(base) + offset + head * stride.head + first * stride.row;
+    load_tile_async<kDim, kBytes, kThreads>(tile, global, stride.row, rows - first);
+  }
+
   // Adds dS of one tile of one head to `total`.
   CF_DEVICE static void add_tile(SmemPlan& smem, const BwdParams& p, const Sequence& sequence, int head, int q_first,
                                  int kv_first, Total& total) {
     const Attention& a = p.attention;
     const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
     const int head_kv = head / (a.heads_q / a.heads_kv);
-    const auto load = [&](auto& tile, auto dim, const void* base, const Strides& stride, int64 offset, int at_head,
-                          int first, int rows) {
-      load_tile_async<decltype(dim)::value, kBytes, kThreads>(
-          tile, static_cast<const Element*>(base) + offset + at_head * stride.head + first * stride.row, stride.row,
-          rows - first);
-    };
     ptx::sync_threads();  // every warp is done with the tiles before
-    load(smem.q, Constant<Config::kDimQk>(), p.q, p.q_stride, sequence.q_offset(p.q_stride), head, q_first,
-         sequence.len_q);
-    load(smem.dout, Constant<Config::kDimV>(), p.dout, p.dout_stride, sequence.q_offset(p.dout_stride), head, q_first,
-         sequence.len_q);
-    load(smem.k, Constant<Config::kDimQk>(), p.k, p.k_stride, sequence.kv_offset(p.k_stride), head_kv, kv_first,
-         sequence.len_kv);
-    load(smem.v, Constant<Config::kDimV>(), p.v, p.v_stride, sequence.kv_offset(p.v_stride), head_kv, kv_first,
-         sequence.len_kv);
+    load<Config::kDimQk>(smem.q, p.q, p.q_stride, sequence.q_offset(p.q_stride), head, q_first,
+                         sequence.len_q);
+    load<Config::kDimV>(smem.dout, p.dout, p.dout_stride, sequence.q_offset(p.dout_stride), head, q_first,
+                         sequence.len_q);
+    load<Config::kDimQk>(smem.k, p.k, p.k_stride, sequence.kv_offset(p.k_stride), head_kv, kv_first,
+                         sequence.len_kv);
+    load<Config::kDimV>(smem.v, p.v, p.v_stride, sequence.kv_offset(p.v_stride), head_kv, kv_first,
+                         sequence.len_kv);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     ptx::sync_threads();
