@@ -209,6 +209,15 @@ def test_probabilities_are_normalised_and_signed(dtype: str) -> None:
     np.testing.assert_allclose(dropped, out.astype(np.float64), atol=20 * tolerance)
 
 
+def test_probabilities_that_vanish_say_what_was_dropped() -> None:
+    q, k, v = (10 * x for x in inputs("fp16"))
+    signed = cuflash.mha_fwd(q, k, v, p_dropout=P, return_softmax=True, gen_=STATE)[7][:, :, :SQ, :SK]
+    assert (signed == 0).mean() > 0.5
+    i, j = np.arange(SQ)[:, None], np.arange(SK)[None, :]
+    kept = np.stack([[oracle.flash_keep(*STATE, P, b, h, H, i, j) for h in range(H)] for b in range(B)])
+    np.testing.assert_array_equal(np.signbit(signed), ~kept)
+
+
 @pytest.mark.parametrize("convention", ["current", "rocm"])
 def test_probabilities_of_packed_sequences_longer_than_a_column_block(convention: str) -> None:
     starts_q, starts_k = np.array([0, 3, 3, 8], np.int32), np.array([0, 300, 310, 530], np.int32)
