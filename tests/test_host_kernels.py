@@ -184,7 +184,7 @@ CASES |= {
         softcap=3.0, sink=True, dropout="byte", deterministic=True,
     ),
     "varlen-word": packed(
-        "fp16", (2, 1), (40, 70), (90, 30), (64, 64), tail=5, seqused_q=(33, 0), dropout="word", bias_axes="hk"
+        "fp16", (2, 1), (40, 70), (90, 30), (64, 64), tail=5, seqused_q=(33, 64), dropout="word", bias_axes="hk"
     ),
     "varlen-alibi": packed("fp16", (2, 2), (40, 1, 70), (20, 90, 0), (64, 64), tail=1, alibi_axes="h", sink=True),
     "varlen-seqused-q": packed("fp16", (2, 1), (130, 64), (90, 150), (64, 64), tail=3, seqused_q=(64, 70)),
