@@ -175,6 +175,7 @@ CASES |= {
     "dropout": dense("fp16", (4, 2), (90, 150), (64, 64), batch=2, dropout="byte"),
     "dropout-causal-d128": dense("bf16", (2, 1), (90, 150), (128, 128), dropout="byte", mask=CAUSAL, unbiased=True),
     "dropout-d256": dense("bf16", (1, 1), (70, 90), (256, 256), dropout="byte", dropout_p=0.9, unbiased=True),
+    "dropout-d256-99KB": dense("fp16", (1, 1), (50, 90), (256, 256), device="a10", dropout="byte", mask=CAUSAL),
     "dropout-word": dense("fp16", (4, 2), (90, 150), (64, 64), batch=2, dropout="word"),
     "dropout-word-window": dense("bf16", (2, 1), (90, 151), (40, 72), dropout="word", mask=WINDOW, copy_bytes=8),
     "dropout-no-keys": dense("fp16", (2, 1), (40, 0), (64, 64), dropout="byte"),
