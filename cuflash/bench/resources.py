@@ -31,6 +31,7 @@ _BACKWARD_64 = "32 x 128 keeps 255 registers busy; on an H200 at 8k it runs 280 
 _BACKWARD_128 = "64 x 128 keeps 255 registers busy; on an H200 at 8k it runs 284 TFLOP/s, with 64 keys 264"
 _BACKWARD_256 = "two words stored and loaded, beside the 128 registers that hold dk and dv"
 _SIMT_64 = "held to 168 registers so that three blocks share an SM; seven words do not fit"
+_EVERYTHING = "all score features at once: addresses of mask and bias and random numbers beside full accumulators"
 
 # Tiles and speeds are those of plan/tiles.py; the bytes are the most of any architecture and feature.
 ALLOWANCES: tuple[Allowance, ...] = (
@@ -41,6 +42,10 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm80", "*-d128*", 76, _BACKWARD_128),
     Allowance("bwd_sm80", "*-d256*", 16, _BACKWARD_256),
     Allowance("fwd_simt", "*-d64x128", 28, _SIMT_64),
+    Allowance("fwd_sm80", "*-d256-everything", 16, _EVERYTHING),
+    Allowance("bwd_sm80", "*-d128-everything", 96, _EVERYTHING),
+    Allowance("bwd_sm80", "*-d256-everything", 116, _EVERYTHING),
+    Allowance("fwd_simt", "*-d64-*everything", 412, _EVERYTHING),
 )
 """Everything else must not spill."""
 
