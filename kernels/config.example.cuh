@@ -3,9 +3,11 @@
 
 #include "element.cuh"
 #include "params.cuh"
+#include "attention/dropout.cuh"
 #include "attention/mask.cuh"
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
+#include "attention/softmax.cuh"
 #include "tile/dq_accum.cuh"
 
 namespace cuflash {
@@ -15,6 +17,8 @@ struct Config {
   using Sequence = DenseSequence;
   using Mask = CausalMask;
   using Score = ScaledScore<float>;
+  using Dropout = NoDropout;
+  using Sink = NoSink;
   using Reduction = AtomicReduction;
   static constexpr int kDimQk = 128;
   static constexpr int kDimV = 128;
@@ -32,38 +36,55 @@ static_assert(sizeof(Strides) == 24, "host layout");
 static_assert(CF_OFFSET(Strides, batch) == 0, "host layout");
 static_assert(CF_OFFSET(Strides, row) == 8, "host layout");
 static_assert(CF_OFFSET(Strides, head) == 16, "host layout");
-static_assert(sizeof(Attention) == 120, "host layout");
+static_assert(sizeof(Attention) == 216, "host layout");
 static_assert(CF_OFFSET(Attention, cu_seqlens_q) == 0, "host layout");
 static_assert(CF_OFFSET(Attention, cu_seqlens_kv) == 8, "host layout");
-static_assert(CF_OFFSET(Attention, seqused_kv) == 16, "host layout");
-static_assert(CF_OFFSET(Attention, mask) == 24, "host layout");
-static_assert(CF_OFFSET(Attention, mask_batch) == 32, "host layout");
-static_assert(CF_OFFSET(Attention, mask_head) == 40, "host layout");
-static_assert(CF_OFFSET(Attention, mask_row) == 48, "host layout");
-static_assert(CF_OFFSET(Attention, mask_column) == 56, "host layout");
-static_assert(CF_OFFSET(Attention, softmax_scale) == 64, "host layout");
-static_assert(CF_OFFSET(Attention, softcap) == 72, "host layout");
-static_assert(CF_OFFSET(Attention, batch) == 80, "host layout");
-static_assert(CF_OFFSET(Attention, heads_q) == 84, "host layout");
-static_assert(CF_OFFSET(Attention, heads_kv) == 88, "host layout");
-static_assert(CF_OFFSET(Attention, len_q) == 92, "host layout");
-static_assert(CF_OFFSET(Attention, len_kv) == 96, "host layout");
-static_assert(CF_OFFSET(Attention, total_q) == 100, "host layout");
-static_assert(CF_OFFSET(Attention, total_kv) == 104, "host layout");
-static_assert(CF_OFFSET(Attention, window_left) == 108, "host layout");
-static_assert(CF_OFFSET(Attention, window_right) == 112, "host layout");
-static_assert(CF_OFFSET(Attention, top_left) == 116, "host layout");
-static_assert(sizeof(FwdParams) == 280, "host layout");
+static_assert(CF_OFFSET(Attention, seqused_q) == 16, "host layout");
+static_assert(CF_OFFSET(Attention, seqused_kv) == 24, "host layout");
+static_assert(CF_OFFSET(Attention, mask) == 32, "host layout");
+static_assert(CF_OFFSET(Attention, mask_batch) == 40, "host layout");
+static_assert(CF_OFFSET(Attention, mask_head) == 48, "host layout");
+static_assert(CF_OFFSET(Attention, mask_row) == 56, "host layout");
+static_assert(CF_OFFSET(Attention, mask_column) == 64, "host layout");
+static_assert(CF_OFFSET(Attention, bias) == 72, "host layout");
+static_assert(CF_OFFSET(Attention, bias_batch) == 80, "host layout");
+static_assert(CF_OFFSET(Attention, bias_head) == 88, "host layout");
+static_assert(CF_OFFSET(Attention, bias_row) == 96, "host layout");
+static_assert(CF_OFFSET(Attention, bias_column) == 104, "host layout");
+static_assert(CF_OFFSET(Attention, alibi) == 112, "host layout");
+static_assert(CF_OFFSET(Attention, alibi_batch) == 120, "host layout");
+static_assert(CF_OFFSET(Attention, sink) == 128, "host layout");
+static_assert(CF_OFFSET(Attention, rng_state) == 136, "host layout");
+static_assert(CF_OFFSET(Attention, softmax_scale) == 144, "host layout");
+static_assert(CF_OFFSET(Attention, softcap) == 152, "host layout");
+static_assert(CF_OFFSET(Attention, keep_scale) == 160, "host layout");
+static_assert(CF_OFFSET(Attention, dropout_p) == 168, "host layout");
+static_assert(CF_OFFSET(Attention, batch) == 176, "host layout");
+static_assert(CF_OFFSET(Attention, heads_q) == 180, "host layout");
+static_assert(CF_OFFSET(Attention, heads_kv) == 184, "host layout");
+static_assert(CF_OFFSET(Attention, len_q) == 188, "host layout");
+static_assert(CF_OFFSET(Attention, len_kv) == 192, "host layout");
+static_assert(CF_OFFSET(Attention, total_q) == 196, "host layout");
+static_assert(CF_OFFSET(Attention, total_kv) == 200, "host layout");
+static_assert(CF_OFFSET(Attention, window_left) == 204, "host layout");
+static_assert(CF_OFFSET(Attention, window_right) == 208, "host layout");
+static_assert(CF_OFFSET(Attention, top_left) == 212, "host layout");
+static_assert(sizeof(FwdParams) == 416, "host layout");
 static_assert(CF_OFFSET(FwdParams, attention) == 0, "host layout");
-static_assert(CF_OFFSET(FwdParams, q) == 120, "host layout");
-static_assert(CF_OFFSET(FwdParams, k) == 128, "host layout");
-static_assert(CF_OFFSET(FwdParams, v) == 136, "host layout");
-static_assert(CF_OFFSET(FwdParams, out) == 144, "host layout");
-static_assert(CF_OFFSET(FwdParams, lse) == 152, "host layout");
-static_assert(CF_OFFSET(FwdParams, q_stride) == 160, "host layout");
-static_assert(CF_OFFSET(FwdParams, k_stride) == 184, "host layout");
-static_assert(CF_OFFSET(FwdParams, v_stride) == 208, "host layout");
-static_assert(CF_OFFSET(FwdParams, out_stride) == 232, "host layout");
-static_assert(CF_OFFSET(FwdParams, lse_stride) == 256, "host layout");
+static_assert(CF_OFFSET(FwdParams, q) == 216, "host layout");
+static_assert(CF_OFFSET(FwdParams, k) == 224, "host layout");
+static_assert(CF_OFFSET(FwdParams, v) == 232, "host layout");
+static_assert(CF_OFFSET(FwdParams, out) == 240, "host layout");
+static_assert(CF_OFFSET(FwdParams, lse) == 248, "host layout");
+static_assert(CF_OFFSET(FwdParams, rng_state) == 256, "host layout");
+static_assert(CF_OFFSET(FwdParams, generator) == 264, "host layout");
+static_assert(CF_OFFSET(FwdParams, seed) == 272, "host layout");
+static_assert(CF_OFFSET(FwdParams, offset) == 280, "host layout");
+static_assert(CF_OFFSET(FwdParams, increment) == 288, "host layout");
+static_assert(CF_OFFSET(FwdParams, q_stride) == 296, "host layout");
+static_assert(CF_OFFSET(FwdParams, k_stride) == 320, "host layout");
+static_assert(CF_OFFSET(FwdParams, v_stride) == 344, "host layout");
+static_assert(CF_OFFSET(FwdParams, out_stride) == 368, "host layout");
+static_assert(CF_OFFSET(FwdParams, lse_stride) == 392, "host layout");
 
 }  // namespace cuflash

@@ -3,9 +3,11 @@
 
 #include "element.cuh"
 #include "params.cuh"
+#include "attention/dropout.cuh"
 #include "attention/mask.cuh"
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
+#include "attention/softmax.cuh"
 #include "tile/dq_accum.cuh"
 
 namespace cuflash {
@@ -15,6 +17,8 @@ struct Config {
   using Sequence = VarlenSequence;
   using Mask = WindowMask;
   using Score = SoftCapScore<double>;
+  using Dropout = NoDropout;
+  using Sink = NoSink;
   using Reduction = OrderedReduction;
   static constexpr int kDimQk = 24;
   static constexpr int kDimV = 40;
@@ -32,53 +36,70 @@ static_assert(sizeof(Strides) == 24, "host layout");
 static_assert(CF_OFFSET(Strides, batch) == 0, "host layout");
 static_assert(CF_OFFSET(Strides, row) == 8, "host layout");
 static_assert(CF_OFFSET(Strides, head) == 16, "host layout");
-static_assert(sizeof(Attention) == 120, "host layout");
+static_assert(sizeof(Attention) == 216, "host layout");
 static_assert(CF_OFFSET(Attention, cu_seqlens_q) == 0, "host layout");
 static_assert(CF_OFFSET(Attention, cu_seqlens_kv) == 8, "host layout");
-static_assert(CF_OFFSET(Attention, seqused_kv) == 16, "host layout");
-static_assert(CF_OFFSET(Attention, mask) == 24, "host layout");
-static_assert(CF_OFFSET(Attention, mask_batch) == 32, "host layout");
-static_assert(CF_OFFSET(Attention, mask_head) == 40, "host layout");
-static_assert(CF_OFFSET(Attention, mask_row) == 48, "host layout");
-static_assert(CF_OFFSET(Attention, mask_column) == 56, "host layout");
-static_assert(CF_OFFSET(Attention, softmax_scale) == 64, "host layout");
-static_assert(CF_OFFSET(Attention, softcap) == 72, "host layout");
-static_assert(CF_OFFSET(Attention, batch) == 80, "host layout");
-static_assert(CF_OFFSET(Attention, heads_q) == 84, "host layout");
-static_assert(CF_OFFSET(Attention, heads_kv) == 88, "host layout");
-static_assert(CF_OFFSET(Attention, len_q) == 92, "host layout");
-static_assert(CF_OFFSET(Attention, len_kv) == 96, "host layout");
-static_assert(CF_OFFSET(Attention, total_q) == 100, "host layout");
-static_assert(CF_OFFSET(Attention, total_kv) == 104, "host layout");
-static_assert(CF_OFFSET(Attention, window_left) == 108, "host layout");
-static_assert(CF_OFFSET(Attention, window_right) == 112, "host layout");
-static_assert(CF_OFFSET(Attention, top_left) == 116, "host layout");
-static_assert(sizeof(BwdParams) == 496, "host layout");
+static_assert(CF_OFFSET(Attention, seqused_q) == 16, "host layout");
+static_assert(CF_OFFSET(Attention, seqused_kv) == 24, "host layout");
+static_assert(CF_OFFSET(Attention, mask) == 32, "host layout");
+static_assert(CF_OFFSET(Attention, mask_batch) == 40, "host layout");
+static_assert(CF_OFFSET(Attention, mask_head) == 48, "host layout");
+static_assert(CF_OFFSET(Attention, mask_row) == 56, "host layout");
+static_assert(CF_OFFSET(Attention, mask_column) == 64, "host layout");
+static_assert(CF_OFFSET(Attention, bias) == 72, "host layout");
+static_assert(CF_OFFSET(Attention, bias_batch) == 80, "host layout");
+static_assert(CF_OFFSET(Attention, bias_head) == 88, "host layout");
+static_assert(CF_OFFSET(Attention, bias_row) == 96, "host layout");
+static_assert(CF_OFFSET(Attention, bias_column) == 104, "host layout");
+static_assert(CF_OFFSET(Attention, alibi) == 112, "host layout");
+static_assert(CF_OFFSET(Attention, alibi_batch) == 120, "host layout");
+static_assert(CF_OFFSET(Attention, sink) == 128, "host layout");
+static_assert(CF_OFFSET(Attention, rng_state) == 136, "host layout");
+static_assert(CF_OFFSET(Attention, softmax_scale) == 144, "host layout");
+static_assert(CF_OFFSET(Attention, softcap) == 152, "host layout");
+static_assert(CF_OFFSET(Attention, keep_scale) == 160, "host layout");
+static_assert(CF_OFFSET(Attention, dropout_p) == 168, "host layout");
+static_assert(CF_OFFSET(Attention, batch) == 176, "host layout");
+static_assert(CF_OFFSET(Attention, heads_q) == 180, "host layout");
+static_assert(CF_OFFSET(Attention, heads_kv) == 184, "host layout");
+static_assert(CF_OFFSET(Attention, len_q) == 188, "host layout");
+static_assert(CF_OFFSET(Attention, len_kv) == 192, "host layout");
+static_assert(CF_OFFSET(Attention, total_q) == 196, "host layout");
+static_assert(CF_OFFSET(Attention, total_kv) == 200, "host layout");
+static_assert(CF_OFFSET(Attention, window_left) == 204, "host layout");
+static_assert(CF_OFFSET(Attention, window_right) == 208, "host layout");
+static_assert(CF_OFFSET(Attention, top_left) == 212, "host layout");
+static_assert(sizeof(BwdParams) == 632, "host layout");
 static_assert(CF_OFFSET(BwdParams, attention) == 0, "host layout");
-static_assert(CF_OFFSET(BwdParams, q) == 120, "host layout");
-static_assert(CF_OFFSET(BwdParams, k) == 128, "host layout");
-static_assert(CF_OFFSET(BwdParams, v) == 136, "host layout");
-static_assert(CF_OFFSET(BwdParams, out) == 144, "host layout");
-static_assert(CF_OFFSET(BwdParams, dout) == 152, "host layout");
-static_assert(CF_OFFSET(BwdParams, lse) == 160, "host layout");
-static_assert(CF_OFFSET(BwdParams, dlse) == 168, "host layout");
-static_assert(CF_OFFSET(BwdParams, delta) == 176, "host layout");
-static_assert(CF_OFFSET(BwdParams, lse2) == 184, "host layout");
-static_assert(CF_OFFSET(BwdParams, dq) == 192, "host layout");
-static_assert(CF_OFFSET(BwdParams, dk) == 200, "host layout");
-static_assert(CF_OFFSET(BwdParams, dv) == 208, "host layout");
-static_assert(CF_OFFSET(BwdParams, dq_accum) == 216, "host layout");
-static_assert(CF_OFFSET(BwdParams, dq_turn) == 224, "host layout");
-static_assert(CF_OFFSET(BwdParams, q_stride) == 232, "host layout");
-static_assert(CF_OFFSET(BwdParams, k_stride) == 256, "host layout");
-static_assert(CF_OFFSET(BwdParams, v_stride) == 280, "host layout");
-static_assert(CF_OFFSET(BwdParams, out_stride) == 304, "host layout");
-static_assert(CF_OFFSET(BwdParams, dout_stride) == 328, "host layout");
-static_assert(CF_OFFSET(BwdParams, lse_stride) == 352, "host layout");
-static_assert(CF_OFFSET(BwdParams, dlse_stride) == 376, "host layout");
-static_assert(CF_OFFSET(BwdParams, delta_stride) == 400, "host layout");
-static_assert(CF_OFFSET(BwdParams, dq_stride) == 424, "host layout");
-static_assert(CF_OFFSET(BwdParams, dk_stride) == 448, "host layout");
-static_assert(CF_OFFSET(BwdParams, dv_stride) == 472, "host layout");
+static_assert(CF_OFFSET(BwdParams, q) == 216, "host layout");
+static_assert(CF_OFFSET(BwdParams, k) == 224, "host layout");
+static_assert(CF_OFFSET(BwdParams, v) == 232, "host layout");
+static_assert(CF_OFFSET(BwdParams, out) == 240, "host layout");
+static_assert(CF_OFFSET(BwdParams, dout) == 248, "host layout");
+static_assert(CF_OFFSET(BwdParams, lse) == 256, "host layout");
+static_assert(CF_OFFSET(BwdParams, dlse) == 264, "host layout");
+static_assert(CF_OFFSET(BwdParams, delta) == 272, "host layout");
+static_assert(CF_OFFSET(BwdParams, lse2) == 280, "host layout");
+static_assert(CF_OFFSET(BwdParams, dq) == 288, "host layout");
+static_assert(CF_OFFSET(BwdParams, dk) == 296, "host layout");
+static_assert(CF_OFFSET(BwdParams, dv) == 304, "host layout");
+static_assert(CF_OFFSET(BwdParams, dq_accum) == 312, "host layout");
+static_assert(CF_OFFSET(BwdParams, dsink) == 320, "host layout");
+static_assert(CF_OFFSET(BwdParams, dbias) == 328, "host layout");
+static_assert(CF_OFFSET(BwdParams, dbias_batch) == 336, "host layout");
+static_assert(CF_OFFSET(BwdParams, dbias_head) == 344, "host layout");
+static_assert(CF_OFFSET(BwdParams, dbias_row) == 352, "host layout");
+static_assert(CF_OFFSET(BwdParams, dq_turn) == 360, "host layout");
+static_assert(CF_OFFSET(BwdParams, q_stride) == 368, "host layout");
+static_assert(CF_OFFSET(BwdParams, k_stride) == 392, "host layout");
+static_assert(CF_OFFSET(BwdParams, v_stride) == 416, "host layout");
+static_assert(CF_OFFSET(BwdParams, out_stride) == 440, "host layout");
+static_assert(CF_OFFSET(BwdParams, dout_stride) == 464, "host layout");
+static_assert(CF_OFFSET(BwdParams, lse_stride) == 488, "host layout");
+static_assert(CF_OFFSET(BwdParams, dlse_stride) == 512, "host layout");
+static_assert(CF_OFFSET(BwdParams, delta_stride) == 536, "host layout");
+static_assert(CF_OFFSET(BwdParams, dq_stride) == 560, "host layout");
+static_assert(CF_OFFSET(BwdParams, dk_stride) == 584, "host layout");
+static_assert(CF_OFFSET(BwdParams, dv_stride) == 608, "host layout");
 
 }  // namespace cuflash
