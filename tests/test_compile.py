@@ -13,6 +13,7 @@ from cuflash.bench.resources import complaints
 from cuflash.device import named
 from cuflash.errors import CompileError
 from cuflash.jit.compile import version
+from cuflash.plan import choose
 
 MOST_KERNELS = 700
 """Two cores compile about four a second."""
@@ -67,3 +68,16 @@ def test_every_kernel_of_the_matrix(request, monkeypatch, capsys):
         )
         print(f"in {time.perf_counter() - start_s:.0f} s")
     assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.skipif(why_no_compiler() is not None, reason=why_no_compiler() or "")
+@pytest.mark.parametrize(("case_id", "checked"), [("fwd_sm80-bf16-d64-varlen", True), ("fwd_sm80-bf16-d64", False)])
+def test_debug_compiles_checks_into_kernels_that_read_lengths(monkeypatch, tmp_path, case_id, checked):
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path))
+    case = CASES[case_id]
+    step = choose(case.problem, named("h100"), case.family).steps[-1]
+    cubins = []
+    for debug in ("0", "1"):
+        monkeypatch.setenv("CUFLASH_DEBUG", debug)
+        cubins.append(jit.compile_kernel(step.kernel, step.config, step.params, "sm_90a").path.read_bytes())
+    assert (cubins[0] != cubins[1]) == checked

@@ -40,8 +40,11 @@ struct VarlenSequence {
     const bool last = batch_index == a.batch - 1;
     const int rows_q = a.cu_seqlens_q[batch_index + 1] - start_q;
     rows_kv = a.cu_seqlens_kv[batch_index + 1] - start_kv;
+    CF_ASSERT(start_q >= 0 && rows_q >= 0 && start_q + rows_q <= a.total_q);
+    CF_ASSERT(start_kv >= 0 && rows_kv >= 0 && start_kv + rows_kv <= a.total_kv);
     len_q = a.seqused_q ? min_of(a.seqused_q[batch_index], rows_q) : rows_q;
     len_kv = a.seqused_kv ? min_of(a.seqused_kv[batch_index], rows_kv) : rows_kv;
+    CF_ASSERT(len_q >= 0 && len_kv >= 0);
     tail_q = (last ? a.total_q - start_q : rows_q) - len_q;
     tail_kv = last ? a.total_kv - start_kv - rows_kv : 0;
   }
