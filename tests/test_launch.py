@@ -397,8 +397,10 @@ def test_outputs_are_the_callers_arrays(launches: Launches, wrap: Any) -> None:
 def test_a_call_is_prepared_once_for_arrays_of_a_kind(launches: Launches, wrap: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(run, "launch", lambda *_: None)
     q, k, v = (wrap(random(1, 64, 2, 32, seed=seed)) for seed in range(3))
-    cuflash.flash_attn_func(q, k, v)
-    cuflash.flash_attn_func(wrap(random(1, 64, 2, 32, seed=9)), k, v)
+    out = cuflash.flash_attn_func(q, k, v)
+    other_q = wrap(random(1, 64, 2, 32, seed=9))
+    other_out = cuflash.flash_attn_func(other_q, k, v)
+    assert out is not other_out, "both are alive, so that neither's memory is handed out twice"
     assert len(launches.loaded) == 1 and len(launch._prepared) == 1
     first, second = launches.params
     assert first["q"] != second["q"] and first["k"] == second["k"] and first["out"] != second["out"]
