@@ -50,6 +50,11 @@ struct Attention {
   int top_left;               // 1: the diagonal starts at key 0; 0: it ends at the last key
 };
 
+// A tensor as the copy engine sees it: 128 opaque bytes that the driver makes (jit/tensormap.py).
+struct alignas(64) TensorMap {
+  uint64 words[16];
+};
+
 struct FwdParams {
   Attention attention;
   const void* q;              // [batch, len_q, heads_q, dim_qk]
@@ -67,6 +72,11 @@ struct FwdParams {
   Strides v_stride;
   Strides out_stride;
   Strides lse_stride;
+  TensorMap q_map;            // boxes of q, k, v and out; sm90 only
+  TensorMap k_map;
+  TensorMap v_map;
+  TensorMap out_map;
+  int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
 };
 
 struct BwdParams {

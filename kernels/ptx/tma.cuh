@@ -1,0 +1,45 @@
+// TMA: boxes of a tensor between global and shared memory, started by one thread and done by the copy engine.
+//
+// A TensorMap (params.cuh) says where the tensor lies and how large a box is. What a box holds outside the tensor is
+// read as zeros and not written. Coordinates are in elements, innermost dimension first.
+#pragma once
+
+#include "params.cuh"
+
+namespace cuflash::ptx {
+
+struct BoxOrigin {
+  int x[4];
+};
+
+// Starts the copy of a box; `barrier` (an mbarrier that expects the box's bytes, zeros included) completes with it.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-tensor
+CF_DEVICE void tma_load(uint32 shared, const TensorMap& map, const BoxOrigin& origin, uint32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared), "l"(&map), "r"(origin.x[0]), "r"(origin.x[1]), "r"(origin.x[2]), "r"(origin.x[3]),
+      "r"(barrier) : "memory");
+}
+
+CF_DEVICE void tma_store(const TensorMap& map, const BoxOrigin& origin, uint32 shared) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
+               ::"l"(&map), "r"(origin.x[0]), "r"(origin.x[1]), "r"(origin.x[2]), "r"(origin.x[3]), "r"(shared)
+               : "memory");
+}
+
+// Closes the group of this thread's stores since the last commit.
+CF_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until this thread's stores have read their shared memory.
+CF_DEVICE void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Makes this thread's writes to shared memory visible to the copy engine and to wgmma.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-membar
+CF_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-prefetch-prefetchu
+CF_DEVICE void prefetch_tensormap(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+}  // namespace cuflash::ptx

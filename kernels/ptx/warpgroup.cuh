@@ -1,0 +1,33 @@
+// Warpgroups (four warps, 128 threads, sm_90): who am I, barriers among some of a block's warps, and register shares.
+#pragma once
+
+#include "std.cuh"
+
+namespace cuflash::ptx {
+
+constexpr int kWarpgroupThreads = 128;
+
+// Through a shuffle, so that the compiler knows the number to be the same in all lanes.
+CF_DEVICE int warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0); }
+
+// Barriers 1 to 15 (0 is sync_threads): the one that completes when `threads` threads have come, of which those that
+// only arrive do not wait.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-bar
+CF_DEVICE void sync_named(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+CF_DEVICE void arrive_named(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Gives registers of every thread of this warpgroup back to the block's pool, or takes some out of it.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#miscellaneous-instructions-setmaxnreg
+template <int kRegisters>
+CF_DEVICE void lower_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+template <int kRegisters>
+CF_DEVICE void raise_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+
+// Whether the predicate holds in any lane of the warp.
+CF_DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
+
+}  // namespace cuflash::ptx
