@@ -8,23 +8,18 @@
 
 namespace cuflash::ptx {
 
-struct BoxOrigin {
-  int x[4];
-};
-
 // Starts the copy of a box; `barrier` (an mbarrier that expects the box's bytes, zeros included) completes with it.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-tensor
-CF_DEVICE void tma_load(uint32 shared, const TensorMap& map, const BoxOrigin& origin, uint32 barrier) {
+CF_DEVICE void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
-      "[%6];" ::"r"(shared), "l"(&map), "r"(origin.x[0]), "r"(origin.x[1]), "r"(origin.x[2]), "r"(origin.x[3]),
-      "r"(barrier) : "memory");
+      "[%6];" ::"r"(shared), "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
+      : "memory");
 }
 
-CF_DEVICE void tma_store(const TensorMap& map, const BoxOrigin& origin, uint32 shared) {
+CF_DEVICE void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, uint32 shared) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
-               ::"l"(&map), "r"(origin.x[0]), "r"(origin.x[1]), "r"(origin.x[2]), "r"(origin.x[3]), "r"(shared)
-               : "memory");
+               ::"l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(shared) : "memory");
 }
 
 // Closes the group of this thread's stores since the last commit.
