@@ -107,7 +107,7 @@ def test_text_is_deterministic():
 @pytest.mark.parametrize("params", ["FwdParams", "BwdParams"])
 def test_layout_of_every_member_is_asserted(params):
     text = jit.render.config_header("fwd_sm80", FORWARD, params)
-    for struct in ("Strides", "Attention", params):
+    for struct in ("Strides", "Attention", "TensorMap", params):
         dtype = jit.params.dtype(struct)
         assert f"static_assert(sizeof({struct}) == {dtype.itemsize}," in text
         for name, (_, offset) in dtype.fields.items():
