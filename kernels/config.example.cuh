@@ -29,6 +29,10 @@ struct Config {
   static constexpr int kDimSplits = 1;
   static constexpr int kCopyBytes = 16;
   static constexpr int kBlocksPerSm = 2;
+  static constexpr bool kPingPong = false;
+  static constexpr bool kSeparateOut = false;
+  static constexpr int kProducerRegisters = 0;
+  static constexpr int kConsumerRegisters = 0;
   static constexpr int kSmemBytes = 69632;
 };
 

@@ -29,6 +29,10 @@ struct Config {
   static constexpr int kDimSplits = 3;
   static constexpr int kCopyBytes = 8;
   static constexpr int kBlocksPerSm = 1;
+  static constexpr bool kPingPong = false;
+  static constexpr bool kSeparateOut = true;
+  static constexpr int kProducerRegisters = 0;
+  static constexpr int kConsumerRegisters = 0;
   static constexpr int kSmemBytes = 12345;
 };
 
