@@ -84,7 +84,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         return np.zeros(shape, dtype)
 
     monkeypatch.setattr(jit, "load", load)
-    monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
+    monkeypatch.setattr(device, "current", lambda ordinal: device.named("a100"))
     monkeypatch.setattr(launch, "_prepared", {})
     for framework, wrap in ((CuPy, as_cupy), (Torch, as_torch)):
         monkeypatch.setattr(framework, "context", lambda self, ordinal: nullcontext())
@@ -557,7 +557,7 @@ def test_refused_cupy_arrays(launches: Launches) -> None:
         cuflash.flash_attn_func(good, good, x)
     with pytest.raises(InvalidArgument, match=r"out shares memory with k, which is still read"):
         cuflash.flash_attn_func(as_cupy(x.copy()), good, good, out=good)
-    with pytest.raises(UnsupportedProblem, match="no kernel runs this on NVIDIA H100"):
+    with pytest.raises(UnsupportedProblem, match="no kernel runs this on NVIDIA A100"):
         wide = as_cupy(random(1, 2, 1, 2048))
         cuflash.flash_attn_func(wide, wide, wide)
     assert launches.kernels == []

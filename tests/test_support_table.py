@@ -25,9 +25,10 @@ def test_the_readme_is_current():
 
 def test_the_table_names_dtypes_by_family():
     header, _, forward, *_ = table().splitlines()
+    assert "`sm90` (sm_90a)" in header
     assert "`sm80` (sm_80 and newer)" in header
     assert "`simt` (sm_70 and newer)" in header
-    assert forward == "| forward | fp16 bf16 | fp16 bf16 fp32 fp64 | fp16 bf16 fp32 fp64 |"
+    assert forward == "| forward | fp16 bf16 | fp16 bf16 | fp16 bf16 fp32 fp64 | fp16 bf16 fp32 fp64 |"
 
 
 def test_writing_replaces_only_what_is_between_the_markers(tmp_path):

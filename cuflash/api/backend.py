@@ -12,8 +12,8 @@ from cuflash.ops import Options
 
 BACKENDS = ("default", "flash", "mem_eff")
 _ALIASES = {"aotriton": "flash", "ck": "mem_eff"}
-_FAMILIES = {"flash": ("sm80",), "mem_eff": ("simt",)}
-"""The kernel families of a backend, the preferred one first; ``default`` leaves the choice to the planner."""
+_FAMILIES = {"flash": ("sm90", "sm80"), "mem_eff": ("simt",)}
+"""The kernel families of a backend; ``default`` leaves the choice to the planner."""
 
 _set = "default"
 _warned: set[str] = set()
@@ -84,14 +84,8 @@ def call(
     choice = resolve(backend)
     if choice.backend == "default":
         return operation(options, **arrays)
-    *others, last = _FAMILIES[choice.backend]
-    for family in others:
-        try:
-            return operation(options._replace(family=family), **arrays)
-        except UnsupportedProblem:
-            continue
     try:
-        return operation(options._replace(family=last), **arrays)
+        return operation(options._replace(family=_FAMILIES[choice.backend]), **arrays)
     except UnsupportedProblem as error:
         if not choice.optional:
             raise

@@ -34,6 +34,8 @@ PROBES: dict[str, Problem] = {
     "gqa": replace(_PLAIN, heads_kv=1),
     "dim_v != dim_qk": replace(_PLAIN, dim_v=32),
     "deterministic": replace(_PLAIN, deterministic=True),
+    "unaligned rows": replace(_PLAIN, copy_bytes=2),
+    "reversed axes": replace(_PLAIN, ascending=False),
 }
 """A problem that needs one feature and nothing else."""
 
@@ -50,26 +52,31 @@ def support(
 
 def table() -> str:
     """The support table; a cell lists the element types."""
-    devices = sorted(NAMED.values(), key=lambda device: device.capability)
-    header = ["", *(_title(family, devices) for family in FAMILIES), "NumPy backend"]
+    header = ["", *(_title(family) for family in FAMILIES), "NumPy backend"]
     everywhere = " ".join(DTYPES)
-    lines = [["forward", *(_dtypes(family, _PLAIN, devices[-1]) for family in FAMILIES), everywhere]]
+    lines = [["forward", *(_dtypes(family, _PLAIN) for family in FAMILIES), everywhere]]
     for feature, words in FEATURES.items():
-        cells = (_dtypes(family, PROBES[feature], devices[-1]) for family in FAMILIES)
+        cells = (_dtypes(family, PROBES[feature]) for family in FAMILIES)
         lines.append([f"{feature}: {words}", *cells, everywhere])
     lines.append(["largest head dimension", *(str(family.max_dim) for family in FAMILIES), "any"])
     return markdown_table(header, lines, numbers=False) + "\n"
 
 
-def _title(family: Family, devices: list[Device]) -> str:
-    """The family and the first architecture, of those known by name, that runs it."""
-    dtype = DTYPES[family.dtypes[0]]
-    first = next(device for device in devices if not family.why_not(replace(_PLAIN, dtype=dtype), device))
-    return f"`{family.name}` ({first.arch} and newer)"
+def _title(family: Family) -> str:
+    """The family and the architectures that run it, from the first of those known by name."""
+    return f"`{family.name}` ({_devices(family)[0].arch}{'' if family.only else ' and newer'})"
 
 
-def _dtypes(family: Family, problem: Problem, device: Device) -> str:
-    """The element types in which a family runs a problem."""
+def _devices(family: Family) -> list[Device]:
+    """The devices known by name that run a family, the oldest architecture first."""
+    plain = replace(_PLAIN, dtype=DTYPES[family.dtypes[0]])
+    found = [device for device in NAMED.values() if not family.why_not(plain, device)]
+    return sorted(found, key=lambda device: device.capability)
+
+
+def _dtypes(family: Family, problem: Problem) -> str:
+    """The element types in which a family runs a problem, on the newest of its devices."""
+    device = _devices(family)[-1]
     found = [name for name, dtype in DTYPES.items() if not family.why_not(replace(problem, dtype=dtype), device)]
     return " ".join(found) or "–"
 

@@ -112,6 +112,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         dropout=dropout and dropout.scheme,
         deterministic=_flag("deterministic", options.deterministic) and direction == "backward",
         copy_bytes=_copy_bytes(tensors, (q["d"], v["d"])),
+        ascending=all(stride > 0 for view in tensors if not view.empty for stride in _outer_strides(view)),
     )
 
 

@@ -65,8 +65,8 @@ class Options(NamedTuple):
     """Called as ``scaled_dot_product_attention``: (b, h, s, d) tensors and PyTorch's argument names."""
     vocabulary: str = "flash"
     """Whose argument names messages use."""
-    family: str | None = None
-    """Hold the planner to one kernel family, for checks of kernels that another is preferred to."""
+    family: str | tuple[str, ...] | None = None
+    """Hold the planner to one kernel family or to some, for checks of kernels that another is preferred to."""
 
     def name(self, argument: str) -> str:
         """What the caller knows an argument as."""
