@@ -194,7 +194,7 @@ def test_number_of_variants() -> None:
         (
             "h100",
             {"copy_bytes": 8, "ascending": False},
-            {"sm90": ["no unaligned rows", "no reversed axes"], "sm80": [], "simt": []},
+            {"sm90": ["no unaligned rows", "no zero or negative strides"], "sm80": [], "simt": []},
         ),
         (
             "v100",
@@ -230,7 +230,7 @@ def test_a_feature_that_a_family_lacks_is_a_reason() -> None:
         ({"dim_v": 32}, "dim_v != dim_qk"),
         ({"deterministic": True}, "deterministic"),
         ({"copy_bytes": 4}, "unaligned rows"),
-        ({"ascending": False}, "reversed axes"),
+        ({"ascending": False}, "zero or negative strides"),
     ],
 )
 def test_needs(changes: dict, feature: str) -> None:

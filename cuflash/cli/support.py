@@ -35,7 +35,7 @@ PROBES: dict[str, Problem] = {
     "dim_v != dim_qk": replace(_PLAIN, dim_v=32),
     "deterministic": replace(_PLAIN, deterministic=True),
     "unaligned rows": replace(_PLAIN, copy_bytes=2),
-    "reversed axes": replace(_PLAIN, ascending=False),
+    "zero or negative strides": replace(_PLAIN, ascending=False),
 }
 """A problem that needs one feature and nothing else."""
 

@@ -71,7 +71,7 @@ FEATURES: dict[str, str] = {
     "dim_v != dim_qk": "value heads of another size",
     "deterministic": "bit-equal gradients from run to run",
     "unaligned rows": "rows that start off multiples of 16 bytes",
-    "reversed axes": "strides of 0 or below",
+    "zero or negative strides": "expanded and reversed axes",
 }
 """Everything a problem can need beyond the plain product, in the words of the support table."""
 
@@ -94,7 +94,7 @@ def needs(problem: Problem) -> list[str]:
         "dim_v != dim_qk": problem.dim_v != problem.dim_qk,
         "deterministic": problem.deterministic,
         "unaligned rows": problem.copy_bytes < 16,
-        "reversed axes": not problem.ascending,
+        "zero or negative strides": not problem.ascending,
     }
     return [feature for feature in FEATURES if used[feature]]
 
