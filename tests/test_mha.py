@@ -625,6 +625,8 @@ def test_pages_on_a_gpu_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPa
         return cupy.ndarray(x.shape, x.dtype, cupy.cuda.MemoryPointer(memory, 0), x.strides)
 
     q, pages = on_gpu(zeros(SQ, H, D)), on_gpu(zeros(4, 16, HK, D))
-    starts = on_gpu(STARTS_Q)
+    starts, table = on_gpu(STARTS_Q), on_gpu(zeros(3, 1, dtype="int32"))
     with pytest.raises(UnsupportedProblem, match="block_table_ is given with CuPy arrays; no kernel reads pages yet"):
-        cuflash.mha_varlen_fwd(q, pages, pages, None, starts, starts, None, on_gpu(zeros(3, 1, dtype="int32")))
+        cuflash.mha_varlen_fwd(q, pages, pages, None, starts, starts, None, table)
+    with pytest.raises(UnsupportedProblem, match="block_table is given with CuPy arrays; no kernel reads pages yet"):
+        cuflash.flash_attn_varlen_func(q, pages, pages, starts, starts, block_table=table)

@@ -11,6 +11,7 @@ from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.generator import PhiloxGenerator
 from cuflash.masks import Alignment
 from cuflash.ops import Gradients, Options
+from cuflash.ops.paged import forward_paged
 
 Array = Any
 """An array of NumPy, CuPy, torch, JAX or another library that speaks DLPack."""
@@ -254,6 +255,7 @@ def flash_attn_varlen_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    block_table: Array | None = None,
     *,
     alignment: Alignment = "bottom-right",
     seqused_q: Array | None = None,
@@ -278,17 +280,22 @@ def flash_attn_varlen_func(
     q : array, (total_q, heads_q, dim_qk)
         Queries of all sequences.
     k : array, (total_kv, heads_kv, dim_qk)
-        Keys.
+        Keys; (num_pages, page_size, heads_kv, dim_qk) with `block_table`.
     v : array, (total_kv, heads_kv, dim_v)
-        Values.
+        Values; (num_pages, page_size, heads_kv, dim_v) with `block_table`.
     cu_seqlens_q, cu_seqlens_k : array of int32, (b + 1,)
         The row of q, and of k and v, at which each sequence starts, from 0 and rising; the last number is the end of
-        the last sequence.
+        the last sequence. With `block_table` the differences of `cu_seqlens_k` are the lengths, and no rows of k and v.
     max_seqlen_q, max_seqlen_k : int, optional
         At least as long as the longest sequence. None reads `cu_seqlens` and checks its values; on a GPU that waits for
         the device once, and cannot be captured in a graph. Given, values on a GPU are trusted.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
+    block_table : array of int32, (b, max_pages), optional
+        Keys and values lie in the pages of a cache: key ``j`` of sequence ``b`` is row ``j % page_size`` of page
+        ``block_table[b, j // page_size]``, for any size of pages. Pages may be shared, and numbers behind a sequence's
+        last key are not read. NumPy arrays only, as no kernel reads pages yet, and the forward only: gather the pages
+        into packed k and v on a GPU, or for gradients.
     alignment, sink, generator, dropout_scheme, unbiased_dropout, return_lse, return_rng_state
         As for `flash_attn_func`.
     seqused_q, seqused_k : array of int32, (b,), optional
@@ -330,7 +337,11 @@ def flash_attn_varlen_func(
     dropout = dropout_p, dropout_scheme, unbiased_dropout
     options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, False, *longest)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    found = ops.forward(options, q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink, out, generator)
+    others = attn_mask, *lengths, alibi_slopes, attn_bias, sink, out, generator
+    if block_table is None:
+        found = ops.forward(options, q, k, v, *others)
+    else:
+        found = forward_paged(options, q, k, v, block_table, *others)
     return _asked(found, return_lse, return_rng_state)
 
 
