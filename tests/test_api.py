@@ -230,6 +230,61 @@ def test_flash_attn_varlen_func(options: dict) -> None:
     assert not out[STARTS_Q[-1] :].any() and np.isneginf(lse[:, STARTS_Q[-1] :]).all()
 
 
+PROBABILITIES = {
+    "plain": {},
+    "causal": {"causal": True, "window_size": (6, -1)},
+    "byte": DROPOUT | {"causal": True, "alibi_slopes": SLOPES[0]},
+    "word": DROPOUT | {"dropout_scheme": "word", "sink": SINK, "attn_bias": BIAS[0, :, :1, :1]},
+}
+
+
+def kept_pairs(options: dict, b: int, rows: int, keys: int, plane: int) -> np.ndarray:
+    """(h, rows, keys), True where dropout keeps."""
+    state, p = options["generator"], options["dropout_p"]
+    grids = [(b, h, H, np.arange(rows)[:, None], np.arange(keys)[None, :]) for h in range(H)]
+    if options.get("dropout_scheme") == "word":
+        return np.array([oracle.word_uniform(*state, *grid, keys, plane) > np.float32(p) for grid in grids])
+    return np.array([oracle.flash_keep(*state, p, *grid) for grid in grids])
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp64"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", PROBABILITIES.values(), ids=PROBABILITIES)
+def test_returned_probabilities(options: dict, packed: bool, dtype: str) -> None:
+    q, k, v = inputs(dtype, packed)
+    lengths = {}
+    if packed:
+        lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "seqused_q": USED_Q, "seqused_k": USED}
+    function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
+    out, lse, signed, state = function(q, k, v, **lengths, **options, return_attn_probs=True, return_rng_state=True)
+    plain = function(q, k, v, **lengths, **options, return_lse=True)
+    np.testing.assert_array_equal(out, plain[0])
+    np.testing.assert_array_equal(lse, plain[1])
+    assert state is None if "generator" not in options else tuple(state.tolist()) == options["generator"]
+
+    batch, len_q, len_kv = (3, 8, 10) if packed else (B, SQ, SK)
+    assert signed.dtype == q.dtype and signed.shape == (batch, H, 128, 128)
+    inside = signed[:, :, :len_q, :len_kv].astype(np.float64)
+    assert np.count_nonzero(signed) == np.count_nonzero(inside)
+    without = {name: x for name, x in oracles(options).items() if not name.startswith(("dropout", "rng"))}
+    spans = zip(STARTS_Q, STARTS_K, USED_Q, USED, strict=False) if packed else [(0, 0, SQ, SK)] * B
+    for b, (row, key, rows, keys) in enumerate(spans):
+        at = (slice(row, row + rows), slice(key, key + keys)) if packed else (b, b)
+        eye = np.broadcast_to(np.eye(keys)[:, None], (keys, HK, keys))[None]
+        here = [
+            x[i].astype(np.float64).reshape(1, n, *x.shape[-2:]) for x, i, n in ((q, at[0], rows), (k, at[1], keys))
+        ]
+        exact = oracle.attention(*here, eye, **without).out[0].swapaxes(0, 1) if rows and keys else 0
+        tolerance = 1e-12 if dtype == "fp64" else 2**-10
+        np.testing.assert_allclose(np.abs(inside[b, :, :rows, :keys]), exact, atol=tolerance)
+        assert not inside[b, :, rows:].any() and not inside[b, :, :, keys:].any()
+        if "generator" in options:
+            kept = kept_pairs(options, b, rows, keys, len_q * len_kv)
+            np.testing.assert_array_equal(np.signbit(inside[b, :, :rows, :keys]), ~kept)
+        else:
+            assert not np.signbit(inside[b]).any()
+
+
 def in_pages(x: np.ndarray, table: np.ndarray, num_pages: int, page_size: int) -> np.ndarray:
     """The packed keys of STARTS_K in the pages of a table; NaN in every other row."""
     pages = np.full((num_pages, page_size, *x.shape[1:]), np.nan, x.dtype)

@@ -347,6 +347,20 @@ def test_graphs_that_would_repeat_their_dropout_are_refused(
     assert launches.take() == ["fwd_rng", "fwd_sm80"]
 
 
+def test_probabilities_of_dropout_are_refused_while_a_graph_is_captured(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Torch, "is_capturing", lambda self: True)
+    x = as_torch(random(1, 8, 2, 16))
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_func(x, x, x, 0.5, generator=(1, 4), return_attn_probs=True)
+    assert str(caught.value) == (
+        "the seed and offset of dropout would be read from the GPU, which is not possible while a CUDA graph is "
+        "captured. Do not ask for probabilities while capturing."
+    )
+    assert launches.loaded == []
+
+
 @needs_compiler
 def test_numbers_are_drawn_even_where_there_are_no_keys(launches: Launches) -> None:
     q, k = as_torch(random(2, 5, 3, 32)), as_torch(random(2, 0, 3, 32))

@@ -12,7 +12,7 @@ import pytest
 
 import cuflash
 from cuflash.arrays import NumPy
-from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.errors import InvalidArgument
 from cuflash.ops import check
 from cuflash.ops.options import Options
 from cuflash.problem import Problem
@@ -491,11 +491,10 @@ CALLS: dict[str, Call] = {
         {"seqused_q": np.array([1], np.int32)},
     ),
     "probabilities": Call(
-        varlen_qkvpacked,
-        "return_attn_probs is True; probabilities are never stored. "
-        "Pass return_lse=True for the log-sum-exp, with which exp(scores - lse) gives them.",
-        {"return_attn_probs": True},
-        UnsupportedProblem,
+        varlen,
+        "return_attn_probs is True and block_table is given; probabilities of keys in pages are not returned. "
+        "Gather the pages into packed k and v.",
+        {"return_attn_probs": True, "block_table": np.zeros((2, 3), np.int32)},
     ),
     "kvpacked": Call(
         kvpacked, "kv has shape (2, 10, 3, 2, 8); expected (b, s, 2, h, d).", {"kv": full(2, 10, 3, 2, 8)}

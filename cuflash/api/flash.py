@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from cuflash import ops
+from cuflash.api.probabilities import check_drawn, probabilities
+from cuflash.arrays import framework_of
 from cuflash.dropout import Scheme
-from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
 from cuflash.masks import Alignment
 from cuflash.ops import Gradients, Options
+from cuflash.ops.lengths import with_lengths
 from cuflash.ops.paged import forward_paged
 
 Array = Any
@@ -87,7 +90,9 @@ def flash_attn_func(
         The forward gives the same bits on every run either way; the flag acts in `flash_attn_backward` and
         `flash_attn_vjp`.
     return_attn_probs : bool
-        Must be False: probabilities are never stored. See `return_lse`.
+        Also return the log-sum-exp and the probabilities, whose memory grows with the product of the lengths. Attention
+        itself never stores them: further calls compute them, 256 keys at a time. For tests and for looking at small
+        problems; ``exp(scores - lse)`` gives any one of them.
     alignment : {"bottom-right", "top-left"}
         Which key is a query's own: with ``bottom-right`` the last query's is the last key, with ``top-left`` the first
         query's is the first key.
@@ -120,8 +125,11 @@ def flash_attn_func(
     out : array, (b, len_q, heads_q, dim_v)
         In the dtype of q.
     lse : array, (b, heads_q, len_q)
-        With `return_lse`: natural logarithm of the sum of exponentials of each query's scores, in float32 (float64 for
-        float64 tensors).
+        With `return_lse` or `return_attn_probs`: natural logarithm of the sum of exponentials of each query's scores,
+        in float32 (float64 for float64 tensors).
+    S_dmask : array in the dtype of q, (b, heads_q, len_q, len_kv), both lengths rounded up to multiples of 128
+        With `return_attn_probs`: the softmax before dropout, and zeros behind both lengths. A minus sign, that of -0.0
+        included, says that dropout dropped it. (flash-attn's are not normalised, and undefined where a tile is masked.)
     rng_state : array of uint64, (2,)
         With `return_rng_state`: seed and offset, None without dropout. The same 16 bytes are (4,) uint32 for JAX and
         other DLPack libraries.
@@ -149,15 +157,12 @@ def flash_attn_func(
     >>> cuflash.flash_attn_func(q, k, v, causal=True).shape
     (1, 3, 2, 5)
     """
-    if return_attn_probs:
-        raise _probabilities()
     options = Options(
         softmax_scale, causal, window_size, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout
     )
-    found = ops.forward(
-        options, q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink, out, generator
-    )
-    return _asked(found, return_lse, return_rng_state)
+    arrays = (q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink)
+    asked = return_attn_probs, return_lse, return_rng_state
+    return _forward(options, arrays, out, generator, None, *asked)
 
 
 def flash_attn_kvpacked_func(
@@ -312,7 +317,9 @@ def flash_attn_varlen_func(
     out : array, (total_q, heads_q, dim_v)
         In the dtype of q.
     lse : array, (heads_q, total_q)
-        With `return_lse`, as for `flash_attn_func`.
+        With `return_lse` or `return_attn_probs`, as for `flash_attn_func`.
+    S_dmask : array in the dtype of q, (b, heads_q, max_seqlen_q, max_seqlen_k), rounded up to multiples of 128
+        With `return_attn_probs`, as for `flash_attn_func`; not with `block_table`.
     rng_state : array of uint64, (2,)
         With `return_rng_state`, as for `flash_attn_func`.
 
@@ -330,19 +337,14 @@ def flash_attn_varlen_func(
     >>> cuflash.flash_attn_varlen_func(x, x, x, starts, starts, causal=True).shape
     (5, 2, 4)
     """
-    if return_attn_probs:
-        raise _probabilities()
     _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     longest = max_seqlen_q, max_seqlen_k
     dropout = dropout_p, dropout_scheme, unbiased_dropout
     options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, False, *longest)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    others = attn_mask, *lengths, alibi_slopes, attn_bias, sink, out, generator
-    if block_table is None:
-        found = ops.forward(options, q, k, v, *others)
-    else:
-        found = forward_paged(options, q, k, v, block_table, *others)
-    return _asked(found, return_lse, return_rng_state)
+    arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
+    asked = return_attn_probs, return_lse, return_rng_state
+    return _forward(options, arrays, out, generator, block_table, *asked)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -599,19 +601,43 @@ def flash_attn_vjp(
     return ((out, lse) if return_lse else out), pullback
 
 
-def _asked(found: tuple[Array, ...], return_lse: bool, return_rng_state: bool) -> Array | tuple[Array | None, ...]:
-    """Of (out, lse) or (out, lse, rng_state), what the caller wants."""
+def _forward(
+    options: Options,
+    arrays: tuple[Array | None, ...],
+    out: Array | None,
+    generator: Generator,
+    block_table: Array | None,
+    return_attn_probs: bool,
+    return_lse: bool,
+    return_rng_state: bool,
+) -> Array | tuple[Array | None, ...]:
+    """Of out, lse, probabilities and rng_state, what the caller asks for; `arrays` in the order of ``SHARED``."""
+    if return_attn_probs:
+        options = _countable(options, arrays, block_table)
+    if block_table is None:
+        found = ops.forward(options, *arrays, out, generator)
+    else:
+        found = forward_paged(options, *arrays[:3], block_table, *arrays[3:], out, generator)
+    rng_state = found[2] if len(found) == 3 else None
+    results = found[:2] if return_lse or return_attn_probs else found[:1]
+    if return_attn_probs:
+        results = (*results, probabilities(options, arrays, rng_state))
     if return_rng_state:
-        rng_state = found[2] if len(found) == 3 else None
-        return (*found[:2], rng_state) if return_lse else (found[0], rng_state)
-    return found[:2] if return_lse else found[0]
+        results = (*results, rng_state)
+    return results if len(results) > 1 else results[0]
 
 
-def _probabilities() -> UnsupportedProblem:
-    return UnsupportedProblem(
-        "return_attn_probs is True; probabilities are never stored. "
-        "Pass return_lse=True for the log-sum-exp, with which exp(scores - lse) gives them."
-    )
+def _countable(options: Options, arrays: tuple[Array | None, ...], block_table: Array | None) -> Options:
+    """The options of a call that returns probabilities, with the longest lengths in them."""
+    if block_table is not None:
+        raise InvalidArgument(
+            "return_attn_probs is True and block_table is given; probabilities of keys in pages are not returned. "
+            "Gather the pages into packed k and v."
+        )
+    arrays = (*arrays, None)
+    framework = framework_of(options.names("forward"), arrays)
+    check_drawn(framework, options)
+    return with_lengths(framework, "forward", options, arrays)
 
 
 def _unpacked(name: str, x: Array, axes: tuple[str, ...]) -> list[Array]:

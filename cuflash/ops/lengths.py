@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cuflash.arrays import Framework, Guest, cupy_arrays
+from cuflash.arrays import CuPy, Framework, Guest, Torch, cupy_arrays
+from cuflash.errors import InvalidArgument
 from cuflash.ops import check, packed
 from cuflash.ops.options import ARGUMENTS, Options, given
 from cuflash.problem import Direction
@@ -23,3 +24,11 @@ def with_lengths(framework: Framework, direction: Direction, options: Options, a
     views = {name: framework.view(options.name(name), x) for name, x in arguments.items()}
     check.layout_of(direction, options, views)
     return packed.with_lengths(options, views, arguments)
+
+
+def check_readable(framework: Framework, what: str, remedy: str) -> None:
+    """Refuse to read from a GPU while a graph is captured, which waiting for the GPU would break."""
+    if isinstance(framework, CuPy | Torch) and framework.is_capturing():
+        raise InvalidArgument(
+            f"{what} would be read from the GPU, which is not possible while a CUDA graph is captured. {remedy}"
+        )
