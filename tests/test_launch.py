@@ -386,6 +386,19 @@ def test_sdpa_on_host_memory(launches: Launches, wrap: Any) -> None:
     oracle.assert_all_close(oracle.Attention(to_numpy(out).swapaxes(1, 2), to_numpy(lse)), exact, naive)
 
 
+def test_sdpa_runs_the_preferred_kernels(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    x, single = as_torch(random(1, 2, 8, 16)), as_torch(random(1, 2, 8, 16, dtype=np.float32))
+    cuflash.scaled_dot_product_attention(x, x, x, backend="mem_eff")
+    assert launches.take() == ["fwd_simt"]
+    with pytest.raises(UnsupportedProblem, match="no fp32"):
+        cuflash.scaled_dot_product_attention(single, single, single, backend="flash")
+    monkeypatch.setenv("CUFLASH_ATTENTION_BACKEND", "mem_eff")
+    cuflash.scaled_dot_product_attention(x, x, x)
+    cuflash.flash_attn_func(x, x, x)
+    assert launches.take() == ["fwd_simt", "fwd_sm80"], "flash-attn's functions know no preference"
+
+
 @needs_compiler
 @pytest.mark.parametrize("wrap", FRAMEWORKS)
 def test_outputs_are_the_callers_arrays(launches: Launches, wrap: Any) -> None:
