@@ -177,6 +177,19 @@ def test_arrays_of_every_library(library: Library, params_of_launches: list, pac
             assert params[name][0] == library.pointer(x), f"{kernel}: {name} was copied"
 
 
+def test_lengths_are_validated_on_request(library: Library) -> None:
+    q, k, v = map(library.put, inputs(packed=True)[:3])
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "seqused_k": np.array([10, 0, 50], np.int32)}
+    longest = {"max_seqlen_q": 45, "max_seqlen_k": 50}
+    given = {name: library.put(x) for name, x in lengths.items()} | longest
+    trusted = cuflash.flash_attn_varlen_func(q, k, v, **given)
+    checked = cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
+    np.testing.assert_array_equal(library.get(checked), library.get(trusted))
+    given["seqused_k"] = library.put(np.array([10, 0, 51], np.int32))
+    with pytest.raises(InvalidArgument, match=r"seqused_k\[2\] is 51, but sequence 2 has 50 keys"):
+        cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
+
+
 @pytest.mark.parametrize("scheme", [None, "byte", "word"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_returned_probabilities(library: Library, packed: bool, scheme: str | None) -> None:

@@ -135,6 +135,7 @@ def forward(
     with drawing_from(generator) as source:
         out, lse, *drawn = backend.call(run, options, choice, q=q, k=k, v=v, generator=source, **given)
     rng_state = drawn[0] if drawn else None
+    options = options._replace(validate=False)  # once is enough
 
     if starts_q is not None and (convention.padded or return_softmax):
         lengths = longest(starts_q, options.max_seqlen_q), longest(starts_k, options.max_seqlen_k)

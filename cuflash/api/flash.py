@@ -274,6 +274,7 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     return_rng_state: bool = False,
     out: Array | None = None,
+    validate: bool = False,
 ) -> Array | tuple[Array | None, ...]:
     """Attention of sequences of different lengths, packed one after the other without padding.
 
@@ -293,7 +294,7 @@ def flash_attn_varlen_func(
         the last sequence. With `block_table` the differences of `cu_seqlens_k` are the lengths, and no rows of k and v.
     max_seqlen_q, max_seqlen_k : int, optional
         At least as long as the longest sequence. None reads `cu_seqlens` and checks its values; on a GPU that waits for
-        the device once, and cannot be captured in a graph. Given, values on a GPU are trusted.
+        the device once, and cannot be captured in a graph. Given, values on a GPU are trusted, see `validate`.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
     block_table : array of int32, (b, max_pages), optional
@@ -311,6 +312,9 @@ def flash_attn_varlen_func(
         first query and key of each sequence. The ``word`` scheme of dropout numbers probabilities by this shape.
     out : array, (total_q, heads_q, dim_v), optional
         Written and returned instead of a new array.
+    validate : bool
+        Check the values of `cu_seqlens_q`, `cu_seqlens_k`, `seqused_q`, `seqused_k` and `block_table`, for which a GPU
+        is waited, and not while a CUDA graph is captured. Those of NumPy arrays are checked either way.
 
     Returns
     -------
@@ -340,7 +344,9 @@ def flash_attn_varlen_func(
     _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     longest = max_seqlen_q, max_seqlen_k
     dropout = dropout_p, dropout_scheme, unbiased_dropout
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, False, *longest)
+    options = Options(
+        softmax_scale, causal, window_size, softcap, alignment, *dropout, False, *longest, validate=validate
+    )
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     asked = return_attn_probs, return_lse, return_rng_state
@@ -473,6 +479,7 @@ def flash_attn_backward(
     dq: Array | None = None,
     dk: Array | None = None,
     dv: Array | None = None,
+    validate: bool = False,
 ) -> tuple[Array, Array, Array] | Gradients:
     """Gradients of q, k and v, and of a bias and a sink, given those of the output.
 
@@ -487,7 +494,7 @@ def flash_attn_backward(
         no key.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As in the forward.
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As in `flash_attn_varlen_func`.
     dropout_p, dropout_scheme, unbiased_dropout
         As in the forward.
@@ -517,7 +524,7 @@ def flash_attn_backward(
     """
     dropout = dropout_p, dropout_scheme, unbiased_dropout
     gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients)
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, validate)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     features = alibi_slopes, attn_bias, sink, rng_state
     return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, dq, dk, dv)
@@ -550,6 +557,7 @@ def flash_attn_vjp(
     deterministic: bool = False,
     bias_grad: bool = False,
     return_lse: bool = False,
+    validate: bool = False,
 ) -> tuple[Any, Callable[..., tuple[Array, Array, Array] | Gradients]]:
     """Attention and the function that pulls gradients back through it.
 
@@ -560,7 +568,7 @@ def flash_attn_vjp(
         kept until the pullback is dropped.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As for `flash_attn_func`.
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As for `flash_attn_varlen_func`.
     dropout_p, generator, dropout_scheme, unbiased_dropout
         As for `flash_attn_func`; the pullback drops what the forward dropped.
@@ -594,7 +602,7 @@ def flash_attn_vjp(
     """
     dropout = dropout_p, dropout_scheme, unbiased_dropout
     gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients)
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, validate)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     out, lse, pullback = ops.vjp(options, arrays, generator)

@@ -15,9 +15,18 @@ _CU_SEQLENS = ARGUMENTS["forward"].index("cu_seqlens_q")
 
 
 def with_lengths(framework: Framework, direction: Direction, options: Options, arrays: Sequence[Any]) -> Options:
-    """The options with the longest lengths in them; reading them waits for a GPU, and checks the values."""
-    if arrays[_CU_SEQLENS] is None or None not in (options.max_seqlen_q, options.max_seqlen_k):
+    """The options with the longest lengths in them and nothing left to validate.
+
+    Where that needs the values of cu_seqlens and seqused, reading them waits for a GPU, and checks them all.
+    """
+    derived = None in (options.max_seqlen_q, options.max_seqlen_k)
+    if arrays[_CU_SEQLENS] is None or not (derived or options.validate):
         return options
+    if derived:
+        what, remedy = "max_seqlen_q or max_seqlen_k is None and", "Pass both."
+    else:
+        what, remedy = "validate is True:", "Validate before capturing."
+    check_readable(framework, f"{what} cu_seqlens", remedy)
     if isinstance(framework, Guest):
         framework, arrays = cupy_arrays(), framework.borrow(options.names(direction), arrays)
     arguments = given(direction, arrays)

@@ -97,14 +97,18 @@ def _flat(view: View, rows: int) -> View:
 def _check_values(table: View, block_table: np.ndarray, lengths: np.ndarray, k: np.ndarray) -> None:
     """Every key must be in a page that is there."""
     num_pages, page_size = k.shape[:2]
-    most = block_table.shape[1] * page_size
+    max_pages = block_table.shape[1]
     for b, length in enumerate(lengths.tolist()):
-        if length > most:
+        if length > max_pages * page_size:
             raise InvalidArgument(
-                f"{table.name} has {block_table.shape[1]} pages of {page_size} rows a sequence, "
-                f"but sequence {b} has {length} keys."
+                f"{table.name} has {max_pages} pages of {page_size} rows a sequence, but sequence {b} has {length} "
+                "keys; pass more pages for each."
             )
         used = block_table[b, : -(-length // page_size)]
-        wrong = used[(used < 0) | (used >= num_pages)]
+        wrong = np.flatnonzero((used < 0) | (used >= num_pages))
         if wrong.size:
-            raise InvalidArgument(f"{table.name} names page {wrong[0]} for sequence {b}, but there are {num_pages}.")
+            at = wrong[0]
+            raise InvalidArgument(
+                f"{table.name}[{b}, {at}] is {used[at]}, but there are {num_pages} pages; "
+                "expected the number of one, from 0."
+            )
