@@ -7,20 +7,31 @@
 
 namespace cuflash {
 
-// f(m, n, i) for every dropped element of a fragment whose rows are queries from q on and columns are keys from kv on.
-template <class Dropout, class Fragment, class F>
-CF_DEVICE void for_each_dropped(const Dropout& dropout, Fragment&, int q, int kv, F&& f) {
+// f(m, n, i) for every element of a fragment for which keep(row, column) is false. 32 decisions are made in a loop and
+// applied after it: their random numbers in line for every element would take longer to compile than all the rest.
+template <class Fragment, class Keep, class F>
+CF_DEVICE void for_each_not_kept(Fragment&, const Keep& keep, F&& f) {
   const int lane = ptx::lane_index();
+  constexpr int kElements = Fragment::kM * Fragment::kN * 4;
 #pragma unroll
-  for (int m = 0; m < Fragment::kM; ++m) {
+  for (int first = 0; first < kElements; first += 32) {
+    uint32 kept = 0;
+#pragma unroll 1
+    for (int e = first; e < min_of(first + 32, kElements); ++e) {
+      const int m = e / 4 / Fragment::kN, n = e / 4 % Fragment::kN;
+      kept |= static_cast<uint32>(keep(m * 16 + row_of(lane, e % 4), n * 8 + col_of(lane, e % 4))) << e % 32;
+    }
 #pragma unroll
-    for (int n = 0; n < Fragment::kN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (!dropout.keep(q + m * 16 + row_of(lane, i), kv + n * 8 + col_of(lane, i))) f(m, n, i);
-      }
+    for (int e = first; e < min_of(first + 32, kElements); ++e) {
+      if (!(kept >> e % 32 & 1u)) f(e / 4 / Fragment::kN, e / 4 % Fragment::kN, e % 4);
     }
   }
+}
+
+// f(m, n, i) for every dropped element of a fragment whose rows are queries from q on and columns are keys from kv on.
+template <class Dropout, class Fragment, class F>
+CF_DEVICE void for_each_dropped(const Dropout& dropout, Fragment& fragment, int q, int kv, F&& f) {
+  for_each_not_kept(fragment, [&](int row, int col) { return dropout.keep(q + row, kv + col); }, f);
 }
 
 template <class Fragment, class F>
@@ -31,6 +42,7 @@ CF_DEVICE void for_each_dropped_transposed(const NoDropout&, Fragment&, int, int
 // ByteDropout was made for this layout: the lane's own call decides its 16 elements of 16 rows x 32 columns.
 template <class Fragment, class F>
 CF_DEVICE void for_each_dropped(const ByteDropout& dropout, Fragment&, int q, int kv, F&& f) {
+  static_assert(Fragment::kN % 4 == 0);
 #pragma unroll
   for (int m = 0; m < Fragment::kM; ++m) {
 #pragma unroll
@@ -49,18 +61,8 @@ CF_DEVICE void for_each_dropped(const ByteDropout& dropout, Fragment&, int q, in
 
 // The same for a transposed fragment, whose rows are keys and columns are queries.
 template <class Dropout, class Fragment, class F>
-CF_DEVICE void for_each_dropped_transposed(const Dropout& dropout, Fragment&, int q, int kv, F&& f) {
-  const int lane = ptx::lane_index();
-#pragma unroll
-  for (int m = 0; m < Fragment::kM; ++m) {
-#pragma unroll
-    for (int n = 0; n < Fragment::kN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (!dropout.keep(q + n * 8 + col_of(lane, i), kv + m * 16 + row_of(lane, i))) f(m, n, i);
-      }
-    }
-  }
+CF_DEVICE void for_each_dropped_transposed(const Dropout& dropout, Fragment& fragment, int q, int kv, F&& f) {
+  for_each_not_kept(fragment, [&](int row, int col) { return dropout.keep(q + col, kv + row); }, f);
 }
 
 // Each lane draws the call of its own number and fetches what its transposed elements need from eight others.
