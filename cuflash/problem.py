@@ -54,6 +54,8 @@ class Problem:
     """Backward only: bit-equal gradients from run to run."""
     copy_bytes: int = 16
     """The widest access (2, 4, 8 or 16 bytes) that every base pointer and row stride of the tensors allows."""
+    ascending: bool = True
+    """Every stride of the tensors is positive: none of their axes is reversed or expanded."""
 
     @property
     def group(self) -> int:

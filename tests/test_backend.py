@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,15 +29,14 @@ def nothing_preferred(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cuflash.preferred_backend("default")
 
 
-def planned(problem: Problem, preference: str | None = None, name: str = "h100") -> list[str | None]:
-    """Families that a call asks the planner for, of which the last one ran."""
-    asked = []
+def planned(problem: Problem, preference: str | None = None, name: str = "a100") -> str:
+    """The family that runs a call."""
 
     def operation(options: Options) -> tuple[str]:
-        asked.append(options.family)
         return (plan.choose(problem, device.named(name), options.family).family,)
 
-    return [*asked, *backend.call(operation, Options(), preference)]
+    (family,) = backend.call(operation, Options(), preference)
+    return family
 
 
 def problem(dtype: str = "fp16", dim: int = 64) -> Problem:
@@ -44,7 +45,7 @@ def problem(dtype: str = "fp16", dim: int = 64) -> Problem:
 
 def test_nothing_is_preferred_by_default() -> None:
     assert cuflash.preferred_backend() == "default"
-    assert planned(problem()) == ["sm80"] and planned(problem("fp32")) == ["simt"]
+    assert planned(problem()) == "sm80" and planned(problem("fp32")) == "simt"
 
 
 @pytest.mark.parametrize(
@@ -59,21 +60,29 @@ def test_nothing_is_preferred_by_default() -> None:
 def test_a_preference_holds_the_planner_to_its_kernels(
     name: str, known: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert planned(problem(), name) == [family]
+    assert planned(problem(), name) == family
     assert cuflash.preferred_backend(name) == known == cuflash.preferred_backend()
-    assert planned(problem()) == [family]
+    assert planned(problem()) == family
     assert cuflash.preferred_backend("default") == "default"
     monkeypatch.setenv(HERE, name)
-    assert cuflash.preferred_backend() == known and planned(problem()) == [family]
+    assert cuflash.preferred_backend() == known and planned(problem()) == family
+
+
+def test_a_preference_for_several_families_takes_the_first_that_runs_the_call() -> None:
+    assert planned(problem(), "flash", "h100") == "sm90"
+    assert planned(replace(problem(), direction="backward"), "flash", "h100") == "sm80"
+    with pytest.raises(UnsupportedProblem) as caught:
+        planned(problem(dim=512), "flash", "h100")
+    assert [line.split()[0] for line in str(caught.value).splitlines()[2:-1]] == ["sm90", "sm80"]
 
 
 def test_the_call_goes_before_the_setter_and_that_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HERE, "flash")
     cuflash.preferred_backend("mem_eff")
-    assert planned(problem()) == ["simt"]
-    assert planned(problem(), "flash") == ["sm80"] and planned(problem(), "default") == ["sm80"]
+    assert planned(problem()) == "simt"
+    assert planned(problem(), "flash") == "sm80" and planned(problem(), "default") == "sm80"
     cuflash.preferred_backend("default")
-    assert planned(problem()) == ["sm80"] and cuflash.preferred_backend() == "flash"
+    assert planned(problem()) == "sm80" and cuflash.preferred_backend() == "flash"
 
 
 @pytest.mark.parametrize(("dtype", "dim", "name"), [("fp32", 64, "h100"), ("fp16", 512, "h100"), ("fp16", 64, "sm_75")])
@@ -82,11 +91,11 @@ def test_a_preference_of_the_environment_warns_once_and_falls_back(
 ) -> None:
     monkeypatch.setenv(HERE, "flash")
     with pytest.warns(UserWarning, match="CUFLASH_ATTENTION_BACKEND is 'flash', which does not serve this call"):
-        assert planned(problem(dtype, dim), name=name) == ["simt"]
+        assert planned(problem(dtype, dim), name=name) == "simt"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert planned(problem(dtype, dim), name=name) == ["simt"]
-        assert planned(problem()) == ["sm80"]
+        assert planned(problem(dtype, dim), name=name) == "simt"
+        assert planned(problem()) == "sm80"
 
 
 def test_a_preference_of_the_setter_or_the_call_raises() -> None:
@@ -95,7 +104,7 @@ def test_a_preference_of_the_setter_or_the_call_raises() -> None:
     cuflash.preferred_backend("flash")
     with pytest.raises(UnsupportedProblem, match=r"sm80 .* no fp32"):
         planned(problem("fp32"))
-    assert planned(problem("fp32"), "mem_eff") == ["simt"]
+    assert planned(problem("fp32"), "mem_eff") == "simt"
 
 
 def test_what_no_kernel_serves_raises_whoever_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +129,7 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuflash.preferred_backend() == "default"
 
 
-def test_every_explicit_function_takes_a_preference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_function_of_pytorch_takes_a_preference(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(backend, "resolve", lambda name: seen.append(name) or backend.Choice("default", False))
     x, starts = np.ones((1, 3, 2, 4), np.float32), np.array([0, 3], np.int32)
@@ -128,6 +137,7 @@ def test_every_explicit_function_takes_a_preference(monkeypatch: pytest.MonkeyPa
     with_lse = {"compute_log_sumexp": True}
     for forward, head in (
         (cuflash.mha_fwd, (x, x, x)), (cuflash.mha_fwd_ck, (x, x, x)), (cuflash.mem_eff_forward, (x, x, x)),
+        (cuflash.scaled_dot_product_attention, (x, x, x)),
         (cuflash.mha_varlen_fwd, (x[0], x[0], x[0], None, *lengths)),
         (cuflash.mha_varlen_fwd_ck, (x[0], x[0], x[0], None, *lengths)),
     ):  # fmt: skip
@@ -143,7 +153,9 @@ def test_every_explicit_function_takes_a_preference(monkeypatch: pytest.MonkeyPa
     cuflash.efficient_attention_backward(
         x, x, x, x, None, out, None, None, None, None, efficient.logsumexp, 0.0, None, None, 0, False, backend="flash"
     )
-    assert seen == ["flash"] * 12
+    assert seen == ["flash"] * 13
+    functions = [x for x in vars(cuflash).values() if inspect.isfunction(x) and x is not cuflash.preferred_backend]
+    assert sum("backend" in inspect.signature(x).parameters for x in functions) == 13
 
 
 def on_gpu(x: np.ndarray) -> object:

@@ -18,7 +18,7 @@ CLAIMS = {
     "01_quickstart.py": ["on numpy arrays: (2, 300, 4, 64) float32", "largest difference from softmax"],
     "02_training_step.py": ["finite differences measure", "loss after one step"],
     "03_variable_length.py": ["400 rows, where padding would need 1200", "other sequences unchanged to the bit: True"],
-    "08_look_inside.py": ["struct Config", "fwd_sm80: ", "bwd_sm80: ", " registers a thread"],
+    "08_look_inside.py": ["struct Config", "fwd_sm90: ", "bwd_sm80: ", " registers a thread"],
 }
 
 

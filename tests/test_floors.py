@@ -125,7 +125,12 @@ def words(name: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "word, home",
-    [("nvrtc", "jit/compile.py"), ("RawModule", "jit/kernel.py"), ("createProgram", "jit/compile.py")],
+    [
+        ("nvrtc", "jit/compile.py"),
+        ("RawModule", "jit/kernel.py"),
+        ("createProgram", "jit/compile.py"),
+        ("cuTensorMapEncodeTiled", "jit/tensormap.py"),
+    ],
 )
 def test_one_module_only_knows(word, home):
     assert [name for name in MODULES if word in words(name)] == [home]

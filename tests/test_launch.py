@@ -29,7 +29,8 @@ from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import launch
 from cuflash.ops.options import SHARED
-from cuflash.plan import Step
+from cuflash.plan import Box, Step
+from cuflash.problem import Problem
 
 FP16, BF16 = np.float16, ml_dtypes.bfloat16
 needs_cupy = pytest.mark.skipif(find_spec("cupy") is None, reason="CuPy is not installed")
@@ -84,7 +85,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         return np.zeros(shape, dtype)
 
     monkeypatch.setattr(jit, "load", load)
-    monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
+    monkeypatch.setattr(device, "current", lambda ordinal: device.named("a100"))
     monkeypatch.setattr(launch, "_prepared", {})
     for framework, wrap in ((CuPy, as_cupy), (Torch, as_torch)):
         monkeypatch.setattr(framework, "context", lambda self, ordinal: nullcontext())
@@ -347,6 +348,20 @@ def test_graphs_that_would_repeat_their_dropout_are_refused(
     assert launches.take() == ["fwd_rng", "fwd_sm80"]
 
 
+def test_probabilities_of_dropout_are_refused_while_a_graph_is_captured(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Torch, "is_capturing", lambda self: True)
+    x = as_torch(random(1, 8, 2, 16))
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_func(x, x, x, 0.5, generator=(1, 4), return_attn_probs=True)
+    assert str(caught.value) == (
+        "the seed and offset of dropout would be read from the GPU, which is not possible while a CUDA graph is "
+        "captured. Do not ask for probabilities while capturing."
+    )
+    assert launches.loaded == []
+
+
 @needs_compiler
 def test_numbers_are_drawn_even_where_there_are_no_keys(launches: Launches) -> None:
     q, k = as_torch(random(2, 5, 3, 32)), as_torch(random(2, 0, 3, 32))
@@ -370,6 +385,19 @@ def test_sdpa_on_host_memory(launches: Launches, wrap: Any) -> None:
     options = {"causal": True, "alignment": "top-left"}
     exact, naive = oracle.attention(*inputs, **options), oracle.naive_in_dtype(*inputs, **options)
     oracle.assert_all_close(oracle.Attention(to_numpy(out).swapaxes(1, 2), to_numpy(lse)), exact, naive)
+
+
+def test_sdpa_runs_the_preferred_kernels(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    x, single = as_torch(random(1, 2, 8, 16)), as_torch(random(1, 2, 8, 16, dtype=np.float32))
+    cuflash.scaled_dot_product_attention(x, x, x, backend="mem_eff")
+    assert launches.take() == ["fwd_simt"]
+    with pytest.raises(UnsupportedProblem, match="no fp32"):
+        cuflash.scaled_dot_product_attention(single, single, single, backend="flash")
+    monkeypatch.setenv("CUFLASH_ATTENTION_BACKEND", "mem_eff")
+    cuflash.scaled_dot_product_attention(x, x, x)
+    cuflash.flash_attn_func(x, x, x)
+    assert launches.take() == ["fwd_simt", "fwd_sm80"], "flash-attn's functions know no preference"
 
 
 @needs_compiler
@@ -475,11 +503,84 @@ def test_longest_lengths_are_read_from_the_device(launches: Launches, monkeypatc
     assert reads == list(starts), "once for both directions"
     for params in launches.params:
         assert (params["attention"]["len_q"], params["attention"]["len_kv"]) == (45, 50)
-    with pytest.raises(InvalidArgument, match="cu_seqlens_k ends at row 90, but k has 80 rows"):
+    with pytest.raises(InvalidArgument, match=r"cu_seqlens_k\[3\] is 90, but k has 80 rows"):
         cuflash.flash_attn_varlen_func(q, q, q, *starts)
     reads.clear()
     cuflash.flash_attn_varlen_func(q, k, v, *starts, 45, 50)
     assert reads == []
+
+
+OUT_OF_PLACE = {
+    "cu_seqlens_q[0] is 1": {"cu_seqlens_q": [1, 30, 30, 75]},
+    "cu_seqlens_q[2] is 29 after 30": {"cu_seqlens_q": [0, 30, 29, 75]},
+    "cu_seqlens_k[3] is 96, but k has 95 rows": {"cu_seqlens_k": [0, 10, 40, 96]},
+    "seqused_q[1] is 1, but sequence 1 has 0 queries": {"seqused_q": [30, 1, 45]},
+    "seqused_k[2] is -1, but sequence 2 has 50 keys": {"seqused_k": [10, 30, -1]},
+    "max_seqlen_q is 44, but sequence 2 has 45 rows": {"max_seqlen_q": 44},
+}
+LENGTHS = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "max_seqlen_q": 45, "max_seqlen_k": 50}
+
+
+def lengths(changes: dict) -> dict:
+    """The lengths with some of them changed, as torch tensors."""
+    values = (LENGTHS | changes).items()
+    return {name: x if isinstance(x, int) else as_torch(np.array(x, np.int32)) for name, x in values}
+
+
+@pytest.mark.parametrize("message", OUT_OF_PLACE)
+def test_lengths_on_a_gpu_are_checked_on_request_alone(
+    launches: Launches, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    q, k, v = (as_torch(x) for x in (random(80, 4, 32), random(95, 2, 32), random(95, 2, 32)))
+    lse, given = as_torch(random(4, 80, dtype=np.float32)), lengths(OUT_OF_PLACE[message])
+    for function, head in (
+        (cuflash.flash_attn_varlen_func, (q, k, v)),
+        (cuflash.flash_attn_vjp, (q, k, v)),
+        (cuflash.flash_attn_backward, (q, q, k, v, q, lse)),
+    ):
+        function(*head, **given)
+        assert launches.take(), "trusted unless asked"
+        with pytest.raises(InvalidArgument) as caught:
+            function(*head, **given, validate=True)
+        assert str(caught.value).startswith(message)
+        assert launches.take() == []
+
+
+def test_sound_lengths_are_validated_once_and_share_the_prepared_call(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    q, k, v = (as_torch(x) for x in (random(80, 4, 32), random(95, 2, 32), random(95, 2, 32)))
+    reads: list[FakeTensor] = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: reads.append(self) or self.x.tolist())
+    given = lengths({"seqused_k": [10, 0, 50]})
+    cuflash.flash_attn_varlen_func(q, k, v, **given)
+    assert reads == []
+    cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
+    assert reads == [given[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")]
+    assert len(launch._prepared) == 1
+    reads.clear()
+    _, pullback = cuflash.flash_attn_vjp(q, k, v, **given, validate=True)
+    pullback(q)
+    assert len(reads) == 3, "once for both directions"
+
+
+def test_lengths_are_not_read_while_a_graph_is_captured(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    monkeypatch.setattr(Torch, "is_capturing", lambda self: True)
+    q, k, v = (as_torch(x) for x in (random(80, 4, 32), random(95, 2, 32), random(95, 2, 32)))
+    given = lengths({})
+    cuflash.flash_attn_varlen_func(q, k, v, **given)
+    launches.take()
+    why = "cu_seqlens would be read from the GPU, which is not possible while a CUDA graph is captured."
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
+    assert str(caught.value) == f"validate is True: {why} Validate before capturing."
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_varlen_func(q, k, v, **given | {"max_seqlen_k": None})
+    assert str(caught.value) == f"max_seqlen_q or max_seqlen_k is None and {why} Pass both."
+    assert launches.take() == []
 
 
 @pytest.mark.parametrize(
@@ -503,6 +604,127 @@ def test_strides_in_the_parameter_block(launches, monkeypatch, shape, strides) -
     assert (attention["window_left"], attention["window_right"]) == (2**30, 2)
     assert (params["out"][0], params["lse"][0]) == (out.data_ptr(), lse.data_ptr())
     assert attention["mask"] == attention["cu_seqlens_q"] == attention["seqused_kv"] == 0
+
+
+@pytest.fixture
+def hopper(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """An H100 whose tensor maps say in plain words what they describe, and whose kernels do nothing."""
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
+    monkeypatch.setattr(jit.tensormap, "encoder", run.encoder)
+    return launches
+
+
+def maps(params: np.ndarray) -> dict[str, list[int]]:
+    """The words of every map in a parameter block, of the address only what it is from the tensor's."""
+    found = {}
+    for name in ("q", "k", "v", "out"):
+        address, *words = params[f"{name}_map"]["words"][0].tolist()
+        found[name] = [address - int(params[name][0]), *words[:12]] if any(words) else []
+        assert not any(words[12:])
+    return found
+
+
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+def test_maps_of_dense_tensors(hopper: Launches, wrap: Any) -> None:
+    q = random(2, 4, 70, 40)[..., :32].swapaxes(1, 2)
+    k, v = random(2, 90, 2, 32, seed=1)[:, ::2], random(2, 45, 2, 24, seed=2)
+    place = np.zeros((2, 70, 4, 32), FP16)[..., :24]
+    for out, strides in ((None, (4 * 48, 48, 70 * 4 * 48)), (place, (4 * 64, 64, 70 * 4 * 64))):
+        cuflash.flash_attn_func(*map(wrap, (q, k, v)), out=out if out is None else wrap(out))
+        assert hopper.take() == ["fwd_sm90"]
+        params = hopper.params[-1]
+        assert maps(params) == {
+            "q": [0, 32, 70, 4, 2, 80, 70 * 80, 4 * 70 * 80, 64, 64, 1, 1, 2],
+            "k": [0, 32, 45, 2, 2, 2 * 128, 64, 90 * 128, 64, 128, 1, 1, 2],
+            "v": [0, 24, 45, 2, 2, 96, 48, 45 * 96, 64, 128, 1, 1, 2],
+            "out": [0, 24, 70, 4, 2, *strides, 64, 64, 1, 1, 2],
+        }
+        assert params["heads_per_section"][0] == 2 * 2**12  # of 45 * (32 + 24) * 2 bytes in 32 MB, and two share one
+    problem = Problem("forward", cuflash.dtypes.FP16, 2, 4, 2, 70, 45, 32, 24)
+    for name, x, rows in (("q", q, 64), ("k", k, 128), ("v", v, 128), ("out", place, 64)):
+        on_host = run.box_map(problem, x, Box(name, rows)).tolist()
+        assert [on_host[0] - x.ctypes.data, *on_host[1:13]] == maps(params)[name], "the host twin's is the same"
+
+
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+def test_maps_of_packed_tensors(hopper: Launches, wrap: Any) -> None:
+    q, k, v = random(80, 4, 32), random(95, 3, 32, seed=1)[:, ::2], random(95, 2, 24, seed=2)
+    cuflash.flash_attn_varlen_func(*map(wrap, (q, k, v, STARTS_Q, STARTS_K)), 45, 50)
+    assert hopper.take() == ["fwd_sm90"]
+    (params,) = hopper.params
+    backs = {"q": 80 * 256, "k": 95 * 192, "v": 95 * 96, "out": 80 * 192}
+    assert maps(params) == {
+        "q": [-backs["q"], 32, 80, 81, 4, 256, 256, 64, 64, 64, 1, 1, 2],
+        "k": [-backs["k"], 32, 95, 96, 2, 192, 192, 128, 64, 128, 1, 1, 2],
+        "v": [-backs["v"], 24, 95, 96, 2, 96, 96, 48, 64, 128, 1, 1, 2],
+        "out": [-backs["out"], 24, 80, 81, 4, 192, 192, 48, 64, 64, 1, 1, 2],
+    }
+    problem = Problem("forward", cuflash.dtypes.FP16, 3, 4, 2, 45, 50, 32, 24, "varlen", 80, 95)
+    for name, x, rows in (("q", q, 64), ("k", k, 128), ("v", v, 128)):
+        on_host = run.box_map(problem, x, Box(name, rows)).tolist()
+        assert [on_host[0] - x.ctypes.data, *on_host[1:13]] == maps(params)[name]
+
+
+def test_maps_of_heads_before_rows(hopper: Launches) -> None:
+    q, k = as_torch(random(2, 4, 70, 32)), as_torch(random(2, 4, 90, 32))
+    cuflash.scaled_dot_product_attention(q, k, k)
+    found = maps(hopper.params[-1])
+    assert found["q"] == found["out"] == [0, 32, 70, 4, 2, 64, 70 * 64, 4 * 70 * 64, 64, 64, 1, 1, 2]
+    assert found["k"] == found["v"] == [0, 32, 90, 4, 2, 64, 90 * 64, 4 * 90 * 64, 64, 128, 1, 1, 2]
+
+
+def test_maps_of_tensors_with_one_element_or_none_along_an_axis(hopper: Launches) -> None:
+    odd = np.ndarray((1, 1, 1, 16), FP16, random(64), strides=(6, -2, 10, 2))
+    cuflash.flash_attn_func(*(as_torch(odd) for _ in range(3)))
+    assert hopper.take() == ["fwd_sm90"]
+    assert maps(hopper.params[-1])["k"] == [0, 16, 1, 1, 1, 16, 16, 16, 64, 128, 1, 1, 2]
+    q, k = as_torch(random(2, 9, 4, 32)), as_torch(random(2, 0, 4, 32))
+    ops.forward(ops.Options(), q, k, k, sink=as_torch(SINK))
+    assert hopper.take() == ["fwd_sm90"]
+    found = maps(hopper.params[-1])
+    assert found["k"] == found["v"] == [] and found["q"][1:5] == [32, 9, 4, 2], "there is nothing to copy"
+
+
+def test_maps_follow_the_pointers(hopper: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(jit.tensormap, "encoder", lambda tensor: made.append(tensor) or run.encoder(tensor))
+    q, k, v, other = (as_torch(random(1, 64, 2, 32, seed=seed)) for seed in range(4))
+    kept = [cuflash.flash_attn_func(q, k, v), cuflash.flash_attn_func(other, k, v)]
+    assert len(made) == 4 and len(launch._prepared) == 1, "described once for all tensors of a kind"
+    first, second = hopper.params
+    assert first["q_map"]["words"][0, 0] == q.data_ptr() and second["q_map"]["words"][0, 0] == other.data_ptr()
+    assert [p["out_map"]["words"][0, 0] for p in hopper.params] == [out.data_ptr() for out in kept]
+    assert first["k_map"] == second["k_map"]
+
+
+def test_dropout_draws_before_the_kernel_that_copies_in_bulk(hopper: Launches) -> None:
+    x = as_torch(random(1, 64, 2, 32))
+    cuflash.flash_attn_func(x, x, x, 0.5, generator=(1, 4))
+    assert hopper.take() == ["fwd_rng", "fwd_sm90"]
+    assert maps(hopper.params[0]) == maps(hopper.params[1])
+
+
+def test_what_cannot_be_copied_in_bulk_goes_to_other_kernels(hopper: Launches) -> None:
+    x = random(2, 64, 4, 40)
+    plain = x[..., :32]
+    shifted = np.zeros(plain.size + 4, FP16)[4:].reshape(plain.shape)
+    expanded = np.broadcast_to(plain[:, :, :1], plain.shape)
+    for other in (plain[:, :, ::-1], plain[:, ::-1], expanded, x[..., 4:36], shifted, x[..., :36]):
+        cuflash.flash_attn_func(*(as_torch(other),) * 3)
+        assert hopper.take() == ["fwd_sm80"]
+        assert not any(maps(hopper.params[-1]).values())
+
+
+def test_gradients_come_from_a_family_that_has_them(hopper: Launches) -> None:
+    x = as_torch(random(1, 64, 2, 32))
+    (out, _), pullback = cuflash.flash_attn_vjp(x, x, x, return_lse=True)
+    pullback(as_torch(np.ones(out.shape, FP16)))
+    assert hopper.take() == ["fwd_sm90", "bwd_delta", "bwd_sm80", "bwd_convert"]
+    out, _, pullback = ops.vjp(ops.Options(family="sm90"), [x, x, x, *[None] * 8])
+    with pytest.raises(UnsupportedProblem, match=r"\n  sm90    no backward\n"):
+        pullback(as_torch(np.ones(out.shape, FP16)))
+    assert hopper.take() == ["fwd_sm90"]
 
 
 FAKE_GPU_REFUSALS = {
@@ -557,7 +779,7 @@ def test_refused_cupy_arrays(launches: Launches) -> None:
         cuflash.flash_attn_func(good, good, x)
     with pytest.raises(InvalidArgument, match=r"out shares memory with k, which is still read"):
         cuflash.flash_attn_func(as_cupy(x.copy()), good, good, out=good)
-    with pytest.raises(UnsupportedProblem, match="no kernel runs this on NVIDIA H100"):
+    with pytest.raises(UnsupportedProblem, match="no kernel runs this on NVIDIA A100"):
         wide = as_cupy(random(1, 2, 1, 2048))
         cuflash.flash_attn_func(wide, wide, wide)
     assert launches.kernels == []

@@ -12,24 +12,28 @@ import pytest
 from cuflash.errors import CompileError
 from cuflash.jit import params, sources
 
-STRUCTS = ("Strides", "Attention", "FwdParams", "BwdParams")
+STRUCTS = ("Strides", "Attention", "TensorMap", "FwdParams", "BwdParams")
+ALIGNMENTS = dict.fromkeys(STRUCTS, 8) | {"TensorMap": 64, "FwdParams": 64}
 HEADER = (sources.root() / "params.cuh").read_text()
 
 
 def members(struct: str) -> dict[str, str]:
     """Name -> type of the members of a struct of params.cuh, by a reader that knows less than the one under test."""
-    body = re.sub(r"//.*", "", HEADER.split(f"struct {struct} {{")[1].split("};")[0])
+    body = re.sub(r"//.*", "", re.split(rf"struct (?:alignas\(64\) )?{struct} {{", HEADER)[1].split("};")[0])
     declarations = [declaration.replace("*", "* ").split() for declaration in body.split(";") if declaration.strip()]
     return {words[-1]: " ".join(words[:-1]) for words in declarations}
 
 
 @pytest.mark.parametrize("struct", STRUCTS)
 def test_members_are_in_order_with_their_types(struct):
-    kinds = {"int": np.dtype("i4"), "int64": np.dtype("i8"), "double": np.dtype("f8")}
+    kinds = {"int": np.dtype("i4"), "int64": np.dtype("i8"), "uint64": np.dtype("u8"), "double": np.dtype("f8")}
     dtype = params.dtype(struct)
-    assert dtype.names == tuple(members(struct))
-    for name, kind in members(struct).items():
-        if kind.endswith("*"):
+    assert dtype.names == tuple(name.partition("[")[0] for name in members(struct))
+    for declared, kind in members(struct).items():
+        name, _, length = declared.partition("[")
+        if length:
+            assert dtype[name] == np.dtype((kinds[kind], int(length.removesuffix("]"))))
+        elif kind.endswith("*"):
             assert dtype[name] == np.uint64
         elif kind in STRUCTS:
             assert dtype[name] == params.dtype(kind)
@@ -42,12 +46,13 @@ def test_dtypes_are_aligned(struct):
     dtype = params.dtype(struct)
     assert dtype.isalignedstruct
     assert dtype.alignment == 8
-    assert dtype.itemsize % 8 == 0
-    assert all(offset % min(kind.itemsize, 8) == 0 for kind, offset in dtype.fields.values())
+    assert dtype.itemsize % ALIGNMENTS[struct] == 0
+    for kind, offset in dtype.fields.values():
+        assert offset % (64 if kind == params.dtype("TensorMap") else min(kind.itemsize, 8)) == 0
 
 
 def test_every_struct_is_read():
-    assert tuple(re.findall(r"struct (\w+)", HEADER)) == STRUCTS == tuple(params.parse(HEADER))
+    assert tuple(re.findall(r"struct (?:alignas\(64\) )?(\w+) \{", HEADER)) == STRUCTS == tuple(params.parse(HEADER))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -55,7 +60,7 @@ def test_layout_is_the_compilers(tmp_path):
     lines = []
     for struct in STRUCTS:
         lines.append(f'  printf("{struct} %zu %zu\\n", sizeof({struct}), alignof({struct}));')
-        for name in members(struct):
+        for name in (declared.partition("[")[0] for declared in members(struct)):
             place = f"offsetof({struct}, {name}), sizeof((({struct}*)0)->{name})"
             lines.append(f'  printf("{struct}.{name} %zu %zu\\n", {place});')
     text = ["#include <cstdio>", '#include "params.cuh"', "using namespace cuflash;", "int main() {", *lines, "}"]
@@ -68,7 +73,7 @@ def test_layout_is_the_compilers(tmp_path):
     ours = {}
     for struct in STRUCTS:
         dtype = params.dtype(struct)
-        ours[struct] = (dtype.itemsize, dtype.alignment)
+        ours[struct] = (dtype.itemsize, ALIGNMENTS[struct])
         ours |= {f"{struct}.{name}": (offset, kind.itemsize) for name, (kind, offset) in dtype.fields.items()}
     assert ours == compiled
     assert len(ours) > 60
@@ -117,19 +122,46 @@ def test_padding_and_nesting():
     assert offsets == {"first": 0, "inner": 8, "pointer": 32, "other": 40, "last": 48}
 
 
+def test_stated_alignment_holds_for_all_that_is_around_it():
+    text = """
+    struct alignas(64) Map {
+      uint64 words[3];
+    };
+    struct Holder {
+      int first;
+      Map map;
+      int last[5];
+      double end;
+    };
+    struct Outer {
+      Holder holder;
+      int after;
+    };
+    """
+    found = params.parse(text)
+    assert found["Map"].itemsize == 64 and found["Map"]["words"] == np.dtype(("u8", (3,)))
+    holder = found["Holder"]
+    assert {n: at for n, (_, at) in holder.fields.items()} == {"first": 0, "map": 64, "last": 128, "end": 152}
+    assert (holder.itemsize, found["Outer"].fields["after"][1], found["Outer"].itemsize) == (192, 192, 256)
+    block = np.zeros(1, found["Outer"])
+    block["holder"]["map"]["words"][0, 2] = 7
+    assert np.flatnonzero(block.view(np.uint64)).tolist() == [64 // 8 + 2]
+
+
 MISUNDERSTOOD = {
     "two declarations": ("int a; int b;", "params.cuh(2): expected one declaration a line, got 'int a; int b;'."),
     "two names": ("int a, b;", "params.cuh(2): expected one declaration a line, got 'int a, b;'."),
-    "an array": ("int a[3];", "params.cuh(2): expected one declaration a line, got 'int a[3];'."),
+    "arrays of arrays": ("int a[3][2];", "params.cuh(2): expected one declaration a line, got 'int a[3][2];'."),
+    "a named length": ("int a[kFew];", "params.cuh(2): expected one declaration a line, got 'int a[kFew];'."),
     "a default": ("int a = 0;", "params.cuh(2): expected one declaration a line, got 'int a = 0;'."),
     "no semicolon": ("int a", "params.cuh(2): expected one declaration a line, got 'int a'."),
     "a block comment": ("/* why */", "params.cuh(2): expected one declaration a line, got '/* why */'."),
     "a directive": ("#ifdef CF_DEBUG", "params.cuh(2): expected one declaration a line, got '#ifdef CF_DEBUG'."),
     "a struct inside": ("struct B {", "params.cuh(2): expected one declaration a line, got 'struct B {'."),
-    "an unknown type": ("float a;", "params.cuh(2): type 'float' is none of int, int64, double."),
-    "a later struct": ("Later a;", "params.cuh(2): type 'Later' is none of int, int64, double."),
+    "an unknown type": ("float a;", "params.cuh(2): type 'float' is none of int, int64, uint64, double."),
+    "a later struct": ("Later a;", "params.cuh(2): type 'Later' is none of int, int64, uint64, double."),
     "an empty struct": ("", "params.cuh(3): expected one declaration a line, got '};'."),
-    "itself": ("A a;", "params.cuh(2): type 'A' is none of int, int64, double."),
+    "itself": ("A a;", "params.cuh(2): type 'A' is none of int, int64, uint64, double."),
 }
 
 
@@ -140,10 +172,17 @@ def test_what_the_reader_does_not_understand_is_refused(line, message):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("text", ["int outside;\n", "};\n", "struct A { int a; };\n", "struct A\n"])
+@pytest.mark.parametrize(
+    "text", ["int outside;\n", "};\n", "struct alignas(n) A {\n", "struct A { int a; };\n", "struct A\n"]
+)
 def test_stray_lines_are_refused(text):
     with pytest.raises(CompileError, match=r"params.cuh\(1\): expected one declaration a line"):
         params.parse(text)
+
+
+def test_an_end_without_a_struct_is_refused():
+    with pytest.raises(CompileError, match=r"params.cuh\(4\): expected one declaration a line, got '};'"):
+        params.parse("struct A {\n  int a;\n};\n};\n")
 
 
 def test_a_struct_without_an_end_is_refused():
@@ -159,6 +198,4 @@ def test_a_name_given_twice_is_refused():
 def test_unknown_struct_names_the_known_ones():
     with pytest.raises(CompileError) as caught:
         params.dtype("Params")
-    assert (
-        str(caught.value) == "kernels/params.cuh has no struct Params; it has Strides, Attention, FwdParams, BwdParams."
-    )
+    assert str(caught.value) == f"kernels/params.cuh has no struct Params; it has {', '.join(STRUCTS)}."

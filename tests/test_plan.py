@@ -13,6 +13,7 @@ from cuflash.errors import UnsupportedProblem
 from cuflash.masks import Mask
 from cuflash.plan import FAMILIES, Config, Plan, choose, explain, why_not
 from cuflash.plan.families import FEATURES, needs
+from cuflash.plan.tiles import heads_per_section
 from cuflash.problem import Problem, visible_pairs
 
 BASE = Problem("forward", dtypes.BF16, 2, 8, 2, 500, 700, 64, 64, softmax_scale=0.125)
@@ -82,13 +83,21 @@ def test_every_plan_fits_its_device(device: Device) -> None:
                 assert (config.tile_q, config.tile_kv) > (0, 0), where
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+DIRECTIONS = [
+    pytest.param(family, direction, id=f"{direction}-{family.name}")
+    for direction in ("forward", "backward")
+    for family in FAMILIES
+    if direction == "forward" or family.backward
+]
+
+
+@pytest.mark.parametrize(("family", "direction"), DIRECTIONS)
 def test_blocks_and_workspaces_cover_the_problem(family, direction: str) -> None:
     device = named("h100")
     for layout in ({}, {"layout": "varlen", "total_q": 931, "total_kv": 1300}):
         for len_q, len_kv in ((500, 700), (1, 1), (0, 10), (10, 0)):
-            problem = replace(BASE, direction=direction, len_q=len_q, len_kv=len_kv, deterministic=True, **layout)
+            problem = replace(BASE, direction=direction, len_q=len_q, len_kv=len_kv, **layout)
+            problem = replace(problem, deterministic=direction == "backward")
             plan = choose(problem, device, family.name)
             rows = problem.rows_q * problem.heads_q
             main = plan.steps[0 if direction == "forward" else 1]
@@ -122,11 +131,12 @@ def test_zeroed_workspaces_are_the_ones_that_are_added_to() -> None:
     ],
     ids=["sizes", "scale", "window", "one side"],
 )
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(("family", "direction"), DIRECTIONS)
 def test_run_time_values_do_not_make_variants(family, direction: str, changes: dict) -> None:
     problem = replace(BASE, direction=direction, mask=MASKS["window"])
     for device in (named("h100"), named("a10")):
+        if family.why_not(problem, device):
+            continue
         before = choose(problem, device, family.name)
         after = choose(replace(problem, **changes), device, family.name)
         assert [(s.kernel, s.config) for s in before.steps] == [(s.kernel, s.config) for s in after.steps]
@@ -170,15 +180,27 @@ def test_number_of_variants() -> None:
 @pytest.mark.parametrize(
     ("device", "changes", "reasons"),
     [
-        ("h100", {}, {"sm80": [], "simt": []}),
-        ("v100", {}, {"sm80": ["needs sm_80"], "simt": []}),
-        ("t4", {}, {"sm80": ["needs sm_80"], "simt": []}),
-        ("a100", {"dtype": dtypes.FP32}, {"sm80": ["no fp32 (has fp16, bf16)"], "simt": []}),
-        ("a100", {"dim_qk": 300}, {"sm80": ["dim_qk 300 > 256"], "simt": []}),
+        ("h100", {}, {"sm90": [], "sm80": [], "simt": []}),
+        ("h200", {"direction": "backward"}, {"sm90": ["no backward"], "sm80": [], "simt": []}),
+        ("b200", {}, {"sm90": ["needs sm_90a"], "sm80": [], "simt": []}),
+        ("v100", {}, {"sm90": ["needs sm_90a"], "sm80": ["needs sm_80"], "simt": []}),
+        ("t4", {}, {"sm90": ["needs sm_90a"], "sm80": ["needs sm_80"], "simt": []}),
+        (
+            "h100",
+            {"dtype": dtypes.FP32},
+            {"sm90": ["no fp32 (has fp16, bf16)"], "sm80": ["no fp32 (has fp16, bf16)"], "simt": []},
+        ),
+        ("h100", {"dim_qk": 300}, {"sm90": ["dim_qk 300 > 256"], "sm80": ["dim_qk 300 > 256"], "simt": []}),
+        (
+            "h100",
+            {"copy_bytes": 8, "ascending": False},
+            {"sm90": ["no unaligned rows", "no zero or negative strides"], "sm80": [], "simt": []},
+        ),
         (
             "v100",
             {"dtype": dtypes.FP64, "dim_qk": 300, "dim_v": 2000},
             {
+                "sm90": ["needs sm_90a", "no fp64 (has fp16, bf16)", "dim_qk 300 > 256", "dim_v 2000 > 256"],
                 "sm80": ["needs sm_80", "no fp64 (has fp16, bf16)", "dim_qk 300 > 256", "dim_v 2000 > 256"],
                 "simt": ["dim_v 2000 > 1024"],
             },
@@ -207,6 +229,8 @@ def test_a_feature_that_a_family_lacks_is_a_reason() -> None:
         ({"heads_kv": 4}, "gqa"),
         ({"dim_v": 32}, "dim_v != dim_qk"),
         ({"deterministic": True}, "deterministic"),
+        ({"copy_bytes": 4}, "unaligned rows"),
+        ({"ascending": False}, "zero or negative strides"),
     ],
 )
 def test_needs(changes: dict, feature: str) -> None:
@@ -220,6 +244,7 @@ def test_families_declare_known_features() -> None:
     for family in FAMILIES:
         assert set(family.features) <= set(FEATURES)
         assert set(family.dtypes) <= set(dtypes.DTYPES)
+        assert ("backward" in family.features) == (family.backward is not None)
         assert family.summary
 
 
@@ -229,6 +254,7 @@ def test_nothing_runs_it() -> None:
     assert str(error.value) == (
         "no kernel runs this on NVIDIA V100 (sm_70):\n"
         "  forward bf16 b2 h8/2 s500x700 d2000x64 causal\n"
+        "  sm90    needs sm_90a; dim_qk 2000 > 256\n"
         "  sm80    needs sm_80; dim_qk 2000 > 256\n"
         "  simt    dim_qk 2000 > 1024\n"
         "`python -m cuflash explain` shows the choice for a problem without running it."
@@ -239,8 +265,21 @@ def test_the_named_family_does_not_run_it() -> None:
     with pytest.raises(UnsupportedProblem) as error:
         choose(replace(BASE, dtype=dtypes.FP32), named("h100"), "sm80")
     assert "sm80    no fp32" in str(error.value) and "simt" not in str(error.value)
-    with pytest.raises(UnsupportedProblem, match=r"there is no kernel family 'sm75'; there are: sm80, simt"):
-        choose(BASE, named("h100"), "sm75")
+    with pytest.raises(UnsupportedProblem, match=r"there is no kernel family 'sm75'; there are: sm90, sm80, simt"):
+        choose(BASE, named("h100"), ("sm80", "sm75"))
+
+
+def test_one_of_the_named_families_runs_it() -> None:
+    backward = replace(BASE, direction="backward")
+    for order in (("sm90", "sm80"), ("sm80", "sm90")):  # which comes first is up to the catalogue
+        assert choose(BASE, named("h100"), order).family == "sm90"
+        assert choose(backward, named("h100"), order).family == "sm80"
+    with pytest.raises(UnsupportedProblem) as error:
+        choose(replace(BASE, dim_v=300), named("a100"), ("sm90", "sm80"))
+    reasons = ["  sm90    needs sm_90a; dim_v 300 > 256", "  sm80    dim_v 300 > 256"]
+    assert str(error.value).splitlines()[2:-1] == reasons
+    with pytest.raises(UnsupportedProblem, match=r"\n  sm90    no backward\n`python"):
+        choose(backward, named("h100"), "sm90")
 
 
 def test_equal_problems_share_one_plan() -> None:
@@ -261,13 +300,15 @@ def test_explanation() -> None:
     config = plan.steps[1].config
     assert f"{plan.steps[1].num_blocks} blocks x {config.threads} threads" in lines[5]
     assert f"tile {config.tile_q} x {config.tile_kv}, {config.smem_bytes:,} bytes of shared memory" in lines[5]
-    assert lines[7:] == ["  not simt: sm80 comes first"]
+    assert lines[7:] == ["  not sm90: no backward", "  not simt: sm80 comes first"]
 
 
 def test_explanation_without_a_plan() -> None:
     explanation = explain(replace(BASE, dim_v=1025), named("a100"))
     assert explanation.plan is None
-    assert str(explanation).splitlines()[2:] == ["  not sm80: dim_v 1025 > 256", "  not simt: dim_v 1025 > 1024"]
+    assert str(explanation).splitlines()[2:] == [
+        "  not sm90: needs sm_90a; dim_v 1025 > 256", "  not sm80: dim_v 1025 > 256", "  not simt: dim_v 1025 > 1024"
+    ]  # fmt: skip
 
 
 def test_flops_count_visible_pairs() -> None:
@@ -298,6 +339,96 @@ def test_problems_print_what_they_are() -> None:
 
 def test_config_members_are_plain() -> None:
     """``jit.render`` writes strings as types and integers as constants; nothing else may appear."""
-    for step in choose(replace(BASE, direction="backward"), named("h100")).steps:
-        for field in fields(Config):
-            assert type(getattr(step.config, field.name)) in (str, int), field.name
+    for direction in ("forward", "backward"):
+        for step in choose(replace(BASE, direction=direction), named("h100")).steps:
+            for field in fields(Config):
+                assert type(getattr(step.config, field.name)) in (str, int, bool), field.name
+
+
+# The Hopper forward
+
+H100 = named("h100")
+CAUSAL = MASKS["causal"]
+LONG = replace(BASE, len_q=4096, len_kv=4096)
+
+
+def hopper(**changes) -> Config:
+    return choose(replace(LONG, **changes), H100, "sm90").steps[-1].config
+
+
+@pytest.mark.parametrize(
+    ("changes", "consumers", "tile_kv", "ping_pong"),
+    [
+        ({}, 3, 128, True),
+        ({"mask": CAUSAL}, 3, 128, False),
+        ({"mask": MASKS["window"]}, 3, 128, False),
+        ({"dim_qk": 72, "dim_v": 72}, 3, 112, True),
+        ({"dim_qk": 40, "dim_v": 128}, 3, 80, False),
+        ({"dim_qk": 192, "dim_v": 128}, 2, 80, False),
+        ({"dim_qk": 256, "dim_v": 256}, 2, 80, True),
+        ({"dim_qk": 128, "dim_v": 128, "len_q": 1024}, 2, 128, True),
+        ({"dim_qk": 128, "dim_v": 128, "len_q": 2048, "mask": CAUSAL}, 2, 128, False),
+        ({"dim_qk": 192, "dim_v": 192, "len_q": 500}, 2, 80, False),
+        ({"softcap": 2.0}, 2, 128, True),
+        ({"alibi": True, "dim_qk": 128}, 2, 96, True),
+        ({"mask": MASKS["tensor"], "dim_qk": 192}, 2, 64, True),
+        ({"bias": dtypes.BF16, "dim_v": 96}, 2, 96, True),
+        ({"dropout": "byte", "dim_v": 256}, 2, 64, True),
+        ({"sink": True, "softmax_scale": -1.0}, 3, 128, True),
+    ],
+)
+def test_hopper_tiles(changes: dict, consumers: int, tile_kv: int, ping_pong: bool) -> None:
+    config = hopper(**changes)
+    assert (config.tile_q, config.tile_kv, config.ping_pong) == (64 * consumers, tile_kv, ping_pong)
+    assert config.threads == 128 * (1 + consumers)
+    registers = 128 * (config.producer_registers + consumers * config.consumer_registers)
+    assert 63 * 1024 <= registers <= 64 * 1024
+    assert config.producer_registers % 8 == config.consumer_registers % 8 == 0
+
+
+def test_hopper_tiles_of_any_size_fit() -> None:
+    for dim_qk in range(8, 257, 8):
+        for dim_v in range(8, 257, 8):
+            for changes in ({}, {"len_q": 500}, {"softcap": 1.0}):
+                config = hopper(dim_qk=dim_qk, dim_v=dim_v, **changes)
+                chunks = -(-dim_qk // 64), -(-dim_v // 64)
+                q, out = (config.tile_q * n * 128 for n in chunks)
+                kv = config.stages * config.tile_kv * sum(chunks) * 128
+                barriers = 8 * (2 + 4 * config.stages)
+                used = kv + barriers + (q + out if config.separate_out else max(q, out))
+                assert 0 <= config.smem_bytes - used < 1024 and config.smem_bytes % 1024 == 0
+                assert config.smem_bytes <= H100.smem_per_block
+                assert config.separate_out or kv + barriers + q + out > H100.smem_per_block, "it would have fit"
+
+
+def test_hopper_blocks_and_boxes() -> None:
+    many = {"batch": 64, "len_q": 4096}
+    for changes, persistent in (({}, True), ({"mask": CAUSAL}, False), ({"layout": "varlen", "total_q": 1}, False)):
+        problem = replace(LONG, **many, **changes)
+        step = choose(problem, H100, "sm90").steps[-1]
+        tiles = 64 * 8 * -(-4096 // step.config.tile_q)
+        assert step.num_blocks == (132 if persistent else tiles)
+        kv = step.config.tile_kv
+        assert [(box.tensor, box.rows) for box in step.boxes] == [("q", 64), ("k", kv), ("v", kv), ("out", 64)]
+    assert choose(replace(LONG, batch=1, len_q=100), H100, "sm90").steps[-1].num_blocks == 8
+    assert [step.kernel for step in choose(replace(LONG, dropout="word"), H100).steps] == ["fwd_rng", "fwd_sm90"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({"heads_q": 32, "heads_kv": 32, "len_kv": 8192, "dim_qk": 128, "dim_v": 128}, 8),
+        ({"heads_q": 32, "heads_kv": 8, "len_kv": 8192, "dim_qk": 128, "dim_v": 128}, 32),
+        ({"heads_q": 6, "heads_kv": 2, "len_kv": 8193, "dim_qk": 128, "dim_v": 128}, 12),
+        ({"heads_q": 2, "heads_kv": 2, "len_kv": 2**30}, 1),
+        ({"heads_q": 3, "heads_kv": 1, "len_kv": 10**6, "dim_qk": 256, "dim_v": 256}, 3),
+    ],
+)
+def test_heads_per_section(changes: dict, heads: int) -> None:
+    problem = replace(BASE, **changes)
+    assert heads_per_section(problem) == heads
+    kv_heads, head_bytes = heads // problem.group, problem.len_kv * (problem.dim_qk + problem.dim_v) * 2
+    assert kv_heads & (kv_heads - 1) == 0
+    assert kv_heads == 1 or kv_heads * head_bytes <= 2**25
+    assert 2 * kv_heads * head_bytes > 2**25, "twice as many would fit"
+    assert 0 < heads_per_section(replace(problem, len_kv=0)) < 2**31

@@ -53,6 +53,7 @@ BACKWARD = Config(
     stages=2,
     dim_splits=3,
     copy_bytes=8,
+    separate_out=True,
     smem_bytes=12345,
 )
 DELTA = Config(element="float", dim_qk=1, dim_v=64, threads=128, score="ScaledScore<float>", tile_q=64)
@@ -83,8 +84,9 @@ def test_every_choice_appears_once(config):
     struct = text.split("struct Config {")[1].split("};")[0]
     types = dict(re.findall(r"using (\w+) = (.+);", struct))
     numbers = {name: int(value) for name, value in re.findall(r"static constexpr int k(\w+) = (-?\d+);", struct)}
-    assert len(types) + len(numbers) == struct.count(";") == len(fields(config))
-    found = {name.lower(): value for name, value in (types | numbers).items()}
+    truths = {name: value == "true" for name, value in re.findall(r"constexpr bool k(\w+) = (true|false);", struct)}
+    assert len(types) + len(numbers) + len(truths) == struct.count(";") == len(fields(config))
+    found = {name.lower(): value for name, value in (types | numbers | truths).items()}
     assert found == {field.name.replace("_", ""): getattr(config, field.name) for field in fields(config)}
 
 
@@ -92,7 +94,8 @@ def test_every_choice_changes_the_text():
     seen = {jit.render.config_header("fwd_sm80", FORWARD, "FwdParams")}
     for field in fields(FORWARD):
         value = getattr(FORWARD, field.name)
-        other = replace(FORWARD, **{field.name: value + "x" if isinstance(value, str) else value + 1})
+        changed = value + "x" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
+        other = replace(FORWARD, **{field.name: changed})
         seen.add(jit.render.config_header("fwd_sm80", other, "FwdParams"))
     seen.add(jit.render.config_header("fwd_simt", FORWARD, "FwdParams"))
     seen.add(jit.render.config_header("fwd_sm80", FORWARD, "BwdParams"))
@@ -107,7 +110,7 @@ def test_text_is_deterministic():
 @pytest.mark.parametrize("params", ["FwdParams", "BwdParams"])
 def test_layout_of_every_member_is_asserted(params):
     text = jit.render.config_header("fwd_sm80", FORWARD, params)
-    for struct in ("Strides", "Attention", params):
+    for struct in ("Strides", "Attention", "TensorMap", params):
         dtype = jit.params.dtype(struct)
         assert f"static_assert(sizeof({struct}) == {dtype.itemsize}," in text
         for name, (_, offset) in dtype.fields.items():

@@ -99,6 +99,7 @@ FEATURES: dict[str, str] = {
     "copy2": "tensors aligned to 2 bytes only",
     "copy4": "tensors aligned to 4 bytes only",
     "copy8": "tensors aligned to 8 bytes only",
+    "reversed": "keys and values whose heads lie in memory in reverse order",
 }
 """What the last part of an id stands for."""
 
@@ -118,6 +119,7 @@ _CHANGES: dict[str, dict[str, object]] = {
     "sink": {"sink": True, "mask": _CAUSAL},
     "dropout": {"dropout": "byte"},
     "dropout_word": {"dropout": "word"},
+    "reversed": {"ascending": False},
     "mask_causal": {"mask": replace(_CAUSAL, tensor=True)},
     "everything": {
         "heads_q": 6, "mask": Mask(left=64, right=17, tensor=True), "softcap": 2.0, "alibi": True,

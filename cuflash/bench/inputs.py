@@ -87,6 +87,8 @@ def make(case: Case, normals: Normals) -> Inputs:
         ],
         align=problem.copy_bytes,
     )
+    if not problem.ascending:
+        k, v = k[..., ::-1, :], v[..., ::-1, :]
     inputs = Inputs(q, k, v, dout)
     xp = normals.xp
     if varlen:

@@ -36,7 +36,8 @@ class Implementation(Protocol):
 
 def _beyond(problem: Problem, *features: str) -> str | None:
     """Which needs of the problem are not among these features, in words."""
-    missing = [need for need in needs(problem) if need not in ("backward", "gqa", "dim_v != dim_qk", *features)]
+    everywhere = "backward", "gqa", "dim_v != dim_qk", "unaligned rows"
+    missing = [need for need in needs(problem) if need not in (*everywhere, *features)]
     return f"no {', '.join(missing)}" if missing else None
 
 

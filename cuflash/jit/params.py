@@ -10,10 +10,13 @@ import numpy as np
 from cuflash.errors import CompileError
 from cuflash.jit import sources
 
-_TYPES = {"int": np.dtype(np.int32), "int64": np.dtype(np.int64), "double": np.dtype(np.float64)}
+_TYPES = {
+    "int": np.dtype(np.int32), "int64": np.dtype(np.int64), "uint64": np.dtype(np.uint64),
+    "double": np.dtype(np.float64),
+}  # fmt: skip
 _POINTER = np.dtype(np.uint64)
-_STRUCT = re.compile(r"struct (\w+) \{")
-_MEMBER = re.compile(r"(?P<type>(?:const )?\w+ ?\*?) (?P<name>\w+);")
+_STRUCT = re.compile(r"struct (?:alignas\((?P<alignment>\d+)\) )?(?P<name>\w+) \{")
+_MEMBER = re.compile(r"(?P<type>(?:const )?\w+ ?\*?) (?P<name>\w+)(?:\[(?P<length>\d+)\])?;")
 _OUTSIDE = re.compile(r"#.*|namespace \w+ \{|\}")
 
 
@@ -38,27 +41,41 @@ def _parsed() -> dict[str, np.dtype]:
 
 def parse(text: str) -> dict[str, np.dtype]:
     """Structs of a header that keeps to one declaration a line, as aligned dtypes by name."""
-    structs: dict[str, np.dtype] = {}
-    name, members = "", []
+    known = {name: (kind, kind.alignment) for name, kind in _TYPES.items()}
+    name, alignment, members = "", 1, {}
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("//")[0].strip()
         if not line or (not name and _OUTSIDE.fullmatch(line)):
             continue
         if not name and (opened := _STRUCT.fullmatch(line)):
-            name, members = opened[1], []
+            name, alignment, members = opened["name"], int(opened["alignment"] or 1), {}
         elif line == "};" and members:
-            structs[name] = np.dtype(members, align=True)
-            name, members = "", []
+            known[name] = _layout(members, alignment)
+            name, members = "", {}
         elif name and (member := _MEMBER.fullmatch(line)):
             kind = member["type"].removeprefix("const ").strip()
-            known = _POINTER if kind.endswith("*") else (_TYPES | structs).get(kind)
-            if known is None:
-                raise CompileError(f"params.cuh({number}): type {kind!r} is none of {', '.join([*_TYPES, *structs])}.")
-            if member["name"] in dict(members):
+            if not kind.endswith("*") and kind not in known:
+                raise CompileError(f"params.cuh({number}): type {kind!r} is none of {', '.join(known)}.")
+            if member["name"] in members:
                 raise CompileError(f"params.cuh({number}): {name} has two members {member['name']}.")
-            members.append((member["name"], known))
+            element, aligned = (_POINTER, 8) if kind.endswith("*") else known[kind]
+            length = (int(member["length"]),) if member["length"] else ()
+            members[member["name"]] = np.dtype((element, length)), aligned
         else:
             raise CompileError(f"params.cuh({number}): expected one declaration a line, got {line!r}.")
     if name:
         raise CompileError(f"params.cuh({number}): struct {name} has no end.")
-    return structs
+    return {name: struct for name, (struct, _) in known.items() if name not in _TYPES}
+
+
+def _layout(members: dict[str, tuple[np.dtype, int]], alignment: int) -> tuple[np.dtype, int]:
+    """The dtype of a struct and its alignment, from those of its members; NumPy's own rule knows no ``alignas``."""
+    kinds, alignments = zip(*members.values(), strict=True)
+    alignment = max(alignment, *alignments)
+    offsets, end = [], 0
+    for kind, aligned in members.values():
+        offsets.append(-(-end // aligned) * aligned)
+        end = offsets[-1] + kind.itemsize
+    itemsize = -(-end // alignment) * alignment
+    layout = {"names": list(members), "formats": kinds, "offsets": offsets, "itemsize": itemsize}
+    return np.dtype(layout, align=True), alignment

@@ -22,7 +22,7 @@ _INCLUDES = (
 def config_header(kernel: str, config: Config, params: str) -> str:
     """Render the header that makes ``entry/<kernel>.cu`` concrete.
 
-    Strings of the config become type aliases, numbers constants. The parameter struct's layout is asserted to be the
+    Strings of the config become type aliases, the rest constants. The parameter struct's layout is asserted to be the
     one the host fills.
     """
     types, constants = [], []
@@ -32,7 +32,7 @@ def config_header(kernel: str, config: Config, params: str) -> str:
         if isinstance(value, str):
             types.append(f"  using {name} = {value};")
         else:
-            constants.append(f"  static constexpr int k{name} = {value};")
+            constants.append(f"  static constexpr {type(value).__name__} k{name} = {str(value).lower()};")
     lines = [
         f"// Written by cuflash.jit.render for {kernel}. Do not edit.",
         "#pragma once",
@@ -54,9 +54,9 @@ def config_header(kernel: str, config: Config, params: str) -> str:
 
 
 def _layout_assertions(params: str) -> list[str]:
-    """The host's layout of the parameter struct and of the one inside it, as static assertions."""
+    """The host's layout of the parameter struct and of those inside it, as static assertions."""
     lines = []
-    for struct in ("Strides", "Attention", params):
+    for struct in ("Strides", "Attention", "TensorMap", params):
         dtype = params_header.dtype(struct)
         lines.append(f'static_assert(sizeof({struct}) == {dtype.itemsize}, "host layout");')
         lines += [

@@ -112,6 +112,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         dropout=dropout and dropout.scheme,
         deterministic=_flag("deterministic", options.deterministic) and direction == "backward",
         copy_bytes=_copy_bytes(tensors, (q["d"], v["d"])),
+        ascending=all(stride > 0 for view in tensors if not view.empty for stride in _outer_strides(view)),
     )
 
 
@@ -127,6 +128,8 @@ def layout_of(direction: Direction, options: Options, views: Mapping[str, View])
                 "all arrays of a call must be on one device. Move one of them."
             )
     varlen = is_packed(options, views)
+    if _flag("validate", options.validate) and not varlen:
+        raise InvalidArgument("validate is True but no sequences are packed; there is nothing to check. Drop it.")
     axes = options.axes(varlen)
     for view in (views[name] for name in ("q", "k", "v")):
         if len(view.shape) != len(axes):

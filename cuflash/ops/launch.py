@@ -6,7 +6,7 @@ put their pointers into a copy of its parameter block and launch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from cuflash.errors import InvalidArgument
 from cuflash.ops import check, draw
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.options import ARGUMENTS, OUTPUTS, Options, given, results
-from cuflash.plan import Workspace, choose
+from cuflash.plan import Box, Workspace, choose
+from cuflash.plan.tiles import heads_per_section
 from cuflash.problem import Direction, Problem
 
 _UNBOUNDED = 2**30
@@ -88,6 +89,8 @@ class Prepared:
     """The block as one opaque element: NumPy describes a structured one to CuPy member by member, 20 us a launch."""
     slots: tuple[int, ...]
     """The words that take the pointers: of the given arrays, then of the allocated ones."""
+    maps: tuple[tuple[slice, int, Callable[[int], np.ndarray]], ...]
+    """Of each tensor map, the words that take it, and what makes them of which of the same pointers."""
     allocations: tuple[tuple[Any, tuple[int, ...], Any], ...]
     """(allocator, shape, the framework's dtype) of the results that are not given, and of the workspaces."""
     results: tuple[int, ...]
@@ -116,6 +119,8 @@ class Prepared:
                 pointers += [framework.pointer(x) for x in allocated]
                 for slot, pointer in zip(self.slots, pointers, strict=True):
                     words[slot] = pointer
+                for place, index, encode in self.maps:
+                    words[place] = encode(pointers[index])
                 if drawn:
                     words[self.draw.reader] = words[self.draw.writer]
                     for slot, word in zip(self.draw.source, drawn, strict=True):
@@ -159,6 +164,8 @@ def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, ar
     whole = rows and (problem.rows_kv > 0 or problem.sink)
     steps = [step for step in plan.steps if (whole or step.kernel == "fwd_rng") and step.num_blocks > 0]
     allocated = (*new.values(), *(plan.workspaces if whole else ()))
+    pointers = (*views, *(w.name for w in allocated))
+    boxes = [box for step in steps for box in step.boxes]
     with framework.context(ordinal):
         kernels = [(jit.load(step, ordinal), step.num_blocks) for step in steps]
     return Prepared(
@@ -167,7 +174,12 @@ def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, ar
         launches=tuple(kernels),
         template=_template(params, problem, options, views, shapes),
         block=np.dtype((np.void, params.itemsize)),
-        slots=tuple(_word(params, name) for name in (*views, *(w.name for w in allocated))),
+        slots=tuple(_word(params, name) for name in pointers),
+        maps=tuple(
+            (_map_words(params, box), pointers.index(box.tensor), jit.tensormap.encoder(tensor))
+            for box in boxes
+            if (tensor := _tensor_map(box, problem, options, views, shapes)) is not None
+        ),
         allocations=tuple(
             (framework.zeros if w.zeroed else framework.empty, w.shape, framework.dtype(w.dtype)) for w in allocated
         ),
@@ -210,6 +222,41 @@ def _attention_word(params: np.dtype, name: str) -> int:
     return (offset + attention.fields[name][1]) // 8
 
 
+def _map_words(params: np.dtype, box: Box) -> slice:
+    """The words of a parameter block that hold the map of a tensor."""
+    kind, offset = params.fields[f"{box.tensor}_map"]
+    return slice(offset // 8, (offset + kind.itemsize) // 8)
+
+
+def _tensor_map(
+    box: Box,
+    problem: Problem,
+    options: Options,
+    views: Mapping[str, View],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> jit.tensormap.TensorMap | None:
+    """The map of a tensor but for its address; None without elements, when there is no box to copy."""
+    varlen = problem.layout == "varlen"
+    found = dict(zip(options.axes(varlen), _shape_and_steps(box.tensor, views, shapes), strict=True))
+    dim, _ = found.pop("d")
+    sizes, steps = zip(*(found[axis] for axis in (("total", "h") if varlen else ("s", "h", "b"))), strict=True)
+    if 0 in sizes:
+        return None
+    describe = jit.tensormap.ragged if varlen else jit.tensormap.dense
+    return describe(problem.dtype, dim, *sizes, tuple(step * problem.dtype.itemsize for step in steps), box.rows)
+
+
+def _shape_and_steps(
+    name: str, views: Mapping[str, View], shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[int, int]]:
+    """Size and stride in elements along each axis of an array that is given, or will be allocated."""
+    if name in views:
+        view = views[name]
+        return [(n, stride // view.itemsize) for n, stride in zip(view.shape, view.strides, strict=True)]
+    shape = shapes[name]
+    return [(n, prod(shape[axis + 1 :])) for axis, n in enumerate(shape)]
+
+
 def _template(
     params: np.dtype,
     problem: Problem,
@@ -235,8 +282,10 @@ def _template(
     dropout = check.dropout_of(options)
     attention["keep_scale"] = dropout.keep_scale if dropout else 1.0
     attention["dropout_p"] = dropout.p if dropout else 0.0
-    if dropout and problem.direction == "forward":
-        block["increment"] = draw.increment(problem)
+    if problem.direction == "forward":
+        block["heads_per_section"] = heads_per_section(problem)
+        if dropout:
+            block["increment"] = draw.increment(problem)
     if problem.bias_grad:
         shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
         for axis, name in enumerate(("batch", "head", "row")):
@@ -246,14 +295,9 @@ def _template(
         name = member.removesuffix("_stride")
         if name == member or (name == "dlse" and name not in views):
             continue
-        if name in views:
-            shape, itemsize = views[name].shape, views[name].itemsize
-            strides = [stride // itemsize for stride in views[name].strides]
-        else:
-            shape = shapes[name]
-            strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
         axes = options.row_axes(varlen) if name in _PER_ROW else options.axes(varlen)
-        steps = {axis: stride if n > 1 else 0 for axis, n, stride in zip(axes, shape, strides, strict=True)}
+        found = zip(axes, _shape_and_steps(name, views, shapes), strict=True)
+        steps = {axis: step if n > 1 else 0 for axis, (n, step) in found}
         block[member]["batch"] = steps.get("b", 0)
         block[member]["row"] = steps["total" if varlen else "s"]
         block[member]["head"] = steps["h"]

@@ -60,13 +60,15 @@ class Options(NamedTuple):
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     bias_grad: bool = False
+    validate: bool = False
+    """Read and check where packed sequences lie on a GPU too, once; NumPy arrays are always checked."""
     enable_gqa: bool = True
     sdpa: bool = False
     """Called as ``scaled_dot_product_attention``: (b, h, s, d) tensors and PyTorch's argument names."""
     vocabulary: str = "flash"
     """Whose argument names messages use."""
-    family: str | None = None
-    """Hold the planner to one kernel family, for checks of kernels that another is preferred to."""
+    family: str | tuple[str, ...] | None = None
+    """Hold the planner to one kernel family or to some, for checks of kernels that another is preferred to."""
 
     def name(self, argument: str) -> str:
         """What the caller knows an argument as."""

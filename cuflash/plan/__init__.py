@@ -2,6 +2,6 @@
 
 from cuflash.plan.choose import choose, explain, why_not
 from cuflash.plan.families import FAMILIES, Family
-from cuflash.plan.plan import Config, Plan, Step, Workspace
+from cuflash.plan.plan import Box, Config, Plan, Step, Workspace
 
-__all__ = ["FAMILIES", "Config", "Family", "Plan", "Step", "Workspace", "choose", "explain", "why_not"]
+__all__ = ["FAMILIES", "Box", "Config", "Family", "Plan", "Step", "Workspace", "choose", "explain", "why_not"]

@@ -18,22 +18,23 @@ def why_not(problem: Problem, device: Device) -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=1024)
-def choose(problem: Problem, device: Device, family: str | None = None) -> Plan:
-    """Plan a problem with the first family that runs it, or with the named one.
+def choose(problem: Problem, device: Device, family: str | tuple[str, ...] | None = None) -> Plan:
+    """Plan a problem with the first family that runs it, of all or of those that are named.
 
     Raises
     ------
     UnsupportedProblem
-        When no family (or not the named one) runs the problem; the message lists every reason.
+        When no family (or none of those named) runs the problem; the message lists every reason.
     """
     reasons = why_not(problem, device)
+    named = tuple(reasons) if family is None else (family,) if isinstance(family, str) else family
+    for name in named:
+        if name not in reasons:
+            raise UnsupportedProblem(f"there is no kernel family {name!r}; there are: {', '.join(reasons)}.")
     for candidate in FAMILIES:
-        if family in (None, candidate.name) and not reasons[candidate.name]:
+        if candidate.name in named and not reasons[candidate.name]:
             return candidate.plan(problem, device)
-    if family is not None and family not in reasons:
-        raise UnsupportedProblem(f"there is no kernel family {family!r}; there are: {', '.join(reasons)}.")
-    listed = {name: why for name, why in reasons.items() if family in (None, name)}
-    lines = [f"  {name:<8}{'; '.join(why)}" for name, why in listed.items()]
+    lines = [f"  {name:<8}{'; '.join(why)}" for name, why in reasons.items() if name in named]
     raise UnsupportedProblem(
         f"no kernel runs this on {device}:\n  {problem}\n"
         + "\n".join(lines)

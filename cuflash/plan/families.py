@@ -13,13 +13,13 @@ import numpy as np
 
 from cuflash.device import Device
 from cuflash.plan import tiles
-from cuflash.plan.plan import Config, Plan, Step, Workspace
+from cuflash.plan.plan import Box, Config, Plan, Step, Workspace
 from cuflash.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One set of kernels that together serve both directions."""
+    """One set of kernels that together serve one direction or both."""
 
     name: str
     summary: str
@@ -30,13 +30,17 @@ class Family:
     features: tuple[str, ...]
     """What :func:`needs` may name; anything else is a reason why not."""
     forward: Callable[[Problem, Device], Plan]
-    backward: Callable[[Problem, Device], Plan]
+    backward: Callable[[Problem, Device], Plan] | None
+    """None in a family without the feature ``backward``."""
+    only: bool = False
+    """Later architectures than `min_capability` lack its instructions."""
 
     def why_not(self, problem: Problem, device: Device) -> list[str]:
         """Reasons why this family does not run the problem; empty when it does."""
         reasons = []
-        if device.capability < self.min_capability:
-            reasons.append(f"needs sm_{self.min_capability[0]}{self.min_capability[1]}")
+        if device.capability < self.min_capability or (self.only and device.capability != self.min_capability):
+            major, minor = self.min_capability
+            reasons.append(f"needs sm_{major}{minor}" + ("a" if self.only else ""))
         if problem.dtype.name not in self.dtypes:
             reasons.append(f"no {problem.dtype} (has {', '.join(self.dtypes)})")
         for name, dim in (("dim_qk", problem.dim_qk), ("dim_v", problem.dim_v)):
@@ -52,7 +56,7 @@ class Family:
 
 
 FEATURES: dict[str, str] = {
-    "backward": "gradients of q, k, v, through out and lse",
+    "backward": "gradients of q, k and v",
     "varlen": "packed sequences of different lengths (cu_seqlens, seqused_k)",
     "causal": "causal mask, bottom-right or top-left aligned",
     "window": "sliding window, either side, both alignments",
@@ -66,6 +70,8 @@ FEATURES: dict[str, str] = {
     "gqa": "fewer key/value heads than query heads, summed in fp32",
     "dim_v != dim_qk": "value heads of another size",
     "deterministic": "bit-equal gradients from run to run",
+    "unaligned rows": "rows that start off multiples of 16 bytes",
+    "zero or negative strides": "expanded and reversed axes",
 }
 """Everything a problem can need beyond the plain product, in the words of the support table."""
 
@@ -87,6 +93,8 @@ def needs(problem: Problem) -> list[str]:
         "gqa": problem.group != 1,
         "dim_v != dim_qk": problem.dim_v != problem.dim_qk,
         "deterministic": problem.deterministic,
+        "unaligned rows": problem.copy_bytes < 16,
+        "zero or negative strides": not problem.ascending,
     }
     return [feature for feature in FEATURES if used[feature]]
 
@@ -125,6 +133,10 @@ def _config(problem: Problem, tile: tiles.Tile) -> Config:
         dim_splits=tile.dim_splits,
         copy_bytes=max(problem.copy_bytes, problem.dtype.itemsize),
         blocks_per_sm=tile.blocks_per_sm,
+        ping_pong=tile.ping_pong,
+        separate_out=tile.separate_out,
+        producer_registers=tile.producer_registers,
+        consumer_registers=tile.consumer_registers,
         smem_bytes=tile.smem_bytes,
     )
 
@@ -188,6 +200,19 @@ def _bias_step(problem: Problem, kernel: str, tile: tiles.Tile) -> tuple[Step, .
     return (Step(kernel, "BwdParams", config, blocks),)
 
 
+def _sm90_forward(problem: Problem, device: Device) -> Plan:
+    tile = tiles.forward_sm90(problem, device)
+    config = replace(_config(problem, tile), reduction="AtomicReduction")
+    blocks = _query_blocks(problem, tile.tile_q)
+    if problem.layout == "dense" and problem.mask.kind == "none":
+        # Tiles of equal work: each block takes every num_sms-th, and loads the next while it stores the last. Unequal
+        # ones are handed out one by one, the longest first.
+        blocks = min(blocks, device.num_sms)
+    boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))
+    step = Step("fwd_sm90", "FwdParams", config, blocks, boxes)
+    return Plan(problem, device, "sm90", (*_rng_step(problem), step), reason=tile.reason)
+
+
 def _sm80_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_sm80(problem, device)
     config = replace(_config(problem, tile), reduction="AtomicReduction")
@@ -248,6 +273,21 @@ def _simt_backward(problem: Problem, device: Device) -> Plan:
     return Plan(problem, device, "simt", steps, workspaces, reason=tile.reason)
 
 
+SM90 = Family(
+    name="sm90",
+    summary="warpgroup tensor cores by wgmma, fed by bulk copies",
+    min_capability=(9, 0),
+    only=True,
+    dtypes=("fp16", "bf16"),
+    max_dim=256,
+    features=(
+        "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "sink", "dropout", "gqa",
+        "dim_v != dim_qk",
+    ),
+    forward=_sm90_forward,
+    backward=None,
+)  # fmt: skip
+
 SM80 = Family(
     name="sm80",
     summary="tensor cores by mma.sync and cp.async",
@@ -261,7 +301,7 @@ SM80 = Family(
 
 SIMT = Family(
     name="simt",
-    summary="plain fused multiply-adds: any type, any architecture, any head size",
+    summary="plain fused multiply-adds",
     min_capability=(7, 0),
     dtypes=("fp16", "bf16", "fp32", "fp64"),
     max_dim=1024,
@@ -270,5 +310,5 @@ SIMT = Family(
     backward=_simt_backward,
 )
 
-FAMILIES: tuple[Family, ...] = (SM80, SIMT)
+FAMILIES: tuple[Family, ...] = (SM90, SM80, SIMT)
 """In order of preference: the first without a reason against a problem runs it."""

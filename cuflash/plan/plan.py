@@ -44,8 +44,24 @@ class Config:
     copy_bytes: int = 16
     """Width of one global access; 2, 4, 8 or 16."""
     blocks_per_sm: int = 1
+    ping_pong: bool = False
+    """Warpgroups take turns on the tensor cores (``sm90``)."""
+    separate_out: bool = False
+    """The tile of out does not take q's place in shared memory (``sm90``)."""
+    producer_registers: int = 0
+    """Of a thread of the warpgroup that loads, and of those that compute; 0 where warpgroups have no roles."""
+    consumer_registers: int = 0
     smem_bytes: int = 0
     """Dynamic shared memory; the kernel asserts that it equals ``sizeof(SmemPlan)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What one bulk copy moves: some rows and 128 bytes of columns of one head of a tensor."""
+
+    tensor: str
+    """``q``, ``k``, ``v`` or ``out``; the parameter block describes it to the copy engine in ``<tensor>_map``."""
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +75,8 @@ class Step:
     config: Config
     num_blocks: int
     """Blocks of the one-dimensional grid."""
+    boxes: tuple[Box, ...] = ()
+    """The tensors that it copies in bulk (``jit/tensormap.py``)."""
 
 
 @dataclass(frozen=True, slots=True)

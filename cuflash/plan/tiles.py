@@ -23,6 +23,10 @@ class Tile:
     stages: int = 1
     dim_splits: int = 1
     blocks_per_sm: int = 1
+    ping_pong: bool = False
+    separate_out: bool = False
+    producer_registers: int = 0
+    consumer_registers: int = 0
     reason: str = ""
 
 
@@ -41,6 +45,69 @@ def _resident(smem_bytes: int, threads: int, registers: int, device: Device) -> 
     by_smem = device.smem_per_sm // (smem_bytes + 1024)
     by_registers = 65536 // (threads * registers)
     return max(1, min(by_smem, by_registers))
+
+
+SM90_ROWS = 64
+"""Query rows of a consumer warpgroup of ``forward/sm90.cuh``: those of one wgmma."""
+
+_SM90_REGISTERS = {2: (24, 240), 3: (32, 160)}
+"""Consumers -> registers of a producer and of a consumer thread: all 65536 of a multiprocessor, but for the remainder
+that ``setmaxnreg`` cannot give, which counts in eights."""
+
+_L2_BYTES = 32 << 20
+"""Of the 50 MB of an H100's L2 cache, what keys and values may fill beside q and out."""
+
+
+def forward_sm90(problem: Problem, device: Device) -> Tile:
+    """The tile of ``forward/sm90.cuh``: consumers of 64 query rows each, and a producer that is two kv tiles ahead."""
+    dim = round_up(max(problem.dim_qk, problem.dim_v), 16)
+    plain = not (problem.softcap or problem.alibi or problem.bias or problem.mask.tensor or problem.dropout)
+    full = problem.mask.kind == "none"
+    if not plain:
+        consumers, tile_kv, ping_pong = 2, 128 if dim <= 64 else 96 if dim <= 128 else 64, full
+        reason = "two consumers: what else makes a score needs more registers than the 160 that three have"
+    elif dim > 128:
+        consumers, tile_kv, ping_pong = 2, 80, full and dim > 192
+        reason = "two consumers: out takes up to 128 registers, S 40"
+    elif problem.len_q <= (1024 if full else 2048):
+        consumers, tile_kv, ping_pong = 2, 128, full
+        reason = "128 query rows: short sequences make few tiles"
+    elif dim > 96:
+        consumers, tile_kv, ping_pong = 3, 80, False
+        reason = "three consumers read k and v once for 192 rows; with 96 keys S, P and out overflow 160 registers"
+    else:
+        consumers, tile_kv, ping_pong = 3, 128 if dim <= 64 else 112, full
+        reason = "three consumers read k and v once for 192 rows"
+    smem = {separate: _sm90_smem(problem, consumers, tile_kv, 2, separate) for separate in (True, False)}
+    separate_out = smem[True] <= device.smem_per_block
+    producer, consumer = _SM90_REGISTERS[consumers]
+    return Tile(
+        tile_q=consumers * SM90_ROWS,
+        tile_kv=tile_kv,
+        threads=128 * (1 + consumers),
+        smem_bytes=smem[separate_out],
+        stages=2,
+        ping_pong=ping_pong,
+        separate_out=separate_out,
+        producer_registers=producer,
+        consumer_registers=consumer,
+        reason=reason,
+    )
+
+
+def _sm90_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, separate_out: bool) -> int:
+    """Bytes of ``ForwardSm90::SmemPlan``: chunks of 64 columns, 128 bytes a row, and mbarriers."""
+    row_qk, row_v = (128 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
+    rows = row_qk + row_v if separate_out else max(row_qk, row_v)
+    barriers = 2 + 4 * stages  # q, and each stage of k and of v: full and empty
+    return round_up(consumers * SM90_ROWS * rows + stages * tile_kv * (row_qk + row_v) + 8 * barriers, 1024)
+
+
+def heads_per_section(problem: Problem) -> int:
+    """Query heads to work on together so that their keys and values stay in the L2 cache (``forward/sm90.cuh``)."""
+    head = problem.len_kv * (problem.dim_qk + problem.dim_v) * problem.dtype.itemsize
+    heads_kv = max(1, _L2_BYTES // max(1, head))
+    return problem.group << (heads_kv.bit_length() - 1)
 
 
 def forward_sm80(problem: Problem, device: Device) -> Tile:

@@ -28,4 +28,12 @@ CF_DEVICE Work query_work(int64 block, int tiles, int heads) {
   return work;
 }
 
+// Heads in sections whose keys stay in L2 together; inside a section the longest tiles of all its heads come first.
+CF_DEVICE Work section_work(int index, int tiles, int heads, int num_heads, int heads_per_section) {
+  const int section = index / (heads_per_section * tiles), first_head = section * heads_per_section;
+  const int here = min_of(heads_per_section, num_heads - first_head), rest = index - first_head * tiles;
+  const int head_index = first_head + rest % here;
+  return Work{tiles - 1 - rest / here, head_index % heads, head_index / heads};
+}
+
 }  // namespace cuflash

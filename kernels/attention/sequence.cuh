@@ -5,6 +5,11 @@
 
 namespace cuflash {
 
+// Where a box of a TensorMap starts, in rows and heads; the innermost coordinate is the caller's.
+struct BoxOrigin {
+  int x1, x2, x3;
+};
+
 struct DenseSequence {
   int len_q;     // query rows
   int len_kv;    // keys that take part
@@ -19,6 +24,10 @@ struct DenseSequence {
   // Elements from a tensor's base to row 0 of this sequence (head 0).
   CF_DEVICE int64 q_offset(const Strides& stride) const { return batch * stride.batch; }
   CF_DEVICE int64 kv_offset(const Strides& stride) const { return batch * stride.batch; }
+
+  // Row `row` of a head in a TensorMap (dim, row, head, batch).
+  CF_DEVICE BoxOrigin q_box(const Attention&, int row, int head) const { return {row, head, static_cast<int>(batch)}; }
+  CF_DEVICE BoxOrigin kv_box(const Attention&, int row, int head) const { return {row, head, static_cast<int>(batch)}; }
 
   // Query tiles before this sequence and in all, when every sequence starts a new tile.
   CF_DEVICE int64 first_q_tile(int tile) const { return batch * cdiv(len_q, tile); }
@@ -51,6 +60,15 @@ struct VarlenSequence {
 
   CF_DEVICE int64 q_offset(const Strides& stride) const { return start_q * stride.row; }
   CF_DEVICE int64 kv_offset(const Strides& stride) const { return start_kv * stride.row; }
+
+  // The same in a ragged TensorMap (dim, row, end, head), whose rows lie `total` before the tensor's: row r of a sequence
+  // that ends at `end` and takes part with `len` rows is (total - len + r, end), and rows past `len` are outside.
+  CF_DEVICE BoxOrigin q_box(const Attention& a, int row, int head) const {
+    return {a.total_q - len_q + row, start_q + len_q, head};
+  }
+  CF_DEVICE BoxOrigin kv_box(const Attention& a, int row, int head) const {
+    return {a.total_kv - len_kv + row, start_kv + len_kv, head};
+  }
 
   // floor(start / tile) + batch never overlaps the tiles of the sequence before, whatever the lengths are.
   CF_DEVICE int64 first_q_tile(int tile) const { return start_q / tile + batch; }

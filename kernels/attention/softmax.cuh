@@ -26,6 +26,12 @@ struct RowState {
     return rescale;
   }
 
+  // The same, but stays with an older maximum until probabilities would pass 2^slack: most tiles then shrink nothing.
+  CF_DEVICE Real update(Real tile_max, Real log2_unit, Real slack) {
+    const bool close_enough = (max_of(m, tile_max) - m) * log2_unit <= slack;  // false where m is -inf
+    return update(close_enough ? m : tile_max, log2_unit);
+  }
+
   // Takes in one more logit that has no value; returns the factor by which the output so far shrinks.
   CF_DEVICE Real add_sink(Real logit, Real unit) {
     const Real log2_unit = unit * static_cast<Real>(kLog2E);

@@ -47,16 +47,6 @@ struct ForwardSm80 {
   static constexpr int kRowsPerLane = Scores::kRowsPerLane;
   using Rows = RowState<float>[kRowsPerLane];
 
-  // Largest value over the four lanes that share a row, and their sum.
-  CF_DEVICE static float row_max(float x) {
-    x = max_of(x, ptx::shuffle_xor(x, 1));
-    return max_of(x, ptx::shuffle_xor(x, 2));
-  }
-  CF_DEVICE static float row_sum(float x) {
-    x += ptx::shuffle_xor(x, 1);
-    return x + ptx::shuffle_xor(x, 2);
-  }
-
   // Logits to probabilities relative to the running maximum; what was accumulated before shrinks to match.
   // Each lane sums only its own columns into l; row_sum joins them once at the end.
   CF_DEVICE static void softmax_tile(Scores& s, Rows& rows, Output& out, float log2_unit) {

@@ -6,7 +6,7 @@
 namespace cuflash::ptx {
 
 CF_DEVICE char* dynamic_smem() {
-  extern __shared__ __align__(128) char smem[];
+  extern __shared__ __align__(1024) char smem[];
   return smem;
 }
 

@@ -9,6 +9,7 @@ CF_DEVICE int thread_index() { return threadIdx.x; }
 CF_DEVICE int lane_index() { return threadIdx.x % 32; }
 CF_DEVICE int warp_index() { return threadIdx.x / 32; }
 CF_DEVICE int64 block_index() { return blockIdx.x; }
+CF_DEVICE int num_blocks() { return gridDim.x; }
 
 CF_DEVICE void sync_threads() { __syncthreads(); }
 CF_DEVICE void sync_warp() { __syncwarp(); }

@@ -27,6 +27,14 @@ CF_DEVICE void lower_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32
 template <int kRegisters>
 CF_DEVICE void raise_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 
+// True in one lane of the warp; the compiler knows that it is one.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-elect-sync
+CF_DEVICE bool elect() {
+  uint32 elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+}
+
 // Whether the predicate holds in any lane of the warp.
 CF_DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate); }
 

@@ -21,6 +21,17 @@ CF_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" 
 template <int kPending>
 CF_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
 
+// Ties an accumulator's registers to this point of the program: the compiler, which takes a product to be done once it is
+// issued, would otherwise move reads of the result before the wait, or writes of the operands after the issue.
+template <int kN>
+CF_DEVICE void wgmma_hold(Fragment<16, kN>& c) {
+#pragma unroll
+  for (int n = 0; n < kN / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c.x[0][n][i])::"memory");
+  }
+}
+
 // Names a matrix in shared memory in 128-byte swizzle: address, bytes from one 64-column chunk to the next (for a
 // matrix that is contiguous along M or N), bytes from one group of eight rows to the next, layout 1.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-shared-memory-layout-matrix-descriptor

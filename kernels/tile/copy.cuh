@@ -70,15 +70,15 @@ CF_DEVICE void store_tile(Element* global, int64 row_stride, int valid_rows, int
 
 // Zeroes rows [0, rows) x [0, kDim) of one head: outputs that no key or query reaches are defined all the same.
 template <int kDim, int kThreads, class Element>
-CF_DEVICE void zero_rows(Element* global, int64 row_stride, int rows) {
-  for (int64 index = ptx::thread_index(); index < int64(rows) * kDim; index += kThreads) {
+CF_DEVICE void zero_rows(Element* global, int64 row_stride, int rows, int thread = ptx::thread_index()) {
+  for (int64 index = thread; index < int64(rows) * kDim; index += kThreads) {
     global[index / kDim * row_stride + index % kDim] = Element(0.f);
   }
 }
 
 template <int kThreads, class T>
-CF_DEVICE void fill(T* global, int count, T value) {
-  for (int index = ptx::thread_index(); index < count; index += kThreads) global[index] = value;
+CF_DEVICE void fill(T* global, int count, T value, int thread = ptx::thread_index()) {
+  for (int index = thread; index < count; index += kThreads) global[index] = value;
 }
 
 }  // namespace cuflash

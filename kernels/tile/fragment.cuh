@@ -10,6 +10,7 @@
 #pragma once
 
 #include "ptx/mma.cuh"
+#include "ptx/sync.cuh"
 
 namespace cuflash {
 
@@ -44,6 +45,16 @@ struct Fragment {
     }
   }
 };
+
+// Largest value over the four lanes that share a row, and their sum.
+CF_DEVICE float row_max(float x) {
+  x = max_of(x, ptx::shuffle_xor(x, 1));
+  return max_of(x, ptx::shuffle_xor(x, 2));
+}
+CF_DEVICE float row_sum(float x) {
+  x += ptx::shuffle_xor(x, 1);
+  return x + ptx::shuffle_xor(x, 2);
+}
 
 // A kRows x kCols A operand in 16-bit elements, packed in pairs.
 template <int kRows, int kCols>

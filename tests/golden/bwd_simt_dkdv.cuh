@@ -29,6 +29,10 @@ struct Config {
   static constexpr int kDimSplits = 3;
   static constexpr int kCopyBytes = 8;
   static constexpr int kBlocksPerSm = 1;
+  static constexpr bool kPingPong = false;
+  static constexpr bool kSeparateOut = true;
+  static constexpr int kProducerRegisters = 0;
+  static constexpr int kConsumerRegisters = 0;
   static constexpr int kSmemBytes = 12345;
 };
 
@@ -69,6 +73,8 @@ static_assert(CF_OFFSET(Attention, total_kv) == 200, "host layout");
 static_assert(CF_OFFSET(Attention, window_left) == 204, "host layout");
 static_assert(CF_OFFSET(Attention, window_right) == 208, "host layout");
 static_assert(CF_OFFSET(Attention, top_left) == 212, "host layout");
+static_assert(sizeof(TensorMap) == 128, "host layout");
+static_assert(CF_OFFSET(TensorMap, words) == 0, "host layout");
 static_assert(sizeof(BwdParams) == 632, "host layout");
 static_assert(CF_OFFSET(BwdParams, attention) == 0, "host layout");
 static_assert(CF_OFFSET(BwdParams, q) == 216, "host layout");

@@ -29,6 +29,10 @@ struct Config {
   static constexpr int kDimSplits = 1;
   static constexpr int kCopyBytes = 16;
   static constexpr int kBlocksPerSm = 2;
+  static constexpr bool kPingPong = false;
+  static constexpr bool kSeparateOut = false;
+  static constexpr int kProducerRegisters = 0;
+  static constexpr int kConsumerRegisters = 0;
   static constexpr int kSmemBytes = 69632;
 };
 
@@ -69,7 +73,9 @@ static_assert(CF_OFFSET(Attention, total_kv) == 200, "host layout");
 static_assert(CF_OFFSET(Attention, window_left) == 204, "host layout");
 static_assert(CF_OFFSET(Attention, window_right) == 208, "host layout");
 static_assert(CF_OFFSET(Attention, top_left) == 212, "host layout");
-static_assert(sizeof(FwdParams) == 416, "host layout");
+static_assert(sizeof(TensorMap) == 128, "host layout");
+static_assert(CF_OFFSET(TensorMap, words) == 0, "host layout");
+static_assert(sizeof(FwdParams) == 1024, "host layout");
 static_assert(CF_OFFSET(FwdParams, attention) == 0, "host layout");
 static_assert(CF_OFFSET(FwdParams, q) == 216, "host layout");
 static_assert(CF_OFFSET(FwdParams, k) == 224, "host layout");
@@ -86,5 +92,10 @@ static_assert(CF_OFFSET(FwdParams, k_stride) == 320, "host layout");
 static_assert(CF_OFFSET(FwdParams, v_stride) == 344, "host layout");
 static_assert(CF_OFFSET(FwdParams, out_stride) == 368, "host layout");
 static_assert(CF_OFFSET(FwdParams, lse_stride) == 392, "host layout");
+static_assert(CF_OFFSET(FwdParams, q_map) == 448, "host layout");
+static_assert(CF_OFFSET(FwdParams, k_map) == 576, "host layout");
+static_assert(CF_OFFSET(FwdParams, v_map) == 704, "host layout");
+static_assert(CF_OFFSET(FwdParams, out_map) == 832, "host layout");
+static_assert(CF_OFFSET(FwdParams, heads_per_section) == 960, "host layout");
 
 }  // namespace cuflash

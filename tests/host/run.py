@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from cuflash.jit import tensormap
 from cuflash.jit.params import dtype as params_dtype
 from cuflash.jit.render import config_header
-from cuflash.plan import Plan, Step
+from cuflash.plan import Box, Plan, Step
+from cuflash.plan.tiles import heads_per_section
 from cuflash.problem import Problem
 from host.build import build
 
@@ -41,7 +43,7 @@ def launch(step: Step, params: np.ndarray, seed: int = 0) -> int:
     header = config_header(step.kernel, step.config, step.params)
     library = build(UNIT.format(kernel=step.kernel, params=step.params), header)
     library.launch.restype = ctypes.c_char_p
-    raw = np.ascontiguousarray(params)
+    raw = aligned(params)
     config = step.config
     error = library.launch(
         ctypes.c_void_p(raw.ctypes.data),
@@ -53,6 +55,39 @@ def launch(step: Step, params: np.ndarray, seed: int = 0) -> int:
     if error is not None:
         raise LaunchFailed(f"{step.kernel}: {error.decode()}\n{header}")
     return library.bank_conflicts()
+
+
+def aligned(params: np.ndarray) -> np.ndarray:
+    """The bytes of a parameter block at a multiple of 64, which ``TensorMap`` asks for."""
+    memory = np.empty(params.nbytes + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    raw = memory[first : first + params.nbytes]
+    raw[...] = np.frombuffer(params.tobytes(), np.uint8)
+    return raw
+
+
+def tensor_map(
+    address: int, dims: Sequence[int], strides: Sequence[int], box: Sequence[int], itemsize: int
+) -> np.ndarray:
+    """The words of a map as the emulated copy engine reads them: strides in bytes, of all dimensions but the first."""
+    words = np.zeros(16, np.uint64)
+    words[:13] = [address, *dims, *strides, *box, itemsize]
+    return words
+
+
+def encoder(tensor: tensormap.TensorMap) -> Callable[[int], np.ndarray]:
+    """What the driver's encoder is on a GPU."""
+    layout = tensor.dims, tensor.strides, tensor.box, tensor.dtype.itemsize
+    return lambda address: tensor_map(address - tensor.back, *layout)
+
+
+def box_map(problem: Problem, array: np.ndarray, box: Box) -> np.ndarray:
+    """The map of a (b, s, h, d) or (total, h, d) array."""
+    *order, dim = range(array.ndim)
+    order = order if problem.layout == "varlen" else [1, 2, 0]
+    describe = tensormap.ragged if problem.layout == "varlen" else tensormap.dense
+    sizes, steps = zip(*((array.shape[axis], array.strides[axis]) for axis in order), strict=True)
+    return encoder(describe(problem.dtype, array.shape[dim], *sizes, steps, box.rows))(array.ctypes.data)
 
 
 def strides(array: np.ndarray, axes: str) -> tuple[int, int, int]:
@@ -130,6 +165,11 @@ def run_plan_on_host(
                 params[f"dbias_{axis}"] = stride
         for name, scratch in workspaces.items():
             params[name] = scratch.ctypes.data
+        for box in step.boxes:
+            if arrays[box.tensor].size:
+                params[f"{box.tensor}_map"]["words"] = box_map(problem, arrays[box.tensor], box)
+        if "heads_per_section" in params.dtype.names:
+            params["heads_per_section"] = heads_per_section(problem)
         if "delta" in workspaces:
             dense = problem.layout == "dense"
             rows = (problem.batch, problem.heads_q, problem.len_q) if dense else (problem.heads_q, problem.total_q)

@@ -1,0 +1,116 @@
+"""Tensor maps: tensors described to the copy engine of sm_90, box by box. The only module that names libcuda.
+
+A kernel copies one box at a time, at coordinates in elements, innermost dimension first. What a box holds outside the
+tensor is zeros when it is loaded and left alone when it is stored.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from cuflash.dtypes import DType
+from cuflash.errors import UnsupportedProblem
+
+# Enumerations of cuda.h.
+_DATA_TYPES = {"fp16": 6, "bf16": 9}
+_NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _FILL_WITH_ZEROS = 0, 3, 3, 0
+
+_BOX_BYTES = 128
+"""Of a row of a box: as many columns as the swizzle spans."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """All of a map but its address."""
+
+    dtype: DType
+    dims: tuple[int, int, int, int]
+    """Elements along each dimension, innermost first."""
+    strides: tuple[int, int, int]
+    """Bytes between neighbours along every dimension but the first, whose elements are contiguous."""
+    box: tuple[int, int, int, int]
+    """Elements of one copy along each dimension."""
+    back: int = 0
+    """Bytes from the map's first element to the tensor's."""
+
+
+def dense(
+    dtype: DType, dim: int, rows: int, heads: int, batch: int, strides: tuple[int, int, int], box_rows: int
+) -> TensorMap:
+    """A (batch, row, head, dim) tensor with coordinates (column, row, head, batch).
+
+    Strides are bytes between rows, heads and batches, all positive multiples of 16.
+    """
+    sizes = rows, heads, batch
+    return TensorMap(dtype, (dim, *sizes), _legal(sizes, strides), (_BOX_BYTES // dtype.itemsize, box_rows, 1, 1))
+
+
+def ragged(dtype: DType, dim: int, total_rows: int, heads: int, strides: tuple[int, int], box_rows: int) -> TensorMap:
+    """A packed (row, head, dim) tensor whose boxes end where their sequence does.
+
+    Row r of a sequence of L rows that starts at packed row s is at (column, Y - L + r, s + L, head), where Y is
+    ``total_rows``. Both middle dimensions step from row to row, and the map starts Y rows before the tensor, so that
+    this is packed row s + r; rows from L on are at coordinates from Y on, which is outside.
+    """
+    row, head = _legal((total_rows, heads), strides)
+    dims, box = (dim, total_rows, total_rows + 1, heads), (_BOX_BYTES // dtype.itemsize, box_rows, 1, 1)
+    return TensorMap(dtype, dims, (row, row, head), box, back=total_rows * row)
+
+
+def _legal(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, where those along a dimension of one element, which may be anything, are ones that the driver takes."""
+    return tuple(stride if n > 1 else 16 for n, stride in zip(sizes, strides, strict=True))
+
+
+def encoder(tensor: TensorMap) -> Callable[[int], np.ndarray]:
+    """The function from a tensor's address to the words of its map, (16,) uint64: ``TensorMap`` of ``params.cuh``.
+
+    The other arguments of the driver's function are made once, half of what a call costs, and the words of the last
+    addresses are kept.
+
+    Raises
+    ------
+    UnsupportedProblem
+        If the driver is too old to know tensor maps, or (by the function) refuses this one.
+    """
+    driver = _driver()
+    dims, strides = (ctypes.c_uint64 * 4)(*tensor.dims), (ctypes.c_uint64 * 3)(*tensor.strides)
+    box, element_strides = (ctypes.c_uint32 * 4)(*tensor.box), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
+    data_type, words = _DATA_TYPES[tensor.dtype.name], ctypes.c_uint64 * 24
+
+    # https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__TENSOR__MEMORY.html
+    @lru_cache(maxsize=64)
+    def encode(address: int) -> np.ndarray:
+        memory = words()
+        first = -(ctypes.addressof(memory) // 8) % 8  # the driver wants the map aligned to 64 bytes
+        status = driver.cuTensorMapEncodeTiled(
+            ctypes.byref(memory, 8 * first), data_type, 4, ctypes.c_void_p(address - tensor.back), dims, strides, box,
+            element_strides, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _FILL_WITH_ZEROS,
+        )  # fmt: skip
+        if status:
+            raise UnsupportedProblem(
+                f"the CUDA driver refuses to describe a tensor at {address:#x} to the copy engine "
+                f"(cuTensorMapEncodeTiled returns {status}): {tensor}. Pass contiguous copies of the arrays."
+            )
+        return np.frombuffer(memory, np.uint64)[first : first + 16]
+
+    return encode
+
+
+@cache
+def _driver() -> Any:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        library.cuTensorMapEncodeTiled  # noqa: B018  looked up by its name
+    except (OSError, AttributeError) as error:
+        raise UnsupportedProblem(
+            f"the kernels of sm_90 need cuTensorMapEncodeTiled of the CUDA driver, which is not there ({error}). "
+            "Install driver 525 or newer, which CUDA 12 asks for."
+        ) from error
+    return library

@@ -1,0 +1,339 @@
+// Forward attention on Hopper: wgmma, TMA and warpgroups with roles, after FlashAttention-3 (Shah et al. 2024,
+// arXiv 2407.08608).
+//
+//   out = softmax(score(Q K^T)) V,   lse = log sum exp
+//
+//   producer warpgroup, one thread   TMA: Q, K, V ----> shared memory: q, ring of K tiles, ring of V tiles
+//   consumer warpgroups              64 rows of the q tile each: S = Q K^T (wgmma from shared memory), softmax in
+//                                    registers, out += P V (wgmma, P from registers), out -> shared memory -> TMA
+//
+// A consumer issues the next tile's S = Q K^T before this tile's out += P V, so that its softmax runs under P V:
+//
+//   tensor cores   | Q K(0) |  Q K(1)  | P(0) V(0) |        |  Q K(2)  | P(1) V(1) |
+//   one consumer            |softmax 0 |             softmax 1          |            softmax 2
+//
+// Consumers run independently, each visiting only its own rows' tiles, and fill each other's gaps; with kPingPong they
+// take turns at issuing, so that the softmax of one always runs under the products of another. Tiles are visited from
+// the last to the first: the ones that need masking come first, and at the end of a block's work the longest are done.
+// Blocks are persistent: they walk over works blockIdx, blockIdx + gridDim, ...; rings and phases run on.
+#pragma once
+
+#include "attention/schedule.cuh"
+#include "attention/softmax.cuh"
+#include "ptx/warpgroup.cuh"
+#include "tile/copy.cuh"
+#include "tile/copy_tma.cuh"
+#include "tile/dropout.cuh"
+#include "tile/gemm_sm90.cuh"
+#include "tile/ring.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct ForwardSm90 {
+  using Element = typename Config::Element;
+  using Sequence = typename Config::Sequence;
+  using Mask = typename Config::Mask;
+  using Score = typename Config::Score;
+  using Dropout = typename Config::Dropout;
+  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kStages = Config::kStages;
+  static constexpr int kRows = 64, kConsumers = kTileQ / kRows;  // rows of a consumer warpgroup
+  static constexpr int kConsumerThreads = kConsumers * ptx::kWarpgroupThreads;
+  static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
+  static_assert(Config::kThreads == ptx::kWarpgroupThreads + kConsumerThreads);
+
+  using QTile = SwizzledTile<Element, kRows, kDimQk>;
+  using KTile = SwizzledTile<Element, kTileKv, kDimQk>;
+  using VTile = SwizzledTile<Element, kTileKv, kDimV>;
+  using OutTile = SwizzledTile<Element, kRows, kDimV>;
+  using KvRing = Ring<kStages>;
+  using Cursor = typename KvRing::Cursor;
+  using QRing = Ring<1>;
+
+  struct SeparateRows {
+    QTile q;
+    OutTile out;
+  };
+  union SharedRows {
+    QTile q;
+    OutTile out;  // after the last Q K^T
+  };
+  struct SmemPlan {
+    typename Select<Config::kSeparateOut, SeparateRows, SharedRows>::Type rows[kConsumers];
+    KTile k[kStages];
+    VTile v[kStages];
+    QRing q_ring;  // all consumers' q tiles are one buffer
+    KvRing k_ring, v_ring;
+  };
+
+  // Named barriers, one for each consumer from these numbers on.
+  static constexpr int kTurnToIssue = 1, kOutWritten = 1 + kConsumers;
+
+  using Scores = Fragment<16, kTileKv>;
+  using Weights = Operand<16, kTileKv>;
+  using Output = Fragment<16, kDimV>;
+  using Rows = RowState<float>[2];
+
+  // How far, as a power of two, probabilities may grow beyond 1 before the output is rescaled: far inside the element's
+  // range, so that no product overflows float.
+  static constexpr float kSlack = IsSame<Element, bf16>::value ? 64.f : 8.f;
+
+  // f(work, sequence) for every tile of queries this block works on. Both roles must see the same works.
+  template <class F>
+  CF_DEVICE static void for_each_work(const FwdParams& p, F&& f) {
+    const Attention& a = p.attention;
+    const int tiles = num_tiles(a.len_q, kTileQ), heads = a.heads_q * a.batch, step = ptx::num_blocks();
+    for (int index = ptx::block_index(); index < tiles * heads; index += step) {
+      const Work work = section_work(index, tiles, a.heads_q, heads, p.heads_per_section);
+      const Sequence sequence(a, work.batch);
+      f(work, sequence);
+    }
+  }
+
+  // One thread loads everything, in the order in which it is used.
+  CF_DEVICE static void produce(const FwdParams& p, SmemPlan& smem) {
+    typename QRing::Cursor q_at;
+    Cursor at;  // K and V are used in step
+    for_each_work(p, [&](const Work& work, const Sequence& sequence) {
+      const Attention& a = p.attention;
+      const int q_first = work.tile * kTileQ, head_kv = work.head / (a.heads_q / a.heads_kv);
+      if (q_first >= sequence.len_q) return;
+      const Tiles tiles = Mask(a, sequence, work.head).kv_tiles(q_first, kTileQ, kTileKv);
+      const auto load_q = [&] {
+        const uint32 barrier = smem.q_ring.acquire(q_at, kConsumers * sizeof(QTile));
+        for (int w = 0; w < kConsumers; ++w) {
+          load_boxes(smem.rows[w].q, p.q_map, sequence.q_box(a, q_first + w * kRows, work.head), barrier);
+        }
+        q_at = q_at.next();
+      };
+      if (tiles.begin >= tiles.end) load_q();
+#pragma unroll 1
+      for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+        const BoxOrigin origin = sequence.kv_box(a, tile * kTileKv, head_kv);
+        load_boxes(smem.k[at.stage], p.k_map, origin, smem.k_ring.acquire(at, sizeof(KTile)));
+        if (tile == tiles.end - 1) load_q();  // after K, which needs not wait for the work before
+        load_boxes(smem.v[at.stage], p.v_map, origin, smem.v_ring.acquire(at, sizeof(VTile)));
+        at = at.next();
+      }
+    });
+  }
+
+  // Logits to probabilities relative to the running maximum; `rescale` is what the output so far must shrink by.
+  CF_DEVICE static void softmax_tile(Scores& s, Rows& rows, float log2_unit, float (&rescale)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float tile_max = -infinity<float>();
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) tile_max = max_of(tile_max, max_of(s.at(r, n, 0), s.at(r, n, 1)));
+      rescale[r] = rows[r].update(row_max(tile_max), log2_unit, kSlack);
+      const float shift = rows[r].shift(log2_unit);
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& p = s.at(r, n, i);
+          p = exp2(p * log2_unit - shift);
+          rows[r].l += p;
+        }
+      }
+    }
+  }
+
+  CF_DEVICE static void rescale_output(Output& out, const float (&factor)[2]) {
+#pragma unroll
+    for (int n = 0; n < Output::kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out.x[0][n][i] *= factor[i / 2];
+    }
+  }
+
+  // Packed rows that belong to no sequence are empty rows.
+  CF_DEVICE static void store_tail(const FwdParams& p, const Sequence& sequence, int head, int thread) {
+    Element* out = static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + head * p.out_stride.head;
+    float* lse = static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
+    zero_rows<Config::kDimV, kConsumerThreads>(out + sequence.len_q * p.out_stride.row, p.out_stride.row,
+                                               sequence.tail_q, thread);
+    fill<kConsumerThreads>(lse + sequence.len_q, sequence.tail_q, -infinity<float>(), thread);
+  }
+
+  CF_DEVICE static void consume(const FwdParams& p, SmemPlan& smem, int consumer) {
+    const Attention& a = p.attention;
+    const int thread = ptx::thread_index() % ptx::kWarpgroupThreads, lane = ptx::lane_index();
+    const bool leader = thread == 0;
+    const int warp_row = thread / 32 * 16, first_row = consumer * kRows + warp_row;
+    auto& mine = smem.rows[consumer];
+    typename QRing::Cursor q_at;
+    Cursor at;
+    if (Config::kPingPong && consumer == kConsumers - 1) ptx::arrive_named(kTurnToIssue, 2 * ptx::kWarpgroupThreads);
+
+    for_each_work(p, [&](const Work& work, const Sequence& sequence) {
+      if (work.tile == 0) store_tail(p, sequence, work.head, consumer * ptx::kWarpgroupThreads + thread);
+      const int q_first = work.tile * kTileQ;
+      if (q_first >= sequence.len_q) return;
+      const Mask mask(a, sequence, work.head);
+      const Score score(a, sequence, work.head);
+      const Dropout dropout(a, sequence, work.head);
+      const float log2_unit = score.unit() * static_cast<float>(kLog2E);
+      const Tiles loaded = mask.kv_tiles(q_first, kTileQ, kTileKv);
+      const Tiles tiles = Config::kPingPong ? loaded : own_tiles(mask, q_first + consumer * kRows, sequence, loaded);
+
+      Scores s;
+      Weights weights;
+      Output out;
+      out.clear();
+      Rows rows;
+      rows[0].init();
+      rows[1].init();
+      float rescale[2];
+
+      // Logits of a tile whose product has come in, to probabilities.
+      const auto softmax = [&](int tile, bool masked) {
+        s.for_each(lane, [&](float& x, int row, int col) {
+          x = score.apply(x, q_first + first_row + row, tile * kTileKv + col);
+        });
+        if (masked) {
+          s.for_each(lane, [&](float& x, int row, int col) {
+            if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
+          });
+        }
+        softmax_tile(s, rows, log2_unit, rescale);
+        for_each_dropped(dropout, s, q_first + first_row, tile * kTileKv,
+                         [&](int m, int n, int i) { s.x[m][n][i] = 0.f; });
+      };
+      // Tile's scores under way while the tile before it is added to the output.
+      const auto step = [&](int tile, bool masked) {
+        const Cursor next = at.next();
+        smem.k_ring.wait(next);
+        if (Config::kPingPong) ptx::sync_named(kTurnToIssue + consumer, 2 * ptx::kWarpgroupThreads);
+        ptx::wgmma_fence();
+        issue_abt<Element>(s, mine.q, smem.k[next.stage]);
+        ptx::wgmma_commit();
+        smem.v_ring.wait(at);
+        ptx::wgmma_fence();
+        issue_ab<Element>(out, weights, smem.v[at.stage]);
+        ptx::wgmma_commit();
+        if (Config::kPingPong) {
+          ptx::arrive_named(kTurnToIssue + (consumer + 1) % kConsumers, 2 * ptx::kWarpgroupThreads);
+        }
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_hold(s);
+        if (leader) smem.k_ring.release(next);
+        softmax(tile, masked);
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_hold(out);
+        if (leader) smem.v_ring.release(at);
+        at = at.next();
+        pack_operand<Element>(weights, s);
+        if (ptx::any(rescale[0] != 1.f || rescale[1] != 1.f)) rescale_output(out, rescale);
+      };
+      // Tiles that other consumers need.
+      const auto skip = [&](int count) {
+#pragma unroll 1
+        for (; count > 0; --count) {
+          smem.k_ring.wait(at);
+          smem.v_ring.wait(at);
+          if (leader) smem.k_ring.release(at);
+          if (leader) smem.v_ring.release(at);
+          at = at.next();
+        }
+      };
+
+      smem.q_ring.wait(q_at);
+      skip(loaded.end - tiles.end);
+      const bool some = tiles.begin < tiles.end;
+      if (some) {
+        int tile = tiles.end - 1;
+        smem.k_ring.wait(at);
+        ptx::wgmma_fence();
+        issue_abt<Element>(s, mine.q, smem.k[at.stage]);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_hold(s);
+        if (leader) smem.k_ring.release(at);
+        softmax(tile, true);
+        pack_operand<Element>(weights, s);
+
+        for (--tile; tile >= tiles.full_end; --tile) step(tile, true);
+        for (; tile >= (Mask::kFullFromStart ? 0 : tiles.full_begin); --tile) step(tile, false);
+        if constexpr (!Mask::kFullFromStart) {
+          for (; tile >= tiles.begin; --tile) step(tile, true);
+        }
+      }
+      if (Config::kSeparateOut && leader) smem.q_ring.release(q_at);
+      if (some) {
+        smem.v_ring.wait(at);
+        ptx::wgmma_fence();
+        issue_ab<Element>(out, weights, smem.v[at.stage]);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_hold(out);
+        if (leader) smem.v_ring.release(at);
+        at = at.next();
+      }
+      if constexpr (!Mask::kFullFromStart) skip(tiles.begin - loaded.begin);
+
+      float* lse = static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + work.head * p.lse_stride.head;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        rows[r].l = row_sum(rows[r].l);
+        const float shrink = Config::Sink::close(rows[r], a, work.head, score.unit());
+        rescale[r] = shrink * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a));
+        const int row = q_first + first_row + r * 8 + lane / 4;
+        if (lane % 4 == 0 && row < sequence.len_q) lse[row] = rows[r].lse(score.unit());
+      }
+      rescale_output(out, rescale);
+
+      if (Config::kSeparateOut) {  // the store of the work before may still be reading
+        if (leader) ptx::tma_store_wait_read();
+        ptx::sync_named(kOutWritten + consumer, ptx::kWarpgroupThreads);
+      }
+      store_fragment<Element>(mine.out, warp_row, lane, out);
+      ptx::fence_proxy_async();
+      ptx::sync_named(kOutWritten + consumer, ptx::kWarpgroupThreads);
+      if (leader) {
+        store_boxes(p.out_map, sequence.q_box(a, q_first + consumer * kRows, work.head), mine.out);
+        ptx::tma_store_commit();
+        if (!Config::kSeparateOut) {
+          ptx::tma_store_wait_read();
+          smem.q_ring.release(q_at);
+        }
+      }
+      q_at = q_at.next();
+    });
+    if (leader) ptx::tma_store_wait_read();
+  }
+
+  // The tiles that 64 of the block's rows need, none for rows past the sequence, among those that are loaded.
+  CF_DEVICE static Tiles own_tiles(const Mask& mask, int q, const Sequence& sequence, const Tiles& loaded) {
+    const Tiles tiles = mask.kv_tiles(q, kRows, kTileKv);
+    const int none = loaded.begin;
+    return q < sequence.len_q && tiles.begin < tiles.end ? tiles : Tiles{none, none, none, none};
+  }
+
+  CF_DEVICE static void run(const FwdParams& p) {
+    SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
+    if (ptx::thread_index() == 0) {
+      smem.q_ring.init(kConsumers);
+      smem.k_ring.init(kConsumers);
+      smem.v_ring.init(kConsumers);
+      ptx::fence_mbarrier_init();
+    }
+    ptx::sync_threads();
+    const int warpgroup = ptx::warpgroup_index();
+    if (warpgroup == 0) {
+      ptx::lower_registers<Config::kProducerRegisters>();
+      if (ptx::warp_index() == 0 && ptx::elect()) produce(p, smem);
+    } else {
+      ptx::raise_registers<Config::kConsumerRegisters>();
+      consume(p, smem, warpgroup - 1);
+    }
+  }
+};
+
+template <class Config>
+CF_DEVICE void forward_sm90(const FwdParams& params) {
+  SmemSizeCheck<sizeof(typename ForwardSm90<Config>::SmemPlan), Config::kSmemBytes>();
+  ForwardSm90<Config>::run(params);
+}
+
+}  // namespace cuflash

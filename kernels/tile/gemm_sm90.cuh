@@ -1,0 +1,33 @@
+// Products of one warpgroup on wgmma. C is four warps' register Fragments, 64 rows in all; B lies in shared memory.
+// Both only issue: fence before, commit and wait after (ptx/wgmma.cuh).
+#pragma once
+
+#include "ptx/wgmma.cuh"
+#include "tile/shared.cuh"
+
+namespace cuflash {
+
+// C = A B^T with A [64 x K] and B [kN x K], both row-major.
+template <class Element, int kN, class TileA, class TileB>
+CF_DEVICE void issue_abt(Fragment<16, kN>& c, TileA& a, TileB& b) {
+  static_assert(TileA::kRows == 64 && TileB::kRows == kN && TileA::kCols == TileB::kCols);
+  const uint64 a_descriptor = ptx::wgmma_descriptor(a.base(), 0), b_descriptor = ptx::wgmma_descriptor(b.base(), 0);
+#pragma unroll
+  for (int k = 0; k < TileA::kCols; k += 16) {
+    ptx::wgmma_abt<Element>(c, ptx::advance_descriptor(a_descriptor, k / 64 * TileA::kChunkBytes + k % 64 * 2),
+                            ptx::advance_descriptor(b_descriptor, k / 64 * TileB::kChunkBytes + k % 64 * 2), k > 0);
+  }
+}
+
+// C += A B with A [64 x kK] in registers and B [kK x kN] row-major.
+template <class Element, int kN, int kK, class TileB>
+CF_DEVICE void issue_ab(Fragment<16, kN>& c, const Operand<16, kK>& a, TileB& b) {
+  static_assert(TileB::kRows == kK && TileB::kCols == kN);
+  const uint64 b_descriptor = ptx::wgmma_descriptor(b.base(), TileB::kChunkBytes);
+#pragma unroll
+  for (int k = 0; k < kK; k += 16) {
+    ptx::wgmma_ab<Element>(c, a.x[0][k / 16], ptx::advance_descriptor(b_descriptor, k * 128), true);
+  }
+}
+
+}  // namespace cuflash
