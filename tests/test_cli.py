@@ -71,6 +71,8 @@ def test_explain_shows_the_choice_and_why_not_the_rest(fake_compiler):
 
 def test_explain_says_why_there_are_no_registers(no_compiler):
     printed = run("explain", "--device=h100")
+    assert "family     sm90: three consumers" in printed
+    assert "at most    100% of the tensor cores' peak" in printed
     assert "registers, spills and stack are known after compiling: NVRTC is not here" in printed
 
 

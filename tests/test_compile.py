@@ -15,7 +15,7 @@ from cuflash.errors import CompileError
 from cuflash.jit.compile import version
 from cuflash.plan import choose
 
-MOST_KERNELS = 700
+MOST_KERNELS = 760
 """Two cores compile about four a second."""
 
 
@@ -33,7 +33,8 @@ def test_the_matrix_is_bounded_and_covers_the_table():
     assert len({(arch, step.kernel, step.config) for arch, _, step in rows}) == len(rows)
     kernels = {arch: {step.kernel for target, _, step in rows if target == arch} for arch in ARCHITECTURES}
     everything = {step.kernel for _, step in variants(CASES.values(), named("h100"))}
-    assert kernels == dict.fromkeys(ARCHITECTURES, everything)
+    assert kernels.pop("sm_90a") == everything
+    assert set(map(frozenset, kernels.values())) == {frozenset(everything - {"fwd_sm90"})}
     for arch in FULL_ARCHITECTURES:
         whole = {(step.kernel, step.config) for _, step in variants(CASES.values(), named(arch))}
         assert {(step.kernel, step.config) for target, _, step in rows if target == arch} == whole

@@ -573,3 +573,22 @@ def test_copy_bytes_is_the_widest_access_that_all_rows_allow(shape, strides, cop
     assert check.problem_of("forward", Options(), views).copy_bytes == copy_bytes
     views["v"] = views["v"]._replace(pointer=4096 + copy_bytes // 2) if copy_bytes > 2 else views["v"]
     assert check.problem_of("forward", Options(), views).copy_bytes == max(2, copy_bytes // 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "ascending"),
+    [
+        ((2, 6, 4, 8), (384, 64, 16, 2), True),
+        ((2, 6, 4, 8), (16, 128, 32, 2), True),
+        ((2, 6, 4, 8), (384, 64, -16, 2), False),
+        ((2, 6, 4, 8), (-384, 64, 16, 2), False),
+        ((2, 6, 4, 8), (384, 64, 0, 2), False),
+        ((2, 6, 4, 8), (0, 64, 16, 2), False),
+        ((1, 6, 1, 8), (-7, 64, 0, 2), True),
+        ((2, 0, 4, 8), (384, -64, 0, 2), True),
+    ],
+)
+def test_strides_ascend_unless_an_axis_is_reversed_or_expanded(shape, strides, ascending) -> None:
+    views = {name: NumPy().view(name, full(*shape)) for name in ("q", "k", "v")}
+    views["k"] = views["k"]._replace(strides=strides)
+    assert check.problem_of("forward", Options(), views).ascending is ascending

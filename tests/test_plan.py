@@ -415,6 +415,35 @@ def test_hopper_blocks_and_boxes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "cycles", "share"),
+    [
+        # 192 x 80: 2 * 192 * 80 * 256 FLOP at 4096 a cycle, 192 * 80 exponentials at 16, and at 128 bytes a cycle q
+        # (48 KB), k and v (40 KB) by three readers and one writer.
+        ({"dim_qk": 128, "dim_v": 128}, (1920, 960, 384 + 4 * 320), 1.0),
+        ({}, (1536, 1536, 192 + 4 * 256), 1.0),  # 192 x 128
+        ({"dim_qk": 24, "dim_v": 17}, (768, 1536, 96 + 4 * 128), 0.5),
+        ({"dim_qk": 256, "dim_v": 256}, (2560, 640, 512 + 3 * 640), 2560 / 2560),
+        ({"dim_qk": 256, "dim_v": 256, "softcap": 1.0}, (2048, 512, 512 + 3 * 512), 1.0),
+    ],
+)
+def test_ceiling_of_hopper_tiles(changes: dict, cycles: tuple[float, ...], share: float) -> None:
+    ceiling = choose(replace(LONG, **changes), H100, "sm90").ceiling
+    assert (ceiling.tensor_cores, ceiling.exponentials, ceiling.shared_memory) == cycles
+    assert ceiling.share == share
+
+
+def test_explanation_of_a_hopper_forward() -> None:
+    lines = str(explain(replace(LONG, dim_qk=32, dim_v=32), H100)).splitlines()
+    assert lines[2].startswith("  family sm90: three consumers")
+    assert lines[4] == (
+        "  at most 50% of the tensor cores' peak: exponentials take 200% and shared memory 79% of the time of their "
+        "products"
+    )
+    assert lines[5].endswith("16-byte accesses, 160 registers to compute")
+    assert lines[6:] == ["  not sm80: sm90 comes first", "  not simt: sm90 comes first"]
+
+
+@pytest.mark.parametrize(
     ("changes", "heads"),
     [
         ({"heads_q": 32, "heads_kv": 32, "len_kv": 8192, "dim_qk": 128, "dim_v": 128}, 8),

@@ -66,6 +66,7 @@ class Case:
 
 # Neither length is a multiple of a tile; both need several tiles of every kernel in the catalogue.
 _LEN_Q, _LEN_KV = 203, 331
+_LONG_Q = 2100
 # An ordinary pair, an empty query, an empty key, one row, and one pair that spans several tiles.
 _LENS_Q = (97, 0, 37, 1, 203)
 _LENS_KV = (131, 40, 0, 331, 257)
@@ -100,6 +101,8 @@ FEATURES: dict[str, str] = {
     "copy4": "tensors aligned to 4 bytes only",
     "copy8": "tensors aligned to 8 bytes only",
     "reversed": "keys and values whose heads lie in memory in reverse order",
+    "long": "enough queries for the tiles of long sequences",
+    "long_causal": "the same, causal",
 }
 """What the last part of an id stands for."""
 
@@ -121,6 +124,8 @@ _CHANGES: dict[str, dict[str, object]] = {
     "dropout_word": {"dropout": "word"},
     "reversed": {"ascending": False},
     "mask_causal": {"mask": replace(_CAUSAL, tensor=True)},
+    "long": {"batch": 1, "len_q": _LONG_Q},
+    "long_causal": {"batch": 1, "len_q": _LONG_Q, "mask": _CAUSAL},
     "everything": {
         "heads_q": 6, "mask": Mask(left=64, right=17, tensor=True), "softcap": 2.0, "alibi": True,
         "bias": DTYPES["fp32"], "bias_broadcast": (True, False, False, False), "sink": True, "dropout": "byte",
@@ -186,10 +191,21 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
 
 # (dtype, dims, features): every dim once plain, the common ones with everything.
 _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
+    "sm90": [
+        *(("bf16", dims, ("",)) for dims in ("32", "40", "80")),
+        *(("bf16", dims, ("", "causal", "window")) for dims in ("96", "192", "256", "192x128")),
+        ("bf16", "64", ("", *(f for f in FEATURES if f not in ("copy2", "copy4", "copy8", "reversed")))),
+        ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "long", "long_causal")),
+        ("bf16", "128", ("bias", "dropout", "everything")),
+        ("bf16", "96", ("long", "long_causal")),
+        ("bf16", "256", ("varlen_causal", "everything")),
+        ("fp16", "64", ("", "causal", "long")),
+        ("fp16", "128", ("", "softcap")),
+    ],
     "sm80": [
         *(("bf16", dims, ("",)) for dims in ("32", "40", "80", "96")),
         *(("bf16", dims, ("", "causal")) for dims in ("192", "256", "192x128")),
-        ("bf16", "64", ("", *FEATURES)),
+        ("bf16", "64", ("", *(f for f in FEATURES if "long" not in f))),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "deterministic", "copy2")),
         ("bf16", "128", ("bias", "dbias", "dropout", "everything")),
         ("bf16", "256", ("varlen_causal", "deterministic", "everything")),
@@ -198,7 +214,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     ],
     "simt": [
         *(("fp32", dims, ("",)) for dims in ("16", "33", "128", "256", "512", "64x128", "1024")),
-        ("fp32", "64", ("", *(f for f in FEATURES if f not in ("copy2", "mask_causal")))),
+        ("fp32", "64", ("", *(f for f in FEATURES if f not in ("copy2", "mask_causal", "long", "long_causal")))),
         ("fp32", "256", ("causal",)),
         ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything")),
         ("fp64", "256", ("",)),
@@ -216,7 +232,8 @@ def _table() -> Iterator[Case]:
         for family, rows in _PLAN.items():
             for dtype, dims, features in rows:
                 for feature in features:
-                    if direction == "backward" or feature not in _BACKWARD_ONLY:
+                    serves = family != "sm90" if direction == "backward" else feature not in _BACKWARD_ONLY
+                    if serves:
                         yield _case(family, direction, dtype, dims, feature)
 
 
@@ -224,6 +241,8 @@ CASES: dict[str, Case] = {case.id: case for case in _table()}
 """Every case by its id."""
 
 SMOKE: tuple[str, ...] = tuple(
+    f"fwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d64-causal", "d128-long", "d128-varlen_causal", "d256")
+) + tuple(
     f"{name}_{rest}"
     for name in ("fwd", "bwd")
     for rest in (

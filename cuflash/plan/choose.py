@@ -60,12 +60,15 @@ class Explanation:
                 f"  workspace {self.plan.workspace_bytes:,} bytes"
                 + "".join(f", {w.name} {w.nbytes:,}" for w in self.plan.workspaces),
             ]
+            if self.plan.ceiling is not None:
+                lines.append(f"  at most {self.plan.ceiling}")
             for step in self.plan.steps:
                 config = step.config
                 lines.append(
                     f"  {step.kernel:<14} {step.num_blocks} blocks x {config.threads} threads, tile "
                     f"{config.tile_q} x {config.tile_kv}, {config.smem_bytes:,} bytes of shared memory, "
                     f"{config.copy_bytes}-byte accesses"
+                    + (f", {config.consumer_registers} registers to compute" if config.consumer_registers else "")
                 )
         for name, reasons in self.why_not.items():
             if reasons:

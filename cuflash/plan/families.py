@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from cuflash.device import Device
-from cuflash.plan import tiles
+from cuflash.plan import ceiling, tiles
 from cuflash.plan.plan import Box, Config, Plan, Step, Workspace
 from cuflash.problem import Problem
 
@@ -210,7 +210,8 @@ def _sm90_forward(problem: Problem, device: Device) -> Plan:
         blocks = min(blocks, device.num_sms)
     boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))
     step = Step("fwd_sm90", "FwdParams", config, blocks, boxes)
-    return Plan(problem, device, "sm90", (*_rng_step(problem), step), reason=tile.reason)
+    most = ceiling.forward_sm90(problem, tile)
+    return Plan(problem, device, "sm90", (*_rng_step(problem), step), reason=tile.reason, ceiling=most)
 
 
 def _sm80_forward(problem: Problem, device: Device) -> Plan:

@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 
 from cuflash.device import Device
+from cuflash.plan.ceiling import Ceiling
 from cuflash.problem import Problem
 
 
@@ -106,6 +107,8 @@ class Plan:
     workspaces: tuple[Workspace, ...] = ()
     reason: str = ""
     """Why these tiles, in words (``plan/tiles.py``)."""
+    ceiling: Ceiling | None = None
+    """What the main kernel can reach at most; None where nobody has counted."""
 
     @property
     def workspace_bytes(self) -> int:

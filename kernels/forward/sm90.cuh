@@ -216,11 +216,11 @@ struct ForwardSm90 {
           ptx::arrive_named(kTurnToIssue + (consumer + 1) % kConsumers, 2 * ptx::kWarpgroupThreads);
         }
         ptx::wgmma_wait<1>();
-        ptx::wgmma_hold(s);
+        ptx::wgmma_hold(s.x[0]);
         if (leader) smem.k_ring.release(next);
         softmax(tile, masked);
         ptx::wgmma_wait<0>();
-        ptx::wgmma_hold(out);
+        ptx::wgmma_hold(out.x[0]);
         if (leader) smem.v_ring.release(at);
         at = at.next();
         pack_operand<Element>(weights, s);
@@ -248,7 +248,7 @@ struct ForwardSm90 {
         issue_abt<Element>(s, mine.q, smem.k[at.stage]);
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
-        ptx::wgmma_hold(s);
+        ptx::wgmma_hold(s.x[0]);
         if (leader) smem.k_ring.release(at);
         softmax(tile, true);
         pack_operand<Element>(weights, s);
@@ -266,7 +266,7 @@ struct ForwardSm90 {
         issue_ab<Element>(out, weights, smem.v[at.stage]);
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
-        ptx::wgmma_hold(out);
+        ptx::wgmma_hold(out.x[0]);
         if (leader) smem.v_ring.release(at);
         at = at.next();
       }

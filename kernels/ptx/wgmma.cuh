@@ -1,12 +1,12 @@
 // wgmma: the tensor-core product of a warpgroup, C (64 x kN, float) += A (64 x 16) * B (16 x kN), asynchronous.
 //
-// Registers hold C as four warps' 16-row fragments one below the other (tile/fragment.cuh). Operands in shared memory
-// lie in rows of 128 bytes, swizzled (tile/shared.cuh), and are named by 64-bit descriptors. A product may read its
-// registers and shared memory until wgmma_wait has returned for its group.
+// Registers hold C as the 16-row accumulators of four warps one below the other, blocks of 8 columns side by side
+// (tile/fragment.cuh). Operands in shared memory lie in swizzled rows of 128 bytes (tile/shared.cuh) and are named by
+// 64-bit descriptors. A product may read its operands, and its C is not the program's, until wgmma_wait has returned for
+// its group.
 #pragma once
 
 #include "element.cuh"
-#include "tile/fragment.cuh"
 
 namespace cuflash::ptx {
 
@@ -23,12 +23,12 @@ CF_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :
 
 // Ties an accumulator's registers to this point of the program: the compiler, which takes a product to be done once it is
 // issued, would otherwise move reads of the result before the wait, or writes of the operands after the issue.
-template <int kN>
-CF_DEVICE void wgmma_hold(Fragment<16, kN>& c) {
+template <int kBlocks>
+CF_DEVICE void wgmma_hold(float (&c)[kBlocks][4]) {
 #pragma unroll
-  for (int n = 0; n < kN / 8; ++n) {
+  for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c.x[0][n][i])::"memory");
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
   }
 }
 
@@ -49,17 +49,17 @@ CF_DEVICE uint64 advance_descriptor(uint64 descriptor, int bytes) { return descr
 template <class Element, int kN>
 struct Wgmma;
 
-template <class Element, int kN>
-CF_DEVICE void wgmma_abt(Fragment<16, kN>& c, uint64 a, uint64 b, bool accumulate) {
-  Wgmma<Element, kN>::abt(c, a, b, accumulate);
+template <class Element, int kBlocks>
+CF_DEVICE void wgmma_abt(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
+  Wgmma<Element, kBlocks * 8>::abt(c, a, b, accumulate);
 }
-template <class Element, int kN>
-CF_DEVICE void wgmma_ab(Fragment<16, kN>& c, const uint32 (&a)[4], uint64 b, bool accumulate) {
-  Wgmma<Element, kN>::ab(c, a, b, accumulate);
+template <class Element, int kBlocks>
+CF_DEVICE void wgmma_ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, bool accumulate) {
+  Wgmma<Element, kBlocks * 8>::ab(c, a, b, accumulate);
 }
 
 // The accumulator as an asm operand list, by number and by name, eight registers (16 columns) at a time.
-#define CF_FOUR(n) "+f"(c.x[0][n][0]), "+f"(c.x[0][n][1]), "+f"(c.x[0][n][2]), "+f"(c.x[0][n][3])
+#define CF_FOUR(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define CF_EIGHT(group) CF_FOUR(2 * group), CF_FOUR(2 * group + 1)
 
 #define CF_NUMBERS_1 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -97,26 +97,26 @@ CF_DEVICE void wgmma_ab(Fragment<16, kN>& c, const uint32 (&a)[4], uint64 b, boo
 #define CF_REGISTERS_16 CF_REGISTERS_15, CF_EIGHT(15)
 
 // kN, its groups of eight registers, and the numbers of the six operands that follow them.
-#define CF_WGMMA(kN, groups, o0, o1, o2, o3, o4, o5)  \
-  CF_WGMMA_OF(fp16, "f16", kN, groups, o0, o1, o2, o3, o4, o5) \
+#define CF_WGMMA(kN, groups, o0, o1, o2, o3, o4, o5)                                                                  \
+  CF_WGMMA_OF(fp16, "f16", kN, groups, o0, o1, o2, o3, o4, o5)                                                        \
   CF_WGMMA_OF(bf16, "bf16", kN, groups, o0, o1, o2, o3, o4, o5)
 
-#define CF_WGMMA_OF(Element, type, kN, groups, o0, o1, o2, o3, o4, o5)                                               \
-  template <>                                                                                                        \
-  struct Wgmma<Element, kN> {                                                                                        \
-    CF_DEVICE static void abt(Fragment<16, kN>& c, uint64 a, uint64 b, bool accumulate) {                            \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2 ", 0;\n"                                                 \
-                   "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" CF_NUMBERS_##groups "}, "   \
-                   "%" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                           \
-                   : CF_REGISTERS_##groups : "l"(a), "l"(b), "r"(int(accumulate)));                                  \
-    }                                                                                                                \
-    CF_DEVICE static void ab(Fragment<16, kN>& c, const uint32 (&a)[4], uint64 b, bool accumulate) {                 \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o5 ", 0;\n"                                                 \
-                   "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" CF_NUMBERS_##groups "}, "   \
+#define CF_WGMMA_OF(Element, type, kN, groups, o0, o1, o2, o3, o4, o5)                                                \
+  template <>                                                                                                         \
+  struct Wgmma<Element, kN> {                                                                                         \
+    CF_DEVICE static void abt(float (&c)[kN / 8][4], uint64 a, uint64 b, bool accumulate) {                           \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2 ", 0;\n"                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" CF_NUMBERS_##groups "}, "    \
+                   "%" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                            \
+                   : CF_REGISTERS_##groups : "l"(a), "l"(b), "r"(int(accumulate)));                                   \
+    }                                                                                                                 \
+    CF_DEVICE static void ab(float (&c)[kN / 8][4], const uint32 (&a)[4], uint64 b, bool accumulate) {                \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o5 ", 0;\n"                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" CF_NUMBERS_##groups "}, "    \
                    "{%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 1;\n}"                               \
-                   : CF_REGISTERS_##groups                                                                           \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));                      \
-    }                                                                                                                \
+                   : CF_REGISTERS_##groups                                                                            \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));                       \
+    }                                                                                                                 \
   };
 
 CF_WGMMA(16, 1, 8, 9, 10, 11, 12, 13)

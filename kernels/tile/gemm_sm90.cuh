@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ptx/wgmma.cuh"
+#include "tile/fragment.cuh"
 #include "tile/shared.cuh"
 
 namespace cuflash {
@@ -14,7 +15,7 @@ CF_DEVICE void issue_abt(Fragment<16, kN>& c, TileA& a, TileB& b) {
   const uint64 a_descriptor = ptx::wgmma_descriptor(a.base(), 0), b_descriptor = ptx::wgmma_descriptor(b.base(), 0);
 #pragma unroll
   for (int k = 0; k < TileA::kCols; k += 16) {
-    ptx::wgmma_abt<Element>(c, ptx::advance_descriptor(a_descriptor, k / 64 * TileA::kChunkBytes + k % 64 * 2),
+    ptx::wgmma_abt<Element>(c.x[0], ptx::advance_descriptor(a_descriptor, k / 64 * TileA::kChunkBytes + k % 64 * 2),
                             ptx::advance_descriptor(b_descriptor, k / 64 * TileB::kChunkBytes + k % 64 * 2), k > 0);
   }
 }
@@ -26,7 +27,7 @@ CF_DEVICE void issue_ab(Fragment<16, kN>& c, const Operand<16, kK>& a, TileB& b)
   const uint64 b_descriptor = ptx::wgmma_descriptor(b.base(), TileB::kChunkBytes);
 #pragma unroll
   for (int k = 0; k < kK; k += 16) {
-    ptx::wgmma_ab<Element>(c, a.x[0][k / 16], ptx::advance_descriptor(b_descriptor, k * 128), true);
+    ptx::wgmma_ab<Element>(c.x[0], a.x[0][k / 16], ptx::advance_descriptor(b_descriptor, k * 128), true);
   }
 }
 
