@@ -1,9 +1,10 @@
 // One thread block on a CPU: every thread is a fiber that runs until it meets a barrier or a warp-wide instruction.
 //
-// A launch runs its blocks one after another, in rising order. Inside a block one warp at a time runs until all its
-// lanes stand at a block barrier or have returned; the order of the warps is drawn anew at every barrier, so a kernel
-// that lacks a barrier reads what another warp has not written yet, or has already overwritten, and its numbers are
-// wrong. Threads that wait for something that cannot happen end the launch with a message.
+// A launch runs its blocks one after another, in rising order. Inside a block one warp at a time runs until its lanes
+// wait or have returned; which one is next follows a random order that is drawn anew all the time, and in which the
+// parts of the multiprocessor that work on their own (tensor cores, copy engine) stand like warps. A kernel that lacks
+// a barrier reads what another warp has not written yet, or has already overwritten, and its numbers are wrong. Threads
+// that wait for something that cannot happen end the launch with a message.
 #pragma once
 
 #include <setjmp.h>
@@ -12,6 +13,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -23,6 +25,7 @@ using int64 = long long;
 struct Instruction {
   const char* name;
   void (*run)(void* const* lanes);
+  bool pauses = false;  // other warps may run before it
 };
 
 // A copy that cp.async has started: it happens when the thread waits for it, the destination being NaN until then.
@@ -32,7 +35,14 @@ struct Copy {
   int bytes;
 };
 
-enum class State { kRunnable, kAtInstruction, kAtBarrier, kReturned };
+// What a thread waits for, until somebody wakes those who wait `at` it.
+struct Wait {
+  const void* at;
+  int64 phase;
+  std::string (*describe)(const Wait&);
+};
+
+enum class State { kRunnable, kAtInstruction, kWaiting, kReturned };
 
 struct Thread {
   int index;
@@ -43,17 +53,41 @@ struct Thread {
   char* stack;
   const Instruction* instruction;
   void* operands;
+  Wait wait;
   std::vector<Copy> copies;                // not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   int spins;                               // reads of one global flag since this thread last moved on
 };
 
+// bar.sync's: completes when as many threads have come as the first of them said.
+struct NamedBarrier {
+  int threads;
+  int arrived;
+};
+
+// A part of the multiprocessor beside its warps.
+struct Part {
+  void (*start)();  // of a block
+  bool (*work)();   // does a piece of what it has to do, if there is any; null: nothing ever
+  void (*end)();    // looks at what a block has left behind; null: nothing to see
+};
+
+inline std::vector<Part> parts;
+
+// As a global variable: makes a part known.
+struct Register {
+  explicit Register(const Part& part) { parts.push_back(part); }
+};
+
 struct Block {
   static constexpr int kStackBytes = 128 * 1024;
+  static constexpr int kSmemAlignment = 1024;
   static constexpr int kGuardBytes = 4096;  // behind the dynamic shared memory, where nothing may be written
   static constexpr int kMaxSpins = 1000;
 
   std::vector<Thread> threads;
+  std::vector<int> order;  // warps, then parts; who comes first runs first
+  NamedBarrier barriers[16];
   std::vector<char> memory;
   char* smem;
   int smem_bytes;
@@ -64,9 +98,9 @@ struct Block {
 
   Thread* current = nullptr;
   jmp_buf scheduler;
-  char error[512] = "";
+  char error[2048] = "";
   unsigned long long random;  // state of a linear congruential generator (Knuth's MMIX)
-  int64 bank_conflicts = 0;  // of ldmatrix, over the whole launch
+  int64 bank_conflicts = 0;  // of ldmatrix and stmatrix, over the whole launch
 };
 
 inline Block block;
@@ -79,11 +113,17 @@ void note_fault(const char* format, Values... values) {
   snprintf(block.error + prefix, sizeof block.error - prefix, format, values...);
 }
 
-// Ends the launch from inside a thread or an instruction.
+// Ends the launch from inside a thread, an instruction or a part.
 template <class... Values>
 [[noreturn]] void fail(const char* format, Values... values) {
   note_fault(format, values...);
   _longjmp(block.scheduler, 1);
+}
+
+// Calls what may fail.
+template <class F>
+void guarded(const F& f) {
+  if (_setjmp(block.scheduler) == 0) f();
 }
 
 inline void suspend(State state) {
@@ -98,11 +138,73 @@ inline size_t random_below(size_t n) {
   return (block.random >> 33) % n;
 }
 
+inline void draw_order() {
+  for (size_t left = block.order.size(); left > 1; --left) {
+    std::swap(block.order[left - 1], block.order[random_below(left)]);
+  }
+}
+
+// Lets others run now and then.
+inline void pause() {
+  if (random_below(4) == 0) suspend(State::kRunnable);
+}
+
+// Suspends the thread until it is woken.
+inline void wait(const Wait& what) {
+  block.current->wait = what;
+  suspend(State::kWaiting);
+  block.current->wait.at = nullptr;
+}
+
+// The same for a whole warp, from inside its instruction: the lanes stay where they are until they are woken.
+inline void hold_warp(const Wait& what) {
+  for (int lane = 0; lane < 32; ++lane) {
+    block.current[lane].wait = what;
+    block.current[lane].state = State::kWaiting;
+  }
+}
+
+inline void wake(const void* at) {
+  for (Thread& thread : block.threads) {
+    if (thread.state == State::kWaiting && thread.wait.at == at) thread.state = State::kRunnable;
+  }
+}
+
 // Meets the other lanes of the warp at `instruction`.
 inline void execute(const Instruction& instruction, void* operands) {
   block.current->instruction = &instruction;
   block.current->operands = operands;
   suspend(State::kAtInstruction);
+}
+
+// Inside an instruction: which warp executes it.
+inline int executing_warp() { return block.current->index / 32; }
+
+// Inside an instruction: counts the warp in at barrier `number`, one of `threads` threads, and lets it wait there.
+inline void meet(int number, int threads, bool waits) {
+  const auto describe = [](const Wait& wait) -> std::string {
+    const NamedBarrier& barrier = *static_cast<const NamedBarrier*>(wait.at);
+    const int64 number = &barrier - block.barriers;
+    if (number == 0) return "sync_threads";
+    return "sync_named (barrier " + std::to_string(number) + ", " + std::to_string(barrier.arrived) + " of " +
+           std::to_string(barrier.threads) + " threads there)";
+  };
+  if (number < 0 || number > 15) fail("named barrier %d: there are 0 to 15", number);
+  if (threads <= 0 || threads % 32 != 0 || threads > static_cast<int>(block.threads.size())) {
+    fail("named barrier %d for %d threads: not whole warps of this block", number, threads);
+  }
+  NamedBarrier& barrier = block.barriers[number];
+  if (barrier.arrived == 0) barrier.threads = threads;
+  if (barrier.threads != threads) {
+    fail("named barrier %d: thread %d says %d threads, one that came before %d", number, block.current->index, threads,
+         barrier.threads);
+  }
+  barrier.arrived += 32;
+  if (waits) hold_warp({&barrier, 0, describe});
+  if (barrier.arrived < barrier.threads) return;
+  barrier.arrived = 0;
+  wake(&barrier);
+  if (number == 0) draw_order();
 }
 
 inline void thread_main() {
@@ -118,45 +220,93 @@ inline void resume(Thread& thread) {
   setcontext(&thread.start);
 }
 
-inline const char* place_of(const Thread& thread) {
+inline std::string place_of(const Thread& thread) {
   if (thread.state == State::kAtInstruction) return thread.instruction->name;
-  return thread.state == State::kAtBarrier ? "sync_threads" : "the end of the kernel";
+  return thread.state == State::kWaiting ? thread.wait.describe(thread.wait) : "the end of the kernel";
 }
 
-// Runs one warp until every lane is at a block barrier or has returned; false when the launch has failed.
-inline bool run_warp(Thread* lanes) {
+// The instruction at which all lanes of a warp stand; null when some wait elsewhere, may run, or can never come there.
+inline const Instruction* meeting_point(const Thread* lanes) {
+  const Thread* first = lanes;
+  while (first < lanes + 32 && first->state != State::kAtInstruction) ++first;
+  if (first == lanes + 32) return nullptr;
+  bool complete = true;
+  for (const Thread* other = lanes; other < lanes + 32; ++other) {
+    const bool at_another = other->state == State::kAtInstruction && other->instruction != first->instruction;
+    if (at_another || other->state == State::kReturned) {
+      note_fault("the lanes of a warp part: thread %d is at %s, thread %d at %s", first->index,
+                 place_of(*first).c_str(), other->index, place_of(*other).c_str());
+      return nullptr;
+    }
+    complete = complete && other->state == State::kAtInstruction;
+  }
+  return complete ? first->instruction : nullptr;
+}
+
+inline bool can_run(const Thread* lanes) {
+  for (int lane = 0; lane < 32; ++lane) {
+    if (lanes[lane].state == State::kRunnable) return true;
+  }
+  return meeting_point(lanes) != nullptr;
+}
+
+// Runs one warp until it has to wait, has returned, or pauses.
+inline void run_warp(Thread* lanes) {
   for (;;) {
     for (int lane = 0; lane < 32; ++lane) {
       if (lanes[lane].state == State::kRunnable) resume(lanes[lane]);
-      if (block.error[0]) return false;
+      if (block.error[0]) return;
     }
-    const Thread& first = lanes[0];
-    for (int lane = 1; lane < 32; ++lane) {
-      const Thread& other = lanes[lane];
-      if (other.state != first.state ||
-          (first.state == State::kAtInstruction && other.instruction != first.instruction)) {
-        note_fault("the lanes of a warp part: thread %d is at %s, thread %d at %s", first.index, place_of(first),
-                   other.index, place_of(other));
-        return false;
-      }
-    }
-    if (first.state != State::kAtInstruction) return true;
+    const Instruction* instruction = meeting_point(lanes);
+    if (!instruction || (instruction->pauses && random_below(2) == 0)) return;
     void* operands[32];
     for (int lane = 0; lane < 32; ++lane) {
       operands[lane] = lanes[lane].operands;
       lanes[lane].state = State::kRunnable;
     }
     block.current = &lanes[0];
-    if (_setjmp(block.scheduler) == 0) first.instruction->run(operands);
-    if (block.error[0]) return false;
+    guarded([&] { instruction->run(operands); });
+    if (block.error[0]) return;
   }
+}
+
+// Where everybody stands, as "thread 0 waits at X, thread 5 at Y": threads 1 to 4 are at X, too.
+inline void note_deadlock() {
+  std::string places, last;
+  for (const Thread& thread : block.threads) {
+    const std::string place = place_of(thread);
+    if (place == last) continue;
+    places += (places.empty() ? "thread " : ", thread ") + std::to_string(thread.index);
+    places += (thread.index == 0 ? " waits at " : " at ") + place;
+    last = place;
+  }
+  note_fault("%s: deadlock", places.c_str());
+}
+
+// Lets the first in the order that can do something do it; false when nobody can.
+inline bool step() {
+  const int num_warps = static_cast<int>(block.threads.size() / 32);
+  for (const int who : block.order) {
+    if (who < num_warps) {
+      Thread* const lanes = &block.threads[who * 32];
+      if (!can_run(lanes)) continue;
+      run_warp(lanes);
+      return true;
+    }
+    bool worked = false;
+    guarded([&] { worked = parts[who - num_warps].work && parts[who - num_warps].work(); });
+    if (worked) return true;
+  }
+  return false;
 }
 
 inline void run_block() {
   memset(block.memory.data(), 0xff, block.memory.size());  // NaN in every element type
+  for (NamedBarrier& barrier : block.barriers) barrier = {0, 0};
   for (Thread& thread : block.threads) {
     thread.state = State::kRunnable;
     thread.started = false;
+    thread.wait = {};
     thread.copies.clear();
     thread.groups.clear();
     getcontext(&thread.start);
@@ -165,23 +315,20 @@ inline void run_block() {
     thread.start.uc_link = nullptr;
     makecontext(&thread.start, thread_main, 0);
   }
-  std::vector<int> order(block.threads.size() / 32);
-  for (size_t warp = 0; warp < order.size(); ++warp) order[warp] = static_cast<int>(warp);
-  for (;;) {
-    for (size_t left = order.size(); left > 1; --left) std::swap(order[left - 1], order[random_below(left)]);
-    for (int warp : order) {
-      if (!run_warp(&block.threads[warp * 32])) return;
-    }
-    const State state = block.threads[0].state;
-    for (Thread& thread : block.threads) {
-      if (thread.state != state) {
-        note_fault("thread 0 waits at %s, thread %d at %s: deadlock", place_of(block.threads[0]), thread.index,
-                   place_of(thread));
-        return;
-      }
-    }
-    if (state == State::kReturned) break;
-    for (Thread& thread : block.threads) thread.state = State::kRunnable;
+  for (const Part& part : parts) part.start();
+  block.order.resize(block.threads.size() / 32 + parts.size());
+  for (size_t who = 0; who < block.order.size(); ++who) block.order[who] = static_cast<int>(who);
+  draw_order();
+  const size_t patience = size_t(1) << 2 * random_below(4);  // 1 to 64 steps in the same order
+  while (step()) {
+    if (block.error[0]) return;
+    if (random_below(patience) == 0) draw_order();
+  }
+  for (const Thread& thread : block.threads) {
+    if (thread.state != State::kReturned) return note_deadlock();
+  }
+  for (const Part& part : parts) {
+    if (part.end) guarded([&] { part.end(); });
   }
   for (int i = 0; i < Block::kGuardBytes; ++i) {
     if (block.smem[block.smem_bytes + i] != static_cast<char>(0xff)) {
@@ -198,8 +345,9 @@ inline const char* launch(void (*kernel)(const void*), const void* params, int64
   block.params = params;
   block.count = num_blocks;
   block.smem_bytes = smem_bytes;
-  block.memory.resize(smem_bytes + Block::kGuardBytes + 128);
-  block.smem = block.memory.data() + 128 - reinterpret_cast<size_t>(block.memory.data()) % 128;
+  block.memory.resize(smem_bytes + Block::kGuardBytes + Block::kSmemAlignment);
+  const size_t misalignment = reinterpret_cast<size_t>(block.memory.data()) % Block::kSmemAlignment;
+  block.smem = block.memory.data() + Block::kSmemAlignment - misalignment;
   block.error[0] = 0;
   block.bank_conflicts = 0;
   block.random = seed;

@@ -10,9 +10,11 @@ inline int thread_index() { return host::block.current->index; }
 inline int lane_index() { return thread_index() % 32; }
 inline int warp_index() { return thread_index() / 32; }
 inline int64 block_index() { return host::block.index; }
-inline int64 num_blocks() { return host::block.count; }
+inline int num_blocks() { return static_cast<int>(host::block.count); }
 
-inline void sync_threads() { host::suspend(host::State::kAtBarrier); }
+inline constexpr host::Instruction kSyncThreads{
+    "sync_threads", [](void* const*) { host::meet(0, static_cast<int>(host::block.threads.size()), true); }};
+inline void sync_threads() { host::execute(kSyncThreads, nullptr); }
 
 inline constexpr host::Instruction kSyncWarp{"sync_warp", [](void* const*) {}};
 inline void sync_warp() { host::execute(kSyncWarp, nullptr); }

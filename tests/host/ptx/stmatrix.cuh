@@ -1,0 +1,39 @@
+// The host twin of kernels/ptx/stmatrix.cuh. Counts bank conflicts, and notes what lacks a fence, on the way.
+#pragma once
+
+#include "async_proxy.hpp"
+#include "block.hpp"
+#include "std.cuh"
+
+namespace cuflash::ptx {
+
+struct Stmatrix {
+  const uint32* r;
+  uint32 shared;
+
+  static void run(void* const* lanes) {
+    const auto at = [&](int lane) -> const Stmatrix& { return *static_cast<const Stmatrix*>(lanes[lane]); };
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      int writes_of_bank[8] = {};  // groups of four banks: one row is 16 bytes
+      for (int row = 0; row < 8; ++row) {
+        const uint32 address = at(matrix * 8 + row).shared;
+        if (address % 16 != 0) host::fail("stmatrix: row address %u is not a multiple of 16", address);
+        if (int64(address) + 16 > host::block.smem_bytes) host::fail("stmatrix beyond shared memory");
+        for (int lane = row * 4; lane < row * 4 + 4; ++lane) {
+          memcpy(host::block.smem + address + lane % 4 * 4, &at(lane).r[matrix], 4);
+          host::async_proxy.note_write(host::executing_warp() * 32 + lane, address);
+        }
+        host::block.bank_conflicts += writes_of_bank[address / 16 % 8]++ > 0;
+      }
+    }
+  }
+};
+
+inline constexpr host::Instruction kStmatrix{"stmatrix_x4", Stmatrix::run};
+
+inline void stmatrix_x4(uint32 shared, const uint32 (&r)[4]) {
+  Stmatrix operands{r, shared};
+  host::execute(kStmatrix, &operands);
+}
+
+}  // namespace cuflash::ptx

@@ -1,0 +1,121 @@
+// The host twin of kernels/ptx/warpgroup.cuh. Registers are handed out as on an SM that the block has for itself.
+#pragma once
+
+#include "block.hpp"
+#include "ptx/sync.cuh"
+#include "std.cuh"
+
+namespace cuflash::host {
+
+struct RegisterFile {
+  std::vector<int> of_warp;  // registers of each of its threads
+  int left;                  // of 32 threads, that warps have given back
+  int elected;               // the lane that elect picks, always the same one
+
+  void start() {
+    const int at_launch = min_of(256, static_cast<int>(65536 / block.threads.size() / 8 * 8));
+    of_warp.assign(block.threads.size() / 32, at_launch);
+    left = 0;
+    elected = static_cast<int>(random_below(32));
+  }
+  // False while there are too few.
+  bool change(int registers, bool raise) {
+    int& mine = of_warp[executing_warp()];
+    if (raise ? registers < mine : registers > mine) {
+      fail("%s of thread %d: from %d to %d", raise ? "raise_registers" : "lower_registers", block.current->index, mine,
+           registers);
+    }
+    if (left < registers - mine) return false;
+    left -= registers - mine;
+    mine = registers;
+    if (!raise) wake(this);
+    return true;
+  }
+  void end() const {
+    for (size_t warp = 0; warp < of_warp.size(); ++warp) {
+      if (of_warp[warp] != of_warp[warp / 4 * 4]) fail("the warps of warpgroup %zu have unequal registers", warp / 4);
+    }
+  }
+};
+
+inline RegisterFile register_file;
+inline const Register kRegisterFile{{[] { register_file.start(); }, nullptr, [] { register_file.end(); }}};
+
+}  // namespace cuflash::host
+
+namespace cuflash::ptx {
+
+constexpr int kWarpgroupThreads = 128;
+
+inline int warpgroup_index() { return shuffle(thread_index() / kWarpgroupThreads, 0); }
+
+struct Named {
+  int barrier, threads;
+
+  template <bool kWaits>
+  static void run(void* const* lanes) {
+    const Named& first = *static_cast<const Named*>(lanes[0]);
+    for (int lane = 1; lane < 32; ++lane) {
+      const Named& other = *static_cast<const Named*>(lanes[lane]);
+      if (other.barrier != first.barrier || other.threads != first.threads) {
+        host::fail("the lanes of a warp come to named barriers %d and %d", first.barrier, other.barrier);
+      }
+    }
+    host::meet(first.barrier, first.threads, kWaits);
+  }
+};
+
+inline constexpr host::Instruction kSyncNamed{"sync_named", Named::run<true>, true};
+inline constexpr host::Instruction kArriveNamed{"arrive_named", Named::run<false>, true};
+
+inline void sync_named(int barrier, int threads) {
+  Named operands{barrier, threads};
+  host::execute(kSyncNamed, &operands);
+}
+inline void arrive_named(int barrier, int threads) {
+  Named operands{barrier, threads};
+  host::execute(kArriveNamed, &operands);
+}
+
+template <int kRegisters, bool kRaise>
+struct ChangeRegisters {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+
+  static void run(void* const* lanes) {
+    const bool done = host::register_file.change(kRegisters, kRaise);
+    for (int lane = 0; lane < 32; ++lane) *static_cast<bool*>(lanes[lane]) = done;
+    if (!done) {
+      host::hold_warp({&host::register_file, 0, [](const host::Wait&) -> std::string { return "raise_registers"; }});
+    }
+  }
+  static constexpr host::Instruction kInstruction{kRaise ? "raise_registers" : "lower_registers", run, true};
+};
+
+template <int kRegisters>
+void lower_registers() {
+  bool done = false;
+  while (!done) host::execute(ChangeRegisters<kRegisters, false>::kInstruction, &done);
+}
+template <int kRegisters>
+void raise_registers() {
+  bool done = false;
+  while (!done) host::execute(ChangeRegisters<kRegisters, true>::kInstruction, &done);
+}
+
+inline constexpr host::Instruction kElect{"elect", [](void* const*) {}};
+inline bool elect() {
+  host::execute(kElect, nullptr);
+  return lane_index() == host::register_file.elected;
+}
+
+inline constexpr host::Instruction kAny{"any", [](void* const* lanes) {
+  bool found = false;
+  for (int lane = 0; lane < 32; ++lane) found = found || *static_cast<const bool*>(lanes[lane]);
+  for (int lane = 0; lane < 32; ++lane) *static_cast<bool*>(lanes[lane]) = found;
+}};
+inline bool any(bool predicate) {
+  host::execute(kAny, &predicate);
+  return predicate;
+}
+
+}  // namespace cuflash::ptx
