@@ -212,6 +212,53 @@ CASES |= {
     ),
 }  # fmt: skip
 
+# Two consumers of 64 rows, three from 1025 queries (2049 under a causal mask) on; tiles of 64 to 128 keys.
+HOPPER = {
+    "sm90-d64": dense("fp16", (2, 2), (150, 300), (64, 64), batch=2),
+    "sm90-d64-causal": dense("bf16", (4, 2), (150, 300), (64, 64), mask=CAUSAL),
+    "sm90-d64-three": dense("fp16", (1, 1), (1030, 270), (64, 64)),
+    "sm90-d64-three-causal": dense("bf16", (1, 1), (2060, 700), (64, 64), mask=CAUSAL),
+    "sm90-d96-three-causal": dense("fp16", (1, 1), (2060, 230), (96, 80), mask=CAUSAL),
+    "sm90-d128": dense("bf16", (2, 1), (140, 300), (128, 128)),
+    "sm90-d128-causal": dense("fp16", (1, 1), (300, 290), (128, 128), mask=CAUSAL),
+    "sm90-d128-three": dense("bf16", (1, 1), (1030, 170), (128, 128)),
+    "sm90-d128-three-causal": dense("fp16", (1, 1), (2060, 330), (128, 128), mask=CAUSAL),
+    "sm90-d192-dv128": dense("bf16", (1, 1), (140, 170), (192, 128), mask=CAUSAL),
+    "sm90-d256": dense("fp16", (1, 1), (140, 170), (256, 256)),
+    "sm90-d256-causal": dense("bf16", (2, 1), (140, 170), (256, 256), mask=CAUSAL),
+    "sm90-d40-dv72": dense("fp16", (2, 1), (70, 140), (40, 72)),
+    "sm90-one-row": dense("fp16", (1, 1), (1, 70), (16, 16)),
+    "sm90-top-left": dense("fp16", (2, 1), (190, 150), (64, 64), mask=TOP_LEFT),
+    "sm90-more-queries": dense("bf16", (2, 1), (300, 60), (64, 64), mask=CAUSAL),
+    "sm90-window": dense("fp16", (2, 1), (260, 500), (64, 64), mask=Mask(left=150, right=5)),
+    "sm90-window-one-key": dense("fp16", (1, 1), (150, 150), (64, 64), mask=Mask(left=0, right=0)),
+    "sm90-softcap": dense("bf16", (1, 1), (140, 210), (128, 128), softcap=1.5, softmax_scale=-0.7, mask=CAUSAL),
+    "sm90-negative-scale": dense("fp16", (1, 1), (70, 140), (64, 64), softmax_scale=-0.3),
+    "sm90-mask": dense("fp16", (2, 1), (140, 270), (64, 64), batch=2, mask_axes="bhqk"),
+    "sm90-alibi": dense("bf16", (2, 2), (150, 270), (64, 64), alibi_axes="h"),
+    "sm90-bias": dense("fp16", (2, 1), (70, 270), (64, 64), batch=2, bias_axes="bhqk"),
+    "sm90-sink": dense("fp16", (4, 2), (90, 140), (64, 64), batch=2, sink=True, mask=CAUSAL),
+    "sm90-sink-no-keys": dense("fp16", (2, 1), (40, 0), (64, 64), sink=True),
+    "sm90-dropout": dense("bf16", (2, 1), (150, 270), (64, 64), batch=2, dropout="byte"),
+    "sm90-dropout-word": dense("fp16", (2, 1), (90, 150), (64, 64), batch=2, dropout="word"),
+    "sm90-no-keys": dense("fp16", (2, 1), (40, 0), (64, 64)),
+    "sm90-varlen": packed("fp16", (2, 1), (70, 0, 1, 330), (30, 20, 0, 350), (64, 64), tail=5),
+    "sm90-varlen-causal": packed("bf16", (4, 2), (1, 150, 64, 0), (130, 260, 64, 0), (128, 128), tail=70, mask=CAUSAL),
+    "sm90-varlen-seqused": packed(
+        "fp16", (2, 1), (40, 70, 3), (150, 290, 30), (64, 72), seqused_q=(33, 70, 0), seqused_kv=(20, 0, 30)
+    ),
+    "sm90-varlen-everything": packed(
+        "bf16", (4, 2), (40, 0, 170, 3), (90, 30, 20, 250), (64, 64), tail=5, seqused_q=(33, 0, 170, 1),
+        seqused_kv=(70, 9, 20, 199), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", bias=FP32,
+        softcap=3.0, sink=True, dropout="byte",
+    ),
+    "sm90-everything-d128": dense(
+        "fp16", (2, 1), (150, 230), (128, 128), mask=WINDOW, mask_axes="hqk", alibi_axes="h", bias_axes="hqk",
+        softmax_scale=-0.2, sink=True, dropout="byte",
+    ),
+}  # fmt: skip
+CASES |= {name: replace(case, family="sm90") for name, case in HOPPER.items()}
+
 SEED, OFFSET = 0x123456789ABCDEF0, 64
 
 
@@ -380,7 +427,10 @@ def test_forward(case: Case, seed: int = 0) -> None:
     tensors.assert_surroundings_untouched("out", "lse")
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+BACKWARD = {name: case for name, case in CASES.items() if name not in HOPPER}
+
+
+@pytest.mark.parametrize("case", BACKWARD.values(), ids=BACKWARD.keys())
 def test_backward(case: Case, seed: int = 0) -> None:
     tensors = Tensors(case)
     for name in ("q", "k", "v", "dout", "dlse"):
@@ -469,7 +519,7 @@ def test_a_generator_on_the_device_moves_on() -> None:
     assert generator.tolist() == [7, 2**63 + 8 + 512]
 
 
-MAIN_KERNELS = ("fwd_sm80", "fwd_simt", "bwd_sm80", "bwd_simt")
+MAIN_KERNELS = ("fwd_sm90", "fwd_sm80", "fwd_simt", "bwd_sm80", "bwd_simt")
 
 
 def test_cases_run_every_tile() -> None:
@@ -482,8 +532,8 @@ def test_cases_run_every_tile() -> None:
 
     run_here = {
         tile(choose(replace(case.problem, direction=direction), named(case.device), case.family))
-        for case in CASES.values()
-        for direction in ("forward", "backward")
+        for direction, cases in (("forward", CASES), ("backward", BACKWARD))
+        for case in cases.values()
     }
     planned = {tile(plan) for device in NAMED.values() for problem in PROBLEMS for plan in plans(problem, device)}
     assert planned - run_here == set()

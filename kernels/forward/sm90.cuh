@@ -67,7 +67,7 @@ struct ForwardSm90 {
   };
 
   // Named barriers, one for each consumer from these numbers on.
-  static constexpr int kTurnToIssue = 1, kOutWritten = 1 + kConsumers;
+  static constexpr int kTurnToIssue = 1, kMyWarps = 1 + kConsumers;
 
   using Scores = Fragment<16, kTileKv>;
   using Weights = Operand<16, kTileKv>;
@@ -226,16 +226,22 @@ struct ForwardSm90 {
         pack_operand<Element>(weights, s);
         if (ptx::any(rescale[0] != 1.f || rescale[1] != 1.f)) rescale_output(out, rescale);
       };
-      // Tiles that other consumers need.
+      const auto meet = [&] { ptx::sync_named(kMyWarps + consumer, ptx::kWarpgroupThreads); };
+      // Tiles that only other consumers need. Products keep a consumer's warps together; here they must meet, or one
+      // would be left waiting for a phase that is over.
       const auto skip = [&](int count) {
+        if (count <= 0) return;
 #pragma unroll 1
         for (; count > 0; --count) {
-          smem.k_ring.wait(at);
-          smem.v_ring.wait(at);
-          if (leader) smem.k_ring.release(at);
-          if (leader) smem.v_ring.release(at);
+          if (leader) {
+            smem.k_ring.wait(at);
+            smem.k_ring.release(at);
+            smem.v_ring.wait(at);
+            smem.v_ring.release(at);
+          }
           at = at.next();
         }
+        meet();
       };
 
       smem.q_ring.wait(q_at);
@@ -258,6 +264,8 @@ struct ForwardSm90 {
         if constexpr (!Mask::kFullFromStart) {
           for (; tile >= tiles.begin; --tile) step(tile, true);
         }
+      } else {
+        meet();
       }
       if (Config::kSeparateOut && leader) smem.q_ring.release(q_at);
       if (some) {
@@ -285,11 +293,11 @@ struct ForwardSm90 {
 
       if (Config::kSeparateOut) {  // the store of the work before may still be reading
         if (leader) ptx::tma_store_wait_read();
-        ptx::sync_named(kOutWritten + consumer, ptx::kWarpgroupThreads);
+        meet();
       }
       store_fragment<Element>(mine.out, warp_row, lane, out);
       ptx::fence_proxy_async();
-      ptx::sync_named(kOutWritten + consumer, ptx::kWarpgroupThreads);
+      meet();
       if (leader) {
         store_boxes(p.out_map, sequence.q_box(a, q_first + consumer * kRows, work.head), mine.out);
         ptx::tma_store_commit();
