@@ -226,6 +226,7 @@ HOPPER = {
     "sm90-d192-dv128": dense("bf16", (1, 1), (140, 170), (192, 128), mask=CAUSAL),
     "sm90-d256": dense("fp16", (1, 1), (140, 170), (256, 256)),
     "sm90-d256-causal": dense("bf16", (2, 1), (140, 170), (256, 256), mask=CAUSAL),
+    "sm90-d160-softcap": dense("bf16", (1, 1), (90, 170), (160, 160), softcap=1.5, mask=WINDOW),
     "sm90-d40-dv72": dense("fp16", (2, 1), (70, 140), (40, 72)),
     "sm90-one-row": dense("fp16", (1, 1), (1, 70), (16, 16)),
     "sm90-top-left": dense("fp16", (2, 1), (190, 150), (64, 64), mask=TOP_LEFT),
