@@ -51,7 +51,7 @@ struct BandMask {
   CF_DEVICE int q_begin(int kv) const { return kRight ? clamp_to(kv - end + 1, 0, len_q) : 0; }
   CF_DEVICE int q_end(int kv) const { return kLeft ? clamp_to(kv - first + 1, 0, len_q) : len_q; }
 
-  CF_DEVICE bool keep(int q, int kv) const { return kv_begin(q) <= kv && kv < kv_end(q); }
+  CF_DEVICE bool keep(int q, int kv) const { return (!kLeft || kv_begin(q) <= kv) && kv < kv_end(q); }
 
   // Key tiles for queries [q, q + rows) of the sequence.
   CF_DEVICE Tiles kv_tiles(int q, int rows, int tile) const {

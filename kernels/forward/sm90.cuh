@@ -241,6 +241,7 @@ struct ForwardSm90 {
           }
           at = at.next();
         }
+        at = {ptx::uniform(at.stage), ptx::uniform(at.phase)};
         meet();
       };
 

@@ -7,8 +7,11 @@ namespace cuflash::ptx {
 
 constexpr int kWarpgroupThreads = 128;
 
-// Through a shuffle, so that the compiler knows the number to be the same in all lanes.
-CF_DEVICE int warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0); }
+// A number that is the same in all lanes of the warp, said so that the compiler knows it and keeps it, and what follows
+// from it, in uniform registers.
+CF_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+CF_DEVICE int warpgroup_index() { return uniform(threadIdx.x / kWarpgroupThreads); }
 
 // Barriers 1 to 15 (0 is sync_threads): the one that completes when `threads` threads have come, of which those that
 // only arrive do not wait.
