@@ -47,6 +47,12 @@ namespace cuflash::ptx {
 
 constexpr int kWarpgroupThreads = 128;
 
+// Fails where the lanes disagree: the number would be lane 0's on a GPU.
+inline int uniform(int x) {
+  if (shuffle(x, 0) != x) host::fail("uniform: thread %d has %d, lane 0 another number", thread_index(), x);
+  return x;
+}
+
 inline int warpgroup_index() { return shuffle(thread_index() / kWarpgroupThreads, 0); }
 
 struct Named {
