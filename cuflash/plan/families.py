@@ -204,9 +204,9 @@ def _sm90_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_sm90(problem, device)
     config = replace(_config(problem, tile), reduction="AtomicReduction")
     blocks = _query_blocks(problem, tile.tile_q)
-    if problem.layout == "dense" and problem.mask.kind == "none":
-        # Tiles of equal work: each block takes every num_sms-th, and loads the next while it stores the last. Unequal
-        # ones are handed out one by one, the longest first.
+    if problem.layout == "dense":
+        # Each block takes its share, and loads the next tile while it stores the last. Shares of packed sequences could be
+        # unequal: there the tiles are handed out one by one, the longest first.
         blocks = min(blocks, device.num_sms)
     boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))
     step = Step("fwd_sm90", "FwdParams", config, blocks, boxes)

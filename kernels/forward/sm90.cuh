@@ -14,8 +14,8 @@
 //
 // Consumers run independently, each visiting only its own rows' tiles, and fill each other's gaps; with kPingPong they
 // take turns at issuing, so that the softmax of one always runs under the products of another. Tiles are visited from
-// the last to the first: the ones that need masking come first, and at the end of a block's work the longest are done.
-// Blocks are persistent: they walk over works blockIdx, blockIdx + gridDim, ...; rings and phases run on.
+// the last to the first, so that all but a left bound is masked at the beginning. Blocks may be persistent and go from
+// one work to another; rings and phases run on, so that the next work's loads run under the end of this one.
 #pragma once
 
 #include "attention/schedule.cuh"
@@ -78,13 +78,17 @@ struct ForwardSm90 {
   // range, so that no product overflows float.
   static constexpr float kSlack = IsSame<Element, bf16>::value ? 64.f : 8.f;
 
-  // f(work, sequence) for every tile of queries this block works on. Both roles must see the same works.
+  // f(work, sequence) for every tile of queries this block works on. Both roles must see the same works. They are in
+  // falling order of length; every other round deals them out backwards, so that blocks get equal shares.
   template <class F>
   CF_DEVICE static void for_each_work(const FwdParams& p, F&& f) {
     const Attention& a = p.attention;
-    const int tiles = num_tiles(a.len_q, kTileQ), heads = a.heads_q * a.batch, step = ptx::num_blocks();
-    for (int index = ptx::block_index(); index < tiles * heads; index += step) {
-      const Work work = section_work(index, tiles, a.heads_q, heads, p.heads_per_section);
+    const int tiles = num_tiles(a.len_q, kTileQ), heads = a.heads_q * a.batch, works = tiles * heads;
+    const int blocks = ptx::num_blocks();
+    int place = ptx::block_index();
+    for (int round = 0; round < works; round += blocks, place = blocks - 1 - place) {
+      if (round + place >= works) break;
+      const Work work = section_work(round + place, tiles, a.heads_q, heads, p.heads_per_section);
       const Sequence sequence(a, work.batch);
       f(work, sequence);
     }
