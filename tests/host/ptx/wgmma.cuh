@@ -11,9 +11,13 @@
 #include "async_proxy.hpp"
 #include "block.hpp"
 #include "element.cuh"
-#include "tile/fragment.cuh"
+#include "ptx/mma.cuh"
 
 namespace cuflash::host {
+
+// Where element i of a lane lies in its warp's accumulator, or in an A.
+constexpr int row_of(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
+constexpr int col_of(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
 // A 16 x n accumulator that products of one warp are changing.
 struct BusyAccumulator {
@@ -25,7 +29,7 @@ struct BusyAccumulator {
   std::vector<float> value;
 
   int count() const { return n / 2; }  // of registers
-  float& value_of(int lane, int i) { return value[row_of(lane, i % 4) * n + i / 4 * 8 + col_of(lane, i % 4)]; }
+  float& value_of(int lane, int i) { return value[row_of(lane, i) * n + col_of(lane, i)]; }
 
   void take() {
     value.resize(16 * n);
@@ -231,9 +235,9 @@ void multiply(const Product& product) {
   } else {
     const Descriptor b_matrix(product.whole.b, 128);
     for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 8; ++i) {  // columns 0 to 7, then 8 to 15
+      for (int i = 0; i < 8; ++i) {
         const uint32 bits = product.a_values[lane][i / 2] >> i % 2 * 16 & 0xffff;
-        a[row_of(lane, i % 4)][i / 4 * 8 + col_of(lane, i % 4)] = ptx::kFloats<Element>.of[bits];
+        a[row_of(lane, i)][col_of(lane, i)] = ptx::kFloats<Element>.of[bits];
       }
     }
     for (int k = 0; k < 16; ++k) {
@@ -288,8 +292,8 @@ void wgmma_wait() {
   while (!done) host::execute(WgmmaWait<kPending>::kInstruction, &done);
 }
 
-template <int kN>
-void wgmma_hold(Fragment<16, kN>&) {}
+template <int kBlocks>
+void wgmma_hold(float (&)[kBlocks][4]) {}
 
 inline uint64 wgmma_descriptor(uint32 shared, int chunk_bytes) {
   return (shared & 0x3ffff) >> 4 | uint64(chunk_bytes >> 4) << 16 | uint64(1024 >> 4) << 32 | uint64(1) << 62;
@@ -326,17 +330,17 @@ struct WgmmaOperands {
   static constexpr host::Instruction kInstruction{kForm == host::Form::kAbt ? "wgmma_abt" : "wgmma_ab", run};
 };
 
-template <class Element, int kN>
-void wgmma_abt(Fragment<16, kN>& c, uint64 a, uint64 b, bool accumulate) {
-  using Operands = WgmmaOperands<Element, kN, host::Form::kAbt>;
-  Operands operands{c.x[0][0], a, nullptr, b, accumulate};
+template <class Element, int kBlocks>
+void wgmma_abt(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
+  using Operands = WgmmaOperands<Element, kBlocks * 8, host::Form::kAbt>;
+  Operands operands{c[0], a, nullptr, b, accumulate};
   host::execute(Operands::kInstruction, &operands);
 }
 
-template <class Element, int kN>
-void wgmma_ab(Fragment<16, kN>& c, const uint32 (&a)[4], uint64 b, bool accumulate) {
-  using Operands = WgmmaOperands<Element, kN, host::Form::kAb>;
-  Operands operands{c.x[0][0], 0, a, b, accumulate};
+template <class Element, int kBlocks>
+void wgmma_ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, bool accumulate) {
+  using Operands = WgmmaOperands<Element, kBlocks * 8, host::Form::kAb>;
+  Operands operands{c[0], 0, a, b, accumulate};
   host::execute(Operands::kInstruction, &operands);
 }
 
