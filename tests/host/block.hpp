@@ -86,7 +86,9 @@ struct Block {
   static constexpr int kMaxSpins = 1000;
 
   std::vector<Thread> threads;
+  size_t returned;         // threads
   std::vector<int> order;  // warps, then parts; who comes first runs first
+  std::vector<size_t> laziness;  // of parts: how often they pass before they work, on the average
   NamedBarrier barriers[16];
   std::vector<char> memory;
   char* smem;
@@ -209,6 +211,7 @@ inline void meet(int number, int threads, bool waits) {
 
 inline void thread_main() {
   block.kernel(block.params);
+  ++block.returned;
   suspend(State::kReturned);
 }
 
@@ -283,6 +286,12 @@ inline void note_deadlock() {
   note_fault("%s: deadlock", places.c_str());
 }
 
+inline bool work(size_t part) {
+  bool worked = false;
+  guarded([&] { worked = parts[part].work && parts[part].work(); });
+  return worked;
+}
+
 // Lets the first in the order that can do something do it; false when nobody can.
 inline bool step() {
   const int num_warps = static_cast<int>(block.threads.size() / 32);
@@ -293,9 +302,10 @@ inline bool step() {
       run_warp(lanes);
       return true;
     }
-    bool worked = false;
-    guarded([&] { worked = parts[who - num_warps].work && parts[who - num_warps].work(); });
-    if (worked) return true;
+    if (random_below(block.laziness[who - num_warps]) == 0 && work(who - num_warps)) return true;
+  }
+  for (size_t part = 0; part < parts.size(); ++part) {
+    if (work(part)) return true;
   }
   return false;
 }
@@ -315,17 +325,21 @@ inline void run_block() {
     thread.start.uc_link = nullptr;
     makecontext(&thread.start, thread_main, 0);
   }
-  for (const Part& part : parts) part.start();
+  block.laziness.clear();
+  for (const Part& part : parts) {
+    part.start();
+    block.laziness.push_back(size_t(1) << 4 * random_below(4));
+  }
   block.order.resize(block.threads.size() / 32 + parts.size());
   for (size_t who = 0; who < block.order.size(); ++who) block.order[who] = static_cast<int>(who);
   draw_order();
   const size_t patience = size_t(1) << 2 * random_below(4);  // 1 to 64 steps in the same order
-  while (step()) {
+  block.returned = 0;
+  while (block.returned < block.threads.size()) {
+    const bool moved = step();
     if (block.error[0]) return;
+    if (!moved) return note_deadlock();
     if (random_below(patience) == 0) draw_order();
-  }
-  for (const Thread& thread : block.threads) {
-    if (thread.state != State::kReturned) return note_deadlock();
   }
   for (const Part& part : parts) {
     if (part.end) guarded([&] { part.end(); });

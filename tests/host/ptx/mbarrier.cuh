@@ -53,7 +53,11 @@ struct Mbarrier {
 };
 
 inline std::unordered_map<uint32, Mbarrier> mbarriers;  // by address
-inline const Register kMbarriers{{[] { mbarriers.clear(); }, nullptr, nullptr}};
+inline const Register kMbarriers{{[] { mbarriers.clear(); }, nullptr, [] {
+  for (const auto& [address, barrier] : mbarriers) {
+    if (barrier.bytes < 0) fail("mbarrier %u: %lld bytes came that were not announced", address, -barrier.bytes);
+  }
+}}};
 
 inline Mbarrier& mbarrier_at(const char* who, uint32 address) {
   const auto found = mbarriers.find(address);

@@ -52,7 +52,7 @@ struct Transfer {
     char row[128];
     uint32 row_address = shared;
     for_each_row([&](char* global, size_t first, size_t bytes) {
-      memset(row, 0, sizeof row);
+      memset(row, 0, 128);
       if (barrier) memcpy(row + first, global, bytes);
       for (int unit = 0; unit < 128; unit += 16) {
         char* const place = block.smem + swizzled(row_address + unit);
@@ -65,7 +65,7 @@ struct Transfer {
   }
 
  private:
-  // f(global address of the first byte inside the tensor, where in the row it is, bytes inside) for all rows of the box.
+  // f(global address of a row's first byte inside the tensor, where in the row it is, bytes inside) for every row.
   template <class F>
   void for_each_row(const F& f) const {
     const int64 first = clamp_to<int64>(-int64(at[0]), 0, tensor.box[0]);

@@ -260,8 +260,9 @@ void multiply(const Product& product) {
 
 namespace cuflash::ptx {
 
-inline constexpr host::Instruction kWgmmaFence{"wgmma_fence", [](void* const*) { host::tensor_cores.mine().fenced = true; },
-                                               true};
+inline constexpr host::Instruction kWgmmaFence{"wgmma_fence", [](void* const*) {
+  host::tensor_cores.mine().fenced = true;
+}, true};
 inline void wgmma_fence() { host::execute(kWgmmaFence, nullptr); }
 
 inline constexpr host::Instruction kWgmmaCommit{"wgmma_commit", [](void* const*) {
