@@ -403,7 +403,7 @@ def test_hopper_tiles_of_any_size_fit() -> None:
 
 def test_hopper_blocks_and_boxes() -> None:
     many = {"batch": 64, "len_q": 4096}
-    for changes, persistent in (({}, True), ({"mask": CAUSAL}, False), ({"layout": "varlen", "total_q": 1}, False)):
+    for changes, persistent in (({}, True), ({"mask": CAUSAL}, True), ({"layout": "varlen", "total_q": 1}, False)):
         problem = replace(LONG, **many, **changes)
         step = choose(problem, H100, "sm90").steps[-1]
         tiles = 64 * 8 * -(-4096 // step.config.tile_q)
