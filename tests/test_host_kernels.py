@@ -463,7 +463,9 @@ def test_backward(case: Case, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("name", ["bf16-d128-causal", "deterministic-window", "sm90-few-blocks", "sm90-few-blocks-d256"])
+@pytest.mark.parametrize(
+    "name", ["bf16-d128-causal", "deterministic-window", "sm90-few-blocks", "sm90-few-blocks-d256"]
+)
 def test_any_order_of_warps(name: str, seed: int) -> None:
     test_forward(CASES[name], seed)
     if name in BACKWARD:

@@ -205,8 +205,8 @@ def _sm90_forward(problem: Problem, device: Device) -> Plan:
     config = replace(_config(problem, tile), reduction="AtomicReduction")
     blocks = _query_blocks(problem, tile.tile_q)
     if problem.layout == "dense":
-        # Each block takes its share, and loads the next tile while it stores the last. Shares of packed sequences could be
-        # unequal: there the tiles are handed out one by one, the longest first.
+        # Each block takes its share, and loads the next tile while it stores the last. Shares of packed sequences could
+        # be unequal: there the tiles are handed out one by one, the longest first.
         blocks = min(blocks, device.num_sms)
     boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))
     step = Step("fwd_sm90", "FwdParams", config, blocks, boxes)
