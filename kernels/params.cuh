@@ -50,11 +50,23 @@ struct Attention {
   int top_left;               // 1: the diagonal starts at key 0; 0: it ends at the last key
 };
 
+// Where the keys of PagedSequence lie. Its tensors of keys and values are (page, row, head, dim), and `batch` of their
+// strides is the distance between pages.
+struct Pages {
+  const int* table;           // (batch, max_pages) by strides, the page of keys [i * size, i * size + size); null: no pages
+  int64 table_batch;          // strides of `table` in elements
+  int64 table_page;
+  int size;                   // keys of a page
+  int multiplier;             // j / size = j * multiplier >> shift for 0 <= j < 2^30
+  int shift;
+  int count;                  // pages of the whole cache
+};
+
 struct FwdParams {
   Attention attention;
   const void* q;              // [batch, len_q, heads_q, dim_qk]
-  const void* k;              // [batch, len_kv, heads_kv, dim_qk]
-  const void* v;              // [batch, len_kv, heads_kv, dim_v]
+  const void* k;              // [batch, len_kv, heads_kv, dim_qk] or [pages, size, heads_kv, dim_qk]
+  const void* v;              // [batch, len_kv, heads_kv, dim_v] or [pages, size, heads_kv, dim_v]
   void* out;                  // [batch, len_q, heads_q, dim_v]
   void* lse;                  // [batch, heads_q, len_q] or [heads_q, total_q], accumulator type, natural log
   int64* rng_state;           // [2] where fwd_rng leaves the seed and offset of this call, what attention.rng_state reads
@@ -67,6 +79,7 @@ struct FwdParams {
   Strides v_stride;
   Strides out_stride;
   Strides lse_stride;
+  Pages pages;
 };
 
 struct BwdParams {

@@ -22,6 +22,7 @@ _PLAIN = Problem("forward", BF16, batch=1, heads_q=4, heads_kv=4, len_q=64, len_
 PROBES: dict[str, Problem] = {
     "backward": replace(_PLAIN, direction="backward"),
     "varlen": replace(_PLAIN, layout="varlen", total_q=64, total_kv=64),
+    "paged": replace(_PLAIN, layout="varlen", total_q=64, total_kv=64, page_size=16),
     "causal": replace(_PLAIN, mask=Mask(right=0)),
     "window": replace(_PLAIN, mask=Mask(left=8, right=0)),
     "boolean mask": replace(_PLAIN, mask=Mask(tensor=True)),

@@ -54,9 +54,9 @@ def config_header(kernel: str, config: Config, params: str) -> str:
 
 
 def _layout_assertions(params: str) -> list[str]:
-    """The host's layout of the parameter struct and of the one inside it, as static assertions."""
+    """The host's layout of the parameter struct and of those inside it, as static assertions."""
     lines = []
-    for struct in ("Strides", "Attention", params):
+    for struct in ("Strides", "Attention", "Pages", params):
         dtype = params_header.dtype(struct)
         lines.append(f'static_assert(sizeof({struct}) == {dtype.itemsize}, "host layout");')
         lines += [
