@@ -69,7 +69,15 @@ static_assert(CF_OFFSET(Attention, total_kv) == 200, "host layout");
 static_assert(CF_OFFSET(Attention, window_left) == 204, "host layout");
 static_assert(CF_OFFSET(Attention, window_right) == 208, "host layout");
 static_assert(CF_OFFSET(Attention, top_left) == 212, "host layout");
-static_assert(sizeof(FwdParams) == 416, "host layout");
+static_assert(sizeof(Pages) == 40, "host layout");
+static_assert(CF_OFFSET(Pages, table) == 0, "host layout");
+static_assert(CF_OFFSET(Pages, table_batch) == 8, "host layout");
+static_assert(CF_OFFSET(Pages, table_page) == 16, "host layout");
+static_assert(CF_OFFSET(Pages, size) == 24, "host layout");
+static_assert(CF_OFFSET(Pages, multiplier) == 28, "host layout");
+static_assert(CF_OFFSET(Pages, shift) == 32, "host layout");
+static_assert(CF_OFFSET(Pages, count) == 36, "host layout");
+static_assert(sizeof(FwdParams) == 456, "host layout");
 static_assert(CF_OFFSET(FwdParams, attention) == 0, "host layout");
 static_assert(CF_OFFSET(FwdParams, q) == 216, "host layout");
 static_assert(CF_OFFSET(FwdParams, k) == 224, "host layout");
@@ -86,5 +94,6 @@ static_assert(CF_OFFSET(FwdParams, k_stride) == 320, "host layout");
 static_assert(CF_OFFSET(FwdParams, v_stride) == 344, "host layout");
 static_assert(CF_OFFSET(FwdParams, out_stride) == 368, "host layout");
 static_assert(CF_OFFSET(FwdParams, lse_stride) == 392, "host layout");
+static_assert(CF_OFFSET(FwdParams, pages) == 416, "host layout");
 
 }  // namespace cuflash

@@ -15,7 +15,7 @@ from cuflash.errors import CompileError
 from cuflash.jit.compile import version
 from cuflash.plan import choose
 
-MOST_KERNELS = 700
+MOST_KERNELS = 720
 """Two cores compile about four a second."""
 
 

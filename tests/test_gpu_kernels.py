@@ -12,7 +12,7 @@ import pytest
 
 from cuflash.bench import calls
 from cuflash.bench.cases import CASES, Case
-from cuflash.bench.inputs import Inputs, Normals, host, make
+from cuflash.bench.inputs import Inputs, Normals, host, make, packed_kv
 from cuflash.dtypes import BF16
 from cuflash.errors import UnsupportedProblem
 
@@ -46,7 +46,8 @@ def expected(case: Case, inputs: Inputs, *, naive: bool = False) -> oracle.Atten
     problem, mask = case.problem, case.problem.mask
     compute = oracle.naive_in_dtype if naive else oracle.attention
     return compute(
-        *(host(x) for x in (inputs.q, inputs.k, inputs.v)),
+        host(inputs.q),
+        *packed_kv(case, inputs),
         host(inputs.dout) if problem.direction == "backward" else None,
         window=tuple(-1 if side is None else side for side in (mask.left, mask.right)),
         alignment=mask.alignment,

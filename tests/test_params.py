@@ -12,7 +12,7 @@ import pytest
 from cuflash.errors import CompileError
 from cuflash.jit import params, sources
 
-STRUCTS = ("Strides", "Attention", "FwdParams", "BwdParams")
+STRUCTS = ("Strides", "Attention", "Pages", "FwdParams", "BwdParams")
 HEADER = (sources.root() / "params.cuh").read_text()
 
 
@@ -159,6 +159,4 @@ def test_a_name_given_twice_is_refused():
 def test_unknown_struct_names_the_known_ones():
     with pytest.raises(CompileError) as caught:
         params.dtype("Params")
-    assert (
-        str(caught.value) == "kernels/params.cuh has no struct Params; it has Strides, Attention, FwdParams, BwdParams."
-    )
+    assert str(caught.value) == f"kernels/params.cuh has no struct Params; it has {', '.join(STRUCTS)}."

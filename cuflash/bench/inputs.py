@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -18,7 +19,7 @@ Array = Any
 
 @dataclass(slots=True)
 class Inputs:
-    """The arrays of one call; dense tensors are (b, s, h, d), packed ones (total, h, d)."""
+    """The arrays of one call; dense tensors are (b, s, h, d), packed ones (total, h, d), pages (page, row, h, d)."""
 
     q: Array
     k: Array
@@ -38,6 +39,8 @@ class Inputs:
     """(heads_q,) fp32."""
     rng_state: tuple[int, int] | None = None
     """Philox seed and offset of dropout."""
+    block_table: Array | None = None
+    """(b, max_pages) int32: the pages of each sequence, and behind them numbers of none."""
 
 
 class Normals:
@@ -76,7 +79,7 @@ def make(case: Case, normals: Normals) -> Inputs:
     problem = case.problem
     varlen = problem.layout == "varlen"
     rows_q = (problem.total_q,) if varlen else (problem.batch, problem.len_q)
-    rows_kv = (problem.total_kv,) if varlen else (problem.batch, problem.len_kv)
+    rows_kv = (sum(case.lens_kv),) if varlen else (problem.batch, problem.len_kv)
     q, k, v, dout = normals.tensors(
         problem.dtype,
         [
@@ -96,6 +99,10 @@ def make(case: Case, normals: Normals) -> Inputs:
         inputs.seqused_kv = xp.asarray(np.array(case.seqused_kv, np.int32))
     if case.seqused_q:
         inputs.seqused_q = xp.asarray(np.array(case.seqused_q, np.int32))
+    if problem.page_size:
+        table = _table(case)
+        inputs.k, inputs.v = (xp.asarray(_paged(case, table, host(x))) for x in (k, v))
+        inputs.block_table = xp.asarray(table)
     rng = np.random.default_rng(2)
     if problem.alibi:  # as published: powers of 2 from 2 ** -1 down
         slopes = 2.0 ** -np.linspace(1, 8, problem.heads_q)
@@ -116,6 +123,43 @@ def make(case: Case, normals: Normals) -> Inputs:
         keep[:, :, 3] = False  # a row that sees nothing
         inputs.mask_tensor = xp.asarray(keep)
     return inputs
+
+
+def _table(case: Case) -> np.ndarray:
+    """Pages in an order of chance."""
+    table = np.full((case.problem.batch, -(-max(case.lens_kv) // case.problem.page_size)), 2**31 - 1, np.int32)
+    order = iter(np.random.default_rng(3).permutation(sum(case.pages) + 1))
+    for b, count in enumerate(case.pages):
+        table[b, :count] = [next(order) for _ in range(count)]
+    return table
+
+
+def _places(case: Case, table: np.ndarray) -> Iterator[tuple[slice, tuple[np.ndarray, np.ndarray]]]:
+    """Of every sequence, the packed rows of the keys in use, and the page and row of each."""
+    for b, (start, (_, len_kv)) in enumerate(zip(accumulate(case.lens_kv, initial=0), case.sequences, strict=False)):
+        page, row = np.divmod(np.arange(len_kv), case.problem.page_size)
+        yield slice(start, start + len_kv), (table[b, page], row)
+
+
+def _paged(case: Case, table: np.ndarray, packed: np.ndarray) -> np.ndarray:
+    """Packed keys or values in pages, with NaN in every row that holds none."""
+    size = case.problem.page_size
+    pages = np.full((case.problem.total_kv // size, size, *packed.shape[1:]), np.nan, packed.dtype)
+    for rows, places in _places(case, table):
+        pages[places] = packed[rows]
+    return pages
+
+
+def packed_kv(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values in host memory, dense or packed: those in pages gathered."""
+    k, v = host(inputs.k), host(inputs.v)
+    if not case.problem.page_size:
+        return k, v
+    gathered = [np.zeros((sum(case.lens_kv), *pages.shape[2:]), pages.dtype) for pages in (k, v)]
+    for rows, places in _places(case, host(inputs.block_table)):
+        for packed, pages in zip(gathered, (k, v), strict=True):
+            packed[rows] = pages[places]
+    return gathered[0], gathered[1]
 
 
 def host(x: Array | None) -> np.ndarray | None:

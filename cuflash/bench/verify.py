@@ -15,7 +15,7 @@ import numpy as np
 from cuflash import reference
 from cuflash.bench import calls
 from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Array, Inputs, host
+from cuflash.bench.inputs import Array, Inputs, host, packed_kv
 from cuflash.bench.naive import Extras, Naive, visible
 from cuflash.dropout import Dropout
 from cuflash.reference.dropout import KeepMask
@@ -43,6 +43,7 @@ def verify(case: Case, inputs: Inputs) -> list[Verdict]:
     names = [name for name in calls.results(case) if name != "rng_state"]
     results = [host(x) for x in calls.of(case, inputs)()][: len(names)]
     on_host = Inputs(*(host(getattr(inputs, name)) for name in Inputs.__slots__))
+    on_host.k, on_host.v = packed_kv(case, inputs)
     exact = _exact(case, on_host)[: len(names)]
     naive = _naive(case, on_host)
     return [_judge(*each, case) for each in zip(names, results, exact, naive, strict=True)]

@@ -56,7 +56,7 @@ class Family:
 FEATURES: dict[str, str] = {
     "backward": "gradients of q, k and v",
     "varlen": "packed sequences of different lengths (cu_seqlens, seqused_k)",
-    "paged": "keys and values in pages of any size (block_table), forward",
+    "paged": "keys and values in the pages of a cache, of any size",
     "causal": "causal mask, bottom-right or top-left aligned",
     "window": "sliding window, either side, both alignments",
     "boolean mask": "boolean tensor, broadcast over any axis",
