@@ -53,7 +53,7 @@ struct Attention {
 // Where the keys of PagedSequence lie. Its tensors of keys and values are (page, row, head, dim), and `batch` of their
 // strides is the distance between pages.
 struct Pages {
-  const int* table;           // (batch, max_pages) by strides, the page of keys [i * size, i * size + size); null: no pages
+  const int* table;           // (batch, max_pages) by strides: the page of keys [i * size, (i + 1) * size); null: none
   int64 table_batch;          // strides of `table` in elements
   int64 table_page;
   int size;                   // keys of a page

@@ -224,14 +224,20 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
 }
 
 
+def _exists(feature: str, direction: Direction) -> bool:
+    """Whether a feature is one of a direction."""
+    if feature in _BACKWARD_ONLY:
+        return direction == "backward"
+    return direction == "forward" or not feature.startswith("paged")
+
+
 def _table() -> Iterator[Case]:
     directions: tuple[Direction, ...] = ("forward", "backward")
     for direction in directions:
         for family, rows in _PLAN.items():
             for dtype, dims, features in rows:
                 for feature in features:
-                    only = "backward" if feature in _BACKWARD_ONLY else "forward" if "paged" in feature else direction
-                    if direction == only:
+                    if _exists(feature, direction):
                         yield _case(family, direction, dtype, dims, feature)
 
 

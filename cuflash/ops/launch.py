@@ -276,7 +276,8 @@ def _pages(k: View, table: View) -> np.ndarray:
     for axis, name in enumerate(("table_batch", "table_page")):
         pages[name] = table.strides[axis] // table.itemsize if table.shape[axis] > 1 else 0
     pages["count"], pages["size"] = k.shape[:2]
-    # Exact for keys below 2**30: rounding up adds less than 2**(shift - 30) to multiplier * size (Granlund 1994).
+    # Exact for keys below 2**30, as rounding up adds less than 2**(shift - 30) to multiplier * size: Granlund and
+    # Montgomery 1994, doi 10.1145/178243.178249.
     shift = 30 + (k.shape[1] - 1).bit_length()
     pages["multiplier"], pages["shift"] = -(-(2**shift) // k.shape[1]), shift
     return pages

@@ -1,4 +1,4 @@
-// Sequence: how long one batch element is and where its rows lie. Dense, packed or in pages; the kernels never know which.
+// Sequence: how long one batch element is and where its rows lie. Dense, packed or paged; the kernels never know which.
 #pragma once
 
 #include "params.cuh"

@@ -19,8 +19,8 @@ struct VectorOf<8> { using Type = uint2; };
 template <>
 struct VectorOf<16> { using Type = uint4; };
 
-// Starts the copy of the rows that there are, columns [0, kDim), into `tile`; everything else in the tile becomes zero, so
-// that padding of any content (NaN included) never enters a product. Complete after cp_async_wait and a barrier.
+// Starts the copy of rows [0, count) x columns [0, kDim) into `tile`; everything else in the tile becomes zero, so that
+// padding of any content (NaN included) never enters a product. Complete after cp_async_wait and a barrier.
 template <int kDim, int kBytes, int kThreads, class Tile, class Element, template <class> class Rows>
 CF_DEVICE void load_tile_async(Tile& tile, const Rows<const Element>& rows) {
   constexpr int kWidth = kBytes / sizeof(Element);  // elements of one access

@@ -19,8 +19,8 @@ struct GlobalRows {
   CF_DEVICE Element* below(Element* place, int /*row*/, int /*col*/, int rows) const { return place + rows * stride; }
 };
 
-// Keys or values in the pages that a table names. Rows behind the last key have its place: nothing behind the number of a
-// sequence's last page is looked up, and nothing of that page behind the key is read.
+// Keys or values in the pages that a table names. Rows behind the last key have its place, so that nothing behind the
+// number of a sequence's last page is looked up; they are not read.
 template <class Element>
 struct PagedRows {
   Element* data;          // row 0 of page 0
@@ -32,6 +32,7 @@ struct PagedRows {
 
   CF_DEVICE PagedRows from(int row) const { return {data, stride, pages, table, first + row, count - row}; }
 
+  // A division would cost more than everything else here: it is a product and a shift, whatever the size.
   CF_DEVICE Element* at(int row, int first_col, int col) const {
     const int key = first + min_of(row, count - 1);
     const int index = static_cast<int>(static_cast<int64>(key) * pages.multiplier >> pages.shift);
