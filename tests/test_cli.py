@@ -217,7 +217,7 @@ def test_bench_writes_its_rows_and_renders_them(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["postfill"], "problem set 'postfill' is not known; expected one of: prefill, features, latency, numpy."),
+        (["postfill"], "problem set 'postfill' is not known; expected one of: prefill, gqa, window,"),
         (["numpy", "--case=d7"], "--case 'd7' matches nothing in numpy"),
         (["numpy", "--peers=torch,fortran"], "--peers names 'fortran'"),
         (["--write=README.md"], "--write needs --render"),

@@ -35,6 +35,9 @@ class Case:
     seqused_kv: tuple[int, ...] = ()
     """Keys of each sequence that take part; empty: all of them."""
     dropout_p: float = 0.0
+    key_ramp: float = 1.0
+    """How many times longer the first key is than the last, falling linearly: kernels that visit the last keys first
+    then meet ever larger row maxima."""
 
     @property
     def sequences(self) -> list[tuple[int, int]]:

@@ -53,6 +53,8 @@ class Normals:
         self.xp = xp
         self._seed = seed
         self._drawn: dict[DType, Array] = {}
+        self._bias: Array | None = None
+        self._bias_of: tuple[DType, tuple[int, ...]] | None = None
 
     def tensors(self, dtype: DType, shapes: list[tuple[int, ...]], align: int = 16) -> list[Array]:
         """Contiguous tensors that do not overlap, each base aligned to ``align`` bytes and, below 16, to no more."""
@@ -64,6 +66,15 @@ class Normals:
             numbers[start + shift : start + shift + prod(shape)].reshape(shape)
             for start, shape in zip(starts, shapes, strict=False)
         ]
+
+    def bias(self, dtype: DType, shape: tuple[int, ...]) -> Array:
+        """An additive (b, heads_q, len_q, len_kv) tensor that hides half of a row, kept for the next that asks."""
+        if self._bias_of != (dtype, shape):
+            host = np.random.default_rng(2).standard_normal(shape, np.float32).astype(dtype.numpy)
+            if shape[2] > 3:
+                host[:, :, 3, shape[3] // 2 :] = -np.inf
+            self._bias, self._bias_of = self.xp.asarray(host), (dtype, shape)
+        return self._bias
 
     def _at_least(self, dtype: DType, count: int) -> Array:
         drawn = self._drawn.get(dtype)
@@ -90,8 +101,11 @@ def make(case: Case, normals: Normals) -> Inputs:
         ],
         align=problem.copy_bytes,
     )
-    inputs = Inputs(q, k, v, dout)
     xp = normals.xp
+    if case.key_ramp != 1:
+        scale = np.linspace(case.key_ramp, 1, k.shape[-3], dtype=np.float32)[:, None, None]
+        k = xp.asarray((host(k).astype(np.float32) * scale).astype(problem.dtype.numpy))
+    inputs = Inputs(q, k, v, dout)
     if varlen:
         inputs.cu_seqlens_q = xp.asarray(np.array([0, *accumulate(case.lens_q)], np.int32))
         inputs.cu_seqlens_kv = xp.asarray(np.array([0, *accumulate(case.lens_kv)], np.int32))
@@ -103,19 +117,15 @@ def make(case: Case, normals: Normals) -> Inputs:
         table = _table(case)
         inputs.k, inputs.v = (xp.asarray(_paged(case, table, host(x))) for x in (k, v))
         inputs.block_table = xp.asarray(table)
-    rng = np.random.default_rng(2)
     if problem.alibi:  # as published: powers of 2 from 2 ** -1 down
         slopes = 2.0 ** -np.linspace(1, 8, problem.heads_q)
         inputs.alibi_slopes = xp.asarray(slopes.astype(np.float32))
     if problem.bias is not None:
         pairs = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
         shape = tuple(1 if one else n for n, one in zip(pairs, problem.bias_broadcast, strict=True))
-        bias = rng.standard_normal(shape, np.float32)
-        if shape[2] > 3:
-            bias[:, :, 3, shape[3] // 2 :] = -np.inf  # hides half of a row
-        inputs.bias = xp.asarray(bias.astype(problem.bias.numpy))
+        inputs.bias = normals.bias(problem.bias, shape)
     if problem.sink:
-        inputs.sink = xp.asarray(rng.standard_normal(problem.heads_q, np.float32))
+        inputs.sink = xp.asarray(np.random.default_rng(3).standard_normal(problem.heads_q, np.float32))
     if problem.dropout:
         inputs.rng_state = (0x123456789ABCDEF0, 2**33 + 4)
     if problem.mask.tensor:
