@@ -295,7 +295,7 @@ def test_peers_are_named_one_by_one_or_by_their_framework():
 
 @pytest.mark.parametrize("make_product", [TorchProduct, CupyProduct])
 def test_a_row_of_the_product_tells_its_own_rate(everything_installed, installed, make_product: Callable[[], Product]):
-    installed("cupy.cuda.cublas")
+    installed("cupy", cuda=SimpleNamespace(cublas="loaded"))
     product = make_product()
     assert product.why_not(replace(PLAIN, dtype=BF16)) is None
     assert product.why_not(PLAIN) == "no yardstick for fp32 and fp64"
@@ -303,6 +303,17 @@ def test_a_row_of_the_product_tells_its_own_rate(everything_installed, installed
     row = report.row(CASES["plain"], runner, Timing(gpu_us=1400.0, host_us=1.0))
     assert row.tflops == pytest.approx(2 * 8192**3 / 1400e-6 * 1e-12, rel=1e-3)
     assert row.gbps == pytest.approx(3 * 8192**2 * 2 / 1400e-6 * 1e-9, rel=1e-3)
+
+
+def test_a_product_without_cublas_is_noted(installed, monkeypatch):
+    class Cuda:
+        @property
+        def cublas(self) -> object:
+            raise ImportError("libcublas.so is not here")
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    installed("cupy", cuda=Cuda())
+    assert find(["gemm"], gpu=True).notes == ["gemm: ImportError: libcublas.so is not here"]
 
 
 def test_the_product_is_the_product(everything_installed):

@@ -252,7 +252,7 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def _means(name: str, groups: list[Group], peers: list[str], products: list[str]) -> list[str]:
-    """The last line of a set: geometric means over the cases that have the ratio."""
+    """The last line of a set: geometric means over the cases that have the ratio, and the least beside the best."""
     ratios = [_faster(group) for group in groups]
     shares = [share for group in groups if (share := _share(group)) is not None]
     best = [min(each.values()) for each in ratios if each]
@@ -260,7 +260,7 @@ def _means(name: str, groups: list[Group], peers: list[str], products: list[str]
         f"{name or 'all'}: geometric mean",
         "",
         *(_ratio(_mean(shares), "") for _ in products),
-        _ratio(_mean(best)),
+        f"{_ratio(_mean(best))}, least {_ratio(min(best))}" if best else "–",
         *(_ratio(_mean([each[impl] for each in ratios if impl in each])) for impl in peers),
         *("" for _ in products),
     ]

@@ -76,7 +76,9 @@ class CupyProduct(Product):
     dtype = FP16
 
     def __init__(self) -> None:
-        importlib.import_module("cupy.cuda.cublas")
+        import cupy
+
+        self._library = cupy.cuda.cublas  # loaded when asked for: an ImportError where it is not installed
         super().__init__()
 
     def prepare(self, case: Case, inputs: Inputs) -> Runner:
