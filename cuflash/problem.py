@@ -34,7 +34,9 @@ class Problem:
     total_q: int = 0
     """Rows of the packed query tensor (``varlen`` only)."""
     total_kv: int = 0
-    """Rows of the packed key tensor (``varlen`` only)."""
+    """Rows of the packed key tensor, or of all pages (``varlen`` only)."""
+    page_size: int = 0
+    """Keys of a page, where keys and values lie in the pages of a cache (``varlen`` only); 0: they are packed."""
     mask: Mask = Mask()
     softcap: float = 0.0
     """Scores become ``softcap * tanh(score / softcap)``; 0 leaves them alone."""
@@ -86,6 +88,7 @@ class Problem:
         dims = f"d{self.dim_qk}" + (f"x{self.dim_v}" if self.dim_v != self.dim_qk else "")
         parts = [self.direction, self.dtype.name, f"b{self.batch}", heads, f"s{self.len_q}x{self.len_kv}", dims]
         parts += [self.layout] if self.layout != "dense" else []
+        parts += [f"pages{self.page_size}"] if self.page_size else []
         parts += [self.mask.kind] if self.mask.kind != "none" else []
         parts += ["mask"] if self.mask.tensor else []
         parts += ["softcap"] if self.softcap else []

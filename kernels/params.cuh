@@ -50,6 +50,18 @@ struct Attention {
   int top_left;               // 1: the diagonal starts at key 0; 0: it ends at the last key
 };
 
+// Where the keys of PagedSequence lie. Its tensors of keys and values are (page, row, head, dim), and `batch` of their
+// strides is the distance between pages.
+struct Pages {
+  const int* table;           // (batch, max_pages) by strides: the page of keys [i * size, (i + 1) * size); null: none
+  int64 table_batch;          // strides of `table` in elements
+  int64 table_page;
+  int size;                   // keys of a page
+  int multiplier;             // j / size = j * multiplier >> shift for 0 <= j < 2^30
+  int shift;
+  int count;                  // pages of the whole cache
+};
+
 // A tensor as the copy engine sees it: 128 opaque bytes that the driver makes (jit/tensormap.py).
 struct alignas(64) TensorMap {
   uint64 words[16];
@@ -58,8 +70,8 @@ struct alignas(64) TensorMap {
 struct FwdParams {
   Attention attention;
   const void* q;              // [batch, len_q, heads_q, dim_qk]
-  const void* k;              // [batch, len_kv, heads_kv, dim_qk]
-  const void* v;              // [batch, len_kv, heads_kv, dim_v]
+  const void* k;              // [batch, len_kv, heads_kv, dim_qk] or [pages, size, heads_kv, dim_qk]
+  const void* v;              // [batch, len_kv, heads_kv, dim_v] or [pages, size, heads_kv, dim_v]
   void* out;                  // [batch, len_q, heads_q, dim_v]
   void* lse;                  // [batch, heads_q, len_q] or [heads_q, total_q], accumulator type, natural log
   int64* rng_state;           // [2] where fwd_rng leaves the seed and offset of this call, what attention.rng_state reads
@@ -72,11 +84,12 @@ struct FwdParams {
   Strides v_stride;
   Strides out_stride;
   Strides lse_stride;
+  Pages pages;
+  int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
   TensorMap q_map;            // boxes of q, k, v and out; sm90 only
   TensorMap k_map;
   TensorMap v_map;
   TensorMap out_map;
-  int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
 };
 
 struct BwdParams {

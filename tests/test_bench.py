@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -17,6 +20,7 @@ from cuflash import dtypes
 from cuflash.bench import calls, report, sets
 from cuflash.bench.cases import CASES, SMOKE, Case, select, widest_copy
 from cuflash.bench.inputs import Normals, make
+from cuflash.bench.meter import Meter, Reading
 from cuflash.bench.naive import Extras, Naive, visible
 from cuflash.bench.peers import PEERS, CuflashCpu, NumpyNaive, find
 from cuflash.bench.run import Bench
@@ -32,7 +36,7 @@ from cuflash.plan.families import FEATURES, needs
 
 H100 = named("h100")
 ROW_KEYS = ["case", "phase", "impl", "family", "dtype", "d", "dv", "b", "h", "hk", "sq", "sk"]
-ROW_KEYS += ["causal", "features", "gpu_us", "host_us", "tflops", "gbps"]
+ROW_KEYS += ["causal", "features", "gpu_us", "host_us", "tflops", "gbps", "mode", "sm_mhz", "watts"]
 
 
 def test_the_id_names_the_kernel_that_runs_the_case():
@@ -232,6 +236,55 @@ def test_a_runner_that_fails_is_noted_and_the_others_go_on():
         interleave(runners, 10, rounds=2)
 
 
+def test_a_runner_heats_the_card_before_each_of_its_slices():
+    log: list[str] = []
+    runners = [sleeper(name, log, 0.002) for name in "ab"]
+    interleave(runners, seconds=10, rounds=2, slice_us=1, heat_s=0.02)
+    turns = [(name, len(list(run))) for name, run in groupby(log)]
+    assert "".join(name for name, _ in turns) == "ababa"  # both are prepared, then a, b and, the other way round, b, a
+    assert all(length > 5 for _, length in turns[2:])
+
+
+class FakeMeter:
+    """Gives a reading each time something is watched."""
+
+    def __init__(self, readings: list[Reading]) -> None:
+        self.left = readings
+
+    @contextmanager
+    def watch(self, readings: list[Reading]) -> Iterator[None]:
+        yield
+        readings.append(self.left.pop(0))
+
+
+def test_clock_and_power_are_medians_of_what_was_read():
+    meter = FakeMeter([Reading(1500.0, 690.0), Reading(1300.0, 700.0), Reading(1400.0, 710.0)])
+    timing = interleave([sleeper("a", [])], seconds=10, rounds=3, slice_us=1, meter=meter)["a"]
+    assert (timing.sm_mhz, timing.watts) == (1400.0, 700.0)
+    timing = interleave([sleeper("a", [])], seconds=10, rounds=3, slice_us=1)["a"]
+    assert (timing.sm_mhz, timing.watts) == (None, None)
+
+
+def test_the_meter_reads_as_long_as_it_watches(monkeypatch):
+    nvml = SimpleNamespace(
+        NVML_CLOCK_SM=1,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByPciBusId=lambda bus_id: bus_id,
+        nvmlDeviceGetClockInfo=lambda gpu, kind: {("0000:1b:00.0", 1): 1410}[gpu, kind],
+        nvmlDeviceGetPowerUsage=lambda gpu: 698_500,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    readings: list[Reading] = []
+    meter = Meter("0000:1b:00.0", interval_s=0.001)
+    with meter.watch(readings):
+        while len(readings) < 3:
+            time.sleep(0.001)
+    count = len(readings)
+    time.sleep(0.01)
+    assert len(readings) == count
+    assert set(readings) == {Reading(1410.0, 698.5)}
+
+
 def test_calls_are_made_inside_the_scope():
     inside = []
 
@@ -261,6 +314,48 @@ def test_prefill_is_the_protocol():
         assert case.nbytes() == 4 * 16_384 * 2_048 * 2
 
 
+def test_a_union_of_sets_is_its_sets():
+    found = sets.of("hopper")
+    assert list(found) == ["gqa", "window", "varlen", "scores", "ramp"]
+    ids = [case.id for cases in found.values() for case in cases]
+    assert len(set(ids)) == len(ids) == 16
+    assert sets.of("prefill") == {"prefill": sets.prefill()}
+    with pytest.raises(InvalidArgument, match="problem set 'hopper9' is not known; expected one of: prefill, "):
+        sets.of("hopper9")
+
+
+def test_lengths_are_log_uniform_and_always_the_same():
+    (case,) = sets.varlen()
+    assert case == sets.varlen()[0]
+    assert len(case.lens_q) == 32
+    assert case.lens_q == case.lens_kv
+    assert all(64 <= n <= 8192 for n in case.lens_q)
+    octaves = Counter(int(np.log2(n / 64)) for n in case.lens_q)
+    assert all(octaves[i] for i in range(7))
+    assert case.problem.total_q == sum(case.lens_q)
+
+
+def test_a_ramp_scales_keys_along_the_sequence_and_nothing_else():
+    plain = replace(CASES["fwd_simt-fp32-d64"])
+    ramped = replace(plain, key_ramp=16.0)
+    before, after = (make(each, Normals(np)) for each in (plain, ramped))
+    ratio = after.k / before.k
+    np.testing.assert_allclose(ratio, np.broadcast_to(np.linspace(16, 1, 331)[:, None, None], ratio.shape), rtol=1e-5)
+    for name in ("q", "v", "dout"):
+        np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
+    assert report.row(ramped, sleeper("a", []), Timing(1.0, 1.0)).features == ["key ramp 16"]
+    assert all(verdict.passed for verdict in verify(ramped, after))
+
+
+def test_a_bias_is_drawn_once_for_cases_that_share_it():
+    normals = Normals(np)
+    bias = normals.bias(dtypes.FP32, (1, 2, 5, 8))
+    assert normals.bias(dtypes.FP32, (1, 2, 5, 8)) is bias
+    assert np.isneginf(bias[:, :, 3, 4:]).all()
+    assert np.isfinite(bias[:, :, :3]).all()
+    assert normals.bias(dtypes.FP32, (1, 2, 5, 4)).shape == (1, 2, 5, 4)
+
+
 def test_flops_of_packed_sequences_count_their_own_lengths():
     case = next(case for case in sets.features() if case.problem.layout == "varlen")
     pairs = sum(n * (n + 1) // 2 for n in case.lens_q)
@@ -277,7 +372,7 @@ def test_every_set_has_a_plan_in_both_directions(name):
 def test_peers_that_are_not_here_are_noted_by_name():
     found = find(list(PEERS), gpu=False)
     assert [x.name for x in found.implementations] == ["cuflash", "numpy-naive"]
-    assert [note.partition(":")[0] for note in found.notes] == ["torch", "fa3", "jax"]
+    assert [note.partition(":")[0] for note in found.notes] == [name for name in PEERS if name != "numpy-naive"]
 
 
 def test_naive_numpy_refuses_what_it_cannot_express():
@@ -346,10 +441,74 @@ def test_markdown_shows_how_many_times_faster_cuflash_is():
     found.host = [{"impl": "cuflash", "phase": "forward", "host_us": 12.0}]
     found.start = {"forward, cold": {"import_s": 0.1, "first_call_s": 0.9}}
     text = report.markdown(found)
-    assert "| case | cuflash TFLOP/s | peer TFLOP/s |" in text
-    assert f"| {case.id} | {case.flops() / 200e6:.1f} (200.0 µs) | {case.flops() / 300e6:.1f} (1.50x) |" in text
+    assert "| case | cuflash TFLOP/s | beside the best | peer TFLOP/s |" in text
+    own, peer = case.flops() / 200e6, case.flops() / 300e6
+    assert f"| {case.id} | {own:.1f} (200.0 µs) | 1.50x peer | {peer:.1f} (1.50x) |" in text
     assert "| cuflash | forward | 12.0 |" in text
     assert "| forward, cold | 0.100 | 0.900 |" in text
+
+
+def rows_of(case: Case, us: dict[str, float], mode: report.Mode = "burst", **work: float) -> list[report.Row]:
+    """A row for each implementation, with its time."""
+    return [
+        report.row(case, Runner(name, "x", print, print, "wall", print, **work), Timing(gpu_us, 1.0, 1410.0), mode)
+        for name, gpu_us in us.items()
+    ]
+
+
+def test_a_table_compares_with_the_best_peer_with_the_product_and_over_a_set():
+    first, second, third = sets.prefill()[:3]
+    found = report.new(gpu=False)
+    found.sets = {"small": [first.id, second.id], "single": [third.id]}
+    for case, us in [
+        (first, {"cuflash": 200.0, "slow": 400.0, "quick": 210.0}),
+        (second, {"cuflash": 200.0, "slow": 180.0}),
+        (third, {"cuflash": 200.0, "slow": 500.0}),
+    ]:
+        found.rows += rows_of(case, us) + rows_of(case, {"gemm": 1000.0}, flops=2 * 5 * case.flops())
+    lines = report.markdown(found).splitlines()
+    cells = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in lines}
+    assert cells["case"][1:] == ["of gemm", "beside the best", "slow TFLOP/s", "quick TFLOP/s", "gemm TFLOP/s"]
+    assert cells[first.id][1:3] == ["0.50", "1.05x quick"]
+    assert cells[second.id][1:3] == ["0.50", "0.90x slow"]
+    # sqrt(1.05 * 0.9) of the best, sqrt(2 * 0.9) of the slow one
+    assert cells["small: geometric mean"] == ["", "0.50", "0.97x, least 0.90x", "1.34x", "1.05x", ""]
+    assert "single: geometric mean" not in cells
+    assert "1410 MHz" in cells[first.id][0]
+
+
+def test_burst_and_sustained_are_tables_of_their_own(tmp_path):
+    case = sets.prefill()[0]
+    found = report.new(gpu=False)
+    found.rows = rows_of(case, {"cuflash": 200.0, "peer": 300.0}) + rows_of(case, {"cuflash": 250.0}, "sustained")
+    text = report.markdown(found)
+    assert "Forward; in brackets" in text
+    assert "Forward, sustained; in brackets" in text
+    found.write(tmp_path / "out.json")
+    assert report.Report.read(tmp_path / "out.json") == found
+
+
+def test_a_file_from_before_the_modes_is_burst(tmp_path, measured):
+    path = tmp_path / "out.json"
+    measured.write(path)
+    content = json.loads(path.read_text())
+    del content["sets"]
+    content["rows"] = [{key: row[key] for key in ROW_KEYS[:-3]} for row in content["rows"]]
+    path.write_text(json.dumps(content))
+    assert report.Report.read(path).rows == measured.rows
+
+
+def test_sustained_follows_burst_in_every_case(monkeypatch):
+    monkeypatch.setattr("cuflash.bench.run.QUICK_SUSTAINED", {"rounds": 1, "slice_us": 1_000.0, "heat_s": 0.01})
+    bench = Bench([CuflashCpu(), NumpyNaive()], gpu=False, quick=True, sustained=True)
+    small = sets.latency()[0]
+    bench.run([small, small.turned("backward")], seconds=20, done=lambda case: None)
+    assert [(row.phase, row.mode, row.impl) for row in bench.report.rows] == [
+        (phase, mode, impl)
+        for phase in ("forward", "backward")
+        for mode in ("burst", "sustained")
+        for impl in ("cuflash", "numpy-naive")
+    ]
 
 
 def test_a_bench_keeps_what_it_has_when_the_device_no_longer_answers(monkeypatch):

@@ -83,6 +83,7 @@ def test_explain_says_why_there_are_no_registers(no_compiler):
         (["--dtype=fp64"], "not sm80   no fp64 (has fp16, bf16)"),
         (["--dim=320"], "not sm80   dim_qk 320 > 256; dim_v 320 > 256"),
         (["--family=simt"], "family     simt"),
+        (["--varlen", "--page-size=16", "--len=100"], "forward bf16 b2 h16 s100x100 d128 varlen pages16"),
         (["bwd_sm80-bf16-d64-window"], "backward bf16 b2 h2 s203x331 d64 window"),
     ],
 )
@@ -103,6 +104,7 @@ def test_explain_ends_with_status_1_when_nothing_runs_the_problem(no_compiler):
         (["--heads=5/2"], "--heads '5/2': query heads must be a multiple of key heads."),
         (["--len=4x"], "--len '4x' is not understood; expected one integer or two, as in 4x2."),
         (["--mask", "--causal"], "--mask decides alone"),
+        (["--page-size=16"], "--page-size is for packed queries; give --varlen too."),
         (["--device=abacus"], "device 'abacus' is not known"),
         (["fwd_sm80-bf16"], "case 'fwd_sm80-bf16' is not an id; expected one id, for example: fwd_sm80-bf16-d32"),
     ],
@@ -217,7 +219,7 @@ def test_bench_writes_its_rows_and_renders_them(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["postfill"], "problem set 'postfill' is not known; expected one of: prefill, features, latency, numpy."),
+        (["postfill"], "problem set 'postfill' is not known; expected one of: prefill, gqa, window,"),
         (["numpy", "--case=d7"], "--case 'd7' matches nothing in numpy"),
         (["numpy", "--peers=torch,fortran"], "--peers names 'fortran'"),
         (["--write=README.md"], "--write needs --render"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -188,6 +189,29 @@ def test_lengths_are_validated_on_request(library: Library) -> None:
     given["seqused_k"] = library.put(np.array([10, 0, 51], np.int32))
     with pytest.raises(InvalidArgument, match=r"seqused_k\[2\] is 51, but sequence 2 has 50 keys"):
         cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=str)
+@pytest.mark.parametrize("page_size", [1, 16, 48, 256])
+def test_keys_in_pages(library: Library, params_of_launches: list, page_size: int, dtype: np.dtype) -> None:
+    q, k, v, *_ = inputs(dtype, packed=True)
+    most = -(-50 // page_size)
+    table = np.random.default_rng(0).permutation(3 * most).reshape(3, most).astype(np.int32)
+    pages = [np.full((3 * most, page_size, *x.shape[1:]), np.nan, x.dtype) for x in (k, v)]
+    for b, (start, end) in enumerate(pairwise(STARTS_K.tolist())):
+        page, row = np.divmod(np.arange(end - start), page_size)
+        for paged, packed in zip(pages, (k, v), strict=True):
+            paged[table[b, page], row] = packed[start:end]
+        table[b, -(-(end - start) // page_size) :] = 2**31 - 1
+    given = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "block_table": table}
+    put = {"q": q, "k": pages[0], "v": pages[1], **given}
+    put = {name: library.put(x) for name, x in put.items()}
+    for more in ({}, {"max_seqlen_q": 45, "max_seqlen_k": 50, "validate": True}):
+        found = cuflash.flash_attn_varlen_func(**put, causal=True, return_lse=True, **more)
+        lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}
+        assert_right([library.get(x) for x in found], [q, k, v], causal=True, **lengths)
+    for _, params in params_of_launches:
+        assert params["k"][0] == library.pointer(put["k"]), "k was copied"
 
 
 @pytest.mark.parametrize("scheme", [None, "byte", "word"])
@@ -382,6 +406,32 @@ def test_cupy_graph_capture(cp: Any) -> None:
         stream.synchronize()
         for x, y in zip(captured, expected, strict=True):
             np.testing.assert_array_equal(x.get(), y)
+
+
+def test_pages_change_between_replays_of_a_graph(cp: Any) -> None:
+    """A cache grows and its pages move while a captured graph stays the same."""
+    q, k, v = (cp.asarray(random(*shape)) for shape in ((3, 4, 64), (5, 16, 2, 64), (5, 16, 2, 64)))
+    starts_q, starts_k = (cp.asarray(np.array(x, np.int32)) for x in ([0, 1, 2, 3], [0, 32, 64, 96]))
+    used, table = cp.asarray(np.array([1, 16, 17], np.int32)), cp.zeros((3, 2), np.int32)
+    given = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "seqused_k": used, "block_table": table}
+    given |= {"max_seqlen_q": 1, "max_seqlen_k": 32}
+    out = cuflash.flash_attn_varlen_func(q, k, v, **given)
+    stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
+    with cp.cuda.using_allocator(pool.malloc), stream:
+        stream.begin_capture()
+        cuflash.flash_attn_varlen_func(q, k, v, **given, out=out)
+        graph = stream.end_capture()
+    for lengths, pages in (([1, 16, 17], [[4, 0], [1, 0], [2, 3]]), ([30, 2, 0], [[3, 1], [0, 0], [0, 0]])):
+        used.set(np.array(lengths, np.int32))
+        table.set(np.array(pages, np.int32))
+        cp.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        expected = cuflash.flash_attn_varlen_func(
+            *(x.get() if hasattr(x, "get") else x for x in (q, k, v)),
+            **{name: x.get() if hasattr(x, "get") else x for name, x in given.items()},
+        )
+        np.testing.assert_allclose(out.get(), expected, atol=5e-3)
 
 
 def test_torch_graph_capture() -> None:

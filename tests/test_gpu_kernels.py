@@ -12,7 +12,7 @@ import pytest
 
 from cuflash.bench import calls
 from cuflash.bench.cases import CASES, Case
-from cuflash.bench.inputs import Inputs, Normals, host, make
+from cuflash.bench.inputs import Inputs, Normals, host, make, packed_kv
 from cuflash.dtypes import BF16
 from cuflash.errors import UnsupportedProblem
 
@@ -46,7 +46,8 @@ def expected(case: Case, inputs: Inputs, *, naive: bool = False) -> oracle.Atten
     problem, mask = case.problem, case.problem.mask
     compute = oracle.naive_in_dtype if naive else oracle.attention
     return compute(
-        *(host(x) for x in (inputs.q, inputs.k, inputs.v)),
+        host(inputs.q),
+        *packed_kv(case, inputs),
         host(inputs.dout) if problem.direction == "backward" else None,
         window=tuple(-1 if side is None else side for side in (mask.left, mask.right)),
         alignment=mask.alignment,
@@ -132,6 +133,30 @@ def test_batches_further_apart_than_32_bits(cp: Any, family: str) -> None:
         out, lse = cuflash.ops.forward(options, q, k, v)
         grads = cuflash.ops.backward(options._replace(deterministic=True), q, k, v, out=out, dout=dout, lse=lse)
         answers.append([x.tobytes() for x in (out, lse, *grads)])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+def test_pages_further_apart_than_32_bits(cp: Any, family: str) -> None:
+    """Two pages at both ends of one large buffer, each read by both sequences."""
+    import cuflash
+
+    page, far = (48, 2, 64), 2**31 + 64
+    rng = np.random.default_rng(0)
+    q, *near = (cp.asarray(rng.standard_normal((2, *page), np.float32).astype(np.float16)) for _ in range(3))
+    buffer = cp.full(far + 2 * prod(page), cp.nan, np.float16)
+    strides = tuple(2 * n for n in (far, 128, 64, 1))
+    spread = [cp.lib.stride_tricks.as_strided(buffer[n * prod(page) :], (2, *page), strides) for n in range(2)]
+    for view, values in zip(spread, near, strict=True):
+        view[...] = values
+    table = cp.asarray(np.array([[1, 0], [0, 1]], np.int32))
+    starts = cp.asarray(np.array([0, 48, 96], np.int32)), cp.asarray(np.array([0, 90, 186], np.int32))
+    options = cuflash.ops.Options(causal=True, family=family, max_seqlen_q=48, max_seqlen_k=96)
+    lengths = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=True))
+    answers = []
+    for k, v in (near, spread):
+        found = cuflash.ops.forward(options, q.reshape(96, 2, 64), k, v, **lengths, block_table=table)
+        answers.append([x.tobytes() for x in found])
     assert answers[0] == answers[1]
 
 

@@ -105,6 +105,23 @@ def test_mha(packed: bool, convention: str, dtype: str, convert: Callable) -> No
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("page_size", [1, 16, 48])
+def test_mha_of_pages(page_size: int, dtype: str, convert: Callable) -> None:
+    q, *_ = inputs(dtype, packed=True)
+    most = -(-40 // page_size)
+    k, v = (random(3 * most, page_size, HK, D, dtype=dtype, seed=seed) for seed in (1, 2))
+    table = np.random.default_rng(0).permutation(3 * most).reshape(3, most).astype(np.int32)
+    for b, used in enumerate(USED):
+        table[b, -(-used // page_size) :] = 2**31 - 1
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": np.array([0, 40, 80, 120], np.int32), "seqused_k": USED}
+    options = {"p_dropout": P, "is_causal": True, "softcap": 2.0, "gen_": STATE}
+    gpu, numpy = both(
+        convert, cuflash.mha_varlen_fwd, q, k, v, None, *lengths.values(), table, **options, validate=True
+    )
+    assert_same(gpu, numpy, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("mask_type", [0, 1, 2])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_efficient_attention(packed: bool, mask_type: int, dtype: str, convert: Callable) -> None:

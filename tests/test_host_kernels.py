@@ -49,6 +49,8 @@ class Case:
     """The axes of the slopes, ``h`` or ``bh``."""
     dropout_p: float = 0.0
     unbiased: bool = False
+    shared: bool = False
+    """The last sequence begins with the pages of the first."""
     empty_lse: float = -np.inf
     """How the backward is told of an empty row."""
 
@@ -79,6 +81,11 @@ def packed(
     lens = max(lens_q), max(lens_kv)
     more |= {"layout": "varlen", "batch": len(lens_q), "lens_q": lens_q, "lens_kv": lens_kv}
     return dense(dtype, heads, lens, dims, **totals, **more)
+
+
+def paged(dtype: str, page_size: int, heads: tuple[int, int], lens_q: tuple, lens_kv: tuple, *dims, **more) -> Case:
+    """A packed case whose keys and values lie in pages."""
+    return packed(dtype, heads, lens_q, lens_kv, *dims, page_size=page_size, **more)
 
 
 CASES: dict[str, Case] = {
@@ -268,6 +275,42 @@ HOPPER = {
 }  # fmt: skip
 CASES |= {name: replace(case, family="sm90") for name, case in HOPPER.items()}
 
+# The pages of a tile of 64 keys: many, some, one, and part of one.
+CASES |= {
+    "paged-1": paged("fp16", 1, (4, 2), (70, 0, 1, 130), (30, 20, 0, 150), (64, 64), tail=5, mask=CAUSAL),
+    "paged-16": paged("bf16", 16, (2, 2), (1, 150, 64, 0), (130, 60, 64, 0), (64, 64), tail=70),
+    "paged-48-window": paged("fp16", 48, (2, 1), (33, 90), (90, 200), (40, 24), tail=1, mask=WINDOW),
+    "paged-256": paged("bf16", 256, (4, 2), (70, 3), (300, 520), (64, 64), mask=CAUSAL, shared=True),
+    "paged-seqused": paged(
+        "fp16", 20, (2, 1), (40, 70, 3), (150, 90, 60), (64, 64), seqused_q=(40, 50, 1), seqused_kv=(41, 0, 60),
+        mask=CAUSAL, shared=True,
+    ),
+    "paged-d128": paged("bf16", 16, (2, 1), (90, 20), (100, 170), (128, 128), mask=CAUSAL),
+    "paged-d256": paged("bf16", 64, (1, 1), (20, 70), (70, 140), (256, 192), tail=3),
+    "paged-d256-99KB": paged("fp16", 5, (1, 1), (20, 70), (70, 20), (256, 256), device="a10"),
+    "paged-copy-4": paged("fp16", 7, (2, 1), (33, 40), (80, 90), (34, 18), copy_bytes=4, mask=CAUSAL),
+    "paged-copy-2": paged("bf16", 3, (1, 1), (70, 20), (40, 90), (33, 7), copy_bytes=2, shared=True),
+    "paged-everything": paged(
+        "bf16", 12, (4, 2), (40, 0, 70, 3), (90, 30, 20, 150), (64, 64), tail=5, seqused_q=(33, 0, 70, 1),
+        seqused_kv=(70, 9, 20, 99), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", bias=FP32,
+        softcap=3.0, sink=True, dropout="byte",
+    ),
+    "paged-word": paged("fp16", 33, (2, 1), (40, 70), (90, 30), (64, 64), seqused_q=(33, 64), dropout="word"),
+    "simt-paged-1": paged("fp32", 1, (4, 2), (50, 0, 1), (30, 20, 90), (64, 64), family="simt", tail=5, mask=CAUSAL),
+    "simt-paged-16": paged("fp64", 16, (2, 1), (50, 70), (90, 70), (40, 24), family="simt", seqused_kv=(9, 70)),
+    "simt-paged-fp16": paged(
+        "fp16", 256, (4, 2), (70, 9), (300, 20), (72, 36), family="simt", mask=WINDOW, copy_bytes=8
+    ),
+    "simt-paged-copy-2": paged("bf16", 3, (1, 1), (20, 40), (50, 9), (33, 7), family="simt", copy_bytes=2, shared=True),
+    "simt-paged-d300": paged("fp32", 6, (1, 1), (20, 9), (30, 80), (300, 300), family="simt"),
+    "simt-paged-everything": paged(
+        "fp32", 48, (4, 2), (40, 0, 70), (90, 30, 20), (32, 32), family="simt", tail=5, seqused_q=(33, 0, 70),
+        seqused_kv=(70, 9, 20), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", softcap=3.0,
+        sink=True, dropout="byte",
+    ),
+}  # fmt: skip
+DIFFERENTIABLE = {name: case for name, case in CASES.items() if not case.problem.page_size and case.family != "sm90"}
+
 SEED, OFFSET = 0x123456789ABCDEF0, 64
 
 
@@ -315,6 +358,7 @@ class Tensors:
             "scale": p.softmax_scale,
         }
         self.live_q, self.live_kv = rows_q[-1], rows_kv[-1]
+        self.packed: dict[str, np.ndarray] = {}
         if varlen:
             self.arrays["cu_seqlens_q"] = np.cumsum((0, *case.lens_q), dtype=np.int32)
             self.arrays["cu_seqlens_kv"] = np.cumsum((0, *case.lens_kv), dtype=np.int32)
@@ -325,6 +369,10 @@ class Tensors:
             if used is not None:
                 self.arrays[f"seqused_{side}"] = np.array(used, np.int32)
                 self.options[f"seqused_{side[0]}"] = np.minimum(used, lens)
+        if p.page_size:
+            self.make_table()
+            for name in ("k", "v"):
+                self.shapes[name] = (*self.in_use.shape, *self.shapes[name][1:])
         if p.alibi:
             shape = (p.batch, p.heads_q) if case.alibi_axes == "bh" else (p.heads_q,)
             # Falling and rising ones; logits far above 1 would cost fp32 its digits through lse.
@@ -356,6 +404,36 @@ class Tensors:
                 mask[:, :, : kept[2] // 2, : kept[3] // 2] = False  # whole tiles
             self.arrays["mask"] = self.options["mask"] = mask
 
+    def make_table(self) -> None:
+        """Scatter the sequences over pages, some of which none has; numbers behind a sequence's last page are wild."""
+        case, size = self.case, self.case.problem.page_size
+        lengths = np.minimum(case.lens_kv, self.arrays.get("seqused_kv", case.lens_kv))
+        counts = -(-lengths // size)
+        free = iter(self.rng.permutation(counts.sum() + 3))
+        table = np.full((counts.max() + 2, 2 * len(counts)), 2**31 - 1, np.int32).T[::2]
+        self.in_use = np.zeros((counts.sum() + 3, size), bool)
+        self.table = self.arrays["table"] = table
+        for b, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            table[b, :count] = [next(free) for _ in range(count)]
+            if case.shared and b == len(counts) - 1:
+                table[b, : min(count, counts[0])] = table[0, : min(count, counts[0])]
+            self.in_use[self.places(b, length)] = True
+        self.live_kv = size
+
+    def places(self, b: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Page and row of the first keys of a sequence."""
+        page, row = np.divmod(np.arange(length), self.case.problem.page_size)
+        return self.table[b, page], row
+
+    def pack(self, pages: np.ndarray) -> np.ndarray:
+        """The keys or values of every sequence, packed; NaN where there is none."""
+        starts = self.arrays["cu_seqlens_kv"]
+        rows = np.full((starts[-1], *pages.shape[2:]), np.nan, pages.dtype)
+        lengths = np.minimum(np.diff(starts), self.arrays.get("seqused_kv", starts[-1]))
+        for b, (start, length) in enumerate(zip(starts, lengths, strict=False)):
+            rows[start : start + length] = pages[self.places(b, length)]
+        return rows
+
     def pairs(self, axes: str) -> tuple[int, ...]:
         """Shape of an array of pairs that does not broadcast along these axes."""
         p = self.case.problem
@@ -383,7 +461,10 @@ class Tensors:
             if values is not None:
                 view[..., :live, :, :] = values[..., :live, :, :]
             side = "kv" if name in ("k", "v") else "q"
-            if values is not None and f"seqused_{side}" in self.arrays:  # what does not take part may be anything
+            if side == "kv" and p.page_size:
+                view[~self.in_use] = np.nan
+                self.packed[name] = self.pack(view)
+            elif values is not None and f"seqused_{side}" in self.arrays:  # what does not take part may be anything
                 starts = self.arrays[f"cu_seqlens_{side}"]
                 for start, end, used in zip(starts, starts[1:], self.arrays[f"seqused_{side}"], strict=False):
                     view[min(start + used, end) : end] = np.nan
@@ -407,7 +488,7 @@ class Tensors:
 
 
 def exact_and_naive(tensors: Tensors, *extra: str) -> tuple[oracle.Attention, oracle.Attention]:
-    inputs = [tensors.arrays[name] for name in ("q", "k", "v", *extra)]
+    inputs = [tensors.packed.get(name, tensors.arrays[name]) for name in ("q", "k", "v", *extra)]
     return oracle.attention(*inputs, **tensors.options), oracle.naive_in_dtype(*inputs, **tensors.options)
 
 
@@ -437,10 +518,7 @@ def test_forward(case: Case, seed: int = 0) -> None:
     tensors.assert_surroundings_untouched("out", "lse")
 
 
-BACKWARD = {name: case for name, case in CASES.items() if name not in HOPPER}
-
-
-@pytest.mark.parametrize("case", BACKWARD.values(), ids=BACKWARD.keys())
+@pytest.mark.parametrize("case", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
 def test_backward(case: Case, seed: int = 0) -> None:
     tensors = Tensors(case)
     for name in ("q", "k", "v", "dout", "dlse"):
@@ -468,7 +546,7 @@ def test_backward(case: Case, seed: int = 0) -> None:
 )
 def test_any_order_of_warps(name: str, seed: int) -> None:
     test_forward(CASES[name], seed)
-    if name in BACKWARD:
+    if name in DIFFERENTIABLE:
         test_backward(CASES[name], seed)
 
 
@@ -545,7 +623,7 @@ def test_cases_run_every_tile() -> None:
 
     run_here = {
         tile(choose(replace(case.problem, direction=direction), named(case.device), case.family))
-        for direction, cases in (("forward", CASES), ("backward", BACKWARD))
+        for direction, cases in (("forward", CASES), ("backward", DIFFERENTIABLE))
         for case in cases.values()
     }
     planned = {tile(plan) for device in NAMED.values() for problem in PROBLEMS for plan in plans(problem, device)}

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -843,3 +844,122 @@ def test_cupy_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ImportError, match=r"pip install cuflash\[cuda13\]"):
         arrays._cupy()
+
+
+def in_pages(x: np.ndarray, table: np.ndarray, num_pages: int, page_size: int) -> np.ndarray:
+    """The packed keys of STARTS_K in the pages of a table; NaN in every other row, and strides like no other."""
+    pages = np.full((x.shape[1] + 1, num_pages, page_size + 1, x.shape[2] + 8), np.nan, x.dtype)
+    pages = pages.transpose(1, 2, 0, 3)[:, :page_size, 1:, :-8]
+    for b, (start, end) in enumerate(pairwise(STARTS_K.tolist())):
+        for j in range(end - start):
+            pages[table[b, j // page_size], j % page_size] = x[start + j]
+    return pages
+
+
+def paged_inputs(page_size: int, dtype: Any = FP16) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """Packed q, k and v, the pages of k and v, and a strided table with wild numbers behind each last page."""
+    packed = [random(80, 4, 32, dtype=dtype), *(random(90, 2, d, dtype=dtype, seed=d) for d in (32, 24))]
+    most = -(-50 // page_size)
+    num_pages = 3 * most + 2
+    table = np.random.default_rng(0).permutation(num_pages)[: 3 * most].reshape(most, 3).astype(np.int32).T
+    pages = [in_pages(x, table, num_pages, page_size) for x in packed[1:]]
+    for b, n in enumerate(np.diff(STARTS_K)):
+        table[b, -(-n // page_size) :] = np.iinfo(np.int32).min
+    return packed, pages, table
+
+
+PAGED = {
+    "causal": {"causal": True},
+    "features": BYTE | {"window_size": (30, 5), "alibi_slopes": SLOPES, "sink": SINK, "softcap": 2.0},
+    "pairs": WORD | {"attn_mask": RNG.random((3, 1, 45, 50)) < 0.7, "attn_bias": BIAS[:, :1, :45, :50].astype(FP16)},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize("page_size", [1, 16, 48])
+@pytest.mark.parametrize("name", PAGED)
+def test_pages_on_host_memory(launches: Launches, name: str, page_size: int, family: str, wrap: Any) -> None:
+    given = PAGED[name] | {"max_seqlen_q": 45, "max_seqlen_k": 50}
+    inputs, pages, table = paged_inputs(page_size)
+    options = ops.Options(**{n: x for n, x in given.items() if n in ops.Options._fields}, family=family)
+    features = {n: wrap(given[n]) for n in SHARED if n in given}
+    starts = {"cu_seqlens_q": wrap(STARTS_Q), "cu_seqlens_k": wrap(STARTS_K)}
+    found = ops.forward(
+        options, wrap(inputs[0]), *map(wrap, pages), **starts, **features, block_table=wrap(table), generator=GENERATOR
+    )
+    assert launches.take() == ["fwd_rng"] * ("dropout_p" in given) + [f"fwd_{family}"]
+    names = {"attn_mask": "mask", "window_size": "window", "attn_bias": "bias"}
+    expected = {names.get(n, n): x for n, x in given.items() if not n.startswith("max")} | {"rng_state": GENERATOR}
+    expected |= {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}
+    exact, naive = oracle.attention(*inputs, **expected), oracle.naive_in_dtype(*inputs, **expected)
+    oracle.assert_all_close(oracle.Attention(*map(to_numpy, found[:2])), exact, naive)
+
+
+def test_the_parameter_block_of_pages(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    reads: list[FakeTensor] = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: reads.append(self) or self.x.tolist())
+    (q, *_), (k, v), table = paged_inputs(48)
+    q, k, v, table, *starts = map(as_torch, (q, k, v, table, STARTS_Q, STARTS_K))
+    cuflash.flash_attn_varlen_func(q, k, v, *starts, block_table=table)
+    assert reads == starts, "the table is not read on the host"
+    (params,) = launches.params
+    for name, x in (("k", k), ("v", v)):
+        page, row, head, _ = x.stride()
+        assert params[f"{name}_stride"][0].item() == (page, row, head)
+    pages = params["pages"][0]
+    assert pages["table"] == table.data_ptr() and (pages["table_batch"], pages["table_page"]) == table.stride()
+    assert (pages["count"], pages["size"]) == (k.shape[0], 48)
+    keys = np.arange(0, 2**30, 99991)
+    assert (keys * int(pages["multiplier"]) >> int(pages["shift"]) == keys // 48).all()
+    assert params["attention"]["total_kv"] == 2**31 - 1 and params["attention"]["len_kv"] == 50
+
+    launches.params.clear(), reads.clear()
+    cuflash.flash_attn_varlen_func(q, k, v, *starts, 45, 1000, block_table=table)
+    assert reads == [] and launches.params[0]["attention"]["len_kv"] == 2 * 48, "no more than the table has room for"
+
+
+def test_the_distance_of_pages_bounds_the_access_width(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    x, starts, table = random(5, 2, 16), as_torch(np.array([0, 5], np.int32)), as_torch(np.zeros((1, 1), np.int32))
+    for pad, width in ((8, 16), (4, 8), (2, 4), (1, 2)):
+        memory = np.zeros((3, 6 * 2 * 16 + pad), FP16)
+        strides = (memory.strides[0], 2 * 2 * 16, 2 * 16, 2)
+        pages = as_torch(np.lib.stride_tricks.as_strided(memory, (3, 6, 2, 16), strides))
+        cuflash.flash_attn_varlen_func(as_torch(x), pages, pages, starts, starts, 5, 5, block_table=table)
+        explanation = cuflash.explain(
+            as_torch(x), pages, pages, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=5, max_seqlen_k=5,
+            block_table=table,
+        )  # fmt: skip
+        assert explanation.problem.copy_bytes == width and explanation.problem.page_size == 6
+
+
+def test_page_numbers_on_a_gpu_are_checked_on_request_alone(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    (q, *_), (k, v), table = paged_inputs(16)
+    q, k, v, *starts = map(as_torch, (q, k, v, STARTS_Q, STARTS_K))
+    cuflash.flash_attn_varlen_func(q, k, v, *starts, 45, 50, block_table=as_torch(table), validate=True)
+    table[2, 3] = len(k.x)
+    wrong = as_torch(table)
+    cuflash.flash_attn_varlen_func(q, k, v, *starts, block_table=wrong)
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_varlen_func(q, k, v, *starts, 45, 50, block_table=wrong, validate=True)
+    assert str(caught.value) == ("block_table[2, 3] is 14, but there are 14 pages; expected the number of one, from 0.")
+    short = as_torch(table[:, :3])
+    with pytest.raises(InvalidArgument, match="block_table has 3 pages of 16 rows a sequence, but sequence 2 has 50"):
+        cuflash.flash_attn_varlen_func(q, k, v, *starts, block_table=short)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 2, 32), (3, 16, 2, 32)], ids=["no pages", "no room for pages"])
+def test_empty_caches(launches: Launches, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, pages, starts_q = as_torch(random(9, 4, 32)), as_torch(random(*shape)), as_torch(np.array([0, 4, 9], np.int32))
+    table, starts_k = as_torch(np.zeros((2, 0), np.int32)), as_torch(np.zeros(3, np.int32))
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    out, lse = cuflash.flash_attn_varlen_func(q, pages, pages, starts_q, starts_k, block_table=table, return_lse=True)
+    assert launches.take() == ["fwd_sm80"] * (shape[0] > 0)
+    if shape[0] == 0:
+        assert not to_numpy(out).any() and np.isneginf(to_numpy(lse)).all()

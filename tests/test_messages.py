@@ -502,6 +502,27 @@ CALLS: dict[str, Call] = {
         "Gather the pages into packed k and v.",
         {"return_attn_probs": True, "block_table": np.zeros((2, 3), np.int32)},
     ),
+    "pages-sizes": Call(
+        varlen,
+        "v has page size 8 but k has 16; they must be equal.\n"
+        "  k: (num_pages=3, page_size=16, h=2, d=8) float16    v: (num_pages=3, page_size=8, h=2, d=8) float16",
+        {"k": full(3, 16, 2, 8), "v": full(3, 8, 2, 8), "block_table": np.zeros((2, 3), np.int32)},
+    ),
+    "pages-of-nothing": Call(
+        varlen,
+        "k has page size 0, shape (3, 0, 2, 8); expected at least 1.",
+        {"k": full(3, 0, 2, 8), "v": full(3, 0, 2, 8), "block_table": np.zeros((2, 3), np.int32)},
+    ),
+    "pages-misaligned": Call(
+        varlen,
+        "block_table is misaligned; pass a contiguous copy of it.",
+        {"block_table": np.zeros(25, np.uint8)[1:].view(np.int32).reshape(2, 3)},
+    ),
+    "pages-dense": Call(
+        explain,
+        "block_table is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too.",
+        {"block_table": np.zeros((2, 3), np.int32)},
+    ),
     "kvpacked": Call(
         kvpacked, "kv has shape (2, 10, 3, 2, 8); expected (b, s, 2, h, d).", {"kv": full(2, 10, 3, 2, 8)}
     ),

@@ -177,6 +177,27 @@ def test_number_of_variants() -> None:
     assert len(variants) == forward + backward + shared
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_pages_change_where_keys_are_read_and_nothing_else(family) -> None:
+    packed = replace(BASE, layout="varlen", total_q=900, total_kv=4096)
+    for device in (named("h100"), named("a10")):
+        for mask in MASKS.values():
+            plain, one, many = (
+                choose(replace(packed, mask=mask, page_size=size), device, family.name).steps[-1] for size in (0, 1, 48)
+            )
+            assert one == many, "one kernel for every page size"
+            assert one.config.sequence == "PagedSequence"
+            assert replace(one, config=replace(one.config, sequence="VarlenSequence")) == plain
+
+
+def test_pages_have_no_gradients() -> None:
+    paged = replace(BASE, direction="backward", layout="varlen", total_q=900, total_kv=4096, page_size=16)
+    reason = "no gradients of pages: sequences may share them"
+    assert why_not(paged, named("h100")) == {"sm80": [reason], "simt": [reason]}
+    with pytest.raises(UnsupportedProblem, match=reason):
+        choose(paged, named("h100"))
+
+
 @pytest.mark.parametrize(
     ("device", "changes", "reasons"),
     [
@@ -222,6 +243,7 @@ def test_a_feature_that_a_family_lacks_is_a_reason() -> None:
     [
         ({"direction": "backward"}, "backward"),
         ({"layout": "varlen"}, "varlen"),
+        ({"layout": "varlen", "page_size": 16}, "paged"),
         ({"mask": MASKS["causal"]}, "causal"),
         ({"mask": MASKS["window"]}, "window"),
         ({"mask": MASKS["tensor"]}, "boolean mask"),

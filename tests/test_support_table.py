@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_backend import on_gpu
 
 import cuflash
 from cuflash.cli.support import (
@@ -29,7 +28,7 @@ from cuflash.cli.support import (
     write_between,
 )
 from cuflash.dtypes import DTYPES
-from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.errors import InvalidArgument
 from cuflash.plan.families import FEATURES, needs
 
 README = Path(__file__).parent.parent / "README.md"
@@ -49,8 +48,7 @@ SERVED: list[tuple[set[str], list[str]]] = [
         "values of cu_seqlens and the like checked on a GPU", "seed and offset returned", "deterministic",
         "seed and offset given to the gradients",
     ]),
-    ({FLASH, MHA}, ["softcap", "soft cap and dropout together", "alibi"]),
-    ({FLASH, MHA}, ["keys and values in pages of a cache, of any size"]),
+    ({FLASH, MHA}, ["softcap", "soft cap and dropout together", "alibi", "paged"]),
     ({FLASH, MHA, CK, EFFICIENT}, ["window", "gradients of a window where len_q != len_kv"]),
     ({FLASH, SDPA, EFFICIENT}, ["masks aligned top-left"]),
     ({FLASH, SDPA, EFFICIENT}, ["dropout by 32 bits, as PyTorch's memory-efficient kernels draw it"]),
@@ -120,19 +118,11 @@ def test_what_a_family_does_not_run() -> None:
     assert lines["fp16 and bf16"] == "all"
     assert lines["every head dimension up to 256"] == "`sm80`, `simt`, NumPy"
     assert lines["fp32 and fp64"] == lines["head dimensions up to 1024"] == "`simt`, NumPy"
-    assert lines["head dimensions above 1024"] == lines["keys and values in pages of a cache, of any size"] == "NumPy"
+    assert lines["head dimensions above 1024"] == "NumPy"
     assert lines["capture in a CUDA graph"] == "`sm90`, `sm80`, `simt`"
     assert lines["keys split among blocks when queries are few"] == "–"
     assert "wgmma, fed by bulk copies; fp16 and bf16, head dimensions up to 256, sm_90a alone; forward only" in table()
     assert "tensor cores by mma.sync and cp.async; fp16 and bf16, head dimensions up to 256, sm_80 and newer" in table()
-
-
-def test_what_only_numpy_runs_is_refused_on_a_gpu() -> None:
-    assert [row.what for row in ROWS if row.runs_on == "NumPy"] == ["keys and values in pages of a cache, of any size"]
-    q, pages, starts = on_gpu(random(5, 4, 8)), on_gpu(random(2, 3, 4, 8)), on_gpu(np.array([0, 5], np.int32))
-    table = on_gpu(np.zeros((1, 2), np.int32))
-    with pytest.raises(UnsupportedProblem, match="no kernel reads pages yet"):
-        cuflash.flash_attn_varlen_func(q, pages, pages, starts, starts, 5, 5, block_table=table)
 
 
 def random(*shape: int, dtype: str = "fp32") -> np.ndarray:

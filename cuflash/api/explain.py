@@ -33,6 +33,7 @@ def explain(
     alibi_slopes: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    block_table: Array | None = None,
     dropout_p: float = 0.0,
     dropout_scheme: Scheme = "byte",
     deterministic: bool = False,
@@ -51,7 +52,7 @@ def explain(
         Keys and values.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As for `flash_attn_func`.
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table
         As for `flash_attn_varlen_func`.
     dropout_p, dropout_scheme
         As for `flash_attn_func`.
@@ -87,4 +88,4 @@ def explain(
     options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
-    return ops.explain(q, arrays, options, device, backward)
+    return ops.explain(q, arrays, block_table, options, device, backward)

@@ -17,7 +17,6 @@ from cuflash.arrays import framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
 from cuflash.ops import Options, check
-from cuflash.ops.paged import forward_paged
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +128,10 @@ def forward(
         check_drawn(framework_of([options.name("q")], [q]), options)
     flag("zero_tensors", zero_tensors)
     starts_q, starts_k = arrays.get("cu_seqlens_q"), arrays.get("cu_seqlens_k")
-    run, given = ops.forward, dict(arrays)
-    if block_table is not None:
-        run, given = forward_paged, {**arrays, "block_table": block_table}
     with drawing_from(generator) as source:
-        out, lse, *drawn = backend.call(run, options, choice, q=q, k=k, v=v, generator=source, **given)
+        out, lse, *drawn = backend.call(
+            ops.forward, options, choice, q=q, k=k, v=v, block_table=block_table, generator=source, **arrays
+        )
     rng_state = drawn[0] if drawn else None
     options = options._replace(validate=False)  # once is enough
 

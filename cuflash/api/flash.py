@@ -14,7 +14,6 @@ from cuflash.generator import PhiloxGenerator
 from cuflash.masks import Alignment
 from cuflash.ops import Gradients, Options
 from cuflash.ops.lengths import with_lengths
-from cuflash.ops.paged import forward_paged
 
 Array = Any
 """An array of NumPy, CuPy, torch, JAX or another library that speaks DLPack."""
@@ -300,8 +299,7 @@ def flash_attn_varlen_func(
     block_table : array of int32, (b, max_pages), optional
         Keys and values lie in the pages of a cache: key ``j`` of sequence ``b`` is row ``j % page_size`` of page
         ``block_table[b, j // page_size]``, for any size of pages. Pages may be shared, and numbers behind a sequence's
-        last key are not read. NumPy arrays only, as no kernel reads pages yet, and the forward only: gather the pages
-        into packed k and v on a GPU, or for gradients.
+        last key are not read. The forward only: gather the pages into packed k and v for gradients.
     alignment, sink, generator, dropout_scheme, unbiased_dropout, return_lse, return_rng_state
         As for `flash_attn_func`.
     seqused_q, seqused_k : array of int32, (b,), optional
@@ -622,10 +620,7 @@ def _forward(
     """Of out, lse, probabilities and rng_state, what the caller asks for; `arrays` in the order of ``SHARED``."""
     if return_attn_probs:
         options = _countable(options, arrays, block_table)
-    if block_table is None:
-        found = ops.forward(options, *arrays, out, generator)
-    else:
-        found = forward_paged(options, *arrays[:3], block_table, *arrays[3:], out, generator)
+    found = ops.forward(options, *arrays, block_table, out, generator)
     rng_state = found[2] if len(found) == 3 else None
     results = found[:2] if return_lse or return_attn_probs else found[:1]
     if return_attn_probs:
@@ -642,7 +637,7 @@ def _countable(options: Options, arrays: tuple[Array | None, ...], block_table: 
             "return_attn_probs is True and block_table is given; probabilities of keys in pages are not returned. "
             "Gather the pages into packed k and v."
         )
-    arrays = (*arrays, None)
+    arrays = (*arrays, block_table, None)
     framework = framework_of(options.names("forward"), arrays)
     check_drawn(framework, options)
     return with_lengths(framework, "forward", options, arrays)

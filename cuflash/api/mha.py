@@ -188,7 +188,7 @@ def mha_varlen_fwd(
         How many keys of each sequence, from its first, take part.
     block_table_ : array of int32, (b, max_pages), optional
         Key ``j`` of sequence ``b`` is row ``j % page_size`` of page ``block_table_[b, j // page_size]``, for any size
-        of pages. NumPy arrays only: no kernel reads pages yet.
+        of pages. Pages may be shared, and numbers behind a sequence's last key are not read.
     alibi_slopes_ : array of float32, (heads_q,) or (b, heads_q), optional
         As for `mha_fwd`, with each sequence's own lengths.
     max_seqlen_q, max_seqlen_k : int, optional

@@ -56,7 +56,7 @@ def options(case: Case) -> Options:
 
 
 def arrays(inputs: Inputs) -> dict[str, Array | None]:
-    """The arrays that both directions share, by the names the functions know them as."""
+    """The arrays that are read, by the names the functions know them as; pages in the forward alone."""
     return {
         "q": inputs.q,
         "k": inputs.k,
@@ -69,12 +69,13 @@ def arrays(inputs: Inputs) -> dict[str, Array | None]:
         "alibi_slopes": inputs.alibi_slopes,
         "attn_bias": inputs.bias,
         "sink": inputs.sink,
+        "block_table": inputs.block_table,
     }
 
 
 def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:
     chosen = options(case)
-    shared = arrays(inputs)
+    shared = {name: x for name, x in arrays(inputs).items() if x is not None}
     gradients = chosen._replace(deterministic=case.problem.deterministic, bias_grad=case.problem.bias_grad)
     return (
         lambda: forward(chosen, **shared, generator=inputs.rng_state),

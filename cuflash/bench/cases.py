@@ -35,6 +35,9 @@ class Case:
     seqused_kv: tuple[int, ...] = ()
     """Keys of each sequence that take part; empty: all of them."""
     dropout_p: float = 0.0
+    key_ramp: float = 1.0
+    """How many times longer the first key is than the last, falling linearly: kernels that visit the last keys first
+    then meet ever larger row maxima."""
 
     @property
     def sequences(self) -> list[tuple[int, int]]:
@@ -42,6 +45,11 @@ class Case:
         if self.problem.layout == "dense":
             return [(self.problem.len_q, self.problem.len_kv)] * self.problem.batch
         return list(zip(self.seqused_q or self.lens_q, self.seqused_kv or self.lens_kv, strict=True))
+
+    @property
+    def pages(self) -> list[int]:
+        """How many pages each sequence's keys take."""
+        return [-(-len_kv // self.problem.page_size) for _, len_kv in self.sequences]
 
     def turned(self, direction: Direction) -> Case:
         """The same case in the other direction."""
@@ -59,7 +67,8 @@ class Case:
         """Bytes that any algorithm must read and write: the tensors once each, without scratch memory."""
         problem = self.problem
         q, out = (problem.rows_q * problem.heads_q * dim for dim in (problem.dim_qk, problem.dim_v))
-        k, v = (problem.rows_kv * problem.heads_kv * dim for dim in (problem.dim_qk, problem.dim_v))
+        rows_kv = sum(len_kv for _, len_kv in self.sequences) if problem.page_size else problem.rows_kv
+        k, v = (rows_kv * problem.heads_kv * dim for dim in (problem.dim_qk, problem.dim_v))
         elements = q + k + v + out if problem.direction == "forward" else 2 * (q + k + v) + 2 * out
         return elements * problem.dtype.itemsize
 
@@ -85,6 +94,11 @@ FEATURES: dict[str, str] = {
     "varlen_causal": "packed sequences, causal",
     "seqused": "packed sequences of which only some keys take part",
     "seqused_q": "packed sequences of which only some queries and keys take part",
+    "paged1": "packed queries over keys in pages of one, grouped heads, causal",
+    "paged16": "the same in pages of 16",
+    "paged48": "the same in pages of 48",
+    "paged256": "the same in pages of 256",
+    "paged_everything": "`varlen_everything` in pages of 48, without gradients",
     "alibi": "linear biases, causal",
     "bias": "an additive tensor for each pair of each head",
     "bias_row": "an additive tensor for each key of each batch element, in fp32",
@@ -133,6 +147,8 @@ _CHANGES: dict[str, dict[str, object]] = {
 }  # fmt: skip
 _CHANGES["dbias"], _CHANGES["dbias_row"] = _CHANGES["bias"], _CHANGES["bias_row"]
 _CHANGES["varlen_everything"] = _CHANGES["everything"]
+_CHANGES["paged_everything"] = _CHANGES["everything"] | {"page_size": 48}
+_CHANGES |= {f"paged{size}": _CHANGES["gqa"] | {"page_size": size} for size in (1, 16, 48, 256)}
 _BACKWARD_ONLY = ("deterministic", "dbias", "dbias_row")
 _DROPOUT_P = 0.3
 
@@ -166,7 +182,7 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         problem = replace(problem, bias_grad=True)
     dropout_p = _DROPOUT_P if problem.dropout else 0.0
     case_id = f"{direction[0]}wd_{family}-{dtype_name}-d{dims}" + (f"-{feature}" if feature else "")
-    if not feature.startswith(("varlen", "seqused")):
+    if not feature.startswith(("varlen", "seqused", "paged")):
         return Case(case_id, family, problem, dropout_p=dropout_p)
     problem = replace(
         problem,
@@ -177,16 +193,19 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         total_q=sum(_LENS_Q),
         total_kv=sum(_LENS_KV),
     )
-    return Case(
+    case = Case(
         case_id,
         family,
         problem,
         _LENS_Q,
         _LENS_KV,
-        seqused_q=_SEQUSED_Q if feature in ("seqused_q", "varlen_everything") else (),
-        seqused_kv=_SEQUSED_KV if feature in ("seqused", "seqused_q", "varlen_everything") else (),
+        seqused_q=_SEQUSED_Q if feature == "seqused_q" or feature.endswith("_everything") else (),
+        seqused_kv=_SEQUSED_KV if feature.startswith("seqused") or feature.endswith("_everything") else (),
         dropout_p=dropout_p,
     )
+    if problem.page_size:  # and one page that nobody has
+        case = replace(case, problem=replace(problem, total_kv=(sum(case.pages) + 1) * problem.page_size))
+    return case
 
 
 # (dtype, dims, features): every dim once plain, the common ones with everything.
@@ -194,7 +213,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "sm90": [
         *(("bf16", dims, ("",)) for dims in ("32", "40", "80")),
         *(("bf16", dims, ("", "causal", "window")) for dims in ("96", "192", "256", "192x128")),
-        ("bf16", "64", ("", *(f for f in FEATURES if f not in ("copy2", "copy4", "copy8", "reversed")))),
+        ("bf16", "64", ("", *(f for f in FEATURES if not f.startswith(("copy", "reversed", "paged"))))),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "long", "long_causal")),
         ("bf16", "128", ("bias", "dropout", "everything")),
         ("bf16", "96", ("long", "long_causal")),
@@ -207,7 +226,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         *(("bf16", dims, ("", "causal")) for dims in ("192", "256", "192x128")),
         ("bf16", "64", ("", *(f for f in FEATURES if "long" not in f))),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "deterministic", "copy2")),
-        ("bf16", "128", ("bias", "dbias", "dropout", "everything")),
+        ("bf16", "128", ("bias", "dbias", "dropout", "everything", "paged48")),
         ("bf16", "256", ("varlen_causal", "deterministic", "everything")),
         ("fp16", "64", ("", "causal")),
         ("fp16", "128", ("", "softcap")),
@@ -216,7 +235,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         *(("fp32", dims, ("",)) for dims in ("16", "33", "128", "256", "512", "64x128", "1024")),
         ("fp32", "64", ("", *(f for f in FEATURES if f not in ("copy2", "mask_causal", "long", "long_causal")))),
         ("fp32", "256", ("causal",)),
-        ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything")),
+        ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything", "paged48")),
         ("fp64", "256", ("",)),
         ("fp16", "64", ("",)),
         ("bf16", "64", ("", "causal")),
@@ -226,14 +245,20 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
 }
 
 
+def _exists(feature: str, direction: Direction, family: str) -> bool:
+    """Whether a family has a feature in a direction."""
+    if direction == "backward":
+        return family != "sm90" and not feature.startswith("paged")
+    return feature not in _BACKWARD_ONLY
+
+
 def _table() -> Iterator[Case]:
     directions: tuple[Direction, ...] = ("forward", "backward")
     for direction in directions:
         for family, rows in _PLAN.items():
             for dtype, dims, features in rows:
                 for feature in features:
-                    serves = family != "sm90" if direction == "backward" else feature not in _BACKWARD_ONLY
-                    if serves:
+                    if _exists(feature, direction, family):
                         yield _case(family, direction, dtype, dims, feature)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -18,7 +19,7 @@ Array = Any
 
 @dataclass(slots=True)
 class Inputs:
-    """The arrays of one call; dense tensors are (b, s, h, d), packed ones (total, h, d)."""
+    """The arrays of one call; dense tensors are (b, s, h, d), packed ones (total, h, d), pages (page, row, h, d)."""
 
     q: Array
     k: Array
@@ -38,6 +39,8 @@ class Inputs:
     """(heads_q,) fp32."""
     rng_state: tuple[int, int] | None = None
     """Philox seed and offset of dropout."""
+    block_table: Array | None = None
+    """(b, max_pages) int32: the pages of each sequence, and behind them numbers of none."""
 
 
 class Normals:
@@ -50,6 +53,8 @@ class Normals:
         self.xp = xp
         self._seed = seed
         self._drawn: dict[DType, Array] = {}
+        self._bias: Array | None = None
+        self._bias_of: tuple[DType, tuple[int, ...]] | None = None
 
     def tensors(self, dtype: DType, shapes: list[tuple[int, ...]], align: int = 16) -> list[Array]:
         """Contiguous tensors that do not overlap, each base aligned to ``align`` bytes and, below 16, to no more."""
@@ -61,6 +66,15 @@ class Normals:
             numbers[start + shift : start + shift + prod(shape)].reshape(shape)
             for start, shape in zip(starts, shapes, strict=False)
         ]
+
+    def bias(self, dtype: DType, shape: tuple[int, ...]) -> Array:
+        """An additive (b, heads_q, len_q, len_kv) tensor that hides half of a row, kept for the next that asks."""
+        if self._bias_of != (dtype, shape):
+            host = np.random.default_rng(2).standard_normal(shape, np.float32).astype(dtype.numpy)
+            if shape[2] > 3:
+                host[:, :, 3, shape[3] // 2 :] = -np.inf
+            self._bias, self._bias_of = self.xp.asarray(host), (dtype, shape)
+        return self._bias
 
     def _at_least(self, dtype: DType, count: int) -> Array:
         drawn = self._drawn.get(dtype)
@@ -76,7 +90,7 @@ def make(case: Case, normals: Normals) -> Inputs:
     problem = case.problem
     varlen = problem.layout == "varlen"
     rows_q = (problem.total_q,) if varlen else (problem.batch, problem.len_q)
-    rows_kv = (problem.total_kv,) if varlen else (problem.batch, problem.len_kv)
+    rows_kv = (sum(case.lens_kv),) if varlen else (problem.batch, problem.len_kv)
     q, k, v, dout = normals.tensors(
         problem.dtype,
         [
@@ -89,8 +103,11 @@ def make(case: Case, normals: Normals) -> Inputs:
     )
     if not problem.ascending:
         k, v = k[..., ::-1, :], v[..., ::-1, :]
-    inputs = Inputs(q, k, v, dout)
     xp = normals.xp
+    if case.key_ramp != 1:
+        scale = np.linspace(case.key_ramp, 1, k.shape[-3], dtype=np.float32)[:, None, None]
+        k = xp.asarray((host(k).astype(np.float32) * scale).astype(problem.dtype.numpy))
+    inputs = Inputs(q, k, v, dout)
     if varlen:
         inputs.cu_seqlens_q = xp.asarray(np.array([0, *accumulate(case.lens_q)], np.int32))
         inputs.cu_seqlens_kv = xp.asarray(np.array([0, *accumulate(case.lens_kv)], np.int32))
@@ -98,19 +115,19 @@ def make(case: Case, normals: Normals) -> Inputs:
         inputs.seqused_kv = xp.asarray(np.array(case.seqused_kv, np.int32))
     if case.seqused_q:
         inputs.seqused_q = xp.asarray(np.array(case.seqused_q, np.int32))
-    rng = np.random.default_rng(2)
+    if problem.page_size:
+        table = _table(case)
+        inputs.k, inputs.v = (xp.asarray(_paged(case, table, host(x))) for x in (k, v))
+        inputs.block_table = xp.asarray(table)
     if problem.alibi:  # as published: powers of 2 from 2 ** -1 down
         slopes = 2.0 ** -np.linspace(1, 8, problem.heads_q)
         inputs.alibi_slopes = xp.asarray(slopes.astype(np.float32))
     if problem.bias is not None:
         pairs = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
         shape = tuple(1 if one else n for n, one in zip(pairs, problem.bias_broadcast, strict=True))
-        bias = rng.standard_normal(shape, np.float32)
-        if shape[2] > 3:
-            bias[:, :, 3, shape[3] // 2 :] = -np.inf  # hides half of a row
-        inputs.bias = xp.asarray(bias.astype(problem.bias.numpy))
+        inputs.bias = normals.bias(problem.bias, shape)
     if problem.sink:
-        inputs.sink = xp.asarray(rng.standard_normal(problem.heads_q, np.float32))
+        inputs.sink = xp.asarray(np.random.default_rng(3).standard_normal(problem.heads_q, np.float32))
     if problem.dropout:
         inputs.rng_state = (0x123456789ABCDEF0, 2**33 + 4)
     if problem.mask.tensor:
@@ -118,6 +135,43 @@ def make(case: Case, normals: Normals) -> Inputs:
         keep[:, :, 3] = False  # a row that sees nothing
         inputs.mask_tensor = xp.asarray(keep)
     return inputs
+
+
+def _table(case: Case) -> np.ndarray:
+    """Pages in an order of chance."""
+    table = np.full((case.problem.batch, -(-max(case.lens_kv) // case.problem.page_size)), 2**31 - 1, np.int32)
+    order = iter(np.random.default_rng(3).permutation(sum(case.pages) + 1))
+    for b, count in enumerate(case.pages):
+        table[b, :count] = [next(order) for _ in range(count)]
+    return table
+
+
+def _places(case: Case, table: np.ndarray) -> Iterator[tuple[slice, tuple[np.ndarray, np.ndarray]]]:
+    """Of every sequence, the packed rows of the keys in use, and the page and row of each."""
+    for b, (start, (_, len_kv)) in enumerate(zip(accumulate(case.lens_kv, initial=0), case.sequences, strict=False)):
+        page, row = np.divmod(np.arange(len_kv), case.problem.page_size)
+        yield slice(start, start + len_kv), (table[b, page], row)
+
+
+def _paged(case: Case, table: np.ndarray, packed: np.ndarray) -> np.ndarray:
+    """Packed keys or values in pages, with NaN in every row that holds none."""
+    size = case.problem.page_size
+    pages = np.full((case.problem.total_kv // size, size, *packed.shape[1:]), np.nan, packed.dtype)
+    for rows, places in _places(case, table):
+        pages[places] = packed[rows]
+    return pages
+
+
+def packed_kv(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values in host memory, dense or packed: those in pages gathered."""
+    k, v = host(inputs.k), host(inputs.v)
+    if not case.problem.page_size:
+        return k, v
+    gathered = [np.zeros((sum(case.lens_kv), *pages.shape[2:]), pages.dtype) for pages in (k, v)]
+    for rows, places in _places(case, host(inputs.block_table)):
+        for packed, pages in zip(gathered, (k, v), strict=True):
+            packed[rows] = pages[places]
+    return gathered[0], gathered[1]
 
 
 def host(x: Array | None) -> np.ndarray | None:

@@ -6,22 +6,28 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import statistics
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.table import Table
 
 from cuflash.bench.cases import Case
+from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.timing import Runner, Timing
 from cuflash.plan.families import needs
+
+Mode = Literal["burst", "sustained"]
+"""How a row was timed: short slices, or longer ones after the implementation has heated the card itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One implementation's time for one case."""
+    """One implementation's time for one case, or the matrix product's in the case's rotation."""
 
     case: str
     phase: str
@@ -44,11 +50,17 @@ class Row:
     tflops: float
     gbps: float
     """Tensors read and written once, a second; scratch memory and repeated reads are not counted."""
+    mode: Mode = "burst"
+    sm_mhz: float | None = None
+    """SM clock while it was timed; None where it was not read."""
+    watts: float | None = None
+    """Power while it was timed, likewise."""
 
 
-def row(case: Case, runner: Runner, timing: Timing) -> Row:
-    """Describe a case and what it took."""
+def row(case: Case, runner: Runner, timing: Timing, mode: Mode = "burst") -> Row:
+    """Describe a case and what it took; the rate of an implementation with work of its own is of that work."""
     problem = case.problem
+    flops, nbytes = runner.flops or case.flops(), runner.nbytes or case.nbytes()
     return Row(
         case=case.id,
         phase=problem.direction,
@@ -63,11 +75,15 @@ def row(case: Case, runner: Runner, timing: Timing) -> Row:
         sq=problem.len_q,
         sk=problem.len_kv,
         causal=problem.mask.right == 0,
-        features=[need for need in needs(problem) if need not in ("backward", "causal")],
+        features=[need for need in needs(problem) if need not in ("backward", "causal")]
+        + ([f"key ramp {case.key_ramp:g}"] if case.key_ramp != 1 else []),
         gpu_us=round(timing.gpu_us, 2),
         host_us=round(timing.host_us, 2),
-        tflops=float(f"{case.flops() / timing.gpu_us * 1e-6:.4g}"),
-        gbps=float(f"{case.nbytes() / timing.gpu_us * 1e-3:.4g}"),
+        tflops=float(f"{flops / timing.gpu_us * 1e-6:.4g}"),
+        gbps=float(f"{nbytes / timing.gpu_us * 1e-3:.4g}"),
+        mode=mode,
+        sm_mhz=timing.sm_mhz,
+        watts=timing.watts,
     )
 
 
@@ -80,6 +96,8 @@ class Report:
     versions: dict[str, str]
     date: str
     clocks: dict[str, str]
+    sets: dict[str, list[str]] = field(default_factory=dict)
+    """The ids of each set of cases, by its name."""
     rows: list[Row] = field(default_factory=list)
     host: list[dict[str, object]] = field(default_factory=list)
     """Host microseconds a call on a tiny problem, by implementation and phase."""
@@ -122,6 +140,7 @@ _PACKAGES = (
     "flash-attn-3",
     "jax",
     "flash-attn3-jax",
+    "nvidia-ml-py",
 )
 
 
@@ -174,12 +193,32 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """(phase, case) -> impl -> row, in the order measured."""
-    groups: dict[tuple[str, str], dict[str, Row]] = {}
+OWN = "cuflash"
+
+Group = dict[str, Row]
+"""The rows of one case in one phase and mode, by implementation."""
+
+
+def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Group]]:
+    """(phase, mode) -> case -> its rows, in the order measured."""
+    groups: dict[tuple[str, str], dict[str, Group]] = {}
     for each in rows:
-        groups.setdefault((each.phase, each.case), {})[each.impl] = each
+        groups.setdefault((each.phase, each.mode), {}).setdefault(each.case, {})[each.impl] = each
     return groups
+
+
+def _faster(group: Group) -> dict[str, float]:
+    """How many times faster cuflash is than each peer."""
+    own = group.get(OWN)
+    if own is None:
+        return {}
+    return {impl: each.gpu_us / own.gpu_us for impl, each in group.items() if impl not in (OWN, PRODUCT)}
+
+
+def _share(group: Group) -> float | None:
+    """The rate of cuflash over that of the matrix product in the same rotation."""
+    own, product = group.get(OWN), group.get(PRODUCT)
+    return own.tflops / product.tflops if own and product else None
 
 
 def _short(tflops: float) -> str:
@@ -188,24 +227,60 @@ def _short(tflops: float) -> str:
 
 
 def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the result table: cuflash first, each peer with the speed of cuflash relative to it."""
-    impls = list(dict.fromkeys(each.impl for each in report.rows))
-    impls.sort(key=lambda impl: impl != "cuflash")
-    header = ["phase", "case", *(f"{impl} TFLOP/s" for impl in impls)]
+    """Header and lines of the result table: cuflash, its place beside product and best peer, then each peer."""
+    impls = list(dict.fromkeys(each.impl for each in report.rows if each.impl != OWN))
+    products = [impl for impl in impls if impl == PRODUCT]
+    peers = [impl for impl in impls if impl != PRODUCT]
+    header = ["phase", "case", f"{OWN} TFLOP/s", *(f"of {impl}" for impl in products)]
+    header += ["beside the best"] * bool(peers) + [f"{impl} TFLOP/s" for impl in [*peers, *products]]
+    set_of = {case: name for name, cases in report.sets.items() for case in cases}
     lines = []
-    for (phase, case), group in _grouped(report.rows).items():
-        own = group.get("cuflash")
-        line = [phase, case]
-        for impl in impls:
-            each = group.get(impl)
-            if each is None:
-                line.append("–")
-            elif own is None or each is own:
-                line.append(f"{_short(each.tflops)} ({each.gpu_us:,.1f} µs)")
-            else:
-                line.append(f"{_short(each.tflops)} ({each.gpu_us / own.gpu_us:.2f}x)")
-        lines.append(line)
+    for (phase, mode), cases in _grouped(report.rows).items():
+        label = phase if mode == "burst" else f"{phase}, {mode}"
+        for name in dict.fromkeys(set_of.get(case, "") for case in cases):
+            groups = {case: group for case, group in cases.items() if set_of.get(case, "") == name}
+            for case, group in groups.items():
+                faster, share = _faster(group), _share(group)
+                line = [label, case, _cell(group.get(OWN)), *(_ratio(share, "") for _ in products)]
+                best = min(faster, key=faster.__getitem__, default=None)
+                line += ["–" if best is None else f"{_ratio(faster[best])} {best}"] * bool(peers)
+                line += [_cell(group.get(impl), faster.get(impl)) for impl in [*peers, *products]]
+                lines.append(line)
+            if peers and len(groups) > 1:
+                lines.append([label, *_means(name, list(groups.values()), peers, products)])
     return header, lines
+
+
+def _means(name: str, groups: list[Group], peers: list[str], products: list[str]) -> list[str]:
+    """The last line of a set: geometric means over the cases that have the ratio, and the least beside the best."""
+    ratios = [_faster(group) for group in groups]
+    shares = [share for group in groups if (share := _share(group)) is not None]
+    best = [min(each.values()) for each in ratios if each]
+    return [
+        f"{name or 'all'}: geometric mean",
+        "",
+        *(_ratio(_mean(shares), "") for _ in products),
+        f"{_ratio(_mean(best))}, least {_ratio(min(best))}" if best else "–",
+        *(_ratio(_mean([each[impl] for each in ratios if impl in each])) for impl in peers),
+        *("" for _ in products),
+    ]
+
+
+def _mean(ratios: list[float]) -> float | None:
+    return statistics.geometric_mean(ratios) if ratios else None
+
+
+def _ratio(ratio: float | None, unit: str = "x") -> str:
+    return "–" if ratio is None else f"{ratio:.2f}{unit}"
+
+
+def _cell(row: Row | None, faster: float | None = None) -> str:
+    """A rate, then beside a peer how many times faster cuflash is and elsewhere the time; the clock where known."""
+    if row is None:
+        return "–"
+    beside = [f"{row.gpu_us:,.1f} µs" if faster is None else _ratio(faster)]
+    beside += [f"{row.sm_mhz:.0f} MHz"] if row.sm_mhz else []
+    return f"{_short(row.tflops)} ({', '.join(beside)})"
 
 
 def table(report: Report) -> Table:
@@ -224,7 +299,7 @@ def table(report: Report) -> Table:
 
 
 def markdown(report: Report) -> str:
-    """The results for a README: one table a phase, then host and start times."""
+    """The results for a README: one table for each phase and mode, then host and start times."""
     header, lines = _cells(report)
     made_with = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     driver = f", driver {report.driver}" if report.driver else ""

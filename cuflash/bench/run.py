@@ -8,23 +8,36 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 from cuflash.bench import report
 from cuflash.bench.cases import Case
 from cuflash.bench.inputs import Normals, make
-from cuflash.bench.peers import Implementation
+from cuflash.bench.meter import Meter
+from cuflash.bench.peers.implementation import Implementation
+from cuflash.bench.peers.product import NAME as PRODUCT
+from cuflash.bench.report import Mode
 from cuflash.bench.timing import Runner, interleave
 from cuflash.errors import UnsupportedProblem
+
+BURST = {"rounds": 7, "slice_us": 10_000.0}
+QUICK_BURST = {"rounds": 3, "slice_us": 3_000.0}
+SUSTAINED = {"rounds": 2, "slice_us": 250_000.0, "heat_s": 1.0}
+QUICK_SUSTAINED = {"rounds": 1, "slice_us": 100_000.0, "heat_s": 0.3}
 
 
 class Bench:
     """Measures cases on one device and collects what it finds in a report."""
 
-    def __init__(self, implementations: list[Implementation], gpu: bool, quick: bool = False) -> None:
+    def __init__(
+        self, implementations: list[Implementation], gpu: bool, quick: bool = False, sustained: bool = False
+    ) -> None:
         self.report = report.new(gpu)
         self._implementations = implementations
         self._gpu = gpu
-        self._rounds, self._slice_us = (3, 3_000.0) if quick else (7, 10_000.0)
+        self._modes: dict[Mode, dict[str, Any]] = {"burst": QUICK_BURST if quick else BURST}
+        if sustained:
+            self._modes["sustained"] = (QUICK_SUSTAINED if quick else SUSTAINED) | {"meter": self._meter()}
         self._left_out: dict[str, list[str]] = defaultdict(list)
         if gpu:
             import cupy
@@ -56,20 +69,25 @@ class Bench:
     def host(self, cases: list[Case]) -> None:
         """Fill the report's host section from cases so small that the device keeps up."""
         before = len(self.report.rows)
+        modes, self._modes = self._modes, {"burst": self._modes["burst"]}
         self.run(cases, seconds=30.0, done=lambda case: None)
+        self._modes = modes
         tiny, self.report.rows = self.report.rows[before:], self.report.rows[:before]
-        self.report.host = [{"impl": row.impl, "phase": row.phase, "host_us": row.host_us} for row in tiny]
+        self.report.host = [
+            {"impl": row.impl, "phase": row.phase, "host_us": row.host_us} for row in tiny if row.impl != PRODUCT
+        ]
 
     def _case(self, case: Case, seconds: float) -> None:
         inputs = make(case, self._normals)
-        started_s = time.perf_counter()
-        runners = [runner for each in self._implementations if (runner := self._prepared(each, case, inputs))]
-        seconds -= time.perf_counter() - started_s
-        timings = interleave(runners, seconds, self._rounds, self._slice_us, failed=self._failed(case))
-        by_name = {runner.impl: runner for runner in runners}
-        self.report.rows += [report.row(case, by_name[impl], timing) for impl, timing in timings.items()]
+        deadline_s = time.perf_counter() + seconds
+        prepared = (self._prepared(each, case, inputs) for each in self._implementations)
+        runners = {runner.impl: runner for runner in prepared if runner}
+        for i, (mode, protocol) in enumerate(self._modes.items()):
+            share_s = (deadline_s - time.perf_counter()) / (len(self._modes) - i)
+            timings = interleave(list(runners.values()), share_s, failed=self._failed(case), **protocol)
+            self.report.rows += [report.row(case, runners[impl], each, mode) for impl, each in timings.items()]
+            runners = {impl: runners[impl] for impl in timings}
         runners.clear()
-        by_name.clear()
         self._release()
 
     def _prepared(self, implementation: Implementation, case: Case, inputs: object) -> Runner | None:
@@ -89,6 +107,18 @@ class Bench:
             self._left_out[f"{runner.impl} ({_reason(error)})"].append(self._label(case))
 
         return note
+
+    def _meter(self) -> Meter | None:
+        """What reads clock and power, where there is a GPU and NVML."""
+        if not self._gpu:
+            return None
+        import cupy
+
+        try:
+            return Meter(cupy.cuda.runtime.deviceGetPCIBusId(cupy.cuda.Device().id))
+        except Exception as error:  # also NVML's own
+            self.report.notes.append(f"SM clock and power of sustained rows, by nvidia-ml-py ({_reason(error)})")
+            return None
 
     def _label(self, case: Case) -> str:
         return f"{case.problem.direction} {case.id}"

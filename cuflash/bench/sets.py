@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from cuflash.bench.cases import Case, widest_copy
 from cuflash.dtypes import DTYPES
+from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.problem import Problem
 
@@ -31,6 +34,13 @@ def _dense(name: str, dtype: str, batch: int, heads: int, length: int, dim: int,
     return Case(name, None, replace(problem, copy_bytes=copy_bytes))
 
 
+def _packed(name: str, lens: tuple[int, ...], heads: int, dim: int) -> Case:
+    """Causal self-attention of packed bf16 sequences."""
+    dense = _dense(name, "bf16", len(lens), heads, max(lens), dim, mask=_CAUSAL)
+    packed = replace(dense.problem, layout="varlen", total_q=sum(lens), total_kv=sum(lens))
+    return replace(dense, problem=packed, lens_q=lens, lens_kv=lens)
+
+
 def prefill() -> list[Case]:
     """The protocol of the FlashAttention-2 and -3 papers: 16,384 tokens, 2,048 columns, 512 to 16k of each sequence."""
     tokens, columns = 16_384, 2_048
@@ -50,11 +60,51 @@ def prefill() -> list[Case]:
     ]
 
 
+def gqa() -> list[Case]:
+    """64 query heads on 8 key/value heads, causal: 32,768 tokens, 2k to 32k of each sequence."""
+    return [
+        _dense(f"gqa-d128-causal-s{length}", "bf16", 32_768 // length, 64, length, 128, heads_kv=8, mask=_CAUSAL)
+        for length in (2048, 4096, 8192, 16_384, 32_768)
+    ]
+
+
+def window() -> list[Case]:
+    """Causal windows much shorter than the sequence."""
+    return [
+        _dense("window1024-d128-s8192", "bf16", 2, 16, 8192, 128, mask=Mask(left=1024, right=0)),
+        _dense("window1024-d128-s32768", "bf16", 1, 16, 32_768, 128, mask=Mask(left=1024, right=0)),
+        _dense("window128-d64-s8192", "bf16", 2, 32, 8192, 64, mask=Mask(left=128, right=0)),
+    ]
+
+
+def varlen() -> list[Case]:
+    """32 packed sequences, their lengths drawn log-uniform from 64 to 8192, causal."""
+    lens = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(8192), 32)).astype(int).tolist()
+    return [_packed("varlen-d128-causal", tuple(lens), 16, 128)]
+
+
+def scores() -> list[Case]:
+    """What changes a score between the products, one at a time; the bias is shared by the batch."""
+    bias = {"bias": DTYPES["bf16"], "bias_broadcast": (True, False, False, False), "bias_grad": True}
+    dropout = _dense("dropout0.1-d128-s8192", "bf16", 2, 16, 8192, 128, dropout="byte")
+    return [
+        _dense("softcap30-d128-s8192", "bf16", 2, 16, 8192, 128, softcap=30.0),
+        _dense("alibi-d128-s8192", "bf16", 2, 16, 8192, 128, alibi=True),
+        _dense("bias-d64-s4096", "bf16", 2, 16, 4096, 64, **bias),
+        _dense("bias-d128-s4096", "bf16", 2, 16, 4096, 128, **bias),
+        replace(dropout, dropout_p=0.1),
+    ]
+
+
+def ramp() -> list[Case]:
+    """Keys that grow along the sequence as kernels visit it, so that row maxima keep growing."""
+    plain = _dense("", "bf16", 2, 16, 8192, 128)
+    return [replace(plain, id=f"ramp{times}-d128-s8192", key_ramp=float(times)) for times in (16, 200)]
+
+
 def features() -> list[Case]:
     """One feature at a time, on 8k tokens."""
     lens = tuple(64 * n for n in (8, 120, 24, 40, 1, 57, 6))  # 16,384 tokens in 7 documents
-    packed = _dense("d128-causal-varlen", "bf16", len(lens), 16, max(lens), 128, mask=_CAUSAL)
-    packed = replace(packed.problem, layout="varlen", total_q=sum(lens), total_kv=sum(lens))
     return [
         _dense("d128-causal", "bf16", 2, 16, 4096, 128, mask=_CAUSAL),
         _dense("d128-causal-fp16", "fp16", 2, 16, 4096, 128, mask=_CAUSAL),
@@ -62,7 +112,7 @@ def features() -> list[Case]:
         _dense("d128-softcap", "bf16", 2, 16, 4096, 128, softcap=30.0),
         _dense("d128-causal-gqa", "bf16", 2, 16, 4096, 128, heads_kv=4, mask=_CAUSAL),
         _dense("d128-causal-deterministic", "bf16", 2, 16, 4096, 128, deterministic=True, mask=_CAUSAL),
-        Case("d128-causal-varlen", None, packed, lens, lens),
+        _packed("d128-causal-varlen", lens, 16, 128),
         _dense("d96-causal", "bf16", 2, 16, 4096, 96, mask=_CAUSAL),
         _dense("d192x128-causal", "bf16", 2, 16, 4096, 192, dim_v=128, mask=_CAUSAL),
         _dense("d64-fp32", "fp32", 2, 16, 4096, 64),
@@ -89,8 +139,30 @@ def cpu() -> list[Case]:
 
 SETS: dict[str, Callable[[], list[Case]]] = {
     "prefill": prefill,
+    "gqa": gqa,
+    "window": window,
+    "varlen": varlen,
+    "scores": scores,
+    "ramp": ramp,
     "features": features,
     "latency": latency,
     "numpy": cpu,
 }
 """Name to cases; all are forward problems, the bench turns them round for the backward."""
+
+UNIONS: dict[str, tuple[str, ...]] = {"hopper": ("gqa", "window", "varlen", "scores", "ramp")}
+"""Names for several sets: ``hopper`` is what beside ``prefill`` the kernels for Hopper are judged by."""
+
+
+def of(name: str) -> dict[str, list[Case]]:
+    """The cases of every set that a name stands for, by the set's name.
+
+    Raises
+    ------
+    InvalidArgument
+        If no set and no union has the name.
+    """
+    if name not in SETS and name not in UNIONS:
+        known = ", ".join([*SETS, *UNIONS])
+        raise InvalidArgument(f"problem set {name!r} is not known; expected one of: {known}.")
+    return {each: SETS[each]() for each in UNIONS.get(name, (name,))}

@@ -1,5 +1,9 @@
 """The clock: device time by events around graph replays, host time by counting calls, everything interleaved.
 
+There are two ways to time. A *burst* is a short slice on a card as cool or warm as the implementations before left it.
+*Sustained* lets each implementation heat the card itself, for about a second, before a longer slice: a card that has
+reached its power limit runs at the clock that this implementation's energy allows.
+
 Tensors stay where the last call left them. Those of the ``prefill`` problems (268 MB in, out) exceed every L2 cache;
 smaller ones are partly in L2, as they are in a model whose previous layer has just written them. All implementations
 read the same inputs, so none has a warmer cache than another.
@@ -13,6 +17,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from cuflash.bench.meter import Meter, Reading
 
 
 @dataclass(slots=True)
@@ -33,6 +39,10 @@ class Runner:
     """Entered around any number of calls."""
     keep: list[Any] = field(default_factory=list)
     """Memory that captured work still reads and writes."""
+    flops: float | None = None
+    """Floating-point operations of a launch, where it does not compute the case itself."""
+    nbytes: int | None = None
+    """Bytes it must read and write, likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,10 @@ class Timing:
     """Device time of a call: the median over rounds, in microseconds; the whole time on the CPU."""
     host_us: float
     """Host time of a call until it returns, in microseconds: the median over calls."""
+    sm_mhz: float | None = None
+    """SM clock during the slices, the median of what was read; None where nothing was."""
+    watts: float | None = None
+    """Power during the slices, likewise."""
 
 
 def measure(runner: Runner, repeats: int) -> float:
@@ -82,6 +96,8 @@ def interleave(
     seconds: float,
     rounds: int = 7,
     slice_us: float = 10_000.0,
+    heat_s: float = 0.0,
+    meter: Meter | None = None,
     failed: Callable[[Runner, Exception], None] | None = None,
 ) -> dict[str, Timing]:
     """Time runners in rotated order, so that none always follows the same one or runs on the warmest card.
@@ -96,6 +112,10 @@ def interleave(
         Rounds at most.
     slice_us
         A runner launches for about this long in each round.
+    heat_s
+        And for this long before each of its slices, untimed.
+    meter
+        Reads clock and power during the slices.
     failed
         Called with a runner that raised, which takes no further part; without it the exception goes on.
 
@@ -106,6 +126,7 @@ def interleave(
     """
     alive = {runner.impl: runner for runner in runners}
     gpu_us: dict[str, list[float]] = {impl: [] for impl in alive}
+    readings: dict[str, list[Reading]] = {impl: [] for impl in alive}
     host_us: dict[str, float] = {}
     repeats: dict[str, int] = {}
 
@@ -123,15 +144,20 @@ def interleave(
     def prepare(runner: Runner) -> None:
         runner.launch()  # the first one may still allocate or upload
         runner.wait()
-        estimate_us = measure(runner, 1)
-        repeats[runner.impl] = min(50, max(1, round(slice_us / max(estimate_us, 1.0))))
+        estimate_us = max(measure(runner, 1), 1.0)
+        repeats[runner.impl] = max(1, round(slice_us / estimate_us))
         runner.call()
         runner.wait()
-        host_us[runner.impl] = measure_host(runner, calls=min(50, max(3, round(slice_us * 5 / max(estimate_us, 1.0)))))
+        calls = min(5 * slice_us, 50_000.0) / estimate_us
+        host_us[runner.impl] = measure_host(runner, min(50, max(3, round(calls))))
 
     def one_round(runner: Runner) -> None:
         runner.launch()  # brings back this implementation's own caches after the previous one's
-        gpu_us[runner.impl].append(measure(runner, repeats[runner.impl]))
+        hot_s = time.perf_counter() + heat_s
+        while time.perf_counter() < hot_s:
+            measure(runner, repeats[runner.impl])
+        with nullcontext() if meter is None else meter.watch(readings[runner.impl]):
+            gpu_us[runner.impl].append(measure(runner, repeats[runner.impl]))
 
     for impl in list(alive):
         attempt(impl, prepare)
@@ -143,4 +169,12 @@ def interleave(
             attempt(impl, one_round)
         if time.perf_counter() > deadline_s:
             break
-    return {impl: Timing(statistics.median(gpu_us[impl]), host_us[impl]) for impl in alive}
+    return {impl: _timing(gpu_us[impl], host_us[impl], readings[impl]) for impl in alive}
+
+
+def _timing(gpu_us: list[float], host_us: float, readings: list[Reading]) -> Timing:
+    """Medians of what was measured."""
+    if not readings:
+        return Timing(statistics.median(gpu_us), host_us)
+    sm_mhz, watts = (statistics.median(values) for values in zip(*readings, strict=True))
+    return Timing(statistics.median(gpu_us), host_us, sm_mhz, watts)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cuflash.bench import report, sets, start
 from cuflash.bench.cases import Case
 from cuflash.bench.peers import PEERS, find
+from cuflash.bench.peers import chosen as chosen_peers
 from cuflash.bench.run import Bench
 from cuflash.cli.console import console
 from cuflash.cli.problem import has_gpu
@@ -33,15 +34,25 @@ class Phase(StrEnum):
 
 def bench(
     problems: Annotated[
-        str | None, typer.Argument(help=f"{', '.join(sets.SETS)}; prefill on a GPU and numpy elsewhere if not given.")
+        str | None,
+        typer.Argument(
+            help=f"{', '.join([*sets.SETS, *sets.UNIONS])}; prefill on a GPU and numpy elsewhere if not given."
+        ),
     ] = None,
     case: Annotated[str | None, typer.Option(help="Only cases whose id contains this or matches it as a glob.")] = None,
     phase: Annotated[Phase, typer.Option()] = Phase.BOTH,
     peers: Annotated[
-        str | None, typer.Option(help=f"Some of {','.join(PEERS)}; '' for none, all that are installed if not given.")
+        str | None,
+        typer.Option(
+            help=f"Some of {','.join(PEERS)}, or torch, jax for all of these; '' for none, all installed if not given."
+        ),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Stop starting cases after this long.")] = 240.0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter rounds.")] = False,
+    sustained: Annotated[
+        bool,
+        typer.Option("--sustained", help="Also time each one on the card as hot as it makes it; takes seconds each."),
+    ] = False,
     processes: Annotated[bool, typer.Option(help="Also time new processes and calls on a tiny problem.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write everything here.")] = None,
     render: Annotated[Path | None, typer.Option(help="Measure nothing; print such a file as Markdown.")] = None,
@@ -52,7 +63,9 @@ def bench(
     """Time cuflash and its peers in one process, in rotated order, on the same inputs.
 
     GPU time is the median over rounds of replays of a captured graph, by CUDA events; host time the median of calls
-    that do not wait. Runs on the NumPy backend against naive NumPy attention where there is no GPU.
+    that do not wait. With --sustained a second pass lets each implementation run for a second before its slice, when
+    clocks have sagged to what its power allows. The matrix product ``gemm`` in the rotation is the yardstick for the
+    card. Runs on the NumPy backend against naive NumPy attention where there is no GPU.
     """
     if render is not None:
         text = report.markdown(report.Report.read(render))
@@ -64,9 +77,12 @@ def bench(
     if write is not None:
         raise InvalidArgument("--write needs --render, the file of a finished run.")
     gpu = has_gpu()
-    cases = _cases(problems or ("prefill" if gpu else "numpy"), case, phase)
-    found = find(_peer_names(peers, gpu), gpu)
-    run = Bench(found.implementations, gpu, quick)
+    by_set = _matching(problems or ("prefill" if gpu else "numpy"), case)
+    directions: list[Direction] = ["forward", "backward"] if phase is Phase.BOTH else [phase.value]
+    cases = [each.turned(direction) for direction in directions for chosen in by_set.values() for each in chosen]
+    found = find(chosen_peers(peers, gpu), gpu)
+    run = Bench(found.implementations, gpu, quick, sustained)
+    run.report.sets = {name: [each.id for each in chosen] for name, chosen in by_set.items()}
     run.report.notes += found.notes
     with _progress() as progress:
         task = progress.add_task("", total=len(cases))
@@ -89,28 +105,19 @@ def bench(
         run.report.write(json)
 
 
-def _cases(problems: str, pattern: str | None, phase: Phase) -> list[Case]:
-    """The cases of a set, filtered, in each direction asked for."""
-    if problems not in sets.SETS:
-        raise InvalidArgument(f"problem set {problems!r} is not known; expected one of: {', '.join(sets.SETS)}.")
-    chosen = sets.SETS[problems]()
-    if pattern is not None:
-        chosen = [each for each in chosen if pattern in each.id or fnmatchcase(each.id, pattern)]
-        if not chosen:
-            ids = ", ".join(each.id for each in sets.SETS[problems]())
-            raise InvalidArgument(f"--case {pattern!r} matches nothing in {problems}; it has: {ids}.")
-    directions: list[Direction] = ["forward", "backward"] if phase is Phase.BOTH else [phase.value]
-    return [each.turned(direction) for direction in directions for each in chosen]
-
-
-def _peer_names(text: str | None, gpu: bool) -> list[str]:
-    if text is None:
-        return [name for name in PEERS if gpu != (name == "numpy")]
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        raise InvalidArgument(f"--peers names {unknown[0]!r}; expected some of: {', '.join(PEERS)}.")
-    return names
+def _matching(problems: str, pattern: str | None) -> dict[str, list[Case]]:
+    """The cases of one or several sets, by set, that match the pattern."""
+    known = sets.of(problems)
+    if pattern is None:
+        return known
+    found = {
+        name: [each for each in cases if pattern in each.id or fnmatchcase(each.id, pattern)]
+        for name, cases in known.items()
+    }
+    if not any(found.values()):
+        ids = ", ".join(each.id for cases in known.values() for each in cases)
+        raise InvalidArgument(f"--case {pattern!r} matches nothing in {problems}; it has: {ids}.")
+    return {name: cases for name, cases in found.items() if cases}
 
 
 def _progress() -> Progress:

@@ -35,6 +35,7 @@ def register(app: typer.Typer, name: str, show: Show, text: str) -> None:
         softcap: Annotated[float, typer.Option(min=0)] = 0.0,
         scale: Annotated[float | None, typer.Option(help="softmax_scale; 1/sqrt(dim) if not given.")] = None,
         varlen: Annotated[bool, typer.Option("--varlen", help="Packed sequences, each of the full length.")] = False,
+        page_size: Annotated[int, typer.Option(min=0, help="With --varlen: keys lie in pages of so many.")] = 0,
         backward: Annotated[bool, typer.Option("--backward")] = False,
         deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-equal gradients.")] = False,
         copy_bytes: Annotated[int, typer.Option(help="What pointers and strides are aligned to.")] = 16,
@@ -58,6 +59,8 @@ def register(app: typer.Typer, name: str, show: Show, text: str) -> None:
             raise InvalidArgument(f"--heads {heads!r}: query heads must be a multiple of key heads.")
         if mask and (causal or (left, right) != (-1, -1)):
             raise InvalidArgument("--mask decides alone; give it without --causal and --window.")
+        if page_size and not varlen:
+            raise InvalidArgument("--page-size is for packed queries; give --varlen too.")
         alignment = "top-left" if top_left else "bottom-right"
         element = dtypes.DTYPES[dtype]
         problem = Problem(
@@ -79,7 +82,9 @@ def register(app: typer.Typer, name: str, show: Show, text: str) -> None:
         lens: tuple[tuple[int, ...], ...] = ((), ())
         if varlen:
             lens = ((len_q,) * batch, (len_kv,) * batch)
-            problem = replace(problem, layout="varlen", total_q=batch * len_q, total_kv=batch * len_kv)
+            rows = -(-len_kv // page_size) * page_size if page_size else len_kv
+            totals = {"total_q": batch * len_q, "total_kv": batch * rows}
+            problem = replace(problem, layout="varlen", page_size=page_size, **totals)
         show(Case(str(problem), family, problem, *lens), target)
 
     app.command(name, help=text)(command)

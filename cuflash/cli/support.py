@@ -25,6 +25,7 @@ _PLAIN = Problem("forward", BF16, batch=1, heads_q=4, heads_kv=4, len_q=64, len_
 PROBES: dict[str, Problem] = {
     "backward": replace(_PLAIN, direction="backward"),
     "varlen": replace(_PLAIN, layout="varlen", total_q=64, total_kv=64),
+    "paged": replace(_PLAIN, layout="varlen", total_q=64, total_kv=64, page_size=16),
     "causal": replace(_PLAIN, mask=Mask(right=0)),
     "window": replace(_PLAIN, mask=Mask(left=8, right=0)),
     "boolean mask": replace(_PLAIN, mask=Mask(tensor=True)),
@@ -76,7 +77,7 @@ class Row(NamedTuple):
     """What kernel families are asked about, where :data:`PROBES` does not say."""
     dtypes: tuple[str, ...] = ()
     """In which types; in each of its own when empty."""
-    runs_on: Literal["both", "kernels", "NumPy"] = "both"
+    runs_on: Literal["both", "kernels"] = "both"
 
 
 FORWARD, BACKWARD, PACKED = (frozenset([word]) for word in ("forward", "backward", "packed"))
@@ -117,8 +118,7 @@ ROWS: tuple[Row, ...] = (
     Row("varlen", ("cu_seqlens_q",), PACKED),
     Row("how many keys of a sequence are in use", ("seqused_k", "seqused_k_", "seqlen_k"), PACKED),
     Row("longest lengths given, or None to read them", ("max_seqlen_q",), PACKED, always=(MEM_EFF,)),
-    Row("keys and values in pages of a cache, of any size", ("block_table", "block_table_"), PACKED | FORWARD,
-        runs_on="NumPy"),
+    Row("paged", ("block_table", "block_table_"), PACKED | FORWARD),
     Row("values of cu_seqlens and the like checked on a GPU", ("validate",), PACKED, runs_on="kernels"),
     Row("what rows of no sequence hold", ("zero_tensors",), PACKED, instead="output and gradients 0, log-sum-exp −∞"),
     Row("output written into your array", ("out", "out_"), FORWARD),
@@ -208,7 +208,7 @@ def _runs_on(row: Row) -> str:
     """The families that run a row, and the NumPy backend."""
     if all(cell(row, group) in ("–", row.instead) for group in GROUPS):
         return "–"
-    names = [] if row.runs_on == "NumPy" else [f"`{family.name}`" for family in FAMILIES if _runs(family, row)]
+    names = [f"`{family.name}`" for family in FAMILIES if _runs(family, row)]
     if row.runs_on == "kernels":
         return ", ".join(names)
     return "all" if len(names) == len(FAMILIES) else ", ".join([*names, "NumPy"])

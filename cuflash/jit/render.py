@@ -56,7 +56,7 @@ def config_header(kernel: str, config: Config, params: str) -> str:
 def _layout_assertions(params: str) -> list[str]:
     """The host's layout of the parameter struct and of those inside it, as static assertions."""
     lines = []
-    for struct in ("Strides", "Attention", "TensorMap", params):
+    for struct in ("Strides", "Attention", "Pages", "TensorMap", params):
         dtype = params_header.dtype(struct)
         lines.append(f'static_assert(sizeof({struct}) == {dtype.itemsize}, "host layout");')
         lines += [

@@ -27,8 +27,16 @@ _REQUIRED: dict[Direction, tuple[str, ...]] = {
 }
 _PER_ELEMENT = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 _PER_ROW = ("lse", "dlse")
-_WORDS = {"b": "batch size", "s": "length", "total": "packed length", "h": "number of heads", "d": "head dimension"}
-_EQUAL = ("b", "q", "k"), ("b", "q", "v"), ("s", "k", "v"), ("total", "k", "v"), ("d", "q", "k"), ("h", "k", "v")
+_PAGES = ("num_pages", "page_size", "h", "d")
+"""The axes of keys and values in the pages of a cache."""
+_WORDS = {
+    "b": "batch size", "s": "length", "total": "packed length", "h": "number of heads", "d": "head dimension",
+    "num_pages": "number of pages", "page_size": "page size",
+}  # fmt: skip
+_EQUAL = (
+    ("b", "q", "k"), ("b", "q", "v"), ("s", "k", "v"), ("total", "k", "v"), ("num_pages", "k", "v"),
+    ("page_size", "k", "v"), ("d", "q", "k"), ("h", "k", "v"),
+)  # fmt: skip
 """Axes along which two tensors must have one size."""
 _RNG_STATES = [((2,), "uint64"), ((2,), "int64"), ((4,), "uint32")]
 """Shapes and dtypes that 16 bytes of seed and offset may have; JAX has no 64-bit integers by default."""
@@ -38,20 +46,23 @@ _DTYPES = {dtype.numpy.name: dtype for dtype in DTYPES.values()}
 def problem_of(direction: Direction, options: Options, views: Mapping[str, View]) -> Problem:
     """Check everything about a call but the values of its arrays; longest lengths must be filled in."""
     varlen = layout_of(direction, options, views) == "varlen"
-    axes = options.axes(varlen)
     dtype = _dtype(views["q"], views["k"], views["v"])
-    q, k, v = (dict(zip(axes, views[name].shape, strict=True)) for name in ("q", "k", "v"))
-    _check_sizes(options, views, axes)
+    q, k, v = (dict(zip(axes, views[name].shape, strict=True)) for name, axes in _axes(options, views).items())
+    _check_sizes(options, views)
 
     dropout = dropout_of(options)
+    page_size, total_q, total_kv = k.get("page_size", 0), q.get("total", 0), k.get("total", 0)
+    most_kv = total_kv
+    if page_size:
+        total_kv, most_kv = k["num_pages"] * page_size, views["block_table"].shape[1] * page_size
     if varlen:
         batch = views["cu_seqlens_q"].shape[0] - 1
         len_q, len_kv = length(options, "max_seqlen_q"), length(options, "max_seqlen_k")
         if dropout is None or dropout.scheme == "byte":  # the word scheme numbers pairs by the lengths as given
-            len_q, len_kv = min(len_q, q["total"]), min(len_kv, k["total"])
+            len_q, len_kv = min(len_q, total_q), min(len_kv, most_kv)
     else:
         batch, len_q, len_kv = q["b"], q["s"], k["s"]
-    for name, rows, total in (("q", len_q, q.get("total", 0)), ("k", len_kv, k.get("total", 0))):
+    for name, rows, total in (("q", len_q, total_q), ("k", max(len_kv, page_size), total_kv)):
         if rows > MAX_LENGTH or total >= 2**31:
             raise InvalidArgument(
                 f"{options.name(name)} has {max(rows, total)} rows; "
@@ -99,8 +110,9 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         dim_qk=q["d"],
         dim_v=v["d"],
         layout="varlen" if varlen else "dense",
-        total_q=q.get("total", 0),
-        total_kv=k.get("total", 0),
+        total_q=total_q,
+        total_kv=total_kv,
+        page_size=page_size,
         mask=_mask(options, views, scores).clipped(len_q, len_kv),
         softcap=softcap,
         softmax_scale=q["d"] ** -0.5 if scale is None else _finite(options.name("softmax_scale"), scale),
@@ -130,14 +142,21 @@ def layout_of(direction: Direction, options: Options, views: Mapping[str, View])
     varlen = is_packed(options, views)
     if _flag("validate", options.validate) and not varlen:
         raise InvalidArgument("validate is True but no sequences are packed; there is nothing to check. Drop it.")
-    axes = options.axes(varlen)
-    for view in (views[name] for name in ("q", "k", "v")):
+    for view, axes in ((views[name], axes) for name, axes in _axes(options, views).items()):
         if len(view.shape) != len(axes):
             raise InvalidArgument(
                 f"{view.name} has {len(view.shape)} dimensions, shape {view.shape}; "
                 f"expected {len(axes)}: ({', '.join(axes)})."
             )
+        if axes is _PAGES and view.shape[1] == 0:
+            raise InvalidArgument(f"{view.name} has page size 0, shape {view.shape}; expected at least 1.")
     return "varlen" if varlen else "dense"
+
+
+def _axes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[str, ...]]:
+    """The axes of q, k and v."""
+    axes = options.axes(varlen="cu_seqlens_q" in views)
+    return {"q": axes} | dict.fromkeys(("k", "v"), _PAGES if "block_table" in views else axes)
 
 
 def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, ...]]:
@@ -201,25 +220,24 @@ def _dtype(q: View, k: View, v: View) -> DType:
     return _DTYPES[q.dtype]
 
 
-def _check_sizes(options: Options, views: Mapping[str, View], axes: Sequence[str]) -> None:
+def _check_sizes(options: Options, views: Mapping[str, View]) -> None:
     """q, k and v must fit each other."""
-    for axis, *pair in _EQUAL:
-        if axis in axes:
-            a, b = (views[name] for name in pair)
-            size_a, size_b = (view.shape[axes.index(axis)] for view in (a, b))
-            if size_a != size_b:
-                raise InvalidArgument(
-                    f"{b.name} has {_WORDS[axis]} {size_b} but {a.name} has {size_a}; they must be equal.\n"
-                    f"  {_show(a, axes)}    {_show(b, axes)}"
-                )
-    for view in (views[name] for name in ("q", "k", "v")):
+    axes_of = _axes(options, views)
+    sizes = {name: dict(zip(axes, views[name].shape, strict=True)) for name, axes in axes_of.items()}
+    shown = {name: _show(views[name], axes) for name, axes in axes_of.items()}
+    for axis, a, b in _EQUAL:
+        if axis in sizes[a] and axis in sizes[b] and sizes[a][axis] != sizes[b][axis]:
+            raise InvalidArgument(
+                f"{views[b].name} has {_WORDS[axis]} {sizes[b][axis]} but {views[a].name} has {sizes[a][axis]}; "
+                f"they must be equal.\n  {shown[a]}    {shown[b]}"
+            )
+    for name, of_name in sizes.items():
         for axis in ("h", "d"):
-            if view.shape[axes.index(axis)] == 0:
-                raise InvalidArgument(f"{view.name} has {_WORDS[axis]} 0; expected at least 1.\n  {_show(view, axes)}")
-    q, k = views["q"], views["k"]
-    heads_q, heads_kv = (view.shape[axes.index("h")] for view in (q, k))
-    both = f"{k.name} has {heads_kv} heads but {q.name} has {heads_q}"
-    drawn = f"\n  {_show(q, axes)}    {_show(k, axes)}"
+            if of_name[axis] == 0:
+                raise InvalidArgument(f"{views[name].name} has {_WORDS[axis]} 0; expected at least 1.\n  {shown[name]}")
+    heads_q, heads_kv = sizes["q"]["h"], sizes["k"]["h"]
+    both = f"{views['k'].name} has {heads_kv} heads but {views['q'].name} has {heads_q}"
+    drawn = f"\n  {shown['q']}    {shown['k']}"
     if heads_q % heads_kv:
         raise InvalidArgument(f"{both}; heads_q must be a multiple of heads_kv.{drawn}")
     if heads_q != heads_kv and not _flag("enable_gqa", options.enable_gqa):

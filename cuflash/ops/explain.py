@@ -17,19 +17,21 @@ from cuflash.plan.choose import Explanation
 from cuflash.problem import Problem
 
 
-def explain(q: Any, others: Sequence[Any], options: Options, device: str | None, backward: bool) -> Explanation:
+def explain(
+    q: Any, others: Sequence[Any], block_table: Any, options: Options, device: str | None, backward: bool
+) -> Explanation:
     """The choice for q and the other arrays of a forward call, or for a Problem, on a device.
 
     `others` are in the order of :data:`SHARED`; without a device it is the arrays' own.
     """
     if isinstance(q, Problem):
-        if options != Options() or backward or any(x is not None for x in others):
+        if options != Options() or backward or any(x is not None for x in (*others, block_table)):
             raise InvalidArgument("explain takes only a device next to a Problem, which says everything else itself.")
         if device is None:
             raise InvalidArgument("device is None; name the one to explain a Problem for, for example device='h100'.")
         return plan.explain(q, devices.named(device))
 
-    arrays = (q, *others, None)
+    arrays = (q, *others, block_table, None)
     framework = framework_of(options.names("forward"), arrays)
     options = with_lengths(framework, "forward", options, arrays)
     if isinstance(framework, Guest):

@@ -25,12 +25,18 @@ def forward(
     alibi_slopes: Any = None,
     attn_bias: Any = None,
     sink: Any = None,
+    block_table: Any = None,
     out: Any = None,
     generator: Any = None,
 ) -> tuple[Any, ...]:
-    """(out, lse), and rng_state with dropout, as arrays of the same framework; packed when cu_seqlens are given."""
+    """(out, lse), and rng_state with dropout, as arrays of the same framework; packed when cu_seqlens are given.
+
+    With a `block_table`, key j of sequence b is row ``j % page_size`` of page ``block_table[b, j // page_size]`` of k
+    and v, (num_pages, page_size, heads_kv, d). `seqused_k`, or the differences of `cu_seqlens_k`, count the keys.
+    """
     arrays = (
-        q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, attn_bias, sink, out,
+        q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, attn_bias, sink,
+        block_table, out,
     )  # fmt: skip
     framework = framework_of(options.names("forward"), arrays)
     if generator is not None:
@@ -44,7 +50,10 @@ def forward(
     rows = [x.swapaxes(1, 2) if options.sdpa else x for x in (q, k, v)]
     keywords = host.keywords(problem, options, arrays, rng_state)
     keywords["out"] = out.swapaxes(1, 2) if options.sdpa else out
-    if problem.layout == "varlen":
+    if problem.page_size:
+        keywords["seqused_k"] = np.diff(cu_seqlens_k) if seqused_k is None else seqused_k
+        _, lse = reference.forward_paged(*rows, block_table, cu_seqlens_q=cu_seqlens_q, **keywords)
+    elif problem.layout == "varlen":
         _, lse = reference.forward_varlen(*rows, cu_seqlens_q, cu_seqlens_k, **keywords)
     else:
         _, lse = reference.forward(*rows, **keywords)

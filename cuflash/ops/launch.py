@@ -26,12 +26,15 @@ from cuflash.problem import Direction, Problem
 _UNBOUNDED = 2**30
 """A window side that hides nothing: no two positions are further apart (``check.MAX_LENGTH``)."""
 
+_UNNUMBERED = 2**31 - 1
+"""More rows than cu_seqlens_k can count: with pages it numbers none."""
+
 _EMPTY_VALUES = {"lse": -np.inf}
 """What results hold where there is nothing to attend to; 0 when not listed."""
 
 _PARAMS_NAMES = {
     "attn_mask": "mask", "cu_seqlens_k": "cu_seqlens_kv", "seqused_k": "seqused_kv", "alibi_slopes": "alibi",
-    "attn_bias": "bias",
+    "attn_bias": "bias", "block_table": "table",
 }  # fmt: skip
 """Members of ``params.cuh`` that are not called like the argument."""
 
@@ -206,20 +209,22 @@ def _result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
 
 def _draw(params: np.dtype, problem: Problem) -> Draw:
     generator, seed, offset = (_word(params, name) for name in ("generator", "seed", "offset"))
-    writer, reader = _word(params, "rng_state"), _attention_word(params, "rng_state")
+    writer, reader = _word(params, "rng_state"), _inner_word(params, "attention", "rng_state")
     return Draw(draw.increment(problem), (generator, seed, offset), writer, reader)
 
 
 def _word(params: np.dtype, argument: str) -> int:
     """Index of the 8-byte word of a parameter block that holds a pointer or an argument of 8 bytes."""
     name = _PARAMS_NAMES.get(argument, argument)
-    return params.fields[name][1] // 8 if name in params.fields else _attention_word(params, name)
+    if name in params.fields:
+        return params.fields[name][1] // 8
+    return _inner_word(params, "pages" if argument == "block_table" else "attention", name)
 
 
-def _attention_word(params: np.dtype, name: str) -> int:
-    """The same of a member of the struct that both directions share."""
-    attention, offset = params.fields["attention"]
-    return (offset + attention.fields[name][1]) // 8
+def _inner_word(params: np.dtype, struct: str, name: str) -> int:
+    """The same of a member of a struct inside."""
+    inner, offset = params.fields[struct]
+    return (offset + inner.fields[name][1]) // 8
 
 
 def _map_words(params: np.dtype, box: Box) -> slice:
@@ -291,14 +296,32 @@ def _template(
         for axis, name in enumerate(("batch", "head", "row")):
             block[f"dbias_{name}"] = prod(shape[axis + 1 :]) if shape[axis] > 1 else 0
 
+    if problem.page_size:
+        attention["total_kv"] = _UNNUMBERED
+        block["pages"] = _pages(views["k"], views["block_table"])
+
     for member in params.names:
         name = member.removesuffix("_stride")
         if name == member or (name == "dlse" and name not in views):
             continue
-        axes = options.row_axes(varlen) if name in _PER_ROW else options.axes(varlen)
+        packed = varlen and not (problem.page_size and name in ("k", "v"))  # pages lie like batch elements
+        axes = options.row_axes(packed) if name in _PER_ROW else options.axes(packed)
         found = zip(axes, _shape_and_steps(name, views, shapes), strict=True)
         steps = {axis: step if n > 1 else 0 for axis, (n, step) in found}
         block[member]["batch"] = steps.get("b", 0)
-        block[member]["row"] = steps["total" if varlen else "s"]
+        block[member]["row"] = steps["total" if packed else "s"]
         block[member]["head"] = steps["h"]
     return block.view(np.uint64)
+
+
+def _pages(k: View, table: View) -> np.ndarray:
+    """The ``Pages`` struct without its pointer; keys lie like (b, s, h, d) tensors with a page for each b."""
+    pages = np.zeros((), jit.params.dtype("Pages"))
+    for axis, name in enumerate(("table_batch", "table_page")):
+        pages[name] = table.strides[axis] // table.itemsize if table.shape[axis] > 1 else 0
+    pages["count"], pages["size"] = k.shape[:2]
+    # Exact for keys below 2**30, as rounding up adds less than 2**(shift - 30) to multiplier * size: Granlund and
+    # Montgomery 1994, doi 10.1145/178243.178249.
+    shift = 30 + (k.shape[1] - 1).bit_length()
+    pages["multiplier"], pages["shift"] = -(-(2**shift) // k.shape[1]), shift
+    return pages

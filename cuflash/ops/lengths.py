@@ -17,7 +17,8 @@ _CU_SEQLENS = ARGUMENTS["forward"].index("cu_seqlens_q")
 def with_lengths(framework: Framework, direction: Direction, options: Options, arrays: Sequence[Any]) -> Options:
     """The options with the longest lengths in them and nothing left to validate.
 
-    Where that needs the values of cu_seqlens and seqused, reading them waits for a GPU, and checks them all.
+    Where that needs the values of cu_seqlens and seqused, reading them waits for a GPU, and checks them all. Page
+    numbers are read only to be validated.
     """
     derived = None in (options.max_seqlen_q, options.max_seqlen_k)
     if arrays[_CU_SEQLENS] is None or not (derived or options.validate):

@@ -14,7 +14,7 @@ SHARED = (
 """The arrays that both directions read."""
 
 ARGUMENTS: dict[Direction, tuple[str, ...]] = {
-    "forward": (*SHARED, "out"),
+    "forward": (*SHARED, "block_table", "out"),
     "backward": (*SHARED, "rng_state", "out", "dout", "lse", "dlse", "dq", "dk", "dv"),
 }
 """The arrays of a call in the order in which they are handed down; one that was left out is None."""

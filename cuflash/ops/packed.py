@@ -1,4 +1,4 @@
-"""Checks of packed sequences: cu_seqlens and seqused of queries and keys, first as arrays, then their values."""
+"""Checks of packed sequences and of pages: what says where they lie, first as arrays, then its values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_packed(options: Options, views: Mapping[str, View]) -> bool:
     """Whether the call is on packed sequences; checks that what says so is complete and can be read."""
     starts = [views[name] for name in LENGTHS[:2] if name in views]
     if not starts:
-        for name in (*LENGTHS[2:], "max_seqlen_q", "max_seqlen_k"):
+        for name in (*LENGTHS[2:], "block_table", "max_seqlen_q", "max_seqlen_k"):
             if name in views or getattr(options, name, None) is not None:
                 raise InvalidArgument(
                     f"{options.name(name)} is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too."
@@ -48,7 +48,24 @@ def is_packed(options: Options, views: Mapping[str, View]) -> bool:
             raise InvalidArgument(
                 f"{view.name} has {view.shape[0]} numbers; expected one for each of the {counts[0] - 1} sequences."
             )
+    if "block_table" in views:
+        _check_table(views["block_table"], counts[0] - 1)
     return True
+
+
+def _check_table(table: View, batch: int) -> None:
+    """The numbers of every sequence's pages, by any strides."""
+    if table.dtype != "int32":
+        raise InvalidArgument(f"{table.name} is {table.dtype}; expected int32. Convert it.")
+    if len(table.shape) != 2:
+        raise InvalidArgument(f"{table.name} has shape {table.shape}; expected (b, max_pages).")
+    if table.shape[0] != batch:
+        raise InvalidArgument(
+            f"{table.name} has {table.shape[0]} rows; expected one for each of the {batch} sequences."
+        )
+    steps = [stride for n, stride in zip(table.shape, table.strides, strict=True) if n > 1]
+    if not table.empty and any(n % table.itemsize for n in (table.pointer, *steps)):
+        raise InvalidArgument(f"{table.name} is misaligned; pass a contiguous copy of it.")
 
 
 def length(options: Options, name: str) -> int:
@@ -62,8 +79,9 @@ def length(options: Options, name: str) -> int:
 def with_lengths(options: Options, views: Mapping[str, View], arrays: Mapping[str, Any]) -> Options:
     """Read what says where sequences lie, check its values and fill in the longest lengths."""
     values = {name: np.asarray(arrays[name].tolist(), np.int64) for name in LENGTHS if name in arrays}
+    paged = "block_table" in views
     lengths_q = _lengths("cu_seqlens_q", values["cu_seqlens_q"], views["q"])
-    lengths_k = _lengths("cu_seqlens_k", values["cu_seqlens_k"], views["k"])
+    lengths_k = _lengths("cu_seqlens_k", values["cu_seqlens_k"], None if paged else views["k"])
     for name, lengths, rows in (("seqused_q", lengths_q, "queries"), ("seqused_k", lengths_k, "keys")):
         used = values.get(name, np.zeros(0, np.int64))
         wrong = np.flatnonzero((used < 0) | (used > lengths[: len(used)]))
@@ -73,6 +91,10 @@ def with_lengths(options: Options, views: Mapping[str, View], arrays: Mapping[st
                 f"{options.name(name)}[{at}] is {used[at]}, but sequence {at} has {lengths[at]} {rows}; "
                 "expected a number from 0 to those."
             )
+    if paged:
+        _check_room(views, values.get("seqused_k", lengths_k))
+        if options.validate or views["block_table"].device == "cpu":
+            _check_pages(views, arrays["block_table"], values.get("seqused_k", lengths_k))
     return options._replace(
         max_seqlen_q=_longest(options, "max_seqlen_q", lengths_q),
         max_seqlen_k=_longest(options, "max_seqlen_k", lengths_k),
@@ -80,9 +102,9 @@ def with_lengths(options: Options, views: Mapping[str, View], arrays: Mapping[st
     )
 
 
-def _lengths(name: str, starts: np.ndarray, packed: View) -> np.ndarray:
-    """Rows of each sequence of a packed tensor."""
-    lengths, rows = np.diff(starts), packed.shape[0]
+def _lengths(name: str, starts: np.ndarray, packed: View | None) -> np.ndarray:
+    """Rows of each sequence of a packed tensor; without one, the numbers say nothing but lengths."""
+    lengths = np.diff(starts)
     if starts[0] != 0:
         raise InvalidArgument(f"{name}[0] is {starts[0]}; expected 0, the first row of the first sequence.")
     falls = np.flatnonzero(lengths < 0)
@@ -92,12 +114,39 @@ def _lengths(name: str, starts: np.ndarray, packed: View) -> np.ndarray:
             f"{name}[{at}] is {starts[at]} after {starts[at - 1]}; "
             "expected the first row of each sequence in rising order, and the end of the last."
         )
-    if starts[-1] > rows:
-        at = np.flatnonzero(starts > rows)[0]
+    if packed is not None and starts[-1] > packed.shape[0]:
+        at = np.flatnonzero(starts > packed.shape[0])[0]
         raise InvalidArgument(
-            f"{name}[{at}] is {starts[at]}, but {packed.name} has {rows} rows; expected at most that many."
+            f"{name}[{at}] is {starts[at]}, but {packed.name} has {packed.shape[0]} rows; expected at most that many."
         )
     return lengths
+
+
+def _check_room(views: Mapping[str, View], lengths: np.ndarray) -> None:
+    """Every sequence must fit into the pages that its row of the table can name."""
+    table, (_, page_size, *_) = views["block_table"], views["k"].shape
+    over = np.flatnonzero(lengths > table.shape[1] * page_size)
+    if over.size:
+        raise InvalidArgument(
+            f"{table.name} has {table.shape[1]} pages of {page_size} rows a sequence, but sequence {over[0]} has "
+            f"{lengths[over[0]]} keys; pass more pages for each."
+        )
+
+
+def _check_pages(views: Mapping[str, View], block_table: Any, lengths: np.ndarray) -> None:
+    """Every key must be in a page that is there; numbers behind a sequence's last page may be anything."""
+    table, (num_pages, page_size, *_) = views["block_table"], views["k"].shape
+    if not isinstance(block_table, np.ndarray):
+        block_table = np.array(block_table.tolist(), np.int64).reshape(table.shape)
+    for b, length in enumerate(lengths.tolist()):
+        used = block_table[b, : -(-length // page_size)]
+        wrong = np.flatnonzero((used < 0) | (used >= num_pages))
+        if wrong.size:
+            at = wrong[0]
+            raise InvalidArgument(
+                f"{table.name}[{b}, {at}] is {used[at]}, but there are {num_pages} pages; "
+                "expected the number of one, from 0."
+            )
 
 
 def _longest(options: Options, name: str, lengths: np.ndarray) -> int:

@@ -19,8 +19,8 @@ def vjp(
 
     How long packed sequences are is read once for both directions, and both draw the same random numbers.
     """
-    with_out = (*arrays, None)
-    options = with_lengths(framework_of(options.names("forward"), with_out), "forward", options, with_out)
+    every = (*arrays, None, None)
+    options = with_lengths(framework_of(options.names("forward"), every), "forward", options, every)
     out, lse, *drawn = forward(options._replace(deterministic=False), *arrays, generator=generator)
     rng_state = drawn[0] if drawn else None
 

@@ -47,6 +47,8 @@ class Family:
             if dim > self.max_dim:
                 reasons.append(f"{name} {dim} > {self.max_dim}")
         reasons += [f"no {feature}" for feature in needs(problem) if feature not in self.features]
+        if problem.page_size and problem.direction == "backward":
+            reasons.append("no gradients of pages: sequences may share them")
         return reasons
 
     def plan(self, problem: Problem, device: Device) -> Plan:
@@ -58,6 +60,7 @@ class Family:
 FEATURES: dict[str, str] = {
     "backward": "gradients of q, k and v",
     "varlen": "packed sequences of different lengths (cu_seqlens, seqused_k)",
+    "paged": "keys and values in the pages of a cache, of any size",
     "causal": "causal mask, bottom-right or top-left aligned",
     "window": "sliding window, either side, both alignments",
     "boolean mask": "boolean tensor, broadcast over any axis",
@@ -80,7 +83,8 @@ def needs(problem: Problem) -> list[str]:
     """The features a problem makes use of."""
     used = {
         "backward": problem.direction == "backward",
-        "varlen": problem.layout == "varlen",
+        "varlen": problem.layout == "varlen" and not problem.page_size,
+        "paged": problem.page_size != 0,
         "causal": problem.mask.kind == "causal",
         "window": problem.mask.kind == "window",
         "boolean mask": problem.mask.tensor,
@@ -111,6 +115,13 @@ def _score(problem: Problem, real: str) -> str:
     return score
 
 
+def _sequence(problem: Problem) -> str:
+    """The policy that says how long sequences are and where they lie."""
+    if problem.page_size:
+        return "PagedSequence"
+    return "VarlenSequence" if problem.layout == "varlen" else "DenseSequence"
+
+
 def _config(problem: Problem, tile: tiles.Tile) -> Config:
     """The compile-time choices that follow from the problem, for a kernel with this tile."""
     real = "double" if problem.dtype.accumulator == np.float64 else "float"
@@ -121,7 +132,7 @@ def _config(problem: Problem, tile: tiles.Tile) -> Config:
         dim_qk=problem.dim_qk,
         dim_v=problem.dim_v,
         threads=tile.threads,
-        sequence="VarlenSequence" if problem.layout == "varlen" else "DenseSequence",
+        sequence=_sequence(problem),
         mask=f"TensorMask<{mask}>" if problem.mask.tensor else mask,
         score=_score(problem, real),
         dropout=_DROPOUTS[problem.dropout],

@@ -25,7 +25,7 @@ class Config:
     dim_v: int
     threads: int
     sequence: str = "DenseSequence"
-    """``kernels/attention/sequence.cuh``: DenseSequence, VarlenSequence."""
+    """``kernels/attention/sequence.cuh``: DenseSequence, VarlenSequence, PagedSequence."""
     mask: str = "NoMask"
     """``kernels/attention/mask.cuh``: NoMask, CausalMask, WindowMask, TensorMask."""
     score: str = "ScaledScore<float>"

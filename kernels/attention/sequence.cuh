@@ -1,4 +1,4 @@
-// Sequence: how long one batch element is and where its rows lie. Dense or packed; the kernels never know which.
+// Sequence: how long one batch element is and where its rows lie. Dense, packed or paged; the kernels never know which.
 #pragma once
 
 #include "params.cuh"
@@ -73,6 +73,14 @@ struct VarlenSequence {
   // floor(start / tile) + batch never overlaps the tiles of the sequence before, whatever the lengths are.
   CF_DEVICE int64 first_q_tile(int tile) const { return start_q / tile + batch; }
   CF_DEVICE static int64 num_q_tiles(const Attention& a, int tile) { return a.total_q / tile + a.batch; }
+};
+
+// Packed queries over keys in pages, which sequences may share: cu_seqlens_kv says how many keys there are, and a table
+// where they lie (tile/rows.cuh).
+struct PagedSequence : VarlenSequence {
+  using VarlenSequence::VarlenSequence;
+
+  CF_DEVICE int64 kv_offset(const Strides&) const { return 0; }
 };
 
 }  // namespace cuflash

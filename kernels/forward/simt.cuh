@@ -86,7 +86,7 @@ struct ForwardSimt {
     const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + head_kv * p.k_stride.head;
     const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + head_kv * p.v_stride.head;
     const Rows q = Rows{g_q, p.q_stride.row, sequence.len_q}.from(q_first);
-    const Rows k{g_k, p.k_stride.row, sequence.len_kv}, v{g_v, p.v_stride.row, sequence.len_kv};
+    const auto k = kv_rows(p, sequence, g_k, p.k_stride, 0), v = kv_rows(p, sequence, g_v, p.v_stride, 0);
 
     const typename Config::Mask mask(a, sequence, work.head);
     const typename Config::Score score(a, sequence, work.head);

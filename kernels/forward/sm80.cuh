@@ -105,15 +105,13 @@ struct ForwardSm80 {
     const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + head_kv * p.k_stride.head;
     const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + head_kv * p.v_stride.head;
     const auto load_k = [&](int tile) {
-      const int first = tile * kTileKv;
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, g_k + first * p.k_stride.row, p.k_stride.row,
-                                                        sequence.len_kv - first);
+      const auto k = kv_rows(p, sequence, g_k, p.k_stride, tile * kTileKv);
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k);
       ptx::cp_async_commit();
     };
     const auto load_v = [&](int tile) {
-      const int first = tile * kTileKv;
-      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, g_v + first * p.v_stride.row, p.v_stride.row,
-                                                       sequence.len_kv - first);
+      const auto v = kv_rows(p, sequence, g_v, p.v_stride, tile * kTileKv);
+      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v);
       ptx::cp_async_commit();
     };
 

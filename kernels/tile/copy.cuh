@@ -3,6 +3,7 @@
 
 #include "ptx/cp_async.cuh"
 #include "ptx/sync.cuh"
+#include "tile/rows.cuh"
 #include "tile/shared.cuh"
 
 namespace cuflash {
@@ -18,10 +19,10 @@ struct VectorOf<8> { using Type = uint2; };
 template <>
 struct VectorOf<16> { using Type = uint4; };
 
-// Starts the copy of rows [0, valid_rows) x columns [0, kDim) into `tile`; everything else in the tile becomes zero, so
-// that padding of any content (NaN included) never enters a product. Complete after cp_async_wait and a barrier.
-template <int kDim, int kBytes, int kThreads, class Tile, class Element>
-CF_DEVICE void load_tile_async(Tile& tile, const Element* global, int64 row_stride, int valid_rows) {
+// Starts the copy of rows [0, count) x columns [0, kDim) into `tile`; everything else in the tile becomes zero, so that
+// padding of any content (NaN included) never enters a product. Complete after cp_async_wait and a barrier.
+template <int kDim, int kBytes, int kThreads, class Tile, class Element, template <class> class Rows>
+CF_DEVICE void load_tile_async(Tile& tile, const Rows<const Element>& rows) {
   constexpr int kWidth = kBytes / sizeof(Element);  // elements of one access
   constexpr int kAcross = Tile::kCols / kWidth;
   constexpr int kThreadsAcross = min_of(kThreads, power_of_two_above(kAcross));
@@ -33,21 +34,27 @@ CF_DEVICE void load_tile_async(Tile& tile, const Element* global, int64 row_stri
     const int col = (across + first_col) * kWidth;
     if (kAcross % kThreadsAcross != 0 && col >= Tile::kCols) break;
     // A running pointer: independent addresses would be kept in registers over the whole kernel.
-    const Element* source = global + first_row * row_stride + col;
-    const int64 step = kRowsAtOnce * row_stride;
+    const Element* source = rows.at(first_row, 0, col);
 #pragma unroll
-    for (int down = 0; down < Tile::kRows; down += kRowsAtOnce, source += step) {
+    for (int down = 0; down < Tile::kRows; down += kRowsAtOnce) {
       const int row = down + first_row;
       if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
-      const bool valid = row < valid_rows && (kDim == Tile::kCols || col < kDim);
+      const bool valid = row < rows.count && (kDim == Tile::kCols || col < kDim);
       if constexpr (kBytes >= 4) {
         ptx::cp_async<kBytes>(tile.address(row, col), source, valid);
       } else {
         using Vector = typename VectorOf<kBytes>::Type;
         *reinterpret_cast<Vector*>(tile.at(row, col)) = valid ? *reinterpret_cast<const Vector*>(source) : Vector{};
       }
+      source = rows.below(source, row, col, kRowsAtOnce);
     }
   }
+}
+
+// The same of `valid_rows` rows that lie `row_stride` apart.
+template <int kDim, int kBytes, int kThreads, class Tile, class Element>
+CF_DEVICE void load_tile_async(Tile& tile, const Element* global, int64 row_stride, int valid_rows) {
+  load_tile_async<kDim, kBytes, kThreads>(tile, GlobalRows<const Element>{global, row_stride, valid_rows});
 }
 
 // Writes a kRows x kCols region of `tile`, from `first_row` on, to valid_rows x valid_cols of global memory, by kThreads

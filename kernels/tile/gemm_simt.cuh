@@ -139,16 +139,6 @@ CF_DEVICE void gemm_ab(MicroTile<Real, Grid, kRows, kCols>& c, TileA& a, int a_c
   }
 }
 
-// Rows of one head in global memory.
-template <class Element>
-struct GlobalRows {
-  Element* data;
-  int64 stride;
-  int count;
-
-  CF_DEVICE GlobalRows from(int row) const { return {data + row * stride, stride, count - row}; }
-};
-
 // Columns that are staged at once: at most 256 bytes of a row, in pieces of equal size.
 template <class Real>
 CF_DEVICE constexpr int staged_cols(int dim) {
@@ -192,8 +182,8 @@ struct SimtBlock {
 
   // Fills the tile's rows with columns [first_col, first_col + kStaged) of kDim; zeros where there are none, so that
   // padding of any content (NaN included) never enters a product.
-  template <int kStaged, int kDim, class Tile>
-  CF_DEVICE static void load(Tile& tile, const Rows& rows, int first_col) {
+  template <int kStaged, int kDim, class Tile, class AnyRows>
+  CF_DEVICE static void load(Tile& tile, const AnyRows& rows, int first_col) {
     using Vector = typename VectorOf<Config::kCopyBytes>::Type;
     constexpr int kWidth = Config::kCopyBytes / sizeof(Element), kMove = min_of(kWidth, kPack);
     constexpr int kInFlight = min_of(4, 16 / kWidth);  // accesses under way: at most 16 registers after conversion
@@ -206,9 +196,9 @@ struct SimtBlock {
       const int col = across * kWidth;
       const bool valid_col = kDim % kStaged == 0 || first_col + col < kDim;
       // A running pointer: independent addresses would be kept in registers over the whole kernel.
-      const Element* source = rows.data + first_row * rows.stride + first_col + col;
+      const Element* source = rows.at(first_row, first_col, col);
 #pragma unroll kInFlight
-      for (int down = 0; down < Tile::kRows; down += kRowsAtOnce, source += kRowsAtOnce * rows.stride) {
+      for (int down = 0; down < Tile::kRows; down += kRowsAtOnce) {
         const int row = down + first_row;
         if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
         const bool valid = valid_col && row < rows.count;
@@ -221,13 +211,14 @@ struct SimtBlock {
           for (int j = 0; j < kMove; ++j) pack.x[j] = to_accumulator(elements[i + j]);
           tile.template pack<kMove>(row, col + i) = pack;
         }
+        source = rows.below(source, row, first_col + col, kRowsAtOnce);
       }
     }
   }
 
   // c += a b^T over all kDim columns.
-  template <int kDim>
-  CF_DEVICE static void multiply(Scores& c, Operands& smem, const Rows& a, const Rows& b) {
+  template <int kDim, class RowsB>
+  CF_DEVICE static void multiply(Scores& c, Operands& smem, const Rows& a, const RowsB& b) {
     constexpr int kStaged = staged_cols<Real>(kDim);
 #pragma unroll 1
     for (int col = 0; col < kDim; col += kStaged) {
@@ -240,8 +231,8 @@ struct SimtBlock {
   }
 
   // c += weights * values, a kRows x kCols matrix from registers times kCols rows of kDim columns.
-  template <int kDim>
-  CF_DEVICE static void accumulate(Output<kDim>& c, Weighted& smem, Scores& weights, const Rows& values) {
+  template <int kDim, class AnyRows>
+  CF_DEVICE static void accumulate(Output<kDim>& c, Weighted& smem, Scores& weights, const AnyRows& values) {
     weights.for_each([&](Real x, int row, int col) { *smem.weights.at(row, col) = x; });
 #pragma unroll 1
     for (int row = 0; row < kCols; row += kStagedRows) {

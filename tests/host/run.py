@@ -124,17 +124,30 @@ def pair_strides(pairs: np.ndarray) -> list[int]:
     return [stride // pairs.itemsize if n > 1 else 0 for n, stride in zip(pairs.shape, pairs.strides, strict=True)]
 
 
+def page_params(problem: Problem, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The ``Pages`` struct."""
+    pages = np.zeros((), params_dtype("Pages"))
+    table, pages["count"], pages["size"] = arrays["table"], len(arrays["k"]), problem.page_size
+    pages["table"] = table.ctypes.data
+    pages["table_batch"], pages["table_page"] = (stride // table.itemsize for stride in table.strides)
+    pages["shift"] = 30 + (problem.page_size - 1).bit_length()
+    pages["multiplier"] = -(-(2 ** int(pages["shift"])) // problem.page_size)
+    return pages
+
+
 def run_plan_on_host(
     plan: Plan, arrays: Mapping[str, np.ndarray], seed: int = 0, numbers: Mapping[str, float] | None = None
 ) -> int:
     """Run every kernel of a plan, and return their ldmatrix bank conflicts.
 
     ``arrays`` holds, by their names in ``params.cuh``, the inputs and the outputs, which are written in place:
-    (b, s, h, d) or (total, h, d) tensors, lse, dlse as (b, h, s) or (h, total), and mask, bias, dbias as pairs.
+    (b, s, h, d) or (total, h, d) tensors, lse, dlse as (b, h, s) or (h, total), mask, bias, dbias as pairs, and for
+    pages k and v as (page, row, h, d) and their table as (b, max_pages).
     ``numbers`` are the members that neither a problem nor an array holds: dropout's.
     """
     problem = plan.problem
     layout = "bshd" if problem.layout == "dense" else "shd"
+    layouts = dict.fromkeys(("k", "v"), "bshd") if problem.page_size else {}  # the number of a page is axis b
     row_layout = "bhs" if problem.layout == "dense" else "hs"
     workspaces, surroundings = {}, {}
     conflicts = 0
@@ -159,7 +172,11 @@ def run_plan_on_host(
                 continue
             params[name] = array.ctypes.data
             if f"{name}_stride" in params.dtype.names:
-                params[f"{name}_stride"] = strides(array, row_layout if name in ("lse", "dlse") else layout)
+                axes = row_layout if name in ("lse", "dlse") else layouts.get(name, layout)
+                params[f"{name}_stride"] = strides(array, axes)
+        if problem.page_size:
+            params["attention"]["total_kv"] = 2**31 - 1
+            params["pages"] = page_params(problem, arrays)
         if problem.bias_grad:
             for axis, stride in zip(("batch", "head", "row"), pair_strides(arrays["dbias"]), strict=False):
                 params[f"dbias_{axis}"] = stride

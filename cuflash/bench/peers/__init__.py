@@ -1,0 +1,74 @@
+"""Everything the bench can time: cuflash itself, and the peers that this Python has, imported by name when asked for.
+
+A peer refuses problems whose meaning it cannot express (``why_not``); what it cannot run it says itself by raising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cuflash.bench.peers.implementation import Implementation
+from cuflash.bench.peers.jax import JaxCudnn, JaxFlashAttention3
+from cuflash.bench.peers.own import CuflashCpu, CuflashGpu, NumpyNaive
+from cuflash.bench.peers.product import product
+from cuflash.bench.peers.torch import FlashAttention3, FlexAttention, TorchSdpa, TorchVarlen
+from cuflash.errors import InvalidArgument
+
+PEERS: dict[str, Callable[[], Implementation]] = {
+    "torch-flash": lambda: TorchSdpa("flash"),
+    "torch-efficient": lambda: TorchSdpa("efficient"),
+    "torch-cudnn": lambda: TorchSdpa("cudnn"),
+    "torch-varlen": TorchVarlen,
+    "fa3": FlashAttention3,
+    "flex": FlexAttention,
+    "jax-cudnn": JaxCudnn,
+    "jax-fa3": JaxFlashAttention3,
+    "gemm": product,
+    "numpy-naive": NumpyNaive,
+}
+"""What ``--peers`` may name; ``torch``, ``jax`` and ``numpy`` name all that begin so."""
+
+
+def chosen(text: str | None, gpu: bool) -> list[str]:
+    """The peers that ``--peers`` names, in the order of the table; without a text all of the device.
+
+    Raises
+    ------
+    InvalidArgument
+        If one of the names is neither a peer's nor the beginning of one's.
+    """
+    if text is None:
+        return [name for name in PEERS if gpu != (name == "numpy-naive")]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        if not any(_names(word, name) for name in PEERS):
+            raise InvalidArgument(f"--peers names {word!r}; expected some of: torch, jax, numpy, {', '.join(PEERS)}.")
+    return [name for name in PEERS if any(_names(word, name) for word in words)]
+
+
+def _names(word: str, name: str) -> bool:
+    return name == word or name.startswith(f"{word}-")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The implementations of this machine."""
+
+    implementations: list[Implementation]
+    notes: list[str]
+    """Why others are missing."""
+
+
+def find(names: list[str], gpu: bool) -> Found:
+    """Cuflash and those of the named peers that can be imported; on the CPU only ``numpy-naive`` can be."""
+    found = Found([CuflashGpu() if gpu else CuflashCpu()], [])
+    for name in names:
+        if gpu == (name == "numpy-naive"):
+            found.notes.append(f"{name}: runs {'without' if gpu else 'only with'} a GPU")
+            continue
+        try:
+            found.implementations.append(PEERS[name]())
+        except (ImportError, AttributeError, OSError, RuntimeError) as error:
+            found.notes.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    return found

@@ -1,0 +1,316 @@
+"""Peers on PyTorch: its own attention functions, and FlashAttention-3."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
+from operator import and_
+from typing import Any, Literal
+
+from cuflash.bench.cases import Case
+from cuflash.bench.inputs import Inputs
+from cuflash.bench.peers.implementation import aligned_otherwise, beyond, window_size
+from cuflash.bench.timing import Runner
+from cuflash.problem import Problem
+
+
+class Torch:
+    """What functions on torch tensors share: zero-copy inputs, gradients by autograd, torch's own graph capture."""
+
+    name: str
+    family: str
+
+    def prepare(self, case: Case, inputs: Inputs) -> Runner:
+        """Bring the inputs over, run once, capture; where capture fails, calls are launched eagerly."""
+        import cupy
+
+        torch = importlib.import_module("torch")
+        stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)
+
+        @contextmanager
+        def scope() -> Iterator[None]:
+            with torch.cuda.stream(stream), self.scope(torch):
+                yield
+
+        with scope():
+            call = self.call(torch, case, inputs)
+            call()
+            stream.synchronize()
+            graph = self._capture(torch, call, stream)
+        launch = call if graph is None else graph.replay
+        return Runner(self.name, self.family, call, launch, "events", stream.synchronize, scope, keep=[graph])
+
+    def scope(self, torch: Any) -> AbstractContextManager[object]:
+        """The switches under which the function picks this implementation; none to set."""
+        return torch.enable_grad()
+
+    def view(self, x: Any) -> Any:
+        """A tensor of the inputs in the shape that the function takes: (b, s, h, d) or packed, as it is."""
+        return x
+
+    def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
+        """The forward of these tensors (bias may be None), which returns out."""
+        raise NotImplementedError
+
+    def call(self, torch: Any, case: Case, inputs: Inputs) -> Callable[[], object]:
+        """The forward, or the gradients that the case asks for by the graph of one forward."""
+        problem = case.problem
+        leaves = [self.view(torch.from_dlpack(x)) for x in (inputs.q, inputs.k, inputs.v)]
+        bias = None if inputs.bias is None else torch.from_dlpack(inputs.bias)
+        if problem.direction == "forward":
+            return self.bind(torch, case, inputs, *leaves, bias)
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        if problem.bias_grad:
+            bias = bias.detach().requires_grad_()
+        out = self.bind(torch, case, inputs, *leaves, bias)()
+        leaves += [bias] if problem.bias_grad else []
+        dout = self.view(torch.from_dlpack(inputs.dout))
+        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+    def _capture(self, torch: Any, call: Callable[[], object], stream: Any) -> Any | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                call()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        return graph
+
+
+class TorchSdpa(Torch):
+    """``torch.nn.functional.scaled_dot_product_attention`` held to one of its backends."""
+
+    def __init__(self, backend: Literal["flash", "efficient", "cudnn"]) -> None:
+        importlib.import_module("torch")
+        self.name = f"torch-{backend}"
+        self.family = backend
+        self._switch = {
+            "flash": "FLASH_ATTENTION",
+            "efficient": "EFFICIENT_ATTENTION",
+            "cudnn": "CUDNN_ATTENTION",
+        }[backend]
+
+    def why_not(self, problem: Problem) -> str | None:
+        """It knows no window, soft cap, ALiBi nor packed sequences, is top-left aligned and takes one mask."""
+        masks = {"flash": [], "efficient": ["boolean mask", "bias", "bias gradient"], "cudnn": ["boolean mask", "bias"]}
+        masked = [problem.mask.kind == "causal", problem.mask.tensor, problem.bias is not None]
+        return (
+            beyond(problem, "causal", "dropout", *masks[self.family])
+            or aligned_otherwise(problem, "top-left")
+            or ("one of causal mask, boolean mask and bias at a time" if sum(masked) > 1 else None)
+        )
+
+    def scope(self, torch: Any) -> AbstractContextManager[object]:
+        """Allow this backend alone."""
+        attention = importlib.import_module("torch.nn.attention")
+        return attention.sdpa_kernel(getattr(attention.SDPBackend, self._switch))
+
+    def view(self, x: Any) -> Any:
+        """(b, h, s, d)."""
+        return x.transpose(1, 2)
+
+    def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
+        """One call of the function; its random bits are its own."""
+        problem = case.problem
+        mask = bias if inputs.mask_tensor is None else torch.from_dlpack(inputs.mask_tensor)
+        options: dict[str, object] = {
+            "attn_mask": mask,
+            "dropout_p": case.dropout_p,
+            "scale": problem.softmax_scale,
+            "is_causal": problem.mask.kind == "causal",
+        }
+        if problem.group > 1:
+            options["enable_gqa"] = True
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return lambda: sdpa(q, k, v, **options)
+
+
+class TorchVarlen(Torch):
+    """``torch.nn.attention.varlen.varlen_attn``, FlashAttention-2 on packed sequences."""
+
+    name = "torch-varlen"
+    family = "flash"
+
+    def __init__(self) -> None:
+        self._function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Packed sequences only."""
+        if problem.layout == "dense":
+            return "packed sequences only"
+        return beyond(problem, "varlen", "causal", "window") or aligned_otherwise(problem, "bottom-right")
+
+    def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
+        """One call of the function."""
+        problem = case.problem
+        lengths = (*_cu_seqlens(torch, inputs), problem.len_q, problem.len_kv)
+        options: dict[str, object] = {"scale": problem.softmax_scale, "window_size": window_size(problem)}
+        if problem.group > 1:
+            options["enable_gqa"] = True
+        return lambda: self._function(q, k, v, *lengths, **options)
+
+
+_MOST_PAIRS = 2**31
+"""Beyond so many pairs a block mask is made by compiled code, which does not write down the mask of every pair."""
+
+
+class FlexAttention(Torch):
+    """``torch.nn.attention.flex_attention``, compiled: block masks for bands and documents, scores changed by code."""
+
+    name = "flex"
+    family = "triton"
+
+    def __init__(self) -> None:
+        self._module = importlib.import_module("torch.nn.attention.flex_attention")
+
+    def why_not(self, problem: Problem) -> str | None:
+        """What it is asked for here: bands and documents, and what is a function of one score and its place."""
+        if problem.layout == "varlen" and problem.bias is not None:
+            return "no bias of packed sequences"
+        return beyond(problem, "varlen", "causal", "window", "softcap", "alibi", "bias", "bias gradient")
+
+    def view(self, x: Any) -> Any:
+        """(b, h, s, d); packed sequences are one long one."""
+        return (x if x.ndim == 4 else x[None]).transpose(1, 2)
+
+    def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
+        """Compile for this case alone; the block mask is made outside the clock."""
+        torch.compiler.reset()  # each case is a variant, and too many variants of one function are an error
+        # The backward runs again and again on what one forward has kept.
+        importlib.import_module("torch._functorch.config").donated_buffer = False
+        problem = case.problem
+        places = self._places(torch, case, inputs)
+        block_mask = None
+        if visible := _visible(problem, *places):
+            make = self._module.create_block_mask
+            if q.shape[2] * k.shape[2] > _MOST_PAIRS:
+                make = torch.compile(make)
+            block_mask = make(visible, None, None, q.shape[2], k.shape[2], device=str(q.device))
+        options: dict[str, object] = {
+            "score_mod": _score_mod(torch, problem, inputs, bias, places[0]),
+            "block_mask": block_mask,
+            "scale": problem.softmax_scale,
+            "enable_gqa": problem.group > 1,
+        }
+        function = torch.compile(self._module.flex_attention, dynamic=False, fullgraph=True)
+        return lambda: function(q, k, v, **options)
+
+    def _places(self, torch: Any, case: Case, inputs: Inputs) -> tuple[Callable[[Any], Any], Any, Any]:
+        """The key on a query row's diagonal, and the documents of packed query and key rows (None if dense)."""
+        problem = case.problem
+        if problem.layout == "dense":
+            offset = problem.mask.offset(problem.len_q, problem.len_kv)
+            return lambda row: row + offset, None, None
+        starts_q, starts_kv = (starts.long() for starts in _cu_seqlens(torch, inputs))
+        numbers = torch.arange(len(case.lens_q), device=starts_q.device)
+        document_q, document_kv = (numbers.repeat_interleave(starts.diff()) for starts in (starts_q, starts_kv))
+        lens = zip(starts_q.diff().tolist(), starts_kv.diff().tolist(), strict=True)
+        offsets = torch.tensor([problem.mask.offset(*each) for each in lens], device=starts_q.device)
+        shift = starts_kv[:-1] + offsets - starts_q[:-1]
+        diagonals = torch.arange(len(document_q), device=starts_q.device) + shift[document_q]
+        return lambda row: diagonals[row], document_q, document_kv
+
+
+def _visible(
+    problem: Problem, diagonal: Callable[[Any], Any], document_q: Any, document_kv: Any
+) -> Callable[..., Any] | None:
+    """Whether a query row sees a key, as ``create_block_mask`` asks it; None when every row sees every key."""
+    left, right = problem.mask.left, problem.mask.right
+    tests: list[Callable[[Any, Any], Any]] = []
+    if left is not None:
+        tests.append(lambda row, key: key >= diagonal(row) - left)
+    if right is not None:
+        tests.append(lambda row, key: key <= diagonal(row) + right)
+    if document_q is not None:
+        tests.append(lambda row, key: document_q[row] == document_kv[key])
+
+    def visible(b: Any, h: Any, row: Any, key: Any) -> Any:
+        return reduce(and_, [test(row, key) for test in tests])
+
+    return visible if tests else None
+
+
+def _score_mod(
+    torch: Any, problem: Problem, inputs: Inputs, bias: Any, diagonal: Callable[[Any], Any]
+) -> Callable[..., Any] | None:
+    """What happens to a score after its scale; None when nothing does."""
+    slopes = torch.from_dlpack(inputs.alibi_slopes) if problem.alibi else None
+    softcap = problem.softcap
+    many = [0 if one else 1 for one in problem.bias_broadcast]
+
+    def score_mod(score: Any, b: Any, h: Any, row: Any, key: Any) -> Any:
+        if softcap:
+            score = softcap * (score / softcap).tanh()
+        if slopes is not None:
+            score = score - slopes[h] * (key - diagonal(row)).abs()
+        if bias is not None:
+            score = score + bias[b * many[0], h * many[1], row * many[2], key * many[3]]
+        return score
+
+    return score_mod if softcap or slopes is not None or bias is not None else None
+
+
+class FlashAttention3(Torch):
+    """FlashAttention-3's own functions: the full package, or the forward-only build ``fa3-fwd``."""
+
+    name = "fa3"
+    family = "fa3"
+
+    def __init__(self) -> None:
+        for module, config in (("flash_attn_interface", "flash_attn_config"), ("fa3_fwd_interface", "fa3_fwd_config")):
+            try:
+                self._module = importlib.import_module(module)
+            except ImportError:
+                continue
+            self._left_out = _left_out(config)
+            return
+        raise ImportError("neither flash_attn_interface nor fa3_fwd_interface is installed")
+
+    def why_not(self, problem: Problem) -> str | None:
+        """No score features but the soft cap; a build may have left out more."""
+        built = [x for x in ("window", "softcap", "varlen") if x not in self._left_out]
+        if problem.direction in self._left_out:
+            return f"built without {problem.direction}"
+        return beyond(problem, "causal", "deterministic", *built) or aligned_otherwise(problem, "bottom-right")
+
+    def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
+        """One call of the function."""
+        problem = case.problem
+        options: dict[str, object] = {
+            "softmax_scale": problem.softmax_scale,
+            "causal": problem.mask.kind == "causal",
+            "softcap": problem.softcap,
+        }
+        if problem.deterministic:
+            options["deterministic"] = True
+        if problem.mask.kind == "window":
+            options["window_size"] = window_size(problem)
+        function = self._module.flash_attn_func
+        if problem.layout == "varlen":
+            function = self._module.flash_attn_varlen_func
+            names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+            options |= zip(names, (*_cu_seqlens(torch, inputs), problem.len_q, problem.len_kv), strict=True)
+
+        def out_only() -> Any:
+            result = function(q, k, v, **options)
+            return result[0] if isinstance(result, tuple) else result  # older builds return (out, lse)
+
+        return out_only
+
+
+def _left_out(config: str) -> set[str]:
+    """What a build of FlashAttention-3 says it was made without; a build that says nothing has everything."""
+    try:
+        flags = importlib.import_module(config).CONFIG["build_flags"]
+    except ImportError:
+        return set()
+    words = {"LOCAL": "window", "SOFTCAP": "softcap", "VARLEN": "varlen", "BACKWARD": "backward"}
+    return {word for flag, word in words.items() if flags.get(f"FLASHATTENTION_DISABLE_{flag}")}
+
+
+def _cu_seqlens(torch: Any, inputs: Inputs) -> tuple[Any, Any]:
+    """Where packed query and key sequences start."""
+    return torch.from_dlpack(inputs.cu_seqlens_q), torch.from_dlpack(inputs.cu_seqlens_kv)

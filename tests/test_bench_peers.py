@@ -1,0 +1,322 @@
+"""The peers of the bench compute what cuflash computes: their options and layouts, on stand-ins or on the CPU.
+
+Packages that are not installed are replaced by modules whose functions are cuflash's own, under the names and with the
+signatures of the real ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuflash
+from cuflash.bench import calls, report, sets
+from cuflash.bench.cases import Case
+from cuflash.bench.inputs import Normals, make
+from cuflash.bench.peers import PEERS, chosen, find
+from cuflash.bench.peers.jax import JaxCudnn, JaxFlashAttention3
+from cuflash.bench.peers.product import CupyProduct, Product, TorchProduct
+from cuflash.bench.peers.torch import FlashAttention3, FlexAttention, Torch, TorchSdpa, TorchVarlen
+from cuflash.bench.timing import Runner, Timing
+from cuflash.dtypes import BF16, FP32
+from cuflash.errors import InvalidArgument
+from cuflash.masks import Mask
+from cuflash.problem import Problem
+
+CAUSAL = Mask(right=0)
+PLAIN = Problem("forward", FP32, 2, 4, 4, 70, 70, 16, 16, softmax_scale=0.3)
+PACKED = replace(
+    PLAIN, layout="varlen", batch=3, heads_kv=2, len_q=67, len_kv=80, total_q=100, total_kv=161, softmax_scale=0.2
+)
+PROBLEMS: dict[str, Problem] = {
+    "plain": PLAIN,
+    "causal": replace(PLAIN, mask=CAUSAL),
+    "causal_wide": replace(PLAIN, mask=CAUSAL, len_kv=90),
+    "gqa": replace(PLAIN, heads_kv=2, mask=CAUSAL),
+    "window": replace(PLAIN, mask=Mask(left=20, right=0)),
+    "window_both": replace(PLAIN, mask=Mask(left=20, right=7)),
+    "softcap": replace(PLAIN, softcap=2.0),
+    "alibi": replace(PLAIN, alibi=True),
+    "bias": replace(PLAIN, bias=FP32, bias_broadcast=(True, False, False, False)),
+    "bias_row": replace(PLAIN, bias=FP32, bias_broadcast=(False, True, True, False)),
+    "varlen": PACKED,
+    "varlen_causal": replace(PACKED, mask=CAUSAL),
+    "varlen_window_alibi": replace(PACKED, mask=Mask(left=20, right=7), alibi=True),
+    "all_scores": replace(PLAIN, softcap=2.0, alibi=True, bias=FP32, mask=Mask(left=20, right=7)),
+}
+CASES = {
+    name: Case(name, None, problem, *(((28, 5, 67), (80, 11, 70)) if problem.layout == "varlen" else ()))
+    for name, problem in PROBLEMS.items()
+}
+
+
+def module(name: str, **contents: object) -> ModuleType:
+    made = ModuleType(name)
+    vars(made).update(contents)
+    return made
+
+
+@pytest.fixture
+def installed(monkeypatch) -> Callable[..., None]:
+    def install(name: str, **contents: object) -> None:
+        monkeypatch.setitem(sys.modules, name, module(name, **contents))
+
+    return install
+
+
+def close(got: Any, case: Case, inputs: Any) -> None:
+    np.testing.assert_allclose(got, calls.of(case, inputs)()[0], atol=1e-5)
+
+
+TORCH = SimpleNamespace(from_dlpack=lambda x: x, matmul=np.matmul, empty_like=np.empty_like)
+"""Of torch what peers need whose functions take the inputs as they are."""
+
+
+def flash_attn_3(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False):
+    return cuflash.flash_attn_func(
+        q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
+    )
+
+
+def flash_attn_3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+    return cuflash.flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options), 0
+
+
+@pytest.fixture
+def fa3(installed) -> FlashAttention3:
+    installed("flash_attn_interface", flash_attn_func=flash_attn_3, flash_attn_varlen_func=flash_attn_3_varlen)
+    installed("flash_attn_config", CONFIG={"build_flags": {}})
+    return FlashAttention3()
+
+
+@pytest.mark.parametrize("name", ["causal_wide", "gqa", "window", "softcap", "varlen", "varlen_causal"])
+def test_flash_attention_3_is_asked_for_the_case(fa3, name):
+    case = CASES[name]
+    inputs = make(case, Normals(np))
+    assert fa3.why_not(case.problem) is None
+    close(fa3.call(TORCH, case, inputs)(), case, inputs)
+
+
+def test_flash_attention_3_says_what_its_build_left_out(installed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    installed("fa3_fwd_interface")
+    flags = {"FLASHATTENTION_DISABLE_LOCAL": True, "FLASHATTENTION_DISABLE_BACKWARD": True}
+    installed("fa3_fwd_config", CONFIG={"build_flags": flags | {"FLASHATTENTION_DISABLE_VARLEN": False}})
+    peer = FlashAttention3()
+    assert peer.why_not(PROBLEMS["window"]) == "no window"
+    assert peer.why_not(CASES["causal"].turned("backward").problem) == "built without backward"
+    assert peer.why_not(PROBLEMS["varlen_causal"]) is None
+    assert peer.why_not(PROBLEMS["alibi"]) == "no alibi"
+    top_left = replace(CAUSAL, alignment="top-left")
+    assert peer.why_not(replace(PROBLEMS["causal_wide"], mask=top_left)) == "its masks are aligned bottom-right"
+
+
+@pytest.mark.parametrize("name", ["varlen", "varlen_causal"])
+def test_torch_varlen_is_asked_for_the_case(installed, monkeypatch, name):
+    def varlen_attn(q, k, v, *lengths, scale, window_size, enable_gqa=False):
+        assert enable_gqa
+        return cuflash.flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, window_size=window_size)
+
+    real = importlib.import_module
+    monkeypatch.setattr(
+        importlib,
+        "import_module",
+        lambda name: module(name, varlen_attn=varlen_attn) if "torch" in name else real(name),
+    )
+    case = CASES[name]
+    inputs = make(case, Normals(np))
+    peer = TorchVarlen()
+    assert peer.why_not(case.problem) is None
+    assert peer.why_not(PROBLEMS["causal"]) == "packed sequences only"
+    close(peer.call(TORCH, case, inputs)(), case, inputs)
+
+
+@pytest.fixture
+def jax(installed) -> None:
+    def flash_mha(q, k, v, softmax_scale=None, is_causal=False, window_size=(-1, -1)):
+        return cuflash.flash_attn_func(q, k, v, softmax_scale=softmax_scale, causal=is_causal, window_size=window_size)
+
+    def flash_mha_varlen(q, k, v, starts_q, starts_k, max_seqlen_q, max_seqlen_k, is_causal=False, **options):
+        lengths = (starts_q, starts_k, max_seqlen_q, max_seqlen_k)
+        return cuflash.flash_attn_varlen_func(q, k, v, *lengths, causal=is_causal, **options)
+
+    def dot_product_attention(q, k, v, bias, *, scale, is_causal, implementation, local_window_size=(-1, -1)):
+        assert implementation == "cudnn"
+        options = {"softmax_scale": scale, "causal": is_causal, "window_size": local_window_size}
+        return cuflash.flash_attn_func(q, k, v, attn_bias=bias, **options)
+
+    contents: dict[str, object] = {
+        "default_backend": lambda: "gpu",
+        "dlpack": SimpleNamespace(from_dlpack=lambda x: x),
+        "nn": SimpleNamespace(dot_product_attention=dot_product_attention),
+    }
+    installed("jax", **contents)
+    installed("flash_attn3_jax", flash_mha=flash_mha, flash_mha_varlen=flash_mha_varlen)
+
+
+@pytest.mark.parametrize(
+    ("make_peer", "names"),
+    [
+        (JaxCudnn, ["plain", "causal", "gqa", "window", "bias"]),
+        (JaxFlashAttention3, ["causal_wide", "gqa", "window", "window_both", "varlen", "varlen_causal"]),
+    ],
+)
+def test_jax_is_asked_for_the_case(jax, make_peer, names):
+    peer = make_peer()
+    for name in names:
+        case = CASES[name]
+        inputs = make(case, Normals(np))
+        assert peer.why_not(case.problem) is None
+        tensors = [x for x in (inputs.q, inputs.k, inputs.v, inputs.bias) if x is not None]
+        close(peer.function(case.problem, inputs)(*tensors), case, inputs)
+
+
+class EagerTorch:
+    """torch, whose ``compile`` leaves a function as it is."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("torch"), name)
+
+    def compile(self, function: Callable[..., Any], **options: object) -> Callable[..., Any]:
+        return function
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("make_peer", [FlexAttention, lambda: TorchSdpa("efficient"), lambda: TorchSdpa("cudnn")])
+def test_torch_computes_the_case(make_peer: Callable[[], Torch], name):
+    pytest.importorskip("torch", reason="torch's own functions are asked where torch is installed")
+    peer, case = make_peer(), CASES[name]
+    if isinstance(peer, TorchSdpa) and peer.why_not(case.problem):
+        return  # what SDPA takes is on record below
+    inputs = make(case, Normals(np))
+    assert peer.why_not(case.problem) is None
+    out = peer.call(EagerTorch(), case, inputs)()
+    close(out.transpose(1, 2).reshape(inputs.dout.shape).numpy(), case, inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gqa", "bias", "bias_row"])
+def test_torch_computes_the_gradients_that_the_case_asks_for(name):
+    pytest.importorskip("torch", reason="torch's own functions are asked where torch is installed")
+    case = CASES[name]
+    case = replace(case, problem=replace(case.problem, direction="backward", bias_grad=case.problem.bias is not None))
+    inputs = make(case, Normals(np))
+    grads = TorchSdpa("efficient").call(EagerTorch(), case, inputs)()
+    for i, (grad, expected) in enumerate(zip(grads, calls.of(case, inputs)(), strict=True)):
+        np.testing.assert_allclose((grad.transpose(1, 2) if i < 3 else grad).numpy(), expected, atol=1e-4)
+
+
+@pytest.fixture
+def everything_installed(jax, fa3, installed) -> None:
+    contents = {"varlen_attn": None, "SDPBackend": None}
+    for name in ("torch", "torch.nn", "torch.nn.attention", "torch.nn.attention.varlen"):
+        installed(name, **contents)
+    installed("torch.nn.attention.flex_attention")
+
+
+ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "flex", "jax-cudnn", "jax-fa3", "gemm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "takers"),
+    [
+        ("gqa-d128-causal-s2048", ALL_BUT_PACKED),
+        ("window1024-d128-s8192", ["fa3", "flex", "jax-cudnn", "jax-fa3", "gemm"]),
+        ("varlen-d128-causal", ["torch-varlen", "fa3", "flex", "jax-fa3", "gemm"]),
+        ("softcap30-d128-s8192", ["fa3", "flex", "gemm"]),
+        ("alibi-d128-s8192", ["flex", "gemm"]),
+        ("bias-d64-s4096", ["torch-efficient", "torch-cudnn", "flex", "jax-cudnn", "gemm"]),
+        ("dropout0.1-d128-s8192", ["torch-flash", "torch-efficient", "torch-cudnn", "gemm"]),
+        ("ramp16-d128-s8192", ALL_BUT_PACKED),
+    ],
+)
+def test_who_takes_part(everything_installed, name, takers):
+    found = find(chosen(None, gpu=True), gpu=True)
+    assert found.notes == []
+    assert [peer.name for peer in found.implementations] == ["cuflash", *(n for n in PEERS if n != "numpy-naive")]
+    case = next(case for cases in sets.of("hopper").values() for case in cases if case.id == name)
+    problem = case.turned("forward").problem
+    assert [peer.name for peer in found.implementations[1:] if peer.why_not(problem) is None] == takers
+
+
+def test_jax_takes_gradients_of_what_the_case_asks_for(jax, monkeypatch):
+    """The pullback gets every array as an argument: what a jitted function merely captures becomes part of its code."""
+    case = replace(CASES["bias"], problem=replace(PROBLEMS["bias"], direction="backward"))
+    inputs = make(case, Normals(np))
+    jitted: list[tuple[object, ...]] = []
+
+    def jit(function):
+        return lambda *arguments: jitted.append(arguments) or function(*arguments)
+
+    def vjp(function, *leaves):
+        out = function(*leaves)
+        return out, lambda dout: (out, dout, leaves)
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(get_current_stream=NullStream)))
+    fake = sys.modules["jax"]
+    fake.jit, fake.vjp, fake.block_until_ready = jit, vjp, lambda x: x
+    for bias_grad, leaves in ((False, 3), (True, 4)):
+        wanted = replace(case, problem=replace(case.problem, bias_grad=bias_grad))
+        JaxCudnn().prepare(wanted, inputs)
+        (given, rest), (pullback, dout) = jitted[-2:]
+        assert (len(given), len(rest)) == (leaves, 4 - leaves)
+        out, seen, _ = pullback(dout)
+        assert seen is inputs.dout
+        close(out, case.turned("forward"), inputs)
+
+
+class NullStream:
+    def synchronize(self) -> None:
+        pass
+
+
+def test_sdpa_takes_one_mask_at_a_time(everything_installed):
+    both = replace(PROBLEMS["bias"], mask=CAUSAL)
+    assert TorchSdpa("efficient").why_not(both) == "one of causal mask, boolean mask and bias at a time"
+    assert TorchSdpa("flash").why_not(PROBLEMS["bias"]) == "no bias"
+
+
+def test_peers_are_named_one_by_one_or_by_their_framework():
+    assert chosen("fa3, jax", gpu=True) == ["fa3", "jax-cudnn", "jax-fa3"]
+    assert chosen("torch-cudnn,gemm", gpu=True) == ["torch-cudnn", "gemm"]
+    assert chosen("numpy", gpu=False) == ["numpy-naive"]
+    assert chosen("", gpu=True) == []
+    with pytest.raises(InvalidArgument, match="--peers names 'torc'"):
+        chosen("torc", gpu=True)
+
+
+@pytest.mark.parametrize("make_product", [TorchProduct, CupyProduct])
+def test_a_row_of_the_product_tells_its_own_rate(everything_installed, installed, make_product: Callable[[], Product]):
+    installed("cupy", cuda=SimpleNamespace(cublas="loaded"))
+    product = make_product()
+    assert product.why_not(replace(PLAIN, dtype=BF16)) is None
+    assert product.why_not(PLAIN) == "no yardstick for fp32 and fp64"
+    runner = product.of_product(Runner(product.name, product.family, print, print, "events", print))
+    row = report.row(CASES["plain"], runner, Timing(gpu_us=1400.0, host_us=1.0))
+    assert row.tflops == pytest.approx(2 * 8192**3 / 1400e-6 * 1e-12, rel=1e-3)
+    assert row.gbps == pytest.approx(3 * 8192**2 * 2 / 1400e-6 * 1e-9, rel=1e-3)
+
+
+def test_a_product_without_cublas_is_noted(installed, monkeypatch):
+    class Cuda:
+        @property
+        def cublas(self) -> object:
+            raise ImportError("libcublas.so is not here")
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    installed("cupy", cuda=Cuda())
+    assert find(["gemm"], gpu=True).notes == ["gemm: ImportError: libcublas.so is not here"]
+
+
+def test_the_product_is_the_product(everything_installed):
+    product = TorchProduct()
+    product._factors = [np.arange(4.0).reshape(2, 2), np.ones((2, 2))]
+    np.testing.assert_array_equal(product.call(TORCH, CASES["plain"], None)(), [[1, 1], [5, 5]])

@@ -1,0 +1,108 @@
+"""Pages of any size on the CPU: where the kernels look for keys, and what they make of them."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import numpy as np
+import pytest
+import test_host_kernels
+from host.build import build, why_not
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_host_kernels import CAUSAL, paged
+
+from cuflash.arrays import View
+from cuflash.jit import params
+from cuflash.ops import launch
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+UNIT = r"""
+#include "tile/rows.cuh"
+using namespace cuflash;
+
+extern "C" __attribute__((visibility("default")))
+void places(const Pages* pages, const Strides* stride, const int* cu_seqlens_kv, const int* seqused_kv, int batch,
+            int first, int rows, int step, int64* at, int64* below) {
+  FwdParams p{};
+  p.pages = *pages;
+  const int cu_seqlens_q[3] = {};
+  p.attention.cu_seqlens_q = cu_seqlens_q;
+  p.attention.cu_seqlens_kv = cu_seqlens_kv;
+  p.attention.seqused_kv = seqused_kv;
+  p.attention.batch = 2;
+  const char* base = reinterpret_cast<const char*>(1ll << 60);
+  const PagedSequence sequence(p.attention, batch);
+  const auto keys = kv_rows(p, sequence, base + sequence.kv_offset(*stride), *stride, first);
+  for (int row = 0; row < rows; ++row) {
+    const char* place = keys.at(row, 3, 5);
+    at[row] = place - base;
+    below[row] = keys.below(place, row, 8, step) - base;
+  }
+}
+"""
+
+
+@cache
+def places() -> ctypes.CDLL:
+    return build(UNIT)
+
+
+SIZES = st.one_of(st.integers(1, 70), st.integers(0, 30).map(lambda n: 2**n), st.integers(1, 2**30))
+
+
+@settings(max_examples=300, deadline=None)
+@given(size=SIZES, data=st.data())
+def test_rows_are_where_the_table_says(size: int, data: st.DataObject) -> None:
+    """Also that no number behind the last page is looked up: it would show in the place."""
+    most = min(2**30 - 1, 40 * size)
+    lengths = [data.draw(st.integers(1, most), f"length {b}") for b in range(2)]
+    batch = data.draw(st.integers(0, 1), "batch")
+    first = data.draw(st.integers(0, lengths[batch] - 1), "first")
+    stride = np.array([data.draw(st.integers(-(2**33), 2**33)) for _ in range(3)], np.int64)
+    counts = [-(-length // size) for length in lengths]
+    step_b, step_page = data.draw(st.sampled_from([(0, 0), (1, 2), (50, 1), (-50, 1), (-1, -2)]), "table strides")
+    memory = np.full(200, np.iinfo(np.int32).min, np.int32)
+    table = np.lib.stride_tricks.as_strided(memory[100:], (2, max(counts)), (4 * step_b, 4 * step_page))
+    if step_page:
+        for b in range(2):
+            table[b, : counts[b]] = data.draw(st.integers(0, 2**20)) + np.arange(counts[b])
+    else:
+        table[...] = 7
+    view = View("table", table.shape, table.strides, "int32", 4, table.ctypes.data, "cpu")
+    keys = View("k", (2**21, size, 1, 1), (1, 1, 1, 1), "int8", 1, 0, "cpu")
+    pages = launch._pages(keys, view)
+    pages["table"] = table.ctypes.data
+    assert pages.dtype == params.dtype("Pages")
+
+    rows, step = 130, 16
+    used = np.array(lengths, np.int32)
+    # cu_seqlens leaves room behind what is used, and starts where no page is.
+    starts = np.cumsum([0, *(np.minimum(used, 2**30 - 10) + 9)], dtype=np.int64).astype(np.int32)
+    at, below = np.zeros((2, rows), np.int64)
+    pointers = [ctypes.c_void_p(x.ctypes.data) for x in (pages, stride, starts, used)]
+    outputs = [ctypes.c_void_p(x.ctypes.data) for x in (at, below)]
+    places().places(*pointers, batch, first, rows, step, *outputs)
+    for found, ahead in ((at, 0), (below, step)):
+        for row in range(rows):
+            key = min(first + row + ahead, lengths[batch] - 1)
+            page = int(table[batch, key // size])
+            assert found[row] == page * int(stride[0]) + key % size * int(stride[1]) + 8
+
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 150)), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("sm80", "bf16"), ("simt", "fp64")])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_page_size_and_lengths(family: str, dtype: str, data: st.DataObject) -> None:
+    lens_q, lens_kv = zip(*data.draw(LENGTHS, "lengths"), strict=True)
+    page_size = data.draw(st.one_of(st.integers(1, 20), st.integers(1, 200)), "page size")
+    more = {"shared": data.draw(st.booleans(), "shared"), "tail": data.draw(st.integers(0, 3), "tail")}
+    if data.draw(st.booleans(), "seqused"):
+        more["seqused_kv"] = tuple(data.draw(st.integers(0, length)) for length in lens_kv)
+    case = paged(dtype, page_size, (2, 1), lens_q, lens_kv, (16, 16), family=family, mask=CAUSAL, **more)
+    test_host_kernels.test_forward(case)
