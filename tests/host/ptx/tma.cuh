@@ -91,9 +91,11 @@ struct CopyEngine {
 
   std::vector<Transfer> transfers;
   std::vector<Stores> stores;  // of every thread
+  bool stores_last;            // do no store while there is a load to do
 
   void start() {
     transfers.clear();
+    stores_last = random_below(2) == 0;
     stores.assign(block.threads.size(), {0, 0});
   }
 
@@ -118,7 +120,11 @@ struct CopyEngine {
 
   bool work() {
     if (transfers.empty()) return false;
-    finish(random_below(transfers.size()));
+    size_t number = random_below(transfers.size());
+    for (size_t passed = 0; stores_last && !transfers[number].barrier && passed < transfers.size(); ++passed) {
+      number = (number + 1) % transfers.size();
+    }
+    finish(number);
     return true;
   }
   void finish(size_t number) {
