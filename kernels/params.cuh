@@ -67,6 +67,9 @@ struct FwdParams {
   Strides v_stride;
   Strides out_stride;
   Strides lse_stride;
+  void* partial_out;          // [num_splits, rows, heads_q, dim_v], accumulator type (attention/split.cuh)
+  void* partial_lse;          // [num_splits, rows, heads_q]
+  int num_splits;             // blocks that share the keys of one query tile; 1: the two above are null
 };
 
 struct BwdParams {

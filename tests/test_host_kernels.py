@@ -57,6 +57,7 @@ def dense(
     """A dense case; what is not a field of Problem is one of Case."""
     case = {name: more.pop(name) for name in Case.__dataclass_fields__ if name in more}
     more.setdefault("softmax_scale", dims[0] ** -0.5)
+    more.setdefault("num_splits", 1)
     more["alibi"] = "alibi_axes" in case
     if "mask_axes" in case:
         more["mask"] = replace(more.get("mask", Mask()), tensor=True)

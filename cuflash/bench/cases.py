@@ -16,7 +16,7 @@ from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.plan import Step, choose, why_not
-from cuflash.problem import Direction, Problem, visible_pairs
+from cuflash.problem import MAX_SPLITS, Direction, Problem, visible_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,9 @@ class Case:
     def turned(self, direction: Direction) -> Case:
         """The same case in the other direction."""
         bias_grad = self.problem.bias_grad and direction == "backward"
-        return replace(self, problem=replace(self.problem, direction=direction, bias_grad=bias_grad))
+        num_splits = self.problem.num_splits if direction == "forward" else 0
+        problem = replace(self.problem, direction=direction, bias_grad=bias_grad, num_splits=num_splits)
+        return replace(self, problem=problem)
 
     def flops(self) -> float:
         """Like :meth:`Problem.flops`, with the true lengths of packed sequences."""
@@ -71,6 +73,8 @@ _LENS_Q = (97, 0, 37, 1, 203)
 _LENS_KV = (131, 40, 0, 331, 257)
 _SEQUSED_Q = (97, 0, 1, 0, 130)
 _SEQUSED_KV = (100, 40, 0, 0, 256)
+# New queries after caches of very different lengths, one of them empty.
+_DECODE_Q, _DECODE_KV, _DECODE_USED_KV = (1, 0, 3, 17, 1, 1), (5000, 40, 700, 300, 1, 64), (5000, 40, 450, 300, 1, 0)
 
 FEATURES: dict[str, str] = {
     "causal": "bottom-right causal mask",
@@ -99,6 +103,15 @@ FEATURES: dict[str, str] = {
     "copy2": "tensors aligned to 2 bytes only",
     "copy4": "tensors aligned to 4 bytes only",
     "copy8": "tensors aligned to 8 bytes only",
+    "decode": "one query, eight heads to a key/value head, 5000 keys split as the plan likes",
+    "decode_whole": "one query, four heads to a key/value head, keys not split",
+    "decode_pairs": "three queries, keys in two splits",
+    "decode_causal": "17 queries, seven heads to a key/value head, keys in five splits, causal",
+    "decode_most": "one query, four heads to a key/value head, keys in as many splits as they have tiles",
+    "decode_window": "three queries, four heads to a key/value head, keys in 40 splits, most outside a window",
+    "decode_one_key": "one query, eight heads to a key/value head, one key",
+    "decode_varlen": "packed short queries, four heads to a key/value head, keys in five splits",
+    "decode_everything": "`everything` on three queries, four heads to a key/value head, keys in five splits",
 }
 """What the last part of an id stands for."""
 
@@ -124,9 +137,21 @@ _CHANGES: dict[str, dict[str, object]] = {
         "bias": DTYPES["fp32"], "bias_broadcast": (True, False, False, False), "sink": True, "dropout": "byte",
     },
 }  # fmt: skip
+_CHANGES |= {
+    "decode": {"len_q": 1, "len_kv": 5000, "heads_q": 16, "num_splits": 0},
+    "decode_whole": {"len_q": 1, "len_kv": 700, "heads_q": 8},
+    "decode_pairs": {"len_q": 3, "len_kv": 700, "num_splits": 2},
+    "decode_causal": {"len_q": 17, "len_kv": 1000, "heads_q": 14, "num_splits": 5, "mask": _CAUSAL},
+    "decode_most": {"len_q": 1, "len_kv": 5000, "heads_q": 8, "num_splits": MAX_SPLITS},
+    "decode_window": {"len_q": 3, "len_kv": 5000, "heads_q": 8, "num_splits": 40, "mask": Mask(left=500, right=0)},
+    "decode_one_key": {"len_q": 1, "len_kv": 1, "heads_q": 16, "num_splits": MAX_SPLITS},
+    "decode_varlen": {"heads_q": 8, "num_splits": 5},
+    "decode_everything": _CHANGES["everything"] | {"len_q": 3, "len_kv": 1000, "heads_q": 8, "num_splits": 5},
+}
 _CHANGES["dbias"], _CHANGES["dbias_row"] = _CHANGES["bias"], _CHANGES["bias_row"]
 _CHANGES["varlen_everything"] = _CHANGES["everything"]
 _BACKWARD_ONLY = ("deterministic", "dbias", "dbias_row")
+_FORWARD_ONLY = tuple(feature for feature in FEATURES if feature.startswith("decode"))
 _DROPOUT_P = 0.3
 
 
@@ -150,6 +175,7 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         dim_qk=dim_qk,
         dim_v=dim_v,
         softmax_scale=dim_qk**-0.5 * (-1 if feature == "negative" else 1),
+        num_splits=1 if direction == "forward" else 0,
         copy_bytes=widest_copy(dtype.itemsize, (dim_qk, dim_v), base),
     )
     problem = replace(problem, **_CHANGES.get(feature, {}))
@@ -159,27 +185,22 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         problem = replace(problem, bias_grad=True)
     dropout_p = _DROPOUT_P if problem.dropout else 0.0
     case_id = f"{direction[0]}wd_{family}-{dtype_name}-d{dims}" + (f"-{feature}" if feature else "")
-    if not feature.startswith(("varlen", "seqused")):
+    if not feature.startswith(("varlen", "seqused")) and feature != "decode_varlen":
         return Case(case_id, family, problem, dropout_p=dropout_p)
+    lens_q, lens_kv = (_DECODE_Q, _DECODE_KV) if feature == "decode_varlen" else (_LENS_Q, _LENS_KV)
+    used_q = {"seqused_q": _SEQUSED_Q, "varlen_everything": _SEQUSED_Q}
+    used_kv = dict.fromkeys(("seqused", *used_q), _SEQUSED_KV) | {"decode_varlen": _DECODE_USED_KV}
     problem = replace(
         problem,
         layout="varlen",
-        batch=len(_LENS_Q),
-        len_q=max(_LENS_Q),
-        len_kv=max(_LENS_KV),
-        total_q=sum(_LENS_Q),
-        total_kv=sum(_LENS_KV),
+        batch=len(lens_q),
+        len_q=max(lens_q),
+        len_kv=max(lens_kv),
+        total_q=sum(lens_q),
+        total_kv=sum(lens_kv),
     )
-    return Case(
-        case_id,
-        family,
-        problem,
-        _LENS_Q,
-        _LENS_KV,
-        seqused_q=_SEQUSED_Q if feature in ("seqused_q", "varlen_everything") else (),
-        seqused_kv=_SEQUSED_KV if feature in ("seqused", "seqused_q", "varlen_everything") else (),
-        dropout_p=dropout_p,
-    )
+    used = used_q.get(feature, ()), used_kv.get(feature, ())
+    return Case(case_id, family, problem, lens_q, lens_kv, *used, dropout_p=dropout_p)
 
 
 # (dtype, dims, features): every dim once plain, the common ones with everything.
@@ -189,16 +210,16 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         *(("bf16", dims, ("", "causal")) for dims in ("192", "256", "192x128")),
         ("bf16", "64", ("", *FEATURES)),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "deterministic", "copy2")),
-        ("bf16", "128", ("bias", "dbias", "dropout", "everything")),
-        ("bf16", "256", ("varlen_causal", "deterministic", "everything")),
+        ("bf16", "128", ("bias", "dbias", "dropout", "everything", "decode")),
+        ("bf16", "256", ("varlen_causal", "deterministic", "everything", "decode")),
         ("fp16", "64", ("", "causal")),
         ("fp16", "128", ("", "softcap")),
     ],
     "simt": [
         *(("fp32", dims, ("",)) for dims in ("16", "33", "128", "256", "512", "64x128", "1024")),
-        ("fp32", "64", ("", *(f for f in FEATURES if f not in ("copy2", "mask_causal")))),
+        ("fp32", "64", ("", *(f for f in FEATURES if f not in ("copy2", "mask_causal", "decode_window")))),
         ("fp32", "256", ("causal",)),
-        ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything")),
+        ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything", "decode")),
         ("fp64", "256", ("",)),
         ("fp16", "64", ("",)),
         ("bf16", "64", ("", "causal")),
@@ -214,27 +235,30 @@ def _table() -> Iterator[Case]:
         for family, rows in _PLAN.items():
             for dtype, dims, features in rows:
                 for feature in features:
-                    if direction == "backward" or feature not in _BACKWARD_ONLY:
+                    if feature not in (_BACKWARD_ONLY if direction == "forward" else _FORWARD_ONLY):
                         yield _case(family, direction, dtype, dims, feature)
 
 
 CASES: dict[str, Case] = {case.id: case for case in _table()}
 """Every case by its id."""
 
-SMOKE: tuple[str, ...] = tuple(
-    f"{name}_{rest}"
-    for name in ("fwd", "bwd")
-    for rest in (
-        "sm80-bf16-d64-causal",
-        "sm80-bf16-d64-everything",
-        "sm80-bf16-d128",
-        "sm80-bf16-d128-varlen_causal",
-        "sm80-bf16-d256",
-        "simt-fp32-d64-causal",
-        "simt-fp32-d64-everything",
-        "simt-fp64-d64",
-        "simt-fp32-d256",
-    )
+SMOKE: tuple[str, ...] = (
+    *(
+        f"{name}_{rest}"
+        for name in ("fwd", "bwd")
+        for rest in (
+            "sm80-bf16-d64-causal",
+            "sm80-bf16-d64-everything",
+            "sm80-bf16-d128",
+            "sm80-bf16-d128-varlen_causal",
+            "sm80-bf16-d256",
+            "simt-fp32-d64-causal",
+            "simt-fp32-d64-everything",
+            "simt-fp64-d64",
+            "simt-fp32-d256",
+        )
+    ),
+    "fwd_sm80-bf16-d64-decode",
 )
 """Ids that touch every kernel, for slow tools and for architectures that need no full matrix."""
 

@@ -38,7 +38,7 @@ def explain(q: Any, others: Sequence[Any], options: Options, device: str | None,
     problem = check.problem_of("forward", options, views)
     if backward:
         gradients = {"deterministic": bool(options.deterministic), "bias_grad": bool(options.bias_grad)}
-        problem = replace(problem, direction="backward", **gradients)
+        problem = replace(problem, direction="backward", num_splits=0, **gradients)
     if device is not None:
         return plan.explain(problem, devices.named(device))
     where = views["q"].device

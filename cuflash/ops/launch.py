@@ -19,7 +19,7 @@ from cuflash.errors import InvalidArgument
 from cuflash.ops import check, draw
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.options import ARGUMENTS, OUTPUTS, Options, given, results
-from cuflash.plan import Workspace, choose
+from cuflash.plan import Plan, Workspace, choose
 from cuflash.problem import Direction, Problem
 
 _UNBOUNDED = 2**30
@@ -165,7 +165,7 @@ def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, ar
         framework=framework,
         device=ordinal,
         launches=tuple(kernels),
-        template=_template(params, problem, options, views, shapes),
+        template=_template(params, plan, options, views, shapes),
         block=np.dtype((np.void, params.itemsize)),
         slots=tuple(_word(params, name) for name in (*views, *(w.name for w in allocated))),
         allocations=tuple(
@@ -212,12 +212,13 @@ def _attention_word(params: np.dtype, name: str) -> int:
 
 def _template(
     params: np.dtype,
-    problem: Problem,
+    plan: Plan,
     options: Options,
     views: Mapping[str, View],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> np.ndarray:
     """The parameter block of every call on arrays of this kind, as 8-byte words with zeros for pointers."""
+    problem = plan.problem
     varlen = problem.layout == "varlen"
     block = np.zeros(1, params)
     attention = block["attention"]
@@ -237,6 +238,8 @@ def _template(
     attention["dropout_p"] = dropout.p if dropout else 0.0
     if dropout and problem.direction == "forward":
         block["increment"] = draw.increment(problem)
+    if problem.direction == "forward":
+        block["num_splits"] = plan.num_splits
     if problem.bias_grad:
         shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
         for axis, name in enumerate(("batch", "head", "row")):

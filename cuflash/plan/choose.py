@@ -59,6 +59,8 @@ class Explanation:
                 f"  workspace {self.plan.workspace_bytes:,} bytes"
                 + "".join(f", {w.name} {w.nbytes:,}" for w in self.plan.workspaces),
             ]
+            if self.plan.division:
+                lines.insert(-1, f"  splits {self.plan.num_splits}: {self.plan.division}")
             for step in self.plan.steps:
                 config = step.config
                 lines.append(

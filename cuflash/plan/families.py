@@ -14,6 +14,7 @@ import numpy as np
 from cuflash.device import Device
 from cuflash.plan import tiles
 from cuflash.plan.plan import Config, Plan, Step, Workspace
+from cuflash.plan.splits import divide
 from cuflash.problem import Problem
 
 
@@ -188,11 +189,39 @@ def _bias_step(problem: Problem, kernel: str, tile: tiles.Tile) -> tuple[Step, .
     return (Step(kernel, "BwdParams", config, blocks),)
 
 
+def _forward(problem: Problem, device: Device, family: str, tile: tiles.Tile, small: tiles.Tile) -> Plan:
+    """The plan of a forward whose plain kernel has this tile, and a small one where rows are few or keys are split."""
+    division = divide(problem, device, tile, small)
+    tile = tile if division.plain else small
+    whole = replace(_config(problem, tile), reduction="AtomicReduction")
+    config, rows, heads = whole, problem.len_q, problem.heads_q
+    if division.grouped:
+        config, rows, heads = replace(config, heads="HeadGroup"), problem.len_q * problem.group, problem.heads_kv
+    steps, workspaces = _rng_step(problem), ()
+    blocks = _tiles(rows, tile.tile_q) * heads * problem.batch
+    if division.num_splits == 1:
+        steps += (Step(f"fwd_{family}", "FwdParams", config, blocks),)
+    else:
+        config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
+        combine = _plain(whole, dim_qk=1, copy_bytes=problem.dtype.itemsize, tile_q=8, threads=128, smem_bytes=0)
+        combine = replace(combine, sink=whole.sink)
+        steps += (
+            Step(f"fwd_{family}", "FwdParams", config, blocks * division.num_splits),
+            Step("fwd_combine", "FwdParams", combine, _query_blocks(problem, combine.tile_q)),
+        )
+        # PartRows of attention/split.cuh
+        rows = problem.rows_q + (problem.batch if problem.layout == "varlen" else 0)
+        shape = (division.num_splits, rows, problem.heads_q)
+        workspaces = (
+            Workspace("partial_out", problem.dtype.accumulator, (*shape, problem.dim_v)),
+            Workspace("partial_lse", problem.dtype.accumulator, shape),
+        )
+    return Plan(problem, device, family, steps, workspaces, tile.reason, division.num_splits, division.reason)
+
+
 def _sm80_forward(problem: Problem, device: Device) -> Plan:
-    tile = tiles.forward_sm80(problem, device)
-    config = replace(_config(problem, tile), reduction="AtomicReduction")
-    step = Step("fwd_sm80", "FwdParams", config, _query_blocks(problem, tile.tile_q))
-    return Plan(problem, device, "sm80", (*_rng_step(problem), step), reason=tile.reason)
+    tile, small = tiles.forward_sm80(problem, device), tiles.small_forward_sm80(problem, device)
+    return _forward(problem, device, "sm80", tile, small)
 
 
 def _sm80_backward(problem: Problem, device: Device) -> Plan:
@@ -227,9 +256,7 @@ def _sm80_backward(problem: Problem, device: Device) -> Plan:
 
 def _simt_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_simt(problem, device)
-    config = replace(_config(problem, tile), reduction="AtomicReduction")
-    step = Step("fwd_simt", "FwdParams", config, _query_blocks(problem, tile.tile_q))
-    return Plan(problem, device, "simt", (*_rng_step(problem), step), reason=tile.reason)
+    return _forward(problem, device, "simt", tile, tile)
 
 
 def _simt_backward(problem: Problem, device: Device) -> Plan:

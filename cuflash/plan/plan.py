@@ -33,6 +33,10 @@ class Config:
     """``kernels/attention/dropout.cuh``: NoDropout, ByteDropout, WordDropout."""
     sink: str = "NoSink"
     """``kernels/attention/softmax.cuh``: NoSink, LearnableSink."""
+    heads: str = "OneHead"
+    """Whose rows a query tile of the forward holds (``kernels/attention/heads.cuh``): OneHead, HeadGroup."""
+    split: str = "NoSplit"
+    """Which of its keys a block of the forward walks (``kernels/attention/split.cuh``): NoSplit, KeySplits."""
     reduction: str = "AtomicReduction"
     """How blocks add to dq (``kernels/tile/dq_accum.cuh``): AtomicReduction, OrderedReduction."""
     tile_q: int = 1
@@ -88,6 +92,10 @@ class Plan:
     workspaces: tuple[Workspace, ...] = ()
     reason: str = ""
     """Why these tiles, in words (``plan/tiles.py``)."""
+    num_splits: int = 1
+    """Blocks that share the keys of one query tile of a forward."""
+    division: str = ""
+    """Why so many, and what shares a tile, in words (``plan/splits.py``); forward only."""
 
     @property
     def workspace_bytes(self) -> int:

@@ -139,16 +139,6 @@ CF_DEVICE void gemm_ab(MicroTile<Real, Grid, kRows, kCols>& c, TileA& a, int a_c
   }
 }
 
-// Rows of one head in global memory.
-template <class Element>
-struct GlobalRows {
-  Element* data;
-  int64 stride;
-  int count;
-
-  CF_DEVICE GlobalRows from(int row) const { return {data + row * stride, stride, count - row}; }
-};
-
 // Columns that are staged at once: at most 256 bytes of a row, in pieces of equal size.
 template <class Real>
 CF_DEVICE constexpr int staged_cols(int dim) {
@@ -192,8 +182,8 @@ struct SimtBlock {
 
   // Fills the tile's rows with columns [first_col, first_col + kStaged) of kDim; zeros where there are none, so that
   // padding of any content (NaN included) never enters a product.
-  template <int kStaged, int kDim, class Tile>
-  CF_DEVICE static void load(Tile& tile, const Rows& rows, int first_col) {
+  template <int kStaged, int kDim, class Tile, class AnyRows>
+  CF_DEVICE static void load(Tile& tile, const AnyRows& rows, int first_col) {
     using Vector = typename VectorOf<Config::kCopyBytes>::Type;
     constexpr int kWidth = Config::kCopyBytes / sizeof(Element), kMove = min_of(kWidth, kPack);
     constexpr int kInFlight = min_of(4, 16 / kWidth);  // accesses under way: at most 16 registers after conversion
@@ -206,9 +196,9 @@ struct SimtBlock {
       const int col = across * kWidth;
       const bool valid_col = kDim % kStaged == 0 || first_col + col < kDim;
       // A running pointer: independent addresses would be kept in registers over the whole kernel.
-      const Element* source = rows.data + first_row * rows.stride + first_col + col;
+      const Element* source = rows.data + rows.offset(first_row) + first_col + col;
 #pragma unroll kInFlight
-      for (int down = 0; down < Tile::kRows; down += kRowsAtOnce, source += kRowsAtOnce * rows.stride) {
+      for (int down = 0; down < Tile::kRows; source += rows.step(down + first_row, kRowsAtOnce), down += kRowsAtOnce) {
         const int row = down + first_row;
         if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
         const bool valid = valid_col && row < rows.count;
@@ -226,8 +216,8 @@ struct SimtBlock {
   }
 
   // c += a b^T over all kDim columns.
-  template <int kDim>
-  CF_DEVICE static void multiply(Scores& c, Operands& smem, const Rows& a, const Rows& b) {
+  template <int kDim, class RowsA>
+  CF_DEVICE static void multiply(Scores& c, Operands& smem, const RowsA& a, const Rows& b) {
     constexpr int kStaged = staged_cols<Real>(kDim);
 #pragma unroll 1
     for (int col = 0; col < kDim; col += kStaged) {
@@ -253,8 +243,8 @@ struct SimtBlock {
   }
 
   // Writes c * scale_of(m) for every row number m of this thread.
-  template <int kDim, class F>
-  CF_DEVICE static void store(const GlobalRows<Element>& rows, Output<kDim>& c, F&& scale_of) {
+  template <int kDim, class Value, template <class> class AnyRows, class F>
+  CF_DEVICE static void store(const AnyRows<Value>& rows, Output<kDim>& c, F&& scale_of) {
 #pragma unroll
     for (int m = 0; m < Output<kDim>::kM; ++m) {
       const int row = c.row_of(m);
@@ -263,7 +253,7 @@ struct SimtBlock {
 #pragma unroll
       for (int n = 0; n < Output<kDim>::kN; ++n) {
         const int col = c.col_of(n);
-        if (col < kDim) rows.data[row * rows.stride + col] = from_accumulator<Element>(c.x[m][n] * scale);
+        if (col < kDim) rows.data[rows.offset(row) + col] = from_accumulator<Value>(c.x[m][n] * scale);
       }
     }
   }

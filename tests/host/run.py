@@ -130,6 +130,8 @@ def run_plan_on_host(
                 params[f"dbias_{axis}"] = stride
         for name, scratch in workspaces.items():
             params[name] = scratch.ctypes.data
+        if "num_splits" in params.dtype.names:
+            params["num_splits"] = plan.num_splits
         if "delta" in workspaces:
             dense = problem.layout == "dense"
             rows = (problem.batch, problem.heads_q, problem.len_q) if dense else (problem.heads_q, problem.total_q)
