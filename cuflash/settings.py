@@ -17,8 +17,6 @@ class Settings:
     """Where compiled kernels are kept (``CUFLASH_CACHE_DIR``; the platform's cache folder by default)."""
     debug: bool
     """Compile checks of cu_seqlens and seqused into the kernels (``CUFLASH_DEBUG=1``)."""
-    attention_backend: str
-    """The kernels that explicit functions prefer (``CUFLASH_ATTENTION_BACKEND``, see `preferred_backend`)."""
 
 
 def read() -> Settings:
@@ -27,8 +25,12 @@ def read() -> Settings:
     return Settings(
         cache_dir=Path(cache) if cache else _default_cache_dir(),
         debug=os.environ.get("CUFLASH_DEBUG", "0") not in ("", "0"),
-        attention_backend=os.environ.get("CUFLASH_ATTENTION_BACKEND") or "default",
     )
+
+
+def attention_backend() -> str:
+    """Which kernels are preferred (``CUFLASH_ATTENTION_BACKEND``); read alone, as calls ask every time."""
+    return os.environ.get("CUFLASH_ATTENTION_BACKEND") or "default"
 
 
 def _default_cache_dir() -> Path:

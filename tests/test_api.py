@@ -7,6 +7,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -229,6 +230,113 @@ def test_flash_attn_varlen_func(options: dict) -> None:
     assert not out[STARTS_Q[-1] :].any() and np.isneginf(lse[:, STARTS_Q[-1] :]).all()
 
 
+PROBABILITIES = {
+    "plain": {},
+    "causal": {"causal": True, "window_size": (6, -1)},
+    "byte": DROPOUT | {"causal": True, "alibi_slopes": SLOPES[0]},
+    "word": DROPOUT | {"dropout_scheme": "word", "sink": SINK, "attn_bias": BIAS[0, :, :1, :1]},
+}
+
+
+def kept_pairs(options: dict, b: int, rows: int, keys: int, plane: int) -> np.ndarray:
+    """(h, rows, keys), True where dropout keeps."""
+    state, p = options["generator"], options["dropout_p"]
+    grids = [(b, h, H, np.arange(rows)[:, None], np.arange(keys)[None, :]) for h in range(H)]
+    if options.get("dropout_scheme") == "word":
+        return np.array([oracle.word_uniform(*state, *grid, keys, plane) > np.float32(p) for grid in grids])
+    return np.array([oracle.flash_keep(*state, p, *grid) for grid in grids])
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp64"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", PROBABILITIES.values(), ids=PROBABILITIES)
+def test_returned_probabilities(options: dict, packed: bool, dtype: str) -> None:
+    q, k, v = inputs(dtype, packed)
+    lengths = {}
+    if packed:
+        lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "seqused_q": USED_Q, "seqused_k": USED}
+    function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
+    out, lse, signed, state = function(q, k, v, **lengths, **options, return_attn_probs=True, return_rng_state=True)
+    plain = function(q, k, v, **lengths, **options, return_lse=True)
+    np.testing.assert_array_equal(out, plain[0])
+    np.testing.assert_array_equal(lse, plain[1])
+    assert state is None if "generator" not in options else tuple(state.tolist()) == options["generator"]
+
+    batch, len_q, len_kv = (3, 8, 10) if packed else (B, SQ, SK)
+    assert signed.dtype == q.dtype and signed.shape == (batch, H, 128, 128)
+    inside = signed[:, :, :len_q, :len_kv].astype(np.float64)
+    assert np.count_nonzero(signed) == np.count_nonzero(inside)
+    without = {name: x for name, x in oracles(options).items() if not name.startswith(("dropout", "rng"))}
+    spans = zip(STARTS_Q, STARTS_K, USED_Q, USED, strict=False) if packed else [(0, 0, SQ, SK)] * B
+    for b, (row, key, rows, keys) in enumerate(spans):
+        at = (slice(row, row + rows), slice(key, key + keys)) if packed else (b, b)
+        eye = np.broadcast_to(np.eye(keys)[:, None], (keys, HK, keys))[None]
+        here = [
+            x[i].astype(np.float64).reshape(1, n, *x.shape[-2:]) for x, i, n in ((q, at[0], rows), (k, at[1], keys))
+        ]
+        exact = oracle.attention(*here, eye, **without).out[0].swapaxes(0, 1) if rows and keys else 0
+        tolerance = 1e-12 if dtype == "fp64" else 2**-10
+        np.testing.assert_allclose(np.abs(inside[b, :, :rows, :keys]), exact, atol=tolerance)
+        assert not inside[b, :, rows:].any() and not inside[b, :, :, keys:].any()
+        if "generator" in options:
+            kept = kept_pairs(options, b, rows, keys, len_q * len_kv)
+            np.testing.assert_array_equal(np.signbit(inside[b, :, :rows, :keys]), ~kept)
+        else:
+            assert not np.signbit(inside[b]).any()
+
+
+def in_pages(x: np.ndarray, table: np.ndarray, num_pages: int, page_size: int) -> np.ndarray:
+    """The packed keys of STARTS_K in the pages of a table; NaN in every other row."""
+    pages = np.full((num_pages, page_size, *x.shape[1:]), np.nan, x.dtype)
+    for b, (start, end) in enumerate(pairwise(STARTS_K.tolist())):
+        for j in range(end - start):
+            pages[table[b, j // page_size], j % page_size] = x[start + j]
+    return pages
+
+
+PAGED = {
+    "plain": {},
+    "window": {"window_size": (4, 1), "softcap": 1.5},
+    "mask": {"attn_mask": RNG.random((3, H, 8, 10)) < 0.7, "sink": SINK},
+    "word": DROPOUT | {"dropout_scheme": "word", "attn_bias": BIAS[0, :, :8, :10], "alignment": "top-left"},
+    "byte": DROPOUT | {"causal": True, "alibi_slopes": SLOPES[0]},
+}
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("used", [False, True], ids=["whole", "used"])
+@pytest.mark.parametrize("options", PAGED.values(), ids=PAGED)
+def test_keys_in_pages_are_those_of_packed_sequences(options: dict, used: bool, page_size: int) -> None:
+    q, k, v = inputs(packed=True)
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}
+    room = STARTS_K if not used else np.array([0, 10, 20, 30], np.int32)  # the differences bound seqused_k
+    lengths |= {"seqused_q": USED_Q, "seqused_k": USED} if used else {}
+    most = -(-10 // page_size)
+    num_pages = 3 * most + 2
+    table = np.random.default_rng(0).permutation(num_pages)[: 3 * most].reshape(3, most).astype(np.int32)
+    pages = [in_pages(x, table, num_pages, page_size) for x in (k, v)]
+    for b, n in enumerate(USED if used else np.diff(STARTS_K)):
+        table[b, -(-n // page_size) :] = -1  # never read
+    paged = cuflash.flash_attn_varlen_func(
+        q, *pages, **lengths | {"cu_seqlens_k": room}, **options, block_table=table, return_lse=True
+    )
+    assert_matches(paged, [q, k, v], **lengths, **oracles(options))
+
+
+def test_pages_may_be_shared_and_out_is_written_in_place() -> None:
+    q, pages = random(5, H, D), random(2, 3, HK, D)
+    starts, table = np.array([0, 2, 5], np.int32), np.array([[1, 0], [1, 0]], np.int32)
+    lengths = starts, np.array([0, 6, 12], np.int32)
+    out = np.empty_like(q)
+    assert cuflash.flash_attn_varlen_func(q, pages, pages, *lengths, block_table=table, out=out) is out
+    rows = pages[[1, 0]].reshape(6, HK, D)
+    twice = np.concatenate([rows, rows])
+    np.testing.assert_array_equal(out, cuflash.flash_attn_varlen_func(q, twice, twice, *lengths))
+    with pytest.raises(cuflash.InvalidArgument, match="out shares memory with k"):
+        big = random(2, 3, H, D)
+        cuflash.flash_attn_varlen_func(q, big, big.copy(), *lengths, block_table=table, out=big.reshape(6, H, D)[:5])
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -310,7 +418,7 @@ POSITIONAL = {
     "flash_attn_func": ["q", "k", "v", *HEAD],
     "flash_attn_kvpacked_func": ["q", "kv", *HEAD],
     "flash_attn_qkvpacked_func": ["qkv", *HEAD],
-    "flash_attn_varlen_func": ["q", "k", "v", *LENGTHS, *HEAD],
+    "flash_attn_varlen_func": ["q", "k", "v", *LENGTHS, *HEAD, "block_table"],
     "flash_attn_varlen_kvpacked_func": ["q", "kv", *LENGTHS, *HEAD],
     "flash_attn_varlen_qkvpacked_func": ["qkv", "cu_seqlens", "max_seqlen", *HEAD],
     "scaled_dot_product_attention": [
@@ -318,8 +426,8 @@ POSITIONAL = {
     ],
 }  # fmt: skip
 DEFAULTS = {"dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
-            "alibi_slopes": None, "deterministic": False, "return_attn_probs": False, "is_causal": False,
-            "attn_mask": None, "scale": None, "enable_gqa": False}  # fmt: skip
+            "alibi_slopes": None, "deterministic": False, "return_attn_probs": False, "block_table": None,
+            "is_causal": False, "attn_mask": None, "scale": None, "enable_gqa": False}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", POSITIONAL)

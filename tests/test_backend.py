@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuflash.preferred_backend() == "default"
 
 
-def test_every_explicit_function_takes_a_preference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_function_of_pytorch_takes_a_preference(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(backend, "resolve", lambda name: seen.append(name) or backend.Choice("default", False))
     x, starts = np.ones((1, 3, 2, 4), np.float32), np.array([0, 3], np.int32)
@@ -128,6 +129,7 @@ def test_every_explicit_function_takes_a_preference(monkeypatch: pytest.MonkeyPa
     with_lse = {"compute_log_sumexp": True}
     for forward, head in (
         (cuflash.mha_fwd, (x, x, x)), (cuflash.mha_fwd_ck, (x, x, x)), (cuflash.mem_eff_forward, (x, x, x)),
+        (cuflash.scaled_dot_product_attention, (x, x, x)),
         (cuflash.mha_varlen_fwd, (x[0], x[0], x[0], None, *lengths)),
         (cuflash.mha_varlen_fwd_ck, (x[0], x[0], x[0], None, *lengths)),
     ):  # fmt: skip
@@ -143,7 +145,9 @@ def test_every_explicit_function_takes_a_preference(monkeypatch: pytest.MonkeyPa
     cuflash.efficient_attention_backward(
         x, x, x, x, None, out, None, None, None, None, efficient.logsumexp, 0.0, None, None, 0, False, backend="flash"
     )
-    assert seen == ["flash"] * 12
+    assert seen == ["flash"] * 13
+    functions = [x for x in vars(cuflash).values() if inspect.isfunction(x) and x is not cuflash.preferred_backend]
+    assert sum("backend" in inspect.signature(x).parameters for x in functions) == 13
 
 
 def on_gpu(x: np.ndarray) -> object:

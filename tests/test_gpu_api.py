@@ -177,6 +177,37 @@ def test_arrays_of_every_library(library: Library, params_of_launches: list, pac
             assert params[name][0] == library.pointer(x), f"{kernel}: {name} was copied"
 
 
+def test_lengths_are_validated_on_request(library: Library) -> None:
+    q, k, v = map(library.put, inputs(packed=True)[:3])
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "seqused_k": np.array([10, 0, 50], np.int32)}
+    longest = {"max_seqlen_q": 45, "max_seqlen_k": 50}
+    given = {name: library.put(x) for name, x in lengths.items()} | longest
+    trusted = cuflash.flash_attn_varlen_func(q, k, v, **given)
+    checked = cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
+    np.testing.assert_array_equal(library.get(checked), library.get(trusted))
+    given["seqused_k"] = library.put(np.array([10, 0, 51], np.int32))
+    with pytest.raises(InvalidArgument, match=r"seqused_k\[2\] is 51, but sequence 2 has 50 keys"):
+        cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
+
+
+@pytest.mark.parametrize("scheme", [None, "byte", "word"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_returned_probabilities(library: Library, packed: bool, scheme: str | None) -> None:
+    arrays = inputs(FP16, packed)[:3]
+    options = {"causal": True} | ({"dropout_p": 0.3, "dropout_scheme": scheme, "generator": (7, 8)} if scheme else {})
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K} if packed else {}
+    function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
+    expected = function(*arrays, **lengths, **options, return_attn_probs=True)
+    given = {name: library.put(x) for name, x in lengths.items()}
+    found = function(*map(library.put, arrays), **given, **options, return_attn_probs=True)
+    assert all(map(library.owns, found))
+    for one, other in zip(map(library.get, found), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=4e-3)
+    signed = library.get(found[2])
+    assert signed.dtype == FP16 and signed.shape == ((3 if packed else 2), 4, 128, 128)
+    np.testing.assert_array_equal(np.signbit(signed), np.signbit(expected[2]))
+
+
 def test_sdpa_with_a_boolean_mask(library: Library) -> None:
     q, k, v = (x.swapaxes(1, 2) for x in inputs()[:3])
     mask = np.random.default_rng(0).random((2, 1, 80, 95)) < 0.5

@@ -347,6 +347,20 @@ def test_graphs_that_would_repeat_their_dropout_are_refused(
     assert launches.take() == ["fwd_rng", "fwd_sm80"]
 
 
+def test_probabilities_of_dropout_are_refused_while_a_graph_is_captured(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Torch, "is_capturing", lambda self: True)
+    x = as_torch(random(1, 8, 2, 16))
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_func(x, x, x, 0.5, generator=(1, 4), return_attn_probs=True)
+    assert str(caught.value) == (
+        "the seed and offset of dropout would be read from the GPU, which is not possible while a CUDA graph is "
+        "captured. Do not ask for probabilities while capturing."
+    )
+    assert launches.loaded == []
+
+
 @needs_compiler
 def test_numbers_are_drawn_even_where_there_are_no_keys(launches: Launches) -> None:
     q, k = as_torch(random(2, 5, 3, 32)), as_torch(random(2, 0, 3, 32))
@@ -370,6 +384,19 @@ def test_sdpa_on_host_memory(launches: Launches, wrap: Any) -> None:
     options = {"causal": True, "alignment": "top-left"}
     exact, naive = oracle.attention(*inputs, **options), oracle.naive_in_dtype(*inputs, **options)
     oracle.assert_all_close(oracle.Attention(to_numpy(out).swapaxes(1, 2), to_numpy(lse)), exact, naive)
+
+
+def test_sdpa_runs_the_preferred_kernels(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    x, single = as_torch(random(1, 2, 8, 16)), as_torch(random(1, 2, 8, 16, dtype=np.float32))
+    cuflash.scaled_dot_product_attention(x, x, x, backend="mem_eff")
+    assert launches.take() == ["fwd_simt"]
+    with pytest.raises(UnsupportedProblem, match="no fp32"):
+        cuflash.scaled_dot_product_attention(single, single, single, backend="flash")
+    monkeypatch.setenv("CUFLASH_ATTENTION_BACKEND", "mem_eff")
+    cuflash.scaled_dot_product_attention(x, x, x)
+    cuflash.flash_attn_func(x, x, x)
+    assert launches.take() == ["fwd_simt", "fwd_sm80"], "flash-attn's functions know no preference"
 
 
 @needs_compiler
@@ -475,11 +502,84 @@ def test_longest_lengths_are_read_from_the_device(launches: Launches, monkeypatc
     assert reads == list(starts), "once for both directions"
     for params in launches.params:
         assert (params["attention"]["len_q"], params["attention"]["len_kv"]) == (45, 50)
-    with pytest.raises(InvalidArgument, match="cu_seqlens_k ends at row 90, but k has 80 rows"):
+    with pytest.raises(InvalidArgument, match=r"cu_seqlens_k\[3\] is 90, but k has 80 rows"):
         cuflash.flash_attn_varlen_func(q, q, q, *starts)
     reads.clear()
     cuflash.flash_attn_varlen_func(q, k, v, *starts, 45, 50)
     assert reads == []
+
+
+OUT_OF_PLACE = {
+    "cu_seqlens_q[0] is 1": {"cu_seqlens_q": [1, 30, 30, 75]},
+    "cu_seqlens_q[2] is 29 after 30": {"cu_seqlens_q": [0, 30, 29, 75]},
+    "cu_seqlens_k[3] is 96, but k has 95 rows": {"cu_seqlens_k": [0, 10, 40, 96]},
+    "seqused_q[1] is 1, but sequence 1 has 0 queries": {"seqused_q": [30, 1, 45]},
+    "seqused_k[2] is -1, but sequence 2 has 50 keys": {"seqused_k": [10, 30, -1]},
+    "max_seqlen_q is 44, but sequence 2 has 45 rows": {"max_seqlen_q": 44},
+}
+LENGTHS = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "max_seqlen_q": 45, "max_seqlen_k": 50}
+
+
+def lengths(changes: dict) -> dict:
+    """The lengths with some of them changed, as torch tensors."""
+    values = (LENGTHS | changes).items()
+    return {name: x if isinstance(x, int) else as_torch(np.array(x, np.int32)) for name, x in values}
+
+
+@pytest.mark.parametrize("message", OUT_OF_PLACE)
+def test_lengths_on_a_gpu_are_checked_on_request_alone(
+    launches: Launches, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    q, k, v = (as_torch(x) for x in (random(80, 4, 32), random(95, 2, 32), random(95, 2, 32)))
+    lse, given = as_torch(random(4, 80, dtype=np.float32)), lengths(OUT_OF_PLACE[message])
+    for function, head in (
+        (cuflash.flash_attn_varlen_func, (q, k, v)),
+        (cuflash.flash_attn_vjp, (q, k, v)),
+        (cuflash.flash_attn_backward, (q, q, k, v, q, lse)),
+    ):
+        function(*head, **given)
+        assert launches.take(), "trusted unless asked"
+        with pytest.raises(InvalidArgument) as caught:
+            function(*head, **given, validate=True)
+        assert str(caught.value).startswith(message)
+        assert launches.take() == []
+
+
+def test_sound_lengths_are_validated_once_and_share_the_prepared_call(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    q, k, v = (as_torch(x) for x in (random(80, 4, 32), random(95, 2, 32), random(95, 2, 32)))
+    reads: list[FakeTensor] = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: reads.append(self) or self.x.tolist())
+    given = lengths({"seqused_k": [10, 0, 50]})
+    cuflash.flash_attn_varlen_func(q, k, v, **given)
+    assert reads == []
+    cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
+    assert reads == [given[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")]
+    assert len(launch._prepared) == 1
+    reads.clear()
+    _, pullback = cuflash.flash_attn_vjp(q, k, v, **given, validate=True)
+    pullback(q)
+    assert len(reads) == 3, "once for both directions"
+
+
+def test_lengths_are_not_read_while_a_graph_is_captured(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    monkeypatch.setattr(Torch, "is_capturing", lambda self: True)
+    q, k, v = (as_torch(x) for x in (random(80, 4, 32), random(95, 2, 32), random(95, 2, 32)))
+    given = lengths({})
+    cuflash.flash_attn_varlen_func(q, k, v, **given)
+    launches.take()
+    why = "cu_seqlens would be read from the GPU, which is not possible while a CUDA graph is captured."
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
+    assert str(caught.value) == f"validate is True: {why} Validate before capturing."
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_varlen_func(q, k, v, **given | {"max_seqlen_k": None})
+    assert str(caught.value) == f"max_seqlen_q or max_seqlen_k is None and {why} Pass both."
+    assert launches.take() == []
 
 
 @pytest.mark.parametrize(

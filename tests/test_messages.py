@@ -12,7 +12,7 @@ import pytest
 
 import cuflash
 from cuflash.arrays import NumPy
-from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.errors import InvalidArgument
 from cuflash.ops import check
 from cuflash.ops.options import Options
 from cuflash.problem import Problem
@@ -256,17 +256,19 @@ CALLS: dict[str, Call] = {
     ),
     "starts-first": Call(
         varlen,
-        "cu_seqlens_q starts with 1; expected 0, the first row of the first sequence.",
+        "cu_seqlens_q[0] is 1; expected 0, the first row of the first sequence.",
         {"cu_seqlens_q": np.array([1, 2, 6], np.int32)},
     ),
     "starts-fall": Call(
         varlen,
-        "cu_seqlens_q falls from 5 to 4 at index 2; "
+        "cu_seqlens_q[2] is 4 after 5; "
         "expected the first row of each sequence in rising order, and the end of the last.",
         {"cu_seqlens_q": np.array([0, 5, 4], np.int32)},
     ),
     "starts-beyond": Call(
-        varlen, "cu_seqlens_k ends at row 11, but k has 10 rows.", {"cu_seqlens_k": np.array([0, 7, 11], np.int32)}
+        varlen,
+        "cu_seqlens_k[2] is 11, but k has 10 rows; expected at most that many.",
+        {"cu_seqlens_k": np.array([0, 7, 11], np.int32)},
     ),
     "starts-one-side": Call(
         backward,
@@ -297,6 +299,10 @@ CALLS: dict[str, Call] = {
     "longest-dense": Call(
         vjp, "max_seqlen_q is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too.", {"max_seqlen_q": 6}
     ),
+    "validate-dense": Call(
+        vjp, "validate is True but no sequences are packed; there is nothing to check. Drop it.", {"validate": True}
+    ),
+    "validate-type": Call(varlen, "validate is 'yes'; expected True or False.", {"validate": "yes"}),
     "longest-type": Call(
         varlen,
         "max_seqlen_q is 4.0; expected an integer from 0, or None to read it from cu_seqlens.",
@@ -309,7 +315,7 @@ CALLS: dict[str, Call] = {
     ),
     "longest-short": Call(
         varlen,
-        "max_seqlen_k is 6, but a sequence has 7 rows; pass at least that, or None.",
+        "max_seqlen_k is 6, but sequence 0 has 7 rows; pass at least that many, or None.",
         {"max_seqlen_k": 6},
     ),
     "out-shape": Call(func, "out has shape (2, 6, 4, 8); expected (2, 6, 4, 16).", {"out": full(2, 6, 4, 8)}),
@@ -491,11 +497,10 @@ CALLS: dict[str, Call] = {
         {"seqused_q": np.array([1], np.int32)},
     ),
     "probabilities": Call(
-        varlen_qkvpacked,
-        "return_attn_probs is True; probabilities are never stored. "
-        "Pass return_lse=True for the log-sum-exp, with which exp(scores - lse) gives them.",
-        {"return_attn_probs": True},
-        UnsupportedProblem,
+        varlen,
+        "return_attn_probs is True and block_table is given; probabilities of keys in pages are not returned. "
+        "Gather the pages into packed k and v.",
+        {"return_attn_probs": True, "block_table": np.zeros((2, 3), np.int32)},
     ),
     "kvpacked": Call(
         kvpacked, "kv has shape (2, 10, 3, 2, 8); expected (b, s, 2, h, d).", {"kv": full(2, 10, 3, 2, 8)}

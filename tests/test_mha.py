@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 import cuflash
 from cuflash import InvalidArgument, PhiloxGenerator, UnsupportedProblem
+from cuflash.api import backend
 from cuflash.dtypes import DTYPES
+from cuflash.ops import Options
 
 B, H, HK, SQ, SK, D, DV = 2, 4, 2, 19, 27, 16, 24
 STARTS_Q, STARTS_K = np.array([0, 8, 8, 15], np.int32), np.array([0, 3, 12, 22], np.int32)
@@ -310,7 +312,10 @@ def test_pages(page_size: int, lengths: str) -> None:
         ({"block_table_": np.zeros((3, 1), np.int64)}, "block_table_ is int64; expected int32"),
         ({"block_table_": np.zeros(3, np.int32)}, "block_table_ has shape (3,); expected (b, max_pages)"),
         ({"block_table_": np.zeros((2, 1), np.int32)}, "block_table_ has 2 rows; expected one for each of the 3"),
-        ({"block_table_": np.full((3, 1), 4, np.int32)}, "block_table_ names page 4 for sequence 0, but there are 4."),
+        (
+            {"block_table_": np.full((3, 1), 4, np.int32)},
+            "block_table_[0, 0] is 4, but there are 4 pages; expected the number of one, from 0.",
+        ),
         (
             {"cu_seqlens_k": np.array([0, 3, 40, 41], np.int32)},
             "block_table_ has 1 pages of 16 rows a sequence, but sequence 1",
@@ -550,9 +555,9 @@ def test_what_the_backward_refuses(change: dict, message: str) -> None:
 PACKED_REFUSED = {
     "no starts": ({"cu_seqlens_k": None}, "cu_seqlens_k is None; expected an array"),
     "starts dtype": ({"cu_seqlens_q": STARTS_Q.astype(np.int64)}, "cu_seqlens_q is int64; expected int32"),
-    "falling": ({"cu_seqlens_q": np.array([0, 8, 7, 15], np.int32)}, "cu_seqlens_q falls from 8 to 7"),
-    "too far": ({"cu_seqlens_k": np.array([0, 3, 12, 99], np.int32)}, "cu_seqlens_k ends at row 99, but k has 27 rows"),
-    "too short": ({"max_seqlen_q": 5}, "max_seqlen_q is 5, but a sequence has 8 rows"),
+    "falling": ({"cu_seqlens_q": np.array([0, 8, 7, 15], np.int32)}, "cu_seqlens_q[2] is 7 after 8"),
+    "too far": ({"cu_seqlens_k": np.array([0, 3, 12, 99], np.int32)}, "cu_seqlens_k[3] is 99, but k has 27 rows"),
+    "too short": ({"max_seqlen_q": 5}, "max_seqlen_q is 5, but sequence 0 has 8 rows"),
     "used": ({"seqused_k": np.array([9, 0, 0], np.int32)}, "seqused_k[0] is 9, but sequence 0 has 3 keys"),
     "used length": ({"seqused_k": USED[:2]}, "seqused_k has 2 numbers; expected one for each of the 3 sequences"),
     "zero_tensors": ({"zero_tensors": None}, "zero_tensors is None; expected True or False"),
@@ -609,6 +614,47 @@ def test_what_the_bias_refuses(change: dict, message: str) -> None:
     assert str(error.value).startswith(message), error.value
 
 
+def test_every_function_of_packed_sequences_hands_validate_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def operation(_: Callable, options: Options, *__: object, **___: object) -> None:
+        raise Asked(options.validate)
+
+    q, k, v = inputs(packed=True)
+    starts = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}
+    out, lse = zeros(SQ, H, DV), zeros(3, H, 32)
+    dense = [x[None] for x in (q, k, v)]
+    nothing = {"dq_": None, "dk_": None, "dv_": None}
+    head = {"dout": out, "q": q, "k": k, "v": v, "out": out}
+    efficient = {"bias": None, "dropout_p": 0.0, "philox_seed": None, "philox_offset": None, "custom_mask_type": 0}
+    efficient |= {"bias_requires_grad": False, "max_seqlen_q": 8, "max_seqlen_k": 10, "logsumexp": lse}
+    calls = {
+        cuflash.mha_varlen_fwd: {"q": q, "k": k, "v": v, "out_": None},
+        cuflash.mha_varlen_fwd_ck: {"q": q, "k": k, "v": v, "out_": None},
+        cuflash.mha_varlen_bwd: head | nothing | {"softmax_lse": zeros(H, SQ)},
+        cuflash.mha_varlen_bwd_ck: head | nothing | {"softmax_lse": lse},
+        cuflash.mem_eff_forward: {"q": q, "k": k, "v": v},
+        cuflash.mem_eff_backward: head | nothing | {"softmax_lse": lse},
+        cuflash.efficient_attention_forward: dict(zip(("query", "key", "value"), dense, strict=True)),
+        cuflash.efficient_attention_backward: {
+            "grad_out_": out[None], "query": dense[0], "key": dense[1], "value": dense[2], "out": out[None], **efficient
+        },
+    }  # fmt: skip
+    monkeypatch.setattr(backend, "call", operation)
+    for function, arguments in calls.items():
+        for validate in (False, True):
+            with pytest.raises(Asked) as asked:
+                function(**arguments, **starts, validate=validate)
+            assert asked.value.args == (validate,)
+    parameters = {x: inspect.signature(x).parameters for x in vars(cuflash).values() if inspect.isfunction(x)}
+    flash = {cuflash.flash_attn_varlen_func, cuflash.flash_attn_backward, cuflash.flash_attn_vjp}
+    assert {x for x, names in parameters.items() if "validate" in names} == flash | calls.keys()
+    hands_on, runs_nothing = cuflash.flash_attn_varlen_kvpacked_func, cuflash.explain
+    packed = {x for x, names in parameters.items() if "cu_seqlens_q" in names}
+    assert packed == flash | calls.keys() | {hands_on, runs_nothing}
+
+
 def test_too_many_arguments_for_the_convention() -> None:
     arguments = [zeros(*shape) for shape in DENSE.values()]
     rest = [None, None, 0.0, None, False, -1, -1]
@@ -625,6 +671,8 @@ def test_pages_on_a_gpu_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPa
         return cupy.ndarray(x.shape, x.dtype, cupy.cuda.MemoryPointer(memory, 0), x.strides)
 
     q, pages = on_gpu(zeros(SQ, H, D)), on_gpu(zeros(4, 16, HK, D))
-    starts = on_gpu(STARTS_Q)
+    starts, table = on_gpu(STARTS_Q), on_gpu(zeros(3, 1, dtype="int32"))
     with pytest.raises(UnsupportedProblem, match="block_table_ is given with CuPy arrays; no kernel reads pages yet"):
-        cuflash.mha_varlen_fwd(q, pages, pages, None, starts, starts, None, on_gpu(zeros(3, 1, dtype="int32")))
+        cuflash.mha_varlen_fwd(q, pages, pages, None, starts, starts, None, table)
+    with pytest.raises(UnsupportedProblem, match="block_table is given with CuPy arrays; no kernel reads pages yet"):
+        cuflash.flash_attn_varlen_func(q, pages, pages, starts, starts, block_table=table)

@@ -238,8 +238,8 @@ STARTS = np.array([0, 3, 6], np.int32)
     ("arguments", "message"),
     [
         ({"seqused_k": np.array([3, 4], np.int32)}, r"seqused_k\[1\] is 4, but sequence 1 has 3 keys"),
-        ({"cu_seqlens_k": np.array([0, 4, 3], np.int32)}, "cu_seqlens_k falls from 4 to 3 at index 2"),
-        ({"max_seqlen_k": 2}, "max_seqlen_k is 2, but a sequence has 3 rows"),
+        ({"cu_seqlens_k": np.array([0, 4, 3], np.int32)}, r"cu_seqlens_k\[2\] is 3 after 4"),
+        ({"max_seqlen_k": 2}, "max_seqlen_k is 2, but sequence 0 has 3 rows"),
         ({"p_dropout": 1.0}, r"p_dropout is 1\.0"),
     ],
 )

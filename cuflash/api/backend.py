@@ -27,12 +27,16 @@ class Choice(NamedTuple):
 
 
 def preferred_backend(backend: str | None = None) -> str:
-    """Say which kernels the `mha_*`, `mem_eff_*` and `efficient_attention_*` functions prefer, and return the choice.
+    """Say which kernels PyTorch's functions prefer, and return the choice.
 
-    It is the counterpart of ``torch.backends.cuda.preferred_rocm_fa_library``. It chooses among the kernels of GPUs
-    alone, never what they compute: dropout draws the same mask in all of them. NumPy arrays are computed on the CPU
-    either way. A ``backend=`` argument of a call goes before the preference that is set here, and that before the
-    environment variable ``CUFLASH_ATTENTION_BACKEND``.
+    These are `scaled_dot_product_attention` and the `mha_*`, `mem_eff_*` and `efficient_attention_*` functions. It is
+    the counterpart of ``torch.nn.attention.sdpa_kernel`` and ``torch.backends.cuda.preferred_rocm_fa_library``, and
+    chooses among the kernels of GPUs alone, never what they compute: dropout draws the same mask in all of them. NumPy
+    arrays are computed on the CPU either way. A ``backend=`` argument of a call goes before the preference that is set
+    here, and that before the environment variable ``CUFLASH_ATTENTION_BACKEND``.
+
+    The `flash_attn_*` functions have no such preference, as flash-attn has none: the planner chooses, and `explain`
+    says what.
 
     Where the preferred kernels do not serve a call, a choice made here or in the call raises `UnsupportedProblem`. One
     from the environment warns once, and the call runs on the kernels that serve it.
@@ -74,7 +78,7 @@ def resolve(backend: str | None) -> Choice:
         return Choice(_named("backend", backend), optional=False)
     if _set != "default":
         return Choice(_set, optional=False)
-    return Choice(_named("CUFLASH_ATTENTION_BACKEND", settings.read().attention_backend), optional=True)
+    return Choice(_named("CUFLASH_ATTENTION_BACKEND", settings.attention_backend()), optional=True)
 
 
 def call(

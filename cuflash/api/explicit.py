@@ -12,7 +12,8 @@ import numpy as np
 from cuflash import ops
 from cuflash.api import backend
 from cuflash.api.layouts import Place, longest, unexpanded
-from cuflash.api.probabilities import random_values, signed_probabilities
+from cuflash.api.probabilities import check_drawn, random_values, signed_probabilities
+from cuflash.arrays import framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
 from cuflash.ops import Options, check
@@ -119,11 +120,13 @@ def forward(
 ) -> Forward:
     """Run the forward and lay its results out; `arrays` are those of `ops.forward` that the caller has."""
     place = Place(options.name("q"), q)
-    if flag("return_softmax", return_softmax) and block_table is not None:
-        raise InvalidArgument(
-            "return_softmax is True and block_table_ is given; probabilities of keys in pages are not returned. "
-            "Gather the pages into packed k and v."
-        )
+    if flag("return_softmax", return_softmax):
+        if block_table is not None:
+            raise InvalidArgument(
+                "return_softmax is True and block_table_ is given; probabilities of keys in pages are not returned. "
+                "Gather the pages into packed k and v."
+            )
+        check_drawn(framework_of([options.name("q")], [q]), options)
     flag("zero_tensors", zero_tensors)
     starts_q, starts_k = arrays.get("cu_seqlens_q"), arrays.get("cu_seqlens_k")
     run, given = ops.forward, dict(arrays)
@@ -132,6 +135,7 @@ def forward(
     with drawing_from(generator) as source:
         out, lse, *drawn = backend.call(run, options, choice, q=q, k=k, v=v, generator=source, **given)
     rng_state = drawn[0] if drawn else None
+    options = options._replace(validate=False)  # once is enough
 
     if starts_q is not None and (convention.padded or return_softmax):
         lengths = longest(starts_q, options.max_seqlen_q), longest(starts_k, options.max_seqlen_k)

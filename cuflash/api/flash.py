@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from cuflash import ops
+from cuflash.api.probabilities import check_drawn, probabilities
+from cuflash.arrays import framework_of
 from cuflash.dropout import Scheme
-from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
 from cuflash.masks import Alignment
 from cuflash.ops import Gradients, Options
+from cuflash.ops.lengths import with_lengths
+from cuflash.ops.paged import forward_paged
 
 Array = Any
 """An array of NumPy, CuPy, torch, JAX or another library that speaks DLPack."""
@@ -86,7 +90,9 @@ def flash_attn_func(
         The forward gives the same bits on every run either way; the flag acts in `flash_attn_backward` and
         `flash_attn_vjp`.
     return_attn_probs : bool
-        Must be False: probabilities are never stored. See `return_lse`.
+        Also return the log-sum-exp and the probabilities, whose memory grows with the product of the lengths. Attention
+        itself never stores them: further calls compute them, 256 keys at a time. For tests and for looking at small
+        problems; ``exp(scores - lse)`` gives any one of them.
     alignment : {"bottom-right", "top-left"}
         Which key is a query's own: with ``bottom-right`` the last query's is the last key, with ``top-left`` the first
         query's is the first key.
@@ -119,8 +125,11 @@ def flash_attn_func(
     out : array, (b, len_q, heads_q, dim_v)
         In the dtype of q.
     lse : array, (b, heads_q, len_q)
-        With `return_lse`: natural logarithm of the sum of exponentials of each query's scores, in float32 (float64 for
-        float64 tensors).
+        With `return_lse` or `return_attn_probs`: natural logarithm of the sum of exponentials of each query's scores,
+        in float32 (float64 for float64 tensors).
+    S_dmask : array in the dtype of q, (b, heads_q, len_q, len_kv), both lengths rounded up to multiples of 128
+        With `return_attn_probs`: the softmax before dropout, and zeros behind both lengths. A minus sign, that of -0.0
+        included, says that dropout dropped it. (flash-attn's are not normalised, and undefined where a tile is masked.)
     rng_state : array of uint64, (2,)
         With `return_rng_state`: seed and offset, None without dropout. The same 16 bytes are (4,) uint32 for JAX and
         other DLPack libraries.
@@ -148,15 +157,12 @@ def flash_attn_func(
     >>> cuflash.flash_attn_func(q, k, v, causal=True).shape
     (1, 3, 2, 5)
     """
-    if return_attn_probs:
-        raise _probabilities()
     options = Options(
         softmax_scale, causal, window_size, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout
     )
-    found = ops.forward(
-        options, q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink, out, generator
-    )
-    return _asked(found, return_lse, return_rng_state)
+    arrays = (q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink)
+    asked = return_attn_probs, return_lse, return_rng_state
+    return _forward(options, arrays, out, generator, None, *asked)
 
 
 def flash_attn_kvpacked_func(
@@ -254,6 +260,7 @@ def flash_attn_varlen_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    block_table: Array | None = None,
     *,
     alignment: Alignment = "bottom-right",
     seqused_q: Array | None = None,
@@ -267,6 +274,7 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     return_rng_state: bool = False,
     out: Array | None = None,
+    validate: bool = False,
 ) -> Array | tuple[Array | None, ...]:
     """Attention of sequences of different lengths, packed one after the other without padding.
 
@@ -278,17 +286,22 @@ def flash_attn_varlen_func(
     q : array, (total_q, heads_q, dim_qk)
         Queries of all sequences.
     k : array, (total_kv, heads_kv, dim_qk)
-        Keys.
+        Keys; (num_pages, page_size, heads_kv, dim_qk) with `block_table`.
     v : array, (total_kv, heads_kv, dim_v)
-        Values.
+        Values; (num_pages, page_size, heads_kv, dim_v) with `block_table`.
     cu_seqlens_q, cu_seqlens_k : array of int32, (b + 1,)
         The row of q, and of k and v, at which each sequence starts, from 0 and rising; the last number is the end of
-        the last sequence.
+        the last sequence. With `block_table` the differences of `cu_seqlens_k` are the lengths, and no rows of k and v.
     max_seqlen_q, max_seqlen_k : int, optional
         At least as long as the longest sequence. None reads `cu_seqlens` and checks its values; on a GPU that waits for
-        the device once, and cannot be captured in a graph. Given, values on a GPU are trusted.
+        the device once, and cannot be captured in a graph. Given, values on a GPU are trusted, see `validate`.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
+    block_table : array of int32, (b, max_pages), optional
+        Keys and values lie in the pages of a cache: key ``j`` of sequence ``b`` is row ``j % page_size`` of page
+        ``block_table[b, j // page_size]``, for any size of pages. Pages may be shared, and numbers behind a sequence's
+        last key are not read. NumPy arrays only, as no kernel reads pages yet, and the forward only: gather the pages
+        into packed k and v on a GPU, or for gradients.
     alignment, sink, generator, dropout_scheme, unbiased_dropout, return_lse, return_rng_state
         As for `flash_attn_func`.
     seqused_q, seqused_k : array of int32, (b,), optional
@@ -299,13 +312,18 @@ def flash_attn_varlen_func(
         first query and key of each sequence. The ``word`` scheme of dropout numbers probabilities by this shape.
     out : array, (total_q, heads_q, dim_v), optional
         Written and returned instead of a new array.
+    validate : bool
+        Check the values of `cu_seqlens_q`, `cu_seqlens_k`, `seqused_q`, `seqused_k` and `block_table`, for which a GPU
+        is waited, and not while a CUDA graph is captured. Those of NumPy arrays are checked either way.
 
     Returns
     -------
     out : array, (total_q, heads_q, dim_v)
         In the dtype of q.
     lse : array, (heads_q, total_q)
-        With `return_lse`, as for `flash_attn_func`.
+        With `return_lse` or `return_attn_probs`, as for `flash_attn_func`.
+    S_dmask : array in the dtype of q, (b, heads_q, max_seqlen_q, max_seqlen_k), rounded up to multiples of 128
+        With `return_attn_probs`, as for `flash_attn_func`; not with `block_table`.
     rng_state : array of uint64, (2,)
         With `return_rng_state`, as for `flash_attn_func`.
 
@@ -323,15 +341,16 @@ def flash_attn_varlen_func(
     >>> cuflash.flash_attn_varlen_func(x, x, x, starts, starts, causal=True).shape
     (5, 2, 4)
     """
-    if return_attn_probs:
-        raise _probabilities()
     _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     longest = max_seqlen_q, max_seqlen_k
     dropout = dropout_p, dropout_scheme, unbiased_dropout
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, False, *longest)
+    options = Options(
+        softmax_scale, causal, window_size, softcap, alignment, *dropout, False, *longest, validate=validate
+    )
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    found = ops.forward(options, q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink, out, generator)
-    return _asked(found, return_lse, return_rng_state)
+    arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
+    asked = return_attn_probs, return_lse, return_rng_state
+    return _forward(options, arrays, out, generator, block_table, *asked)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -460,6 +479,7 @@ def flash_attn_backward(
     dq: Array | None = None,
     dk: Array | None = None,
     dv: Array | None = None,
+    validate: bool = False,
 ) -> tuple[Array, Array, Array] | Gradients:
     """Gradients of q, k and v, and of a bias and a sink, given those of the output.
 
@@ -474,7 +494,7 @@ def flash_attn_backward(
         no key.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As in the forward.
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As in `flash_attn_varlen_func`.
     dropout_p, dropout_scheme, unbiased_dropout
         As in the forward.
@@ -504,7 +524,7 @@ def flash_attn_backward(
     """
     dropout = dropout_p, dropout_scheme, unbiased_dropout
     gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients)
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, validate)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     features = alibi_slopes, attn_bias, sink, rng_state
     return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, dq, dk, dv)
@@ -537,6 +557,7 @@ def flash_attn_vjp(
     deterministic: bool = False,
     bias_grad: bool = False,
     return_lse: bool = False,
+    validate: bool = False,
 ) -> tuple[Any, Callable[..., tuple[Array, Array, Array] | Gradients]]:
     """Attention and the function that pulls gradients back through it.
 
@@ -547,7 +568,7 @@ def flash_attn_vjp(
         kept until the pullback is dropped.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As for `flash_attn_func`.
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As for `flash_attn_varlen_func`.
     dropout_p, generator, dropout_scheme, unbiased_dropout
         As for `flash_attn_func`; the pullback drops what the forward dropped.
@@ -581,26 +602,50 @@ def flash_attn_vjp(
     """
     dropout = dropout_p, dropout_scheme, unbiased_dropout
     gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients)
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, validate)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     out, lse, pullback = ops.vjp(options, arrays, generator)
     return ((out, lse) if return_lse else out), pullback
 
 
-def _asked(found: tuple[Array, ...], return_lse: bool, return_rng_state: bool) -> Array | tuple[Array | None, ...]:
-    """Of (out, lse) or (out, lse, rng_state), what the caller wants."""
+def _forward(
+    options: Options,
+    arrays: tuple[Array | None, ...],
+    out: Array | None,
+    generator: Generator,
+    block_table: Array | None,
+    return_attn_probs: bool,
+    return_lse: bool,
+    return_rng_state: bool,
+) -> Array | tuple[Array | None, ...]:
+    """Of out, lse, probabilities and rng_state, what the caller asks for; `arrays` in the order of ``SHARED``."""
+    if return_attn_probs:
+        options = _countable(options, arrays, block_table)
+    if block_table is None:
+        found = ops.forward(options, *arrays, out, generator)
+    else:
+        found = forward_paged(options, *arrays[:3], block_table, *arrays[3:], out, generator)
+    rng_state = found[2] if len(found) == 3 else None
+    results = found[:2] if return_lse or return_attn_probs else found[:1]
+    if return_attn_probs:
+        results = (*results, probabilities(options, arrays, rng_state))
     if return_rng_state:
-        rng_state = found[2] if len(found) == 3 else None
-        return (*found[:2], rng_state) if return_lse else (found[0], rng_state)
-    return found[:2] if return_lse else found[0]
+        results = (*results, rng_state)
+    return results if len(results) > 1 else results[0]
 
 
-def _probabilities() -> UnsupportedProblem:
-    return UnsupportedProblem(
-        "return_attn_probs is True; probabilities are never stored. "
-        "Pass return_lse=True for the log-sum-exp, with which exp(scores - lse) gives them."
-    )
+def _countable(options: Options, arrays: tuple[Array | None, ...], block_table: Array | None) -> Options:
+    """The options of a call that returns probabilities, with the longest lengths in them."""
+    if block_table is not None:
+        raise InvalidArgument(
+            "return_attn_probs is True and block_table is given; probabilities of keys in pages are not returned. "
+            "Gather the pages into packed k and v."
+        )
+    arrays = (*arrays, None)
+    framework = framework_of(options.names("forward"), arrays)
+    check_drawn(framework, options)
+    return with_lengths(framework, "forward", options, arrays)
 
 
 def _unpacked(name: str, x: Array, axes: tuple[str, ...]) -> list[Array]:

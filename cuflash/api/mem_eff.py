@@ -43,6 +43,7 @@ def mem_eff_forward(
     seqused_k_: Array | None = None,
     *,
     backend: str | None = None,
+    validate: bool = False,
 ) -> tuple[Array, ...]:
     """Attention with an additive bias; eight results.
 
@@ -74,6 +75,8 @@ def mem_eff_forward(
         How many keys of each packed sequence take part.
     backend : {"flash", "mem_eff", "default"}, optional
         As for `preferred_backend`, for this call.
+    validate : bool
+        As for `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -92,7 +95,7 @@ def mem_eff_forward(
     ]
     options = Options(
         softmax_scale=scale, causal=False if is_causal is None else is_causal, dropout_p=p_dropout,
-        vocabulary="mem_eff_forward",
+        vocabulary="mem_eff_forward", validate=validate,
     )  # fmt: skip
     return tuple(
         explicit.forward(
@@ -129,6 +132,7 @@ def mem_eff_backward(
     *,
     seqused_k: Array | None = None,
     backend: str | None = None,
+    validate: bool = False,
 ) -> tuple[Array, ...]:
     """Gradients of `mem_eff_forward`, that of the bias among them; four results.
 
@@ -150,6 +154,8 @@ def mem_eff_backward(
         As for `mha_varlen_bwd`.
     seqused_k : array of int32, (b,), optional
         As in the forward; PyTorch's backward has no such argument.
+    validate : bool
+        As for `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -165,7 +171,7 @@ def mem_eff_backward(
     """
     options = Options(
         softmax_scale=scale, causal=is_causal, dropout_p=p_dropout, deterministic=deterministic,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_backward",
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_backward", validate=validate,
     )  # fmt: skip
     if cu_seqlens_q is None:
         options = _dense_lengths(options, q, k)
@@ -206,6 +212,7 @@ def efficient_attention_forward(
     window_size: int | None = None,
     gen_: PhiloxGenerator | tuple[int, int] | None = None,
     backend: str | None = None,
+    validate: bool = False,
 ) -> Efficient:
     """Attention with the arguments and results of PyTorch's ``_efficient_attention_forward``.
 
@@ -239,6 +246,8 @@ def efficient_attention_forward(
         As for `mha_fwd`.
     backend : {"flash", "mem_eff", "default"}, optional
         As for `preferred_backend`, for this call.
+    validate : bool
+        As for `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -260,7 +269,7 @@ def efficient_attention_forward(
     place = Place("query", query)
     packed = _starts(cu_seqlens_q, cu_seqlens_k)
     explicit.flag("compute_log_sumexp", compute_log_sumexp)
-    options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k)
+    options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
     if packed:
         q, k, v = (_unbatched(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     else:
@@ -313,6 +322,7 @@ def efficient_attention_backward(
     seqlen_k: Array | None = None,
     deterministic: bool = False,
     backend: str | None = None,
+    validate: bool = False,
 ) -> tuple[Array, Array, Array, Array | None]:
     """Gradients with the arguments and results of PyTorch's ``_efficient_attention_backward``.
 
@@ -337,6 +347,8 @@ def efficient_attention_backward(
         Give the same bits on every run; not with more than one key split.
     backend : {"flash", "mem_eff", "default"}, optional
         As for `preferred_backend`, for this call.
+    validate : bool
+        As for `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -354,7 +366,7 @@ def efficient_attention_backward(
     place = Place("query", query)
     packed = _starts(cu_seqlens_q, cu_seqlens_k)
     ordered = _ordered(num_splits_key, explicit.flag("deterministic", deterministic))
-    options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k)
+    options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
     options = options._replace(deterministic=ordered)
     names = {"q": query, "k": key, "v": value, "out": out, "dout": grad_out_}
     arrays = {name: _unbatched(options.name(name), x) if packed else x for name, x in names.items()}
@@ -382,7 +394,15 @@ def _one_of(first: tuple[str, Array | None], second: tuple[str, Array | None]) -
     return second[1] if first[1] is None else first[1]
 
 
-def _options(scale: float | None, mask_type: int, window: int | None, p: float, *lengths: int | None) -> Options:
+def _options(
+    scale: float | None,
+    mask_type: int,
+    window: int | None,
+    p: float,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    validate: bool,
+) -> Options:
     """The keywords of the kernel's functions in those of ops."""
     if not isinstance(mask_type, int | np.integer) or isinstance(mask_type, bool) or mask_type not in (0, 1, 2):
         raise InvalidArgument(
@@ -400,7 +420,7 @@ def _options(scale: float | None, mask_type: int, window: int | None, p: float, 
     return Options(
         softmax_scale=scale, causal=mask_type > 0, window_size=(int(window) - 1 if window else -1, -1),
         alignment="top-left" if mask_type == 1 else "bottom-right", dropout_p=p, dropout_scheme="word",
-        max_seqlen_q=lengths[0], max_seqlen_k=lengths[1], vocabulary="efficient",
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, validate=validate, vocabulary="efficient",
     )  # fmt: skip
 
 

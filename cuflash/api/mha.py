@@ -170,6 +170,7 @@ def mha_varlen_fwd(
     *,
     convention: str = "current",
     backend: str | None = None,
+    validate: bool = False,
 ) -> tuple[Array, ...]:
     """Attention of packed sequences, with PyTorch's arguments and its eight results.
 
@@ -200,6 +201,8 @@ def mha_varlen_fwd(
         As for `mha_fwd`; ``legacy`` has no `block_table_` either, and all but ``current`` pad the log-sum-exp.
     backend : {"flash", "mem_eff", "default"}, optional
         As for `preferred_backend`, for this call.
+    validate : bool
+        As for `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -220,7 +223,7 @@ def mha_varlen_fwd(
     options = Options(
         softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
         softcap=softcap, dropout_p=p_dropout, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-        vocabulary="mha_fwd",
+        vocabulary="mha_fwd", validate=validate,
     )  # fmt: skip
     explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return tuple(
@@ -332,6 +335,7 @@ def mha_varlen_bwd(
     seqused_k: Array | None = None,
     convention: str = "current",
     backend: str | None = None,
+    validate: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
     """Gradients of `mha_varlen_fwd`, with PyTorch's arguments and its four results.
 
@@ -357,6 +361,8 @@ def mha_varlen_bwd(
         As in the forward.
     backend : {"flash", "mem_eff", "default"}, optional
         As for `preferred_backend`, for this call.
+    validate : bool
+        As for `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -374,7 +380,7 @@ def mha_varlen_bwd(
     options = Options(
         softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
         softcap=softcap, dropout_p=p_dropout, deterministic=deterministic, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, vocabulary="mha_bwd",
+        max_seqlen_k=max_seqlen_k, vocabulary="mha_bwd", validate=validate,
     )  # fmt: skip
     explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     found = explicit.backward(

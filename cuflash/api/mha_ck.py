@@ -85,6 +85,7 @@ def mha_varlen_fwd_ck(
     attn_bias_: Array | None = None,
     *,
     backend: str | None = None,
+    validate: bool = False,
 ) -> tuple[Array, ...]:
     """Attention of packed sequences with an additive bias; eight results.
 
@@ -98,6 +99,8 @@ def mha_varlen_fwd_ck(
         As for `mha_fwd_ck`.
     attn_bias_ : array, broadcastable to (b, heads_q, max_seqlen_q, max_seqlen_k), optional
         As for `mha_fwd_ck`; pairs are numbered from 0 in every sequence.
+    validate : bool
+        As for `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -116,6 +119,7 @@ def mha_varlen_fwd_ck(
     options = Options(
         softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
         dropout_p=p_dropout, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mha_fwd",
+        validate=validate,
     )  # fmt: skip
     explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return tuple(
@@ -224,6 +228,7 @@ def mha_varlen_bwd_ck(
     *,
     seqused_k: Array | None = None,
     backend: str | None = None,
+    validate: bool = False,
 ) -> tuple[Array, ...]:
     """Gradients of `mha_varlen_fwd_ck`, that of the bias among them; five results.
 
@@ -237,6 +242,8 @@ def mha_varlen_bwd_ck(
         As for `mha_bwd_ck`.
     seqused_k : array of int32, (b,), optional
         As in the forward; PyTorch's backward has no such argument.
+    validate : bool
+        As for `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -255,7 +262,7 @@ def mha_varlen_bwd_ck(
     options = Options(
         softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
         dropout_p=p_dropout, deterministic=deterministic, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-        vocabulary="mha_bwd",
+        vocabulary="mha_bwd", validate=validate,
     )  # fmt: skip
     explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return tuple(

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from cuflash import ops
 from cuflash.api import backend
 from cuflash.api.layouts import Place
+from cuflash.arrays import Framework, Guest, framework_of
 from cuflash.ops import Options
+from cuflash.ops.lengths import check_readable
+from cuflash.ops.options import SHARED
 
+MULTIPLE = 128
+"""What both lengths are rounded up to where PyTorch's and flash-attn's are."""
 _COLUMNS = 256
 """Keys at a time: a head dimension that every kernel family runs."""
+
+
+def check_drawn(framework: Framework, options: Options) -> None:
+    """Refuse what would have to read a seed and an offset from a GPU while a graph is captured."""
+    if options.dropout_p:
+        check_readable(framework, "the seed and offset of dropout", "Do not ask for probabilities while capturing.")
+
+
+def probabilities(options: Options, arrays: Sequence[Any], rng_state: Any) -> Any:
+    """`signed_probabilities` of arrays of any library, in the order of :data:`SHARED`."""
+    names = [*map(options.name, SHARED), "rng_state"]
+    framework = framework_of(names[:-1], arrays)
+    if isinstance(framework, Guest):
+        *borrowed, state = framework.borrow(names, [*arrays, rng_state])
+        found = probabilities(options, borrowed, None if state is None else state.view(np.uint64))
+        return framework.lend([found], borrowed)[0]
+    place = Place(names[0], arrays[0])
+    with place.here:
+        return signed_probabilities(
+            place, options, "default", rng_state, MULTIPLE, **dict(zip(SHARED, arrays, strict=True))
+        )
 
 
 def signed_probabilities(

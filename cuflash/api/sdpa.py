@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cuflash import ops
+from cuflash.api import backend as backends
 from cuflash.api.flash import Array, Generator
 from cuflash.dropout import Scheme
 from cuflash.ops import Options
@@ -23,6 +24,7 @@ def scaled_dot_product_attention(
     unbiased_dropout: bool = False,
     return_lse: bool = False,
     out: Array | None = None,
+    backend: str | None = None,
 ) -> Array | tuple[Array, Array]:
     """Exact attention of (b, h, s, d) tensors, in memory that grows with the lengths only.
 
@@ -56,6 +58,8 @@ def scaled_dot_product_attention(
         Also return the log-sum-exp.
     out : array, (b, heads_q, len_q, dim_v), optional
         Written and returned instead of a new array; NumPy, CuPy and torch only. May not overlap the other arguments.
+    backend : {"flash", "mem_eff", "default"}, optional
+        As for `preferred_backend`, for this call.
 
     Returns
     -------
@@ -70,7 +74,8 @@ def scaled_dot_product_attention(
     InvalidArgument
         If an argument is wrong or does not fit another; nothing has been launched or written then.
     UnsupportedProblem
-        If the arguments ask for something that is not supported yet, or that no kernel runs on this device.
+        If the arguments ask for something that is not supported yet, or that no kernel runs on this device, or
+        not the preferred one.
 
     Examples
     --------
@@ -86,5 +91,8 @@ def scaled_dot_product_attention(
     )  # fmt: skip
     numbers = "float" in str(getattr(attn_mask, "dtype", ""))
     mask, bias = (None, attn_mask) if numbers else (attn_mask, None)
-    found = ops.forward(options, query, key, value, mask, attn_bias=bias, out=out, generator=generator)
+    found = backends.call(
+        ops.forward, options, backend, q=query, k=key, v=value, attn_mask=mask, attn_bias=bias, out=out,
+        generator=generator,
+    )  # fmt: skip
     return found[:2] if return_lse else found[0]

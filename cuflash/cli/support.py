@@ -1,13 +1,16 @@
-"""``support``: what every kernel family runs, asked of the catalogue problem by problem."""
+"""``support``: what every public function takes and every kernel family runs, asked of signatures and the catalogue."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
+import cuflash
 from cuflash.bench.report import markdown_table
 from cuflash.device import NAMED, Device
 from cuflash.dtypes import BF16, DTYPES
@@ -38,10 +41,111 @@ PROBES: dict[str, Problem] = {
 """A problem that needs one feature and nothing else."""
 
 
+GROUPS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "flash_attn_*": (cuflash.flash_attn_func, cuflash.flash_attn_varlen_func, cuflash.flash_attn_backward),
+    "scaled_dot_product_attention": (cuflash.scaled_dot_product_attention,),
+    "mha_*": (cuflash.mha_fwd, cuflash.mha_varlen_fwd, cuflash.mha_bwd, cuflash.mha_varlen_bwd),
+    "mha_*_ck": (cuflash.mha_fwd_ck, cuflash.mha_varlen_fwd_ck, cuflash.mha_bwd_ck, cuflash.mha_varlen_bwd_ck),
+    "mem_eff_*": (cuflash.mem_eff_forward, cuflash.mem_eff_backward),
+    "efficient_attention_*": (cuflash.efficient_attention_forward, cuflash.efficient_attention_backward),
+}
+"""The columns of the table; what other public functions take follows from these."""
+
+FLASH, SDPA, MHA, CK, MEM_EFF, EFFICIENT = GROUPS
+ALL = tuple(GROUPS)
+
+
+class Row(NamedTuple):
+    """One feature: where it is asked for, and what runs it."""
+
+    what: str
+    """A key of :data:`FEATURES`, or words of its own."""
+    arguments: tuple[str, ...] = ()
+    """What functions call the argument, the first that a function has."""
+    where: frozenset[str] = frozenset()
+    """Which functions of a group have it: ``forward`` or ``backward`` alone, ``packed`` alone; all when empty."""
+    always: tuple[str, ...] = ()
+    """Groups that need no argument for it."""
+    but: tuple[str, ...] = ()
+    """Groups in which such an argument means something else."""
+    instead: str = ""
+    """What there is in place of an argument of ``flash_attn_*``, where these have none."""
+    problem: Problem = _PLAIN
+    """What kernel families are asked about, where :data:`PROBES` does not say."""
+    dtypes: tuple[str, ...] = ()
+    """In which types; in each of its own when empty."""
+    runs_on: Literal["both", "kernels", "NumPy"] = "both"
+
+
+FORWARD, BACKWARD, PACKED = (frozenset([word]) for word in ("forward", "backward", "packed"))
+_WINDOW = ("window_size", "window_size_left")
+_WIDE = replace(_PLAIN, dim_qk=1024, dim_v=1024)
+
+ROWS: tuple[Row, ...] = (
+    Row("fp16 and bf16", always=ALL, dtypes=("fp16", "bf16")),
+    Row("fp32 and fp64", always=ALL, dtypes=("fp32", "fp64")),
+    Row("every head dimension up to 256", always=ALL, problem=replace(_PLAIN, dim_qk=255, dim_v=255, copy_bytes=2)),
+    Row("head dimensions up to 1024", always=ALL, problem=_WIDE),
+    Row("head dimensions above 1024", always=ALL, problem=replace(_WIDE, dim_qk=1025, dim_v=1025)),
+    Row("dim_v != dim_qk", always=ALL),
+    Row("gqa", ("enable_gqa",), always=ALL),
+    Row("rows in memory at any distance, 0 and negative ones too; each contiguous", always=ALL),
+    Row("rows at any address that suits an element", always=ALL, problem=replace(_PLAIN, copy_bytes=2)),
+    Row("empty batches, no queries, no keys, rows that see no key", always=ALL),
+    Row("causal", ("causal", "is_causal", "custom_mask_type")),
+    Row("masks aligned top-left", ("alignment", "custom_mask_type", "is_causal"), but=(MHA, CK, MEM_EFF)),
+    Row("window", _WINDOW),
+    Row("gradients of a window where len_q != len_kv", _WINDOW, BACKWARD, problem=replace(
+        _PLAIN, mask=Mask(left=8, right=0), len_q=40)),
+    Row("boolean mask", ("attn_mask",)),
+    Row("softcap", ("softcap",)),
+    Row("soft cap and dropout together", ("softcap",), problem=replace(_PLAIN, softcap=30.0, dropout="byte")),
+    Row("alibi", ("alibi_slopes", "alibi_slopes_")),
+    Row("bias", ("attn_bias", "attn_bias_", "bias", "attn_mask")),
+    Row("bias gradient", ("bias_grad", "bias_requires_grad"), BACKWARD),
+    Row("sink", ("sink",)),
+    Row("dropout", ("dropout_p", "p_dropout")),
+    Row("dropout by 32 bits, as PyTorch's memory-efficient kernels draw it", ("dropout_scheme",), always=(EFFICIENT,),
+        problem=replace(_PLAIN, dropout="word")),
+    Row("dropout from a generator of your own", ("generator", "gen_"), FORWARD),
+    Row("seed and offset returned", ("return_rng_state",), FORWARD, always=(MHA, CK, MEM_EFF, EFFICIENT)),
+    Row("seed and offset given to the gradients", ("rng_state", "philox_seed"), BACKWARD),
+    Row("probabilities, and which were dropped", ("return_attn_probs", "return_softmax", "return_dropout_randval"),
+        FORWARD),
+    Row("varlen", ("cu_seqlens_q",), PACKED),
+    Row("how many keys of a sequence are in use", ("seqused_k", "seqused_k_", "seqlen_k"), PACKED),
+    Row("longest lengths given, or None to read them", ("max_seqlen_q",), PACKED, always=(MEM_EFF,)),
+    Row("keys and values in pages of a cache, of any size", ("block_table", "block_table_"), PACKED | FORWARD,
+        runs_on="NumPy"),
+    Row("values of cu_seqlens and the like checked on a GPU", ("validate",), PACKED, runs_on="kernels"),
+    Row("what rows of no sequence hold", ("zero_tensors",), PACKED, instead="output and gradients 0, log-sum-exp −∞"),
+    Row("output written into your array", ("out", "out_"), FORWARD),
+    Row("log-sum-exp returned", ("return_lse", "compute_log_sumexp"), FORWARD, always=(MHA, CK, MEM_EFF)),
+    Row("results as PyTorch's older CUDA and its ROCm functions lay them out", ("convention",), always=(CK, MEM_EFF),
+        instead="one layout"),
+    Row("backward", where=BACKWARD, always=(FLASH, MHA, CK, MEM_EFF, EFFICIENT)),
+    Row("gradient of the log-sum-exp taken in", ("dlse",), BACKWARD),
+    Row("gradients written into your arrays", ("dq", "dq_"), BACKWARD),
+    Row("gradients as slices of one new array", ("shared_storage_dqdkdv",), BACKWARD,
+        instead="`dq`, `dk` and `dv` may be slices"),
+    Row("row sums of dout * out returned", where=BACKWARD, always=(MHA, CK), instead="not returned"),
+    Row("deterministic", ("deterministic",), BACKWARD),
+    Row("number of key splits of the gradients", ("num_splits_key",), BACKWARD, instead="`deterministic` is one"),
+    Row("keys split among blocks when queries are few", ("num_splits",), FORWARD,
+        instead="not yet: a block reads all keys of its queries"),
+    Row("query heads of one key head packed into a tile when queries are few", ("pack_gqa",), FORWARD,
+        instead="not yet: each query head reads the keys"),
+    Row("keys appended to a cache, rotary embedding, left padding", ("cache_seqlens", "rotary_cos", "cache_leftpad"),
+        FORWARD, instead="no: write and rotate them before the call"),
+    Row("kernels by preference", ("backend",), runs_on="kernels", instead="the planner chooses, `explain` says what"),
+    Row("capture in a CUDA graph", always=ALL, runs_on="kernels"),
+)  # fmt: skip
+
+
 def support(
     write: Annotated[Path | None, typer.Option(help="Put the table between this file's markers.")] = None,
 ) -> None:
-    """Print the support table as Markdown: feature x family x dtype x architecture."""
+    """Print the support table as Markdown: feature x kernel family x public function."""
     if write is None:
         typer.echo(table())
     else:
@@ -49,29 +153,68 @@ def support(
 
 
 def table() -> str:
-    """The support table; a cell lists the element types."""
+    """The kernel families, and a line for each row."""
     devices = sorted(NAMED.values(), key=lambda device: device.capability)
-    header = ["", *(_title(family, devices) for family in FAMILIES), "NumPy backend"]
-    everywhere = " ".join(DTYPES)
-    lines = [["forward", *(_dtypes(family, _PLAIN, devices[-1]) for family in FAMILIES), everywhere]]
-    for feature, words in FEATURES.items():
-        cells = (_dtypes(family, PROBES[feature], devices[-1]) for family in FAMILIES)
-        lines.append([f"{feature}: {words}", *cells, everywhere])
-    lines.append(["largest head dimension", *(str(family.max_dim) for family in FAMILIES), "any"])
-    return markdown_table(header, lines, numbers=False) + "\n"
+    families = [f"- {_described(family, devices)}" for family in FAMILIES]
+    families.append("- NumPy: every type and head dimension, on the CPU.")
+    header = ["", "runs on", *(f"`{name}`" for name in GROUPS)]
+    lines = [[_words(row), _runs_on(row, devices[-1]), *(cell(row, group) for group in GROUPS)] for row in ROWS]
+    return "\n".join([*families, "", markdown_table(header, lines, numbers=False)]) + "\n"
 
 
-def _title(family: Family, devices: list[Device]) -> str:
-    """The family and the first architecture, of those known by name, that runs it."""
+def cell(row: Row, group: str) -> str:
+    """How the functions of a group take a row: the argument's name in the first of them, or that they need none."""
+    if found := [name for name in taken(row, group).values() if name]:
+        return f"`{found[0]}`"
+    if group in row.always:
+        return "✓"
+    return row.instead if group == FLASH and row.instead else "–"
+
+
+def taken(row: Row, group: str) -> dict[str, str | None]:
+    """What every function of a group that a row is about calls the argument; None where it has none."""
+    found = {}
+    for function in GROUPS[group]:
+        parameters = inspect.signature(function).parameters
+        kinds = {"backward" if {"dout", "grad_out_"} & parameters.keys() else "forward"}
+        kinds |= {"packed"} if "cu_seqlens_q" in parameters else set()
+        if row.where <= kinds:
+            names = [] if group in row.but else [name for name in row.arguments if name in parameters]
+            found[function.__name__] = names[0] if names else None
+    return found
+
+
+def _words(row: Row) -> str:
+    return f"{row.what}: {FEATURES[row.what]}" if row.what in FEATURES else row.what
+
+
+def _described(family: Family, devices: list[Device]) -> str:
+    """What a family is, and the first architecture, of those known by name, that runs it."""
     dtype = DTYPES[family.dtypes[0]]
     first = next(device for device in devices if not family.why_not(replace(_PLAIN, dtype=dtype), device))
-    return f"`{family.name}` ({first.arch} and newer)"
+    dtypes = f"{', '.join(family.dtypes[:-1])} and {family.dtypes[-1]}"
+    return (
+        f"`{family.name}`: {family.summary}; {dtypes}, head dimensions up to {family.max_dim}, {first.arch} and newer."
+    )
 
 
-def _dtypes(family: Family, problem: Problem, device: Device) -> str:
-    """The element types in which a family runs a problem."""
-    found = [name for name, dtype in DTYPES.items() if not family.why_not(replace(problem, dtype=dtype), device)]
-    return " ".join(found) or "–"
+def _runs_on(row: Row, device: Device) -> str:
+    """The families that run a row, and the NumPy backend."""
+    if all(cell(row, group) in ("–", row.instead) for group in GROUPS):
+        return "–"
+    names = [] if row.runs_on == "NumPy" else [f"`{family.name}`" for family in FAMILIES if _runs(family, row, device)]
+    if row.runs_on == "kernels":
+        return ", ".join(names)
+    return "all" if len(names) == len(FAMILIES) else ", ".join([*names, "NumPy"])
+
+
+def _runs(family: Family, row: Row, device: Device) -> bool:
+    """Whether a family runs a row in both directions, or in the one that it is about."""
+    problem = PROBES.get(row.what, row.problem)
+    directions = sorted(row.where & {"forward", "backward"}) or ["forward", "backward"]
+    dtypes = [DTYPES[name] for name in row.dtypes or family.dtypes]
+    problems = [replace(problem, direction=direction, dtype=dtype) for direction in directions for dtype in dtypes]
+    return not any(family.why_not(problem, device) for problem in problems)
 
 
 def write_between(path: Path, marker: str, content: str) -> None:

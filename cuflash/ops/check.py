@@ -128,6 +128,8 @@ def layout_of(direction: Direction, options: Options, views: Mapping[str, View])
                 "all arrays of a call must be on one device. Move one of them."
             )
     varlen = is_packed(options, views)
+    if _flag("validate", options.validate) and not varlen:
+        raise InvalidArgument("validate is True but no sequences are packed; there is nothing to check. Drop it.")
     axes = options.axes(varlen)
     for view in (views[name] for name in ("q", "k", "v")):
         if len(view.shape) != len(axes):

@@ -60,6 +60,8 @@ class Options(NamedTuple):
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     bias_grad: bool = False
+    validate: bool = False
+    """Read and check where packed sequences lie on a GPU too, once; NumPy arrays are always checked."""
     enable_gqa: bool = True
     sdpa: bool = False
     """Called as ``scaled_dot_product_attention``: (b, h, s, d) tensors and PyTorch's argument names."""

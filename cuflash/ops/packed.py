@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -61,39 +61,42 @@ def length(options: Options, name: str) -> int:
 
 def with_lengths(options: Options, views: Mapping[str, View], arrays: Mapping[str, Any]) -> Options:
     """Read what says where sequences lie, check its values and fill in the longest lengths."""
-    values = {name: arrays[name].tolist() for name in LENGTHS if name in arrays}
+    values = {name: np.asarray(arrays[name].tolist(), np.int64) for name in LENGTHS if name in arrays}
     lengths_q = _lengths("cu_seqlens_q", values["cu_seqlens_q"], views["q"])
     lengths_k = _lengths("cu_seqlens_k", values["cu_seqlens_k"], views["k"])
     for name, lengths, rows in (("seqused_q", lengths_q, "queries"), ("seqused_k", lengths_k, "keys")):
-        used = np.asarray(values.get(name, ()), np.int64)
+        used = values.get(name, np.zeros(0, np.int64))
         wrong = np.flatnonzero((used < 0) | (used > lengths[: len(used)]))
         if wrong.size:
             at = wrong[0]
             raise InvalidArgument(
-                f"{name}[{at}] is {used[at]}, but sequence {at} has {lengths[at]} {rows}; "
+                f"{options.name(name)}[{at}] is {used[at]}, but sequence {at} has {lengths[at]} {rows}; "
                 "expected a number from 0 to those."
             )
     return options._replace(
         max_seqlen_q=_longest(options, "max_seqlen_q", lengths_q),
         max_seqlen_k=_longest(options, "max_seqlen_k", lengths_k),
+        validate=False,
     )
 
 
-def _lengths(name: str, starts: Sequence[int], packed: View) -> np.ndarray:
+def _lengths(name: str, starts: np.ndarray, packed: View) -> np.ndarray:
     """Rows of each sequence of a packed tensor."""
-    ends = np.asarray(starts, np.int64)
-    lengths = np.diff(ends)
-    if ends[0] != 0:
-        raise InvalidArgument(f"{name} starts with {ends[0]}; expected 0, the first row of the first sequence.")
+    lengths, rows = np.diff(starts), packed.shape[0]
+    if starts[0] != 0:
+        raise InvalidArgument(f"{name}[0] is {starts[0]}; expected 0, the first row of the first sequence.")
     falls = np.flatnonzero(lengths < 0)
     if falls.size:
-        at = falls[0]
+        at = falls[0] + 1
         raise InvalidArgument(
-            f"{name} falls from {ends[at]} to {ends[at + 1]} at index {at + 1}; "
+            f"{name}[{at}] is {starts[at]} after {starts[at - 1]}; "
             "expected the first row of each sequence in rising order, and the end of the last."
         )
-    if ends[-1] > packed.shape[0]:
-        raise InvalidArgument(f"{name} ends at row {ends[-1]}, but {packed.name} has {packed.shape[0]} rows.")
+    if starts[-1] > rows:
+        at = np.flatnonzero(starts > rows)[0]
+        raise InvalidArgument(
+            f"{name}[{at}] is {starts[at]}, but {packed.name} has {rows} rows; expected at most that many."
+        )
     return lengths
 
 
@@ -103,5 +106,8 @@ def _longest(options: Options, name: str, lengths: np.ndarray) -> int:
         return longest
     allowed = length(options, name)
     if allowed < longest:
-        raise InvalidArgument(f"{name} is {allowed}, but a sequence has {longest} rows; pass at least that, or None.")
+        at = lengths.argmax()
+        raise InvalidArgument(
+            f"{name} is {allowed}, but sequence {at} has {longest} rows; pass at least that many, or None."
+        )
     return allowed

@@ -19,8 +19,9 @@ def forward_paged(
     k: Any,
     v: Any,
     block_table: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
+    attn_mask: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     seqused_q: Any = None,
     seqused_k: Any = None,
     alibi_slopes: Any = None,
@@ -35,8 +36,10 @@ def forward_paged(
     is what `seqused_k` says, or the differences of `cu_seqlens_k`.
     """
     arrays = (
-        q, k, v, None, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, attn_bias, sink, out,
+        q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, attn_bias, sink, out,
     )  # fmt: skip
+    if generator is not None:
+        draw.check(generator)
     table = options.name("block_table")
     framework = framework_of([*options.names("forward"), table], [*arrays, block_table])
     if framework is not numpy_arrays:
@@ -54,6 +57,7 @@ def forward_paged(
             f"{table} has {len(block_table)} rows; expected one for each of the {len(cu_seqlens_q) - 1} sequences."
         )
 
+    spans = [view.span() for view in views.values()]
     # Pages may be shared and cu_seqlens_k may leave room, so their rows do not bound those of all sequences.
     views |= {name: _flat(views[name], int(cu_seqlens_k[-1])) for name in ("k", "v")}
     options = packed.with_lengths(options, views, arguments)
@@ -63,7 +67,7 @@ def forward_paged(
     if out is None:
         out = np.empty(check.shapes(options, views)["out"], q.dtype)
     else:
-        check.check_separate([view.span() for name, view in views.items() if name not in ("k", "v")], 1)
+        check.check_separate(spans, num_outputs=1)
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
     keywords = host.keywords(problem, options, arrays, rng_state) | {"cu_seqlens_q": cu_seqlens_q, "out": out}
     keywords["seqused_k"] = lengths
@@ -93,14 +97,18 @@ def _flat(view: View, rows: int) -> View:
 def _check_values(table: View, block_table: np.ndarray, lengths: np.ndarray, k: np.ndarray) -> None:
     """Every key must be in a page that is there."""
     num_pages, page_size = k.shape[:2]
-    most = block_table.shape[1] * page_size
+    max_pages = block_table.shape[1]
     for b, length in enumerate(lengths.tolist()):
-        if length > most:
+        if length > max_pages * page_size:
             raise InvalidArgument(
-                f"{table.name} has {block_table.shape[1]} pages of {page_size} rows a sequence, "
-                f"but sequence {b} has {length} keys."
+                f"{table.name} has {max_pages} pages of {page_size} rows a sequence, but sequence {b} has {length} "
+                "keys; pass more pages for each."
             )
         used = block_table[b, : -(-length // page_size)]
-        wrong = used[(used < 0) | (used >= num_pages)]
+        wrong = np.flatnonzero((used < 0) | (used >= num_pages))
         if wrong.size:
-            raise InvalidArgument(f"{table.name} names page {wrong[0]} for sequence {b}, but there are {num_pages}.")
+            at = wrong[0]
+            raise InvalidArgument(
+                f"{table.name}[{b}, {at}] is {used[at]}, but there are {num_pages} pages; "
+                "expected the number of one, from 0."
+            )

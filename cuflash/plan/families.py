@@ -53,7 +53,7 @@ class Family:
 
 
 FEATURES: dict[str, str] = {
-    "backward": "gradients of q, k, v, through out and lse",
+    "backward": "gradients of q, k and v",
     "varlen": "packed sequences of different lengths (cu_seqlens, seqused_k)",
     "causal": "causal mask, bottom-right or top-left aligned",
     "window": "sliding window, either side, both alignments",
@@ -288,7 +288,7 @@ SM80 = Family(
 
 SIMT = Family(
     name="simt",
-    summary="plain fused multiply-adds: any type, any architecture, any head size",
+    summary="plain fused multiply-adds",
     min_capability=(7, 0),
     dtypes=("fp16", "bf16", "fp32", "fp64"),
     max_dim=1024,
