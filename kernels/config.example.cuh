@@ -4,10 +4,12 @@
 #include "element.cuh"
 #include "params.cuh"
 #include "attention/dropout.cuh"
+#include "attention/heads.cuh"
 #include "attention/mask.cuh"
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
+#include "attention/split.cuh"
 #include "tile/dq_accum.cuh"
 
 namespace cuflash {
@@ -19,6 +21,8 @@ struct Config {
   using Score = ScaledScore<float>;
   using Dropout = NoDropout;
   using Sink = NoSink;
+  using Heads = OneHead;
+  using Split = NoSplit;
   using Reduction = AtomicReduction;
   static constexpr int kDimQk = 128;
   static constexpr int kDimV = 128;
@@ -69,7 +73,7 @@ static_assert(CF_OFFSET(Attention, total_kv) == 200, "host layout");
 static_assert(CF_OFFSET(Attention, window_left) == 204, "host layout");
 static_assert(CF_OFFSET(Attention, window_right) == 208, "host layout");
 static_assert(CF_OFFSET(Attention, top_left) == 212, "host layout");
-static_assert(sizeof(FwdParams) == 416, "host layout");
+static_assert(sizeof(FwdParams) == 440, "host layout");
 static_assert(CF_OFFSET(FwdParams, attention) == 0, "host layout");
 static_assert(CF_OFFSET(FwdParams, q) == 216, "host layout");
 static_assert(CF_OFFSET(FwdParams, k) == 224, "host layout");
@@ -86,5 +90,8 @@ static_assert(CF_OFFSET(FwdParams, k_stride) == 320, "host layout");
 static_assert(CF_OFFSET(FwdParams, v_stride) == 344, "host layout");
 static_assert(CF_OFFSET(FwdParams, out_stride) == 368, "host layout");
 static_assert(CF_OFFSET(FwdParams, lse_stride) == 392, "host layout");
+static_assert(CF_OFFSET(FwdParams, partial_out) == 416, "host layout");
+static_assert(CF_OFFSET(FwdParams, partial_lse) == 424, "host layout");
+static_assert(CF_OFFSET(FwdParams, num_splits) == 432, "host layout");
 
 }  // namespace cuflash

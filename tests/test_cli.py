@@ -82,6 +82,12 @@ def test_explain_says_why_there_are_no_registers(no_compiler):
         (["--dim=320"], "not sm80   dim_qk 320 > 256; dim_v 320 > 256"),
         (["--family=simt"], "family     simt"),
         (["bwd_sm80-bf16-d64-window"], "backward bf16 b2 h2 s203x331 d64 window"),
+        (["--len=1x900", "--num-splits=3"], "splits     3: asked for"),
+        (
+            ["--len=1x900", "--heads=16/4", "--num-splits=99"],
+            "splits     15: 4 heads share a tile; of 99: one for each",
+        ),
+        (["--len=1x900", "--heads=4/2"], "splits     13: 2 heads share a tile; 4 blocks for 132 multiprocessors"),
     ],
 )
 def test_explain_reads_its_options(no_compiler, arguments, expected):

@@ -111,7 +111,7 @@ FEATURES: dict[str, str] = {
     "decode_window": "three queries, four heads to a key/value head, keys in 40 splits, most outside a window",
     "decode_one_key": "one query, eight heads to a key/value head, one key",
     "decode_varlen": "packed short queries, four heads to a key/value head, keys in five splits",
-    "decode_everything": "`everything` on three queries, four heads to a key/value head, keys in five splits",
+    "decode_everything": "`everything` on nine queries, four heads to a key/value head, keys in five splits",
 }
 """What the last part of an id stands for."""
 
@@ -146,7 +146,7 @@ _CHANGES |= {
     "decode_window": {"len_q": 3, "len_kv": 5000, "heads_q": 8, "num_splits": 40, "mask": Mask(left=500, right=0)},
     "decode_one_key": {"len_q": 1, "len_kv": 1, "heads_q": 16, "num_splits": MAX_SPLITS},
     "decode_varlen": {"heads_q": 8, "num_splits": 5},
-    "decode_everything": _CHANGES["everything"] | {"len_q": 3, "len_kv": 1000, "heads_q": 8, "num_splits": 5},
+    "decode_everything": _CHANGES["everything"] | {"len_q": 9, "len_kv": 1000, "heads_q": 8, "num_splits": 5},
 }
 _CHANGES["dbias"], _CHANGES["dbias_row"] = _CHANGES["bias"], _CHANGES["bias_row"]
 _CHANGES["varlen_everything"] = _CHANGES["everything"]

@@ -67,6 +67,7 @@ FEATURES: dict[str, str] = {
     "gqa": "fewer key/value heads than query heads, summed in fp32",
     "dim_v != dim_qk": "value heads of another size",
     "deterministic": "bit-equal gradients from run to run",
+    "split keys": "the keys of a query shared by several blocks, merged in a fixed order",
 }
 """Everything a problem can need beyond the plain product, in the words of the support table."""
 
@@ -88,6 +89,7 @@ def needs(problem: Problem) -> list[str]:
         "gqa": problem.group != 1,
         "dim_v != dim_qk": problem.dim_v != problem.dim_qk,
         "deterministic": problem.deterministic,
+        "split keys": problem.num_splits > 1,
     }
     return [feature for feature in FEATURES if used[feature]]
 

@@ -67,7 +67,7 @@ def _key_tiles(problem: Problem, tile: Tile) -> int:
     """The most key tiles that one query tile sees."""
     keys, mask = problem.len_kv, problem.mask
     if mask.left is not None and mask.right is not None:  # and up to a tile more, where they straddle its edges
-        keys = min(keys, mask.left + mask.right + tile.tile_q + tile.tile_kv)
+        keys = min(keys, mask.left + mask.right + min(problem.len_q, tile.tile_q) + tile.tile_kv - 1)
     return -(-keys // tile.tile_kv)
 
 

@@ -64,8 +64,9 @@ struct ForwardSimt {
   // Packed rows that belong to no sequence are empty rows.
   CF_DEVICE static void store_tail(const FwdParams& p, const Sequence& sequence, int head) {
     using Whole = WholeRows<Config>;
-    const GlobalRows<Element> rows{Whole::out(p, sequence, head, 0), p.out_stride.row, sequence.len_q};
-    zero_rows<Config::kDimV, kThreads>(rows.from(sequence.len_q).data, p.out_stride.row, sequence.tail_q);
+    const GlobalRows<Element> tail =
+        GlobalRows<Element>{Whole::out(p, sequence, head, 0), p.out_stride.row, sequence.len_q}.from(sequence.len_q);
+    zero_rows<Config::kDimV, kThreads>(tail.data, p.out_stride.row, sequence.tail_q);
     fill<kThreads>(Whole::lse(p, sequence, head, 0) + sequence.len_q, sequence.tail_q, -infinity<Real>());
   }
 
