@@ -34,9 +34,10 @@ CF_DEVICE void load_tile_async(Tile& tile, const Rows<const Element>& rows) {
     const int col = (across + first_col) * kWidth;
     if (kAcross % kThreadsAcross != 0 && col >= Tile::kCols) break;
     // A running pointer: independent addresses would be kept in registers over the whole kernel.
-    const Element* source = rows.data + rows.offset(first_row) + col;
+    const Element* source = rows.at(first_row, 0, col);
 #pragma unroll
-    for (int down = 0; down < Tile::kRows; source += rows.step(down + first_row, kRowsAtOnce), down += kRowsAtOnce) {
+    for (int down = 0; down < Tile::kRows;
+         source = rows.below(source, down + first_row, col, kRowsAtOnce), down += kRowsAtOnce) {
       const int row = down + first_row;
       if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
       const bool valid = row < rows.count && (kDim == Tile::kCols || col < kDim);
@@ -67,7 +68,7 @@ CF_DEVICE void store_tile(const Rows& rows, int valid_cols, Tile& tile, int firs
   for (int index = thread; index < kRows * kAcross; index += kThreads) {
     const int row = index / kAcross, col = index % kAcross * kWidth;
     if (row < rows.count && col < valid_cols) {
-      *reinterpret_cast<Vector*>(rows.data + rows.offset(row) + col) =
+      *reinterpret_cast<Vector*>(rows.at(row, 0, col)) =
           *reinterpret_cast<const Vector*>(tile.at(first_row + row, col));
     }
   }

@@ -196,9 +196,10 @@ struct SimtBlock {
       const int col = across * kWidth;
       const bool valid_col = kDim % kStaged == 0 || first_col + col < kDim;
       // A running pointer: independent addresses would be kept in registers over the whole kernel.
-      const Element* source = rows.data + rows.offset(first_row) + first_col + col;
+      const Element* source = rows.at(first_row, first_col, col);
 #pragma unroll kInFlight
-      for (int down = 0; down < Tile::kRows; source += rows.step(down + first_row, kRowsAtOnce), down += kRowsAtOnce) {
+      for (int down = 0; down < Tile::kRows;
+           source = rows.below(source, down + first_row, first_col + col, kRowsAtOnce), down += kRowsAtOnce) {
         const int row = down + first_row;
         if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
         const bool valid = valid_col && row < rows.count;

@@ -14,8 +14,10 @@ struct GlobalRows {
 
   CF_DEVICE GlobalRows from(int row) const { return {data + row * stride, stride, count - row}; }
   CF_DEVICE int64 offset(int row) const { return row * stride; }
-  // From a row to the one `rows` further on.
-  CF_DEVICE int64 step(int /*row*/, int rows) const { return rows * stride; }
+
+  // The place of a row's column number first_col + col, and the one `rows` below it.
+  CF_DEVICE Element* at(int row, int first_col, int col) const { return data + row * stride + first_col + col; }
+  CF_DEVICE Element* below(Element* place, int /*row*/, int /*col*/, int rows) const { return place + rows * stride; }
 };
 
 // Rows lie where the query and the head of each do.
@@ -28,7 +30,8 @@ struct GroupRows {
   int count;
 
   CF_DEVICE int64 offset(int row) const { return heads.offset(first + row, stride) - heads.offset(first, stride); }
-  CF_DEVICE int64 step(int row, int rows) const { return offset(row + rows) - offset(row); }
+  CF_DEVICE Element* at(int row, int first_col, int col) const { return data + offset(row) + first_col + col; }
+  CF_DEVICE Element* below(Element* /*place*/, int row, int col, int rows) const { return at(row + rows, 0, col); }
 };
 
 // Rows of a tile from number `first` on, which lies at `data`.
