@@ -1,7 +1,7 @@
 """Naive attention that writes down the whole score matrix: the peer on the CPU and the yardstick of ``check``.
 
 Every product and every stage is rounded to the element type, as the same formula written with arrays of that type is;
-products accumulate wide. One sequence at a time: arrays are (heads, len, dim).
+products accumulate wide. Arrays are (heads, len, dim), with more axes in front or none; NumPy's or CuPy's alike.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NOTHING = Extras()
 
 
 class Gradients(NamedTuple):
-    """Gradients of one sequence, in the accumulator type."""
+    """Gradients in the accumulator type; further axes in front as the inputs have them."""
 
     dq: np.ndarray
     dk: np.ndarray
@@ -54,7 +54,7 @@ class Gradients(NamedTuple):
 
 
 class Naive:
-    """Attention of one sequence in one element type."""
+    """Attention in one element type, of one sequence or of several that are equally long."""
 
     def __init__(self, dtype: DType, softmax_scale: float, softcap: float) -> None:
         self._dtype = dtype
@@ -65,8 +65,9 @@ class Naive:
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, keep: np.ndarray | None, extras: Extras = NOTHING
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return out (heads_q, len_q, dim_v) and lse (heads_q, len_q), both in the accumulator type."""
-        _, p, _, lse = self._probabilities(q, self._wide(k, len(q)), keep, extras)
-        return self._rounded(self._dropped(p, extras) @ self._wide(v, len(q))), lse
+        heads_q = q.shape[-3]
+        _, p, _, lse = self._probabilities(q, self._wide(k, heads_q), keep, extras)
+        return self._rounded(self._dropped(p, extras) @ self._wide(v, heads_q)), lse
 
     def backward(
         self,
@@ -79,36 +80,40 @@ class Naive:
         extras: Extras = NOTHING,
     ) -> Gradients:
         """All gradients; query heads of a group are summed into their kv head."""
-        heads_q, heads_kv = len(q), len(k)
+        heads_q, heads_kv = q.shape[-3], k.shape[-3]
         k, v = self._wide(k, heads_q), self._wide(v, heads_q)
         q, dout = self._wide(q, heads_q), self._wide(dout, heads_q)
         s, p, p_sink, _ = self._probabilities(q, k, keep, extras)
-        dp = self._dropped(self._rounded(dout @ v.swapaxes(1, 2)), extras)
+        dp = self._dropped(self._rounded(dout @ _turned(v)), extras)
         out = self._rounded(self._dropped(p, extras) @ v)
-        delta = (dout * out).sum(axis=2, keepdims=True) - np.asarray(dlse)[..., None]
+        delta = (dout * out).sum(axis=-1, keepdims=True) - (dlse[..., None] if np.ndim(dlse) else dlse)
         ds = dx = self._rounded(p * (dp - delta))
         if self._softcap:
             dx = self._rounded(dx * (1 - (s / self._softcap) ** 2))
         dx = self._rounded(dx * self._scale)
-        dq, dk, dv = dx @ k, dx.swapaxes(1, 2) @ q, self._dropped(p, extras).swapaxes(1, 2) @ dout
-        dk, dv = (x.reshape(heads_kv, heads_q // heads_kv, *x.shape[1:]).sum(axis=1) for x in (dk, dv))
-        dsink = -(p_sink * delta).sum(axis=(1, 2))
+        dq, dk, dv = dx @ k, _turned(dx) @ q, _turned(self._dropped(p, extras)) @ dout
+        dk, dv = (
+            x.reshape(*x.shape[:-3], heads_kv, heads_q // heads_kv, *x.shape[-2:]).sum(axis=-3) for x in (dk, dv)
+        )
+        dsink = -(p_sink * delta).sum(axis=(-2, -1))
         return Gradients(self._rounded(dq), self._rounded(dk), self._rounded(dv), ds, dsink)
 
     def _probabilities(
         self, q: np.ndarray, k: np.ndarray, keep: np.ndarray | None, extras: Extras
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | float, np.ndarray]:
         """Scores after the soft cap, probabilities of keys and sink, lse; a row with neither has p = 0, lse = -inf."""
-        s = self._rounded(self._rounded(self._wide(q, len(q)) @ k.swapaxes(1, 2)) * self._scale)
+        s = self._rounded(self._rounded(self._wide(q, q.shape[-3]) @ _turned(k)) * self._scale)
         if self._softcap:
             s = self._rounded(self._softcap * np.tanh(s / self._softcap))
         logits = s if extras.added is None else self._rounded(s + self._rounded(extras.added))
         seen = logits if keep is None else np.where(keep, logits, -np.inf)
-        sink = s.dtype.type(-np.inf) if extras.sink is None else extras.sink[:, None, None]
-        m = np.maximum(seen.max(axis=2, keepdims=True, initial=-np.inf), sink).astype(s.dtype)
-        shift = np.where(np.isneginf(m), 0, m)
+        sink = -np.inf if extras.sink is None else extras.sink[:, None, None]
+        # CuPy has no maximum of nothing: there must be a key on a GPU.
+        m = seen.max(axis=-1, keepdims=True) if seen.shape[-1] else np.full((*seen.shape[:-1], 1), -np.inf)
+        m = np.maximum(m, sink).astype(s.dtype)
+        shift = np.where(m == -np.inf, 0, m)
         e, e_sink = np.exp(seen - shift), np.exp(sink - shift)
-        l = e.sum(axis=2, keepdims=True) + e_sink
+        l = e.sum(axis=-1, keepdims=True) + e_sink
         with np.errstate(divide="ignore"):
             lse = (m + np.log(l))[..., 0]
         l = np.where(l == 0, 1, l)
@@ -120,9 +125,15 @@ class Naive:
 
     def _wide(self, x: np.ndarray, heads_q: int) -> np.ndarray:
         """The same values in the accumulator type, each kv head repeated for the query heads of its group."""
-        x = x.astype(self._dtype.accumulator)
-        return x if len(x) == heads_q else np.repeat(x, heads_q // len(x), axis=0)
+        x = x.astype(self._dtype.accumulator, copy=False)
+        group = heads_q // x.shape[-3]
+        return x if group == 1 else np.repeat(x, group, axis=-3)
 
     def _rounded(self, x: np.ndarray) -> np.ndarray:
         """Rounded to the element type."""
-        return x.astype(self._dtype.numpy).astype(self._dtype.accumulator)
+        return x.astype(self._dtype.numpy, copy=False).astype(self._dtype.accumulator, copy=False)
+
+
+def _turned(x: np.ndarray) -> np.ndarray:
+    """Every matrix transposed."""
+    return x.swapaxes(-1, -2)

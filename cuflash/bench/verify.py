@@ -45,7 +45,7 @@ def verify(case: Case, inputs: Inputs) -> list[Verdict]:
     on_host = Inputs(*(host(getattr(inputs, name)) for name in Inputs.__slots__))
     exact = _exact(case, on_host)[: len(names)]
     naive = _naive(case, on_host)
-    return [_judge(*each, case) for each in zip(names, results, exact, naive, strict=True)]
+    return [judge(*each, case) for each in zip(names, results, exact, naive, strict=True)]
 
 
 def _exact(case: Case, inputs: Inputs) -> tuple[Array, ...]:
@@ -148,8 +148,8 @@ def _extras(case: Case, inputs: Inputs, b: int, len_q: int, len_kv: int) -> Extr
     return Extras(added, inputs.sink, dropped)
 
 
-def _judge(tensor: str, result: Array, exact: Array, naive: Array, case: Case) -> Verdict:
-    """Compare one tensor; infinities must be where the exact answer has them, and there may be no NaN."""
+def judge(tensor: str, result: Array, exact: Array, naive: Array, case: Case) -> Verdict:
+    """Compare one tensor, on the host or a GPU; infinities must be where the exact answer has them, NaN nowhere."""
     # One rounding of the result's own type, and of the accumulator some more: another order of summation.
     ulp, roundings = (float(ml_dtypes.finfo(t).eps) for t in (result.dtype, case.problem.dtype.accumulator))
     if tensor in ("dbias", "dsink"):  # sums of rounded numbers, so few that chance decides between them and the naive
@@ -160,10 +160,10 @@ def _judge(tensor: str, result: Array, exact: Array, naive: Array, case: Case) -
         return Verdict(tensor, 0.0, 0.0, 0.0, "empty")
     difference = _difference(result, exact)
     naive_error = float(_difference(naive, exact).max())
-    largest = float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0))
+    largest = float(np.where(np.isfinite(exact), np.abs(exact), 0.0).max())
     allowed = 2 * naive_error + ulp * largest + 32 * roundings * max(largest, 1.0)
     worst = np.unravel_index(int(difference.argmax()), difference.shape)
-    where = f"[{', '.join(map(str, worst))}] {float(result[worst]):.6g}, exact {exact[worst]:.6g}"
+    where = f"[{', '.join(map(str, worst))}] {float(result[worst]):.6g}, exact {float(exact[worst]):.6g}"
     return Verdict(tensor, float(difference[worst]), naive_error, allowed, where)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,14 +30,22 @@ def philox(counter: tuple[np.ndarray | int, ...], seed: int, rounds: int) -> np.
     ndarray of uint32
         (*counter.shape, 4)
     """
-    # 64-bit numbers that hold 32 bits each, so that a product of two is exact.
-    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
+    words = philox_words(np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter)), seed, rounds)
+    return np.stack(words, axis=-1).astype(np.uint32)
+
+
+def philox_words(counter: Sequence[Any], seed: int, rounds: int) -> tuple[Any, ...]:
+    """The same of integers, or of uint64 arrays of any library, whose words then hold 32 bits each.
+
+    With 64 bits the product of two words is exact.
+    """
+    c0, c1, c2, c3 = counter
     k0, k1 = seed & _LOW, seed >> 32
     for _ in range(rounds):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & _LOW, (a >> 32) ^ c3 ^ k1, a & _LOW
         k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
-    return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
+    return c0, c1, c2, c3
 
 
 def random_bytes(seed: int, offset: int, heads: np.ndarray, rows: slice, keys: slice) -> np.ndarray:
