@@ -13,6 +13,8 @@ from cuflash.masks import Mask
 
 Direction = Literal["forward", "backward"]
 Layout = Literal["dense", "varlen"]
+MAX_SPLITS = 128
+"""The most blocks that share the keys of one query tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Problem:
     dropout: Scheme | None = None
     deterministic: bool = False
     """Backward only: bit-equal gradients from run to run."""
+    num_splits: int = 0
+    """Forward only: blocks that share the keys of one query tile, at most; 0 leaves the number to the plan."""
     copy_bytes: int = 16
     """The widest access (2, 4, 8 or 16 bytes) that every base pointer and row stride of the tensors allows."""
     ascending: bool = True
@@ -98,6 +102,7 @@ class Problem:
         parts += ["sink"] if self.sink else []
         parts += [f"dropout-{self.dropout}"] if self.dropout else []
         parts += ["deterministic"] if self.deterministic else []
+        parts += [f"splits{self.num_splits}"] if self.num_splits else []
         return " ".join(parts)
 
 

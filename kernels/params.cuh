@@ -84,6 +84,9 @@ struct FwdParams {
   Strides v_stride;
   Strides out_stride;
   Strides lse_stride;
+  void* partial_out;          // [num_splits, rows, heads_q, dim_v], accumulator type (attention/split.cuh)
+  void* partial_lse;          // [num_splits, rows, heads_q]
+  int num_splits;             // blocks that share the keys of one query tile; 1: the two above are null
   Pages pages;
   int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
   TensorMap q_map;            // boxes of q, k, v and out; sm90 only

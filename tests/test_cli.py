@@ -85,6 +85,12 @@ def test_explain_says_why_there_are_no_registers(no_compiler):
         (["--family=simt"], "family     simt"),
         (["--varlen", "--page-size=16", "--len=100"], "forward bf16 b2 h16 s100x100 d128 varlen pages16"),
         (["bwd_sm80-bf16-d64-window"], "backward bf16 b2 h2 s203x331 d64 window"),
+        (["--len=1x900", "--num-splits=3"], "splits     3: asked for"),
+        (
+            ["--len=1x900", "--heads=16/4", "--num-splits=99"],
+            "splits     15: 4 heads share a tile; of 99: one for each",
+        ),
+        (["--len=1x900", "--heads=4/2"], "splits     13: 2 heads share a tile; 4 blocks for 132 multiprocessors"),
     ],
 )
 def test_explain_reads_its_options(no_compiler, arguments, expected):

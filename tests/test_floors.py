@@ -181,7 +181,7 @@ def test_import_is_light():
 
 # Kernels
 
-POLICIES = {"attention/sequence.cuh", "attention/dropout.cuh"}
+POLICIES = {"attention/sequence.cuh", "attention/heads.cuh", "attention/dropout.cuh"}
 """Policies that tiles may speak of: whose rows they are, and which of their elements are dropped."""
 KERNEL_FLOORS = {
     "std.cuh": set(),

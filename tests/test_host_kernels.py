@@ -61,6 +61,7 @@ def dense(
     """A dense case; what is not a field of Problem is one of Case."""
     case = {name: more.pop(name) for name in Case.__dataclass_fields__ if name in more}
     more.setdefault("softmax_scale", dims[0] ** -0.5)
+    more.setdefault("num_splits", 1)
     more["alibi"] = "alibi_axes" in case
     if "mask_axes" in case:
         more["mask"] = replace(more.get("mask", Mask()), tensor=True)
@@ -273,7 +274,9 @@ HOPPER = {
         softmax_scale=-0.2, sink=True, dropout="byte",
     ),
 }  # fmt: skip
-CASES |= {name: replace(case, family="sm90") for name, case in HOPPER.items()}
+CASES |= {
+    name: replace(case, family="sm90", problem=replace(case.problem, num_splits=1)) for name, case in HOPPER.items()
+}
 
 # The pages of a tile of 64 keys: many, some, one, and part of one.
 CASES |= {

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 UNIT = r"""
+#include "attention/heads.cuh"
 #include "attention/mask.cuh"
 #include "attention/schedule.cuh"
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
+#include "attention/split.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 using namespace cuflash;
@@ -87,6 +89,47 @@ EXPORT void row_float(const double* x, const double* v, int tiles, int width, do
 }
 EXPORT void row_double(const double* x, const double* v, int tiles, int width, double unit, double* lse, double* out) {
   row<double>(x, v, tiles, width, unit, lse, out);
+}
+
+// Merges parts of one row, each with an lse and an output, in their order.
+template <class Real>
+void parts(const double* lses, const double* outs, int count, double* lse, double* out) {
+  RowState<Real> state;
+  state.init();
+  Real sum = 0;
+  for (int i = 0; i < count; ++i) {
+    Real weight;
+    const RowState<Real> part{static_cast<Real>(lses[i]), Real(1)};
+    const Real rescale = state.merge(part, static_cast<Real>(kLog2E), weight);
+    sum = sum * rescale + static_cast<Real>(outs[i]) * weight;
+  }
+  *lse = state.lse(Real(1));
+  *out = sum * state.inverse_sum();
+}
+EXPORT void parts_float(const double* lses, const double* outs, int count, double* lse, double* out) {
+  parts<float>(lses, outs, count, lse, out);
+}
+EXPORT void parts_double(const double* lses, const double* outs, int count, double* lse, double* out) {
+  parts<double>(lses, outs, count, lse, out);
+}
+
+EXPORT void split(int64 block, int num_splits, const Tiles* tiles, Tiles* part, int64* left) {
+  FwdParams p{};
+  p.num_splits = num_splits;
+  const KeySplits split(p, block);
+  *part = split.part(*tiles);
+  left[0] = split.index;
+  left[1] = split.block;
+}
+
+EXPORT void group(int heads_q, int heads_kv, int index, int row, const Strides* stride, int64* out) {
+  Attention a{};
+  a.heads_q = heads_q;
+  a.heads_kv = heads_kv;
+  const HeadGroup heads(a, index);
+  const int64 values[] = {heads.kv, heads.query(row), heads.head(row), heads.offset(row, *stride),
+                          HeadGroup::count(a), HeadGroup::rows(a, 5)};
+  for (int64 value : values) *out++ = value;
 }
 
 template <template <class> class Score, class Real>
@@ -293,6 +336,50 @@ def test_row_state_survives_empty_tiles_first_and_last() -> None:
     )
     assert lse.value == pytest.approx(np.log(np.exp(1) + np.exp(2)), rel=1e-14)
     assert out.value == pytest.approx(1.0, rel=1e-14)
+
+
+@given(parts=st.lists(st.tuples(SCORE, st.floats(-3, 3)), max_size=9))
+def test_merged_parts_are_the_whole_row(parts: list) -> None:
+    lses, outs = np.array(parts, np.float64).reshape(-1, 2).T.copy()
+    top = lses.max(initial=-np.inf)
+    exact = -np.inf, 0.0
+    if top > -np.inf:
+        weights = np.exp(lses - top)
+        exact = top + np.log(weights.sum()), weights @ outs / weights.sum()
+    for name, eps in (("float", 2.0**-24), ("double", 2.0**-53)):
+        lse, out = c_double(), c_double()
+        numbers = pointer(lses), pointer(outs), len(lses)
+        getattr(policies(), f"parts_{name}")(*numbers, ctypes.byref(lse), ctypes.byref(out))
+        np.testing.assert_allclose((lse.value, out.value), exact, rtol=2000 * eps, atol=2000 * eps, err_msg=name)
+
+
+@given(
+    first=st.integers(0, 2**25), count=st.integers(0, 2**25), num_splits=st.integers(1, 128), block=st.integers(0, 9)
+)
+def test_splits_share_the_tiles_out(first: int, count: int, num_splits: int, block: int) -> None:
+    """Neighbours, in order, all of them once, and near-equal numbers; which tiles are full does not change."""
+    tiles = np.array([first, first + count // 3, first + count // 2, first + count], np.int32)
+    end, sizes = first, []
+    for index in range(num_splits):
+        part, left = np.zeros(4, np.int32), np.zeros(2, np.int64)
+        number = c_longlong((2**33 + block) * num_splits + index)
+        policies().split(number, num_splits, *(pointer(x) for x in (tiles, part, left)))
+        assert left.tolist() == [index, 2**33 + block]
+        assert part[0] == end and part[1:3].tolist() == tiles[1:3].tolist()
+        end = int(part[3])
+        sizes.append(end - int(part[0]))
+    assert end == first + count and max(sizes) - min(sizes) <= 1
+
+
+@given(size=st.integers(1, 16), heads_kv=st.integers(1, 5), row=st.integers(0, 10**6))
+def test_rows_of_a_group_of_heads(size: int, heads_kv: int, row: int) -> None:
+    stride = np.array([0, 2**33 + 1, -(2**32)], np.int64)
+    for index in range(heads_kv):
+        out = np.zeros(6, np.int64)
+        policies().group(size * heads_kv, heads_kv, index, row, pointer(stride), pointer(out))
+        query, member = divmod(row, size)
+        offset = query * int(stride[1]) + member * int(stride[2])
+        assert out.tolist() == [index, query, index * size + member, offset, heads_kv, 5 * size]
 
 
 @pytest.mark.parametrize("is_double", [False, True], ids=["float", "double"])

@@ -281,6 +281,52 @@ def test_score_features_on_host_memory(launches: Launches, name: str, family: st
     assert (getattr(found, "dsink", None) is None) is ("sink" not in given)
 
 
+DECODE = {
+    "plan": {},
+    "whole": {"num_splits": 1},
+    "five": {"num_splits": 5, "causal": True, "sink": SINK},
+    "most": {"num_splits": 128, "alibi_slopes": SLOPES[:2]},
+    "packed": {"num_splits": 3, "causal": True, "cu_seqlens_q": np.array([0, 1, 1, 4], np.int32),
+               "cu_seqlens_k": np.array([0, 300, 310, 370], np.int32), "max_seqlen_q": 3, "max_seqlen_k": 300,
+               "seqused_k": np.array([290, 10, 0], np.int32)},
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+@pytest.mark.parametrize("name", DECODE)
+def test_few_queries_on_host_memory(launches: Launches, name: str, wrap: Any) -> None:
+    given = DECODE[name]
+    packed = "cu_seqlens_q" in given
+    rows_q, rows_kv = ((4,), (370,)) if packed else ((2, 3), (2, 370))
+    q, k, v = random(*rows_q, 4, 32), random(*rows_kv, 1, 32, seed=1), random(*rows_kv, 1, 24, seed=2)
+    function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
+    wrapped = {n: wrap(x) if isinstance(x, np.ndarray) else x for n, x in given.items()}
+    out, lse = function(*map(wrap, (q, k, v)), **wrapped, return_lse=True)
+    splits = {"plan": 6, "whole": 1, "five": 5, "most": 6, "packed": 3}[name]
+    assert launches.take() == (["fwd_sm80"] if splits == 1 else ["fwd_sm80", "fwd_combine"])
+    assert launches.params[-1]["num_splits"] == splits
+    assert (launches.params[-1]["partial_out"] != 0) == (launches.params[-1]["partial_lse"] != 0) == (splits > 1)
+
+    options = {n: x for n, x in given.items() if n != "num_splits" and not n.startswith("max_seqlen")}
+    exact, naive = oracle.attention(q, k, v, **options), oracle.naive_in_dtype(q, k, v, **options)
+    oracle.assert_all_close(oracle.Attention(to_numpy(out), to_numpy(lse)), exact, naive)
+    np.testing.assert_array_equal(function(q, k, v, **given), function(q, k, v, **given | {"num_splits": 0}))
+
+
+@needs_compiler
+def test_gradients_take_what_splits_found(launches: Launches) -> None:
+    q, k, v = as_torch(random(2, 3, 4, 32)), as_torch(random(2, 370, 1, 32, seed=1)), as_torch(random(2, 370, 1, 24))
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, causal=True, return_lse=True)
+    assert launches.take() == ["fwd_sm80", "fwd_combine"], "left to the plan"
+    dout = random(*out.shape, seed=3)
+    found = [to_numpy(x) for x in (out, lse, *pullback(as_torch(dout)))]
+    assert launches.take() == ["bwd_delta", "bwd_sm80", "bwd_convert"]
+    inputs = [x.x for x in (q, k, v)]
+    exact, naive = (f(*inputs, dout, causal=True) for f in (oracle.attention, oracle.naive_in_dtype))
+    oracle.assert_all_close(oracle.Attention(*found), exact, naive)
+
+
 @needs_compiler
 @pytest.mark.parametrize("family", ["sm80", "simt"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])

@@ -210,6 +210,23 @@ CALLS: dict[str, Call] = {
     "scale-array": Call(func, "softmax_scale is array([1.]); expected a finite number.", {"softmax_scale": np.ones(1)}),
     "sdpa-scale": Call(sdpa, "scale is inf; expected a finite number.", {"scale": float("inf")}),
     "softcap": Call(func, "softcap is -1.0; expected 0 (none) or a positive number.", {"softcap": -1.0}),
+    **{
+        f"splits-{name}": Call(
+            function,
+            f"num_splits is {value!r}; expected an integer from 1 to 128, or 0 to leave it to the plan.",
+            {"num_splits": value},
+        )
+        for name, function, value in [
+            ("negative", func, -1),
+            ("many", func, 129),
+            ("bool", func, True),
+            ("float", func, 2.0),
+            ("none", varlen, None),
+            ("packed", kvpacked, 200),
+            ("packed-varlen", varlen_kvpacked, -1),
+            ("explained", explain, 129),
+        ]
+    },
     "softcap-type": Call(func, "softcap is None; expected a finite number.", {"softcap": None}),
     "causal": Call(func, "causal is 'yes'; expected True or False.", {"causal": "yes"}),
     "sdpa-causal": Call(sdpa, "is_causal is 2; expected True or False.", {"is_causal": 2}),

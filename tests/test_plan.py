@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from cuflash import dtypes
 from cuflash.device import NAMED, Device, named
 from cuflash.errors import UnsupportedProblem
 from cuflash.masks import Mask
-from cuflash.plan import FAMILIES, Config, Plan, choose, explain, why_not
+from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
 from cuflash.plan.families import FEATURES, needs
 from cuflash.plan.tiles import heads_per_section
 from cuflash.problem import Problem, visible_pairs
 
-BASE = Problem("forward", dtypes.BF16, 2, 8, 2, 500, 700, 64, 64, softmax_scale=0.125)
+BASE = Problem("forward", dtypes.BF16, 2, 8, 2, 500, 700, 64, 64, softmax_scale=0.125, num_splits=1)
 
 MASKS = {
     "full": Mask(),
@@ -253,6 +254,7 @@ def test_a_feature_that_a_family_lacks_is_a_reason() -> None:
         ({"deterministic": True}, "deterministic"),
         ({"copy_bytes": 4}, "unaligned rows"),
         ({"ascending": False}, "zero or negative strides"),
+        ({"num_splits": 2}, "split keys"),
     ],
 )
 def test_needs(changes: dict, feature: str) -> None:
@@ -275,7 +277,7 @@ def test_nothing_runs_it() -> None:
         choose(replace(BASE, dim_qk=2000, mask=MASKS["causal"]), named("v100"))
     assert str(error.value) == (
         "no kernel runs this on NVIDIA V100 (sm_70):\n"
-        "  forward bf16 b2 h8/2 s500x700 d2000x64 causal\n"
+        "  forward bf16 b2 h8/2 s500x700 d2000x64 causal splits1\n"
         "  sm90    needs sm_90a; dim_qk 2000 > 256\n"
         "  sm80    needs sm_80; dim_qk 2000 > 256\n"
         "  simt    dim_qk 2000 > 1024\n"
@@ -309,7 +311,7 @@ def test_equal_problems_share_one_plan() -> None:
 
 
 def test_explanation() -> None:
-    problem = replace(BASE, direction="backward", mask=MASKS["causal"])
+    problem = replace(BASE, direction="backward", mask=MASKS["causal"], num_splits=0)
     explanation = explain(problem, named("h100"))
     text, plan = str(explanation), choose(problem, named("h100"))
     assert explanation.plan == plan
@@ -331,6 +333,128 @@ def test_explanation_without_a_plan() -> None:
     assert str(explanation).splitlines()[2:] == [
         "  not sm90: needs sm_90a; dim_v 1025 > 256", "  not sm80: dim_v 1025 > 256", "  not simt: dim_v 1025 > 1024"
     ]  # fmt: skip
+
+
+# Rows and keys of a forward
+
+DECODE = replace(BASE, batch=1, heads_q=32, heads_kv=8, len_q=1, len_kv=8192, dim_qk=128, dim_v=128, num_splits=0)
+
+
+def main_step(plan: Plan) -> Step:
+    return next(step for step in plan.steps if step.kernel.startswith(("fwd_sm80", "fwd_simt")))
+
+
+def kind(problem: Problem, family: str = "sm80", device: str = "h100") -> tuple[str, int]:
+    """Whose rows a tile holds, and the number of splits."""
+    plan = choose(problem, named(device), family)
+    heads, split = main_step(plan).config.heads, main_step(plan).config.split
+    assert (plan.num_splits > 1) == (split == "KeySplits") == ("fwd_combine" in [step.kernel for step in plan.steps])
+    return heads, plan.num_splits
+
+
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("HeadGroup", 15)),  # 8 blocks: 15 * 8 = 120 of 132 are 0.91, the best is 1 (33 * 8 = 2 * 132)
+        ({"heads_kv": 32}, ("OneHead", 4)),  # 32 blocks: 4 * 32 = 128 leave 4 of 132 idle
+        ({"heads_kv": 32, "batch": 4}, ("OneHead", 1)),  # 128 blocks fill 0.97
+        ({"batch": 14}, ("HeadGroup", 1)),  # 112 blocks fill 0.85
+        ({"batch": 13}, ("HeadGroup", 5)),  # 104 blocks fill 0.79
+        ({"len_kv": 256}, ("HeadGroup", 1)),  # 4 tiles of keys
+        ({"len_kv": 257}, ("HeadGroup", 5)),
+        ({"len_kv": 0}, ("HeadGroup", 1)),
+        ({"num_splits": 1}, ("OneHead", 1)),
+        ({"num_splits": 7}, ("HeadGroup", 7)),
+        ({"num_splits": 128, "len_kv": 1000}, ("HeadGroup", 16)),  # one for each tile
+        ({"num_splits": 128, "len_kv": 0}, ("HeadGroup", 1)),
+        ({"len_q": 4096}, ("OneHead", 1)),
+    ],
+)
+def test_splits_fill_the_device(family: str, changes: dict, expected: tuple[str, int]) -> None:
+    assert kind(replace(DECODE, **changes), family) == expected
+
+
+def test_the_number_of_splits_is_the_smallest_near_the_best() -> None:
+    """By brute force, in whole numbers: waves of blocks over multiprocessors."""
+    for device in ("a100", "h100", "l4"):
+        sms = named(device).num_sms
+        for heads_kv in (1, 2, 3, 5, 8, 13, 32, 60):
+            for key_tiles in (5, 6, 17, 64, 200):
+                problem = replace(DECODE, heads_q=heads_kv, heads_kv=heads_kv, len_kv=64 * key_tiles)
+                used = {
+                    s: Fraction(heads_kv * s, -(-heads_kv * s // sms) * sms) for s in range(1, min(128, key_tiles) + 1)
+                }
+                good = [s for s, part in used.items() if part >= Fraction(85, 100) * max(used.values())]
+                expected = 1 if 10 * heads_kv >= 8 * sms else min(good)
+                assert kind(problem, device=device) == ("OneHead", expected)
+
+
+def test_splits_are_of_the_keys_a_window_shows() -> None:
+    problem = replace(DECODE, heads_q=4, heads_kv=4, len_kv=100_000)
+    assert kind(problem) == ("OneHead", 29)
+    assert kind(replace(problem, mask=Mask(left=100, right=0))) == ("OneHead", 1)
+    assert 4 <= kind(replace(problem, mask=Mask(left=500, right=0)))[1] <= 10
+    assert kind(replace(problem, mask=Mask(right=0))) == ("OneHead", 29)
+    assert kind(replace(problem, mask=Mask(left=100, right=0), num_splits=50)) == ("OneHead", 50)
+
+
+@pytest.mark.parametrize(
+    ("len_q", "group", "grouped"),
+    [(1, 1, False), (1, 2, True), (16, 8, True), (115, 8, False), (128, 8, False), (129, 2, True), (700, 8, False)],
+)
+def test_heads_share_a_tile_where_that_fills_it(len_q: int, group: int, grouped: bool) -> None:
+    problem = replace(DECODE, heads_q=4 * group, heads_kv=4, len_q=len_q, dim_qk=64, dim_v=64)  # 128 rows a tile
+    assert (kind(problem)[0] == "HeadGroup") is grouped
+    rows = (
+        main_step(choose(problem, named("h100"), "sm80")).num_blocks
+        // kind(problem)[1]
+        // (4 if grouped else 4 * group)
+    )
+    tile = main_step(choose(problem, named("h100"), "sm80")).config.tile_q
+    assert rows == -(-len_q * (group if grouped else 1) // tile)
+
+
+def test_a_split_plan_says_what_it_takes() -> None:
+    problem = replace(DECODE, batch=3, num_splits=5, sink=True, len_q=2, dim_v=40)
+    plan = choose(problem, named("h100"), "sm80")
+    main, combine = plan.steps
+    assert [main.kernel, combine.kernel] == ["fwd_sm80", "fwd_combine"]
+    assert (main.config.sink, combine.config.sink) == ("NoSink", "LearnableSink"), "a sink counts once"
+    assert (main.num_blocks, combine.num_blocks) == (5 * 3 * 8, 3 * 32)
+    shapes = {w.name: (w.shape, w.dtype) for w in plan.workspaces}
+    fp32 = np.dtype(np.float32)
+    assert shapes == {"partial_out": ((5, 6, 32, 40), fp32), "partial_lse": ((5, 6, 32), fp32)}
+    assert not any(w.zeroed for w in plan.workspaces)
+    lines = str(explain(problem, named("h100"))).splitlines()
+    assert lines[3] == "  splits 5: 4 heads share a tile; asked for"
+    assert lines[4] == f"  workspace {plan.workspace_bytes:,} bytes, partial_out 153,600, partial_lse 3,840"
+    double = choose(replace(problem, dtype=dtypes.FP64), named("h100"), "simt")
+    assert {w.dtype for w in double.workspaces} == {np.dtype(np.float64)}
+
+
+def test_sizes_choose_between_four_variants() -> None:
+    """Few rows or not, split or not: everything else about sizes is a run-time value."""
+    problems = [
+        replace(DECODE, batch=b, len_q=q, len_kv=kv, heads_q=8, heads_kv=h, num_splits=n)
+        for b in (1, 50)
+        for q in (1, 60, 300)
+        for kv in (1, 300, 5000)
+        for h in (1, 2, 8)
+        for n in (0, 1, 3, 128)
+    ]
+    for family in ("sm80", "simt"):
+        plans = [choose(problem, named("h100"), family) for problem in problems]
+        assert len({main_step(plan).config for plan in plans}) == 4
+        assert len({step.config for plan in plans for step in plan.steps if step.kernel == "fwd_combine"}) == 1
+
+
+def test_gradients_know_nothing_of_splits() -> None:
+    problem = replace(DECODE, direction="backward", len_q=3)
+    plans = [choose(replace(problem, num_splits=n), named("h100")) for n in (0, 1, 5)]
+    assert len({(plan.steps, plan.workspaces, plan.num_splits) for plan in plans}) == 1
+    assert all(step.config.heads == "OneHead" and step.config.split == "NoSplit" for step in plans[0].steps)
+    assert "splits" not in str(explain(problem, named("h100")))
 
 
 def test_flops_count_visible_pairs() -> None:
@@ -355,7 +479,9 @@ def test_flops_count_visible_pairs() -> None:
 
 
 def test_problems_print_what_they_are() -> None:
-    problem = replace(BASE, dim_v=32, softcap=1.0, layout="varlen", direction="backward", deterministic=True)
+    problem = replace(BASE, dim_v=32, softcap=1.0, layout="varlen", num_splits=3)
+    assert str(problem) == "forward bf16 b2 h8/2 s500x700 d64x32 varlen softcap splits3"
+    problem = replace(problem, direction="backward", deterministic=True, num_splits=0)
     assert str(problem) == "backward bf16 b2 h8/2 s500x700 d64x32 varlen softcap deterministic"
 
 

@@ -39,9 +39,9 @@ SERVED: list[tuple[set[str], list[str]]] = [
     (set(ALL), [
         "fp16 and bf16", "fp32 and fp64", "every head dimension up to 256", "head dimensions up to 1024",
         "head dimensions above 1024", "dim_v != dim_qk", "gqa", "causal", "dropout",
-        "unaligned rows", "zero or negative strides",
-        "empty batches, no queries, no keys, rows that see no key",
-        "dropout from a generator of your own", "log-sum-exp returned", "capture in a CUDA graph",
+        "unaligned rows", "zero or negative strides", "empty batches, no queries, no keys, rows that see no key",
+        "dropout from a generator of your own", "log-sum-exp returned", "capture in a CUDA graph", "split keys",
+        "query heads of one key head packed into a tile when queries are few",
     ]),
     (PACKED, [
         "varlen", "how many keys of a sequence are in use", "longest lengths given, or None to read them", "backward",
@@ -63,11 +63,7 @@ SERVED: list[tuple[set[str], list[str]]] = [
     ({EFFICIENT}, ["gradients as slices of one new array", "number of key splits of the gradients"]),
     ({MHA, CK}, ["row sums of dout * out returned"]),
     ({SDPA, MHA, CK, MEM_EFF, EFFICIENT}, ["kernels by preference"]),
-    (set(), [
-        "keys split among blocks when queries are few",
-        "query heads of one key head packed into a tile when queries are few",
-        "keys appended to a cache, rotary embedding, left padding",
-    ]),
+    (set(), ["keys appended to a cache, rotary embedding, left padding"]),
 ]  # fmt: skip
 """Which functions must serve what: those of PyTorch what theirs have, flash-attn's everything they can."""
 
@@ -120,7 +116,8 @@ def test_what_a_family_does_not_run() -> None:
     assert lines["fp32 and fp64"] == lines["head dimensions up to 1024"] == "`simt`, NumPy"
     assert lines["head dimensions above 1024"] == "NumPy"
     assert lines["capture in a CUDA graph"] == "`sm90`, `sm80`, `simt`"
-    assert lines["keys split among blocks when queries are few"] == "–"
+    assert lines[f"split keys: {FEATURES['split keys']}"] == "`sm80`, `simt`"
+    assert lines["keys appended to a cache, rotary embedding, left padding"] == "–"
     assert "wgmma, fed by bulk copies; fp16 and bf16, head dimensions up to 256, sm_90a alone; forward only" in table()
     assert "tensor cores by mma.sync and cp.async; fp16 and bf16, head dimensions up to 256, sm_80 and newer" in table()
 

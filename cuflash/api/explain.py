@@ -36,6 +36,7 @@ def explain(
     block_table: Array | None = None,
     dropout_p: float = 0.0,
     dropout_scheme: Scheme = "byte",
+    num_splits: int = 0,
     deterministic: bool = False,
     bias_grad: bool = False,
     device: str | None = None,
@@ -54,8 +55,8 @@ def explain(
         As for `flash_attn_func`.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table
         As for `flash_attn_varlen_func`.
-    dropout_p, dropout_scheme
-        As for `flash_attn_func`.
+    dropout_p, dropout_scheme, num_splits
+        As for `flash_attn_func`; `num_splits` acts without ``backward=True``.
     deterministic, bias_grad : bool
         As for `flash_attn_backward`; act with ``backward=True``.
     device : str, optional
@@ -85,7 +86,9 @@ def explain(
     """
     dropout = dropout_p, dropout_scheme, False
     gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients)
+    options = Options(
+        softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, num_splits=num_splits
+    )
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     return ops.explain(q, arrays, block_table, options, device, backward)

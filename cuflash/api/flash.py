@@ -41,6 +41,7 @@ def flash_attn_func(
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
+    num_splits: int = 0,
     return_lse: bool = False,
     return_rng_state: bool = False,
     out: Array | None = None,
@@ -112,6 +113,12 @@ def flash_attn_func(
         PyTorch's memory-efficient kernels.
     unbiased_dropout : bool
         With ``byte``, divide by the chance of keeping that 8 bits really give, instead of ``1 - dropout_p``.
+    num_splits : int
+        Into how many parts, up to 128, the keys of a query are split, for blocks of a GPU to work on at once; at most
+        one for each tile of keys. 0 leaves it to the plan, which goes by the sizes of the call and the number of
+        multiprocessors, see `explain`. Parts are merged in a fixed order: any number gives the same bits on every
+        run, and results that serve the gradients alike. With 1 the bits of a query depend on its own sequence alone,
+        not on what else is in the call. The CPU takes keys in one order whatever the number.
     return_lse : bool
         Also return the log-sum-exp.
     return_rng_state : bool
@@ -156,9 +163,8 @@ def flash_attn_func(
     >>> cuflash.flash_attn_func(q, k, v, causal=True).shape
     (1, 3, 2, 5)
     """
-    options = Options(
-        softmax_scale, causal, window_size, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout
-    )
+    dropout = dropout_p, dropout_scheme, unbiased_dropout
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, num_splits=num_splits)
     arrays = (q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink)
     asked = return_attn_probs, return_lse, return_rng_state
     return _forward(options, arrays, out, generator, None, *asked)
@@ -270,6 +276,7 @@ def flash_attn_varlen_func(
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
+    num_splits: int = 0,
     return_lse: bool = False,
     return_rng_state: bool = False,
     out: Array | None = None,
@@ -300,7 +307,7 @@ def flash_attn_varlen_func(
         Keys and values lie in the pages of a cache: key ``j`` of sequence ``b`` is row ``j % page_size`` of page
         ``block_table[b, j // page_size]``, for any size of pages. Pages may be shared, and numbers behind a sequence's
         last key are not read. The forward only: gather the pages into packed k and v for gradients.
-    alignment, sink, generator, dropout_scheme, unbiased_dropout, return_lse, return_rng_state
+    alignment, sink, generator, dropout_scheme, unbiased_dropout, num_splits, return_lse, return_rng_state
         As for `flash_attn_func`.
     seqused_q, seqused_k : array of int32, (b,), optional
         How many queries and keys of each sequence, from its first, take part; the others are not read. Masks are
@@ -340,11 +347,9 @@ def flash_attn_varlen_func(
     (5, 2, 4)
     """
     _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    longest = max_seqlen_q, max_seqlen_k
     dropout = dropout_p, dropout_scheme, unbiased_dropout
-    options = Options(
-        softmax_scale, causal, window_size, softcap, alignment, *dropout, False, *longest, validate=validate
-    )
+    packed = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "validate": validate}
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, num_splits=num_splits, **packed)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     asked = return_attn_probs, return_lse, return_rng_state

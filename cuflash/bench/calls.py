@@ -52,7 +52,7 @@ def lengths(case: Case) -> dict[str, object]:
 
 def options(case: Case) -> Options:
     """The same for the floor below."""
-    return Options(**keywords(case), **lengths(case), family=case.family)
+    return Options(**keywords(case), **lengths(case), num_splits=case.problem.num_splits, family=case.family)
 
 
 def arrays(inputs: Inputs) -> dict[str, Array | None]:
@@ -89,6 +89,7 @@ def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array
     problem = case.problem
     function = cuflash.flash_attn_func if problem.layout == "dense" else cuflash.flash_attn_varlen_func
     drawn = {"generator": inputs.rng_state, "return_rng_state": True} if problem.dropout else {}
+    drawn["num_splits"] = problem.num_splits
     gradients = {"deterministic": problem.deterministic, "bias_grad": problem.bias_grad}
     return (
         lambda: function(**shared, **drawn, return_lse=True),

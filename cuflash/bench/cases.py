@@ -16,7 +16,7 @@ from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.plan import Step, choose, why_not
-from cuflash.problem import Direction, Problem, visible_pairs
+from cuflash.problem import MAX_SPLITS, Direction, Problem, visible_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,9 @@ class Case:
     def turned(self, direction: Direction) -> Case:
         """The same case in the other direction."""
         bias_grad = self.problem.bias_grad and direction == "backward"
-        return replace(self, problem=replace(self.problem, direction=direction, bias_grad=bias_grad))
+        num_splits = self.problem.num_splits if direction == "forward" else 0
+        problem = replace(self.problem, direction=direction, bias_grad=bias_grad, num_splits=num_splits)
+        return replace(self, problem=problem)
 
     def flops(self) -> float:
         """Like :meth:`Problem.flops`, with the true lengths of packed sequences."""
@@ -76,11 +78,14 @@ class Case:
 # Neither length is a multiple of a tile; both need several tiles of every kernel in the catalogue.
 _LEN_Q, _LEN_KV = 203, 331
 _LONG_Q = 2100
+_LONG = "long", "long_causal"
 # An ordinary pair, an empty query, an empty key, one row, and one pair that spans several tiles.
 _LENS_Q = (97, 0, 37, 1, 203)
 _LENS_KV = (131, 40, 0, 331, 257)
 _SEQUSED_Q = (97, 0, 1, 0, 130)
 _SEQUSED_KV = (100, 40, 0, 0, 256)
+# New queries after caches of very different lengths, one of them empty.
+_DECODE_Q, _DECODE_KV, _DECODE_USED_KV = (1, 0, 3, 17, 1, 1), (5000, 40, 700, 300, 1, 64), (5000, 40, 450, 300, 1, 0)
 
 FEATURES: dict[str, str] = {
     "causal": "bottom-right causal mask",
@@ -114,6 +119,15 @@ FEATURES: dict[str, str] = {
     "copy2": "tensors aligned to 2 bytes only",
     "copy4": "tensors aligned to 4 bytes only",
     "copy8": "tensors aligned to 8 bytes only",
+    "decode": "one query, eight heads to a key/value head, 5000 keys split as the plan likes",
+    "decode_whole": "one query, four heads to a key/value head, keys not split",
+    "decode_pairs": "three queries, keys in two splits",
+    "decode_causal": "17 queries, seven heads to a key/value head, keys in five splits, causal",
+    "decode_most": "one query, four heads to a key/value head, keys in as many splits as they have tiles",
+    "decode_window": "three queries, four heads to a key/value head, keys in 40 splits, most outside a window",
+    "decode_one_key": "one query, eight heads to a key/value head, one key",
+    "decode_varlen": "packed short queries, four heads to a key/value head, keys in five splits",
+    "decode_everything": "`everything` on nine queries, four heads to a key/value head, keys in five splits",
     "reversed": "keys and values whose heads lie in memory in reverse order",
     "long": "enough queries for the tiles of long sequences",
     "long_causal": "the same, causal",
@@ -145,11 +159,23 @@ _CHANGES: dict[str, dict[str, object]] = {
         "bias": DTYPES["fp32"], "bias_broadcast": (True, False, False, False), "sink": True, "dropout": "byte",
     },
 }  # fmt: skip
+_CHANGES |= {
+    "decode": {"len_q": 1, "len_kv": 5000, "heads_q": 16, "num_splits": 0},
+    "decode_whole": {"len_q": 1, "len_kv": 700, "heads_q": 8},
+    "decode_pairs": {"len_q": 3, "len_kv": 700, "num_splits": 2},
+    "decode_causal": {"len_q": 17, "len_kv": 1000, "heads_q": 14, "num_splits": 5, "mask": _CAUSAL},
+    "decode_most": {"len_q": 1, "len_kv": 5000, "heads_q": 8, "num_splits": MAX_SPLITS},
+    "decode_window": {"len_q": 3, "len_kv": 5000, "heads_q": 8, "num_splits": 40, "mask": Mask(left=500, right=0)},
+    "decode_one_key": {"len_q": 1, "len_kv": 1, "heads_q": 16, "num_splits": MAX_SPLITS},
+    "decode_varlen": {"heads_q": 8, "num_splits": 5},
+    "decode_everything": _CHANGES["everything"] | {"len_q": 9, "len_kv": 1000, "heads_q": 8, "num_splits": 5},
+}
 _CHANGES["dbias"], _CHANGES["dbias_row"] = _CHANGES["bias"], _CHANGES["bias_row"]
 _CHANGES["varlen_everything"] = _CHANGES["everything"]
 _CHANGES["paged_everything"] = _CHANGES["everything"] | {"page_size": 48}
 _CHANGES |= {f"paged{size}": _CHANGES["gqa"] | {"page_size": size} for size in (1, 16, 48, 256)}
 _BACKWARD_ONLY = ("deterministic", "dbias", "dbias_row")
+_FORWARD_ONLY = tuple(feature for feature in FEATURES if feature.startswith(("decode", "paged")))
 _DROPOUT_P = 0.3
 
 
@@ -173,6 +199,7 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         dim_qk=dim_qk,
         dim_v=dim_v,
         softmax_scale=dim_qk**-0.5 * (-1 if feature == "negative" else 1),
+        num_splits=1 if direction == "forward" else 0,
         copy_bytes=widest_copy(dtype.itemsize, (dim_qk, dim_v), base),
     )
     problem = replace(problem, **_CHANGES.get(feature, {}))
@@ -182,27 +209,22 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         problem = replace(problem, bias_grad=True)
     dropout_p = _DROPOUT_P if problem.dropout else 0.0
     case_id = f"{direction[0]}wd_{family}-{dtype_name}-d{dims}" + (f"-{feature}" if feature else "")
-    if not feature.startswith(("varlen", "seqused", "paged")):
+    if not feature.startswith(("varlen", "seqused", "paged")) and feature != "decode_varlen":
         return Case(case_id, family, problem, dropout_p=dropout_p)
+    lens_q, lens_kv = (_DECODE_Q, _DECODE_KV) if feature == "decode_varlen" else (_LENS_Q, _LENS_KV)
+    used_q = dict.fromkeys(("seqused_q", "varlen_everything", "paged_everything"), _SEQUSED_Q)
+    used_kv = dict.fromkeys(("seqused", *used_q), _SEQUSED_KV) | {"decode_varlen": _DECODE_USED_KV}
     problem = replace(
         problem,
         layout="varlen",
-        batch=len(_LENS_Q),
-        len_q=max(_LENS_Q),
-        len_kv=max(_LENS_KV),
-        total_q=sum(_LENS_Q),
-        total_kv=sum(_LENS_KV),
+        batch=len(lens_q),
+        len_q=max(lens_q),
+        len_kv=max(lens_kv),
+        total_q=sum(lens_q),
+        total_kv=sum(lens_kv),
     )
-    case = Case(
-        case_id,
-        family,
-        problem,
-        _LENS_Q,
-        _LENS_KV,
-        seqused_q=_SEQUSED_Q if feature == "seqused_q" or feature.endswith("_everything") else (),
-        seqused_kv=_SEQUSED_KV if feature.startswith("seqused") or feature.endswith("_everything") else (),
-        dropout_p=dropout_p,
-    )
+    used = used_q.get(feature, ()), used_kv.get(feature, ())
+    case = Case(case_id, family, problem, lens_q, lens_kv, *used, dropout_p=dropout_p)
     if problem.page_size:  # and one page that nobody has
         case = replace(case, problem=replace(problem, total_kv=(sum(case.pages) + 1) * problem.page_size))
     return case
@@ -213,7 +235,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "sm90": [
         *(("bf16", dims, ("",)) for dims in ("32", "40", "80")),
         *(("bf16", dims, ("", "causal", "window")) for dims in ("96", "192", "256", "192x128")),
-        ("bf16", "64", ("", *(f for f in FEATURES if not f.startswith(("copy", "reversed", "paged"))))),
+        ("bf16", "64", ("", *(f for f in FEATURES if not f.startswith(("copy", "reversed", "paged", "decode"))))),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "long", "long_causal")),
         ("bf16", "128", ("bias", "dropout", "everything")),
         ("bf16", "96", ("long", "long_causal")),
@@ -226,16 +248,16 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         *(("bf16", dims, ("", "causal")) for dims in ("192", "256", "192x128")),
         ("bf16", "64", ("", *(f for f in FEATURES if "long" not in f))),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "deterministic", "copy2")),
-        ("bf16", "128", ("bias", "dbias", "dropout", "everything", "paged48")),
-        ("bf16", "256", ("varlen_causal", "deterministic", "everything")),
+        ("bf16", "128", ("bias", "dbias", "dropout", "everything", "paged48", "decode")),
+        ("bf16", "256", ("varlen_causal", "deterministic", "everything", "decode")),
         ("fp16", "64", ("", "causal")),
         ("fp16", "128", ("", "softcap")),
     ],
     "simt": [
         *(("fp32", dims, ("",)) for dims in ("16", "33", "128", "256", "512", "64x128", "1024")),
-        ("fp32", "64", ("", *(f for f in FEATURES if f not in ("copy2", "mask_causal", "long", "long_causal")))),
+        ("fp32", "64", ("", *(f for f in FEATURES if f not in ("copy2", "mask_causal", "decode_window", *_LONG)))),
         ("fp32", "256", ("causal",)),
-        ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything", "paged48")),
+        ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything", "paged48", "decode")),
         ("fp64", "256", ("",)),
         ("fp16", "64", ("",)),
         ("bf16", "64", ("", "causal")),
@@ -248,7 +270,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
 def _exists(feature: str, direction: Direction, family: str) -> bool:
     """Whether a family has a feature in a direction."""
     if direction == "backward":
-        return family != "sm90" and not feature.startswith("paged")
+        return family != "sm90" and feature not in _FORWARD_ONLY
     return feature not in _BACKWARD_ONLY
 
 
@@ -265,22 +287,24 @@ def _table() -> Iterator[Case]:
 CASES: dict[str, Case] = {case.id: case for case in _table()}
 """Every case by its id."""
 
-SMOKE: tuple[str, ...] = tuple(
-    f"fwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d64-causal", "d128-long", "d128-varlen_causal", "d256")
-) + tuple(
-    f"{name}_{rest}"
-    for name in ("fwd", "bwd")
-    for rest in (
-        "sm80-bf16-d64-causal",
-        "sm80-bf16-d64-everything",
-        "sm80-bf16-d128",
-        "sm80-bf16-d128-varlen_causal",
-        "sm80-bf16-d256",
-        "simt-fp32-d64-causal",
-        "simt-fp32-d64-everything",
-        "simt-fp64-d64",
-        "simt-fp32-d256",
-    )
+SMOKE: tuple[str, ...] = (
+    *(f"fwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d64-causal", "d128-long", "d128-varlen_causal", "d256")),
+    *(
+        f"{name}_{rest}"
+        for name in ("fwd", "bwd")
+        for rest in (
+            "sm80-bf16-d64-causal",
+            "sm80-bf16-d64-everything",
+            "sm80-bf16-d128",
+            "sm80-bf16-d128-varlen_causal",
+            "sm80-bf16-d256",
+            "simt-fp32-d64-causal",
+            "simt-fp32-d64-everything",
+            "simt-fp64-d64",
+            "simt-fp32-d256",
+        )
+    ),
+    "fwd_sm80-bf16-d64-decode",
 )
 """Ids that touch every kernel, for slow tools and for architectures that need no full matrix."""
 

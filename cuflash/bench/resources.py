@@ -31,6 +31,7 @@ _BACKWARD_64 = "32 x 128 keeps 255 registers busy; on an H200 at 8k it runs 280 
 _BACKWARD_128 = "64 x 128 keeps 255 registers busy; on an H200 at 8k it runs 284 TFLOP/s, with 64 keys 264"
 _BACKWARD_256 = "two words stored and loaded, beside the 128 registers that hold dk and dv"
 _SIMT_64 = "held to 168 registers so that three blocks share an SM; seven words do not fit"
+_GROUP_256 = "NVRTC 13.0 keeps more alive beside the 128 registers of out than 13.5, which spills nothing"
 _EVERYTHING = "all score features at once: addresses of mask and bias and random numbers beside full accumulators"
 
 # Tiles and speeds are those of plan/tiles.py; the bytes are the most of any architecture and feature.
@@ -46,6 +47,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm80", "*-d128-everything", 96, _EVERYTHING),
     Allowance("bwd_sm80", "*-d256-everything", 116, _EVERYTHING),
     Allowance("fwd_simt", "*-d64-*everything", 420, _EVERYTHING),
+    Allowance("fwd_sm80", "*-d256-decode", 100, _GROUP_256),
 )
 """Everything else must not spill."""
 

@@ -33,6 +33,8 @@ def _show_plan(chosen: plan.Plan, screen: Console) -> None:
     screen.print(f"family     {chosen.family}: {chosen.reason}")
     if chosen.ceiling is not None:
         screen.print(f"at most    {chosen.ceiling}")
+    if chosen.division:
+        screen.print(f"splits     {chosen.num_splits}: {chosen.division}")
     scratch = ", ".join(f"{w.name} {w.nbytes:,}" for w in chosen.workspaces)
     screen.print(f"workspace  {chosen.workspace_bytes:,} bytes" + (f" ({scratch})" if scratch else ""))
     numbers = ("blocks", "threads", "tile", "accesses", "shared memory", "registers", "spills", "stack")

@@ -13,7 +13,7 @@ from cuflash.bench.cases import CASES, Case, select, widest_copy
 from cuflash.device import Device, current, named
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.problem import Problem
+from cuflash.problem import MAX_SPLITS, Problem
 
 Show = Callable[[Case, Device], None]
 
@@ -38,6 +38,9 @@ def register(app: typer.Typer, name: str, show: Show, text: str) -> None:
         page_size: Annotated[int, typer.Option(min=0, help="With --varlen: keys lie in pages of so many.")] = 0,
         backward: Annotated[bool, typer.Option("--backward")] = False,
         deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-equal gradients.")] = False,
+        num_splits: Annotated[
+            int, typer.Option(min=0, max=MAX_SPLITS, help="Blocks that share a query's keys; 0: as the plan likes.")
+        ] = 0,
         copy_bytes: Annotated[int, typer.Option(help="What pointers and strides are aligned to.")] = 16,
         family: Annotated[str | None, typer.Option(help="Hold the planner to one kernel family.")] = None,
         device: Annotated[str | None, typer.Option(help="h100, sm_86 ...; this machine's GPU if not given.")] = None,
@@ -77,6 +80,7 @@ def register(app: typer.Typer, name: str, show: Show, text: str) -> None:
             softcap=softcap,
             softmax_scale=dim_qk**-0.5 if scale is None else scale,
             deterministic=deterministic,
+            num_splits=0 if backward else num_splits,
             copy_bytes=widest_copy(element.itemsize, (dim_qk, dim_v), copy_bytes),
         )
         lens: tuple[tuple[int, ...], ...] = ((), ())

@@ -40,6 +40,7 @@ PROBES: dict[str, Problem] = {
     "deterministic": replace(_PLAIN, deterministic=True),
     "unaligned rows": replace(_PLAIN, copy_bytes=2),
     "zero or negative strides": replace(_PLAIN, ascending=False),
+    "split keys": replace(_PLAIN, num_splits=4),
 }
 """A problem that needs one feature and nothing else."""
 
@@ -133,10 +134,9 @@ ROWS: tuple[Row, ...] = (
     Row("row sums of dout * out returned", where=BACKWARD, always=(MHA, CK), instead="not returned"),
     Row("deterministic", ("deterministic",), BACKWARD),
     Row("number of key splits of the gradients", ("num_splits_key",), BACKWARD, instead="`deterministic` is one"),
-    Row("keys split among blocks when queries are few", ("num_splits",), FORWARD,
-        instead="not yet: a block reads all keys of its queries"),
-    Row("query heads of one key head packed into a tile when queries are few", ("pack_gqa",), FORWARD,
-        instead="not yet: each query head reads the keys"),
+    Row("split keys", ("num_splits",), FORWARD, always=(SDPA, MHA, CK, MEM_EFF, EFFICIENT), runs_on="kernels"),
+    Row("query heads of one key head packed into a tile when queries are few", where=FORWARD, always=ALL,
+        problem=replace(_PLAIN, len_q=1, heads_kv=1), runs_on="kernels"),
     Row("keys appended to a cache, rotary embedding, left padding", ("cache_seqlens", "rotary_cos", "cache_leftpad"),
         FORWARD, instead="no: write and rotate them before the call"),
     Row("kernels by preference", ("backend",), runs_on="kernels", instead="the planner chooses, `explain` says what"),

@@ -11,10 +11,12 @@ _INCLUDES = (
     "element.cuh",
     "params.cuh",
     "attention/dropout.cuh",
+    "attention/heads.cuh",
     "attention/mask.cuh",
     "attention/score.cuh",
     "attention/sequence.cuh",
     "attention/softmax.cuh",
+    "attention/split.cuh",
     "tile/dq_accum.cuh",
 )
 

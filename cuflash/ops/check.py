@@ -16,7 +16,7 @@ from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask, band
 from cuflash.ops.options import OUTPUTS, Options
 from cuflash.ops.packed import is_packed, length
-from cuflash.problem import Direction, Layout, Problem
+from cuflash.problem import MAX_SPLITS, Direction, Layout, Problem
 
 MAX_LENGTH = 2**30
 """Rows of one sequence: positions and the distances between any two are 32-bit numbers in the kernels."""
@@ -123,6 +123,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         sink="sink" in views,
         dropout=dropout and dropout.scheme,
         deterministic=_flag("deterministic", options.deterministic) and direction == "backward",
+        num_splits=_num_splits(options) if direction == "forward" else 0,
         copy_bytes=_copy_bytes(tensors, (q["d"], v["d"])),
         ascending=all(stride > 0 for view in tensors if not view.empty for stride in _outer_strides(view)),
     )
@@ -307,6 +308,15 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
         raise InvalidArgument(f"{name} is {value!r}; expected True or False.")
     return bool(value)
+
+
+def _num_splits(options: Options) -> int:
+    value = options.num_splits
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 <= value <= MAX_SPLITS:
+        raise InvalidArgument(
+            f"num_splits is {value!r}; expected an integer from 1 to {MAX_SPLITS}, or 0 to leave it to the plan."
+        )
+    return int(value)
 
 
 def _mask(options: Options, views: Mapping[str, View], scores: tuple[int, int, int, int]) -> Mask:

@@ -40,7 +40,7 @@ def explain(
     problem = check.problem_of("forward", options, views)
     if backward:
         gradients = {"deterministic": bool(options.deterministic), "bias_grad": bool(options.bias_grad)}
-        problem = replace(problem, direction="backward", **gradients)
+        problem = replace(problem, direction="backward", num_splits=0, **gradients)
     if device is not None:
         return plan.explain(problem, devices.named(device))
     where = views["q"].device

@@ -19,7 +19,7 @@ from cuflash.errors import InvalidArgument
 from cuflash.ops import check, draw
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.options import ARGUMENTS, OUTPUTS, Options, given, results
-from cuflash.plan import Box, Workspace, choose
+from cuflash.plan import Box, Plan, Workspace, choose
 from cuflash.plan.tiles import heads_per_section
 from cuflash.problem import Direction, Problem
 
@@ -175,7 +175,7 @@ def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, ar
         framework=framework,
         device=ordinal,
         launches=tuple(kernels),
-        template=_template(params, problem, options, views, shapes),
+        template=_template(params, plan, options, views, shapes),
         block=np.dtype((np.void, params.itemsize)),
         slots=tuple(_word(params, name) for name in pointers),
         maps=tuple(
@@ -264,12 +264,13 @@ def _shape_and_steps(
 
 def _template(
     params: np.dtype,
-    problem: Problem,
+    plan: Plan,
     options: Options,
     views: Mapping[str, View],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> np.ndarray:
     """The parameter block of every call on arrays of this kind, as 8-byte words with zeros for pointers."""
+    problem = plan.problem
     varlen = problem.layout == "varlen"
     block = np.zeros(1, params)
     attention = block["attention"]
@@ -288,6 +289,7 @@ def _template(
     attention["keep_scale"] = dropout.keep_scale if dropout else 1.0
     attention["dropout_p"] = dropout.p if dropout else 0.0
     if problem.direction == "forward":
+        block["num_splits"] = plan.num_splits
         block["heads_per_section"] = heads_per_section(problem)
         if dropout:
             block["increment"] = draw.increment(problem)

@@ -67,6 +67,8 @@ class Options(NamedTuple):
     """Called as ``scaled_dot_product_attention``: (b, h, s, d) tensors and PyTorch's argument names."""
     vocabulary: str = "flash"
     """Whose argument names messages use."""
+    num_splits: int = 0
+    """Forward only: blocks that share a row's keys; 0 leaves the number to the plan."""
     family: str | tuple[str, ...] | None = None
     """Hold the planner to one kernel family or to some, for checks of kernels that another is preferred to."""
 

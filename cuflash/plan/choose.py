@@ -62,6 +62,8 @@ class Explanation:
             ]
             if self.plan.ceiling is not None:
                 lines.append(f"  at most {self.plan.ceiling}")
+            if self.plan.division:
+                lines.insert(-1, f"  splits {self.plan.num_splits}: {self.plan.division}")
             for step in self.plan.steps:
                 config = step.config
                 lines.append(

@@ -14,6 +14,7 @@ import numpy as np
 from cuflash.device import Device
 from cuflash.plan import ceiling, tiles
 from cuflash.plan.plan import Box, Config, Plan, Step, Workspace
+from cuflash.plan.splits import divide
 from cuflash.problem import Problem
 
 
@@ -34,6 +35,8 @@ class Family:
     """None in a family without the feature ``backward``."""
     only: bool = False
     """Later architectures than `min_capability` lack its instructions."""
+    leave: Callable[[Problem, Device], list[str]] = lambda problem, device: []
+    """Reasons to leave what it could run to a later family."""
 
     def why_not(self, problem: Problem, device: Device) -> list[str]:
         """Reasons why this family does not run the problem; empty when it does."""
@@ -75,6 +78,7 @@ FEATURES: dict[str, str] = {
     "deterministic": "bit-equal gradients from run to run",
     "unaligned rows": "rows that start off multiples of 16 bytes",
     "zero or negative strides": "expanded and reversed axes",
+    "split keys": "the keys of a query shared by several blocks, merged in a fixed order",
 }
 """Everything a problem can need beyond the plain product, in the words of the support table."""
 
@@ -99,6 +103,7 @@ def needs(problem: Problem) -> list[str]:
         "deterministic": problem.deterministic,
         "unaligned rows": problem.copy_bytes < 16,
         "zero or negative strides": not problem.ascending,
+        "split keys": problem.num_splits > 1,
     }
     return [feature for feature in FEATURES if used[feature]]
 
@@ -225,11 +230,51 @@ def _sm90_forward(problem: Problem, device: Device) -> Plan:
     return Plan(problem, device, "sm90", (*_rng_step(problem), step), reason=tile.reason, ceiling=most)
 
 
+def _few_queries(problem: Problem, device: Device) -> list[str]:
+    """Why a decoding step is left to ``sm80``: there heads share a tile, or blocks the keys."""
+    tile, small = tiles.forward_sm80(problem, device), tiles.small_forward_sm80(problem, device)
+    division = divide(problem, device, tile, small)
+    few = division.num_splits > 1 or (division.grouped and problem.len_q <= _FEW_QUERIES)
+    return [f"sm80 serves few queries better ({division.reason})"] if few else []
+
+
+_FEW_QUERIES = 16
+"""Up to so many, a tile of this family would be almost empty."""
+
+
+def _forward(problem: Problem, device: Device, family: str, tile: tiles.Tile, small: tiles.Tile) -> Plan:
+    """The plan of a forward whose plain kernel has this tile, and a small one where rows are few or keys are split."""
+    division = divide(problem, device, tile, small)
+    tile = tile if division.plain else small
+    whole = replace(_config(problem, tile), reduction="AtomicReduction")
+    config, rows, heads = whole, problem.len_q, problem.heads_q
+    if division.grouped:
+        config, rows, heads = replace(config, heads="HeadGroup"), problem.len_q * problem.group, problem.heads_kv
+    steps, workspaces = _rng_step(problem), ()
+    blocks = _tiles(rows, tile.tile_q) * heads * problem.batch
+    if division.num_splits == 1:
+        steps += (Step(f"fwd_{family}", "FwdParams", config, blocks),)
+    else:
+        config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
+        combine = _plain(whole, dim_qk=1, copy_bytes=problem.dtype.itemsize, tile_q=8, threads=128, smem_bytes=0)
+        combine = replace(combine, sink=whole.sink)
+        steps += (
+            Step(f"fwd_{family}", "FwdParams", config, blocks * division.num_splits),
+            Step("fwd_combine", "FwdParams", combine, _query_blocks(problem, combine.tile_q)),
+        )
+        # PartRows of attention/split.cuh
+        rows = problem.rows_q + (problem.batch if problem.layout == "varlen" else 0)
+        shape = (division.num_splits, rows, problem.heads_q)
+        workspaces = (
+            Workspace("partial_out", problem.dtype.accumulator, (*shape, problem.dim_v)),
+            Workspace("partial_lse", problem.dtype.accumulator, shape),
+        )
+    return Plan(problem, device, family, steps, workspaces, tile.reason, division.num_splits, division.reason)
+
+
 def _sm80_forward(problem: Problem, device: Device) -> Plan:
-    tile = tiles.forward_sm80(problem, device)
-    config = replace(_config(problem, tile), reduction="AtomicReduction")
-    step = Step("fwd_sm80", "FwdParams", config, _query_blocks(problem, tile.tile_q))
-    return Plan(problem, device, "sm80", (*_rng_step(problem), step), reason=tile.reason)
+    tile, small = tiles.forward_sm80(problem, device), tiles.small_forward_sm80(problem, device)
+    return _forward(problem, device, "sm80", tile, small)
 
 
 def _sm80_backward(problem: Problem, device: Device) -> Plan:
@@ -264,9 +309,7 @@ def _sm80_backward(problem: Problem, device: Device) -> Plan:
 
 def _simt_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_simt(problem, device)
-    config = replace(_config(problem, tile), reduction="AtomicReduction")
-    step = Step("fwd_simt", "FwdParams", config, _query_blocks(problem, tile.tile_q))
-    return Plan(problem, device, "simt", (*_rng_step(problem), step), reason=tile.reason)
+    return _forward(problem, device, "simt", tile, tile)
 
 
 def _simt_backward(problem: Problem, device: Device) -> Plan:
@@ -298,6 +341,7 @@ SM90 = Family(
     ),
     forward=_sm90_forward,
     backward=None,
+    leave=_few_queries,
 )  # fmt: skip
 
 SM80 = Family(

@@ -34,6 +34,10 @@ class Config:
     """``kernels/attention/dropout.cuh``: NoDropout, ByteDropout, WordDropout."""
     sink: str = "NoSink"
     """``kernels/attention/softmax.cuh``: NoSink, LearnableSink."""
+    heads: str = "OneHead"
+    """Whose rows a query tile of the forward holds (``kernels/attention/heads.cuh``): OneHead, HeadGroup."""
+    split: str = "NoSplit"
+    """Which of its keys a block of the forward walks (``kernels/attention/split.cuh``): NoSplit, KeySplits."""
     reduction: str = "AtomicReduction"
     """How blocks add to dq (``kernels/tile/dq_accum.cuh``): AtomicReduction, OrderedReduction."""
     tile_q: int = 1
@@ -109,6 +113,10 @@ class Plan:
     """Why these tiles, in words (``plan/tiles.py``)."""
     ceiling: Ceiling | None = None
     """What the main kernel can reach at most; None where nobody has counted."""
+    num_splits: int = 1
+    """Blocks that share the keys of one query tile of a forward."""
+    division: str = ""
+    """Why so many, and what shares a tile, in words (``plan/splits.py``); forward only."""
 
     @property
     def workspace_bytes(self) -> int:

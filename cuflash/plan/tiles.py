@@ -135,6 +135,15 @@ def forward_sm80(problem: Problem, device: Device) -> Tile:
     raise AssertionError(f"no forward tile of {problem} fits {device}")
 
 
+def small_forward_sm80(problem: Problem, device: Device) -> Tile:
+    """The tile of ``forward/sm80.cuh`` where rows are few or keys are split."""
+    tile_q, tile_kv, threads = 64, 64, 128
+    dim_qk, dim_v = round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
+    smem = _shared_tile(tile_q, max(dim_qk, dim_v)) + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v)
+    blocks = _resident(smem, threads, 255, device)
+    return Tile(tile_q, tile_kv, threads, smem, blocks_per_sm=blocks, reason="the smallest: few rows, or few keys each")
+
+
 def backward_sm80(problem: Problem, device: Device) -> Tile:
     """The tile of ``backward/sm80.cuh``, whose dq rows ``backward/convert.cuh`` shares."""
     widest = max(problem.dim_qk, problem.dim_v)

@@ -32,6 +32,14 @@ struct RowState {
     return update(close_enough ? m : tile_max, log2_unit);
   }
 
+  // Takes in other scores of the row; returns the factor by which the output so far shrinks, and that of the other's.
+  CF_DEVICE Real merge(const RowState& other, Real log2_unit, Real& other_rescale) {
+    const Real rescale = update(other.m, log2_unit);
+    other_rescale = exp2(other.m * log2_unit - shift(log2_unit));
+    l += other.l * other_rescale;
+    return rescale;
+  }
+
   // Takes in one more logit that has no value; returns the factor by which the output so far shrinks.
   CF_DEVICE Real add_sink(Real logit, Real unit) {
     const Real log2_unit = unit * static_cast<Real>(kLog2E);

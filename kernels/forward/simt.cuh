@@ -16,8 +16,10 @@
 #pragma once
 
 #include "attention/dropout.cuh"
+#include "attention/heads.cuh"
 #include "attention/schedule.cuh"
 #include "attention/softmax.cuh"
+#include "attention/split.cuh"
 #include "tile/gemm_simt.cuh"
 
 namespace cuflash {
@@ -27,6 +29,9 @@ struct ForwardSimt {
   using Element = typename Config::Element;
   using Real = Accumulator<Element>;
   using Sequence = typename Config::Sequence;
+  using Heads = typename Config::Heads;
+  using Split = typename Config::Split;
+  using Results = typename Split::template Rows<Config>;
   static constexpr int kThreads = Config::kThreads, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
 
   using Block = SimtBlock<Config, kTileQ, kTileKv>;
@@ -56,43 +61,39 @@ struct ForwardSimt {
     }
   }
 
-  CF_DEVICE static GlobalRows<Element> out_of(const FwdParams& p, const Sequence& sequence, int head) {
-    Element* data = static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + head * p.out_stride.head;
-    return {data, p.out_stride.row, sequence.len_q};
-  }
-  CF_DEVICE static Real* lse_of(const FwdParams& p, const Sequence& sequence, int head) {
-    return static_cast<Real*>(p.lse) + sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
-  }
-
   // Packed rows that belong to no sequence are empty rows.
   CF_DEVICE static void store_tail(const FwdParams& p, const Sequence& sequence, int head) {
-    zero_rows<Config::kDimV, kThreads>(out_of(p, sequence, head).from(sequence.len_q).data, p.out_stride.row,
-                                       sequence.tail_q);
-    fill<kThreads>(lse_of(p, sequence, head) + sequence.len_q, sequence.tail_q, -infinity<Real>());
+    using Whole = WholeRows<Config>;
+    const GlobalRows<Element> tail =
+        GlobalRows<Element>{Whole::out(p, sequence, head, 0), p.out_stride.row, sequence.len_q}.from(sequence.len_q);
+    zero_rows<Config::kDimV, kThreads>(tail.data, p.out_stride.row, sequence.tail_q);
+    fill<kThreads>(Whole::lse(p, sequence, head, 0) + sequence.len_q, sequence.tail_q, -infinity<Real>());
   }
 
   CF_DEVICE static void run(const FwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
 
-    const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, kTileQ), a.heads_q);
+    const Split split(p, ptx::block_index());
+    const Work work = query_work(split.block, num_tiles(Heads::rows(a, a.len_q), kTileQ), Heads::count(a));
     const Sequence sequence(a, work.batch);
-    const int head_kv = work.head / (a.heads_q / a.heads_kv);
-    if (work.tile == 0) store_tail(p, sequence, work.head);
-    const int q_first = work.tile * kTileQ, q_rows = sequence.len_q - q_first;
+    const Heads heads(a, work.head);
+    if (work.tile == 0 && split.index == 0) heads.for_each([&](int head) { store_tail(p, sequence, head); });
+    const int q_first = work.tile * kTileQ, q_rows = Heads::rows(a, sequence.len_q) - q_first;
     if (q_rows <= 0) return;
 
-    const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) + work.head * p.q_stride.head;
-    const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + head_kv * p.k_stride.head;
-    const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + head_kv * p.v_stride.head;
-    const Rows q = Rows{g_q, p.q_stride.row, sequence.len_q}.from(q_first);
+    const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) +
+                         heads.first * p.q_stride.head;
+    const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + heads.kv * p.k_stride.head;
+    const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + heads.kv * p.v_stride.head;
+    const auto q = rows_of(heads, g_q, p.q_stride, q_first, q_rows);
     const auto k = kv_rows(p, sequence, g_k, p.k_stride, 0), v = kv_rows(p, sequence, g_v, p.v_stride, 0);
 
-    const typename Config::Mask mask(a, sequence, work.head);
-    const typename Config::Score score(a, sequence, work.head);
-    const typename Config::Dropout dropout(a, sequence, work.head);
+    const auto mask = heads.template bind<typename Config::Mask>(a, sequence);
+    const auto score = heads.template bind<typename Config::Score>(a, sequence);
+    const auto dropout = heads.template bind<typename Config::Dropout>(a, sequence);
     const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
-    const Tiles tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
+    const Tiles tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
 
     Output out;
     out.clear();
@@ -119,18 +120,22 @@ struct ForwardSimt {
       Block::template accumulate<Config::kDimV>(out, smem.weighted, s, v.from(kv_first));
     }
 
-    Real* g_lse = lse_of(p, sequence, work.head) + q_first;
+    const auto g_lse = rows_of(heads, Results::lse(p, sequence, heads.first, split.index), Results::lse_stride(p),
+                               q_first, q_rows);
     Real factor[Scores::kM];  // from the sum of weighted values to out
 #pragma unroll
     for (int m = 0; m < Scores::kM; ++m) {
       states[m].l = Block::Grid::row_sum(states[m].l);
-      const Real rescale = Config::Sink::close(states[m], a, work.head, score.unit());
+      const Real rescale = Config::Sink::close(states[m], a, heads.head(q_first + Scores::row_of(m)), score.unit());
       factor[m] = rescale * states[m].inverse_sum() * static_cast<Real>(Config::Dropout::scale(a));
       const int row = Scores::row_of(m);
-      if (Block::Grid::col() == 0 && row < q_rows) g_lse[row] = states[m].lse(score.unit());
+      if (Block::Grid::col() == 0 && row < q_rows) {
+        g_lse.data[g_lse.offset(row)] = states[m].lse(score.unit());
+      }
     }
-    Block::template store<Config::kDimV>(out_of(p, sequence, work.head).from(q_first), out,
-                                         [&](int m) { return factor[m]; });
+    const auto g_out = rows_of(heads, Results::out(p, sequence, heads.first, split.index), Results::out_stride(p),
+                               q_first, q_rows);
+    Block::template store<Config::kDimV>(g_out, out, [&](int m) { return factor[m]; });
   }
 };
 

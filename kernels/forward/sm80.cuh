@@ -14,8 +14,10 @@
 // K and V have one buffer each: V's copy runs under S = Q K^T, the next K's under P V.
 #pragma once
 
+#include "attention/heads.cuh"
 #include "attention/schedule.cuh"
 #include "attention/softmax.cuh"
+#include "attention/split.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
@@ -26,6 +28,9 @@ template <class Config>
 struct ForwardSm80 {
   using Element = typename Config::Element;
   using Sequence = typename Config::Sequence;
+  using Heads = typename Config::Heads;
+  using Split = typename Config::Split;
+  using Results = typename Split::template Rows<Config>;
   using Score = typename Config::Score;
   using Dropout = typename Config::Dropout;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
@@ -74,18 +79,41 @@ struct ForwardSm80 {
     }
   }
 
-  CF_DEVICE static Element* out_of(const FwdParams& p, const Sequence& sequence, int head) {
-    return static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + head * p.out_stride.head;
-  }
-  CF_DEVICE static float* lse_of(const FwdParams& p, const Sequence& sequence, int head) {
-    return static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
-  }
-
   // Packed rows that belong to no sequence are empty rows.
   CF_DEVICE static void store_tail(const FwdParams& p, const Sequence& sequence, int head) {
-    zero_rows<Config::kDimV, kThreads>(out_of(p, sequence, head) + sequence.len_q * p.out_stride.row,
+    using Whole = WholeRows<Config>;
+    zero_rows<Config::kDimV, kThreads>(Whole::out(p, sequence, head, 0) + sequence.len_q * p.out_stride.row,
                                        p.out_stride.row, sequence.tail_q);
-    fill<kThreads>(lse_of(p, sequence, head) + sequence.len_q, sequence.tail_q, -infinity<float>());
+    fill<kThreads>(Whole::lse(p, sequence, head, 0) + sequence.len_q, sequence.tail_q, -infinity<float>());
+  }
+
+  // Row number r of this lane times a factor. Whole rows go through Q's memory: the loop's last barrier came after
+  // every warp's last Q K^T. Parts of rows, which are floats, stay where they are.
+  CF_DEVICE static void scale_row(const Element*, SmemPlan& smem, int row, Output& out, int r, float factor) {
+#pragma unroll
+    for (int n = 0; n < Output::kN; ++n) {
+      *reinterpret_cast<uint32*>(smem.out.at(row, n * 8 + ptx::lane_index() % 4 * 2)) =
+          ptx::pack<Element>(out.at(r, n, 0) * factor, out.at(r, n, 1) * factor);
+    }
+  }
+  CF_DEVICE static void scale_row(const float*, SmemPlan&, int /*row*/, Output& out, int r, float factor) {
+#pragma unroll
+    for (int n = 0; n < Output::kN; ++n) {
+      out.at(r, n, 0) *= factor;
+      out.at(r, n, 1) *= factor;
+    }
+  }
+
+  // A warp's scaled rows to global memory.
+  template <template <class> class To>
+  CF_DEVICE static void store_rows(const To<Element>& rows, SmemPlan& smem, int warp_row, Output&) {
+    store_tile<kWarpRows, kDimV, kBytes, 32>(rows, Config::kDimV, smem.out, warp_row, ptx::lane_index());
+  }
+  template <template <class> class To>
+  CF_DEVICE static void store_rows(const To<float>& rows, SmemPlan&, int /*warp_row*/, Output& out) {
+    out.for_each(ptx::lane_index(), [&](float x, int row, int col) {
+      if (row < rows.count && col < Config::kDimV) rows.data[rows.offset(row) + col] = x;
+    });
   }
 
   CF_DEVICE static void run(const FwdParams& p) {
@@ -93,17 +121,18 @@ struct ForwardSm80 {
     const Attention& a = p.attention;
     const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
 
-    const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, kTileQ), a.heads_q);
+    const Split split(p, ptx::block_index());
+    const Work work = query_work(split.block, num_tiles(Heads::rows(a, a.len_q), kTileQ), Heads::count(a));
     const Sequence sequence(a, work.batch);
-    const int head_kv = work.head / (a.heads_q / a.heads_kv);
-    if (work.tile == 0) store_tail(p, sequence, work.head);
-    const int q_first = work.tile * kTileQ, q_rows = sequence.len_q - q_first;
+    const Heads heads(a, work.head);
+    if (work.tile == 0 && split.index == 0) heads.for_each([&](int head) { store_tail(p, sequence, head); });
+    const int q_first = work.tile * kTileQ, q_rows = Heads::rows(a, sequence.len_q) - q_first;
     if (q_rows <= 0) return;
 
     const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) +
-                         work.head * p.q_stride.head + q_first * p.q_stride.row;
-    const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + head_kv * p.k_stride.head;
-    const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + head_kv * p.v_stride.head;
+                         heads.first * p.q_stride.head + heads.offset(q_first, p.q_stride);
+    const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + heads.kv * p.k_stride.head;
+    const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + heads.kv * p.v_stride.head;
     const auto load_k = [&](int tile) {
       const auto k = kv_rows(p, sequence, g_k, p.k_stride, tile * kTileKv);
       load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k);
@@ -115,11 +144,11 @@ struct ForwardSm80 {
       ptx::cp_async_commit();
     };
 
-    const typename Config::Mask mask(a, sequence, work.head);
-    const Score score(a, sequence, work.head);
-    const Dropout dropout(a, sequence, work.head);
+    const auto mask = heads.template bind<typename Config::Mask>(a, sequence);
+    const auto score = heads.template bind<Score>(a, sequence);
+    const auto dropout = heads.template bind<Dropout>(a, sequence);
     const float log2_unit = score.unit() * static_cast<float>(kLog2E);
-    const Tiles tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
+    const Tiles tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
 
     Output out;
     out.clear();
@@ -128,7 +157,7 @@ struct ForwardSm80 {
     for (int r = 0; r < kRowsPerLane; ++r) rows[r].init();
 
     if (tiles.begin < tiles.end) {
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q, g_q, p.q_stride.row, q_rows);
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q, rows_at(heads, g_q, p.q_stride, q_first, q_rows));
       load_k(tiles.begin);
     }
     for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -160,26 +189,25 @@ struct ForwardSm80 {
       gemm_ab<Element>(out, weights, smem.v);
     }
 
-    // `out` takes over Q's memory: the loop's last barrier came after every warp's last Q K^T. The output's addresses are
-    // made only now: registers are scarce inside the loop.
-    Element* g_out = out_of(p, sequence, work.head) + (q_first + warp_row) * p.out_stride.row;
-    float* g_lse = lse_of(p, sequence, work.head) + q_first;
+    // The outputs' addresses are made only now: registers are scarce inside the loop.
+    auto* g_out = Results::out(p, sequence, heads.first, split.index) +
+                  heads.offset(q_first + warp_row, Results::out_stride(p));
+    float* g_lse = Results::lse(p, sequence, heads.first, split.index) + heads.offset(q_first, Results::lse_stride(p));
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       rows[r].l = row_sum(rows[r].l);
-      const float rescale = Config::Sink::close(rows[r], a, work.head, score.unit());
+      const int head = heads.head(q_first + warp_row + r * 8 + lane / 4);
+      const float rescale = Config::Sink::close(rows[r], a, head, score.unit());
       const float factor = rescale * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a));
       const int row = warp_row + r * 8 + lane / 4;
-#pragma unroll
-      for (int n = 0; n < Output::kN; ++n) {
-        *reinterpret_cast<uint32*>(smem.out.at(row, n * 8 + lane % 4 * 2)) =
-            ptx::pack<Element>(out.at(r, n, 0) * factor, out.at(r, n, 1) * factor);
+      scale_row(g_out, smem, row, out, r, factor);
+      if (lane % 4 == 0 && row < q_rows) {
+        g_lse[rows_at(heads, g_lse, Results::lse_stride(p), q_first, q_rows).offset(row)] = rows[r].lse(score.unit());
       }
-      if (lane % 4 == 0 && row < q_rows) g_lse[row] = rows[r].lse(score.unit());
     }
     ptx::sync_warp();
-    store_tile<kWarpRows, kDimV, kBytes, 32>(g_out, p.out_stride.row, q_rows - warp_row, Config::kDimV, smem.out,
-                                             warp_row, lane);
+    store_rows(rows_at(heads, g_out, Results::out_stride(p), q_first + warp_row, q_rows - warp_row), smem, warp_row,
+               out);
   }
 };
 

@@ -19,7 +19,7 @@ struct VectorOf<8> { using Type = uint2; };
 template <>
 struct VectorOf<16> { using Type = uint4; };
 
-// Starts the copy of rows [0, count) x columns [0, kDim) into `tile`; everything else in the tile becomes zero, so that
+// Starts the copy of the first rows' columns [0, kDim) into `tile`; everything else in the tile becomes zero, so that
 // padding of any content (NaN included) never enters a product. Complete after cp_async_wait and a barrier.
 template <int kDim, int kBytes, int kThreads, class Tile, class Element, template <class> class Rows>
 CF_DEVICE void load_tile_async(Tile& tile, const Rows<const Element>& rows) {
@@ -36,7 +36,8 @@ CF_DEVICE void load_tile_async(Tile& tile, const Rows<const Element>& rows) {
     // A running pointer: independent addresses would be kept in registers over the whole kernel.
     const Element* source = rows.at(first_row, 0, col);
 #pragma unroll
-    for (int down = 0; down < Tile::kRows; down += kRowsAtOnce) {
+    for (int down = 0; down < Tile::kRows;
+         source = rows.below(source, down + first_row, col, kRowsAtOnce), down += kRowsAtOnce) {
       const int row = down + first_row;
       if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
       const bool valid = row < rows.count && (kDim == Tile::kCols || col < kDim);
@@ -46,7 +47,6 @@ CF_DEVICE void load_tile_async(Tile& tile, const Rows<const Element>& rows) {
         using Vector = typename VectorOf<kBytes>::Type;
         *reinterpret_cast<Vector*>(tile.at(row, col)) = valid ? *reinterpret_cast<const Vector*>(source) : Vector{};
       }
-      source = rows.below(source, row, col, kRowsAtOnce);
     }
   }
 }
@@ -57,22 +57,29 @@ CF_DEVICE void load_tile_async(Tile& tile, const Element* global, int64 row_stri
   load_tile_async<kDim, kBytes, kThreads>(tile, GlobalRows<const Element>{global, row_stride, valid_rows});
 }
 
-// Writes a kRows x kCols region of `tile`, from `first_row` on, to valid_rows x valid_cols of global memory, by kThreads
+// Writes a kRows x kCols region of `tile`, from `first_row` on, to the rows' first valid_cols columns, by kThreads
 // threads of which this is number `thread`.
-template <int kRows, int kCols, int kBytes, int kThreads, class Tile, class Element>
-CF_DEVICE void store_tile(Element* global, int64 row_stride, int valid_rows, int valid_cols, Tile& tile, int first_row,
-                          int thread) {
+template <int kRows, int kCols, int kBytes, int kThreads, class Tile, class Rows>
+CF_DEVICE void store_tile(const Rows& rows, int valid_cols, Tile& tile, int first_row, int thread) {
   using Vector = typename VectorOf<kBytes>::Type;
-  constexpr int kWidth = kBytes / sizeof(Element);
+  constexpr int kWidth = kBytes / sizeof(*rows.data);
   constexpr int kAcross = kCols / kWidth;
 #pragma unroll 4
   for (int index = thread; index < kRows * kAcross; index += kThreads) {
     const int row = index / kAcross, col = index % kAcross * kWidth;
-    if (row < valid_rows && col < valid_cols) {
-      *reinterpret_cast<Vector*>(global + row * row_stride + col) =
+    if (row < rows.count && col < valid_cols) {
+      *reinterpret_cast<Vector*>(rows.at(row, 0, col)) =
           *reinterpret_cast<const Vector*>(tile.at(first_row + row, col));
     }
   }
+}
+
+// The same to `valid_rows` rows that lie `row_stride` apart.
+template <int kRows, int kCols, int kBytes, int kThreads, class Tile, class Element>
+CF_DEVICE void store_tile(Element* global, int64 row_stride, int valid_rows, int valid_cols, Tile& tile, int first_row,
+                          int thread) {
+  const GlobalRows<Element> rows{global, row_stride, valid_rows};
+  store_tile<kRows, kCols, kBytes, kThreads>(rows, valid_cols, tile, first_row, thread);
 }
 
 // Zeroes rows [0, rows) x [0, kDim) of one head: outputs that no key or query reaches are defined all the same.

@@ -198,7 +198,8 @@ struct SimtBlock {
       // A running pointer: independent addresses would be kept in registers over the whole kernel.
       const Element* source = rows.at(first_row, first_col, col);
 #pragma unroll kInFlight
-      for (int down = 0; down < Tile::kRows; down += kRowsAtOnce) {
+      for (int down = 0; down < Tile::kRows;
+           source = rows.below(source, down + first_row, first_col + col, kRowsAtOnce), down += kRowsAtOnce) {
         const int row = down + first_row;
         if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
         const bool valid = valid_col && row < rows.count;
@@ -211,14 +212,13 @@ struct SimtBlock {
           for (int j = 0; j < kMove; ++j) pack.x[j] = to_accumulator(elements[i + j]);
           tile.template pack<kMove>(row, col + i) = pack;
         }
-        source = rows.below(source, row, first_col + col, kRowsAtOnce);
       }
     }
   }
 
   // c += a b^T over all kDim columns.
-  template <int kDim, class RowsB>
-  CF_DEVICE static void multiply(Scores& c, Operands& smem, const Rows& a, const RowsB& b) {
+  template <int kDim, class RowsA, class RowsB>
+  CF_DEVICE static void multiply(Scores& c, Operands& smem, const RowsA& a, const RowsB& b) {
     constexpr int kStaged = staged_cols<Real>(kDim);
 #pragma unroll 1
     for (int col = 0; col < kDim; col += kStaged) {
@@ -244,8 +244,8 @@ struct SimtBlock {
   }
 
   // Writes c * scale_of(m) for every row number m of this thread.
-  template <int kDim, class F>
-  CF_DEVICE static void store(const GlobalRows<Element>& rows, Output<kDim>& c, F&& scale_of) {
+  template <int kDim, class Value, template <class> class AnyRows, class F>
+  CF_DEVICE static void store(const AnyRows<Value>& rows, Output<kDim>& c, F&& scale_of) {
 #pragma unroll
     for (int m = 0; m < Output<kDim>::kM; ++m) {
       const int row = c.row_of(m);
@@ -254,7 +254,7 @@ struct SimtBlock {
 #pragma unroll
       for (int n = 0; n < Output<kDim>::kN; ++n) {
         const int col = c.col_of(n);
-        if (col < kDim) rows.data[row * rows.stride + col] = from_accumulator<Element>(c.x[m][n] * scale);
+        if (col < kDim) rows.data[rows.offset(row) + col] = from_accumulator<Value>(c.x[m][n] * scale);
       }
     }
   }

@@ -4,10 +4,12 @@
 #include "element.cuh"
 #include "params.cuh"
 #include "attention/dropout.cuh"
+#include "attention/heads.cuh"
 #include "attention/mask.cuh"
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
+#include "attention/split.cuh"
 #include "tile/dq_accum.cuh"
 
 namespace cuflash {
@@ -19,6 +21,8 @@ struct Config {
   using Score = SoftCapScore<double>;
   using Dropout = NoDropout;
   using Sink = NoSink;
+  using Heads = OneHead;
+  using Split = NoSplit;
   using Reduction = OrderedReduction;
   static constexpr int kDimQk = 24;
   static constexpr int kDimV = 40;

@@ -187,6 +187,8 @@ def run_plan_on_host(
                 params[f"{box.tensor}_map"]["words"] = box_map(problem, arrays[box.tensor], box)
         if "heads_per_section" in params.dtype.names:
             params["heads_per_section"] = heads_per_section(problem)
+        if "num_splits" in params.dtype.names:
+            params["num_splits"] = plan.num_splits
         if "delta" in workspaces:
             dense = problem.layout == "dense"
             rows = (problem.batch, problem.heads_q, problem.len_q) if dense else (problem.heads_q, problem.total_q)

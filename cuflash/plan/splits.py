@@ -1,0 +1,78 @@
+"""How a forward deals rows and keys out to blocks: which heads share a tile, and how many blocks share a row's keys.
+
+The rules are FlashAttention-3's (Shah et al. 2024, arXiv 2407.08608), on the whole multiprocessors of a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuflash.device import Device
+from cuflash.plan.tiles import Tile
+from cuflash.problem import MAX_SPLITS, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """The choice for one forward."""
+
+    grouped: bool
+    """The rows of a tile are the queries of every head that shares keys (``HeadGroup``)."""
+    num_splits: int
+    """Blocks that share the keys of one query tile."""
+    reason: str
+
+    @property
+    def plain(self) -> bool:
+        """One head a tile, one block a row."""
+        return not self.grouped and self.num_splits == 1
+
+
+def divide(problem: Problem, device: Device, tile: Tile, small: Tile) -> Division:
+    """Choose for a family whose plain kernel has this tile, and a small one where rows are few or keys are split.
+
+    ``Problem.num_splits`` of 1 is the plain kernel: nothing but a row's own sequence decides how it is computed.
+    """
+    if problem.num_splits == 1:
+        return Division(False, 1, "asked for: a row's bits depend on its own sequence alone")
+    group = problem.group
+    grouped = _efficiency(problem.len_q, tile.tile_q) < 0.9 * _efficiency(problem.len_q * group, tile.tile_q)
+    rows, heads = (problem.len_q * group, problem.heads_kv) if grouped else (problem.len_q, problem.heads_q)
+    together = f"{group} heads share a tile; " if grouped else ""
+
+    def blocks(of: Tile) -> int:
+        return max(1, problem.batch * heads * -(-rows // of.tile_q))
+
+    keys = -(-problem.len_kv // small.tile_kv)
+    if problem.num_splits > 1:
+        num_splits = max(1, min(problem.num_splits, keys))
+        why = "asked for" if num_splits == problem.num_splits else f"of {problem.num_splits}: one for each tile of keys"
+        return Division(grouped, num_splits, together + why)
+    whole = small if grouped else tile
+    fill = f"{blocks(whole)} blocks for {device.num_sms} multiprocessors"
+    if blocks(whole) >= 0.8 * device.num_sms:
+        return Division(grouped, 1, together + fill)
+    walked = _key_tiles(problem, whole)
+    if walked <= 4:
+        return Division(grouped, 1, f"{together}{fill}, but only {walked} tiles of keys")
+    return Division(grouped, _best(blocks(small), _key_tiles(problem, small), device.num_sms), together + fill)
+
+
+def _efficiency(rows: int, tile: int) -> float:
+    """The part of all rows of the tiles that are used."""
+    return rows / (-(-rows // tile) * tile) if rows else 1.0
+
+
+def _key_tiles(problem: Problem, tile: Tile) -> int:
+    """The most key tiles that one query tile sees."""
+    keys, mask = problem.len_kv, problem.mask
+    if mask.left is not None and mask.right is not None:  # and up to a tile more, where they straddle its edges
+        keys = min(keys, mask.left + mask.right + min(problem.len_q, tile.tile_q) + tile.tile_kv - 1)
+    return -(-keys // tile.tile_kv)
+
+
+def _best(blocks: int, key_tiles: int, num_sms: int) -> int:
+    """The fewest splits with which the last wave of blocks leaves about as few multiprocessors idle as with any."""
+    counts = range(1, min(MAX_SPLITS, key_tiles) + 1)
+    efficiency = [blocks * s / (-(-blocks * s // num_sms) * num_sms) for s in counts]
+    return next(s for s, e in zip(counts, efficiency, strict=True) if e >= 0.85 * max(efficiency))

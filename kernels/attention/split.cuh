@@ -1,0 +1,87 @@
+// Split: which of the key tiles that a query tile sees a block walks, and where its rows go.
+//
+//              kv tiles ->
+//           +----+----+----+----+----+    NoSplit: one block walks all of them and writes out and lse.
+//    q tile |    0    |    1    | 2  |    KeySplits: as many blocks as there are splits share the query tile. Each walks
+//           +----+----+----+----+----+    neighbours, near-equal numbers of them, and finds a part of each row;
+//                                         forward/combine.cuh merges the parts in the order of the splits.
+//
+// A part is what the row would be if its keys were all there are: out divided by its own sum, and lse. So there is one
+// number a row to merge by, values stay in the range of V's, and a split ends like a block that walks all keys.
+#pragma once
+
+#include "attention/mask.cuh"
+#include "element.cuh"
+
+namespace cuflash {
+
+// Where rows of a head of a sequence go: query 0, and the strides to other queries and heads.
+template <class Config>
+struct WholeRows {
+  using Element = typename Config::Element;
+  using Real = Accumulator<Element>;
+  using Sequence = typename Config::Sequence;
+
+  CF_DEVICE static Element* out(const FwdParams& p, const Sequence& sequence, int head, int /*split*/) {
+    return static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + head * p.out_stride.head;
+  }
+  CF_DEVICE static Real* lse(const FwdParams& p, const Sequence& sequence, int head, int /*split*/) {
+    return static_cast<Real*>(p.lse) + sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
+  }
+  CF_DEVICE static const Strides& out_stride(const FwdParams& p) { return p.out_stride; }
+  CF_DEVICE static Strides lse_stride(const FwdParams& p) { return {0, 1, p.lse_stride.head}; }
+};
+
+// Where parts of rows go: [num_splits, rows, heads_q] of dim_v numbers and an lse, in accumulator type, rows numbered
+// like query tiles of one row. Each split writes every query of its sequence; where lse is -inf, out is of no use.
+template <class Config>
+struct PartRows {
+  using Real = Accumulator<typename Config::Element>;
+  using Sequence = typename Config::Sequence;
+
+  CF_DEVICE static int64 number(const Attention& a, const Sequence& sequence, int head, int split) {
+    return (split * Sequence::num_q_tiles(a, 1) + sequence.first_q_tile(1)) * a.heads_q + head;
+  }
+  CF_DEVICE static Real* out(const FwdParams& p, const Sequence& sequence, int head, int split) {
+    return static_cast<Real*>(p.partial_out) + number(p.attention, sequence, head, split) * Config::kDimV;
+  }
+  CF_DEVICE static Real* lse(const FwdParams& p, const Sequence& sequence, int head, int split) {
+    return static_cast<Real*>(p.partial_lse) + number(p.attention, sequence, head, split);
+  }
+  CF_DEVICE static Strides out_stride(const FwdParams& p) {
+    return {0, static_cast<int64>(p.attention.heads_q) * Config::kDimV, Config::kDimV};
+  }
+  CF_DEVICE static Strides lse_stride(const FwdParams& p) { return {0, p.attention.heads_q, 1}; }
+};
+
+struct NoSplit {
+  template <class Config>
+  using Rows = WholeRows<Config>;
+  static constexpr int index = 0;
+  int64 block;  // number of the query tile
+
+  CF_DEVICE NoSplit(const FwdParams&, int64 block_index) : block(block_index) {}
+
+  CF_DEVICE Tiles part(const Tiles& tiles) const { return tiles; }
+};
+
+struct KeySplits {
+  template <class Config>
+  using Rows = PartRows<Config>;
+  int index;
+  int count;
+  int64 block;
+
+  CF_DEVICE KeySplits(const FwdParams& p, int64 block_index)
+      : index(static_cast<int>(block_index % p.num_splits)), count(p.num_splits), block(block_index / p.num_splits) {}
+
+  CF_DEVICE Tiles part(Tiles tiles) const {
+    const int first = tiles.begin;
+    const int64 number = tiles.end - first;
+    tiles.begin = first + static_cast<int>(number * index / count);
+    tiles.end = first + static_cast<int>(number * (index + 1) / count);
+    return tiles;
+  }
+};
+
+}  // namespace cuflash

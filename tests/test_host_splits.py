@@ -1,0 +1,195 @@
+"""Keys split between blocks, and heads that share a tile, run thread by thread on the CPU, against the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import test_host_kernels
+from host.build import why_not
+from host.run import run_plan_on_host
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_host_kernels import CAUSAL, FP32, TOP_LEFT, Case, Tensors, dense, packed
+
+from cuflash.device import named
+from cuflash.dtypes import DTYPES
+from cuflash.masks import Mask
+from cuflash.plan import Plan, choose
+from cuflash.problem import Problem
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+H100 = named("h100")
+WINDOW = Mask(left=90, right=5)
+
+
+def plan_of(case: Case) -> Plan:
+    return choose(case.problem, named(case.device), case.family)
+
+
+def variant(plan: Plan) -> tuple[str, str]:
+    """What the main kernel's rows are, and which keys a block walks."""
+    (step,) = (step for step in plan.steps if step.kernel in ("fwd_sm80", "fwd_simt"))
+    return step.config.heads, step.config.split
+
+
+SPLIT, GROUP, BOTH = ("OneHead", "KeySplits"), ("HeadGroup", "NoSplit"), ("HeadGroup", "KeySplits")
+
+CASES: dict[str, tuple[Case, tuple[str, str]]] = {
+    "split": (dense("fp16", (2, 2), (100, 330), (64, 64), batch=2, num_splits=2), SPLIT),
+    "split-more-than-tiles": (dense("bf16", (2, 2), (3, 200), (64, 64), num_splits=128), SPLIT),
+    "split-d40-dv24": (dense("fp16", (2, 2), (130, 260), (40, 24), num_splits=3, mask=CAUSAL), SPLIT),
+    "split-copy-2": (dense("bf16", (1, 1), (5, 300), (33, 7), num_splits=5, copy_bytes=2), SPLIT),
+    "split-d256": (dense("bf16", (1, 1), (70, 200), (256, 256), num_splits=2, device="a10"), SPLIT),
+    "split-causal-hides-all-but-one": (dense("fp16", (2, 2), (150, 400), (64, 64), num_splits=7, mask=TOP_LEFT), SPLIT),
+    "split-queries-without-keys": (dense("fp16", (1, 1), (400, 330), (64, 64), num_splits=5, mask=CAUSAL), SPLIT),
+    "group": (dense("fp16", (8, 2), (3, 200), (64, 64), batch=2), GROUP),
+    "group-of-7": (dense("bf16", (7, 1), (17, 70), (64, 64), mask=CAUSAL), GROUP),
+    "group-copy-4": (dense("fp16", (4, 1), (9, 130), (34, 18), copy_bytes=4), GROUP),
+    "group-copy-2": (dense("bf16", (3, 1), (1, 70), (33, 7), copy_bytes=2), GROUP),
+    "group-one-key": (dense("fp16", (8, 1), (1, 1), (64, 64), num_splits=128), GROUP),
+    "group-no-keys": (dense("fp16", (8, 1), (1, 0), (64, 64), num_splits=128), GROUP),
+    "group-no-keys-sink": (dense("fp16", (4, 2), (3, 0), (64, 64), num_splits=5, sink=True), GROUP),
+    "decode": (dense("bf16", (8, 1), (1, 700), (128, 128), batch=2), BOTH),
+    "decode-window": (dense("fp16", (4, 1), (3, 2000), (64, 64), num_splits=30, mask=Mask(left=70, right=0)), BOTH),
+    "decode-mask": (dense("fp16", (4, 2), (9, 330), (64, 64), batch=2, num_splits=5, mask_axes="bhqk"), BOTH),
+    "decode-alibi": (dense("fp16", (8, 2), (9, 330), (64, 64), batch=2, num_splits=4, alibi_axes="bh"), BOTH),
+    "decode-bias": (dense("fp16", (4, 1), (17, 330), (64, 64), num_splits=4, bias_axes="hqk", bias=FP32), BOTH),
+    "decode-softcap": (dense("fp16", (4, 1), (9, 330), (64, 64), num_splits=3, softcap=1.5, softmax_scale=-0.4), BOTH),
+    "decode-sink": (dense("bf16", (8, 2), (3, 330), (64, 64), batch=2, num_splits=5, sink=True, mask=CAUSAL), BOTH),
+    "decode-dropout": (dense("fp16", (8, 2), (9, 330), (64, 64), batch=2, num_splits=4, dropout="byte"), BOTH),
+    "decode-word": (dense("bf16", (4, 2), (9, 331), (64, 64), num_splits=4, dropout="word", mask=CAUSAL), BOTH),
+    "decode-everything": (
+        dense(
+            "fp16", (8, 2), (17, 330), (64, 64), batch=2, num_splits=5, mask=WINDOW, mask_axes="bhqk",
+            alibi_axes="bh", bias_axes="bhqk", softcap=3.0, sink=True, dropout="byte",
+        ),
+        BOTH,
+    ),
+    "varlen": (
+        packed("fp16", (8, 2), (1, 0, 3, 17, 1), (500, 40, 0, 300, 1), (64, 64), tail=4, num_splits=5), BOTH,
+    ),
+    "varlen-seqused-causal": (
+        packed(
+            "bf16", (4, 1), (1, 3, 17, 2), (500, 330, 70, 9), (64, 64), tail=3, num_splits=0, mask=CAUSAL,
+            seqused_q=(1, 2, 17, 0), seqused_kv=(450, 0, 64, 9),
+        ),
+        BOTH,
+    ),
+    "varlen-one-head": (packed("fp16", (2, 2), (70, 1, 130), (330, 500, 20), (64, 64), tail=2, num_splits=3), SPLIT),
+    "varlen-everything": (
+        packed(
+            "bf16", (4, 1), (9, 0, 17, 3), (330, 30, 20, 150), (64, 64), tail=5, num_splits=4, seqused_q=(8, 0, 17, 1),
+            seqused_kv=(300, 9, 20, 99), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", bias=FP32,
+            softcap=3.0, sink=True, dropout="byte",
+        ),
+        BOTH,
+    ),
+    "simt-split": (dense("fp32", (2, 2), (100, 330), (64, 64), family="simt", num_splits=3), SPLIT),
+    "simt-group": (dense("fp64", (8, 1), (3, 130), (40, 24), family="simt", batch=2), GROUP),
+    "simt-decode": (dense("fp32", (8, 1), (1, 700), (64, 64), family="simt", batch=2), BOTH),
+    "simt-decode-fp64": (
+        dense("fp64", (4, 1), (9, 330), (32, 40), family="simt", num_splits=5, mask=CAUSAL, sink=True), BOTH,
+    ),
+    "simt-decode-fp16-d300": (
+        dense("fp16", (3, 1), (3, 200), (300, 520), family="simt", num_splits=2, mask=CAUSAL, copy_bytes=8), BOTH,
+    ),
+    "simt-varlen-everything": (
+        packed(
+            "fp32", (4, 1), (9, 0, 17, 3), (330, 30, 20, 150), (32, 32), family="simt", tail=5, num_splits=4,
+            seqused_q=(8, 0, 17, 1), seqused_kv=(300, 9, 20, 99), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh",
+            bias_axes="bhqk", softcap=3.0, sink=True, dropout="word",
+        ),
+        BOTH,
+    ),
+}  # fmt: skip
+# What a case leaves open is left to the plan.
+CASES = {
+    name: (replace(case, problem=replace(case.problem, num_splits=0)) if case.problem.num_splits == 1 else case, kind)
+    for name, (case, kind) in CASES.items()
+}
+
+
+@pytest.mark.parametrize(("case", "kind"), CASES.values(), ids=CASES.keys())
+def test_forward_in_parts(case: Case, kind: tuple[str, str]) -> None:
+    """Scratch memory starts as NaN, so a part that nobody wrote cannot be read unseen."""
+    assert variant(plan_of(case)) == kind
+    test_host_kernels.test_forward(case)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+@pytest.mark.parametrize(("family", "dtype"), [("sm80", "fp16"), ("simt", "fp32")])
+def test_any_lengths_groups_and_splits(family: str, dtype: str, data: st.DataObject) -> None:
+    """Few variants, many sizes: a window that may hide everything, nothing, or be causal."""
+    draw = data.draw
+    heads_kv, group = draw(st.integers(1, 2)), draw(st.sampled_from([1, 3, 4, 7, 8]))
+    lens_q = st.sampled_from([1, 2, 3, 9, 17, 40, 70])
+    lens_kv = st.one_of(st.integers(0, 70), st.integers(0, 700))
+    left, right = (draw(st.sampled_from([0, 3, 60, 1000])) for _ in range(2))
+    more = {
+        "family": family, "num_splits": draw(st.sampled_from([0, 1, 2, 3, 5, 128])),
+        "mask": Mask(left, right, draw(st.sampled_from(["bottom-right", "top-left"]))),
+    }  # fmt: skip
+    heads = heads_kv * group, heads_kv
+    if draw(st.booleans()):
+        lens = draw(st.lists(st.tuples(st.one_of(st.just(0), lens_q), lens_kv), min_size=1, max_size=4))
+        case = packed(dtype, heads, *zip(*lens, strict=True), (16, 16), tail=draw(st.integers(0, 3)), **more)
+    else:
+        lens = draw(lens_q), draw(lens_kv)
+        case = dense(dtype, heads, lens, (16, 16), batch=draw(st.integers(1, 2)), **more)
+    test_host_kernels.test_forward(case)
+
+
+def forward(problem: Problem, arrays: dict[str, np.ndarray], family: str, seed: int = 0) -> tuple[bytes, bytes]:
+    """The bits of out and lse."""
+    rows = arrays["q"].shape[:-1]
+    out = np.full((*rows, problem.dim_v), np.nan, problem.dtype.numpy)
+    lse = np.full((problem.batch, problem.heads_q, problem.len_q), np.nan, problem.dtype.accumulator)
+    run_plan_on_host(choose(problem, H100, family), arrays | {"out": out, "lse": lse}, seed)
+    assert np.isfinite(out.astype(np.float64)).all() and np.isfinite(lse).all()
+    return out.tobytes(), lse.tobytes()
+
+
+def random_arrays(problem: Problem) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    shapes = {
+        "q": (problem.len_q, problem.heads_q, problem.dim_qk),
+        "k": (problem.len_kv, problem.heads_kv, problem.dim_qk),
+        "v": (problem.len_kv, problem.heads_kv, problem.dim_v),
+    }
+    return {n: rng.standard_normal((problem.batch, *s)).astype(problem.dtype.numpy) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize("num_splits", [0, 5])
+def test_results_do_not_depend_on_the_order_of_warps(family: str, num_splits: int) -> None:
+    problem = Problem("forward", DTYPES["fp16"], 2, 8, 2, 3, 700, 64, 64, softmax_scale=0.125, num_splits=num_splits)
+    arrays = random_arrays(problem)
+    assert len({forward(problem, arrays, family, seed) for seed in range(4)}) == 1
+
+
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+def test_one_split_gives_a_row_the_same_bits_in_any_batch(family: str) -> None:
+    together = Problem("forward", DTYPES["fp16"], 3, 8, 2, 1, 700, 64, 64, softmax_scale=0.125, num_splits=1)
+    arrays = random_arrays(together)
+    out, lse = forward(together, arrays, family)
+    alone = replace(together, batch=1)
+    parts = [forward(alone, {name: x[b : b + 1] for name, x in arrays.items()}, family) for b in range(3)]
+    assert (out, lse) == tuple(b"".join(part) for part in zip(*parts, strict=True))
+
+
+def test_scratch_memory_is_as_large_as_the_parts() -> None:
+    """The last split of the last row of the last head is written inside, by the guards of `run_plan_on_host`."""
+    case = packed("fp16", (4, 1), (1, 2, 3), (200, 300, 330), (64, 24), tail=7, num_splits=5)
+    sizes = {w.name: w.shape for w in plan_of(case).workspaces}
+    rows = 6 + 7 + 3  # of the sequences, behind them, and one for each sequence's start
+    assert sizes == {"partial_out": (5, rows, 4, 24), "partial_lse": (5, rows, 4)}
+    tensors = Tensors(case)
+    for name in ("q", "k", "v"):
+        tensors.random(name)
+    tensors.place("out"), tensors.place("lse")
+    run_plan_on_host(plan_of(case), tensors.arrays)
+    assert np.isfinite(tensors.arrays["lse"][:, :6]).all() and np.isneginf(tensors.arrays["lse"][:, 6:]).all()
