@@ -52,7 +52,7 @@ class Family:
         reasons += [f"no {feature}" for feature in needs(problem) if feature not in self.features]
         if problem.page_size and problem.direction == "backward":
             reasons.append("no gradients of pages: sequences may share them")
-        return reasons
+        return reasons or self.leave(problem, device)
 
     def plan(self, problem: Problem, device: Device) -> Plan:
         """The plan for a problem this family has no reason against."""
@@ -269,7 +269,8 @@ def _forward(problem: Problem, device: Device, family: str, tile: tiles.Tile, sm
             Workspace("partial_out", problem.dtype.accumulator, (*shape, problem.dim_v)),
             Workspace("partial_lse", problem.dtype.accumulator, shape),
         )
-    return Plan(problem, device, family, steps, workspaces, tile.reason, division.num_splits, division.reason)
+    chosen = {"num_splits": division.num_splits, "division": division.reason}
+    return Plan(problem, device, family, steps, workspaces, tile.reason, **chosen)
 
 
 def _sm80_forward(problem: Problem, device: Device) -> Plan:

@@ -4,10 +4,12 @@
 #include "element.cuh"
 #include "params.cuh"
 #include "attention/dropout.cuh"
+#include "attention/heads.cuh"
 #include "attention/mask.cuh"
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
+#include "attention/split.cuh"
 #include "tile/dq_accum.cuh"
 
 namespace cuflash {
@@ -19,6 +21,8 @@ struct Config {
   using Score = ScaledScore<float>;
   using Dropout = NoDropout;
   using Sink = NoSink;
+  using Heads = OneHead;
+  using Split = NoSplit;
   using Reduction = AtomicReduction;
   static constexpr int kDimQk = 128;
   static constexpr int kDimV = 128;
@@ -100,8 +104,11 @@ static_assert(CF_OFFSET(FwdParams, k_stride) == 320, "host layout");
 static_assert(CF_OFFSET(FwdParams, v_stride) == 344, "host layout");
 static_assert(CF_OFFSET(FwdParams, out_stride) == 368, "host layout");
 static_assert(CF_OFFSET(FwdParams, lse_stride) == 392, "host layout");
-static_assert(CF_OFFSET(FwdParams, pages) == 416, "host layout");
-static_assert(CF_OFFSET(FwdParams, heads_per_section) == 456, "host layout");
+static_assert(CF_OFFSET(FwdParams, partial_out) == 416, "host layout");
+static_assert(CF_OFFSET(FwdParams, partial_lse) == 424, "host layout");
+static_assert(CF_OFFSET(FwdParams, num_splits) == 432, "host layout");
+static_assert(CF_OFFSET(FwdParams, pages) == 440, "host layout");
+static_assert(CF_OFFSET(FwdParams, heads_per_section) == 480, "host layout");
 static_assert(CF_OFFSET(FwdParams, q_map) == 512, "host layout");
 static_assert(CF_OFFSET(FwdParams, k_map) == 640, "host layout");
 static_assert(CF_OFFSET(FwdParams, v_map) == 768, "host layout");
