@@ -49,8 +49,13 @@ class Gradients(NamedTuple):
     dv: np.ndarray
     ds: np.ndarray
     """(heads_q, len_q, len_kv), of the logits after everything has been added to them."""
-    dsink: np.ndarray
-    """(heads_q,); 0 without a sink."""
+    sink_rows: np.ndarray
+    """(heads_q, len_q), what each row adds to the gradient of its head's sink; 0 without one."""
+
+    @property
+    def dsink(self) -> np.ndarray:
+        """(heads_q,)."""
+        return self.sink_rows.sum(axis=-1)
 
 
 class Naive:
@@ -92,11 +97,8 @@ class Naive:
             dx = self._rounded(dx * (1 - (s / self._softcap) ** 2))
         dx = self._rounded(dx * self._scale)
         dq, dk, dv = dx @ k, _turned(dx) @ q, _turned(self._dropped(p, extras)) @ dout
-        dk, dv = (
-            x.reshape(*x.shape[:-3], heads_kv, heads_q // heads_kv, *x.shape[-2:]).sum(axis=-3) for x in (dk, dv)
-        )
-        dsink = -(p_sink * delta).sum(axis=(-2, -1))
-        return Gradients(self._rounded(dq), self._rounded(dk), self._rounded(dv), ds, dsink)
+        dk, dv = (x.reshape(*x.shape[:-3], heads_kv, heads_q // heads_kv, *x.shape[-2:]).sum(axis=-3) for x in (dk, dv))
+        return Gradients(self._rounded(dq), self._rounded(dk), self._rounded(dv), ds, -(p_sink * delta)[..., 0])
 
     def _probabilities(
         self, q: np.ndarray, k: np.ndarray, keep: np.ndarray | None, extras: Extras
