@@ -128,8 +128,11 @@ class Naive:
     def _wide(self, x: np.ndarray, heads_q: int) -> np.ndarray:
         """The same values in the accumulator type, each kv head repeated for the query heads of its group."""
         x = x.astype(self._dtype.accumulator, copy=False)
-        group = heads_q // x.shape[-3]
-        return x if group == 1 else np.repeat(x, group, axis=-3)
+        *batch, heads_kv, length, dim = x.shape
+        if heads_kv == heads_q:
+            return x
+        grouped = np.broadcast_to(x[..., None, :, :], (*batch, heads_kv, heads_q // heads_kv, length, dim))
+        return grouped.reshape(*batch, heads_q, length, dim)
 
     def _rounded(self, x: np.ndarray) -> np.ndarray:
         """Rounded to the element type."""
