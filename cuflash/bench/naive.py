@@ -49,8 +49,13 @@ class Gradients(NamedTuple):
     dv: np.ndarray
     ds: np.ndarray
     """(heads_q, len_q, len_kv), of the logits after everything has been added to them."""
-    dsink: np.ndarray
-    """(heads_q,); 0 without a sink."""
+    sink_rows: np.ndarray
+    """(heads_q, len_q), what each row adds to the gradient of its head's sink; 0 without one."""
+
+    @property
+    def dsink(self) -> np.ndarray:
+        """(heads_q,)."""
+        return self.sink_rows.sum(axis=-1)
 
 
 class Naive:
@@ -93,8 +98,7 @@ class Naive:
         dx = self._rounded(dx * self._scale)
         dq, dk, dv = dx @ k, _turned(dx) @ q, _turned(self._dropped(p, extras)) @ dout
         dk, dv = (x.reshape(*x.shape[:-3], heads_kv, heads_q // heads_kv, *x.shape[-2:]).sum(axis=-3) for x in (dk, dv))
-        dsink = -(p_sink * delta).sum(axis=(-2, -1))
-        return Gradients(self._rounded(dq), self._rounded(dk), self._rounded(dv), ds, dsink)
+        return Gradients(self._rounded(dq), self._rounded(dk), self._rounded(dv), ds, -(p_sink * delta)[..., 0])
 
     def _probabilities(
         self, q: np.ndarray, k: np.ndarray, keep: np.ndarray | None, extras: Extras
@@ -124,8 +128,11 @@ class Naive:
     def _wide(self, x: np.ndarray, heads_q: int) -> np.ndarray:
         """The same values in the accumulator type, each kv head repeated for the query heads of its group."""
         x = x.astype(self._dtype.accumulator, copy=False)
-        group = heads_q // x.shape[-3]
-        return x if group == 1 else np.repeat(x, group, axis=-3)
+        *batch, heads_kv, length, dim = x.shape
+        if heads_kv == heads_q:
+            return x
+        grouped = np.broadcast_to(x[..., None, :, :], (*batch, heads_kv, heads_q // heads_kv, length, dim))
+        return grouped.reshape(*batch, heads_q, length, dim)
 
     def _rounded(self, x: np.ndarray) -> np.ndarray:
         """Rounded to the element type."""

@@ -149,8 +149,11 @@ def _extras(case: Case, inputs: Inputs, b: int, len_q: int, len_kv: int) -> Extr
     return Extras(added, inputs.sink, dropped)
 
 
-def judge(tensor: str, result: Array, exact: Array, naive: Array, case: Case) -> Verdict:
-    """Compare one tensor, on the host or a GPU; infinities must be where the exact answer has them, NaN nowhere."""
+def judge(tensor: str, result: Array, exact: Array, naive: Array, case: Case, spread: float = 0.0) -> Verdict:
+    """Compare one tensor, on the host or a GPU; infinities must be where the exact answer has them, NaN nowhere.
+
+    `spread` is the standard deviation of what chance makes of the naive error, where that is known.
+    """
     # One rounding of the result's own type, and of the accumulator some more: another order of summation.
     ulp, roundings = (float(ml_dtypes.finfo(t).eps) for t in (result.dtype, case.problem.dtype.accumulator))
     if tensor in ("dbias", "dsink"):  # sums of rounded numbers, so few that chance decides between them and the naive
@@ -162,7 +165,7 @@ def judge(tensor: str, result: Array, exact: Array, naive: Array, case: Case) ->
     difference = _difference(result, exact)
     naive_error = float(_difference(naive, exact).max())
     largest = float(np.where(np.isfinite(exact), np.abs(exact), 0.0).max())
-    allowed = 2 * naive_error + ulp * largest + 32 * roundings * max(largest, 1.0)
+    allowed = 2 * max(naive_error, 3 * spread) + ulp * largest + 32 * roundings * max(largest, 1.0)
     worst = np.unravel_index(int(difference.argmax()), difference.shape)
     where = f"[{', '.join(map(str, worst))}] {float(result[worst]):.6g}, exact {float(exact[worst]):.6g}"
     return Verdict(tensor, float(difference[worst]), naive_error, allowed, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ from rich.progress import track
 
 from cuflash.bench.cases import Case, select
 from cuflash.bench.inputs import Normals, make
+from cuflash.bench.soak import Job
 from cuflash.bench.verify import verify
+from cuflash.cli import soak as soaking
 from cuflash.cli.console import console, table
 from cuflash.cli.problem import has_gpu
 from cuflash.errors import InvalidArgument, UnsupportedProblem
@@ -38,13 +41,33 @@ def check(
     numpy: Annotated[bool, typer.Option("--numpy", help="Check the NumPy backend even where there is a GPU.")] = False,
     sanitize: Annotated[Tool | None, typer.Option(help="Run under this tool of compute-sanitizer.")] = None,
     pool: Annotated[bool, typer.Option(help="Allocate from CuPy's pool; a sanitizer sees more without.")] = True,
+    soak: Annotated[
+        int | None, typer.Option(min=1, help="Run so many random problems around the cases instead of the cases.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="With --soak: start none after this long.")] = None,
+    first: Annotated[int | None, typer.Option(min=0, help="With --soak: the number of the first one.")] = None,
+    patience: Annotated[
+        float | None, typer.Option(min=1, help="With --soak: seconds after which one hangs; 60 if not given.")
+    ] = None,
 ) -> None:
     """Run cases and compare every output with the same computation in float64; status 1 if one is too far off.
 
     A result may be twice as far from the exact answer as the naive formula in the same element type, plus a few
     roundings. Runs the kernels where there is a GPU, else the NumPy backend.
+
+    With --soak the lengths, heads, strides, windows and numbers of the cases are drawn at random, and everything around
+    the tensors is looked at, too; on a GPU that needs cuBLAS.
     """
     cases = select(case)
+    if soak is not None:
+        if sanitize is not None:
+            raise InvalidArgument("--soak and --sanitize exclude each other; a sanitizer takes minutes for some cases.")
+        ids = tuple(each.id for each in cases)
+        job = Job(ids, seed, first or 0, soak, gpu=not numpy and has_gpu(), pool=pool, patience_s=patience or 60.0)
+        raise typer.Exit(not soaking.run(job, math.inf if seconds is None else seconds))
+    for option, value in (("--seconds", seconds), ("--first", first), ("--patience", patience)):
+        if value is not None:
+            raise InvalidArgument(f"{option} needs --soak, the number of random problems.")
     if sanitize is not None:
         raise typer.Exit(_sanitized(sanitize, case, seed))
     xp = _arrays(numpy, pool)

@@ -1,0 +1,190 @@
+"""What a draw should give: the naive formula on all sequences at once, padded to the longest; on NumPy or CuPy."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuflash.bench.draws import Draw
+from cuflash.bench.inputs import Array
+from cuflash.bench.naive import Extras, Naive
+from cuflash.bench.surroundings import Surrounded
+from cuflash.dtypes import FP64, DType
+from cuflash.reference.dropout import philox_words
+
+_LOW = 2**32 - 1
+
+_LSE_PART = 2.0**-14
+"""How much of itself an lse may be off. Scores are never rounded to 16 bits on the way to it, as the naive ones are, so
+that it shows a single key too many or too few where out does not."""
+
+_ROUNDINGS = 32
+"""How many of the accumulator's roundings an element may be off by chance alone."""
+
+
+class Answer(NamedTuple):
+    """One output, shaped as calls return it."""
+
+    exact: Array
+    """In float64."""
+    naive: Array
+    """With every stage rounded to the problem's element type; in its accumulator type."""
+    spread: float = 0.0
+    """Standard deviation of the naive error, for sums so few that chance decides what it is."""
+    most: float = math.inf
+    """What no error may exceed, whatever the naive one is."""
+
+
+class _Rows(NamedTuple):
+    """Where padded rows are in a tensor, and the other way round."""
+
+    live: Array
+    """(batch, longest) booleans: whether there is such a row."""
+    length: int
+    """Rows of a dense tensor."""
+    packed: Array | None = None
+    """(batch, longest): which packed row it is; None where the tensor is dense."""
+    padded: Array | None = None
+    """(total,): which of batch * longest padded rows a packed row is."""
+    taking_part: Array | None = None
+    """(total,) booleans: whether it is one."""
+
+
+class Answers:
+    """The results of a draw in any element type, on the device that its arrays are on.
+
+    Padded tensors are (batch, heads, rows, dim); what the padding holds is 0, and no pair with it is visible. There is
+    at least one row and one key, as CuPy has no maximum of nothing.
+    """
+
+    def __init__(self, draw: Draw, arrays: Surrounded, xp: Any) -> None:
+        self._draw, self._problem, self._arrays, self._xp = draw, draw.case.problem, arrays, xp
+        case, problem = draw.case, draw.case.problem
+        lens = np.array(case.sequences, np.int64).reshape(problem.batch, 2)
+        self._len_q, self._len_kv = max(problem.len_q, 1), max(problem.len_kv, 1)
+        i, j = np.arange(self._len_q), np.arange(self._len_kv)
+        live_q, live_kv = i < lens[:, :1], j < lens[:, 1:]
+        self._rows_q = self._rows("q", problem.len_q, case.lens_q, live_q)
+        self._rows_kv = self._rows("kv", problem.len_kv, case.lens_kv, live_kv)
+
+        inputs = arrays.inputs
+        self._q = self._padded(inputs.q, self._rows_q)
+        self._k, self._v = (self._padded(x, self._rows_kv) for x in (inputs.k, inputs.v))
+        diagonals = i + [[problem.mask.offset(*each)] for each in lens.tolist()]
+        keep = xp.asarray(live_q)[:, None, :, None] & xp.asarray(live_kv)[:, None, None, :]
+        distance = xp.asarray(j) - xp.asarray(diagonals)[:, None, :, None]
+        if problem.mask.left is not None:
+            keep &= distance >= -problem.mask.left
+        if problem.mask.right is not None:
+            keep &= distance <= problem.mask.right
+        pairs = problem.len_q > 0 and problem.len_kv > 0
+        if inputs.mask_tensor is not None and pairs:
+            keep = keep & inputs.mask_tensor
+        added = None
+        if inputs.alibi_slopes is not None:
+            added = -inputs.alibi_slopes.astype(np.float64)[..., None, None] * abs(distance)
+        if inputs.bias is not None and pairs:
+            bias = inputs.bias.astype(problem.dtype.accumulator)
+            added = bias if added is None else added + bias
+        dropped = self._dropped(i, j, lens[:, 1]) if problem.dropout else None
+        # The axes of the terms that some gradients are sums of, and the shapes of those.
+        self._summed, self._shapes = {}, {}
+        if problem.bias_grad:
+            self._shapes["dbias"] = inputs.bias.shape
+            self._summed["dbias"] = tuple(axis for axis, n in enumerate(inputs.bias.shape) if n == 1)
+        if problem.sink and problem.direction == "backward":
+            self._shapes["dsink"], self._summed["dsink"] = (problem.heads_q,), (0, 2)
+        self._keep, self._extras = keep, Extras(added, inputs.sink, dropped)
+
+    def answers(self) -> dict[str, Answer]:
+        """Every output by name."""
+        (exact, exact_terms), (naive, naive_terms) = (self._results(each) for each in (FP64, self._problem.dtype))
+        real = self._problem.dtype.accumulator
+        # In fp64 the exact answer is the naive one, so that its own roundings are not seen.
+        unseen = _ROUNDINGS * float(np.finfo(real).eps)
+        found = {}
+        for name, x in exact.items():
+            size = float(self._xp.where(self._xp.isfinite(x), abs(x), 0).max()) if x.size else 0.0
+            spread = unseen * max(size, 1.0) if real == np.float64 else 0.0
+            most = _LSE_PART * max(size, 1.0) if name == "lse" else math.inf
+            found[name] = Answer(x, naive[name], spread, most)
+        for name, axes in self._summed.items():
+            e, n = exact_terms[name], naive_terms[name]
+            *sums, off, size = (x.sum(axis=axes, keepdims=True) if axes else x for x in (e, n, (n - e) ** 2, e**2))
+            shape = self._shapes[name]
+            sums = [x.reshape(shape) if 0 not in shape else self._xp.zeros(shape) for x in sums]
+            spread = float(off.max()) ** 0.5 + unseen * max(float(size.max()) ** 0.5, 1.0)
+            found[name] = Answer(*sums, spread)
+        return found
+
+    def _results(self, dtype: DType) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Outputs by name, and terms of those that are sums over pairs or rows."""
+        problem, arrays, xp = self._problem, self._arrays, self._xp
+        naive = Naive(dtype, problem.softmax_scale, problem.softcap)
+        out, lse = naive.forward(self._q, self._k, self._v, self._keep, self._extras)
+        packed_lse = self._unpadded(lse[..., None], self._rows_q, -np.inf)[..., 0].swapaxes(-1, -2)
+        found = {"out": self._unpadded(out, self._rows_q), "lse": packed_lse}
+        if problem.direction == "forward":
+            return found, {}
+        dlse = 0.0
+        if arrays.dlse is not None:
+            dlse = self._padded(arrays.dlse.swapaxes(-1, -2)[..., None], self._rows_q)[..., 0]
+            dlse = xp.where(lse == -np.inf, 0, dlse)
+        dout = self._padded(arrays.inputs.dout, self._rows_q)
+        grads = naive.backward(dout, dlse, self._q, self._k, self._v, self._keep, self._extras)
+        for name, rows in (("dq", self._rows_q), ("dk", self._rows_kv), ("dv", self._rows_kv)):
+            found[name] = self._unpadded(getattr(grads, name), rows)
+        # Errors of a row are one error, that of its delta; those of different rows are independent.
+        ds = grads.ds.sum(axis=-1, keepdims=True) if 3 in self._summed.get("dbias", ()) else grads.ds
+        return found, {"dbias": ds, "dsink": grads.sink_rows}
+
+    def _rows(self, side: str, length: int, lens: tuple[int, ...], live: np.ndarray) -> _Rows:
+        if self._problem.layout == "dense":
+            return _Rows(self._xp.asarray(live), length)
+        packed = np.array([*accumulate(lens, initial=0)][:-1])[:, None] + np.arange(live.shape[1])
+        taking_part = self._draw.taking_part(side)
+        padded = np.zeros(len(taking_part), np.int64)
+        padded[taking_part] = np.flatnonzero(live)
+        live, *others = (self._xp.asarray(x) for x in (live, np.where(live, packed, 0), padded, taking_part))
+        return _Rows(live, length, *others)
+
+    def _padded(self, x: Array, rows: _Rows) -> Array:
+        x = x.astype(self._problem.dtype.accumulator)
+        if not x.size:
+            return self._xp.zeros((len(rows.live), x.shape[-2], rows.live.shape[1], x.shape[-1]), x.dtype)
+        if rows.packed is not None:
+            x = self._xp.where(rows.live[..., None, None], x[rows.packed], 0)
+        return self._xp.ascontiguousarray(x.swapaxes(1, 2))
+
+    def _unpadded(self, x: Array, rows: _Rows, empty: float = 0.0) -> Array:
+        x = x.swapaxes(1, 2)
+        if rows.packed is None:
+            return x[:, : rows.length]
+        x = x.reshape(-1, *x.shape[2:])[rows.padded]
+        return self._xp.where(rows.taking_part[:, None, None], x, empty)
+
+    def _dropped(self, i: np.ndarray, j: np.ndarray, lens_kv: np.ndarray) -> Array:
+        """What probabilities are multiplied by, from the definition of the schemes: a call of Philox for each pair."""
+        problem, xp, dropout = self._problem, self._xp, self._draw.dropout
+        seed, offset = self._draw.rng_state
+        heads = np.arange(problem.batch * problem.heads_q, dtype=np.uint64).reshape(problem.batch, -1, 1, 1)
+        i, j = i.astype(np.uint64)[:, None], j.astype(np.uint64)
+        if dropout.scheme == "byte":
+            counter = xp.asarray(heads * 32 + i % 8 * 4 + offset) + xp.asarray(j // 2 % 4)
+            row, key = xp.asarray(i // 16), xp.asarray(j // 32)
+            w0, w1, w2, w3 = philox_words((counter & _LOW, counter >> 32, row, key), seed, rounds=7)
+            upper, odd = (xp.asarray(j // n % 2 == 1) for n in (16, 8))
+            word = xp.where(upper, xp.where(odd, w3, w2), xp.where(odd, w1, w0))
+            shift = xp.asarray(i // 8 % 2 * 16) + xp.asarray(j % 2 * 8)
+            return ((word >> shift) & 255 <= dropout.threshold) * dropout.keep_scale
+        plane = problem.len_q * problem.len_kv
+        first = heads * plane + i * lens_kv.astype(np.uint64)[:, None, None, None] + offset
+        number = xp.asarray(first) + xp.asarray(j)
+        call, at = number >> 2, number & 3
+        w0, w1, w2, w3 = philox_words((call & _LOW, call >> 32, 0, 0), seed, rounds=10)
+        word = xp.where(at < 2, xp.where(at == 0, w0, w1), xp.where(at == 2, w2, w3))
+        uniform = word.astype(np.float32) * 2.0**-32 + 2.0**-33
+        return (uniform > float(np.float32(dropout.p))) * dropout.keep_scale

@@ -1,0 +1,224 @@
+"""Random problems around the cases of the table: the kernels stay those of the case, everything they read varies.
+
+What is compiled into a kernel is kept: direction, element type, head sizes, layout, kinds of mask and score, dropout's
+scheme and the width of accesses. The rest is drawn: batch, heads, lengths and where sequences lie, window sides,
+numbers and how tensors broadcast. Mask sides stay within the sequences, as wider ones would be another kind of mask.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+
+from cuflash.bench.cases import Case
+from cuflash.dropout import Dropout
+from cuflash.masks import Mask
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a problem may be drawn."""
+
+    pairs: int
+    """Of a query and a key, over all heads and the longest sequences of a batch."""
+    elements: int
+    """Of one tensor."""
+    length: int
+    """Of a sequence."""
+
+
+GPU = Limits(pairs=2**22, elements=2**20, length=4096)
+HOST = Limits(pairs=2**15, elements=2**15, length=512)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One random problem; its arrays follow from the same seed and number (:mod:`cuflash.bench.surroundings`)."""
+
+    seed: int
+    number: int
+    case: Case
+    """The case it was drawn around, with the problem that came of it."""
+    mask_broadcast: tuple[bool, bool, bool, bool] = (False, False, False, False)
+    """Along which of (batch, heads_q, len_q, len_kv) the boolean mask is broadcast."""
+    alibi_batched: bool = False
+    """A slope for each head of each batch element, not for each head alone."""
+    unbiased: bool = False
+    rng_state: tuple[int, int] | None = None
+    """Philox seed and offset of dropout."""
+    dlse: bool = False
+    """Backward: lse has an upstream gradient too."""
+    empty_lse: float = -math.inf
+    """How the backward is told of a row that sees nothing; either infinity says it."""
+
+    @property
+    def dropout(self) -> Dropout | None:
+        """What happens to probabilities after the softmax."""
+        scheme = self.case.problem.dropout
+        return Dropout(self.case.dropout_p, scheme, self.unbiased) if scheme else None
+
+    def taking_part(self, side: str) -> np.ndarray:
+        """Which packed rows of "q" or "kv" belong to a sequence that uses them, (total,) booleans."""
+        problem = self.case.problem
+        lens, used, total = (
+            (self.case.lens_q, self.case.seqused_q, problem.total_q)
+            if side == "q"
+            else (self.case.lens_kv, self.case.seqused_kv, problem.total_kv)
+        )
+        live = np.zeros(total, bool)
+        for start, n in zip(accumulate(lens, initial=0), used or lens, strict=False):
+            live[start : start + n] = True
+        return live
+
+    def generator(self) -> np.random.Generator:
+        """Random numbers for the arrays, alike each time."""
+        return np.random.default_rng([self.seed, self.number, 1])
+
+    def __str__(self) -> str:
+        """Everything but the arrays' strides, in a few lines."""
+        case, problem, mask = self.case, self.case.problem, self.case.problem.mask
+        parts = [f"{problem} scale {problem.softmax_scale!r} copies of {problem.copy_bytes} bytes"]
+        parts += [f"{mask.alignment} window ({mask.left}, {mask.right})"]
+        parts += [f"softcap {problem.softcap!r}"] if problem.softcap else []
+        if problem.layout == "varlen":
+            parts += [f"lens_q {case.lens_q} of {problem.total_q} rows, lens_kv {case.lens_kv} of {problem.total_kv}"]
+            parts += [f"seqused_q {case.seqused_q}"] if case.seqused_q else []
+            parts += [f"seqused_kv {case.seqused_kv}"] if case.seqused_kv else []
+        parts += [f"mask broadcast {self.mask_broadcast}"] if mask.tensor else []
+        parts += [f"bias broadcast {problem.bias_broadcast}"] if problem.bias else []
+        parts += ["slopes of each batch element"] if self.alibi_batched else []
+        parts += [f"{self.dropout} from {self.rng_state}"] if problem.dropout else []
+        parts += [f"dlse {self.dlse}, empty rows {self.empty_lse}"] if problem.direction == "backward" else []
+        return "\n".join(parts)
+
+
+def draw(cases: list[Case], seed: int, number: int, limits: Limits) -> Draw:
+    """The draw with this number; its case is taken in turn, so that one case alone gives the same draw again."""
+    order = np.random.default_rng([seed, len(cases)]).permutation(len(cases))
+    case = cases[order[number % len(cases)]]
+    rng = np.random.default_rng([seed, number, 0])
+    drawn = _packed(case, rng, limits) if case.problem.layout == "varlen" else _dense(case, rng, limits)
+    problem = drawn.problem
+    shape = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
+    problem = replace(
+        problem,
+        mask=_mask(
+            problem.mask, problem.layout, (problem.len_q, problem.total_q), (problem.len_kv, problem.total_kv), rng
+        ),
+        softcap=float(np.exp(rng.uniform(-1, 3))) if problem.softcap else 0.0,
+        softmax_scale=_scale(case, rng),
+        bias_broadcast=_broadcast(rng, shape) if problem.bias else problem.bias_broadcast,
+    )
+    return Draw(
+        seed,
+        number,
+        replace(drawn, problem=problem, dropout_p=_probability(rng) if problem.dropout else 0.0),
+        mask_broadcast=_broadcast(rng, shape),
+        alibi_batched=problem.alibi and bool(rng.random() < 0.5),
+        unbiased=problem.dropout is not None and bool(rng.random() < 0.5),
+        rng_state=_rng_state(rng) if problem.dropout else None,
+        dlse=bool(rng.random() < 0.5),
+        empty_lse=float(rng.choice([-np.inf, np.inf])),
+    )
+
+
+def _dense(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
+    batch, heads_q, heads_kv = _planes(case, rng, limits)
+    longest = _two_lengths(case, rng, limits, batch, heads_q)
+    sizes = dict(zip(("len_q", "len_kv"), longest, strict=True))
+    return replace(case, problem=replace(case.problem, batch=batch, heads_q=heads_q, heads_kv=heads_kv, **sizes))
+
+
+def _packed(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
+    batch, heads_q, heads_kv = _planes(case, rng, limits)
+    sizes, lens, used = {}, [], []
+    most_tail = limits.elements // (heads_q * max(case.problem.dim_qk, case.problem.dim_v))
+    for side, longest in zip(("q", "kv"), _two_lengths(case, rng, limits, batch, heads_q), strict=True):
+        each = [0 if rng.random() < 0.15 else _length(rng, longest) for _ in range(batch)]
+        tail = min(int(rng.choice([0, 0, 1, rng.integers(100)])), most_tail)
+        room = int(rng.choice([0, 0, longest - max(each)]))  # max_seqlen may be more than the longest
+        sizes |= {f"len_{side}": max(each) + room, f"total_{side}": sum(each) + tail}
+        lens.append(tuple(each))
+        some = tuple(int(rng.choice([0, n, rng.integers(n + 1)], p=(0.1, 0.3, 0.6))) for n in each)
+        used.append(some if rng.random() < 0.4 else ())
+    problem = replace(case.problem, batch=batch, heads_q=heads_q, heads_kv=heads_kv, **sizes)
+    return Case(case.id, case.family, problem, *lens, *used)
+
+
+def _planes(case: Case, rng: np.random.Generator, limits: Limits) -> tuple[int, int, int]:
+    """batch, heads_q and heads_kv."""
+    heads_kv, group = _log_uniform(rng, 8), int(rng.choice([1, 1, 1, 2, 3, 4, 8]))
+    batch = _log_uniform(rng, 200 if rng.random() < 0.1 else 12)
+    room = limits.elements // max(case.problem.dim_qk, case.problem.dim_v)
+    heads_kv = min(heads_kv, room)
+    group = min(group, room // heads_kv)
+    return min(batch, room // (heads_kv * group)), heads_kv * group, heads_kv
+
+
+def _two_lengths(case: Case, rng: np.random.Generator, limits: Limits, batch: int, heads_q: int) -> tuple[int, int]:
+    """The longest sequences of queries and keys."""
+    planes = batch * heads_q
+    most = min(limits.length, limits.elements // (planes * max(case.problem.dim_qk, case.problem.dim_v)))
+    first = _length(rng, most)
+    second = first if rng.random() < 0.2 else _length(rng, most)
+    second = min(second, max(1, limits.pairs // (planes * max(first, 1))))
+    return (first, second) if rng.random() < 0.5 else (second, first)
+
+
+def _length(rng: np.random.Generator, most: int) -> int:
+    """None, one, next to a multiple of a power of two that tiles may have, or any."""
+    kind, tile = rng.random(), int(rng.choice([16, 32, 64, 128, 256]))
+    if kind < 0.08 or most < 2:
+        return min(most, int(rng.integers(2)))
+    if kind < 0.5 and tile < most:
+        return min(most, tile * _log_uniform(rng, most // tile) + int(rng.integers(-1, 2)))
+    return _log_uniform(rng, most) if kind < 0.75 else int(rng.integers(1, most + 1))
+
+
+def _log_uniform(rng: np.random.Generator, most: int) -> int:
+    """From 1 to most, each factor of two as likely as the others."""
+    return min(most, int(np.exp(rng.uniform(0, np.log(most + 1)))))
+
+
+def _mask(mask: Mask, layout: str, rows_q: tuple[int, int], rows_kv: tuple[int, int], rng: np.random.Generator) -> Mask:
+    """The same kind of mask, aligned either way; `rows` are those of the longest sequence and of all packed ones."""
+    mask = replace(mask, alignment=str(rng.choice(["bottom-right", "top-left"])))
+    reach = max(min(rows) if layout == "varlen" else rows[0] for rows in (rows_q, rows_kv))
+    if not reach:
+        return mask.clipped(0, 0)
+    if mask.kind != "window":
+        return mask
+    if reach < 2:
+        return replace(mask, left=0, right=0)
+    left, right = (_log_uniform(rng, reach) - 1 for _ in range(2))
+    open_side = rng.random()
+    if open_side < 0.2:
+        return replace(mask, left=left, right=None)
+    return replace(mask, left=None, right=max(right, 1)) if open_side < 0.4 else replace(mask, left=left, right=right)
+
+
+def _scale(case: Case, rng: np.random.Generator) -> float:
+    """softmax_scale; its sign is compiled in but for soft-capped scores."""
+    size = float(case.problem.dim_qk**-0.5 * np.exp(rng.uniform(-1.5, 1)))
+    if case.problem.softcap:
+        return size if rng.random() < 0.5 else -size
+    if case.problem.softmax_scale > 0:
+        return size
+    return 0.0 if rng.random() < 0.1 else -size
+
+
+def _broadcast(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[bool, ...]:
+    return tuple(n == 1 or bool(rng.random() < 0.5) for n in shape)
+
+
+def _probability(rng: np.random.Generator) -> float:
+    return float(rng.choice([0.1, 0.5, rng.uniform(0.01, 0.95)]))
+
+
+def _rng_state(rng: np.random.Generator) -> tuple[int, int]:
+    """Any seed; an offset with its low and high word in use, or one that carries over soon."""
+    offset = int(rng.choice([0, 4 * rng.integers(1000), 2**32 - 4 * rng.integers(1, 1000), 4 * rng.integers(2**61)]))
+    return int(rng.integers(2**64, dtype=np.uint64)), offset

@@ -1,0 +1,281 @@
+"""Arrays of a draw in nasty surroundings: strided views into one buffer full of NaN that is looked through afterwards.
+
+Everything a call reads or writes lies in the :class:`Arena`, what cuflash allocates on a GPU included, with at least
+256 bytes of 0xFF (NaN, -1) around it. So a stray read poisons a result, and a stray write shows as a change.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from cuflash.bench.draws import Draw
+from cuflash.bench.inputs import Array, Inputs
+
+_GAP = 256
+"""Bytes between any two arrays, and what every allocation is aligned to."""
+
+_BEHIND = 2**16
+"""Bytes behind the last array that are looked through, too."""
+
+
+class Arena:
+    """One buffer from which arrays are cut, on NumPy or CuPy."""
+
+    def __init__(self, xp: Any, nbytes: int) -> None:
+        self._xp = xp
+        whole = xp.full(nbytes + _GAP, 0xFF, np.uint8)
+        self._bytes = whole[-_address(whole) % _GAP :][:nbytes]
+        self._end = _GAP
+        self._places: list[tuple[int, str]] = []
+        self._allocated: list[slice] = []
+
+    def clear(self) -> None:
+        """Take everything back."""
+        self._bytes[: self._end] = 0xFF
+        self._end = _GAP
+        self._places.clear()
+        self._allocated.clear()
+
+    def cut(
+        self, name: str, shape: Sequence[int], dtype: np.dtype, unit: int, rng: np.random.Generator | None = None
+    ) -> Array:
+        """An array of NaN whose last axis is contiguous and whose rows start at multiples of `unit` bytes.
+
+        With random numbers the other axes come in any order in memory, with gaps in between, and a unit below 16 is all
+        that the first byte is aligned to. Without, everything is contiguous.
+        """
+        *outer, last = shape
+        first, extent, order = 0, max(last, 1) * dtype.itemsize, np.arange(len(outer))[::-1]
+        gaps = np.zeros(len(outer), int)
+        if rng is not None:
+            first = unit * int(rng.choice([1, 3, 5])) if unit < 16 else unit * int(rng.integers(4))
+            extent = -(-extent // unit) * unit + unit * int(rng.choice([0, 0, 1, 2, 5]))
+            order, gaps = rng.permutation(len(outer)), rng.choice([0, 0, 1], len(outer))
+        strides = [0] * len(outer)
+        for axis in order:
+            strides[axis] = extent
+            extent *= max(outer[axis] + int(gaps[axis]), 1)
+        start = self._reserve(name, first + extent) + first
+        strides = (*strides, dtype.itemsize)
+        if self._xp is np:
+            return np.ndarray(shape, dtype, self._bytes, start, strides)
+        return self._xp.ndarray(tuple(shape), dtype, self._bytes.data + start, strides)
+
+    def allocations(self) -> AbstractContextManager[None]:
+        """Where CuPy's allocations are cut from the arena, too, until :meth:`change` takes them back."""
+        return nullcontext() if self._xp is np else self._xp.cuda.using_allocator(self._allocate)
+
+    def snapshot(self) -> Array:
+        """The bytes of everything that has been cut."""
+        return self._bytes[: self._end].copy()
+
+    def change(self, before: Array, written: Sequence[Array]) -> str:
+        """Which byte differs from those before, other than of arrays that were to be written; empty if none does.
+
+        Those arrays, and allocations, are made NaN again.
+        """
+        for array in written:
+            array.view(f"i{array.itemsize}")[...] = -1
+        for span in self._allocated:
+            self._bytes[span] = 0xFF
+        self._allocated.clear()
+        changed = self._bytes[: self._end + _BEHIND] != 0xFF
+        changed[: len(before)] = self._bytes[: len(before)] != before
+        found = ""
+        if changed.any():
+            at = int(changed.argmax())
+            start, name = self._places[max(bisect_right([start for start, _ in self._places], at) - 1, 0)]
+            found = f"byte {at - start} from the start of {name}"
+            self._bytes[len(before) : self._end + _BEHIND] = 0xFF
+        self._end = len(before)
+        while self._places and self._places[-1][0] >= self._end:
+            self._places.pop()
+        return found
+
+    def _reserve(self, name: str, nbytes: int) -> int:
+        start, self._end = self._end, self._end + -(-nbytes // _GAP) * _GAP + _GAP
+        if self._end + _BEHIND > len(self._bytes):
+            raise MemoryError(f"the arrays of one draw need more than the {len(self._bytes)} bytes of the arena")
+        self._places.append((start, name))
+        return start
+
+    def _allocate(self, nbytes: int) -> Any:
+        """CuPy's allocator."""
+        start = self._reserve("an allocation", nbytes)
+        self._allocated.append(slice(start, start + nbytes))
+        return self._bytes.data + start
+
+
+def _address(x: Array) -> int:
+    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+
+
+class Numbers:
+    """Standard normal numbers on a device, drawn once for each type and handed out in turn."""
+
+    def __init__(self, xp: Any, count: int) -> None:
+        self._xp, self._count, self._next = xp, count, 0
+        self._drawn: dict[np.dtype, Array] = {}
+
+    def start(self, rng: np.random.Generator) -> None:
+        """Go on somewhere."""
+        self._next = int(rng.integers(self._count))
+
+    def take(self, shape: Sequence[int], real: np.dtype) -> Array:
+        """The next ones, in this shape; from the start again where too few are left."""
+        if real not in self._drawn:
+            self._drawn[real] = self._xp.asarray(np.random.default_rng(0).standard_normal(self._count, real.type))
+        count = int(np.prod(shape))
+        first = self._next if self._next + count <= self._count else 0
+        self._next = first + count
+        return self._drawn[real][first : self._next].reshape(shape)
+
+
+@dataclass(slots=True)
+class Surrounded:
+    """The arrays of a draw."""
+
+    inputs: Inputs
+    outputs: dict[str, Array] = field(default_factory=dict)
+    """By argument: out, and of a backward dq, dk and dv."""
+    lse: Array | None = None
+    """Backward: room for the forward's, in other strides."""
+    dlse: Array | None = None
+
+
+def surround(draw: Draw, arena: Arena, numbers: Numbers, xp: Any) -> Surrounded:
+    """Make the arrays of a draw in an empty arena; rows that take no part, and outputs, are NaN."""
+    return _Surroundings(draw, arena, numbers, xp).made()
+
+
+class _Surroundings:
+    def __init__(self, draw: Draw, arena: Arena, numbers: Numbers, xp: Any) -> None:
+        self._draw, self._problem = draw, draw.case.problem
+        self._arena, self._numbers, self._xp, self._rng = arena, numbers, xp, draw.generator()
+        self._real = self._problem.dtype.accumulator
+        numbers.start(self._rng)
+
+    def made(self) -> Surrounded:
+        case, problem = self._draw.case, self._problem
+        varlen, backward = problem.layout == "varlen", problem.direction == "backward"
+        rows_q = (problem.total_q,) if varlen else (problem.batch, problem.len_q)
+        rows_kv = (problem.total_kv,) if varlen else (problem.batch, problem.len_kv)
+        q, k = (*rows_q, problem.heads_q, problem.dim_qk), (*rows_kv, problem.heads_kv, problem.dim_qk)
+        out, v = (*q[:-1], problem.dim_v), (*k[:-1], problem.dim_v)
+        read = self._tensors({"q": q, "k": k, "v": v})
+        if backward:
+            read |= self._tensors({"dout": out})
+        for name, x in read.items():
+            read[name] = self._filled(name, x)
+        inputs = Inputs(read["q"], read["k"], read["v"], read.get("dout"))
+        if varlen:
+            inputs.cu_seqlens_q = self._flat("cu_seqlens_q", [0, *accumulate(case.lens_q)])
+            inputs.cu_seqlens_kv = self._flat("cu_seqlens_kv", [0, *accumulate(case.lens_kv)])
+            inputs.seqused_q = self._flat("seqused_q", case.seqused_q) if case.seqused_q else None
+            inputs.seqused_kv = self._flat("seqused_kv", case.seqused_kv) if case.seqused_kv else None
+        if problem.alibi:
+            inputs.alibi_slopes = self._slopes()
+        if problem.sink:
+            inputs.sink = self._arena.cut("sink", (problem.heads_q,), np.dtype(np.float32), 4)
+            inputs.sink[...] = self._numbers.take((problem.heads_q,), self._real) + 1
+        if problem.bias is not None:
+            inputs.bias = self._pairs("bias", problem.bias.numpy, problem.bias_broadcast)
+            inputs.bias[...] = self._numbers.take(inputs.bias.shape, self._real)
+            self._hide(inputs.bias, -np.inf)
+        if problem.mask.tensor:
+            inputs.mask_tensor = self._pairs("attn_mask", np.dtype(bool), self._draw.mask_broadcast)
+            threshold = float(self._rng.choice([-1.5, 0.0, 1.5]))
+            inputs.mask_tensor[...] = self._numbers.take(inputs.mask_tensor.shape, self._real) > threshold
+            self._hide(inputs.mask_tensor, False)
+        inputs.rng_state = self._draw.rng_state
+        made = Surrounded(inputs, self._tensors({"out": out}))
+        if backward:
+            made.outputs |= self._tensors({"dq": q, "dk": k, "dv": v})
+            rows = (problem.heads_q, *rows_q) if varlen else (problem.batch, problem.heads_q, problem.len_q)
+            made.lse = self._any_order("lse", rows, self._real)
+            if self._draw.dlse:
+                made.dlse = self._any_order("dlse", rows, self._real)
+                made.dlse[...] = self._numbers.take(rows, self._real)
+        return made
+
+    def _tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+        """Tensors of NaN, some of them parts of one: heads of a packed qkv, or columns of rows that hold k and v."""
+        problem, rng, names = self._problem, self._rng, list(shapes)
+        unit, dtype = max(problem.copy_bytes, problem.dtype.itemsize), problem.dtype.numpy
+        joined = rng.random()
+        several = names if joined < 0.1 else names[1:] if joined < 0.3 else []
+        axis = -2 if rng.random() < 0.5 else -1
+        others = {tuple(n for i, n in enumerate(shapes[name]) if i - len(shapes[name]) != axis) for name in several}
+        if len(several) < 2 or len(others) > 1:
+            return {name: self._arena.cut(name, shape, dtype, unit, rng) for name, shape in shapes.items()}
+        sizes = [shapes[name][axis] for name in several]
+        shape = list(shapes[several[0]])
+        shape[axis] = sum(sizes)
+        whole = self._arena.cut(" and ".join(several), shape, dtype, unit, rng)
+        found = {name: self._arena.cut(name, shapes[name], dtype, unit, rng) for name in names if name not in several}
+        for name, end, size in zip(several, accumulate(sizes), sizes, strict=True):
+            part = slice(end - size, end)
+            found[name] = whole[..., part, :] if axis == -2 else whole[..., part]
+        return found
+
+    def _filled(self, name: str, x: Array) -> Array:
+        """Values in the rows that take part; now and then an axis is turned round, or all along it is one."""
+        problem, rng, kind = self._problem, self._rng, self._rng.random()
+        if kind < 0.05:  # heads are one
+            x = x[..., :1, :]
+        values = self._numbers.take(x.shape, self._real)
+        if name == "k" and rng.random() < 0.15 and x.shape[-3]:  # row maxima grow or shrink along the sequence
+            steep = rng.choice([1 / 8, 8]) if problem.dtype.itemsize == 2 else rng.choice([1 / 3, 3])
+            ramp = np.geomspace(1, steep, x.shape[-3]).astype(self._real)
+            values = values * self._xp.asarray(ramp[:, None, None])
+        if problem.layout == "varlen":
+            live = self._xp.asarray(self._draw.taking_part("q" if name in ("q", "dout") else "kv"))
+            values = self._xp.where(live[:, None, None], values, np.nan)
+        x[...] = values
+        if kind < 0.05:
+            heads = problem.heads_q if name in ("q", "dout") else problem.heads_kv
+            return self._xp.broadcast_to(x, (*x.shape[:-2], heads, x.shape[-1]))
+        return x[..., ::-1, :] if kind < 0.1 else x[::-1] if kind < 0.13 and problem.layout == "dense" else x
+
+    def _flat(self, name: str, values: Sequence[int]) -> Array:
+        """Lengths or first rows, with -1 on either side."""
+        x = self._arena.cut(name, (len(values),), np.dtype(np.int32), 4)
+        x[...] = self._xp.asarray(np.array(values, np.int32))
+        return x
+
+    def _slopes(self) -> Array:
+        """Falling and rising ones that keep logits within what the element type resolves."""
+        problem = self._problem
+        shape = (problem.batch, problem.heads_q) if self._draw.alibi_batched else (problem.heads_q,)
+        slopes = self._arena.cut("alibi_slopes", shape, np.dtype(np.float32), 4, self._rng)
+        most = (16 if problem.dtype.itemsize == 2 else 4) / max(problem.len_q, problem.len_kv, 32)
+        slopes[...] = self._numbers.take(shape, self._real) * most
+        return slopes
+
+    def _pairs(self, name: str, dtype: np.dtype, broadcast: tuple[bool, ...]) -> Array:
+        """(1 or batch, 1 or heads_q, 1 or len_q, 1 or len_kv), in any strides."""
+        problem = self._problem
+        sizes = zip((problem.batch, problem.heads_q, problem.len_q, problem.len_kv), broadcast, strict=True)
+        shape = tuple(1 if one else n for n, one in sizes)
+        if self._rng.random() < 0.5:
+            return self._arena.cut(name, shape, dtype, int(self._rng.choice([dtype.itemsize, 16])), self._rng)
+        return self._any_order(name, shape, dtype)
+
+    def _any_order(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """An array whose last axis need not be contiguous."""
+        return self._arena.cut(name, (*shape, 1), dtype, dtype.itemsize, self._rng)[..., 0]
+
+    def _hide(self, pairs: Array, value: float) -> None:
+        """Hide a block of pairs, which may hold whole tiles, and everything from one row."""
+        if max(pairs.shape[-2:]) > 1 and self._rng.random() < 0.5:
+            ends = [sorted(self._rng.integers(n + 1, size=2).tolist()) if n > 1 else (0, n) for n in pairs.shape[-2:]]
+            pairs[(..., *(slice(*each) for each in ends))] = value
+        if pairs.shape[-2] > 1 and self._rng.random() < 0.3:
+            pairs[..., int(self._rng.integers(pairs.shape[-2])), :] = value

@@ -1,0 +1,77 @@
+"""``check --soak``: thousands of random problems around the cases, with a progress bar and what went wrong."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from contextlib import closing
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
+
+from cuflash import device, jit
+from cuflash.bench.cases import CASES
+from cuflash.bench.soak import Job, Outcome, soak, steps_of
+from cuflash.cli.console import console
+from cuflash.errors import InvalidArgument
+
+_MOST_FAILURES = 5
+"""After so many wrong draws, more of them say nothing new."""
+
+
+def run(job: Job, seconds: float) -> bool:
+    """Run the draws, print each that goes wrong with the command that repeats it; whether all went well."""
+    if job.gpu:
+        _check_cublas()
+        _compile(job)
+    screen = console()
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    bar = Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
+    started_s = time.perf_counter()
+    failures, ran, variants, left_out = 0, 0, 0, Counter[str]()
+    with bar, closing(soak(job)) as outcomes:
+        task = bar.add_task("", total=job.count)
+        for outcome in outcomes:
+            bar.update(task, advance=1, description=outcome.case_id)
+            if outcome.left_out:
+                left_out[outcome.left_out] += 1
+            else:
+                ran, variants = ran + 1, max(variants, outcome.variants)
+            if outcome.complaints:
+                failures += 1
+                screen.print(_report(job, outcome), markup=False)
+            if failures == _MOST_FAILURES or time.perf_counter() - started_s > seconds:
+                break
+    where = f"the GPU, {variants} kernel variants" if job.gpu else "the NumPy backend"
+    took_s = time.perf_counter() - started_s
+    screen.print(f"{ran} draws around {len(job.case_ids)} cases on {where}, {took_s:.0f} s: {failures} went wrong.")
+    for reason, count in left_out.items():
+        screen.print(f"{count} left out: {reason}", markup=False)
+    return failures == 0 and ran > 0
+
+
+def _check_cublas() -> None:
+    """The exact answers are products of whole matrices on the GPU, which CuPy leaves to cuBLAS."""
+    import cupy
+
+    try:
+        _ = cupy.cuda.cublas  # loaded when asked for
+    except ImportError as error:
+        raise InvalidArgument(
+            f"--soak on a GPU needs cuBLAS, which CuPy does not find: {error}. "
+            "Install nvidia-cublas (nvidia-cublas-cu12 with CUDA 12), or give --numpy."
+        ) from error
+
+
+def _compile(job: Job) -> None:
+    """Fill the kernel cache, on all cores; what does not compile will be said by the draws that need it."""
+    gpu = device.current(0)
+    steps = steps_of([CASES[case_id] for case_id in job.case_ids], gpu)
+    cubins = jit.compile_many([(step.kernel, step.config, step.params, gpu.arch) for step in steps], None)
+    for _ in track(cubins, "compiling", total=len(steps), console=console(stderr=True), transient=True):
+        pass
+
+
+def _report(job: Job, outcome: Outcome) -> str:
+    head = f"draw {outcome.number}, {outcome.case_id}:"
+    return "\n  ".join([head, *outcome.complaints, *outcome.problem.splitlines(), job.again(outcome)])

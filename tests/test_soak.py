@@ -1,0 +1,519 @@
+"""The soak: its draws, their surroundings and answers, what it finds, and how it outlives a hang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import accumulate
+from types import SimpleNamespace
+
+import numpy as np
+import oracle
+import pytest
+from test_launch import as_torch, launches, needs_compiler, to_numpy  # noqa: F401, a fixture is among them
+from typer.testing import CliRunner
+
+from cuflash.bench import calls, soak
+from cuflash.bench.answers import Answers
+from cuflash.bench.cases import CASES
+from cuflash.bench.draws import GPU, HOST, Draw, Limits, draw
+from cuflash.bench.soak import Job, Outcome, Soaker
+from cuflash.bench.surroundings import Arena, Numbers, surround
+from cuflash.cli import app
+from cuflash.device import named
+from cuflash.errors import InvalidArgument
+from cuflash.ops import host
+from cuflash.ops.options import ARGUMENTS, Options
+from cuflash.plan import choose
+
+IDS = tuple(CASES)
+
+
+def job(*case_ids: str, seed: int = 0, first: int = 0, count: int = 1, patience_s: float = 60.0) -> Job:
+    return Job(case_ids or IDS, seed, first, count, gpu=False, patience_s=patience_s)
+
+
+@pytest.fixture(scope="module")
+def arena() -> Arena:
+    return Arena(np, 64 * 2**20)
+
+
+@pytest.fixture(scope="module")
+def numbers() -> Numbers:
+    return Numbers(np, 2 * max(HOST.pairs, HOST.elements))
+
+
+# Draws
+
+
+def test_one_case_alone_gives_the_same_draw():
+    for number in (0, 7, 1000):
+        drawn = job().draw(number)
+        alone = job(drawn.case.id).draw(number)
+        assert str(alone) == str(drawn)
+        assert alone == drawn
+        assert alone.generator().random() == drawn.generator().random()
+
+
+def test_every_case_takes_its_turn():
+    assert {job().draw(number).case.id for number in range(len(IDS))} == set(IDS)
+
+
+def test_seed_and_number_decide_the_draw():
+    case_id = "fwd_sm80-bf16-d64-causal"
+    draws = [job(case_id, seed=seed).draw(number) for seed in range(4) for number in range(4)]
+    assert len({str(each) for each in draws}) == len(draws)
+
+
+@pytest.mark.parametrize("limits", [GPU, HOST])
+def test_draws_stay_within_their_limits(limits: Limits):
+    for number in range(500):
+        problem = draw([CASES[IDS[number % len(IDS)]]], 1, number, limits).case.problem
+        planes, dim = problem.batch * problem.heads_q, max(problem.dim_qk, problem.dim_v)
+        assert planes * problem.len_q * problem.len_kv <= limits.pairs
+        assert planes * max(problem.len_q, problem.len_kv) * dim <= limits.elements
+        assert max(problem.rows_q, problem.rows_kv) * problem.heads_q * dim <= 2 * limits.elements
+        assert max(problem.len_q, problem.len_kv) <= limits.length
+
+
+def test_draws_reach_every_corner():
+    draws = [job().draw(number) for number in range(1500)]
+    problems = [each.case.problem for each in draws]
+    for reached in (
+        lambda p: p.len_q == 0, lambda p: p.len_kv == 0 < p.len_q, lambda p: p.len_q == 1, lambda p: p.len_q > 300,
+        lambda p: p.len_q > p.len_kv, lambda p: p.batch > 40, lambda p: p.group == 8, lambda p: p.heads_kv == 7,
+        lambda p: p.len_q % 64 == 63, lambda p: p.len_kv > 64 and p.len_kv % 64 == 1,
+        lambda p: p.mask.alignment == "top-left", lambda p: p.mask.left is None and (p.mask.right or 0) > 0,
+        lambda p: p.mask.left == 0, lambda p: p.softcap > 5, lambda p: p.softmax_scale < 0,
+    ):  # fmt: skip
+        assert any(reached(problem) for problem in problems)
+    packed = [each for each in draws if each.case.lens_q]
+    for reached in (
+        lambda d: 0 in d.case.lens_q, lambda d: d.case.problem.total_q > sum(d.case.lens_q),
+        lambda d: d.case.problem.len_q > max(d.case.lens_q), lambda d: d.case.seqused_q, lambda d: d.case.seqused_kv,
+        lambda d: not d.case.seqused_kv, lambda d: len(d.case.lens_q) == 1,
+    ):  # fmt: skip
+        assert any(reached(each) for each in packed)
+
+
+def test_arrays_make_the_problem_that_was_drawn(arena: Arena, numbers: Numbers):
+    """So that the kernels that run are those that were counted, and all but those for other tiles are the table's."""
+    h100 = named("h100")
+    known = {(step.kernel, step.config) for step in soak.steps_of(list(CASES.values()), h100)}
+    compared = 0
+    for number in range(400):
+        drawn = job().draw(number)
+        case, problem = drawn.case, drawn.case.problem
+        if not (min(problem.rows_q, problem.rows_kv, problem.len_q, problem.len_kv)):
+            continue
+        arena.clear()
+        arrays = surround(drawn, arena, numbers, np)
+        given = calls.arrays(arrays.inputs) | arrays.outputs
+        options = calls.options(case)
+        if problem.direction == "backward":
+            options = options._replace(deterministic=problem.deterministic, bias_grad=problem.bias_grad)
+            given |= {"dout": arrays.inputs.dout, "lse": arrays.lse, "dlse": arrays.dlse}
+            given["rng_state"] = np.array(drawn.rng_state, np.uint64) if problem.dropout else None
+        made, _ = host.problem_of(problem.direction, options, [given.get(x) for x in ARGUMENTS[problem.direction]])
+        for field in problem.__dataclass_fields__:
+            if field in ("len_q", "len_kv") and problem.layout == "varlen":  # never more than there are packed rows
+                assert getattr(made, field) <= getattr(problem, field)
+            else:
+                assert getattr(made, field) == getattr(problem, field), (field, number)
+        assert {(step.kernel, step.config) for step in choose(made, h100, case.family).steps} <= known
+        compared += 1
+    assert compared > 300
+
+
+# Surroundings
+
+
+@pytest.mark.parametrize("unit", [2, 4, 8, 16])
+def test_strided_arrays_are_aligned_as_asked_and_apart(unit: int):
+    arena, rng = Arena(np, 2**20), np.random.default_rng(0)
+    orders = set()
+    for _ in range(40):
+        x = arena.cut("x", (3, 5, 2, 8), np.dtype(np.float16), unit, rng)
+        assert x.shape == (3, 5, 2, 8)
+        assert x.strides[-1] == 2
+        assert np.isnan(x).all()
+        addresses = [x.ctypes.data, *x.strides[:-1]]
+        assert all(n % unit == 0 for n in addresses)
+        assert unit == 16 or x.ctypes.data // unit % 2 == 1
+        x[...] = np.arange(x.size).reshape(x.shape)
+        assert (np.sort(x, axis=None) == np.arange(x.size)).all()  # no two elements are one
+        orders.add(tuple(np.argsort(x.strides)))
+    assert len(orders) == 6
+    arena.clear()
+    assert np.isnan(x).all()
+
+
+def test_a_change_is_found_and_named_and_outputs_may_change():
+    arena, rng = Arena(np, 2**20), np.random.default_rng(0)
+    q, out = (arena.cut(name, (4, 3, 8), np.dtype(np.float32), 16, rng) for name in ("q", "out"))
+    q[...] = 1
+    before = arena.snapshot()
+    out[...] = 2
+    assert arena.change(before, [out]) == ""
+    assert np.isnan(out).all()
+    out[...] = 2
+    assert "from the start of out" in arena.change(before, [])
+    q[1, 2, 3] = 5
+    assert "from the start of q" in arena.change(before, [])
+    q[1, 2, 3] = 1
+    arena._bytes[arena._end + 1000] = 0
+    assert "from the start of out" in arena.change(before, [])
+
+
+def test_an_arena_that_is_too_small_says_so():
+    with pytest.raises(MemoryError, match="more than the 1024 bytes of the arena"):
+        Arena(np, 1024).cut("q", (1024, 8), np.dtype(np.float32), 16)
+
+
+def test_rows_that_take_no_part_are_nan(arena: Arena, numbers: Numbers):
+    seen = 0
+    for number in range(60):
+        drawn = job("bwd_sm80-bf16-d64-varlen_everything").draw(number)
+        arena.clear()
+        inputs = surround(drawn, arena, numbers, np).inputs
+        for name, side in (("q", "q"), ("k", "kv"), ("v", "kv"), ("dout", "q")):
+            finite = np.isfinite(getattr(inputs, name).astype(np.float32))
+            np.testing.assert_array_equal(finite.all(axis=(1, 2)), drawn.taking_part(side))
+            seen += (~drawn.taking_part(side)).any()
+    assert seen > 60
+
+
+# Answers
+
+
+FEATURES = (
+    "", "window", "mask", "softcap", "everything", "varlen_everything", "dropout", "dropout_word", "dbias_row",
+    "varlen_causal", "sink", "negative", "top_left", "alibi", "varlen", "seqused_q",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_exact_answers_are_the_oracles(feature: str, arena: Arena, numbers: Numbers):
+    for number in range(8):
+        drawn = draw([CASES["bwd_simt-fp32-d64" + (feature and f"-{feature}")]], 5, number, Limits(2**13, 2**14, 200))
+        arena.clear()
+        arrays = surround(drawn, arena, numbers, np)
+        lse = {name: answer.exact for name, answer in Answers(drawn, arrays, np).answers().items()}["lse"]
+        if arrays.dlse is not None:
+            arrays.dlse[np.isneginf(lse)] = np.nan
+        found = Answers(drawn, arrays, np).answers()
+        exact = expected(drawn, arrays)
+        for name, answer in found.items():
+            wanted = getattr(exact, name)
+            assert answer.exact.shape == wanted.shape
+            scale = np.abs(wanted[np.isfinite(wanted)]).max(initial=1.0)
+            np.testing.assert_allclose(answer.exact, wanted, rtol=0, atol=1e-12 * scale, err_msg=f"{name} {drawn}")
+        assert found.keys() >= {"out", "lse", "dq", "dk", "dv"}
+
+
+def expected(drawn: Draw, arrays: object) -> oracle.Attention:
+    case, problem, inputs = drawn.case, drawn.case.problem, arrays.inputs
+    mask = problem.mask
+    packed = {}
+    if problem.layout == "varlen":
+        packed = {
+            "cu_seqlens_q": np.array([0, *accumulate(case.lens_q)]),
+            "cu_seqlens_k": np.array([0, *accumulate(case.lens_kv)]),
+            "seqused_q": np.array(case.seqused_q) if case.seqused_q else None,
+            "seqused_k": np.array(case.seqused_kv) if case.seqused_kv else None,
+            "max_seqlen_q": problem.len_q,
+            "max_seqlen_k": problem.len_kv,
+        }
+    return oracle.attention(
+        *(np.nan_to_num(x.astype(np.float64)) for x in (inputs.q, inputs.k, inputs.v, inputs.dout)),
+        None if arrays.dlse is None else arrays.dlse.astype(np.float64),
+        window=tuple(-1 if side is None else side for side in (mask.left, mask.right)),
+        alignment=mask.alignment,
+        softcap=problem.softcap,
+        scale=problem.softmax_scale,
+        mask=inputs.mask_tensor,
+        alibi_slopes=None if inputs.alibi_slopes is None else inputs.alibi_slopes.astype(np.float64),
+        bias=inputs.bias,
+        sink=inputs.sink,
+        dropout_p=case.dropout_p,
+        dropout_scheme=problem.dropout or "byte",
+        dropout_unbiased=drawn.unbiased,
+        rng_state=drawn.rng_state or (0, 0),
+        **packed,
+    )
+
+
+def test_a_single_key_too_few_shows_in_lse(arena: Arena, numbers: Numbers):
+    """Naive 16-bit scores are too coarse for that; the limit of an lse is not."""
+    drawn = next(d for d in map(job("fwd_sm80-bf16-d64").draw, range(200)) if d.case.problem.len_kv > 250)
+    arena.clear()
+    arrays = surround(drawn, arena, numbers, np)
+    answer = Answers(drawn, arrays, np).answers()["lse"]
+    arrays.inputs.k = arrays.inputs.k[:, :-1]
+    arrays.inputs.v = arrays.inputs.v[:, :-1]
+    p = drawn.case.problem
+    q, k = (x.astype(np.float64) for x in (arrays.inputs.q, arrays.inputs.k))
+    without = oracle.attention(q, k, k, scale=p.softmax_scale).lse
+    assert np.abs(without - answer.exact).max() > answer.most
+
+
+# What it finds
+
+
+@needs_compiler
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("case_id", ["bwd_sm80-bf16-d64-varlen_everything", "bwd_simt-fp32-d64-causal"])
+def test_draws_pass_with_the_kernels_themselves(case_id: str, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, but that the kernels run on the CPU."""
+
+    def on_host_memory(function: Callable) -> Callable:
+        def call(options: Options, **given: object) -> list[np.ndarray]:
+            wrapped = {name: as_torch(x) if isinstance(x, np.ndarray) else x for name, x in given.items()}
+            return [to_numpy(x) for x in function(options, **wrapped) if x is not None]
+
+        return call
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(soak, name, on_host_memory(getattr(soak, name)))
+    monkeypatch.setattr(soak, "HOST", Limits(pairs=2000, elements=2**14, length=160))
+    soaker = Soaker(job(case_id))
+    for number in range(8):
+        assert soaker.run(number).complaints == ()
+
+
+def test_draws_pass_on_numpy():
+    soaker = Soaker(job())
+    outcomes = [soaker.run(number) for number in range(100)]
+    assert [each for each in outcomes if each.complaints or each.left_out] == []
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    result = CliRunner().invoke(app, ["check", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result.stdout
+
+
+def in_a_thread(job: Job, sees: Callable[[Job], None] = lambda job: None) -> tuple[object, object]:
+    """What `soak.start` gives, but the draws run in a thread, where a monkeypatched module is what it is here."""
+    sees(job)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def work() -> None:
+        with suppress(BrokenPipeError), sender:
+            soak.work(sender, job)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return SimpleNamespace(kill=receiver.close, join=lambda timeout: None, exitcode=0), receiver
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "start", in_a_thread)
+    monkeypatch.setattr("cuflash.cli.check.has_gpu", lambda: False)
+
+
+def one_element(results: tuple, arguments: dict) -> tuple:
+    out = results[0]
+    if out.size > 20_000:
+        out[(0,) * out.ndim] += 0.25
+    return results
+
+
+def no_lse(results: tuple, arguments: dict) -> tuple:
+    results[1].flat[-1:] = np.nan
+    return results
+
+
+def beside_out(results: tuple, arguments: dict) -> tuple:
+    out = arguments["out"]
+    np.ndarray((1,), np.uint8, _memory_after(out), 0)[...] = 0
+    return results
+
+
+def an_input(results: tuple, arguments: dict) -> tuple:
+    arguments["k"].view(np.int16)[:1] = 3
+    return results
+
+
+def another_each_time(results: tuple, arguments: dict) -> tuple:
+    results[1][...] *= 1 + 1e-7 * (time.perf_counter_ns() % 100)
+    return results
+
+
+def raises(results: tuple, arguments: dict) -> tuple:
+    raise RuntimeError("the kernel is on fire")
+
+
+def _memory_after(x: np.ndarray) -> memoryview:
+    """The two bytes behind an array."""
+    end = np.lib.array_utils.byte_bounds(x)[1]
+    return (np.ctypeslib.ctypes.c_char * 2).from_address(end)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (one_element, "out is 0.25 off"),
+        (no_lse, "lse is inf off"),
+        (beside_out, "from the start of out"),
+        (an_input, "from the start of k"),
+        (another_each_time, "lse is another the second time"),
+        (raises, "RuntimeError: the kernel is on fire"),
+    ],
+)
+def test_a_wrong_call_is_found_and_the_printed_command_finds_it_again(
+    damage: Callable, complaint: str, here: None, monkeypatch: pytest.MonkeyPatch
+):
+    real = soak.forward
+    monkeypatch.setattr(soak, "forward", lambda options, **given: damage(real(options, **given), given))
+    printed = run("fwd_sm80-bf16-d64*", "--soak=60", "--seed=4", status=1)
+    lines = printed.splitlines()
+    assert complaint in printed
+    assert "5 went wrong." in lines[-1]
+    head = next(at for at, line in enumerate(lines) if line.startswith("draw "))
+    command = next(line.strip() for line in lines[head:] if line.strip().startswith("python -m cuflash check "))
+    assert "--seed=4" in command and "--numpy" in command
+    again = run(*command.split()[4:], status=1).splitlines()
+    assert again[:-1] == lines[head : head + len(again) - 1] or damage is another_each_time
+    assert again[0] == lines[head]
+    assert again[-1].startswith("1 draws around 1 cases on the NumPy backend") and "1 went wrong." in again[-1]
+
+
+def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch):
+    real = soak.backward
+
+    def damaged(options, **given):
+        grads = real(options, **given)
+        grads[2][..., -1:, :] = 0
+        return grads
+
+    monkeypatch.setattr(soak, "backward", damaged)
+    soaker = Soaker(job("bwd_simt-fp32-d64-causal"))
+    found = [complaint for number in range(6) for complaint in soaker.run(number).complaints]
+    assert found and all(complaint.startswith("dv is ") for complaint in found)
+
+
+def test_variants_beyond_the_table_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    soaker = Soaker(job())
+    soaker._device, soaker._expected = named("h100"), set()
+    monkeypatch.setattr(soak, "_MORE_VARIANTS", 5)
+    outcomes = [soaker.run(number) for number in range(12)]
+    left_out = [each for each in outcomes if each.left_out]
+    assert left_out and "more than 5 variants beyond those of the cases" in left_out[0].left_out
+    assert max(each.variants for each in outcomes) <= 5
+
+
+# Hangs
+
+
+class Silent:
+    """A process that reports one draw and then hangs, first, and threads that work afterwards."""
+
+    def __init__(self) -> None:
+        self.process = None
+        self.later: list[Job] = []
+
+    def start(self, job: Job) -> tuple[object, object]:
+        if self.process is not None:
+            return in_a_thread(job, self.later.append)
+        receiver, self.sender = multiprocessing.Pipe(duplex=False)
+        self.process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+        self.process.start()
+        self.sender.send("ready")
+        self.sender.send(Outcome(job.first, "fwd_simt-fp32-d33", "a problem"))
+        return self.process, receiver
+
+
+def test_a_hang_is_reported_and_the_rest_goes_on(here: None, monkeypatch: pytest.MonkeyPatch):
+    silent = Silent()
+    monkeypatch.setattr(soak, "start", silent.start)
+    started_s = time.perf_counter()
+    printed = run("fwd_simt-fp32-d33", "--soak=4", "--first=10", "--patience=1", status=1)
+    assert time.perf_counter() - started_s < 60
+    assert silent.process.exitcode == -9
+    assert [(each.first, each.count) for each in silent.later] == [(12, 2)]
+    assert "draw 11, fwd_simt-fp32-d33:" in printed
+    assert "hangs: nothing came back within 1 s" in printed
+    assert "python -m cuflash check fwd_simt-fp32-d33 --soak=1 --seed=0 --first=11 --numpy" in printed
+    assert "4 draws around 1 cases" in printed and "1 went wrong." in printed
+
+
+def test_a_process_that_dies_is_reported_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch):
+    started = []
+
+    def start(job: Job) -> tuple[object, object]:
+        started.append(job.first)
+        if len(started) > 1:
+            return in_a_thread(job)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        sender.send("ready")
+        sender.close()
+        return SimpleNamespace(kill=lambda: None, join=lambda timeout: None, exitcode=-11), receiver
+
+    monkeypatch.setattr(soak, "start", start)
+    outcomes = list(soak.soak(job("fwd_simt-fp32-d33", first=3, count=2)))
+    assert [(each.number, each.complaints) for each in outcomes] == [
+        (3, ("ended its process with status -11",)),
+        (4, ()),
+    ]
+    assert started == [3, 4]
+
+
+# The command
+
+
+def test_check_soaks_in_a_process_of_its_own():
+    printed = run("fwd_sm*-d64*", "--soak=12", "--numpy", "--seed=1")
+    assert "12 draws around" in printed and "on the NumPy backend" in printed
+    assert "0 went wrong." in printed
+
+
+def test_check_starts_no_draw_after_its_seconds(here: None):
+    assert run("smoke", "--soak=100000", "--seconds=0.3").splitlines()[-1].endswith(" s: 0 went wrong.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--soak=3", "--sanitize=memcheck"], "--soak and --sanitize exclude each other"),
+        (["--seconds=3"], "--seconds needs --soak"),
+        (["--first=3"], "--first needs --soak"),
+        (["--patience=3"], "--patience needs --soak"),
+    ],
+)
+def test_check_names_the_option_that_does_not_go_with_it(arguments: list[str], message: str):
+    with pytest.raises(InvalidArgument, match=message):
+        run("smoke", *arguments)
+
+
+@pytest.mark.gpu
+def test_a_soak_on_the_gpu():
+    import cupy
+
+    assert cupy.cuda.is_available()
+    printed = run("smoke", "--soak=400")
+    assert "on the GPU" in printed and "0 went wrong." in printed
+
+
+@pytest.mark.gpu
+def test_allocations_of_a_call_lie_in_the_arena():
+    import cupy
+
+    arena = Arena(cupy, 2**20)
+    before = arena.snapshot()
+    with arena.allocations():
+        x = cupy.empty(100, np.float32)
+    assert cupy.isnan(x).all()
+    x[...] = 1
+    assert arena.change(before, []) == ""
+    assert cupy.isnan(x).all()
+    with arena.allocations():
+        x = cupy.empty(100, np.uint8)
+    cupy.ndarray((1,), np.uint8, x.data + 100)[...] = 0
+    assert "from the start of an allocation" in arena.change(before, [])
