@@ -350,14 +350,16 @@ def variants(cases: Iterable[Case], device: Device) -> list[tuple[str, Step]]:
 ARCHITECTURES: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What ``compile`` covers by default."""
 
-FULL_ARCHITECTURES: tuple[str, ...] = ("sm_80", "sm_90a")
-"""Where ``compile --all`` takes the whole table; the others take the smoke cases."""
+FULL: dict[str, tuple[str, ...]] = {"sm_80": ("sm80", "simt"), "sm_90a": ("sm90", "sm80")}
+"""Architectures where ``compile --all`` takes the whole table of some families; otherwise it takes the smoke cases."""
 
 
 def matrix(architectures: Iterable[str] = ARCHITECTURES, pattern: str | None = None) -> list[tuple[str, str, Step]]:
     """Every (architecture, case id, step) to compile: a pattern's cases, or all where it pays, else smoke."""
     rows = []
     for arch in architectures:
-        cases = select(pattern if pattern or arch in FULL_ARCHITECTURES else "smoke")
+        cases = select(pattern or "smoke")
+        if pattern is None:
+            cases = [case for case in CASES.values() if case.family in FULL.get(arch, ()) or case in cases]
         rows += [(arch, case_id, step) for case_id, step in variants(cases, named(arch))]
     return rows

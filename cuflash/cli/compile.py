@@ -27,7 +27,7 @@ def compile_cases(
     """Compile kernel variants without a GPU and print registers, stack, spills, shared memory and seconds.
 
     Status 1 when one does not compile, spills more than is recorded as acceptable, or takes more registers or shared
-    memory than the architecture has. With --all, sm_80 and sm_90a take the whole table, the others the smoke cases.
+    memory than the architecture has. With --all, sm_80 and sm_90a take the whole table of their families, others smoke.
     """
     if (case is None) != everything:
         raise InvalidArgument("name the cases to compile, or give --all for the whole table; not both.")
