@@ -32,7 +32,7 @@ _BACKWARD_128 = "64 x 128 keeps 255 registers busy; on an H200 at 8k it runs 284
 _BACKWARD_256 = "two words stored and loaded, beside the 128 registers that hold dk and dv"
 _SIMT_64 = "held to 168 registers so that three blocks share an SM; seven words do not fit"
 _GROUP_256 = "NVRTC 13.0 keeps more alive beside the 128 registers of out than 13.5, which spills nothing"
-_WORK = "three consumers have 160 registers a thread; what belongs to a work is kept in memory around the loops over tiles"
+_WORK = "three consumers have 160 registers a thread: what belongs to a work lies in memory during its loops over tiles"
 _SCORES_90 = "addresses and slopes of score terms beside S, P and out, kept in memory around the loops over tiles"
 _EVERYTHING = "all score features at once: addresses of mask and bias and random numbers beside full accumulators"
 
