@@ -230,16 +230,15 @@ def _sm90_forward(problem: Problem, device: Device) -> Plan:
     return Plan(problem, device, "sm90", (*_rng_step(problem), step), reason=tile.reason, ceiling=most)
 
 
-def _few_queries(problem: Problem, device: Device) -> list[str]:
-    """Why a decoding step is left to ``sm80``: there heads share a tile, or blocks the keys."""
+def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
+    """Why a decoding step is left to ``sm80``, where heads share a tile or blocks the keys; and what is too large."""
+    if _query_blocks(problem, tiles.SM90_ROWS) >= 2**31:
+        return ["2^31 query tiles or more"]
+    if problem.len_q > tiles.SM90_ROWS:
+        return []
     tile, small = tiles.forward_sm80(problem, device), tiles.small_forward_sm80(problem, device)
     division = divide(problem, device, tile, small)
-    few = division.num_splits > 1 or (division.grouped and problem.len_q <= _FEW_QUERIES)
-    return [f"sm80 serves few queries better ({division.reason})"] if few else []
-
-
-_FEW_QUERIES = 16
-"""Up to so many, a tile of this family would be almost empty."""
+    return [] if division.plain else [f"sm80 serves few queries better ({division.reason})"]
 
 
 def _forward(problem: Problem, device: Device, family: str, tile: tiles.Tile, small: tiles.Tile) -> Plan:
@@ -342,7 +341,7 @@ SM90 = Family(
     ),
     forward=_sm90_forward,
     backward=None,
-    leave=_few_queries,
+    leave=_leave_to_sm80,
 )  # fmt: skip
 
 SM80 = Family(
