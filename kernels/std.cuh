@@ -23,7 +23,9 @@ namespace cuflash {
 
 #ifndef __CUDACC__
 using std::exp2;
+using std::fma;
 using std::log;
+inline float __fdividef(float a, float b) { return a / b; }
 #endif
 
 using int64 = long long;
@@ -41,6 +43,13 @@ template <class T>
 CF_DEVICE constexpr T max_of(T a, T b) { return a > b ? a : b; }
 CF_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
 CF_DEVICE double max_of(double a, double b) { return fmax(a, b); }
+
+CF_DEVICE float abs_of(float x) { return fabsf(x); }
+CF_DEVICE double abs_of(double x) { return fabs(x); }
+
+// 1 / x for x >= 0, to about two units in the last place for float; 0 from 2^126 on.
+CF_DEVICE float reciprocal(float x) { return __fdividef(1.f, x); }
+CF_DEVICE double reciprocal(double x) { return 1. / x; }
 
 template <class T>
 CF_DEVICE constexpr T clamp_to(T x, T low, T high) { return min_of(max_of(x, low), high); }

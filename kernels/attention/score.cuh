@@ -52,7 +52,7 @@ struct SoftCapScore {
         exponent(static_cast<Real>(2 * kLog2E * a.softmax_scale / a.softcap)) {}
   CF_DEVICE Real unit() const { return softcap; }
   // tanh(y) = 1 - 2 / (exp(2y) + 1): exact at both ends, and far closer than the hardware's tanh.approx.
-  CF_DEVICE Real tanh(Real s) const { return Real(1) - Real(2) / (exp2(s * exponent) + Real(1)); }
+  CF_DEVICE Real tanh(Real s) const { return fma(Real(-2), reciprocal(exp2(s * exponent) + Real(1)), Real(1)); }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return tanh(s); }
   CF_DEVICE Real slope(Real s) const { return Real(1) - tanh(s) * tanh(s); }
 };
@@ -87,8 +87,8 @@ struct Alibi {
         off(a.top_left ? 0 : sequence.len_kv - sequence.len_q) {}
   template <class Real>
   CF_DEVICE Real at(int q, int kv) const {
-    const int distance = q < len_q ? q + off - kv : 0;
-    return -static_cast<Real>(slope) * static_cast<Real>(distance < 0 ? -distance : distance);
+    const Real row_slope = static_cast<Real>(q < len_q ? slope : 0.f);  // one number a row, not a choice an element
+    return -row_slope * abs_of(static_cast<Real>(q + off - kv));
   }
 };
 
