@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash.bench.draws import Draw
-from cuflash.bench.inputs import Array
+from cuflash.bench.inputs import Array, places
 from cuflash.bench.naive import Extras, Naive
 from cuflash.bench.surroundings import Surrounded
 from cuflash.dtypes import FP64, DType
@@ -45,8 +45,8 @@ class _Rows(NamedTuple):
     """(batch, longest) booleans: whether there is such a row."""
     length: int
     """Rows of a dense tensor."""
-    packed: Array | None = None
-    """(batch, longest): which packed row it is; None where the tensor is dense."""
+    packed: Array | tuple[Array, Array] | None = None
+    """(batch, longest): which packed row it is, or of which page which; None where the tensor is dense."""
     padded: Array | None = None
     """(total,): which of batch * longest padded rows a packed row is."""
     taking_part: Array | None = None
@@ -144,6 +144,11 @@ class Answers:
     def _rows(self, side: str, length: int, lens: tuple[int, ...], live: np.ndarray) -> _Rows:
         if self._problem.layout == "dense":
             return _Rows(self._xp.asarray(live), length)
+        if side == "kv" and self._problem.page_size:
+            pages, rows = np.zeros((2, *live.shape), np.int64)
+            for b, (_, at) in enumerate(places(self._draw.case, self._draw.block_table())):
+                pages[b, live[b]], rows[b, live[b]] = at
+            return _Rows(self._xp.asarray(live), length, (self._xp.asarray(pages), self._xp.asarray(rows)))
         packed = np.array([*accumulate(lens, initial=0)][:-1])[:, None] + np.arange(live.shape[1])
         taking_part = self._draw.taking_part(side)
         padded = np.zeros(len(taking_part), np.int64)

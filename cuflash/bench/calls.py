@@ -55,9 +55,9 @@ def options(case: Case) -> Options:
     return Options(**keywords(case), **lengths(case), num_splits=case.problem.num_splits, family=case.family)
 
 
-def arrays(inputs: Inputs) -> dict[str, Array | None]:
-    """The arrays that are read, by the names the functions know them as; pages in the forward alone."""
-    return {
+def arrays(inputs: Inputs) -> dict[str, Array]:
+    """The arrays that are read, by the names the functions know them as; the forward alone knows pages."""
+    named = {
         "q": inputs.q,
         "k": inputs.k,
         "v": inputs.v,
@@ -71,11 +71,12 @@ def arrays(inputs: Inputs) -> dict[str, Array | None]:
         "sink": inputs.sink,
         "block_table": inputs.block_table,
     }
+    return {name: x for name, x in named.items() if x is not None}
 
 
 def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:
     chosen = options(case)
-    shared = {name: x for name, x in arrays(inputs).items() if x is not None}
+    shared = arrays(inputs)
     gradients = chosen._replace(deterministic=case.problem.deterministic, bias_grad=case.problem.bias_grad)
     return (
         lambda: forward(chosen, **shared, generator=inputs.rng_state),
@@ -85,7 +86,7 @@ def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tup
 
 def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:
     chosen = keywords(case)
-    shared = {name: x for name, x in arrays(inputs).items() if x is not None} | lengths(case) | chosen
+    shared = arrays(inputs) | lengths(case) | chosen
     problem = case.problem
     function = cuflash.flash_attn_func if problem.layout == "dense" else cuflash.flash_attn_varlen_func
     drawn = {"generator": inputs.rng_state, "return_rng_state": True} if problem.dropout else {}

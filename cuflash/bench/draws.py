@@ -2,20 +2,24 @@
 
 What is compiled into a kernel is kept: direction, element type, head sizes, layout, kinds of mask and score, dropout's
 scheme and the width of accesses. The rest is drawn: batch, heads, lengths and where sequences lie, window sides,
-numbers and how tensors broadcast. Mask sides stay within the sequences, as wider ones would be another kind of mask.
+numbers, pages, splits of keys, and how tensors broadcast or are turned round. Mask sides stay within the sequences, as
+wider ones would be another kind of mask; where keys may be split, queries stay few and heads grouped or not.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
 from cuflash.bench.cases import Case
+from cuflash.bench.inputs import places
 from cuflash.dropout import Dropout
 from cuflash.masks import Mask
+from cuflash.problem import MAX_SPLITS, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,15 @@ GPU = Limits(pairs=2**22, elements=2**20, length=4096)
 HOST = Limits(pairs=2**15, elements=2**15, length=512)
 
 
+class Turn(NamedTuple):
+    """What is odd about an axis of a tensor."""
+
+    axis: int
+    """-2 for heads, -3 for rows, -4 for batch elements or pages."""
+    expanded: bool
+    """All along it is one; else it lies in memory the other way round."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """One random problem; its arrays follow from the same seed and number (:mod:`cuflash.bench.surroundings`)."""
@@ -42,6 +55,8 @@ class Draw:
     number: int
     case: Case
     """The case it was drawn around, with the problem that came of it."""
+    turns: dict[str, Turn] = field(default_factory=dict)
+    """Of those tensors whose strides are not all positive."""
     mask_broadcast: tuple[bool, bool, bool, bool] = (False, False, False, False)
     """Along which of (batch, heads_q, len_q, len_kv) the boolean mask is broadcast."""
     alibi_batched: bool = False
@@ -61,8 +76,13 @@ class Draw:
         return Dropout(self.case.dropout_p, scheme, self.unbiased) if scheme else None
 
     def taking_part(self, side: str) -> np.ndarray:
-        """Which packed rows of "q" or "kv" belong to a sequence that uses them, (total,) booleans."""
+        """Which rows of "q" or "kv" belong to a sequence that uses them: (total,), or (page, row), booleans."""
         problem = self.case.problem
+        if side == "kv" and problem.page_size:
+            live = np.zeros((problem.total_kv // problem.page_size, problem.page_size), bool)
+            for _, at in places(self.case, self.block_table()):
+                live[at] = True
+            return live
         lens, used, total = (
             (self.case.lens_q, self.case.seqused_q, problem.total_q)
             if side == "q"
@@ -72,6 +92,17 @@ class Draw:
         for start, n in zip(accumulate(lens, initial=0), used or lens, strict=False):
             live[start : start + n] = True
         return live
+
+    def block_table(self) -> np.ndarray:
+        """The pages of each sequence, (batch, max_pages) int32, with numbers of none behind the last."""
+        case, num_pages = self.case, self.case.problem.total_kv // self.case.problem.page_size
+        rng, needed = np.random.default_rng([self.seed, self.number, 2]), sum(case.pages)
+        order = rng.permutation(num_pages) if needed <= num_pages else rng.integers(num_pages, size=needed)
+        width = max(case.pages) + int(rng.choice([0, 0, 1, 5]))
+        table = rng.choice([-(2**31), -1, num_pages, 2**31 - 1], (len(case.pages), width)).astype(np.int32)
+        for row, end, count in zip(table, accumulate(case.pages), case.pages, strict=True):
+            row[:count] = order[end - count : end]
+        return table
 
     def generator(self) -> np.random.Generator:
         """Random numbers for the arrays, alike each time."""
@@ -87,6 +118,8 @@ class Draw:
             parts += [f"lens_q {case.lens_q} of {problem.total_q} rows, lens_kv {case.lens_kv} of {problem.total_kv}"]
             parts += [f"seqused_q {case.seqused_q}"] if case.seqused_q else []
             parts += [f"seqused_kv {case.seqused_kv}"] if case.seqused_kv else []
+        parts += [f"{case.pages} of {problem.total_kv // problem.page_size} pages"] if problem.page_size else []
+        parts += [f"axis {axis} of {name} {_ODD[expanded]}" for name, (axis, expanded) in self.turns.items()]
         parts += [f"mask broadcast {self.mask_broadcast}"] if mask.tensor else []
         parts += [f"bias broadcast {problem.bias_broadcast}"] if problem.bias else []
         parts += ["slopes of each batch element"] if self.alibi_batched else []
@@ -95,19 +128,35 @@ class Draw:
         return "\n".join(parts)
 
 
+_ODD = {False: "turned round", True: "expanded"}
+
+
+def shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a call by name."""
+    rows_q, rows_kv = (problem.batch, problem.len_q), (problem.batch, problem.len_kv)
+    if problem.layout == "varlen":
+        rows_q, rows_kv = (problem.total_q,), (problem.total_kv,)
+    if problem.page_size:
+        rows_kv = (problem.total_kv // problem.page_size, problem.page_size)
+    q, k = (*rows_q, problem.heads_q, problem.dim_qk), (*rows_kv, problem.heads_kv, problem.dim_qk)
+    v, out = (*k[:-1], problem.dim_v), (*q[:-1], problem.dim_v)
+    forward = {"q": q, "k": k, "v": v, "out": out}
+    return forward if problem.direction == "forward" else forward | {"dout": out, "dq": q, "dk": k, "dv": v}
+
+
 def draw(cases: list[Case], seed: int, number: int, limits: Limits) -> Draw:
     """The draw with this number; its case is taken in turn, so that one case alone gives the same draw again."""
     order = np.random.default_rng([seed, len(cases)]).permutation(len(cases))
     case = cases[order[number % len(cases)]]
     rng = np.random.default_rng([seed, number, 0])
     drawn = _packed(case, rng, limits) if case.problem.layout == "varlen" else _dense(case, rng, limits)
-    problem = drawn.problem
+    problem, turns = drawn.problem, _turns(drawn, rng)
     shape = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
     problem = replace(
         problem,
-        mask=_mask(
-            problem.mask, problem.layout, (problem.len_q, problem.total_q), (problem.len_kv, problem.total_kv), rng
-        ),
+        ascending=not turns,
+        num_splits=_num_splits(rng) if _shares_keys(problem) else problem.num_splits,
+        mask=_mask(drawn, rng),
         softcap=float(np.exp(rng.uniform(-1, 3))) if problem.softcap else 0.0,
         softmax_scale=_scale(case, rng),
         bias_broadcast=_broadcast(rng, shape) if problem.bias else problem.bias_broadcast,
@@ -116,6 +165,7 @@ def draw(cases: list[Case], seed: int, number: int, limits: Limits) -> Draw:
         seed,
         number,
         replace(drawn, problem=problem, dropout_p=_probability(rng) if problem.dropout else 0.0),
+        turns=turns,
         mask_broadcast=_broadcast(rng, shape),
         alibi_batched=problem.alibi and bool(rng.random() < 0.5),
         unbiased=problem.dropout is not None and bool(rng.random() < 0.5),
@@ -145,12 +195,49 @@ def _packed(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
         some = tuple(int(rng.choice([0, n, rng.integers(n + 1)], p=(0.1, 0.3, 0.6))) for n in each)
         used.append(some if rng.random() < 0.4 else ())
     problem = replace(case.problem, batch=batch, heads_q=heads_q, heads_kv=heads_kv, **sizes)
-    return Case(case.id, case.family, problem, *lens, *used)
+    drawn = Case(case.id, case.family, problem, *lens, *used)
+    return _in_pages(drawn, rng, limits) if problem.page_size else drawn
+
+
+def _in_pages(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
+    """Pages of any size: enough for each sequence to have its own, or so few that sequences share them."""
+    problem = case.problem
+    room = limits.elements // (problem.heads_kv * max(problem.dim_qk, problem.dim_v))
+    size = min(room, int(rng.choice([1, 16, 48, rng.integers(1, 301), _log_uniform(rng, 300)])))
+    case = replace(case, problem=replace(problem, page_size=size))
+    needed = sum(case.pages)
+    count = needed + int(rng.choice([0, 1, 7])) if rng.random() < 0.7 else _log_uniform(rng, max(needed, 1))
+    return replace(case, problem=replace(case.problem, total_kv=min(count, room // size) * size))
+
+
+def _shares_keys(problem: Problem) -> bool:
+    """Whether blocks may share the keys of a query, or heads a tile: both only pay where queries are few."""
+    return problem.direction == "forward" and problem.num_splits != 1
+
+
+def _num_splits(rng: np.random.Generator) -> int:
+    return 0 if rng.random() < 0.3 else _log_uniform(rng, MAX_SPLITS)
+
+
+def _turns(case: Case, rng: np.random.Generator) -> dict[str, Turn]:
+    """Now and then an axis of a tensor, but not for kernels that take none of them."""
+    turns, problem = {}, case.problem
+    for name, shape in shapes(problem).items():
+        axes = [axis for axis in range(-len(shape), -1) if shape[axis] > 1]
+        if case.family == "sm90" or not axes or 0 in shape or rng.random() > 0.1:
+            continue
+        axis = int(rng.choice(axes))
+        # Packed rows and pages are those of different sequences, of which some are not in use.
+        expandable = name in ("q", "k", "v", "dout") and (axis == -2 or problem.layout == "dense")
+        turns[name] = Turn(axis, expandable and bool(rng.random() < 0.4))
+    return turns
 
 
 def _planes(case: Case, rng: np.random.Generator, limits: Limits) -> tuple[int, int, int]:
     """batch, heads_q and heads_kv."""
     heads_kv, group = _log_uniform(rng, 8), int(rng.choice([1, 1, 1, 2, 3, 4, 8]))
+    if _shares_keys(case.problem):
+        group = 1 if case.problem.group == 1 else int(rng.choice([2, 3, 4, 7, 8]))
     batch = _log_uniform(rng, 200 if rng.random() < 0.1 else 12)
     room = limits.elements // max(case.problem.dim_qk, case.problem.dim_v)
     heads_kv = min(heads_kv, room)
@@ -162,10 +249,12 @@ def _two_lengths(case: Case, rng: np.random.Generator, limits: Limits, batch: in
     """The longest sequences of queries and keys."""
     planes = batch * heads_q
     most = min(limits.length, limits.elements // (planes * max(case.problem.dim_qk, case.problem.dim_v)))
-    first = _length(rng, most)
+    first, few = _length(rng, most), _shares_keys(case.problem)
+    if few:
+        first = min(first, _log_uniform(rng, 32))
     second = first if rng.random() < 0.2 else _length(rng, most)
     second = min(second, max(1, limits.pairs // (planes * max(first, 1))))
-    return (first, second) if rng.random() < 0.5 else (second, first)
+    return (first, second) if few or rng.random() < 0.5 else (second, first)
 
 
 def _length(rng: np.random.Generator, most: int) -> int:
@@ -183,10 +272,14 @@ def _log_uniform(rng: np.random.Generator, most: int) -> int:
     return min(most, int(np.exp(rng.uniform(0, np.log(most + 1)))))
 
 
-def _mask(mask: Mask, layout: str, rows_q: tuple[int, int], rows_kv: tuple[int, int], rng: np.random.Generator) -> Mask:
-    """The same kind of mask, aligned either way; `rows` are those of the longest sequence and of all packed ones."""
-    mask = replace(mask, alignment=str(rng.choice(["bottom-right", "top-left"])))
-    reach = max(min(rows) if layout == "varlen" else rows[0] for rows in (rows_q, rows_kv))
+def _mask(case: Case, rng: np.random.Generator) -> Mask:
+    """The same kind of mask, aligned either way."""
+    problem = case.problem
+    mask = replace(problem.mask, alignment=str(rng.choice(["bottom-right", "top-left"])))
+    reach = max(problem.len_q, problem.len_kv)
+    if problem.layout == "varlen":
+        most_kv = max(case.pages) * problem.page_size if problem.page_size else problem.total_kv
+        reach = max(min(problem.len_q, problem.total_q), min(problem.len_kv, most_kv))
     if not reach:
         return mask.clipped(0, 0)
     if mask.kind != "window":

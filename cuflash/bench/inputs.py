@@ -146,7 +146,7 @@ def _table(case: Case) -> np.ndarray:
     return table
 
 
-def _places(case: Case, table: np.ndarray) -> Iterator[tuple[slice, tuple[np.ndarray, np.ndarray]]]:
+def places(case: Case, table: np.ndarray) -> Iterator[tuple[slice, tuple[np.ndarray, np.ndarray]]]:
     """Of every sequence, the packed rows of the keys in use, and the page and row of each."""
     for b, (start, (_, len_kv)) in enumerate(zip(accumulate(case.lens_kv, initial=0), case.sequences, strict=False)):
         page, row = np.divmod(np.arange(len_kv), case.problem.page_size)
@@ -157,8 +157,8 @@ def _paged(case: Case, table: np.ndarray, packed: np.ndarray) -> np.ndarray:
     """Packed keys or values in pages, with NaN in every row that holds none."""
     size = case.problem.page_size
     pages = np.full((case.problem.total_kv // size, size, *packed.shape[1:]), np.nan, packed.dtype)
-    for rows, places in _places(case, table):
-        pages[places] = packed[rows]
+    for rows, at in places(case, table):
+        pages[at] = packed[rows]
     return pages
 
 
@@ -168,9 +168,9 @@ def packed_kv(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     if not case.problem.page_size:
         return k, v
     gathered = [np.zeros((sum(case.lens_kv), *pages.shape[2:]), pages.dtype) for pages in (k, v)]
-    for rows, places in _places(case, host(inputs.block_table)):
+    for rows, at in places(case, host(inputs.block_table)):
         for packed, pages in zip(gathered, (k, v), strict=True):
-            packed[rows] = pages[places]
+            packed[rows] = pages[at]
     return gathered[0], gathered[1]
 
 

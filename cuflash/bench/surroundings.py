@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.bench.draws import Draw
+from cuflash.bench.draws import Draw, shapes
 from cuflash.bench.inputs import Array, Inputs
 
 _GAP = 256
@@ -165,13 +165,9 @@ class _Surroundings:
     def made(self) -> Surrounded:
         case, problem = self._draw.case, self._problem
         varlen, backward = problem.layout == "varlen", problem.direction == "backward"
-        rows_q = (problem.total_q,) if varlen else (problem.batch, problem.len_q)
-        rows_kv = (problem.total_kv,) if varlen else (problem.batch, problem.len_kv)
-        q, k = (*rows_q, problem.heads_q, problem.dim_qk), (*rows_kv, problem.heads_kv, problem.dim_qk)
-        out, v = (*q[:-1], problem.dim_v), (*k[:-1], problem.dim_v)
-        read = self._tensors({"q": q, "k": k, "v": v})
+        read = self._tensors("q", "k", "v")
         if backward:
-            read |= self._tensors({"dout": out})
+            read |= self._tensors("dout")
         for name, x in read.items():
             read[name] = self._filled(name, x)
         inputs = Inputs(read["q"], read["k"], read["v"], read.get("dout"))
@@ -180,6 +176,8 @@ class _Surroundings:
             inputs.cu_seqlens_kv = self._flat("cu_seqlens_kv", [0, *accumulate(case.lens_kv)])
             inputs.seqused_q = self._flat("seqused_q", case.seqused_q) if case.seqused_q else None
             inputs.seqused_kv = self._flat("seqused_kv", case.seqused_kv) if case.seqused_kv else None
+        if problem.page_size:
+            inputs.block_table = self._table()
         if problem.alibi:
             inputs.alibi_slopes = self._slopes()
         if problem.sink:
@@ -195,41 +193,43 @@ class _Surroundings:
             inputs.mask_tensor[...] = self._numbers.take(inputs.mask_tensor.shape, self._real) > threshold
             self._hide(inputs.mask_tensor, False)
         inputs.rng_state = self._draw.rng_state
-        made = Surrounded(inputs, self._tensors({"out": out}))
+        written = self._tensors("out")
         if backward:
-            made.outputs |= self._tensors({"dq": q, "dk": k, "dv": v})
-            rows = (problem.heads_q, *rows_q) if varlen else (problem.batch, problem.heads_q, problem.len_q)
+            written |= self._tensors("dq", "dk", "dv")
+        made = Surrounded(inputs, {name: self._turned(name, x) for name, x in written.items()})
+        if backward:
+            rows = (problem.total_q,) if varlen else (problem.len_q,)
+            rows = (*(() if varlen else (problem.batch,)), problem.heads_q, *rows)
             made.lse = self._any_order("lse", rows, self._real)
             if self._draw.dlse:
                 made.dlse = self._any_order("dlse", rows, self._real)
                 made.dlse[...] = self._numbers.take(rows, self._real)
         return made
 
-    def _tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+    def _tensors(self, *names: str) -> dict[str, Array]:
         """Tensors of NaN, some of them parts of one: heads of a packed qkv, or columns of rows that hold k and v."""
-        problem, rng, names = self._problem, self._rng, list(shapes)
+        problem, rng, shape_of = self._problem, self._rng, shapes(self._problem)
         unit, dtype = max(problem.copy_bytes, problem.dtype.itemsize), problem.dtype.numpy
         joined = rng.random()
         several = names if joined < 0.1 else names[1:] if joined < 0.3 else []
         axis = -2 if rng.random() < 0.5 else -1
-        others = {tuple(n for i, n in enumerate(shapes[name]) if i - len(shapes[name]) != axis) for name in several}
+        others = {tuple(n for i, n in enumerate(shape_of[name]) if i - len(shape_of[name]) != axis) for name in several}
         if len(several) < 2 or len(others) > 1:
-            return {name: self._arena.cut(name, shape, dtype, unit, rng) for name, shape in shapes.items()}
-        sizes = [shapes[name][axis] for name in several]
-        shape = list(shapes[several[0]])
+            return {name: self._arena.cut(name, shape_of[name], dtype, unit, rng) for name in names}
+        sizes = [shape_of[name][axis] for name in several]
+        shape = list(shape_of[several[0]])
         shape[axis] = sum(sizes)
         whole = self._arena.cut(" and ".join(several), shape, dtype, unit, rng)
-        found = {name: self._arena.cut(name, shapes[name], dtype, unit, rng) for name in names if name not in several}
+        found = {name: self._arena.cut(name, shape_of[name], dtype, unit, rng) for name in names if name not in several}
         for name, end, size in zip(several, accumulate(sizes), sizes, strict=True):
             part = slice(end - size, end)
             found[name] = whole[..., part, :] if axis == -2 else whole[..., part]
         return found
 
     def _filled(self, name: str, x: Array) -> Array:
-        """Values in the rows that take part; now and then an axis is turned round, or all along it is one."""
-        problem, rng, kind = self._problem, self._rng, self._rng.random()
-        if kind < 0.05:  # heads are one
-            x = x[..., :1, :]
+        """Values in the rows that take part, NaN in the others."""
+        problem, rng, shape = self._problem, self._rng, x.shape
+        x = self._turned(name, x)
         values = self._numbers.take(x.shape, self._real)
         if name == "k" and rng.random() < 0.15 and x.shape[-3]:  # row maxima grow or shrink along the sequence
             steep = rng.choice([1 / 8, 8]) if problem.dtype.itemsize == 2 else rng.choice([1 / 3, 3])
@@ -237,12 +237,26 @@ class _Surroundings:
             values = values * self._xp.asarray(ramp[:, None, None])
         if problem.layout == "varlen":
             live = self._xp.asarray(self._draw.taking_part("q" if name in ("q", "dout") else "kv"))
-            values = self._xp.where(live[:, None, None], values, np.nan)
+            values = self._xp.where(live[..., None, None], values, np.nan)
         x[...] = values
-        if kind < 0.05:
-            heads = problem.heads_q if name in ("q", "dout") else problem.heads_kv
-            return self._xp.broadcast_to(x, (*x.shape[:-2], heads, x.shape[-1]))
-        return x[..., ::-1, :] if kind < 0.1 else x[::-1] if kind < 0.13 and problem.layout == "dense" else x
+        return x if x.shape == shape else self._xp.broadcast_to(x, shape)
+
+    def _turned(self, name: str, x: Array) -> Array:
+        """With one axis the other way round, or only the first along one that is to be expanded."""
+        if name not in self._draw.turns:
+            return x
+        axis, expanded = self._draw.turns[name]
+        part = slice(1) if expanded else slice(None, None, -1)
+        return x[(..., part, *[slice(None)] * (-axis - 1))]
+
+    def _table(self) -> Array:
+        """The pages of each sequence, in any strides."""
+        numbers = self._draw.block_table()
+        table = self._any_order("block_table", numbers.shape, numbers.dtype)
+        steps = (int(step) for step in self._rng.choice([1, 1, 1, -1], 2))
+        table = table[tuple(slice(None, None, step) for step in steps)]
+        table[...] = self._xp.asarray(numbers)
+        return table
 
     def _flat(self, name: str, values: Sequence[int]) -> Array:
         """Lengths or first rows, with -1 on either side."""
