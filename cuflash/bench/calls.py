@@ -52,7 +52,8 @@ def lengths(case: Case) -> dict[str, object]:
 
 def options(case: Case) -> Options:
     """The same for the floor below."""
-    return Options(**keywords(case), **lengths(case), num_splits=case.problem.num_splits, family=case.family)
+    num_splits = case.turned("forward").problem.num_splits
+    return Options(**keywords(case), **lengths(case), num_splits=num_splits, family=case.family)
 
 
 def arrays(inputs: Inputs) -> dict[str, Array]:

@@ -52,9 +52,10 @@ class Case:
         return [-(-len_kv // self.problem.page_size) for _, len_kv in self.sequences]
 
     def turned(self, direction: Direction) -> Case:
-        """The same case in the other direction."""
+        """The same case in the other direction; the forward of a backward case does not split keys."""
         bias_grad = self.problem.bias_grad and direction == "backward"
-        num_splits = self.problem.num_splits if direction == "forward" else 0
+        num_splits = self.problem.num_splits if self.problem.direction == "forward" else 1
+        num_splits = num_splits if direction == "forward" else 0
         problem = replace(self.problem, direction=direction, bias_grad=bias_grad, num_splits=num_splits)
         return replace(self, problem=problem)
 

@@ -149,7 +149,10 @@ def draw(cases: list[Case], seed: int, number: int, limits: Limits) -> Draw:
     order = np.random.default_rng([seed, len(cases)]).permutation(len(cases))
     case = cases[order[number % len(cases)]]
     rng = np.random.default_rng([seed, number, 0])
-    drawn = _packed(case, rng, limits) if case.problem.layout == "varlen" else _dense(case, rng, limits)
+    sized = _packed if case.problem.layout == "varlen" else _dense
+    drawn = sized(case, rng, limits)
+    while case.problem.mask.kind != "none" and not _reach(drawn):  # nothing to hide: another kind of mask
+        drawn = sized(case, rng, limits)
     problem, turns = drawn.problem, _turns(drawn, rng)
     shape = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
     problem = replace(
@@ -177,7 +180,7 @@ def draw(cases: list[Case], seed: int, number: int, limits: Limits) -> Draw:
 
 def _dense(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
     batch, heads_q, heads_kv = _planes(case, rng, limits)
-    longest = _two_lengths(case, rng, limits, batch, heads_q)
+    longest = _two_lengths(case, rng, limits, (batch, heads_q, heads_kv))
     sizes = dict(zip(("len_q", "len_kv"), longest, strict=True))
     return replace(case, problem=replace(case.problem, batch=batch, heads_q=heads_q, heads_kv=heads_kv, **sizes))
 
@@ -186,7 +189,7 @@ def _packed(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
     batch, heads_q, heads_kv = _planes(case, rng, limits)
     sizes, lens, used = {}, [], []
     most_tail = limits.elements // (heads_q * max(case.problem.dim_qk, case.problem.dim_v))
-    for side, longest in zip(("q", "kv"), _two_lengths(case, rng, limits, batch, heads_q), strict=True):
+    for side, longest in zip(("q", "kv"), _two_lengths(case, rng, limits, (batch, heads_q, heads_kv)), strict=True):
         each = [0 if rng.random() < 0.15 else _length(rng, longest) for _ in range(batch)]
         tail = min(int(rng.choice([0, 0, 1, rng.integers(100)])), most_tail)
         room = int(rng.choice([0, 0, longest - max(each)]))  # max_seqlen may be more than the longest
@@ -216,7 +219,8 @@ def _shares_keys(problem: Problem) -> bool:
 
 
 def _num_splits(rng: np.random.Generator) -> int:
-    return 0 if rng.random() < 0.3 else _log_uniform(rng, MAX_SPLITS)
+    """Any number but 1, with which neither keys nor tiles are shared."""
+    return 0 if rng.random() < 0.3 else max(2, _log_uniform(rng, MAX_SPLITS))
 
 
 def _turns(case: Case, rng: np.random.Generator) -> dict[str, Turn]:
@@ -235,26 +239,33 @@ def _turns(case: Case, rng: np.random.Generator) -> dict[str, Turn]:
 
 def _planes(case: Case, rng: np.random.Generator, limits: Limits) -> tuple[int, int, int]:
     """batch, heads_q and heads_kv."""
-    heads_kv, group = _log_uniform(rng, 8), int(rng.choice([1, 1, 1, 2, 3, 4, 8]))
-    if _shares_keys(case.problem):
-        group = 1 if case.problem.group == 1 else int(rng.choice([2, 3, 4, 7, 8]))
-    batch = _log_uniform(rng, 200 if rng.random() < 0.1 else 12)
+    most, heads_kv, group = 12, _log_uniform(rng, 8), int(rng.choice([1, 1, 1, 2, 3, 4, 8]))
+    if _shares_keys(case.problem):  # few blocks, of long sequences
+        most, heads_kv, group = (
+            3,
+            _log_uniform(rng, 2),
+            int(rng.choice([2, 3, 4, 7, 8])) if case.problem.group > 1 else 1,
+        )
+    batch = _log_uniform(rng, 200 if rng.random() < 0.1 else most)
     room = limits.elements // max(case.problem.dim_qk, case.problem.dim_v)
     heads_kv = min(heads_kv, room)
     group = min(group, room // heads_kv)
     return min(batch, room // (heads_kv * group)), heads_kv * group, heads_kv
 
 
-def _two_lengths(case: Case, rng: np.random.Generator, limits: Limits, batch: int, heads_q: int) -> tuple[int, int]:
-    """The longest sequences of queries and keys."""
-    planes = batch * heads_q
-    most = min(limits.length, limits.elements // (planes * max(case.problem.dim_qk, case.problem.dim_v)))
-    first, few = _length(rng, most), _shares_keys(case.problem)
-    if few:
-        first = min(first, _log_uniform(rng, 32))
+def _two_lengths(case: Case, rng: np.random.Generator, limits: Limits, planes: tuple[int, int, int]) -> tuple[int, int]:
+    """The longest sequences of queries and keys; `planes` are batch, heads_q and heads_kv."""
+    planes_q, planes_kv = planes[0] * planes[1], planes[0] * planes[2]
+    room = limits.elements // max(case.problem.dim_qk, case.problem.dim_v)
+    most = min(limits.length, room // planes_q)
+    if _shares_keys(case.problem):
+        few = min(most, _log_uniform(rng, 16))
+        most = min(limits.length, room // planes_kv, limits.pairs // (planes_q * few))
+        return few, max(_length(rng, most), _length(rng, most))
+    first = _length(rng, most)
     second = first if rng.random() < 0.2 else _length(rng, most)
-    second = min(second, max(1, limits.pairs // (planes * max(first, 1))))
-    return (first, second) if few or rng.random() < 0.5 else (second, first)
+    second = min(second, max(1, limits.pairs // (planes_q * max(first, 1))))
+    return (first, second) if rng.random() < 0.5 else (second, first)
 
 
 def _length(rng: np.random.Generator, most: int) -> int:
@@ -272,16 +283,18 @@ def _log_uniform(rng: np.random.Generator, most: int) -> int:
     return min(most, int(np.exp(rng.uniform(0, np.log(most + 1)))))
 
 
+def _reach(case: Case) -> int:
+    """How long sequences may be, as far as the arrays tell: wider mask sides hide nothing."""
+    problem = case.problem
+    if problem.layout == "dense":
+        return max(problem.len_q, problem.len_kv)
+    most_kv = max(case.pages) * problem.page_size if problem.page_size else problem.total_kv
+    return max(min(problem.len_q, problem.total_q), min(problem.len_kv, most_kv))
+
+
 def _mask(case: Case, rng: np.random.Generator) -> Mask:
     """The same kind of mask, aligned either way."""
-    problem = case.problem
-    mask = replace(problem.mask, alignment=str(rng.choice(["bottom-right", "top-left"])))
-    reach = max(problem.len_q, problem.len_kv)
-    if problem.layout == "varlen":
-        most_kv = max(case.pages) * problem.page_size if problem.page_size else problem.total_kv
-        reach = max(min(problem.len_q, problem.total_q), min(problem.len_kv, most_kv))
-    if not reach:
-        return mask.clipped(0, 0)
+    mask, reach = replace(case.problem.mask, alignment=str(rng.choice(["bottom-right", "top-left"]))), _reach(case)
     if mask.kind != "window":
         return mask
     if reach < 2:
