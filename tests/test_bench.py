@@ -88,7 +88,7 @@ def test_the_arrays_of_a_case_are_its_problem(case):
     options = calls.options(case)
     given = calls.arrays(inputs)
     problem, _ = ops_host.problem_of("forward", options, [given.get(name) for name in ARGUMENTS["forward"]])
-    assert problem == replace(case.problem, direction="forward", deterministic=False, bias_grad=False)
+    assert problem == replace(case.turned("forward").problem, deterministic=False)
 
 
 def test_tensors_lie_apart_and_are_aligned_exactly_as_asked():
