@@ -241,11 +241,8 @@ def _planes(case: Case, rng: np.random.Generator, limits: Limits) -> tuple[int, 
     """batch, heads_q and heads_kv."""
     most, heads_kv, group = 12, _log_uniform(rng, 8), int(rng.choice([1, 1, 1, 2, 3, 4, 8]))
     if _shares_keys(case.problem):  # few blocks, of long sequences
-        most, heads_kv, group = (
-            3,
-            _log_uniform(rng, 2),
-            int(rng.choice([2, 3, 4, 7, 8])) if case.problem.group > 1 else 1,
-        )
+        most, heads_kv = 3, _log_uniform(rng, 2)
+        group = int(rng.choice([2, 3, 4, 7, 8])) if case.problem.group > 1 else 1
     batch = _log_uniform(rng, 200 if rng.random() < 0.1 else most)
     room = limits.elements // max(case.problem.dim_qk, case.problem.dim_v)
     heads_kv = min(heads_kv, room)
