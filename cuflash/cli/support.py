@@ -20,11 +20,11 @@ from cuflash.plan import FAMILIES, Family
 from cuflash.plan.families import FEATURES
 from cuflash.problem import Problem
 
-_PLAIN = Problem("forward", BF16, batch=1, heads_q=4, heads_kv=4, len_q=64, len_kv=64, dim_qk=64, dim_v=64)
+_PLAIN = Problem("forward", BF16, batch=1, heads_q=4, heads_kv=4, len_q=256, len_kv=256, dim_qk=64, dim_v=64)
 
 PROBES: dict[str, Problem] = {
     "backward": replace(_PLAIN, direction="backward"),
-    "varlen": replace(_PLAIN, layout="varlen", total_q=64, total_kv=64),
+    "varlen": replace(_PLAIN, layout="varlen", total_q=256, total_kv=256),
     "paged": replace(_PLAIN, layout="varlen", total_q=64, total_kv=64, page_size=16),
     "causal": replace(_PLAIN, mask=Mask(right=0)),
     "window": replace(_PLAIN, mask=Mask(left=8, right=0)),
