@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -320,3 +321,29 @@ def test_the_product_is_the_product(everything_installed):
     product = TorchProduct()
     product._factors = [np.arange(4.0).reshape(2, 2), np.ones((2, 2))]
     np.testing.assert_array_equal(product.call(TORCH, CASES["plain"], None)(), [[1, 1], [5, 5]])
+
+
+@pytest.mark.parametrize(("captures", "family"), [(True, "flash"), (False, "flash, eager")])
+def test_a_row_says_whether_its_launches_were_captured(monkeypatch, installed, captures: bool, family: str) -> None:
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        if not captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    stream = SimpleNamespace(ptr=0, synchronize=lambda: None)
+    cuda = SimpleNamespace(
+        ExternalStream=lambda ptr: stream,
+        stream=lambda _: nullcontext(),
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: "replayed"),
+        graph=graph,
+        synchronize=lambda: None,
+    )
+    installed("torch", cuda=cuda)
+    installed("cupy", cuda=SimpleNamespace(get_current_stream=lambda: stream))
+    peer = Torch()
+    peer.name, peer.family = "torch-flash", "flash"
+    monkeypatch.setattr(peer, "scope", lambda torch: nullcontext())
+    monkeypatch.setattr(peer, "call", lambda *_: lambda: "called")
+    runner = peer.prepare(CASES["plain"], None)
+    assert (runner.family, runner.launch()) == (family, "replayed" if captures else "called")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -160,23 +159,12 @@ def test_no_file_has_a_vague_name():
     assert not wrong
 
 
-def test_import_is_light():
-    script = (
-        "import sys, time\n"
-        "start = time.process_time()\n"  # of this process, so that a busy machine does not count
-        "import cuflash\n"
-        "print(time.process_time() - start)\n"
-        "print(*sorted({name.split('.')[0] for name in sys.modules}))\n"
-    )
-    times = []
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds, modules = done.stdout.splitlines()
-        times.append(float(seconds))
-        assert "cuflash" in modules.split()
-        heavy = {"cupy", "cupy_backends", "torch", "jax", "typer", "rich", "concurrent", "multiprocessing"}
-        assert not heavy & set(modules.split())
-    assert statistics.median(times) < 0.3
+def test_import_brings_nothing_heavy():
+    script = "import sys, cuflash; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = set(done.stdout.split())
+    heavy = {"cupy", "cupy_backends", "torch", "jax", "typer", "rich", "concurrent", "multiprocessing"}
+    assert "cuflash" in modules and not heavy & modules
 
 
 # Kernels

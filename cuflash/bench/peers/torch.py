@@ -23,7 +23,7 @@ class Torch:
     family: str
 
     def prepare(self, case: Case, inputs: Inputs) -> Runner:
-        """Bring the inputs over, run once, capture; where capture fails, calls are launched eagerly."""
+        """Bring the inputs over, run once, capture; what cannot be captured is launched eagerly, and so named."""
         import cupy
 
         torch = importlib.import_module("torch")
@@ -39,8 +39,9 @@ class Torch:
             call()
             stream.synchronize()
             graph = self._capture(torch, call, stream)
-        launch = call if graph is None else graph.replay
-        return Runner(self.name, self.family, call, launch, "events", stream.synchronize, scope, keep=[graph])
+        # Eager launches may leave the device waiting for the host, which a reader of the row has to know.
+        launch, family = (call, f"{self.family}, eager") if graph is None else (graph.replay, self.family)
+        return Runner(self.name, family, call, launch, "events", stream.synchronize, scope, keep=[graph])
 
     def scope(self, torch: Any) -> AbstractContextManager[object]:
         """The switches under which the function picks this implementation; none to set."""
