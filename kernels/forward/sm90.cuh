@@ -105,8 +105,9 @@ struct ForwardSm90 {
       const Tiles tiles = Mask(a, sequence, work.head).kv_tiles(q_first, kTileQ, kTileKv);
       const auto load_q = [&] {
         const uint32 barrier = smem.q_ring.acquire(q_at, kConsumers * sizeof(QTile));
-        for (int w = 0; w < kConsumers; ++w) {
-          load_boxes(smem.rows[w].q, p.q_map, sequence.q_box(a, q_first + w * kRows, work.head), barrier);
+        for (int w = 0; w < kConsumers; ++w) {  // rows that no query has begin with the last query's: see load_boxes
+          const int row = min_of(q_first + w * kRows, sequence.len_q - 1);
+          load_boxes(smem.rows[w].q, p.q_map, sequence.q_box(a, row, work.head), barrier);
         }
         q_at = q_at.next();
       };
@@ -304,7 +305,8 @@ struct ForwardSm90 {
       ptx::fence_proxy_async();
       meet();
       if (leader) {
-        store_boxes(p.out_map, sequence.q_box(a, q_first + consumer * kRows, work.head), mine.out);
+        const int row = q_first + consumer * kRows;
+        if (row < sequence.len_q) store_boxes(p.out_map, sequence.q_box(a, row, work.head), mine.out);
         ptx::tma_store_commit();
         if (!Config::kSeparateOut) {
           ptx::tma_store_wait_read();

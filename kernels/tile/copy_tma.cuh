@@ -1,4 +1,7 @@
 // Copies of whole tiles by TMA, one box for every chunk of 64 columns. Called by one thread.
+//
+// Part of a box may lie outside its tensor, but not all of it: for such a box an H200 touches the first element of the map,
+// which for a ragged map is nobody's memory, and faults.
 #pragma once
 
 #include "attention/sequence.cuh"

@@ -48,6 +48,14 @@ struct Transfer {
 
   const char* name() const { return barrier ? "tma_load" : "tma_store"; }
 
+  // For such a box hardware touches the map's first element, be it there or not.
+  bool misses() const {
+    for (int axis = 0; axis < 4; ++axis) {
+      if (at[axis] >= tensor.dim[axis] || at[axis] + tensor.box[axis] <= 0) return true;
+    }
+    return false;
+  }
+
   void run() const {
     char row[128];
     uint32 row_address = shared;
@@ -105,6 +113,7 @@ struct CopyEngine {
     if (first % Block::kSmemAlignment != 0) fail("%s: shared %lld is not a multiple of 1024", name, first);
     if (first + bytes > block.smem_bytes) fail("%s of %lld bytes at %lld: beyond shared memory", name, bytes, first);
     for (int64 address = first; address < first + bytes; address += 16) async_proxy.check(name, address);
+    if (transfer.misses()) fail("%s: the box lies wholly outside the tensor", name);
     if (transfer.barrier) {
       for (const Transfer& other : transfers) {
         if (first < other.shared + other.tensor.box_bytes() && other.shared < first + bytes) {
