@@ -219,15 +219,17 @@ def _bias_step(problem: Problem, kernel: str, tile: tiles.Tile) -> tuple[Step, .
 def _sm90_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_sm90(problem, device)
     config = replace(_config(problem, tile), reduction="AtomicReduction")
-    blocks = _query_blocks(problem, tile.tile_q)
+    works = blocks = _query_blocks(problem, tile.tile_q)
     if problem.layout == "dense":
-        # Each block takes its share, and loads the next tile while it stores the last. Shares of packed sequences could
-        # be unequal: there the tiles are handed out one by one, the longest first.
-        blocks = min(blocks, device.num_sms)
+        # Blocks go from one tile to another, and load the next while they store the last. Of packed sequences too many
+        # tiles are empty: there each has a block.
+        blocks = min(works, device.num_sms)
+    draws = blocks < works and problem.mask.kind != "none"
+    workspaces = (Workspace("tickets", np.dtype(np.int32), (1,), zeroed=True),) if draws else ()
     boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))
     step = Step("fwd_sm90", "FwdParams", config, blocks, boxes)
     most = ceiling.forward_sm90(problem, tile)
-    return Plan(problem, device, "sm90", (*_rng_step(problem), step), reason=tile.reason, ceiling=most)
+    return Plan(problem, device, "sm90", (*_rng_step(problem), step), workspaces, reason=tile.reason, ceiling=most)
 
 
 def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:

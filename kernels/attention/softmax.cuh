@@ -1,5 +1,5 @@
 // Online softmax of one row (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1). Every case of "nothing
-// visible" is decided here: such a row has m = -inf, l = 0, and becomes output 0 with lse -inf.
+// visible" is decided here: such a row has m = kLowest, l = 0, and becomes output 0 with lse -inf.
 #pragma once
 
 #include "params.cuh"
@@ -12,24 +12,31 @@ struct RowState {
   Real m;  // largest score so far
   Real l;  // sum of p so far
 
-  CF_DEVICE void init() { m = -infinity<Real>(); l = Real(0); }
+  // Below every score but finite: a hidden score, -inf, stays -inf less m, and m less m is 0.
+  static constexpr Real kLowest = sizeof(Real) == 4 ? Real(-1e30) : Real(-1e300);
 
-  // The maximum as an exponent that can be subtracted: 0 while nothing is visible, so that -inf - shift stays -inf.
-  CF_DEVICE Real shift(Real log2_unit) const { return m == -infinity<Real>() ? Real(0) : m * log2_unit; }
+  CF_DEVICE void init() { m = kLowest; l = Real(0); }
+
+  // The maximum as an exponent.
+  CF_DEVICE Real shift(Real log2_unit) const { return m * log2_unit; }
 
   // Takes in the largest score of a tile; returns the factor by which l and the output so far shrink.
   CF_DEVICE Real update(Real tile_max, Real log2_unit) {
     const Real before = m;
     m = max_of(m, tile_max);
-    const Real rescale = before == -infinity<Real>() ? Real(0) : exp2(before * log2_unit - m * log2_unit);
+    const Real rescale = exp2((before - m) * log2_unit);
     l *= rescale;
     return rescale;
   }
 
   // The same, but stays with an older maximum until probabilities would pass 2^slack: most tiles then shrink nothing.
   CF_DEVICE Real update(Real tile_max, Real log2_unit, Real slack) {
-    const bool close_enough = (max_of(m, tile_max) - m) * log2_unit <= slack;  // false where m is -inf
-    return update(close_enough ? m : tile_max, log2_unit);
+    const Real before = m;
+    const bool grew = (tile_max - before) * log2_unit > slack;
+    m = grew ? tile_max : before;
+    const Real rescale = grew ? exp2((before - tile_max) * log2_unit) : Real(1);
+    l *= rescale;
+    return rescale;
   }
 
   // Takes in other scores of the row; returns the factor by which the output so far shrinks, and that of the other's.

@@ -14,8 +14,11 @@
 //
 // Consumers run independently, each visiting only its own rows' tiles, and fill each other's gaps; with kPingPong they
 // take turns at issuing, so that the softmax of one always runs under the products of another. Tiles are visited from
-// the last to the first, so that all but a left bound is masked at the beginning. Blocks may be persistent and go from
-// one work to another; rings and phases run on, so that the next work's loads run under the end of this one.
+// the last to the first, so that all but a left bound is masked at the beginning.
+//
+// A block goes from one work, a tile of queries, to another; rings and phases run on, so that the next work's loads run
+// under the end of this one. Works of equal length are dealt out in turn. Others are drawn by tickets, the longest first,
+// and the producer tells the consumers which it drew.
 #pragma once
 
 #include "attention/schedule.cuh"
@@ -64,6 +67,7 @@ struct ForwardSm90 {
     VTile v[kStages];
     QRing q_ring;  // all consumers' q tiles are one buffer
     KvRing k_ring, v_ring;
+    NumberRing works;
   };
 
   // Named barriers, one for each consumer from these numbers on.
@@ -78,17 +82,17 @@ struct ForwardSm90 {
   // range, so that no product overflows float.
   static constexpr float kSlack = IsSame<Element, bf16>::value ? 64.f : 8.f;
 
-  // f(work, sequence) for every tile of queries this block works on. Both roles must see the same works. They are in
-  // falling order of length; every other round deals them out backwards, so that blocks get equal shares.
-  template <class F>
-  CF_DEVICE static void for_each_work(const FwdParams& p, F&& f) {
+  CF_DEVICE static int num_works(const Attention& a) {
+    return num_tiles(a.len_q, kTileQ) * a.heads_q * a.batch;
+  }
+
+  // f(work, sequence) for every number that next() returns, up to one that is none of a work.
+  template <class Next, class F>
+  CF_DEVICE static void for_each_work(const FwdParams& p, Next&& next, F&& f) {
     const Attention& a = p.attention;
-    const int tiles = num_tiles(a.len_q, kTileQ), heads = a.heads_q * a.batch, works = tiles * heads;
-    const int blocks = ptx::num_blocks();
-    int place = ptx::block_index();
-    for (int round = 0; round < works; round += blocks, place = blocks - 1 - place) {
-      if (round + place >= works) break;
-      const Work work = section_work(round + place, tiles, a.heads_q, heads, p.heads_per_section);
+    const int tiles = num_tiles(a.len_q, kTileQ), heads = a.heads_q * a.batch;
+    for (int number = next(); number < num_works(a); number = next()) {
+      const Work work = section_work(number, tiles, a.heads_q, heads, p.heads_per_section);
       const Sequence sequence(a, work.batch);
       f(work, sequence);
     }
@@ -98,7 +102,18 @@ struct ForwardSm90 {
   CF_DEVICE static void produce(const FwdParams& p, SmemPlan& smem) {
     typename QRing::Cursor q_at;
     Cursor at;  // K and V are used in step
-    for_each_work(p, [&](const Work& work, const Sequence& sequence) {
+    NumberRing::Cursor number_at;
+    int upcoming = ptx::block_index();
+    const auto next = [&] {
+      const int number = upcoming;
+      smem.works.put(number_at, number);
+      number_at = number_at.next();
+      const int blocks = ptx::num_blocks(), works = num_works(p.attention);
+      // Blocks draw once for each work, so the last draw of all leaves the tickets at 0.
+      if (number < works) upcoming = p.tickets ? blocks + ptx::count_around(p.tickets, works - 1) : number + blocks;
+      return number;
+    };
+    for_each_work(p, next, [&](const Work& work, const Sequence& sequence) {
       const Attention& a = p.attention;
       const int q_first = work.tile * kTileQ, head_kv = work.head / (a.heads_q / a.heads_kv);
       if (q_first >= sequence.len_q) return;
@@ -125,12 +140,19 @@ struct ForwardSm90 {
 
   // Logits to probabilities relative to the running maximum; `rescale` is what the output so far must shrink by.
   CF_DEVICE static void softmax_tile(Scores& s, Rows& rows, float log2_unit, float (&rescale)[2]) {
+    float tile_max[2] = {-infinity<float>(), -infinity<float>()};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {  // one chain a row: NVRTC then runs the two rows side by side
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) tile_max[r] = max_of(tile_max[r], s.at(r, n, i));
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rescale[r] = rows[r].update(row_max(tile_max[r]), log2_unit, kSlack);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float tile_max = -infinity<float>();
-#pragma unroll
-      for (int n = 0; n < Scores::kN; ++n) tile_max = max_of(tile_max, max_of(s.at(r, n, 0), s.at(r, n, 1)));
-      rescale[r] = rows[r].update(row_max(tile_max), log2_unit, kSlack);
       const float shift = rows[r].shift(log2_unit);
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
@@ -169,9 +191,15 @@ struct ForwardSm90 {
     auto& mine = smem.rows[consumer];
     typename QRing::Cursor q_at;
     Cursor at;
+    NumberRing::Cursor number_at;
     if (Config::kPingPong && consumer == kConsumers - 1) ptx::arrive_named(kTurnToIssue, 2 * ptx::kWarpgroupThreads);
 
-    for_each_work(p, [&](const Work& work, const Sequence& sequence) {
+    const auto next = [&] {
+      const int number = smem.works.take(number_at);
+      number_at = number_at.next();
+      return number;
+    };
+    for_each_work(p, next, [&](const Work& work, const Sequence& sequence) {
       if (work.tile == 0) store_tail(p, sequence, work.head, consumer * ptx::kWarpgroupThreads + thread);
       const int q_first = work.tile * kTileQ;
       if (q_first >= sequence.len_q) return;
@@ -211,11 +239,11 @@ struct ForwardSm90 {
         smem.k_ring.wait(next);
         if (Config::kPingPong) ptx::sync_named(kTurnToIssue + consumer, 2 * ptx::kWarpgroupThreads);
         ptx::wgmma_fence();
-        issue_abt<Element>(s, mine.q, smem.k[next.stage]);
+        issue_abt<Element>(s, mine.q, smem.k, next.stage);
         ptx::wgmma_commit();
         smem.v_ring.wait(at);
         ptx::wgmma_fence();
-        issue_ab<Element>(out, weights, smem.v[at.stage]);
+        issue_ab<Element>(out, weights, smem.v, at.stage);
         ptx::wgmma_commit();
         if (Config::kPingPong) {
           ptx::arrive_named(kTurnToIssue + (consumer + 1) % kConsumers, 2 * ptx::kWarpgroupThreads);
@@ -236,17 +264,17 @@ struct ForwardSm90 {
       // would be left waiting for a phase that is over.
       const auto skip = [&](int count) {
         if (count <= 0) return;
+        if (leader) {
 #pragma unroll 1
-        for (; count > 0; --count) {
-          if (leader) {
-            smem.k_ring.wait(at);
-            smem.k_ring.release(at);
-            smem.v_ring.wait(at);
-            smem.v_ring.release(at);
+          for (int i = 0; i < count; ++i) {
+            const Cursor unused = at.next(i);
+            smem.k_ring.wait(unused);
+            smem.k_ring.release(unused);
+            smem.v_ring.wait(unused);
+            smem.v_ring.release(unused);
           }
-          at = at.next();
         }
-        at = {ptx::uniform(at.stage), ptx::uniform(at.phase)};
+        at = at.next(count);
         meet();
       };
 
@@ -257,7 +285,7 @@ struct ForwardSm90 {
         int tile = tiles.end - 1;
         smem.k_ring.wait(at);
         ptx::wgmma_fence();
-        issue_abt<Element>(s, mine.q, smem.k[at.stage]);
+        issue_abt<Element>(s, mine.q, smem.k, at.stage);
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(s.x[0]);
@@ -277,7 +305,7 @@ struct ForwardSm90 {
       if (some) {
         smem.v_ring.wait(at);
         ptx::wgmma_fence();
-        issue_ab<Element>(out, weights, smem.v[at.stage]);
+        issue_ab<Element>(out, weights, smem.v, at.stage);
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(out.x[0]);
@@ -331,6 +359,7 @@ struct ForwardSm90 {
       smem.q_ring.init(kConsumers);
       smem.k_ring.init(kConsumers);
       smem.v_ring.init(kConsumers);
+      smem.works.ring.init(kConsumerThreads / 32);
       ptx::fence_mbarrier_init();
     }
     ptx::sync_threads();

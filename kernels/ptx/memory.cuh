@@ -22,6 +22,14 @@ CF_DEVICE void red_add_release(int* address, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
 }
 
+// Adds one, but goes from `last` to 0; returns what was there.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-atom
+CF_DEVICE int count_around(int* address, int last) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(last) : "memory");
+  return before;
+}
+
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld
 CF_DEVICE int load_acquire(const int* address) {
   int x;

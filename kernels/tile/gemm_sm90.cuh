@@ -1,5 +1,5 @@
-// Products of one warpgroup on wgmma. C is four warps' register Fragments, 64 rows in all; B lies in shared memory.
-// Both only issue: fence before, commit and wait after (ptx/wgmma.cuh).
+// Products of one warpgroup on wgmma. C is four warps' register Fragments, 64 rows in all; B is one of an array of tiles
+// in shared memory. Both only issue: fence before, commit and wait after (ptx/wgmma.cuh).
 #pragma once
 
 #include "ptx/wgmma.cuh"
@@ -8,11 +8,16 @@
 
 namespace cuflash {
 
-// C = A B^T with A [64 x K] and B [kN x K], both row-major.
+template <class Tile>
+CF_DEVICE uint64 tile_descriptor(Tile* tiles, int number, int chunk_bytes) {
+  return ptx::advance_descriptor(ptx::wgmma_descriptor(tiles->base(), chunk_bytes), number * int(sizeof(Tile)));
+}
+
+// C = A B^T with A [64 x K] and B = tiles[number] [kN x K], both row-major.
 template <class Element, int kN, class TileA, class TileB>
-CF_DEVICE void issue_abt(Fragment<16, kN>& c, TileA& a, TileB& b) {
+CF_DEVICE void issue_abt(Fragment<16, kN>& c, TileA& a, TileB* tiles, int number) {
   static_assert(TileA::kRows == 64 && TileB::kRows == kN && TileA::kCols == TileB::kCols);
-  const uint64 a_descriptor = ptx::wgmma_descriptor(a.base(), 0), b_descriptor = ptx::wgmma_descriptor(b.base(), 0);
+  const uint64 a_descriptor = ptx::wgmma_descriptor(a.base(), 0), b_descriptor = tile_descriptor(tiles, number, 0);
 #pragma unroll
   for (int k = 0; k < TileA::kCols; k += 16) {
     ptx::wgmma_abt<Element>(c.x[0], ptx::advance_descriptor(a_descriptor, k / 64 * TileA::kChunkBytes + k % 64 * 2),
@@ -20,11 +25,11 @@ CF_DEVICE void issue_abt(Fragment<16, kN>& c, TileA& a, TileB& b) {
   }
 }
 
-// C += A B with A [64 x kK] in registers and B [kK x kN] row-major.
+// C += A B with A [64 x kK] in registers and B = tiles[number] [kK x kN] row-major.
 template <class Element, int kN, int kK, class TileB>
-CF_DEVICE void issue_ab(Fragment<16, kN>& c, const Operand<16, kK>& a, TileB& b) {
+CF_DEVICE void issue_ab(Fragment<16, kN>& c, const Operand<16, kK>& a, TileB* tiles, int number) {
   static_assert(TileB::kRows == kK && TileB::kCols == kN);
-  const uint64 b_descriptor = ptx::wgmma_descriptor(b.base(), TileB::kChunkBytes);
+  const uint64 b_descriptor = tile_descriptor(tiles, number, TileB::kChunkBytes);
 #pragma unroll
   for (int k = 0; k < kK; k += 16) {
     ptx::wgmma_ab<Element>(c.x[0], a.x[0][k / 16], ptx::advance_descriptor(b_descriptor, k * 128), true);

@@ -1,4 +1,4 @@
-// Ring: buffers in shared memory that one thread fills by TMA and several warpgroups read, in the same order.
+// Ring: buffers in shared memory that one thread fills and several readers empty, in the same order.
 #pragma once
 
 #include "ptx/mbarrier.cuh"
@@ -16,6 +16,10 @@ struct RingCursor {
     const bool wraps = stage == kStages - 1;
     return {wraps ? 0 : stage + 1, phase ^ wraps};
   }
+  CF_DEVICE RingCursor next(int count) const {
+    const int after = stage + count;
+    return {after % kStages, phase ^ (after / kStages % 2)};
+  }
 };
 
 template <int kStages>
@@ -32,20 +36,49 @@ struct Ring {
     }
   }
 
-  // Writer: waits for the buffer (not in the first round) and announces its bytes; copies are to complete the returned
+  // Writer: waits for the buffer (not in the first round) and announces bytes; copies are to complete the returned
   // barrier.
   CF_DEVICE uint32 acquire(const Cursor& at, int bytes) {
-    ptx::mbarrier_wait(ptx::smem_u32(&empty[at.stage]), at.phase ^ 1);
-    const uint32 barrier = ptx::smem_u32(&full[at.stage]);
-    ptx::mbarrier_arrive_expect_tx(barrier, bytes);
-    return barrier;
+    wait_empty(at);
+    ptx::mbarrier_arrive_expect_tx(full_barrier(at), bytes);
+    return full_barrier(at);
   }
 
-  // Reader: waits for the bytes.
-  CF_DEVICE void wait(const Cursor& at) { ptx::mbarrier_wait(ptx::smem_u32(&full[at.stage]), at.phase); }
+  // Writer: waits for the buffer; and says that what it stored is there.
+  CF_DEVICE void wait_empty(const Cursor& at) { ptx::mbarrier_wait(empty_barrier(at), at.phase ^ 1); }
+  CF_DEVICE void publish(const Cursor& at) { ptx::mbarrier_arrive(full_barrier(at)); }
+
+  // Reader: waits for what it is to read.
+  CF_DEVICE void wait(const Cursor& at) { ptx::mbarrier_wait(full_barrier(at), at.phase); }
 
   // Reader, one thread of each: gives the buffer back.
-  CF_DEVICE void release(const Cursor& at) { ptx::mbarrier_arrive(ptx::smem_u32(&empty[at.stage])); }
+  CF_DEVICE void release(const Cursor& at) { ptx::mbarrier_arrive(empty_barrier(at)); }
+
+ private:
+  // Sums, not addresses of elements: those NVRTC computes anew where they are used, and a release would come late.
+  CF_DEVICE uint32 full_barrier(const Cursor& at) const { return ptx::smem_u32(full) + at.stage * sizeof(uint64); }
+  CF_DEVICE uint32 empty_barrier(const Cursor& at) const { return ptx::smem_u32(empty) + at.stage * sizeof(uint64); }
+};
+
+// Numbers that one thread hands to whole warps, each of which takes them all.
+struct NumberRing {
+  using Numbers = Ring<2>;
+  using Cursor = Numbers::Cursor;
+
+  Numbers ring;
+  int numbers[2];
+
+  CF_DEVICE void put(const Cursor& at, int number) {
+    ring.wait_empty(at);
+    numbers[at.stage] = number;
+    ring.publish(at);
+  }
+  CF_DEVICE int take(const Cursor& at) {
+    ring.wait(at);
+    const int number = ptx::uniform(numbers[at.stage]);
+    if (ptx::lane_index() == 0) ring.release(at);
+    return number;
+  }
 };
 
 }  // namespace cuflash

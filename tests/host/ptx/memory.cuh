@@ -19,6 +19,12 @@ inline uint32 smem_u32(const void* pointer) {
 inline void red_add(float* address, float x) { *address += x; }
 inline void red_add_release(int* address, int x) { *address += x; }
 
+inline int count_around(int* address, int last) {
+  const int before = *address;
+  *address = before >= last ? 0 : before + 1;
+  return before;
+}
+
 inline int load_acquire(const int* address) {
   if (++host::block.current->spins > host::Block::kMaxSpins) {
     host::fail("thread %d waits for a turn that no block before it gives (the flag is %d)",
