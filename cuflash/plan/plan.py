@@ -53,6 +53,8 @@ class Config:
     """Warpgroups take turns on the tensor cores (``sm90``)."""
     separate_out: bool = False
     """The tile of out does not take q's place in shared memory (``sm90``)."""
+    tickets: bool = False
+    """Blocks draw their tiles one by one instead of taking them in turn (``sm90``)."""
     producer_registers: int = 0
     """Of a thread of the warpgroup that loads, and of those that compute; 0 where warpgroups have no roles."""
     consumer_registers: int = 0

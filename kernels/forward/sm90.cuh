@@ -105,12 +105,14 @@ struct ForwardSm90 {
     NumberRing::Cursor number_at;
     int upcoming = ptx::block_index();
     const auto next = [&] {
-      const int number = upcoming;
-      smem.works.put(number_at, number);
-      number_at = number_at.next();
-      const int blocks = ptx::num_blocks(), works = num_works(p.attention);
-      // Blocks draw once for each work, so the last draw of all leaves the tickets at 0.
-      if (number < works) upcoming = p.tickets ? blocks + ptx::count_around(p.tickets, works - 1) : number + blocks;
+      const int number = upcoming, blocks = ptx::num_blocks(), works = num_works(p.attention);
+      upcoming = number + blocks;
+      if constexpr (Config::kTickets) {
+        smem.works.put(number_at, number);
+        number_at = number_at.next();
+        // Blocks draw once for each work, so that the last draw of all leaves the tickets at 0.
+        if (p.tickets && number < works) upcoming = blocks + ptx::count_around(p.tickets, works - 1);
+      }
       return number;
     };
     for_each_work(p, next, [&](const Work& work, const Sequence& sequence) {
@@ -192,11 +194,16 @@ struct ForwardSm90 {
     typename QRing::Cursor q_at;
     Cursor at;
     NumberRing::Cursor number_at;
+    int upcoming = ptx::block_index();
     if (Config::kPingPong && consumer == kConsumers - 1) ptx::arrive_named(kTurnToIssue, 2 * ptx::kWarpgroupThreads);
 
     const auto next = [&] {
-      const int number = smem.works.take(number_at);
-      number_at = number_at.next();
+      int number = upcoming;
+      upcoming += ptx::num_blocks();
+      if constexpr (Config::kTickets) {
+        number = smem.works.take(number_at);
+        number_at = number_at.next();
+      }
       return number;
     };
     for_each_work(p, next, [&](const Work& work, const Sequence& sequence) {
@@ -359,7 +366,7 @@ struct ForwardSm90 {
       smem.q_ring.init(kConsumers);
       smem.k_ring.init(kConsumers);
       smem.v_ring.init(kConsumers);
-      smem.works.ring.init(kConsumerThreads / 32);
+      if constexpr (Config::kTickets) smem.works.ring.init(kConsumerThreads / 32);
       ptx::fence_mbarrier_init();
     }
     ptx::sync_threads();
