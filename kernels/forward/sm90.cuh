@@ -140,8 +140,8 @@ struct ForwardSm90 {
     });
   }
 
-  // Logits to probabilities relative to the running maximum; true: the output so far must shrink by `rescale`.
-  CF_DEVICE static bool softmax_tile(Scores& s, Rows& rows, float log2_unit, float (&rescale)[2]) {
+  // Logits to probabilities relative to the running maximum; `rescale` is what the output so far must shrink by.
+  CF_DEVICE static void softmax_tile(Scores& s, Rows& rows, float log2_unit, float (&rescale)[2]) {
     float tile_max[2] = {-infinity<float>(), -infinity<float>()};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {  // one chain a row: NVRTC then runs the two rows side by side
@@ -152,13 +152,7 @@ struct ForwardSm90 {
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) tile_max[r] = row_max(tile_max[r]);
-    const bool grew = ptx::any(rows[0].outgrown(tile_max[0], log2_unit, kSlack) ||
-                               rows[1].outgrown(tile_max[1], log2_unit, kSlack));
-    if (grew) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) rescale[r] = rows[r].update(tile_max[r], log2_unit);
-    }
+    for (int r = 0; r < 2; ++r) rescale[r] = rows[r].update(row_max(tile_max[r]), log2_unit, kSlack);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float shift = rows[r].shift(log2_unit);
@@ -172,7 +166,6 @@ struct ForwardSm90 {
         }
       }
     }
-    return grew;
   }
 
   CF_DEVICE static void rescale_output(Output& out, const float (&factor)[2]) {
@@ -243,10 +236,9 @@ struct ForwardSm90 {
             if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
           });
         }
-        const bool grew = softmax_tile(s, rows, log2_unit, rescale);
+        softmax_tile(s, rows, log2_unit, rescale);
         for_each_dropped(dropout, s, q_first + first_row, tile * kTileKv,
                          [&](int m, int n, int i) { s.x[m][n][i] = 0.f; });
-        return grew;
       };
       // Tile's scores under way while the tile before it is added to the output.
       const auto step = [&](int tile, bool masked) {
@@ -266,13 +258,13 @@ struct ForwardSm90 {
         ptx::wgmma_wait<1>();
         ptx::wgmma_hold(s.x[0]);
         if (leader) smem.k_ring.release(next);
-        const bool grew = softmax(tile, masked);
+        softmax(tile, masked);
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(out.x[0]);
         if (leader) smem.v_ring.release(at);
         at = at.next();
         pack_operand<Element>(weights, s);
-        if (grew) rescale_output(out, rescale);
+        if (ptx::any(rescale[0] != 1.f || rescale[1] != 1.f)) rescale_output(out, rescale);
       };
       const auto meet = [&] { ptx::sync_named(kMyWarps + consumer, ptx::kWarpgroupThreads); };
       // Tiles that only other consumers need. Products keep a consumer's warps together; here they must meet, or one
