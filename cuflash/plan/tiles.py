@@ -70,9 +70,9 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
     elif dim > 128:
         consumers, tile_kv, ping_pong = 2, 80, full and dim > 192
         reason = "two consumers: out takes up to 128 registers, S 40"
-    elif full and problem.len_q <= 1024:
-        consumers, tile_kv, ping_pong = 2, 128, full
-        reason = "128 query rows: short sequences make few tiles"
+    elif full and dim > 64 and problem.len_q <= 1024:
+        consumers, tile_kv, ping_pong = 2, 128, True
+        reason = "128 query rows: fewer of a short sequence's last tile are in vain"
     elif dim > 96:
         consumers, tile_kv, ping_pong = 3, 80, False
         reason = "three consumers read k and v once for 192 rows; with 96 keys S, P and out overflow 160 registers"

@@ -29,14 +29,9 @@ struct RowState {
     return rescale;
   }
 
-  // The same, but stays with an older maximum until probabilities would pass 2^slack: most tiles then shrink nothing.
-  CF_DEVICE Real update(Real tile_max, Real log2_unit, Real slack) {
-    const Real before = m;
-    const bool grew = (tile_max - before) * log2_unit > slack;
-    m = grew ? tile_max : before;
-    const Real rescale = grew ? exp2((before - tile_max) * log2_unit) : Real(1);
-    l *= rescale;
-    return rescale;
+  // Whether probabilities would pass 2^slack without an update; until then the maximum so far serves as well.
+  CF_DEVICE bool outgrown(Real tile_max, Real log2_unit, Real slack) const {
+    return (tile_max - m) * log2_unit > slack;
   }
 
   // Takes in other scores of the row; returns the factor by which the output so far shrinks, and that of the other's.

@@ -140,19 +140,23 @@ struct ForwardSm90 {
     });
   }
 
-  // Logits to probabilities relative to the running maximum; `rescale` is what the output so far must shrink by.
-  CF_DEVICE static void softmax_tile(Scores& s, Rows& rows, float log2_unit, float (&rescale)[2]) {
+  // Logits to probabilities relative to the running maximum; `rescale` is what the output so far must shrink by, if the
+  // answer is true.
+  CF_DEVICE static bool softmax_tile(Scores& s, Rows& rows, float log2_unit, float (&rescale)[2]) {
     float tile_max[2] = {-infinity<float>(), -infinity<float>()};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {  // one chain a row: NVRTC then runs the two rows side by side
+    for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
-      for (int n = 0; n < Scores::kN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) tile_max[r] = max_of(tile_max[r], s.at(r, n, i));
-      }
+      for (int r = 0; r < 2; ++r) tile_max[r] = max_of(tile_max[r], max_of(s.at(r, n, 0), s.at(r, n, 1)));
     }
+    bool grew = false;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rescale[r] = rows[r].update(row_max(tile_max[r]), log2_unit, kSlack);
+    for (int r = 0; r < 2; ++r) {
+      tile_max[r] = row_max(tile_max[r]);
+      const bool outgrown = rows[r].outgrown(tile_max[r], log2_unit, kSlack);
+      rescale[r] = outgrown ? rows[r].update(tile_max[r], log2_unit) : 1.f;
+      grew = grew || outgrown;
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float shift = rows[r].shift(log2_unit);
@@ -166,6 +170,7 @@ struct ForwardSm90 {
         }
       }
     }
+    return ptx::any(grew);
   }
 
   CF_DEVICE static void rescale_output(Output& out, const float (&factor)[2]) {
@@ -236,9 +241,10 @@ struct ForwardSm90 {
             if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
           });
         }
-        softmax_tile(s, rows, log2_unit, rescale);
+        const bool grew = softmax_tile(s, rows, log2_unit, rescale);
         for_each_dropped(dropout, s, q_first + first_row, tile * kTileKv,
                          [&](int m, int n, int i) { s.x[m][n][i] = 0.f; });
+        return grew;
       };
       // Tile's scores under way while the tile before it is added to the output.
       const auto step = [&](int tile, bool masked) {
@@ -258,13 +264,13 @@ struct ForwardSm90 {
         ptx::wgmma_wait<1>();
         ptx::wgmma_hold(s.x[0]);
         if (leader) smem.k_ring.release(next);
-        softmax(tile, masked);
+        const bool grew = softmax(tile, masked);
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(out.x[0]);
         if (leader) smem.v_ring.release(at);
         at = at.next();
         pack_operand<Element>(weights, s);
-        if (ptx::any(rescale[0] != 1.f || rescale[1] != 1.f)) rescale_output(out, rescale);
+        if (grew) rescale_output(out, rescale);
       };
       const auto meet = [&] { ptx::sync_named(kMyWarps + consumer, ptx::kWarpgroupThreads); };
       // Tiles that only other consumers need. Products keep a consumer's warps together; here they must meet, or one
