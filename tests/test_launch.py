@@ -30,7 +30,7 @@ from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import launch
 from cuflash.ops.options import SHARED
-from cuflash.plan import Box, Step
+from cuflash.plan import Box, Config, Step
 from cuflash.problem import Problem
 
 FP16, BF16 = np.float16, ml_dtypes.bfloat16
@@ -69,11 +69,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     def load(step: Step, ordinal: int) -> SimpleNamespace:
         seen.loaded.append((step.kernel, ordinal))
 
-        def go(num_blocks: int, params: np.ndarray) -> None:
-            assert num_blocks == step.num_blocks and params.shape == (1,)
+        def go(num_blocks: int, params: ctypes.Array) -> None:
+            (block,) = blocks = np.frombuffer(params, jit.params.dtype(step.params))
+            assert num_blocks == step.num_blocks
             seen.kernels.append(step.kernel)
-            seen.params.append(params.view(jit.params.dtype(step.params)))
-            run.launch(step, params)
+            seen.params.append(blocks)
+            run.launch(step, block)
 
         return SimpleNamespace(launch=go)
 
@@ -485,6 +486,43 @@ def test_a_call_is_prepared_once_for_arrays_of_a_kind(launches: Launches, wrap: 
     assert shifted.ctypes.data % 16 == 8
     cuflash.flash_attn_func(wrap(shifted), k, v)
     assert len(launches.loaded) == len(launch._prepared) == 6
+
+
+def test_blocks_of_the_last_pointers_are_kept_but_for_dropout(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    monkeypatch.setattr(launch, "_MAX_BLOCKS", 2)
+    fills: list[tuple] = []
+    fill = jit.params.Form.fill
+    monkeypatch.setattr(jit.params.Form, "fill", lambda self, pieces: fills.append(pieces) or fill(self, pieces))
+    q, *places = (as_torch(random(1, 8, 1, 16, seed=seed)) for seed in range(4))
+    lse = as_torch(np.zeros((1, 1, 8), np.float32))
+    monkeypatch.setattr(Torch, "empty", lambda *_: lse)
+    for place in (0, 0, 1, 0, 2, 0, 1):
+        cuflash.flash_attn_func(q, q, q, out=places[place])
+        block = launches.params[-1][0]
+        assert (block["q"], block["out"]) == (q.data_ptr(), places[place].data_ptr())
+    assert [places[n].data_ptr() for n in (0, 1, 2, 1)] == [pieces[3] for pieces in fills]
+    fills.clear()
+    monkeypatch.setattr(Torch, "empty", lambda *_: q)
+    for seed in (5, 5, 6):
+        cuflash.flash_attn_func(q, q, q, 0.5, generator=(seed, 4), out=places[0])
+        assert (launches.params[-1]["seed"], launches.params[-1]["offset"]) == (seed, 4)
+    assert len(fills) == 3
+
+
+@needs_cupy
+def test_a_kernel_takes_the_address_of_its_parameters() -> None:
+    from cupy.cuda.function import CPointer
+
+    config, calls = Config("fp16", 64, 64, threads=96, smem_bytes=1000), []
+    kernel = jit.Kernel("fwd_sm80", None, config, lambda *given, **named: calls.append((given, named)), CPointer)
+    params = (ctypes.c_char * 1000)()
+    kernel.launch(7, params)
+    (((grid, block, (argument,)), named),) = calls
+    assert (grid, block, named) == ((7,), (96,), {"shared_mem": 1000})
+    assert isinstance(argument, CPointer) and argument.ptr == ctypes.addressof(params)
 
 
 @needs_cupy
