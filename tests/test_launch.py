@@ -488,30 +488,6 @@ def test_a_call_is_prepared_once_for_arrays_of_a_kind(launches: Launches, wrap: 
     assert len(launches.loaded) == len(launch._prepared) == 6
 
 
-def test_blocks_of_the_last_pointers_are_kept_but_for_dropout(
-    launches: Launches, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "launch", lambda *_: None)
-    monkeypatch.setattr(launch, "_MAX_BLOCKS", 2)
-    fills: list[tuple] = []
-    fill = jit.params.Form.fill
-    monkeypatch.setattr(jit.params.Form, "fill", lambda self, pieces: fills.append(pieces) or fill(self, pieces))
-    q, *places = (as_torch(random(1, 8, 1, 16, seed=seed)) for seed in range(4))
-    lse = as_torch(np.zeros((1, 1, 8), np.float32))
-    monkeypatch.setattr(Torch, "empty", lambda *_: lse)
-    for place in (0, 0, 1, 0, 2, 0, 1):
-        cuflash.flash_attn_func(q, q, q, out=places[place])
-        block = launches.params[-1][0]
-        assert (block["q"], block["out"]) == (q.data_ptr(), places[place].data_ptr())
-    assert [places[n].data_ptr() for n in (0, 1, 2, 1)] == [pieces[3] for pieces in fills]
-    fills.clear()
-    monkeypatch.setattr(Torch, "empty", lambda *_: q)
-    for seed in (5, 5, 6):
-        cuflash.flash_attn_func(q, q, q, 0.5, generator=(seed, 4), out=places[0])
-        assert (launches.params[-1]["seed"], launches.params[-1]["offset"]) == (seed, 4)
-    assert len(fills) == 3
-
-
 @needs_cupy
 def test_a_kernel_takes_the_address_of_its_parameters() -> None:
     from cupy.cuda.function import CPointer
@@ -781,6 +757,32 @@ def test_maps_follow_the_pointers(hopper: Launches, monkeypatch: pytest.MonkeyPa
     assert first["q_map"]["words"][0, 0] == q.data_ptr() and second["q_map"]["words"][0, 0] == other.data_ptr()
     assert [p["out_map"]["words"][0, 0] for p in hopper.params] == [out.data_ptr() for out in kept]
     assert first["k_map"] == second["k_map"]
+
+
+def test_blocks_of_the_last_pointers_are_kept_but_for_dropout(
+    hopper: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+
+    def encoder(tensor: jit.tensormap.TensorMap) -> Any:
+        return lambda address: encoded.append(address) or run.encoder(tensor)(address)
+
+    monkeypatch.setattr(jit.tensormap, "encoder", encoder)
+    monkeypatch.setattr(launch, "_MAX_BLOCKS", 2)
+    q, *places = (as_torch(random(1, 64, 2, 32, seed=seed)) for seed in range(4))
+    scratch = as_torch(np.zeros(4096, np.uint8))
+    monkeypatch.setattr(Torch, "empty", lambda *_: scratch)
+    for place in (0, 0, 1, 0, 2, 0, 1):
+        cuflash.flash_attn_func(q, q, q, out=places[place])
+        block = hopper.params[-1][0]
+        assert (block["q"], block["out"]) == (q.data_ptr(), places[place].data_ptr())
+        assert block["out_map"]["words"][0] == places[place].data_ptr()
+    assert encoded[3::4] == [places[n].data_ptr() for n in (0, 1, 2, 1)], "of two blocks, the one used last stays"
+    encoded.clear()
+    for seed in (5, 5, 6):
+        cuflash.flash_attn_func(q, q, q, 0.5, generator=(seed, 4), out=places[0])
+        assert (hopper.params[-1]["seed"], hopper.params[-1]["offset"]) == (seed, 4)
+    assert len(encoded) == 3 * 4, "of blocks with a seed none would come back"
 
 
 def test_dropout_draws_before_the_kernel_that_copies_in_bulk(hopper: Launches) -> None:

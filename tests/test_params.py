@@ -94,23 +94,6 @@ def test_values_land_where_the_names_say():
     assert np.frombuffer(raw, "i8", 1, dtype.fields["k_stride"][1] + 8) == -(2**40)
 
 
-def test_blanks_of_a_form_are_filled_and_nothing_else():
-    dtype = params.dtype("FwdParams")
-    block = np.frombuffer(np.random.default_rng(0).bytes(dtype.itemsize), dtype)
-    before = block.tobytes()
-    members = {"k_map": bytes(range(128)), "lse": 2**64 - 1, "q": 0x7F00_0000_0010, "out": 0, "v_map": bytes(128)}
-    blanks = [(dtype.fields[name][1], dtype.fields[name][0].itemsize) for name in members]
-    form = params.Form(block, [*blanks, (0, 8), (dtype.itemsize - 8, 8)])
-    filled = form.fill((*members.values(), 7, 8))
-    expected = bytearray(before)
-    for (first, size), value in zip(blanks, members.values(), strict=True):
-        expected[first : first + size] = value if isinstance(value, bytes) else value.to_bytes(8, "little")
-    expected[:8], expected[-8:] = (7).to_bytes(8, "little"), (8).to_bytes(8, "little")
-    assert bytes(filled) == expected
-    form.fill((*members.values(), 9, 9))
-    assert bytes(filled) == expected, "every filled block has memory of its own"
-
-
 def test_padding_and_nesting():
     text = """
     #include "std.cuh"

@@ -1,13 +1,9 @@
-"""``kernels/params.cuh`` read as NumPy dtypes, so that the kernels' arguments are declared once, and their blocks."""
+"""``kernels/params.cuh`` read as NumPy dtypes, so that the kernels' arguments are declared once."""
 
 from __future__ import annotations
 
-import ctypes
 import re
-import struct
-from collections.abc import Sequence
 from functools import cache
-from operator import itemgetter
 
 import numpy as np
 
@@ -83,34 +79,3 @@ def _layout(members: dict[str, tuple[np.dtype, int]], alignment: int) -> tuple[n
     itemsize = -(-end // alignment) * alignment
     layout = {"names": list(members), "formats": kinds, "offsets": offsets, "itemsize": itemsize}
     return np.dtype(layout, align=True), alignment
-
-
-class Form:
-    """A parameter block with blanks, the bytes that differ from call to call.
-
-    Every filled one is a new piece of memory, so that threads may share a form.
-    """
-
-    def __init__(self, block: np.ndarray, blanks: Sequence[tuple[int, int]]) -> None:
-        """`blanks` are first byte and size of each: 8 bytes take an integer, others take bytes."""
-        raw = block.tobytes()
-        layout, printed, order, end = "=", [], [], 0
-        for place, (first, size) in (*sorted(enumerate(blanks), key=itemgetter(1)), (None, (len(raw), 0))):
-            if end < first:
-                layout += f"{first - end}s"
-                order.append(len(blanks) + len(printed))
-                printed.append(raw[end:first])
-            if place is not None:
-                layout += "Q" if size == 8 else f"{size}s"
-                order.append(place)
-            end = first + size
-        self._printed = printed
-        self._in_order = itemgetter(*order)
-        self._struct = struct.Struct(layout)
-        self._memory = ctypes.c_char * len(raw)
-
-    def fill(self, pieces: Sequence[int | bytes]) -> ctypes.Array:
-        """The block with these in its blanks, in the order in which they were named."""
-        block = self._memory()
-        self._struct.pack_into(block, 0, *self._in_order((*pieces, *self._printed)))
-        return block

@@ -22,8 +22,6 @@ _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _FILL_WITH_ZEROS = 0, 3, 3, 0
 _BOX_BYTES = 128
 """Of a row of a box: as many columns as the swizzle spans."""
 
-_MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # CUtensorMap of cuda.h
-
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
@@ -68,10 +66,10 @@ def _legal(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(stride if n > 1 else 16 for n, stride in zip(sizes, strides, strict=True))
 
 
-def encoder(tensor: TensorMap) -> Callable[[int], bytes]:
-    """The function from a tensor's address to the 128 bytes of its map: ``TensorMap`` of ``params.cuh``.
+def encoder(tensor: TensorMap) -> Callable[[int], tuple[int, ...]]:
+    """The function from a tensor's address to the 16 words of its map: ``TensorMap`` of ``params.cuh``.
 
-    The other arguments of the driver's function are made once, half of what a call costs, and the maps of the last
+    The other arguments of the driver's function are made once, half of what a call costs, and the words of the last
     addresses are kept.
 
     Raises
@@ -82,15 +80,15 @@ def encoder(tensor: TensorMap) -> Callable[[int], bytes]:
     driver = _driver()
     dims, strides = (ctypes.c_uint64 * 4)(*tensor.dims), (ctypes.c_uint64 * 3)(*tensor.strides)
     box, element_strides = (ctypes.c_uint32 * 4)(*tensor.box), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
-    data_type, memory_type = _DATA_TYPES[tensor.dtype.name], ctypes.c_char * (_MAP_BYTES + _MAP_ALIGNMENT)
+    data_type, words = _DATA_TYPES[tensor.dtype.name], ctypes.c_uint64 * 24
 
     # https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__TENSOR__MEMORY.html
     @lru_cache(maxsize=64)
-    def encode(address: int) -> bytes:
-        memory = memory_type()
-        first = -ctypes.addressof(memory) % _MAP_ALIGNMENT
+    def encode(address: int) -> tuple[int, ...]:
+        memory = words()
+        first = -(ctypes.addressof(memory) // 8) % 8  # the driver wants the map aligned to 64 bytes
         status = driver.cuTensorMapEncodeTiled(
-            ctypes.byref(memory, first), data_type, 4, ctypes.c_void_p(address - tensor.back), dims, strides, box,
+            ctypes.byref(memory, 8 * first), data_type, 4, ctypes.c_void_p(address - tensor.back), dims, strides, box,
             element_strides, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _FILL_WITH_ZEROS,
         )  # fmt: skip
         if status:
@@ -98,7 +96,7 @@ def encoder(tensor: TensorMap) -> Callable[[int], bytes]:
                 f"the CUDA driver refuses to describe a tensor at {address:#x} to the copy engine "
                 f"(cuTensorMapEncodeTiled returns {status}): {tensor}. Pass contiguous copies of the arrays."
             )
-        return memory[first : first + _MAP_BYTES]
+        return tuple(memory[first : first + 16])
 
     return encode
 

@@ -189,37 +189,39 @@ def _filler(
     block: np.ndarray, pointers: Sequence[str], maps: Mapping[str, jit.tensormap.TensorMap], draws: bool
 ) -> Callable[[tuple[int, ...]], ctypes.Array]:
     """What fills a parameter block: :attr:`Prepared.params`."""
-    params = block.dtype
+    params, words = block.dtype, ctypes.c_uint64 * (block.nbytes // 8)
     names = (*pointers, "generator", "seed", "offset") if draws else pointers
-    blanks = [_blank(params, name) for name in names] + [_blank(params, f"{name}_map") for name in maps]
-    encoders = [(names.index(name), jit.tensormap.encoder(tensor)) for name, tensor in maps.items()]
-    read_again = []
-    if draws:  # where the drawn seed and offset go is where they are read
-        blanks.append(_inner_blank(params, "attention", "rng_state"))
-        read_again.append(names.index("rng_state"))
-    form = jit.params.Form(block, blanks)
+    slots = [(_word(params, name), index) for index, name in enumerate(names)]
+    if draws:  # the kernels read the drawn seed and offset where the first one leaves them
+        slots.append((_inner_word(params, "attention", "rng_state"), names.index("rng_state")))
+    encoders = [
+        (slice(first := _word(params, f"{name}_map"), first + 16), names.index(name), jit.tensormap.encoder(tensor))
+        for name, tensor in maps.items()
+    ]
 
     def fill(numbers: tuple[int, ...]) -> ctypes.Array:
-        encoded = [encode(numbers[index]) for index, encode in encoders]
-        return form.fill((*numbers, *encoded, *[numbers[index] for index in read_again]))
+        filled = words.from_buffer_copy(block)
+        for word, index in slots:
+            filled[word] = numbers[index]
+        for place, index, encode in encoders:
+            filled[place] = encode(numbers[index])
+        return filled
 
     return fill if draws else lru_cache(_MAX_BLOCKS)(fill)
 
 
-def _blank(params: np.dtype, argument: str) -> tuple[int, int]:
-    """First byte and size of what a parameter block says of an argument."""
+def _word(params: np.dtype, argument: str) -> int:
+    """Index of the first 8-byte word of a parameter block that is for an argument."""
     name = _PARAMS_NAMES.get(argument, argument)
     if name in params.fields:
-        kind, first = params.fields[name]
-        return first, kind.itemsize
-    return _inner_blank(params, "pages" if argument == "block_table" else "attention", name)
+        return params.fields[name][1] // 8
+    return _inner_word(params, "pages" if argument == "block_table" else "attention", name)
 
 
-def _inner_blank(params: np.dtype, struct: str, name: str) -> tuple[int, int]:
+def _inner_word(params: np.dtype, struct: str, name: str) -> int:
     """The same of a member of a struct inside."""
     inner, offset = params.fields[struct]
-    kind, first = inner.fields[name]
-    return offset + first, kind.itemsize
+    return (offset + inner.fields[name][1]) // 8
 
 
 def _tensor_map(
