@@ -409,6 +409,33 @@ def test_cupy_graph_capture(cp: Any) -> None:
             np.testing.assert_array_equal(x.get(), y)
 
 
+def test_a_prepared_call_runs_on_the_current_stream_and_in_graphs(writeable_library: Library, cp: Any) -> None:
+    library, (q, k, v, *_) = writeable_library, inputs(BF16)
+    attend = cuflash.flash_attn_prepare(*map(library.put, (q, k, v)), causal=True)
+    for seed in (5, 6):
+        arrays = [random(*x.shape, dtype=BF16, seed=seed) for x in (q, k, v)]
+        tensors = list(map(library.put, arrays))
+        expected = cuflash.flash_attn_func(*tensors, causal=True, return_lse=True)
+        found = attend(*tensors)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(library.get(one), library.get(other))
+        assert_right([library.get(x) for x in found], arrays, causal=True)
+    with pytest.raises(InvalidArgument, match="k is bfloat16 of shape"):
+        attend(tensors[0], tensors[1][:, 1:], tensors[2])
+    if not isinstance(library, WithCuPy):
+        return
+    stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
+    with cp.cuda.using_allocator(pool.malloc), stream:
+        stream.begin_capture()
+        captured = attend(*tensors)
+        graph = stream.end_capture()
+    tensors[0][...] = cp.asarray(q)
+    cp.cuda.Device().synchronize()
+    graph.launch(stream)
+    stream.synchronize()
+    assert_right([x.get() for x in captured], [q, *arrays[1:]], causal=True)
+
+
 def test_pages_change_between_replays_of_a_graph(cp: Any) -> None:
     """A cache grows and its pages move while a captured graph stays the same."""
     q, k, v = (cp.asarray(random(*shape)) for shape in ((3, 4, 64), (5, 16, 2, 64), (5, 16, 2, 64)))

@@ -77,7 +77,7 @@ def run(
     except TypeError:  # an option that cannot be hashed; preparing will say what is wrong with it
         prepared = None
     if prepared is None:
-        prepared = _prepare(framework, direction, options, given(direction, arrays))
+        prepared = prepare(framework, direction, options, given(direction, arrays))
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared
@@ -129,7 +129,7 @@ class Prepared:
         return self.results(everything)
 
 
-def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, arguments: Mapping[str, Any]) -> Prepared:
+def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arguments: Mapping[str, Any]) -> Prepared:
     """Check a call on arrays of this kind, plan it and load its kernels."""
     views = {name: framework.view(options.name(name), x) for name, x in arguments.items()}
     problem = check.problem_of(direction, options, views)
