@@ -21,6 +21,7 @@ from cuflash.api.mem_eff import (
 )
 from cuflash.api.mha import mha_bwd, mha_fwd, mha_varlen_bwd, mha_varlen_fwd
 from cuflash.api.mha_ck import mha_bwd_ck, mha_fwd_ck, mha_varlen_bwd_ck, mha_varlen_fwd_ck
+from cuflash.api.prepare import PreparedAttention, flash_attn_prepare
 from cuflash.api.sdpa import scaled_dot_product_attention
 from cuflash.api.validators import check_aligned, check_contiguous, check_last_contiguous, check_range
 from cuflash.errors import CompileError, InvalidArgument, UnsupportedProblem
@@ -31,6 +32,7 @@ __all__ = [
     "Gradients",
     "InvalidArgument",
     "PhiloxGenerator",
+    "PreparedAttention",
     "UnsupportedProblem",
     "check_aligned",
     "check_contiguous",
@@ -42,6 +44,7 @@ __all__ = [
     "flash_attn_backward",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
+    "flash_attn_prepare",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",

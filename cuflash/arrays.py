@@ -76,6 +76,7 @@ class CuPy:
         import cupy
 
         self._cupy = cupy
+        self._ndarray = cupy.ndarray
         self._current_device = cupy.cuda.runtime.getDevice
         self._here = nullcontext()
 
@@ -111,7 +112,7 @@ class CuPy:
 
     def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
         """Allocate on the current stream; call inside :meth:`context`."""
-        return self._cupy.empty(shape, dtype)
+        return self._ndarray(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
         """Allocate and clear on the current stream; call inside :meth:`context`."""
@@ -253,6 +254,9 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
     UnsupportedProblem
         If one is a JAX tracer.
     """
+    kinds = {type(x) for x in arrays if x is not None}
+    if len(kinds) == 1 and (framework := _framework_of_type(*kinds)) is not None:
+        return framework
     first, first_name, first_type = None, "", None
     for name, x in zip(names, arrays, strict=True):
         if x is None or type(x) is first_type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -127,9 +128,9 @@ def params_of_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[s
     seen: list[tuple[str, np.ndarray]] = []
     original = jit.Kernel.launch
 
-    def recording(self: jit.Kernel, num_blocks: int, params: np.ndarray) -> None:
+    def recording(self: jit.Kernel, num_blocks: int, params: ctypes.Array) -> None:
         struct = jit.params.dtype("FwdParams" if self.name.startswith("fwd") else "BwdParams")
-        seen.append((self.name, params.copy().view(struct)))
+        seen.append((self.name, np.frombuffer(params, struct)))
         original(self, num_blocks, params)
 
     monkeypatch.setattr(jit.Kernel, "launch", recording)
@@ -406,6 +407,33 @@ def test_cupy_graph_capture(cp: Any) -> None:
         stream.synchronize()
         for x, y in zip(captured, expected, strict=True):
             np.testing.assert_array_equal(x.get(), y)
+
+
+def test_a_prepared_call_runs_on_the_current_stream_and_in_graphs(writeable_library: Library, cp: Any) -> None:
+    library, (q, k, v, *_) = writeable_library, inputs(BF16)
+    attend = cuflash.flash_attn_prepare(*map(library.put, (q, k, v)), causal=True)
+    for seed in (5, 6):
+        arrays = [random(*x.shape, dtype=BF16, seed=seed) for x in (q, k, v)]
+        tensors = list(map(library.put, arrays))
+        expected = cuflash.flash_attn_func(*tensors, causal=True, return_lse=True)
+        found = attend(*tensors)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(library.get(one), library.get(other))
+        assert_right([library.get(x) for x in found], arrays, causal=True)
+    with pytest.raises(InvalidArgument, match="k is bfloat16 of shape"):
+        attend(tensors[0], tensors[1][:, 1:], tensors[2])
+    if not isinstance(library, WithCuPy):
+        return
+    stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
+    with cp.cuda.using_allocator(pool.malloc), stream:
+        stream.begin_capture()
+        captured = attend(*tensors)
+        graph = stream.end_capture()
+    tensors[0][...] = cp.asarray(q)
+    cp.cuda.Device().synchronize()
+    graph.launch(stream)
+    stream.synchronize()
+    assert_right([x.get() for x in captured], [q, *arrays[1:]], causal=True)
 
 
 def test_pages_change_between_replays_of_a_graph(cp: Any) -> None:

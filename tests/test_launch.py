@@ -30,7 +30,7 @@ from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import launch
 from cuflash.ops.options import SHARED
-from cuflash.plan import Box, Step
+from cuflash.plan import Box, Config, Step
 from cuflash.problem import Problem
 
 FP16, BF16 = np.float16, ml_dtypes.bfloat16
@@ -69,11 +69,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     def load(step: Step, ordinal: int) -> SimpleNamespace:
         seen.loaded.append((step.kernel, ordinal))
 
-        def go(num_blocks: int, params: np.ndarray) -> None:
-            assert num_blocks == step.num_blocks and params.shape == (1,)
+        def go(num_blocks: int, params: ctypes.Array) -> None:
+            (block,) = blocks = np.frombuffer(params, jit.params.dtype(step.params))
+            assert num_blocks == step.num_blocks
             seen.kernels.append(step.kernel)
-            seen.params.append(params.view(jit.params.dtype(step.params)))
-            run.launch(step, params)
+            seen.params.append(blocks)
+            run.launch(step, block)
 
         return SimpleNamespace(launch=go)
 
@@ -488,6 +489,108 @@ def test_a_call_is_prepared_once_for_arrays_of_a_kind(launches: Launches, wrap: 
 
 
 @needs_cupy
+def test_a_kernel_takes_the_address_of_its_parameters() -> None:
+    from cupy.cuda.function import CPointer
+
+    config, calls = Config("fp16", 64, 64, threads=96, smem_bytes=1000), []
+    kernel = jit.Kernel("fwd_sm80", None, config, lambda *given, **named: calls.append((given, named)), CPointer)
+    params = (ctypes.c_char * 1000)()
+    kernel.launch(7, params)
+    (((grid, block, (argument,)), named),) = calls
+    assert (grid, block, named) == ((7,), (96,), {"shared_mem": 1000})
+    assert isinstance(argument, CPointer) and argument.ptr == ctypes.addressof(params)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+def test_a_call_prepared_by_hand(launches: Launches, wrap: Any) -> None:
+    def tensors(seed: int) -> list[np.ndarray]:
+        shapes = (2, 70, 4, 32), (2, 90, 2, 32), (2, 90, 2, 24)
+        return [random(*shape, seed=seed) for shape in shapes]
+
+    options = {"causal": True, "window_size": (20, -1), "softmax_scale": 0.3}
+    attend = cuflash.flash_attn_prepare(*map(wrap, tensors(0)), **options)
+    assert launches.take() == [] and len(launches.loaded) == 1 and not launch._prepared, "compiled, and not run"
+    place = np.full((2, 70, 4, 25), 7, FP16)
+    attend_to = cuflash.flash_attn_prepare(*map(wrap, tensors(0)), **options, out=wrap(np.copy(place)[..., :24]))
+    for seed in (1, 2):
+        inputs = list(map(wrap, tensors(seed)))
+        expected = cuflash.flash_attn_func(*inputs, **options, return_lse=True)
+        out = wrap(place[..., :24])
+        for found in (attend(*inputs), attend_to(*inputs, out)):
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+        assert found[0] is out and (place[..., 24] == 7).all()
+    assert launches.take() == 2 * 3 * ["fwd_sm80"] and len(launches.loaded) == 3
+
+
+def unlike(**changes: Any) -> dict[str, Any]:
+    shapes = {"q": (1, 8, 2, 16), "k": (1, 9, 2, 16), "v": (1, 9, 2, 16)}
+    arrays = {name: as_torch(np.zeros(shape, FP16)) for name, shape in shapes.items()}
+    return arrays | changes
+
+
+SHIFTED = np.zeros(8 * 2 * 16 + 4, FP16)[4:].reshape(1, 8, 2, 16)
+OUT = "float16 of shape (1, 8, 2, 16) with strides of (512, 64, 32, 2) bytes on cuda:0"
+KEYS = "float16 of shape (1, 9, 2, 16) with strides of (576, 64, 32, 2) bytes on cuda:0"
+UNLIKE = {
+    "shape": (unlike(k=as_torch(np.zeros((1, 8, 2, 16), FP16))), f"k is {OUT}; expected {KEYS}"),
+    "dtype": (unlike(v=as_torch(np.zeros((1, 9, 2, 16), BF16))), f"v is b{KEYS}; expected {KEYS}"),
+    "strides": (
+        unlike(k=as_torch(np.zeros((1, 2, 9, 16), FP16).swapaxes(1, 2))),
+        f"k is float16 of shape (1, 9, 2, 16) with strides of (576, 32, 288, 2) bytes on cuda:0; expected {KEYS}",
+    ),
+    "device": (
+        unlike(q=FakeTensor(np.zeros((1, 8, 2, 16), FP16), "cuda:1")),
+        f"q is {OUT[:-1]}1; expected {OUT}",
+    ),
+    "address": (unlike(q=as_torch(SHIFTED)), f"q is {OUT}, 8 past a multiple of 16; expected {OUT}"),
+    "out": (unlike(out=as_torch(np.zeros((1, 8, 2, 16), FP16))), f"out is {OUT}; expected None"),
+    "none": (unlike(k=None), f"k is None; expected {KEYS}"),
+}
+
+
+@pytest.mark.parametrize(("arrays", "message"), UNLIKE.values(), ids=UNLIKE)
+def test_a_prepared_call_refuses_other_arrays(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch, arrays: dict, message: str
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    attend = cuflash.flash_attn_prepare(**unlike())
+    attend(**unlike())
+    assert launches.take() == ["fwd_sm80"]
+    with pytest.raises(InvalidArgument) as caught:
+        attend(**arrays)
+    assert str(caught.value) == f"{message}, which the call was prepared for. Prepare another."
+    assert launches.take() == []
+
+
+@needs_cupy
+def test_what_a_call_is_not_prepared_for(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    x = random(1, 8, 2, 16)
+    attend = cuflash.flash_attn_prepare(*3 * [as_torch(x)], out=as_torch(x.copy()))
+    refusals = {
+        "q is a NumPy array; expected a CuPy array or a torch tensor, as calls are prepared for kernels. "
+        "Call flash_attn_func, or convert q, k and v.": lambda: cuflash.flash_attn_prepare(x, x, x),
+        "k is None; expected an array.": lambda: cuflash.flash_attn_prepare(as_torch(x), None, as_torch(x)),
+        "softcap is -1.0; expected 0 (none) or a positive number.": (
+            lambda: cuflash.flash_attn_prepare(*3 * [as_torch(x)], softcap=-1)
+        ),
+        "q is a CuPy array, but the call was prepared for torch arrays. Prepare another for it.": (
+            lambda: attend(*3 * [as_cupy(x)], as_cupy(x.copy()))
+        ),
+        "out shares memory with k, which is still read while out is written. Give out memory of its own.": (
+            lambda: attend(as_torch(x.copy()), as_torch(x), as_torch(x.copy()), as_torch(x))
+        ),
+    }
+    for message, refused in refusals.items():
+        with pytest.raises(InvalidArgument) as caught:
+            refused()
+        assert str(caught.value) == message
+    assert launches.take() == []
+
+
+@needs_cupy
 def test_prepared_calls_are_bounded(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "launch", lambda *_: None)
     monkeypatch.setattr(launch, "_MAX_PREPARED", 4)
@@ -743,6 +846,32 @@ def test_maps_follow_the_pointers(hopper: Launches, monkeypatch: pytest.MonkeyPa
     assert first["q_map"]["words"][0, 0] == q.data_ptr() and second["q_map"]["words"][0, 0] == other.data_ptr()
     assert [p["out_map"]["words"][0, 0] for p in hopper.params] == [out.data_ptr() for out in kept]
     assert first["k_map"] == second["k_map"]
+
+
+def test_blocks_of_the_last_pointers_are_kept_but_for_dropout(
+    hopper: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+
+    def encoder(tensor: jit.tensormap.TensorMap) -> Any:
+        return lambda address: encoded.append(address) or run.encoder(tensor)(address)
+
+    monkeypatch.setattr(jit.tensormap, "encoder", encoder)
+    monkeypatch.setattr(launch, "_MAX_BLOCKS", 2)
+    q, *places = (as_torch(random(1, 64, 2, 32, seed=seed)) for seed in range(4))
+    scratch = as_torch(np.zeros(4096, np.uint8))
+    monkeypatch.setattr(Torch, "empty", lambda *_: scratch)
+    for place in (0, 0, 1, 0, 2, 0, 1):
+        cuflash.flash_attn_func(q, q, q, out=places[place])
+        block = hopper.params[-1][0]
+        assert (block["q"], block["out"]) == (q.data_ptr(), places[place].data_ptr())
+        assert block["out_map"]["words"][0] == places[place].data_ptr()
+    assert encoded[3::4] == [places[n].data_ptr() for n in (0, 1, 2, 1)], "of two blocks, the one used last stays"
+    encoded.clear()
+    for seed in (5, 5, 6):
+        cuflash.flash_attn_func(q, q, q, 0.5, generator=(seed, 4), out=places[0])
+        assert (hopper.params[-1]["seed"], hopper.params[-1]["offset"]) == (seed, 4)
+    assert len(encoded) == 3 * 4, "of blocks with a seed none would come back"
 
 
 def test_dropout_draws_before_the_kernel_that_copies_in_bulk(hopper: Launches) -> None:

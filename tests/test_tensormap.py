@@ -174,8 +174,7 @@ MAP = dense(BF16, 128, 4096, 16, 2, (4096, 256, 2**24), 80)
 
 def test_the_driver_is_asked_for_a_swizzled_map_that_fills_with_zeros(driver: Driver) -> None:
     address = 0x7F00_0000_0010
-    words = tensormap.encoder(MAP)(address)
-    assert (words.dtype, words.tolist()) == (np.uint64, list(range(1, 17)))
+    assert tensormap.encoder(MAP)(address) == tuple(range(1, 17))
     swizzle_128b, promote_to_256b = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
     sizes = [128, 4096, 16, 2], [4096, 256, 2**24], [64, 80, 1, 1], [1, 1, 1, 1]
     assert driver.calls == [(9, 4, address, *sizes, (0, swizzle_128b, promote_to_256b, 0))]
@@ -191,13 +190,6 @@ def test_maps_of_the_last_addresses_are_kept(driver: Driver) -> None:
     for address in range(16, 16 * 200, 16):
         encode(address)
     assert encode.cache_info().currsize <= 64
-
-
-def test_maps_of_two_addresses_do_not_share_memory(driver: Driver) -> None:
-    encode = tensormap.encoder(MAP)
-    first, second = encode(16), encode(32)
-    first[0] = 99
-    assert second[0] == 1
 
 
 def test_a_map_that_the_driver_refuses(driver: Driver) -> None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
-import numpy as np
-
 from cuflash.dtypes import DType
 from cuflash.errors import UnsupportedProblem
 
@@ -68,8 +66,8 @@ def _legal(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(stride if n > 1 else 16 for n, stride in zip(sizes, strides, strict=True))
 
 
-def encoder(tensor: TensorMap) -> Callable[[int], np.ndarray]:
-    """The function from a tensor's address to the words of its map, (16,) uint64: ``TensorMap`` of ``params.cuh``.
+def encoder(tensor: TensorMap) -> Callable[[int], tuple[int, ...]]:
+    """The function from a tensor's address to the 16 words of its map: ``TensorMap`` of ``params.cuh``.
 
     The other arguments of the driver's function are made once, half of what a call costs, and the words of the last
     addresses are kept.
@@ -86,7 +84,7 @@ def encoder(tensor: TensorMap) -> Callable[[int], np.ndarray]:
 
     # https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__TENSOR__MEMORY.html
     @lru_cache(maxsize=64)
-    def encode(address: int) -> np.ndarray:
+    def encode(address: int) -> tuple[int, ...]:
         memory = words()
         first = -(ctypes.addressof(memory) // 8) % 8  # the driver wants the map aligned to 64 bytes
         status = driver.cuTensorMapEncodeTiled(
@@ -98,7 +96,7 @@ def encoder(tensor: TensorMap) -> Callable[[int], np.ndarray]:
                 f"the CUDA driver refuses to describe a tensor at {address:#x} to the copy engine "
                 f"(cuTensorMapEncodeTiled returns {status}): {tensor}. Pass contiguous copies of the arrays."
             )
-        return np.frombuffer(memory, np.uint64)[first : first + 16]
+        return tuple(memory[first : first + 16])
 
     return encode
 

@@ -4,6 +4,7 @@ from cuflash.ops.backward import backward
 from cuflash.ops.explain import explain
 from cuflash.ops.forward import forward
 from cuflash.ops.options import Gradients, Options
+from cuflash.ops.prepared import PreparedAttention
 from cuflash.ops.vjp import vjp
 
-__all__ = ["Gradients", "Options", "backward", "explain", "forward", "vjp"]
+__all__ = ["Gradients", "Options", "PreparedAttention", "backward", "explain", "forward", "vjp"]

@@ -1,15 +1,18 @@
 """One call on a GPU.
 
 The first call on arrays of some kind is checked, planned and compiled into a :class:`Prepared`; later ones look it up,
-put their pointers into a copy of its parameter block and launch.
+fill their pointers into its parameter block and launch.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +44,9 @@ _PARAMS_NAMES = {
 _PER_ROW = ("lse", "dlse", "delta")
 """Arrays of one number for each head and query row."""
 
+_MAX_BLOCKS = 256
+"""Parameter blocks that are kept of a kind of call: arrays come back to the same memory, in a model layer by layer."""
+
 _MAX_PREPARED = 1024
 _prepared: dict[tuple[Any, ...], Prepared] = {}
 
@@ -71,7 +77,7 @@ def run(
     except TypeError:  # an option that cannot be hashed; preparing will say what is wrong with it
         prepared = None
     if prepared is None:
-        prepared = _prepare(framework, direction, options, given(direction, arrays))
+        prepared = prepare(framework, direction, options, given(direction, arrays))
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared
@@ -86,22 +92,17 @@ class Prepared:
     device: int
     launches: tuple[tuple[jit.Kernel, int], ...]
     """Kernels, each with its number of blocks; none when there is no pair of a query and a key."""
-    template: np.ndarray
-    """The parameter block as 8-byte words, without pointers."""
-    block: np.dtype
-    """The block as one opaque element: NumPy describes a structured one to CuPy member by member, 20 us a launch."""
-    slots: tuple[int, ...]
-    """The words that take the pointers: of the given arrays, then of the allocated ones."""
-    maps: tuple[tuple[slice, int, Callable[[int], np.ndarray]], ...]
-    """Of each tensor map, the words that take it, and what makes them of which of the same pointers."""
+    params: Callable[[tuple[int, ...]], ctypes.Array]
+    """The parameter block for the pointers of the given and of the allocated arrays, and with dropout the address of a
+    generator, a seed and an offset."""
     allocations: tuple[tuple[Any, tuple[int, ...], Any], ...]
     """(allocator, shape, the framework's dtype) of the results that are not given, and of the workspaces."""
-    results: tuple[int, ...]
-    """Where each result is among arguments and allocations."""
+    results: Callable[[Sequence[Any]], tuple[Any, ...]]
+    """Takes the results out of arguments and allocations."""
     fills: tuple[tuple[int, float], ...]
-    """The same of those that no kernel writes, as there is nothing to attend to, and what they hold."""
-    draw: Draw | None
-    """Forward with dropout only."""
+    """Where those are that no kernel writes, as there is nothing to attend to, and what they hold."""
+    increment: int | None
+    """How far the call moves a generator on; None without dropout and in the backward."""
     extents: tuple[tuple[str, int, int], ...]
     """(name, first byte, end) of every given array from its pointer; empty when all results are allocated."""
     num_outputs: int
@@ -114,42 +115,21 @@ class Prepared:
             check.check_separate(spans, self.num_outputs)
         framework = self.framework
         with framework.context(self.device):
-            drawn = self.draw and draw.on_device(generator, self.draw.increment, framework, self.device)
+            drawn = ()
+            if self.increment is not None:
+                drawn = draw.on_device(generator, self.increment, framework, self.device)
             allocated = [allocate(shape, dtype, self.device) for allocate, shape, dtype in self.allocations]
             everything = [*arrays, *allocated]
             if self.launches:
-                words = self.template.copy()
-                pointers += [framework.pointer(x) for x in allocated]
-                for slot, pointer in zip(self.slots, pointers, strict=True):
-                    words[slot] = pointer
-                for place, index, encode in self.maps:
-                    words[place] = encode(pointers[index])
-                if drawn:
-                    words[self.draw.reader] = words[self.draw.writer]
-                    for slot, word in zip(self.draw.source, drawn, strict=True):
-                        words[slot] = word
-                params = words.view(self.block)
+                params = self.params((*pointers, *[framework.pointer(x) for x in allocated], *drawn))
                 for kernel, num_blocks in self.launches:
                     kernel.launch(num_blocks, params)
             for index, value in self.fills:
                 everything[index][...] = value
-        return tuple([everything[index] for index in self.results])
+        return self.results(everything)
 
 
-class Draw(NamedTuple):
-    """How a call takes its random numbers."""
-
-    increment: int
-    """How far it moves a generator on."""
-    source: tuple[int, int, int]
-    """The words of the parameter block that take the address of a generator's state, and a seed and an offset."""
-    writer: int
-    """The word that says where the drawn seed and offset go."""
-    reader: int
-    """The word that says where they are read."""
-
-
-def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, arguments: Mapping[str, Any]) -> Prepared:
+def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arguments: Mapping[str, Any]) -> Prepared:
     """Check a call on arrays of this kind, plan it and load its kernels."""
     views = {name: framework.view(options.name(name), x) for name, x in arguments.items()}
     problem = check.problem_of(direction, options, views)
@@ -168,29 +148,27 @@ def _prepare(framework: CuPy | Torch, direction: Direction, options: Options, ar
     steps = [step for step in plan.steps if (whole or step.kernel == "fwd_rng") and step.num_blocks > 0]
     allocated = (*new.values(), *(plan.workspaces if whole else ()))
     pointers = (*views, *(w.name for w in allocated))
-    boxes = [box for step in steps for box in step.boxes]
+    maps = {
+        box.tensor: tensor
+        for step in steps
+        for box in step.boxes
+        if (tensor := _tensor_map(box, problem, options, views, shapes)) is not None
+    }
     with framework.context(ordinal):
         kernels = [(jit.load(step, ordinal), step.num_blocks) for step in steps]
     return Prepared(
         framework=framework,
         device=ordinal,
         launches=tuple(kernels),
-        template=_template(params, plan, options, views, shapes),
-        block=np.dtype((np.void, params.itemsize)),
-        slots=tuple(_word(params, name) for name in pointers),
-        maps=tuple(
-            (_map_words(params, box), pointers.index(box.tensor), jit.tensormap.encoder(tensor))
-            for box in boxes
-            if (tensor := _tensor_map(box, problem, options, views, shapes)) is not None
-        ),
+        params=_filler(_template(params, plan, options, views, shapes), pointers, maps, "rng_state" in names),
         allocations=tuple(
             (framework.zeros if w.zeroed else framework.empty, w.shape, framework.dtype(w.dtype)) for w in allocated
         ),
-        results=tuple(places.index(name) for name in names),
+        results=itemgetter(*(places.index(name) for name in names)),
         fills=tuple(
             (places.index(name), _EMPTY_VALUES.get(name, 0.0)) for name in names if not whole and name != "rng_state"
         ),
-        draw=_draw(params, problem) if "rng_state" in names else None,
+        increment=draw.increment(problem) if "rng_state" in names else None,
         extents=tuple((view.name, *view.extent()) for view in views.values()) if outputs else (),
         num_outputs=len(outputs),
     )
@@ -207,14 +185,33 @@ def _result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
     return Workspace(name, dtypes.get(name, problem.dtype.numpy), shape, zeroed)
 
 
-def _draw(params: np.dtype, problem: Problem) -> Draw:
-    generator, seed, offset = (_word(params, name) for name in ("generator", "seed", "offset"))
-    writer, reader = _word(params, "rng_state"), _inner_word(params, "attention", "rng_state")
-    return Draw(draw.increment(problem), (generator, seed, offset), writer, reader)
+def _filler(
+    block: np.ndarray, pointers: Sequence[str], maps: Mapping[str, jit.tensormap.TensorMap], draws: bool
+) -> Callable[[tuple[int, ...]], ctypes.Array]:
+    """What fills a parameter block: :attr:`Prepared.params`."""
+    params, words = block.dtype, ctypes.c_uint64 * (block.nbytes // 8)
+    names = (*pointers, "generator", "seed", "offset") if draws else pointers
+    slots = [(_word(params, name), index) for index, name in enumerate(names)]
+    if draws:  # the kernels read the drawn seed and offset where the first one leaves them
+        slots.append((_inner_word(params, "attention", "rng_state"), names.index("rng_state")))
+    encoders = [
+        (slice(first := _word(params, f"{name}_map"), first + 16), names.index(name), jit.tensormap.encoder(tensor))
+        for name, tensor in maps.items()
+    ]
+
+    def fill(numbers: tuple[int, ...]) -> ctypes.Array:
+        filled = words.from_buffer_copy(block)
+        for word, index in slots:
+            filled[word] = numbers[index]
+        for place, index, encode in encoders:
+            filled[place] = encode(numbers[index])
+        return filled
+
+    return fill if draws else lru_cache(_MAX_BLOCKS)(fill)
 
 
 def _word(params: np.dtype, argument: str) -> int:
-    """Index of the 8-byte word of a parameter block that holds a pointer or an argument of 8 bytes."""
+    """Index of the first 8-byte word of a parameter block that is for an argument."""
     name = _PARAMS_NAMES.get(argument, argument)
     if name in params.fields:
         return params.fields[name][1] // 8
@@ -225,12 +222,6 @@ def _inner_word(params: np.dtype, struct: str, name: str) -> int:
     """The same of a member of a struct inside."""
     inner, offset = params.fields[struct]
     return (offset + inner.fields[name][1]) // 8
-
-
-def _map_words(params: np.dtype, box: Box) -> slice:
-    """The words of a parameter block that hold the map of a tensor."""
-    kind, offset = params.fields[f"{box.tensor}_map"]
-    return slice(offset // 8, (offset + kind.itemsize) // 8)
 
 
 def _tensor_map(
@@ -269,7 +260,7 @@ def _template(
     views: Mapping[str, View],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> np.ndarray:
-    """The parameter block of every call on arrays of this kind, as 8-byte words with zeros for pointers."""
+    """The parameter block of every call on arrays of this kind, with zeros for pointers."""
     problem = plan.problem
     varlen = problem.layout == "varlen"
     block = np.zeros(1, params)
@@ -313,7 +304,7 @@ def _template(
         block[member]["batch"] = steps.get("b", 0)
         block[member]["row"] = steps["total" if packed else "s"]
         block[member]["head"] = steps["h"]
-    return block.view(np.uint64)
+    return block
 
 
 def _pages(k: View, table: View) -> np.ndarray:

@@ -20,8 +20,10 @@ def with_lengths(framework: Framework, direction: Direction, options: Options, a
     Where that needs the values of cu_seqlens and seqused, reading them waits for a GPU, and checks them all. Page
     numbers are read only to be validated.
     """
+    if arrays[_CU_SEQLENS] is None:
+        return options
     derived = None in (options.max_seqlen_q, options.max_seqlen_k)
-    if arrays[_CU_SEQLENS] is None or not (derived or options.validate):
+    if not (derived or options.validate):
         return options
     if derived:
         what, remedy = "max_seqlen_q or max_seqlen_k is None and", "Pass both."

@@ -75,10 +75,10 @@ def tensor_map(
     return words
 
 
-def encoder(tensor: tensormap.TensorMap) -> Callable[[int], np.ndarray]:
+def encoder(tensor: tensormap.TensorMap) -> Callable[[int], tuple[int, ...]]:
     """What the driver's encoder is on a GPU."""
     layout = tensor.dims, tensor.strides, tensor.box, tensor.dtype.itemsize
-    return lambda address: tensor_map(address - tensor.back, *layout)
+    return lambda address: tuple(tensor_map(address - tensor.back, *layout).tolist())
 
 
 def box_map(problem: Problem, array: np.ndarray, box: Box) -> np.ndarray:
@@ -87,7 +87,8 @@ def box_map(problem: Problem, array: np.ndarray, box: Box) -> np.ndarray:
     order = order if problem.layout == "varlen" else [1, 2, 0]
     describe = tensormap.ragged if problem.layout == "varlen" else tensormap.dense
     sizes, steps = zip(*((array.shape[axis], array.strides[axis]) for axis in order), strict=True)
-    return encoder(describe(problem.dtype, array.shape[dim], *sizes, steps, box.rows))(array.ctypes.data)
+    encode = encoder(describe(problem.dtype, array.shape[dim], *sizes, steps, box.rows))
+    return np.array(encode(array.ctypes.data), np.uint64)
 
 
 def strides(array: np.ndarray, axes: str) -> tuple[int, int, int]:

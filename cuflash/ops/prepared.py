@@ -1,0 +1,89 @@
+"""A forward that is checked, planned and compiled before it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cuflash.arrays import CuPy, Torch, View, framework_of
+from cuflash.errors import InvalidArgument
+from cuflash.ops import launch
+from cuflash.ops.options import ARGUMENTS, Options, given
+
+_NAMES = ("q", "k", "v", "out")
+_BETWEEN = (None,) * (len(ARGUMENTS["forward"]) - len(_NAMES))
+"""The arguments of a forward from v to out, all left out."""
+
+
+class PreparedAttention:
+    """Attention of one kind of arrays, made by `flash_attn_prepare`: a call with nothing left to decide.
+
+    It may be called from any thread, on any stream and while a CUDA graph is captured.
+    """
+
+    def __init__(self, options: Options, q: Any, k: Any, v: Any, out: Any = None) -> None:
+        arrays = q, k, v, out
+        framework = framework_of(_NAMES, arrays)
+        if not isinstance(framework, CuPy | Torch):
+            raise InvalidArgument(
+                f"q is a {framework.name} array; expected a CuPy array or a torch tensor, as calls are prepared for "
+                "kernels. Call flash_attn_func, or convert q, k and v."
+            )
+        _, self._kind = framework.describe(_NAMES, arrays)
+        self._framework = framework
+        self._views = _views(framework, arrays)
+        self._prepared = launch.prepare(framework, "forward", options, given("forward", (q, k, v, *_BETWEEN, out)))
+
+    def __call__(self, q: Any, k: Any, v: Any, out: Any = None) -> tuple[Any, Any]:
+        """Attend with arrays like those that the call was prepared for.
+
+        Parameters
+        ----------
+        q, k, v : array
+            Of the same library, shapes, strides, dtype and device as at the preparation, and starting as far past a
+            multiple of 16 bytes.
+        out : array, optional
+            Likewise, if one was given at the preparation; None otherwise.
+
+        Returns
+        -------
+        out : array, (b, len_q, heads_q, dim_v)
+            In the dtype of q.
+        lse : array, (b, heads_q, len_q)
+            The log-sum-exp, in float32 (float64 for float64 tensors).
+
+        Raises
+        ------
+        InvalidArgument
+            If an array is not like the one at the preparation, or `out` shares memory with another; nothing has been
+            launched or written then.
+        """
+        arrays = q, k, v, out
+        framework = framework_of(_NAMES, arrays)
+        if framework is not self._framework:
+            raise InvalidArgument(
+                f"q is a {framework.name} array, but the call was prepared for {self._framework.name} arrays. "
+                "Prepare another for it."
+            )
+        pointers, kind = framework.describe(_NAMES, arrays)
+        if kind != self._kind:
+            raise _unlike(_views(framework, arrays), self._views)
+        return self._prepared((q, k, v, *_BETWEEN, out), pointers, None)
+
+
+def _views(framework: CuPy | Torch, arrays: Sequence[Any]) -> list[View | None]:
+    return [None if x is None else framework.view(name, x) for name, x in zip(_NAMES, arrays, strict=True)]
+
+
+def _unlike(found: Sequence[View | None], expected: Sequence[View | None]) -> InvalidArgument:
+    """What is wrong with arrays that a call was not prepared for."""
+    shown = ((name, _show(x), _show(y)) for name, x, y in zip(_NAMES, found, expected, strict=True))
+    name, is_now, was = next(each for each in shown if each[1] != each[2])
+    return InvalidArgument(f"{name} is {is_now}; expected {was}, which the call was prepared for. Prepare another.")
+
+
+def _show(view: View | None) -> str:
+    if view is None:
+        return "None"
+    past = f", {view.pointer % 16} past a multiple of 16" if view.pointer % 16 else ""
+    return f"{view.dtype} of shape {view.shape} with strides of {view.strides} bytes on {view.device}{past}"
