@@ -35,6 +35,7 @@ struct Config {
   static constexpr int kBlocksPerSm = 2;
   static constexpr bool kPingPong = false;
   static constexpr bool kSeparateOut = false;
+  static constexpr bool kTickets = false;
   static constexpr int kProducerRegisters = 0;
   static constexpr int kConsumerRegisters = 0;
   static constexpr int kSmemBytes = 69632;
@@ -109,6 +110,7 @@ static_assert(CF_OFFSET(FwdParams, partial_lse) == 424, "host layout");
 static_assert(CF_OFFSET(FwdParams, num_splits) == 432, "host layout");
 static_assert(CF_OFFSET(FwdParams, pages) == 440, "host layout");
 static_assert(CF_OFFSET(FwdParams, heads_per_section) == 480, "host layout");
+static_assert(CF_OFFSET(FwdParams, tickets) == 488, "host layout");
 static_assert(CF_OFFSET(FwdParams, q_map) == 512, "host layout");
 static_assert(CF_OFFSET(FwdParams, k_map) == 640, "host layout");
 static_assert(CF_OFFSET(FwdParams, v_map) == 768, "host layout");

@@ -572,7 +572,8 @@ def test_numpy_scalars_are_numbers() -> None:
 
 
 def test_explain_says_what_would_run() -> None:
-    q, k, v = (x.astype(np.float16) for x in inputs())
+    few, k, v = (x.astype(np.float16) for x in inputs())
+    q = random(B, 100, H, D, dtype="fp16")
     report = cuflash.explain(q, k, v, causal=True, device="h100")
     assert isinstance(report, Explanation)
     assert report.plan.family == "sm90" and report.problem.mask.kind == "causal"
@@ -583,10 +584,11 @@ def test_explain_says_what_would_run() -> None:
     assert "not sm90: no zero or negative strides" in str(cuflash.explain(q, expanded, v, device="h100"))
     report = cuflash.explain(q, k, v, causal=True, device="h100")
     assert cuflash.explain(report.problem, device="h100") == report
-    packed = [x[0] for x in (q, k, v)]
+    assert "not sm90: sm80 serves few queries better" in str(cuflash.explain(few, k, v, device="h100"))
+    packed = [x[0] for x in (few, k, v)]
     lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}
     report = cuflash.explain(
-        q, k, v, attn_bias=BIAS, sink=SINK, dropout_p=0.1, device="h100", backward=True, bias_grad=True
+        few, k, v, attn_bias=BIAS, sink=SINK, dropout_p=0.1, device="h100", backward=True, bias_grad=True
     )
     problem = report.problem
     assert (problem.bias.name, problem.bias_grad, problem.sink, problem.dropout) == ("fp32", True, True, "byte")

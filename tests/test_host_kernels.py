@@ -222,7 +222,7 @@ CASES |= {
     ),
 }  # fmt: skip
 
-# Two consumers of 64 rows, three from 1025 queries (2049 under a causal mask) on; tiles of 64 to 128 keys.
+# Two or three consumers of 64 rows; tiles of 64 to 128 keys.
 HOPPER = {
     "sm90-d64": dense("fp16", (2, 2), (150, 300), (64, 64), batch=2),
     "sm90-d64-causal": dense("bf16", (4, 2), (150, 300), (64, 64), mask=CAUSAL),
@@ -237,6 +237,8 @@ HOPPER = {
     "sm90-d256": dense("fp16", (1, 1), (140, 170), (256, 256)),
     "sm90-d256-causal": dense("bf16", (2, 1), (140, 170), (256, 256), mask=CAUSAL),
     "sm90-d160-softcap": dense("bf16", (1, 1), (90, 170), (160, 160), softcap=1.5, mask=WINDOW),
+    "sm90-d160-dv24-softcap": dense("fp16", (1, 1), (90, 200), (160, 24), softcap=1.5),
+    "sm90-d72-dv24-causal": dense("bf16", (1, 1), (200, 250), (72, 24), mask=CAUSAL),
     "sm90-d40-dv72": dense("fp16", (2, 1), (70, 140), (40, 72)),
     "sm90-few-blocks": dense("fp16", (2, 1), (300, 290), (64, 64), batch=2, num_sms=5),
     "sm90-few-blocks-causal": dense("bf16", (4, 2), (300, 290), (128, 128), mask=CAUSAL, num_sms=2),

@@ -516,7 +516,8 @@ def hopper(**changes) -> Config:
         ({"dim_qk": 192, "dim_v": 128}, 2, 80, False),
         ({"dim_qk": 256, "dim_v": 256}, 2, 80, True),
         ({"dim_qk": 128, "dim_v": 128, "len_q": 1024}, 2, 128, True),
-        ({"dim_qk": 128, "dim_v": 128, "len_q": 2048, "mask": CAUSAL}, 2, 128, False),
+        ({"dim_qk": 128, "dim_v": 128, "len_q": 500, "mask": CAUSAL}, 3, 80, False),
+        ({"len_q": 500}, 3, 128, True),
         ({"dim_qk": 192, "dim_v": 192, "len_q": 500}, 2, 80, False),
         ({"softcap": 2.0}, 2, 128, True),
         ({"alibi": True, "dim_qk": 128}, 2, 96, True),
@@ -543,11 +544,13 @@ def test_hopper_tiles_of_any_size_fit() -> None:
                 chunks = -(-dim_qk // 64), -(-dim_v // 64)
                 q, out = (config.tile_q * n * 128 for n in chunks)
                 kv = config.stages * config.tile_kv * sum(chunks) * 128
-                barriers = 8 * (2 + 4 * config.stages)
+                barriers = 8 * (2 + 4 * config.stages) + 2 * (2 * 8 + 4)
                 used = kv + barriers + (q + out if config.separate_out else max(q, out))
                 assert 0 <= config.smem_bytes - used < 1024 and config.smem_bytes % 1024 == 0
                 assert config.smem_bytes <= H100.smem_per_block
-                assert config.separate_out or kv + barriers + q + out > H100.smem_per_block, "it would have fit"
+                stage = config.tile_kv * sum(chunks) * 128
+                more = 0 if not config.separate_out else stage if config.stages < 3 else H100.smem_per_block
+                assert kv + barriers + q + out + more > H100.smem_per_block, "more would have fit"
 
 
 def test_hopper_blocks_and_boxes() -> None:
@@ -557,9 +560,12 @@ def test_hopper_blocks_and_boxes() -> None:
         step = choose(problem, H100, "sm90").steps[-1]
         tiles = 64 * 8 * -(-4096 // step.config.tile_q)
         assert step.num_blocks == (132 if persistent else tiles)
+        assert step.config.tickets == (changes == {"mask": CAUSAL}), "tiles of unequal length are drawn"
         kv = step.config.tile_kv
         assert [(box.tensor, box.rows) for box in step.boxes] == [("q", 64), ("k", kv), ("v", kv), ("out", 64)]
-    assert choose(replace(LONG, batch=1, len_q=100), H100, "sm90").steps[-1].num_blocks == 8
+    few = choose(replace(LONG, batch=1, len_q=100, mask=CAUSAL), H100, "sm90")
+    assert few.steps[-1].num_blocks == 8 and few.workspaces == (), "no tile is left to draw"
+    assert [w.name for w in choose(replace(LONG, **many, mask=CAUSAL), H100, "sm90").workspaces] == ["tickets"]
     assert [step.kernel for step in choose(replace(LONG, dropout="word"), H100).steps] == ["fwd_rng", "fwd_sm90"]
 
 
@@ -595,18 +601,19 @@ def test_explanation_of_a_hopper_forward() -> None:
 @pytest.mark.parametrize(
     ("changes", "heads"),
     [
-        ({"heads_q": 32, "heads_kv": 32, "len_kv": 8192, "dim_qk": 128, "dim_v": 128}, 8),
-        ({"heads_q": 32, "heads_kv": 8, "len_kv": 8192, "dim_qk": 128, "dim_v": 128}, 32),
-        ({"heads_q": 6, "heads_kv": 2, "len_kv": 8193, "dim_qk": 128, "dim_v": 128}, 12),
-        ({"heads_q": 2, "heads_kv": 2, "len_kv": 2**30}, 1),
-        ({"heads_q": 3, "heads_kv": 1, "len_kv": 10**6, "dim_qk": 256, "dim_v": 256}, 3),
+        ({"heads_q": 32, "heads_kv": 32, "len_kv": 1024, "dim_qk": 128, "dim_v": 128}, 64),
+        ({"heads_q": 32, "heads_kv": 8, "len_kv": 1024, "dim_qk": 128, "dim_v": 128}, 256),
+        ({"heads_q": 6, "heads_kv": 2, "len_kv": 1025, "dim_qk": 128, "dim_v": 128}, 96),
+        ({"heads_q": 2, "heads_kv": 2, "len_kv": 2**30}, 32),
+        ({"heads_q": 3, "heads_kv": 1, "len_kv": 10**6, "dim_qk": 256, "dim_v": 256}, 96),
     ],
 )
 def test_heads_per_section(changes: dict, heads: int) -> None:
-    problem = replace(BASE, **changes)
+    problem = replace(BASE, mask=CAUSAL, **changes)
     assert heads_per_section(problem) == heads
     kv_heads, head_bytes = heads // problem.group, problem.len_kv * (problem.dim_qk + problem.dim_v) * 2
     assert kv_heads & (kv_heads - 1) == 0
-    assert kv_heads == 1 or kv_heads * head_bytes <= 2**25
+    assert kv_heads == 32 or kv_heads * head_bytes <= 2**25
     assert 2 * kv_heads * head_bytes > 2**25, "twice as many would fit"
+    assert heads_per_section(replace(problem, mask=MASKS["full"])) == problem.group, "tiles of equal length"
     assert 0 < heads_per_section(replace(problem, len_kv=0)) < 2**31

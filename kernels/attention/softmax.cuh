@@ -13,7 +13,7 @@ struct RowState {
   Real l;  // sum of p so far
 
   // Below every score but finite: a hidden score, -inf, stays -inf less m, and m less m is 0.
-  static constexpr Real kLowest = sizeof(Real) == 4 ? Real(-1e30) : Real(-1e300);
+  static constexpr Real kLowest = static_cast<Real>(sizeof(Real) == 4 ? -1e30 : -1e300);
 
   CF_DEVICE void init() { m = kLowest; l = Real(0); }
 

@@ -35,6 +35,7 @@ struct Config {
   static constexpr int kBlocksPerSm = 1;
   static constexpr bool kPingPong = false;
   static constexpr bool kSeparateOut = true;
+  static constexpr bool kTickets = false;
   static constexpr int kProducerRegisters = 0;
   static constexpr int kConsumerRegisters = 0;
   static constexpr int kSmemBytes = 12345;

@@ -198,4 +198,6 @@ def run_plan_on_host(
         for name, sides in surroundings.items():
             if any((side != 0xFF).any() for side in sides):
                 raise LaunchFailed(f"{step.kernel} wrote outside the workspace {name}")
+        if "tickets" in workspaces and workspaces["tickets"].any():
+            raise LaunchFailed(f"{step.kernel} does not leave its tickets at zero")
     return conflicts
