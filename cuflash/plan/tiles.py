@@ -103,7 +103,7 @@ def _sm90_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, sepa
     """Bytes of ``ForwardSm90::SmemPlan``: chunks of 64 columns, 128 bytes a row, and mbarriers."""
     row_qk, row_v = (128 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
     rows = row_qk + row_v if separate_out else max(row_qk, row_v)
-    barriers = 2 + 4 * stages  # q, and each stage of k and of v: full and empty
+    barriers = 2 * (consumers + 2 * stages)  # of each consumer's q, and of each stage of k and v: full and empty
     numbers = 2 * (2 * 8 + 4)
     tiles = consumers * SM90_ROWS * rows + stages * tile_kv * (row_qk + row_v)
     return round_up(tiles + 8 * barriers + numbers, 1024)

@@ -65,7 +65,7 @@ struct ForwardSm90 {
     typename Select<Config::kSeparateOut, SeparateRows, SharedRows>::Type rows[kConsumers];
     KTile k[kStages];
     VTile v[kStages];
-    QRing q_ring;  // all consumers' q tiles are one buffer
+    QRing q_rings[kConsumers];  // one may load the next work's q while another is still at this one
     KvRing k_ring, v_ring;
     NumberRing works;
   };
@@ -121,9 +121,9 @@ struct ForwardSm90 {
       if (q_first >= sequence.len_q) return;
       const Tiles tiles = Mask(a, sequence, work.head).kv_tiles(q_first, kTileQ, kTileKv);
       const auto load_q = [&] {
-        const uint32 barrier = smem.q_ring.acquire(q_at, kConsumers * sizeof(QTile));
         for (int w = 0; w < kConsumers; ++w) {  // rows that no query has begin with the last query's: see load_boxes
           const int row = min_of(q_first + w * kRows, sequence.len_q - 1);
+          const uint32 barrier = smem.q_rings[w].acquire(q_at, sizeof(QTile));
           load_boxes(smem.rows[w].q, p.q_map, sequence.q_box(a, row, work.head), barrier);
         }
         q_at = q_at.next();
@@ -196,6 +196,7 @@ struct ForwardSm90 {
     const bool leader = thread == 0;
     const int warp_row = thread / 32 * 16, first_row = consumer * kRows + warp_row;
     auto& mine = smem.rows[consumer];
+    QRing& q_ring = smem.q_rings[consumer];
     typename QRing::Cursor q_at;
     Cursor at;
     NumberRing::Cursor number_at;
@@ -291,7 +292,7 @@ struct ForwardSm90 {
         meet();
       };
 
-      smem.q_ring.wait(q_at);
+      q_ring.wait(q_at);
       skip(loaded.end - tiles.end);
       const bool some = tiles.begin < tiles.end;
       if (some) {
@@ -314,7 +315,7 @@ struct ForwardSm90 {
       } else {
         meet();
       }
-      if (Config::kSeparateOut && leader) smem.q_ring.release(q_at);
+      if (Config::kSeparateOut && leader) q_ring.release(q_at);
       if (some) {
         smem.v_ring.wait(at);
         ptx::wgmma_fence();
@@ -351,7 +352,7 @@ struct ForwardSm90 {
         ptx::tma_store_commit();
         if (!Config::kSeparateOut) {
           ptx::tma_store_wait_read();
-          smem.q_ring.release(q_at);
+          q_ring.release(q_at);
         }
       }
       q_at = q_at.next();
@@ -369,7 +370,7 @@ struct ForwardSm90 {
   CF_DEVICE static void run(const FwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     if (ptx::thread_index() == 0) {
-      smem.q_ring.init(kConsumers);
+      for (QRing& ring : smem.q_rings) ring.init(1);
       smem.k_ring.init(kConsumers);
       smem.v_ring.init(kConsumers);
       if constexpr (Config::kTickets) smem.works.ring.init(kConsumerThreads / 32);
