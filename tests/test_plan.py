@@ -512,6 +512,7 @@ def hopper(**changes) -> Config:
         ({"mask": CAUSAL}, 3, 128, False),
         ({"mask": MASKS["window"]}, 3, 128, False),
         ({"dim_qk": 72, "dim_v": 72}, 3, 112, True),
+        ({"dim_qk": 72, "dim_v": 72, "mask": CAUSAL}, 3, 96, False),
         ({"dim_qk": 40, "dim_v": 128}, 3, 80, False),
         ({"dim_qk": 192, "dim_v": 128}, 2, 80, False),
         ({"dim_qk": 256, "dim_v": 256}, 2, 80, True),
