@@ -106,6 +106,10 @@ class CuPy:
         """Whether the current stream records a graph."""
         return self._cupy.cuda.get_current_stream().is_capturing()
 
+    def stream(self) -> int:
+        """Address of the current stream."""
+        return self._cupy.cuda.get_current_stream().ptr
+
     def dtype(self, dtype: np.dtype) -> Any:
         """The framework's own name of a dtype."""
         return dtype
@@ -177,6 +181,10 @@ class Torch:
     def is_capturing(self) -> bool:
         """Whether torch's current stream records a graph."""
         return self._torch.cuda.is_current_stream_capturing()
+
+    def stream(self) -> int:
+        """Address of torch's current stream."""
+        return self._torch.cuda.current_stream().cuda_stream
 
     def dtype(self, dtype: np.dtype) -> Any:
         """The framework's own name of a dtype."""

@@ -11,8 +11,9 @@ import math
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
@@ -29,6 +30,7 @@ from cuflash import arrays, device, jit, ops
 from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import launch
+from cuflash.ops.kept import KeptZeros
 from cuflash.ops.options import SHARED
 from cuflash.plan import Box, Config, Step
 from cuflash.problem import Problem
@@ -795,6 +797,35 @@ def test_maps_of_dense_tensors(hopper: Launches, wrap: Any) -> None:
     for name, x, rows in (("q", q, 64), ("k", k, 128), ("v", v, 128), ("out", place, 64)):
         on_host = run.box_map(problem, x, Box(name, rows)).tolist()
         assert [on_host[0] - x.ctypes.data, *on_host[1:13]] == maps(params)[name], "the host twin's is the same"
+
+
+@pytest.mark.parametrize(("framework", "wrap"), [(CuPy, as_cupy), (Torch, as_torch)])
+def test_calls_on_a_stream_share_their_tickets(
+    hopper: Launches, monkeypatch: pytest.MonkeyPatch, framework: type, wrap: Any
+) -> None:
+    monkeypatch.setattr(device, "current", lambda ordinal: replace(device.named("h100"), num_sms=2))
+    x = wrap(random(1, 300, 2, 64))
+
+    def tickets(stream: int = 7, capturing: bool = False) -> int:
+        monkeypatch.setattr(framework, "stream", lambda self: stream)
+        monkeypatch.setattr(framework, "is_capturing", lambda self: capturing)
+        cuflash.flash_attn_func(x, x, x, causal=True)
+        address = int(hopper.params[-1]["tickets"][0])
+        assert capturing or memory(address, (1,), (4,), np.dtype(np.int32)).tolist() == [0]
+        return address
+
+    mine, other = tickets(), tickets(stream=8)
+    assert tickets() == mine and tickets(stream=8) == other != mine
+    graph = tickets(capturing=True)
+    assert graph not in (mine, other), "a graph may run beside calls"
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(tickets).result() not in (mine, other), "its default stream may have the same name"
+    assert tickets() == mine
+    for stream in range(100):
+        tickets(stream)
+    (prepared,) = launch._prepared.values()
+    (kept,) = (allocate for allocate, _, _ in prepared.allocations if isinstance(allocate, KeptZeros))
+    assert len(kept._arrays) <= 64, "streams come and go"
 
 
 @pytest.mark.parametrize("wrap", FRAMEWORKS)

@@ -20,6 +20,7 @@ from cuflash import device, jit
 from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check, draw
+from cuflash.ops.kept import KeptZeros
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.options import ARGUMENTS, OUTPUTS, Options, given, results
 from cuflash.plan import Box, Plan, Workspace, choose
@@ -161,9 +162,7 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
         device=ordinal,
         launches=tuple(kernels),
         params=_filler(_template(params, plan, options, views, shapes), pointers, maps, "rng_state" in names),
-        allocations=tuple(
-            (framework.zeros if w.zeroed else framework.empty, w.shape, framework.dtype(w.dtype)) for w in allocated
-        ),
+        allocations=tuple((_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in allocated),
         results=itemgetter(*(places.index(name) for name in names)),
         fills=tuple(
             (places.index(name), _EMPTY_VALUES.get(name, 0.0)) for name in names if not whole and name != "rng_state"
@@ -172,6 +171,12 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
         extents=tuple((view.name, *view.extent()) for view in views.values()) if outputs else (),
         num_outputs=len(outputs),
     )
+
+
+def _allocator(framework: CuPy | Torch, workspace: Workspace) -> Callable[[tuple[int, ...], Any, int], Any]:
+    if workspace.kept:
+        return KeptZeros(framework)
+    return framework.zeros if workspace.zeroed else framework.empty
 
 
 def _result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:

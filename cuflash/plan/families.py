@@ -224,7 +224,7 @@ def _sm90_forward(problem: Problem, device: Device) -> Plan:
         # tiles are empty: there each has a block.
         blocks = min(works, device.num_sms)
     tickets = problem.layout == "dense" and problem.mask.kind != "none"  # tiles differ in length
-    drawn = Workspace("tickets", np.dtype(np.int32), (1,), zeroed=True)
+    drawn = Workspace("tickets", np.dtype(np.int32), (1,), kept=True)
     workspaces = (drawn,) if tickets and blocks < works else ()
     config = replace(_config(problem, tile), reduction="AtomicReduction", tickets=tickets)
     boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))

@@ -88,13 +88,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """A scratch array, allocated per call."""
+    """A scratch array."""
 
     name: str
     """The member of the parameter struct that points to it."""
     dtype: np.dtype
     shape: tuple[int, ...]
     zeroed: bool = False
+    kept: bool = False
+    """Zeroed, and zero again when the kernels are done, so that calls on a stream can share it."""
 
     @property
     def nbytes(self) -> int:

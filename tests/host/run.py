@@ -155,7 +155,7 @@ def run_plan_on_host(
     for workspace in plan.workspaces:
         buffer = np.full(workspace.nbytes + 2 * GUARD, 0xFF, np.uint8)
         inside = buffer[GUARD : GUARD + workspace.nbytes]
-        if workspace.zeroed:
+        if workspace.zeroed or workspace.kept:
             inside[...] = 0
         workspaces[workspace.name] = inside.view(workspace.dtype).reshape(workspace.shape)
         surroundings[workspace.name] = buffer[:GUARD], buffer[GUARD + workspace.nbytes :]
@@ -198,6 +198,7 @@ def run_plan_on_host(
         for name, sides in surroundings.items():
             if any((side != 0xFF).any() for side in sides):
                 raise LaunchFailed(f"{step.kernel} wrote outside the workspace {name}")
-        if "tickets" in workspaces and workspaces["tickets"].any():
-            raise LaunchFailed(f"{step.kernel} does not leave its tickets at zero")
+        for workspace in plan.workspaces:
+            if workspace.kept and workspaces[workspace.name].any():
+                raise LaunchFailed(f"{step.kernel} does not leave {workspace.name} at zero")
     return conflicts
