@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from host import run
 from test_launch import as_torch, launches, needs_compiler, to_numpy  # noqa: F401, the fixture is asked for by name
 
 import cuflash
-from cuflash import ops
+from cuflash import device, jit, ops
 from cuflash.ops.options import SHARED
 
 LIMITS: dict[str, list[str]] = {
@@ -133,7 +134,9 @@ def test_every_limit_has_tests(limit: str) -> None:
 class Backend:
     """Arrays go to one place, and are computed by one family."""
 
-    def __init__(self, family: str | None, put: Callable[[np.ndarray], Any], get: Callable[[Any], np.ndarray]) -> None:
+    def __init__(
+        self, family: str | tuple[str, ...] | None, put: Callable[[np.ndarray], Any], get: Callable[[Any], np.ndarray]
+    ) -> None:
         self.family, self.put, self.get = family, put, get
 
     def __call__(
@@ -147,7 +150,8 @@ class Backend:
         return [self.get(x) for x in found]
 
 
-FAMILIES = ("sm80", "simt")
+FAMILIES = {"sm90": ("sm90", "sm80"), "sm80": "sm80", "simt": "simt"}
+"""What answers in a place: of a family without gradients another takes its results."""
 PLACES = [
     "numpy",
     *(pytest.param(f"{family}-on-the-cpu", marks=needs_compiler) for family in FAMILIES),
@@ -155,16 +159,24 @@ PLACES = [
 ]
 
 
+LEFT_BY_HOPPER = [place for place in PLACES if "sm90" not in str(place)]
+"""Who serves what cannot be copied in bulk, rows off multiples of 16 bytes or expanded, and heads that share a tile."""
+
+
 @pytest.fixture(params=PLACES)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     family, _, place = request.param.partition("-on-the-")
     if family == "numpy":
         yield Backend(None, lambda x: x, lambda x: x)
     elif place == "cpu":
-        request.getfixturevalue("launches")
-        yield Backend(family, as_torch, to_numpy)
+        seen = request.getfixturevalue("launches")
+        if family == "sm90":
+            monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
+            monkeypatch.setattr(jit.tensormap, "encoder", run.encoder)
+        yield Backend(FAMILIES[family], as_torch, to_numpy)
+        assert f"fwd_{family}" in seen.kernels
     else:
-        yield Backend(family, on_gpu, lambda x: x.get())
+        yield Backend(FAMILIES[family], on_gpu, lambda x: x.get())
 
 
 def on_gpu(x: np.ndarray) -> Any:
@@ -196,6 +208,7 @@ def assert_right(found: list[np.ndarray], arrays: list[np.ndarray], **options: A
     oracle.assert_all_close(oracle.Attention(*found, *[None] * (5 - len(found))), exact, naive)
 
 
+@pytest.mark.parametrize("backend", LEFT_BY_HOPPER, indirect=True)
 def test_tensors_that_start_between_two_vectors(backend: Backend) -> None:
     arrays = tensors(d=40)
     shifted = []
@@ -244,6 +257,7 @@ def test_logits_far_below_zero_behind_the_last_whole_tile(backend: Backend) -> N
     assert_right(found, [q, k, v, dout], scale=1.0)
 
 
+@pytest.mark.parametrize("backend", LEFT_BY_HOPPER, indirect=True)
 def test_expanded_inputs_masks_and_gradients(backend: Backend) -> None:
     """Strides of 0 in everything that is read."""
     shape = 2, 70, 2, 64
@@ -282,10 +296,11 @@ def test_lengths_in_use_of_wide_heads(backend: Backend) -> None:
     lengths = {"cu_seqlens_q": np.array([0, 30, 37], np.int32), "cu_seqlens_k": np.array([0, 70, 85], np.int32)}
     lengths |= {"seqused_q": np.array([21, 7], np.int32), "seqused_k": np.array([66, 0], np.int32)}
     longest = {"max_seqlen_q": 30, "max_seqlen_k": 70}
-    found = backend(q, k, v, dout, **lengths, **longest, causal=True, deterministic=True)
+    found = backend(q, k, v, dout, **lengths, **longest, causal=True, deterministic=True, num_splits=1)
     assert_right(found, [q, k, v, dout], **lengths, causal=True)
 
 
+@pytest.mark.parametrize("backend", LEFT_BY_HOPPER, indirect=True)
 def test_one_query_of_grouped_heads_fills_the_given_output(backend: Backend) -> None:
     q, k, v = random(3, 6, 64), random(100, 2, 64, seed=1), random(100, 2, 64, seed=2)
     lengths = {"cu_seqlens_q": np.arange(4, dtype=np.int32), "cu_seqlens_k": np.array([0, 1, 31, 99], np.int32)}
