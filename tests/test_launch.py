@@ -1127,7 +1127,7 @@ def test_page_numbers_on_a_gpu_are_checked_on_request_alone(
     with pytest.raises(InvalidArgument) as caught:
         cuflash.flash_attn_varlen_func(q, k, v, *starts, 45, 50, block_table=wrong, validate=True)
     assert str(caught.value) == ("block_table[2, 3] is 14, but there are 14 pages; expected the number of one, from 0.")
-    with pytest.raises(InvalidArgument, match=r"^block_table_\[2, 3\] is 14, but there are 14 pages; expected the number"):
+    with pytest.raises(InvalidArgument, match=r"^block_table_\[2, 3\] is 14, but there are 14 pages;"):
         cuflash.mha_varlen_fwd(q, k, v, None, *starts, None, wrong, None, 45, 50, validate=True)
     assert launches.take() == ["fwd_sm80"] * 2, "what was refused was not launched"
     short = as_torch(table[:, :3])
