@@ -44,7 +44,7 @@ KERNELS = {
 }
 """What answers, and in which type."""
 
-# A bias of one number does nothing, and its gradient, the sum of all, is rounding alone.
+# Without a sink a bias of one number does nothing, and its gradient, the sum of all, is rounding alone.
 _CHANGED = {
     "bias": [axes for axes in FACTORS["bias"] if axes != "1111"],
     "bias_dtype": ["same", "fp32"],
