@@ -165,6 +165,58 @@ def test_backends_draw_the_same_dropout(backend: str, dtype: str, convert: Calla
     assert (np.signbit(on_host(gpu[7])) == np.signbit(numpy[7])).all()
 
 
+FUNCTIONS = {
+    "mha": ("mha_{}fwd", "mha_{}bwd"),
+    "ck": ("mha_{}fwd_ck", "mha_{}bwd_ck"),
+    "mem_eff": ("mem_eff_forward", "mem_eff_backward"),
+    "efficient": ("efficient_attention_forward", "efficient_attention_backward"),
+}
+
+
+def gradient_step(group: str, q: Any, k: Any, v: Any, dout: Any, starts: tuple[Any, ...], gen: Any) -> tuple:
+    """The output, the log-sum-exp and the gradients by the functions of a group; nothing that would have to be read."""
+    packed = len(starts) > 0
+    forward, backward = (getattr(cuflash, name.format("varlen_" if packed else "")) for name in FUNCTIONS[group])
+    if group == "efficient":
+        q, k, v, dout = (x[None] if packed else x for x in (q, k, v, dout))
+        lengths = (*starts, 40, 41) if packed else (None,) * 4
+        out, lse, *state, _, _ = forward(q, k, v, None, *lengths, P, 2, True, gen_=gen)
+        found = backward(dout, q, k, v, None, out, *lengths, lse, P, *state, 2, False, deterministic=True)
+        return out, lse, *found[:3]
+    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    options = {"p_dropout": P, "is_causal": True} | (dict(zip(names, (*starts, 40, 41), strict=True)) if packed else {})
+    out, _, _, _, lse, seed, offset, _ = forward(q=q, k=k, v=v, out_=None, gen_=gen, **options)
+    options |= {"dq_": None, "dk_": None, "dv_": None, "philox_seed": seed, "philox_offset": offset}
+    return out, lse, *backward(dout, q, k, v, out, lse, deterministic=True, **options)[:3]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("group", FUNCTIONS)
+def test_capture_of_every_function(group: str, packed: bool) -> None:
+    """Nothing waits for the GPU once the longest lengths are given, and every replay draws fresh numbers."""
+    cp = pytest.importorskip("cupy")
+    arrays = inputs("fp16", packed)
+    arrays.append(random(*arrays[0].shape, dtype="fp16", seed=3))
+    places = [cp.asarray(x) for x in arrays]
+    starts = (cp.asarray(STARTS_Q), cp.asarray(STARTS_K)) if packed else ()
+    generator = cuflash.PhiloxGenerator(*STATE).to_device()
+    gradient_step(group, *places, starts, STATE)  # kernels are compiled and loaded before the capture
+    stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
+    with cp.cuda.using_allocator(pool.malloc), stream:
+        stream.begin_capture()
+        captured = gradient_step(group, *places, starts, generator)
+        graph = stream.end_capture()
+    for seed in (10, 11):
+        for place, x in zip(places, arrays, strict=True):
+            place[...] = cp.asarray(random(*x.shape, dtype="fp16", seed=seed))
+        expected = [x.get() for x in gradient_step(group, *places, starts, generator.state)]
+        cp.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        for x, y in zip(captured, expected, strict=True):
+            np.testing.assert_array_equal(x.get(), y)
+
+
 def test_a_generator_of_torch_moves_on() -> None:
     torch = pytest.importorskip("torch")
     generator = torch.Generator("cuda")

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from host import run
 from test_launch import as_torch, launches, needs_compiler, to_numpy  # noqa: F401, the fixture is asked for by name
 
 import cuflash
-from cuflash import ops
+from cuflash import device, jit, ops
 from cuflash.ops.options import SHARED
 
 LIMITS: dict[str, list[str]] = {
@@ -24,6 +25,10 @@ LIMITS: dict[str, list[str]] = {
         "test_edges.py::test_dimensions_of_size_zero", "test_mha.py::test_empty_sizes",
         "test_host_kernels.py::no-queries", "test_host_kernels.py::no-keys",
         "test_launch.py::test_nothing_is_launched_for_empty_tensors", "test_gpu_api.py::test_empty_tensors",
+    ],
+    "no heads, no dimension, a probability of 1": [
+        "test_mha.py::no heads", "test_mha.py::no dims", "test_mha.py::p one", "test_messages.py::no-heads",
+        "test_messages.py::no-dim", "test_messages.py::dropout-one",
     ],
     "log-sum-exp undefined without keys": ["test_mem_eff.py::test_empty_sizes", "test_mha.py::test_empty_sizes"],
     "misaligned bases and strides kill the context": [
@@ -33,14 +38,26 @@ LIMITS: dict[str, list[str]] = {
     "scales that are not positive": [
         "test_spec_vectors.py::test_scales_that_are_not_positive", "test_host_kernels.py::negative-scale",
         "test_host_kernels.py::zero-scale", "test_host_kernels.py::simt-fp64-negative-scale",
+        "test_host_kernels.py::sm90-negative-scale",
     ],
     "NaN spreads to other rows": [
         "test_edges.py::test_nan_in_a_query_row_spoils_that_row_alone",
         "test_known_limits.py::test_what_is_not_a_number_stays_in_its_row",
     ],
+    "causal masks aligned by one corner alone": [
+        "test_spec_vectors.py::test_visibility_of_the_flash_functions",
+        "test_spec_vectors.py::test_visibility_of_the_memory_efficient_functions", "test_host_kernels.py::top-left",
+        "test_host_kernels.py::simt-top-left", "test_host_kernels.py::sm90-top-left",
+    ],
     "bottom-right causal with more queries than keys": [
         "test_mem_eff.py::test_efficient_attention", "test_host_kernels.py::more-queries-causal",
-        "test_host_kernels.py::simt-more-queries",
+        "test_host_kernels.py::simt-more-queries", "test_host_kernels.py::sm90-more-queries",
+    ],
+    "windows of one key, beyond every key, beside causal, with negative sides": [
+        "test_edges.py::test_window_of_the_diagonal_alone_copies_values", "test_host_kernels.py::window-one-key",
+        "test_host_kernels.py::sm90-window-one-key", "test_edges.py::test_sides_that_reach_every_key_hide_nothing",
+        "test_edges.py::test_causal_wins_over_a_right_side", "test_mha.py::unbounded",
+        "test_messages.py::window-negative",
     ],
     "window gradients where the lengths differ": [
         "test_mem_eff.py::test_efficient_attention", "test_host_kernels.py::varlen-window-d40",
@@ -67,6 +84,18 @@ LIMITS: dict[str, list[str]] = {
         "test_host_kernels.py::test_dropout_masks_are_exact", "test_gpu_torch.py::test_flash_masks_are_bit_equal",
     ],
     "a generator that is accepted and ignored": ["test_mha.py::test_generators_move_on_by_32_numbers_a_head"],
+    "arguments that some functions accept and ignore": [
+        "test_mha.py::test_varlen", "test_mha.py::softcap of legacy", "test_mha.py::block_table of legacy",
+        "test_mem_eff.py::test_mem_eff", "test_mem_eff.py::test_mem_eff_of_packed_sequences",
+    ],
+    "no masks, biases or dropout of packed sequences": [
+        "test_mha.py::test_bias_of_packed_sequences", "test_host_kernels.py::varlen-everything",
+        "test_host_kernels.py::sm90-varlen-everything", "test_launch.py::test_score_features_on_host_memory",
+    ],
+    "no mask, bias or ALiBi in flash attention": [
+        "test_api.py::test_gradients_of_score_features", "test_host_kernels.py::everything",
+        "test_host_kernels.py::simt-everything", "test_host_kernels.py::sm90-everything-d128",
+    ],
     "soft cap with dropout": [
         "test_spec_vectors.py::test_softcap_and_dropout_together", "test_host_kernels.py::everything",
     ],
@@ -103,7 +132,23 @@ LIMITS: dict[str, list[str]] = {
         "test_spec_vectors.py::test_one_query_of_grouped_heads_fills_the_given_output",
         "test_known_limits.py::test_one_query_of_grouped_heads_fills_the_given_output",
     ],
-    "pages of any size": ["test_mha.py::test_pages", "test_api.py::test_keys_in_pages_are_those_of_packed_sequences"],
+    "pages of any size, and sequences without keys in them": [
+        "test_mha.py::test_pages", "test_api.py::test_keys_in_pages_are_those_of_packed_sequences",
+        "test_host_paged.py::test_any_page_size_and_lengths", "test_host_kernels.py::paged-1",
+        "test_host_kernels.py::paged-seqused", "test_gpu_api.py::test_keys_in_pages",
+    ],
+    "pages and page numbers that are not there": [
+        "test_mha.py::test_what_pages_refuse",
+        "test_launch.py::test_page_numbers_on_a_gpu_are_checked_on_request_alone",
+    ],
+    "keys split for one query of grouped heads alone": [
+        "test_host_splits.py::test_any_lengths_groups_and_splits", "test_gpu_splits.py::test_packed_sequences",
+        "test_gpu_splits.py::test_lengths_groups_and_splits",
+    ],
+    "bits of a row that depend on the batch": [
+        "test_host_splits.py::test_one_split_gives_a_row_the_same_bits_in_any_batch",
+        "test_gpu_splits.py::test_one_split_gives_a_row_the_same_bits_in_any_batch",
+    ],
     "cu_seqlens, lengths in use and longest lengths that do not fit": [
         "test_spec_vectors.py::test_what_pytorch_leaves_undefined_is_refused",
         "test_launch.py::test_lengths_on_a_gpu_are_checked_on_request_alone",
@@ -111,6 +156,10 @@ LIMITS: dict[str, list[str]] = {
     "ALiBi shifts the log-sum-exp": [
         "test_spec_vectors.py::test_alibi_counts_from_the_diagonal_and_its_log_sum_exp_is_the_textbook_one",
         "test_reference_features.py::test_lse_is_the_textbook_one_with_alibi_and_causal",
+    ],
+    "neither probabilities nor log-sum-exps are returned": [
+        "test_api.py::test_returned_probabilities", "test_mha.py::test_probabilities_are_normalised_and_signed",
+        "test_reference.py::test_merging_two_halves_by_their_lse_gives_the_whole",
     ],
     "no gradient through the log-sum-exp": [
         "test_api.py::test_vjp_and_backward", "test_host_kernels.py::test_backward",
@@ -133,7 +182,9 @@ def test_every_limit_has_tests(limit: str) -> None:
 class Backend:
     """Arrays go to one place, and are computed by one family."""
 
-    def __init__(self, family: str | None, put: Callable[[np.ndarray], Any], get: Callable[[Any], np.ndarray]) -> None:
+    def __init__(
+        self, family: str | tuple[str, ...] | None, put: Callable[[np.ndarray], Any], get: Callable[[Any], np.ndarray]
+    ) -> None:
         self.family, self.put, self.get = family, put, get
 
     def __call__(
@@ -147,7 +198,8 @@ class Backend:
         return [self.get(x) for x in found]
 
 
-FAMILIES = ("sm80", "simt")
+FAMILIES = {"sm90": ("sm90", "sm80"), "sm80": "sm80", "simt": "simt"}
+"""What answers in a place: of a family without gradients another takes its results."""
 PLACES = [
     "numpy",
     *(pytest.param(f"{family}-on-the-cpu", marks=needs_compiler) for family in FAMILIES),
@@ -155,16 +207,24 @@ PLACES = [
 ]
 
 
+LEFT_BY_HOPPER = [place for place in PLACES if "sm90" not in str(place)]
+"""Who serves what cannot be copied in bulk, rows off multiples of 16 bytes or expanded, and heads that share a tile."""
+
+
 @pytest.fixture(params=PLACES)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     family, _, place = request.param.partition("-on-the-")
     if family == "numpy":
         yield Backend(None, lambda x: x, lambda x: x)
     elif place == "cpu":
-        request.getfixturevalue("launches")
-        yield Backend(family, as_torch, to_numpy)
+        seen = request.getfixturevalue("launches")
+        if family == "sm90":
+            monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
+            monkeypatch.setattr(jit.tensormap, "encoder", run.encoder)
+        yield Backend(FAMILIES[family], as_torch, to_numpy)
+        assert f"fwd_{family}" in seen.kernels
     else:
-        yield Backend(family, on_gpu, lambda x: x.get())
+        yield Backend(FAMILIES[family], on_gpu, lambda x: x.get())
 
 
 def on_gpu(x: np.ndarray) -> Any:
@@ -196,6 +256,7 @@ def assert_right(found: list[np.ndarray], arrays: list[np.ndarray], **options: A
     oracle.assert_all_close(oracle.Attention(*found, *[None] * (5 - len(found))), exact, naive)
 
 
+@pytest.mark.parametrize("backend", LEFT_BY_HOPPER, indirect=True)
 def test_tensors_that_start_between_two_vectors(backend: Backend) -> None:
     arrays = tensors(d=40)
     shifted = []
@@ -244,6 +305,7 @@ def test_logits_far_below_zero_behind_the_last_whole_tile(backend: Backend) -> N
     assert_right(found, [q, k, v, dout], scale=1.0)
 
 
+@pytest.mark.parametrize("backend", LEFT_BY_HOPPER, indirect=True)
 def test_expanded_inputs_masks_and_gradients(backend: Backend) -> None:
     """Strides of 0 in everything that is read."""
     shape = 2, 70, 2, 64
@@ -282,10 +344,11 @@ def test_lengths_in_use_of_wide_heads(backend: Backend) -> None:
     lengths = {"cu_seqlens_q": np.array([0, 30, 37], np.int32), "cu_seqlens_k": np.array([0, 70, 85], np.int32)}
     lengths |= {"seqused_q": np.array([21, 7], np.int32), "seqused_k": np.array([66, 0], np.int32)}
     longest = {"max_seqlen_q": 30, "max_seqlen_k": 70}
-    found = backend(q, k, v, dout, **lengths, **longest, causal=True, deterministic=True)
+    found = backend(q, k, v, dout, **lengths, **longest, causal=True, deterministic=True, num_splits=1)
     assert_right(found, [q, k, v, dout], **lengths, causal=True)
 
 
+@pytest.mark.parametrize("backend", LEFT_BY_HOPPER, indirect=True)
 def test_one_query_of_grouped_heads_fills_the_given_output(backend: Backend) -> None:
     q, k, v = random(3, 6, 64), random(100, 2, 64, seed=1), random(100, 2, 64, seed=2)
     lengths = {"cu_seqlens_q": np.arange(4, dtype=np.int32), "cu_seqlens_k": np.array([0, 1, 31, 99], np.int32)}

@@ -318,10 +318,13 @@ def test_few_queries_on_host_memory(launches: Launches, name: str, wrap: Any) ->
 
 
 @needs_compiler
-def test_gradients_take_what_splits_found(launches: Launches) -> None:
+@pytest.mark.parametrize("num_splits", [0, 1, 2])
+def test_gradients_take_what_splits_found(launches: Launches, num_splits: int) -> None:
     q, k, v = as_torch(random(2, 3, 4, 32)), as_torch(random(2, 370, 1, 32, seed=1)), as_torch(random(2, 370, 1, 24))
-    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, causal=True, return_lse=True)
-    assert launches.take() == ["fwd_sm80", "fwd_combine"], "left to the plan"
+    options = {"causal": True, "num_splits": num_splits, "return_lse": True}
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, **options)
+    assert launches.take() == ["fwd_sm80", "fwd_combine"][: 1 if num_splits == 1 else 2]
+    assert launches.params[-1]["num_splits"] == (num_splits or 6), "0 leaves it to the plan"
     dout = random(*out.shape, seed=3)
     found = [to_numpy(x) for x in (out, lse, *pullback(as_torch(dout)))]
     assert launches.take() == ["bwd_delta", "bwd_sm80", "bwd_convert"]
@@ -1155,6 +1158,9 @@ def test_page_numbers_on_a_gpu_are_checked_on_request_alone(
     with pytest.raises(InvalidArgument) as caught:
         cuflash.flash_attn_varlen_func(q, k, v, *starts, 45, 50, block_table=wrong, validate=True)
     assert str(caught.value) == ("block_table[2, 3] is 14, but there are 14 pages; expected the number of one, from 0.")
+    with pytest.raises(InvalidArgument, match=r"^block_table_\[2, 3\] is 14, but there are 14 pages;"):
+        cuflash.mha_varlen_fwd(q, k, v, None, *starts, None, wrong, None, 45, 50, validate=True)
+    assert launches.take() == ["fwd_sm80"] * 2, "what was refused was not launched"
     short = as_torch(table[:, :3])
     with pytest.raises(InvalidArgument, match="block_table has 3 pages of 16 rows a sequence, but sequence 2 has 50"):
         cuflash.flash_attn_varlen_func(q, k, v, *starts, block_table=short)

@@ -82,10 +82,11 @@ def test_mem_eff(causal: bool | None, dtype: str) -> None:
     assert_matches((out, lse, *found), q, k, v, dout, **expected)
 
 
+@pytest.mark.parametrize("lengths", [(None, None), (9, 13)], ids=["derived", "given"])
 @pytest.mark.parametrize("names", ["cu_seqlens", "seqstart"])
-def test_mem_eff_of_packed_sequences(names: str) -> None:
+def test_mem_eff_of_packed_sequences(names: str, lengths: tuple) -> None:
     q, k, v = (x[0] for x in inputs(packed=True))
-    starts = {f"{names}_q": STARTS_Q, f"{names}_k": STARTS_K}
+    starts = {f"{names}_q": STARTS_Q, f"{names}_k": STARTS_K, "max_seqlen_q": lengths[0], "max_seqlen_k": lengths[1]}
     results = cuflash.mem_eff_forward(q, k, v, P, gen_=STATE, seqused_k_=USED, is_causal=True, **starts)
     out, _, _, _, lse, seed, offset, _ = results
     dout = random(*out.shape, seed=3)
@@ -93,7 +94,7 @@ def test_mem_eff_of_packed_sequences(names: str) -> None:
         dout, q, k, v, out, lse, None, None, None, cu_seqlens_q=STARTS_Q, cu_seqlens_k=STARTS_K, p_dropout=P,
         is_causal=True, philox_seed=seed, philox_offset=offset, seqused_k=USED,
     )  # fmt: skip
-    assert found[3] is None and lse.shape == (3, H, 8)
+    assert found[3] is None and lse.shape == (3, H, lengths[0] or 8)
     exact = oracle.attention(
         q, k, v, dout, causal=True, cu_seqlens_q=STARTS_Q, cu_seqlens_k=STARTS_K, seqused_k=USED, dropout_p=P,
         rng_state=STATE,
@@ -341,6 +342,7 @@ MEM_EFF_REFUSED = {
     "bias": ({"attn_bias_": zeros(3, SK)}, "attn_bias_ has shape (3, 27); expected one that broadcasts to"),
     "out": ({"out_": zeros(B, SQ, H, D)}, "out_ has shape (2, 19, 4, 16); expected (2, 19, 4, 24)"),
     "used": ({"seqused_k_": USED}, "seqused_k_ is for packed sequences"),
+    "longest": ({"max_seqlen_q": SQ}, "max_seqlen_q is for packed sequences"),
     "randval": ({"return_dropout_randval": None}, "return_dropout_randval is None; expected True or False"),
 }
 

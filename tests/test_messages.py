@@ -222,6 +222,7 @@ CALLS: dict[str, Call] = {
             ("bool", func, True),
             ("float", func, 2.0),
             ("none", varlen, None),
+            ("vjp", vjp, -1),
             ("packed", kvpacked, 200),
             ("packed-varlen", varlen_kvpacked, -1),
             ("explained", explain, 129),

@@ -23,6 +23,7 @@ from cuflash.cli.support import (
     SDPA,
     Row,
     cell,
+    families_of,
     table,
     taken,
     write_between,
@@ -120,6 +121,15 @@ def test_what_a_family_does_not_run() -> None:
     assert lines["keys appended to a cache, rotary embedding, left padding"] == "–"
     assert "wgmma, fed by bulk copies; fp16 and bf16, head dimensions up to 256, sm_90a alone; forward only" in table()
     assert "tensor cores by mma.sync and cp.async; fp16 and bf16, head dimensions up to 256, sm_80 and newer" in table()
+
+
+def test_everything_but_size_and_precision_runs_on_sm80_and_simt() -> None:
+    """In each direction that a row is about; a family that lacks a feature is not in the row."""
+    runs_on = {row.what: families_of(row) for row in ROWS}
+    assert {what for what, families in runs_on.items() if families != "all" and "`sm80`, `simt`" not in families} == {
+        "fp32 and fp64", "head dimensions up to 1024", "head dimensions above 1024",
+        "keys appended to a cache, rotary embedding, left padding",
+    }  # fmt: skip
 
 
 def random(*shape: int, dtype: str = "fp32") -> np.ndarray:

@@ -145,7 +145,7 @@ def flash_attn_func(
     InvalidArgument
         If an argument is wrong or does not fit another; nothing has been launched or written then.
     UnsupportedProblem
-        If the arguments ask for something that is not supported yet, or that no kernel runs on this device.
+        If no kernel runs this on the device, or the arrays are traced by JAX.
 
     Notes
     -----
@@ -557,6 +557,7 @@ def flash_attn_vjp(
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
+    num_splits: int = 0,
     deterministic: bool = False,
     bias_grad: bool = False,
     return_lse: bool = False,
@@ -575,6 +576,8 @@ def flash_attn_vjp(
         As for `flash_attn_varlen_func`.
     dropout_p, generator, dropout_scheme, unbiased_dropout
         As for `flash_attn_func`; the pullback drops what the forward dropped.
+    num_splits : int
+        As for `flash_attn_func`; the pullback splits no keys.
     deterministic : bool
         Make the pullback give the same bits on every run, for some of the speed.
     bias_grad : bool
@@ -605,7 +608,9 @@ def flash_attn_vjp(
     """
     dropout = dropout_p, dropout_scheme, unbiased_dropout
     gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, validate)
+    options = Options(
+        softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, validate, num_splits=num_splits
+    )
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     out, lse, pullback = ops.vjp(options, arrays, generator)

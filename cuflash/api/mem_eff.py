@@ -42,6 +42,8 @@ def mem_eff_forward(
     gen_: PhiloxGenerator | tuple[int, int] | None = None,
     seqused_k_: Array | None = None,
     *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     backend: str | None = None,
     validate: bool = False,
 ) -> tuple[Array, ...]:
@@ -73,6 +75,8 @@ def mem_eff_forward(
         As for `mha_fwd`.
     seqused_k_ : array of int32, (b,), optional
         How many keys of each packed sequence take part.
+    max_seqlen_q, max_seqlen_k : int, optional
+        As for `mha_varlen_fwd`, and for packed sequences alone; PyTorch's function has no such arguments.
     backend : {"flash", "mem_eff", "default"}, optional
         As for `preferred_backend`, for this call.
     validate : bool
@@ -95,7 +99,7 @@ def mem_eff_forward(
     ]
     options = Options(
         softmax_scale=scale, causal=False if is_causal is None else is_causal, dropout_p=p_dropout,
-        vocabulary="mem_eff_forward", validate=validate,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_forward", validate=validate,
     )  # fmt: skip
     return tuple(
         explicit.forward(

@@ -74,8 +74,7 @@ def scaled_dot_product_attention(
     InvalidArgument
         If an argument is wrong or does not fit another; nothing has been launched or written then.
     UnsupportedProblem
-        If the arguments ask for something that is not supported yet, or that no kernel runs on this device, or
-        not the preferred one.
+        If no kernel runs this on the device, or not the preferred one, or the arrays are traced by JAX.
 
     Examples
     --------

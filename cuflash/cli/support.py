@@ -118,7 +118,7 @@ ROWS: tuple[Row, ...] = (
         FORWARD),
     Row("varlen", ("cu_seqlens_q",), PACKED),
     Row("how many keys of a sequence are in use", ("seqused_k", "seqused_k_", "seqlen_k"), PACKED),
-    Row("longest lengths given, or None to read them", ("max_seqlen_q",), PACKED, always=(MEM_EFF,)),
+    Row("longest lengths given, or None to read them", ("max_seqlen_q",), PACKED),
     Row("paged", ("block_table", "block_table_"), PACKED | FORWARD),
     Row("values of cu_seqlens and the like checked on a GPU", ("validate",), PACKED, runs_on="kernels"),
     Row("what rows of no sequence hold", ("zero_tensors",), PACKED, instead="output and gradients 0, log-sum-exp −∞"),
@@ -159,7 +159,7 @@ def table() -> str:
     families = [f"- {_described(family)}" for family in FAMILIES]
     families.append("- NumPy: every type and head dimension, on the CPU.")
     header = ["", "runs on", *(f"`{name}`" for name in GROUPS)]
-    lines = [[_words(row), _runs_on(row), *(cell(row, group) for group in GROUPS)] for row in ROWS]
+    lines = [[_words(row), families_of(row), *(cell(row, group) for group in GROUPS)] for row in ROWS]
     return "\n".join([*families, "", markdown_table(header, lines, numbers=False)]) + "\n"
 
 
@@ -204,7 +204,7 @@ def _devices(family: Family) -> list[Device]:
     return sorted(found, key=lambda device: device.capability)
 
 
-def _runs_on(row: Row) -> str:
+def families_of(row: Row) -> str:
     """The families that run a row, and the NumPy backend."""
     if all(cell(row, group) in ("–", row.instead) for group in GROUPS):
         return "–"

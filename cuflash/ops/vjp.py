@@ -26,6 +26,6 @@ def vjp(
 
     def pullback(dout: Any, dlse: Any = None) -> Gradients | tuple[Any, Any, Any]:
         """Gradients of the inputs for those of out and lse (None: zero)."""
-        return backward(options, *arrays, rng_state, out, dout, lse, dlse)
+        return backward(options._replace(num_splits=0), *arrays, rng_state, out, dout, lse, dlse)
 
     return out, lse, pullback
