@@ -114,7 +114,7 @@ void product(const void* params) {
   Operand<16, 48> a;
   if constexpr (kTransposed) {
     ptx::wgmma_fence();
-    issue_abt<Element>(c, smem.a, smem.b);  // c was never written
+    issue_abt<Element>(c, smem.a, &smem.b, 0);  // c was never written
     ptx::wgmma_commit();
   } else {
     Fragment<16, 48> values;
@@ -125,7 +125,7 @@ void product(const void* params) {
     c.clear();
     for (int group = 0; group < 2; ++group) {
       ptx::wgmma_fence();
-      issue_ab<Element>(c, a, smem.b);
+      issue_ab<Element>(c, a, &smem.b, 0);
       ptx::wgmma_commit();
     }
     ptx::wgmma_wait<1>();
@@ -224,14 +224,14 @@ void pipeline(const void* params) {
     if (has(Step::turn)) ptx::sync_named(1 + consumer, 256);
     if (leader) p.turns[item * 2 + p.turns[p.items * 2]++ % 2] = consumer;
     if (has(Step::wgmma_fence)) ptx::wgmma_fence();
-    issue_abt<fp16>(s, smem.a[consumer], smem.b[stage]);
+    issue_abt<fp16>(s, smem.a[consumer], smem.b, stage);
     if (has(Step::commit)) ptx::wgmma_commit();
     if (has(Step::pass_turn)) ptx::arrive_named(2 - consumer, 256);
     if (has(Step::wgmma_wait)) ptx::wgmma_wait<0>();
     pack_operand<fp16>(weights, s);
     out.clear();
     ptx::wgmma_fence();
-    issue_ab<fp16>(out, weights, smem.b[stage]);
+    issue_ab<fp16>(out, weights, smem.b, stage);
     if (has(Step::commit_last)) ptx::wgmma_commit();
     if (p.early_release && leader) ptx::mbarrier_arrive(address(smem.empty[stage]));
     if (has(Step::wgmma_wait_last)) ptx::wgmma_wait<0>();

@@ -376,6 +376,20 @@ def test_splits_fill_the_device(family: str, changes: dict, expected: tuple[str,
     assert kind(replace(DECODE, **changes), family) == expected
 
 
+@pytest.mark.parametrize("device", ["h100", "a100"])
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_one_split_walks_a_rows_keys_alike_whatever_else_is_in_the_call(dims: tuple[int, int], device: str) -> None:
+    """The longest sequences decide the lengths of a call, and whether a causal mask hides anything in it."""
+    found = set()
+    for len_q, batch in ((1, 1), (1, 300), (70, 2), (1024, 1), (5000, 7)):
+        for mask in (Mask(), Mask(right=0).clipped(len_q, 700)):
+            sizes = {"len_q": len_q, "batch": batch, "dim_qk": dims[0], "dim_v": dims[1], "num_splits": 1}
+            plan = choose(replace(BASE, mask=mask, copy_bytes=widest_copy(2, dims), **sizes), named(device))
+            config = next(step.config for step in plan.steps if step.kernel.startswith("fwd_s"))
+            found.add((plan.family, config.tile_kv, config.heads, config.split))
+    assert len(found) == 1
+
+
 def test_the_number_of_splits_is_the_smallest_near_the_best() -> None:
     """By brute force, in whole numbers: waves of blocks over multiprocessors."""
     for device in ("a100", "h100", "l4"):
@@ -511,12 +525,14 @@ def hopper(**changes) -> Config:
         ({}, 3, 128, True),
         ({"mask": CAUSAL}, 3, 128, False),
         ({"mask": MASKS["window"]}, 3, 128, False),
-        ({"dim_qk": 72, "dim_v": 72}, 3, 112, True),
+        ({"dim_qk": 72, "dim_v": 72, "num_splits": 0}, 3, 112, True),
+        ({"dim_qk": 72, "dim_v": 72}, 3, 96, True),
         ({"dim_qk": 72, "dim_v": 72, "mask": CAUSAL}, 3, 96, False),
         ({"dim_qk": 40, "dim_v": 128}, 3, 80, False),
         ({"dim_qk": 192, "dim_v": 128}, 2, 80, False),
         ({"dim_qk": 256, "dim_v": 256}, 2, 80, True),
-        ({"dim_qk": 128, "dim_v": 128, "len_q": 1024}, 2, 128, True),
+        ({"dim_qk": 128, "dim_v": 128, "len_q": 1024, "num_splits": 0}, 2, 128, True),
+        ({"dim_qk": 128, "dim_v": 128, "len_q": 1024}, 3, 80, False),
         ({"dim_qk": 128, "dim_v": 128, "len_q": 500, "mask": CAUSAL}, 3, 80, False),
         ({"len_q": 500}, 3, 128, True),
         ({"dim_qk": 192, "dim_v": 192, "len_q": 500}, 2, 80, False),

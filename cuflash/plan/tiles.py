@@ -64,6 +64,7 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
     dim = round_up(max(problem.dim_qk, problem.dim_v), 16)
     plain = not (problem.softcap or problem.alibi or problem.bias or problem.mask.tensor or problem.dropout)
     full = problem.mask.kind == "none"
+    same = problem.num_splits == 1  # a row's keys are then cut alike, whatever else is in the call
     if not plain:
         # H200, d 128, causal, 1k to 8k: taking turns gives two consumers 5 to 8 %, although none then skips tiles.
         consumers, tile_kv, ping_pong = 2, 128 if dim <= 64 else 96 if dim <= 128 else 64, True
@@ -71,14 +72,14 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
     elif dim > 128:
         consumers, tile_kv, ping_pong = 2, 80, full and dim > 192
         reason = "two consumers: out takes up to 128 registers, S 40"
-    elif full and dim > 64 and problem.len_q <= 1024:
+    elif full and dim > 64 and problem.len_q <= 1024 and not same:
         consumers, tile_kv, ping_pong = 2, 128, True
         reason = "128 query rows: fewer of a short sequence's last tile are in vain"
     elif dim > 96:
         consumers, tile_kv, ping_pong = 3, 80, False
         reason = "three consumers read k and v once for 192 rows; with 96 keys S, P and out overflow 160 registers"
     else:
-        consumers, tile_kv, ping_pong = 3, 128 if dim <= 64 else 112 if full else 96, full
+        consumers, tile_kv, ping_pong = 3, 128 if dim <= 64 else 112 if full and not same else 96, full
         reason = "three consumers read k and v once for 192 rows"
     # H200, 8k, d 128: a third stage gives 3 %. An out of its own hides the end of a work behind the next one.
     for stages, separate_out in ((3, True), (2, True), (2, False)):
