@@ -221,6 +221,11 @@ def test_bench_writes_its_rows_and_renders_them(tmp_path):
     assert "old" not in page.read_text()
     assert "| d64-s256 |" in run("bench", f"--render={out}")
 
+    page.write_text("<!-- measurements-forward:begin -->\nold\n<!-- measurements-forward:end -->\n")
+    run("bench", f"--render={out}", "--phase=forward", f"--write={page}")
+    assert "| d64-s256 |" in page.read_text() and "old" not in page.read_text()
+    assert "| d64-s256 |" not in run("bench", f"--render={out}", "--phase=backward")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

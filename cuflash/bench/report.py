@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -123,6 +123,15 @@ class Report:
         known = {f.name for f in fields(Row)}
         rows = [Row(**{name: value for name, value in each.items() if name in known}) for each in content.pop("rows")]
         return cls(**content, rows=rows)
+
+    def of(self, phase: Literal["forward", "backward"]) -> Report:
+        """The same of one phase alone."""
+        return replace(
+            self,
+            rows=[row for row in self.rows if row.phase == phase],
+            host=[each for each in self.host if each["phase"] == phase],
+            start={name: times for name, times in self.start.items() if name.startswith(phase)},
+        )
 
 
 _PACKAGES = (

@@ -55,9 +55,12 @@ def bench(
     ] = False,
     processes: Annotated[bool, typer.Option(help="Also time new processes and calls on a tiny problem.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write everything here.")] = None,
-    render: Annotated[Path | None, typer.Option(help="Measure nothing; print such a file as Markdown.")] = None,
+    render: Annotated[
+        Path | None, typer.Option(help="Measure nothing; print such a file as Markdown, or one --phase of it.")
+    ] = None,
     write: Annotated[
-        Path | None, typer.Option(help="With --render: put it between this file's measurements markers.")
+        Path | None,
+        typer.Option(help="With --render: put it between this file's markers measurements, or measurements-<phase>."),
     ] = None,
 ) -> None:
     """Time cuflash and its peers in one process, in rotated order, on the same inputs.
@@ -68,11 +71,12 @@ def bench(
     card. Runs on the NumPy backend against naive NumPy attention where there is no GPU.
     """
     if render is not None:
-        text = report.markdown(report.Report.read(render))
+        whole = report.Report.read(render)
+        text = report.markdown(whole if phase is Phase.BOTH else whole.of(phase.value))
         if write is None:
             typer.echo(text)
         else:
-            write_between(write, "measurements", text)
+            write_between(write, "measurements" if phase is Phase.BOTH else f"measurements-{phase.value}", text)
         return
     if write is not None:
         raise InvalidArgument("--write needs --render, the file of a finished run.")
