@@ -60,7 +60,7 @@ _L2_BYTES = 32 << 20
 
 
 def forward_sm90(problem: Problem, device: Device) -> Tile:
-    """The tile of ``forward/sm90.cuh``: consumers of 64 query rows each, and a producer that is two kv tiles ahead."""
+    """The tile of ``forward/sm90.cuh``: consumers of 64 query rows each, and a producer some kv tiles ahead."""
     dim = round_up(max(problem.dim_qk, problem.dim_v), 16)
     plain = not (problem.softcap or problem.alibi or problem.bias or problem.mask.tensor or problem.dropout)
     full = problem.mask.kind == "none"
