@@ -49,6 +49,9 @@ class Problem:
     """Element type of the tensor added to the logits, if any."""
     bias_broadcast: tuple[bool, bool, bool, bool] = (False, False, False, False)
     """Along which of (batch, heads_q, len_q, len_kv) the bias is broadcast; decides its gradient's shape."""
+    bias_boxes: bool = True
+    """The copy engine can read the bias: neighbouring keys, rows that start at multiples of 16 bytes, no axis reversed;
+    axes may be broadcast."""
     bias_grad: bool = False
     """Backward only: the gradient of the bias is wanted."""
     sink: bool = False
@@ -62,6 +65,11 @@ class Problem:
     """The widest access (2, 4, 8 or 16 bytes) that every base pointer and row stride of the tensors allows."""
     ascending: bool = True
     """Every stride of the tensors is positive: none of their axes is reversed or expanded."""
+
+    @property
+    def copies_bias(self) -> bool:
+        """Whether the copy engine can bring a bias to where it is used: one number a row is none of its affairs."""
+        return self.bias is not None and self.bias_boxes and not self.bias_broadcast[3]
 
     @property
     def group(self) -> int:

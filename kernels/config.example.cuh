@@ -10,6 +10,7 @@
 #include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
 #include "attention/split.cuh"
+#include "tile/bias.cuh"
 #include "tile/dq_accum.cuh"
 
 namespace cuflash {
@@ -19,6 +20,7 @@ struct Config {
   using Sequence = DenseSequence;
   using Mask = CausalMask;
   using Score = ScaledScore<float>;
+  using BiasCopies = NoBias;
   using Dropout = NoDropout;
   using Sink = NoSink;
   using Heads = OneHead;
@@ -88,7 +90,7 @@ static_assert(CF_OFFSET(Pages, shift) == 32, "host layout");
 static_assert(CF_OFFSET(Pages, count) == 36, "host layout");
 static_assert(sizeof(TensorMap) == 128, "host layout");
 static_assert(CF_OFFSET(TensorMap, words) == 0, "host layout");
-static_assert(sizeof(FwdParams) == 1024, "host layout");
+static_assert(sizeof(FwdParams) == 1152, "host layout");
 static_assert(CF_OFFSET(FwdParams, attention) == 0, "host layout");
 static_assert(CF_OFFSET(FwdParams, q) == 216, "host layout");
 static_assert(CF_OFFSET(FwdParams, k) == 224, "host layout");
@@ -115,5 +117,6 @@ static_assert(CF_OFFSET(FwdParams, q_map) == 512, "host layout");
 static_assert(CF_OFFSET(FwdParams, k_map) == 640, "host layout");
 static_assert(CF_OFFSET(FwdParams, v_map) == 768, "host layout");
 static_assert(CF_OFFSET(FwdParams, out_map) == 896, "host layout");
+static_assert(CF_OFFSET(FwdParams, bias_map) == 1024, "host layout");
 
 }  // namespace cuflash

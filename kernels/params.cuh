@@ -90,10 +90,11 @@ struct FwdParams {
   Pages pages;
   int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
   int* tickets;               // [1] zeroed, and zero again at the end: works drawn so far; null: no drawing; sm90 only
-  TensorMap q_map;            // boxes of q, k, v and out; sm90 only
+  TensorMap q_map;            // boxes of q, k, v, out and attention.bias; sm90 only
   TensorMap k_map;
   TensorMap v_map;
   TensorMap out_map;
+  TensorMap bias_map;         // empty where the kernel loads no boxes of it
 };
 
 struct BwdParams {

@@ -44,7 +44,7 @@ class Case:
     mask_axes: str = ""
     """The axes, of ``bhqk``, along which a boolean mask does not broadcast."""
     bias_axes: str = ""
-    """The same of an additive bias."""
+    """The same of an additive bias; its keys lie apart unless ``Problem.bias_boxes``."""
     alibi_axes: str = ""
     """The axes of the slopes, ``h`` or ``bh``."""
     dropout_p: float = 0.0
@@ -67,6 +67,7 @@ def dense(
         more["mask"] = replace(more.get("mask", Mask()), tensor=True)
     if "bias_axes" in case:
         more.setdefault("bias", dtypes.DTYPES[dtype])
+        more.setdefault("bias_boxes", False)
         sizes = zip("bhqk", (batch, heads[0], *lens), strict=True)
         more["bias_broadcast"] = tuple(axis not in case["bias_axes"] or n == 1 for axis, n in sizes)
     if "dropout" in more:
@@ -256,6 +257,40 @@ HOPPER = {
     "sm90-mask": dense("fp16", (2, 1), (140, 270), (64, 64), batch=2, mask_axes="bhqk"),
     "sm90-alibi": dense("bf16", (2, 2), (150, 270), (64, 64), alibi_axes="h"),
     "sm90-bias": dense("fp16", (2, 1), (70, 270), (64, 64), batch=2, bias_axes="bhqk"),
+    "sm90-bias-boxes": dense("fp16", (2, 1), (70, 270), (64, 64), batch=2, bias_axes="bhqk", bias_boxes=True),
+    "sm90-bias-boxes-fp32": dense(
+        "bf16", (2, 2), (150, 290), (64, 64), bias_axes="qk", bias=FP32, bias_boxes=True, mask=CAUSAL
+    ),
+    "sm90-bias-boxes-d128": dense(
+        "bf16", (4, 2), (150, 230), (128, 128), bias_axes="hqk", bias_boxes=True, mask=CAUSAL
+    ),
+    "sm90-bias-boxes-d128-fp32": dense(
+        "fp16", (2, 1), (150, 250), (128, 96), bias_axes="bqk", batch=2, bias=FP32, bias_boxes=True, mask=WINDOW
+    ),
+    "sm90-bias-boxes-d256": dense("bf16", (1, 1), (150, 140), (256, 256), bias_axes="hqk", bias_boxes=True),
+    "sm90-bias-boxes-d256-fp32": dense(
+        "bf16", (1, 1), (150, 140), (256, 256), bias_axes="hqk", bias=FP32, bias_boxes=True
+    ),
+    "sm90-bias-row": dense("fp16", (2, 1), (150, 400), (64, 64), batch=3, bias_axes="bk", bias_boxes=True, num_sms=2),
+    "sm90-bias-row-fp32": dense(
+        "bf16", (2, 1), (150, 330), (128, 72), batch=2, bias_axes="bhk", bias=FP32, bias_boxes=True, softcap=2.0
+    ),
+    "sm90-bias-few-blocks": dense(
+        "bf16", (2, 1), (300, 400), (64, 64), batch=2, bias_axes="hqk", bias_boxes=True, mask=CAUSAL, num_sms=2,
+        softmax_scale=-0.1,
+    ),
+    "sm90-bias-few-keys": dense("fp16", (1, 1), (90, 9), (64, 64), bias_axes="qk", bias_boxes=True),
+    "sm90-bias-one-key": dense("fp16", (1, 1), (90, 1), (64, 64), bias_axes="qk", bias_boxes=True),
+    "sm90-bias-no-keys": dense("fp16", (1, 1), (90, 0), (64, 64), bias_axes="qk", bias_boxes=True, sink=True),
+    "sm90-bias-one-query": dense("fp16", (2, 1), (1, 140), (64, 64), bias_axes="hqk", bias_boxes=True),
+    "sm90-bias-all-keys": dense("bf16", (2, 1), (90, 140), (64, 64), bias_axes="hq", bias_boxes=True),
+    "sm90-bias-varlen": packed(
+        "bf16", (2, 1), (70, 0, 1, 330), (30, 20, 0, 350), (64, 64), tail=5, bias_axes="bhqk", bias_boxes=True
+    ),
+    "sm90-bias-varlen-row": packed(
+        "fp16", (2, 1), (40, 70, 3), (150, 290, 30), (64, 72), seqused_q=(33, 70, 0), seqused_kv=(20, 0, 30),
+        bias_axes="bk", bias=FP32, bias_boxes=True, mask=CAUSAL,
+    ),
     "sm90-sink": dense("fp16", (4, 2), (90, 140), (64, 64), batch=2, sink=True, mask=CAUSAL),
     "sm90-sink-no-keys": dense("fp16", (2, 1), (40, 0), (64, 64), sink=True),
     "sm90-dropout": dense("bf16", (2, 1), (150, 270), (64, 64), batch=2, dropout="byte"),
@@ -271,9 +306,18 @@ HOPPER = {
         seqused_kv=(70, 9, 20, 199), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", bias=FP32,
         softcap=3.0, sink=True, dropout="byte",
     ),
+    "sm90-varlen-everything-boxes": packed(
+        "bf16", (4, 2), (40, 0, 170, 3), (90, 30, 20, 250), (64, 64), tail=5, seqused_q=(33, 0, 170, 1),
+        seqused_kv=(70, 9, 20, 199), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", bias=FP32,
+        bias_boxes=True, softcap=3.0, sink=True, dropout="byte",
+    ),
     "sm90-everything-d128": dense(
         "fp16", (2, 1), (150, 230), (128, 128), mask=WINDOW, mask_axes="hqk", alibi_axes="h", bias_axes="hqk",
         softmax_scale=-0.2, sink=True, dropout="byte",
+    ),
+    "sm90-everything-boxes-d128": dense(
+        "fp16", (2, 1), (150, 230), (128, 128), mask=WINDOW, mask_axes="hqk", alibi_axes="h", bias_axes="hqk",
+        bias_boxes=True, softmax_scale=-0.2, sink=True, dropout="byte",
     ),
 }  # fmt: skip
 # A single split keeps few queries on this family.
@@ -396,9 +440,13 @@ class Tensors:
             self.options["rng_state"] = (SEED, OFFSET)
         if p.bias is not None:
             kept = self.pairs(case.bias_axes)
-            bias = self.rng.standard_normal((*kept[:2], kept[3] + 3, kept[2])).astype(p.bias.numpy)
-            bias[:, :, kept[3] :] = np.nan
-            bias = bias[:, :, : kept[3]].transpose(0, 1, 3, 2)  # keys are not contiguous
+            if p.bias_boxes:
+                bias, _ = surrounded(kept, p.bias.numpy, 16, 1)
+                bias[...] = self.rng.standard_normal(kept).astype(p.bias.numpy)
+            else:
+                bias = self.rng.standard_normal((*kept[:2], kept[3] + 3, kept[2])).astype(p.bias.numpy)
+                bias[:, :, kept[3] :] = np.nan
+                bias = bias[:, :, : kept[3]].transpose(0, 1, 3, 2)  # keys are not contiguous
             if "q" in case.bias_axes and kept[2] > 3:
                 bias[:, :, 3, kept[3] // 3 :] = -np.inf  # hides keys; all of them where it is broadcast along keys
             self.arrays["bias"] = self.options["bias"] = bias

@@ -107,6 +107,7 @@ FEATURES: dict[str, str] = {
     "paged_everything": "`varlen_everything` in pages of 48, without gradients",
     "alibi": "linear biases, causal",
     "bias": "an additive tensor for each pair of each head",
+    "bias_apart": "the same, whose keys are not neighbours in memory",
     "bias_row": "an additive tensor for each key of each batch element, in fp32",
     "dbias": "the gradient of `bias`",
     "dbias_row": "the gradient of `bias_row`",
@@ -147,6 +148,7 @@ _CHANGES: dict[str, dict[str, object]] = {
     "deterministic": {"deterministic": True, "mask": _CAUSAL},
     "alibi": {"alibi": True, "mask": _CAUSAL},
     "bias": {"bias_broadcast": (True, False, False, False)},
+    "bias_apart": {"bias_broadcast": (True, False, False, False), "bias_boxes": False},
     "bias_row": {"bias": DTYPES["fp32"], "bias_broadcast": (False, True, True, False)},
     "sink": {"sink": True, "mask": _CAUSAL},
     "dropout": {"dropout": "byte"},
@@ -204,7 +206,7 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         copy_bytes=widest_copy(dtype.itemsize, (dim_qk, dim_v), base),
     )
     problem = replace(problem, **_CHANGES.get(feature, {}))
-    if feature in ("bias", "dbias"):
+    if feature in ("bias", "bias_apart", "dbias"):
         problem = replace(problem, bias=dtype)
     if direction == "backward" and ("dbias" in feature or "everything" in feature):
         problem = replace(problem, bias_grad=True)

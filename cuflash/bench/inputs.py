@@ -54,7 +54,7 @@ class Normals:
         self._seed = seed
         self._drawn: dict[DType, Array] = {}
         self._bias: Array | None = None
-        self._bias_of: tuple[DType, tuple[int, ...]] | None = None
+        self._bias_of: tuple[DType, tuple[int, ...], bool] | None = None
 
     def tensors(self, dtype: DType, shapes: list[tuple[int, ...]], align: int = 16) -> list[Array]:
         """Contiguous tensors that do not overlap, each base aligned to ``align`` bytes and, below 16, to no more."""
@@ -67,13 +67,19 @@ class Normals:
             for start, shape in zip(starts, shapes, strict=False)
         ]
 
-    def bias(self, dtype: DType, shape: tuple[int, ...]) -> Array:
-        """An additive (b, heads_q, len_q, len_kv) tensor that hides half of a row, kept for the next that asks."""
-        if self._bias_of != (dtype, shape):
-            host = np.random.default_rng(2).standard_normal(shape, np.float32).astype(dtype.numpy)
+    def bias(self, dtype: DType, shape: tuple[int, ...], apart: bool) -> Array:
+        """An additive (b, heads_q, len_q, len_kv) tensor that hides half of a row, kept for the next that asks.
+
+        Its rows start at multiples of 16 bytes, or else its keys lie apart.
+        """
+        if self._bias_of != (dtype, shape, apart):
+            *outer, keys = shape
+            pitch = keys if keys == 1 else keys + -keys % (16 // dtype.itemsize)
+            host = np.random.default_rng(2).standard_normal((*outer, pitch), np.float32).astype(dtype.numpy)
             if shape[2] > 3:
-                host[:, :, 3, shape[3] // 2 :] = -np.inf
-            self._bias, self._bias_of = self.xp.asarray(host), (dtype, shape)
+                host[:, :, 3, keys // 2 :] = -np.inf
+            bias = self.xp.asarray(host.swapaxes(2, 3).copy()).swapaxes(2, 3) if apart else self.xp.asarray(host)
+            self._bias, self._bias_of = bias[..., :keys], (dtype, shape, apart)
         return self._bias
 
     def _at_least(self, dtype: DType, count: int) -> Array:
@@ -125,7 +131,7 @@ def make(case: Case, normals: Normals) -> Inputs:
     if problem.bias is not None:
         pairs = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
         shape = tuple(1 if one else n for n, one in zip(pairs, problem.bias_broadcast, strict=True))
-        inputs.bias = normals.bias(problem.bias, shape)
+        inputs.bias = normals.bias(problem.bias, shape, apart=not problem.bias_boxes)
     if problem.sink:
         inputs.sink = xp.asarray(np.random.default_rng(3).standard_normal(problem.heads_q, np.float32))
     if problem.dropout:

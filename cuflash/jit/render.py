@@ -17,6 +17,7 @@ _INCLUDES = (
     "attention/sequence.cuh",
     "attention/softmax.cuh",
     "attention/split.cuh",
+    "tile/bias.cuh",
     "tile/dq_accum.cuh",
 )
 

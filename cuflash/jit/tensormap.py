@@ -16,7 +16,7 @@ from cuflash.dtypes import DType
 from cuflash.errors import UnsupportedProblem
 
 # Enumerations of cuda.h.
-_DATA_TYPES = {"fp16": 6, "bf16": 9}
+_DATA_TYPES = {"fp16": 6, "fp32": 7, "bf16": 9}
 _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _FILL_WITH_ZEROS = 0, 3, 3, 0
 
 _BOX_BYTES = 128
@@ -43,7 +43,7 @@ def dense(
 ) -> TensorMap:
     """A (batch, row, head, dim) tensor with coordinates (column, row, head, batch).
 
-    Strides are bytes between rows, heads and batches, all positive multiples of 16.
+    Strides are bytes between rows, heads and batches, all positive multiples of 16 where there is more than one.
     """
     sizes = rows, heads, batch
     return TensorMap(dtype, (dim, *sizes), _legal(sizes, strides), (_BOX_BYTES // dtype.itemsize, box_rows, 1, 1))

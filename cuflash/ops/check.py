@@ -86,7 +86,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
     scores = (batch, q["h"], len_q, len_kv)
     if varlen:  # the lengths as given, which a tensor of pairs has been made for
         scores = (batch, q["h"], length(options, "max_seqlen_q"), length(options, "max_seqlen_k"))
-    bias, broadcast = _bias(options, views, dtype, scores)
+    bias, broadcast, bias_boxes = _bias(options, views, dtype, scores)
     if "alibi_slopes" in views:
         _check_alibi(views["alibi_slopes"], batch, q["h"])
     if "sink" in views:
@@ -119,6 +119,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         alibi="alibi_slopes" in views,
         bias=bias,
         bias_broadcast=broadcast,
+        bias_boxes=bias_boxes,
         bias_grad=options.bias_grad and direction == "backward",
         sink="sink" in views,
         dropout=dropout and dropout.scheme,
@@ -342,15 +343,15 @@ def _mask(options: Options, views: Mapping[str, View], scores: tuple[int, int, i
 
 def _bias(
     options: Options, views: Mapping[str, View], dtype: DType, scores: tuple[int, int, int, int]
-) -> tuple[DType | None, tuple[bool, bool, bool, bool]]:
-    """Element type of the additive tensor, and along which axes of the scores it is broadcast."""
+) -> tuple[DType | None, tuple[bool, bool, bool, bool], bool]:
+    """The members of Problem that speak of the additive tensor but for its gradient, in their order."""
     wants_gradient = _flag("bias_grad", options.bias_grad)
     view = views.get("attn_bias")
     if view is None:
         if wants_gradient:
             name = options.name("attn_bias")
             raise InvalidArgument(f"bias_grad is True but {name} is None; pass the bias whose gradient is wanted.")
-        return None, (False, False, False, False)
+        return None, (False, False, False, False), True
     allowed = [dtype.numpy.name] + (["float32"] if dtype.numpy.name != "float32" else [])
     if view.dtype not in allowed:
         raise InvalidArgument(f"{view.name} is {view.dtype}; expected {' or '.join(allowed)}. Convert it.")
@@ -362,7 +363,10 @@ def _bias(
             f"{view.name} has shape {view.shape} with strides of {view.strides} bytes, and its gradient is wanted; "
             "expected size 1 along axes that are broadcast. Pass it before it is expanded."
         )
-    return _DTYPES[view.dtype], tuple(stride == 0 for stride in strides)
+    *outer, column = strides
+    ascending = column in (0, 1) and all(stride >= 0 for stride in outer)
+    boxes = ascending and not any(n % 16 for n in (view.pointer, *(stride * view.itemsize for stride in outer)))
+    return _DTYPES[view.dtype], tuple(stride == 0 for stride in strides), boxes
 
 
 def _check_pairs(view: View, scores: tuple[int, int, int, int]) -> None:

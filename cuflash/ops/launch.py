@@ -18,6 +18,7 @@ import numpy as np
 
 from cuflash import device, jit
 from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays
+from cuflash.dtypes import DType
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check, draw
 from cuflash.ops.kept import KeptZeros
@@ -41,6 +42,8 @@ _PARAMS_NAMES = {
     "attn_bias": "bias", "block_table": "table",
 }  # fmt: skip
 """Members of ``params.cuh`` that are not called like the argument."""
+
+_ARGUMENTS_OF_PARAMS = {member: argument for argument, member in _PARAMS_NAMES.items()}
 
 _PER_ROW = ("lse", "dlse", "delta")
 """Arrays of one number for each head and query row."""
@@ -199,10 +202,10 @@ def _filler(
     slots = [(_word(params, name), index) for index, name in enumerate(names)]
     if draws:  # the kernels read the drawn seed and offset where the first one leaves them
         slots.append((_inner_word(params, "attention", "rng_state"), names.index("rng_state")))
-    encoders = [
-        (slice(first := _word(params, f"{name}_map"), first + 16), names.index(name), jit.tensormap.encoder(tensor))
-        for name, tensor in maps.items()
-    ]
+    encoders = []
+    for name, tensor in maps.items():
+        first, argument = _word(params, f"{name}_map"), _ARGUMENTS_OF_PARAMS.get(name, name)
+        encoders.append((slice(first, first + 16), names.index(argument), jit.tensormap.encoder(tensor)))
 
     def fill(numbers: tuple[int, ...]) -> ctypes.Array:
         filled = words.from_buffer_copy(block)
@@ -237,6 +240,8 @@ def _tensor_map(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> jit.tensormap.TensorMap | None:
     """The map of a tensor but for its address; None without elements, when there is no box to copy."""
+    if box.tensor == "bias":
+        return _bias_map(box, problem.bias, views["attn_bias"])
     varlen = problem.layout == "varlen"
     found = dict(zip(options.axes(varlen), _shape_and_steps(box.tensor, views, shapes), strict=True))
     dim, _ = found.pop("d")
@@ -245,6 +250,17 @@ def _tensor_map(
         return None
     describe = jit.tensormap.ragged if varlen else jit.tensormap.dense
     return describe(problem.dtype, dim, *sizes, tuple(step * problem.dtype.itemsize for step in steps), box.rows)
+
+
+def _bias_map(box: Box, dtype: DType, view: View) -> jit.tensormap.TensorMap | None:
+    """The map of a bias, with one element along axes that are broadcast."""
+    if view.empty:
+        return None
+    shape = (1,) * (4 - len(view.shape)) + view.shape
+    steps = check.pair_strides(view)
+    batch, heads, rows, columns = (n if step else 1 for n, step in zip(shape, steps, strict=True))
+    batch_step, head_step, row_step, _ = (step * dtype.itemsize for step in steps)
+    return jit.tensormap.dense(dtype, columns, rows, heads, batch, (row_step, head_step, batch_step), box.rows)
 
 
 def _shape_and_steps(

@@ -42,8 +42,11 @@ def forward_sm90(problem: Problem, tile: Tile) -> Ceiling:
     # Every consumer reads its own rows of q and all of k and v, which the copy engine writes once for all.
     q = tile.tile_q * dim_qk
     kv = tile.tile_kv * (dim_qk + dim_v)
+    # A tile of a bias is written and read once; one row of it is next to nothing.
+    bias = 0 if not problem.copies_bias or problem.bias_broadcast[2] else tile.tile_q * tile.tile_kv
+    bias_bytes = 2 * bias * (problem.bias.itemsize if bias else 0)
     return Ceiling(
         tensor_cores=2 * tile.tile_q * kv / _FLOPS,
         exponentials=tile.tile_q * tile.tile_kv / _EXPONENTIALS,
-        shared_memory=(q + consumers * kv + kv) * size / _SMEM_BYTES,
+        shared_memory=((q + consumers * kv + kv) * size + bias_bytes) / _SMEM_BYTES,
     )

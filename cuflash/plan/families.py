@@ -120,6 +120,13 @@ def _score(problem: Problem, real: str) -> str:
     return score
 
 
+def _with_bias_copies(config: Config, problem: Problem) -> Config:
+    """The same config with a bias that is copied beside the keys instead of a term of the score."""
+    score = _score(replace(problem, bias=None), "float")
+    copies = f"{'BiasRow' if problem.bias_broadcast[2] else 'BiasTiles'}<{problem.bias.cuda}>"
+    return replace(config, score=score if problem.alibi else f"NaturalScore<{score}>", bias_copies=copies)
+
+
 def _sequence(problem: Problem) -> str:
     """The policy that says how long sequences are and where they lie."""
     if problem.page_size:
@@ -228,6 +235,9 @@ def _sm90_forward(problem: Problem, device: Device) -> Plan:
     workspaces = (drawn,) if tickets and blocks < works else ()
     config = replace(_config(problem, tile), reduction="AtomicReduction", tickets=tickets)
     boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))
+    if problem.copies_bias:
+        config = _with_bias_copies(config, problem)
+        boxes += (Box("bias", 1 if problem.bias_broadcast[2] else tile.tile_q),)
     step = Step("fwd_sm90", "FwdParams", config, blocks, boxes)
     most = ceiling.forward_sm90(problem, tile)
     return Plan(problem, device, "sm90", (*_rng_step(problem), step), workspaces, reason=tile.reason, ceiling=most)

@@ -29,7 +29,9 @@ class Config:
     mask: str = "NoMask"
     """``kernels/attention/mask.cuh``: NoMask, CausalMask, WindowMask, TensorMask."""
     score: str = "ScaledScore<float>"
-    """``kernels/attention/score.cuh``: ScaledScore, SignedScore, SoftCapScore."""
+    """``kernels/attention/score.cuh``: ScaledScore, SignedScore, SoftCapScore, and what is made of them."""
+    bias_copies: str = "NoBias"
+    """``kernels/tile/bias.cuh``: NoBias, BiasTiles, BiasRow (``sm90``)."""
     dropout: str = "NoDropout"
     """``kernels/attention/dropout.cuh``: NoDropout, ByteDropout, WordDropout."""
     sink: str = "NoSink"
@@ -67,7 +69,7 @@ class Box:
     """What one bulk copy moves: some rows and 128 bytes of columns of one head of a tensor."""
 
     tensor: str
-    """``q``, ``k``, ``v`` or ``out``; the parameter block describes it to the copy engine in ``<tensor>_map``."""
+    """``q``, ``k``, ``v``, ``out`` or ``bias``: the parameter block describes it to the engine in ``<tensor>_map``."""
     rows: int
 
 

@@ -62,13 +62,17 @@ _L2_BYTES = 32 << 20
 def forward_sm90(problem: Problem, device: Device) -> Tile:
     """The tile of ``forward/sm90.cuh``: consumers of 64 query rows each, and a producer some kv tiles ahead."""
     dim = round_up(max(problem.dim_qk, problem.dim_v), 16)
-    plain = not (problem.softcap or problem.alibi or problem.bias or problem.mask.tensor or problem.dropout)
+    others = problem.softcap or problem.alibi or problem.mask.tensor or problem.dropout
+    plain = not (others or problem.bias)
+    bias_tiles = problem.copies_bias and not problem.bias_broadcast[2]
     full = problem.mask.kind == "none"
     same = problem.num_splits == 1  # a row's keys are then cut alike, whatever else is in the call
     if not plain:
         # H200, d 128, causal, 1k to 8k: taking turns gives two consumers 5 to 8 %, although none then skips tiles.
         consumers, tile_kv, ping_pong = 2, 128 if dim <= 64 else 96 if dim <= 128 else 64, True
         reason = "two consumers: what else makes a score needs more registers than the 160 that three have"
+        if tile_kv == 96 and bias_tiles and problem.bias.itemsize == 2 and not others:
+            tile_kv, reason = 128, "two consumers, 128 keys: of a bias, which comes 64 columns at a time, 96 cost as much"
     elif dim > 128:
         consumers, tile_kv, ping_pong = 2, 80, full and dim > 192
         reason = "two consumers: out takes up to 128 registers, S 40"
@@ -81,8 +85,10 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
     else:
         consumers, tile_kv, ping_pong = 3, 128 if dim <= 64 else 112 if full and not same else 96, full
         reason = "three consumers read k and v once for 192 rows"
-    # H200, 8k, d 128: a third stage gives 3 %. An out of its own hides the end of a work behind the next one.
-    for stages, separate_out in ((3, True), (2, True), (2, False)):
+    # H200, 8k, d 128: a third stage gives 3 %. An out of its own hides the end of a work behind the next one. Half the
+    # keys are for a bias in fp32 beside large heads.
+    choices = ((tile_kv, 3, True), (tile_kv, 2, True), (tile_kv, 2, False), (tile_kv // 2, 2, False))
+    for tile_kv, stages, separate_out in choices:
         smem = _sm90_smem(problem, consumers, tile_kv, stages, separate_out)
         if smem <= device.smem_per_block:
             break
@@ -108,7 +114,12 @@ def _sm90_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, sepa
     barriers = 2 * (consumers + 2 * stages)  # of each consumer's q, and of each stage of k and v: full and empty
     numbers = 2 * (2 * 8 + 4)
     tiles = consumers * SM90_ROWS * rows + stages * tile_kv * (row_qk + row_v)
-    return round_up(tiles + 8 * barriers + numbers, 1024)
+    smem = round_up(tiles + 8 * barriers + numbers, 1024)
+    if problem.copies_bias:  # LoadedBias::Buffers of tile/bias.cuh
+        rows = 8 if problem.bias_broadcast[2] else consumers * SM90_ROWS
+        row = 128 * -(-tile_kv * problem.bias.itemsize // 128)
+        smem += round_up(stages * (rows * row + 16), 1024)
+    return smem
 
 
 def heads_per_section(problem: Problem) -> int:

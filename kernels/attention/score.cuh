@@ -57,6 +57,19 @@ struct SoftCapScore {
   CF_DEVICE Real slope(Real s) const { return Real(1) - tanh(s) * tanh(s); }
 };
 
+// The score of another policy in natural logits, for a kernel that adds to them.
+template <class Inner>
+struct NaturalScore {
+  using Number = typename Inner::Number;
+  Inner inner;
+
+  template <class Sequence>
+  CF_DEVICE NaturalScore(const Attention& a, const Sequence& sequence, int head) : inner(a, sequence, head) {}
+  CF_DEVICE Number unit() const { return Number(1); }
+  CF_DEVICE Number apply(Number s, int q, int kv) const { return inner.unit() * inner.apply(s, q, kv); }
+  CF_DEVICE Number slope(Number s) const { return inner.slope(s); }
+};
+
 // The score of another policy plus a term that depends on the position only; natural logits.
 template <class Inner, class Term>
 struct Plus {
@@ -92,7 +105,7 @@ struct Alibi {
   }
 };
 
-// An additive tensor, broadcast over any axis by strides of 0.
+// An additive tensor, broadcast over any axis by strides of 0; tile/bias.cuh is for those that the copy engine can read.
 template <class Element>
 struct Bias {
   int len_q, len_kv;

@@ -3,7 +3,7 @@
 //
 //   out = softmax(score(Q K^T)) V,   lse = log sum exp
 //
-//   producer warpgroup, one thread   TMA: Q, K, V ----> shared memory: q, ring of K tiles, ring of V tiles
+//   producer warpgroup, one thread   TMA: Q, K, V ----> shared memory: q, ring of K tiles, ring of V tiles; a bias, too
 //   consumer warpgroups              64 rows of the q tile each: S = Q K^T (wgmma from shared memory), softmax in
 //                                    registers, out += P V (wgmma, P from registers), out -> shared memory -> TMA
 //
@@ -24,6 +24,7 @@
 #include "attention/schedule.cuh"
 #include "attention/softmax.cuh"
 #include "ptx/warpgroup.cuh"
+#include "tile/bias.cuh"
 #include "tile/copy.cuh"
 #include "tile/copy_tma.cuh"
 #include "tile/dropout.cuh"
@@ -39,11 +40,13 @@ struct ForwardSm90 {
   using Mask = typename Config::Mask;
   using Score = typename Config::Score;
   using Dropout = typename Config::Dropout;
+  using Bias = typename Config::BiasCopies;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kStages = Config::kStages;
   static constexpr int kRows = 64, kConsumers = kTileQ / kRows;  // rows of a consumer warpgroup
   static constexpr int kConsumerThreads = kConsumers * ptx::kWarpgroupThreads;
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
   static_assert(Config::kThreads == ptx::kWarpgroupThreads + kConsumerThreads);
+  static_assert(Config::kPingPong || IsSame<Bias, NoBias>::value, "consumers that skip tiles would have to skip their bias");
 
   using QTile = SwizzledTile<Element, kRows, kDimQk>;
   using KTile = SwizzledTile<Element, kTileKv, kDimQk>;
@@ -68,6 +71,7 @@ struct ForwardSm90 {
     QRing q_rings[kConsumers];  // one may load the next work's q while another is still at this one
     KvRing k_ring, v_ring;
     NumberRing works;
+    typename Bias::template Buffers<kTileQ, kTileKv, kStages> bias;
   };
 
   // Named barriers, one for each consumer from these numbers on.
@@ -134,6 +138,7 @@ struct ForwardSm90 {
         const BoxOrigin origin = sequence.kv_box(a, tile * kTileKv, head_kv);
         load_boxes(smem.k[at.stage], p.k_map, origin, smem.k_ring.acquire(at, sizeof(KTile)));
         if (tile == tiles.end - 1) load_q();  // after K, which needs not wait for the work before
+        smem.bias.load(p.bias_map, a, sequence, work.head, q_first, tile * kTileKv, at);
         load_boxes(smem.v[at.stage], p.v_map, origin, smem.v_ring.acquire(at, sizeof(VTile)));
         at = at.next();
       }
@@ -233,10 +238,11 @@ struct ForwardSm90 {
       float rescale[2];
 
       // Logits of a tile whose product has come in, to probabilities.
-      const auto softmax = [&](int tile, bool masked) {
+      const auto softmax = [&](int tile, const Cursor& at, bool masked) {
         s.for_each(lane, [&](float& x, int row, int col) {
           x = score.apply(x, q_first + first_row + row, tile * kTileKv + col);
         });
+        smem.bias.add(s, first_row, lane, at);
         if (masked) {
           s.for_each(lane, [&](float& x, int row, int col) {
             if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
@@ -265,7 +271,7 @@ struct ForwardSm90 {
         ptx::wgmma_wait<1>();
         ptx::wgmma_hold(s.x[0]);
         if (leader) smem.k_ring.release(next);
-        const bool grew = softmax(tile, masked);
+        const bool grew = softmax(tile, next, masked);
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(out.x[0]);
         if (leader) smem.v_ring.release(at);
@@ -304,7 +310,7 @@ struct ForwardSm90 {
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(s.x[0]);
         if (leader) smem.k_ring.release(at);
-        softmax(tile, true);
+        softmax(tile, at, true);
         pack_operand<Element>(weights, s);
 
         for (--tile; tile >= tiles.full_end; --tile) step(tile, true);
@@ -373,6 +379,7 @@ struct ForwardSm90 {
       for (QRing& ring : smem.q_rings) ring.init(1);
       smem.k_ring.init(kConsumers);
       smem.v_ring.init(kConsumers);
+      smem.bias.init(kConsumerThreads / 32);
       if constexpr (Config::kTickets) smem.works.ring.init(kConsumerThreads / 32);
       ptx::fence_mbarrier_init();
     }

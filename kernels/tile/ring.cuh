@@ -3,6 +3,8 @@
 
 #include "ptx/mbarrier.cuh"
 #include "ptx/memory.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/warpgroup.cuh"
 
 namespace cuflash {
 

@@ -1,4 +1,4 @@
-// Tiles of 16-bit elements in shared memory.
+// Tiles in shared memory.
 #pragma once
 
 #include "element.cuh"
@@ -20,21 +20,24 @@ struct SharedTile {
   CF_DEVICE uint32 address(int row, int col) { return ptx::smem_u32(at(row, col)); }
 };
 
-// kRows rows of kCols elements as TMA writes and wgmma reads them: chunks of 64 columns one after the other, rows of 128
-// bytes inside, and in every row the 16-byte units permuted by the row's number, so that eight rows of one column lie in
-// different banks. The last chunk may be wider than kCols.
+// kRows rows of kCols elements as TMA writes and wgmma reads them: chunks of 128 bytes of columns one after the other, and
+// in every row the 16-byte units permuted by the row's number, so that eight rows of one column lie in different banks.
+// The last chunk may be wider than kCols.
 template <class Element, int kRows_, int kCols_>
 struct alignas(1024) SwizzledTile {
-  static_assert(sizeof(Element) == 2 && kRows_ % 8 == 0 && kCols_ % 16 == 0);
+  static_assert(kRows_ % 8 == 0 && kCols_ % 16 == 0);
   static constexpr int kRows = kRows_, kCols = kCols_;
-  static constexpr int kChunks = cdiv(kCols, 64), kChunkBytes = kRows * 128;
+  static constexpr int kUnit = 16 / sizeof(Element), kChunkCols = 8 * kUnit;
+  static constexpr int kChunks = cdiv(kCols, kChunkCols), kChunkBytes = kRows * 128;
 
-  Element data[kChunks * kRows * 64];
+  Element data[kChunks * kRows * kChunkCols];
 
   CF_DEVICE uint32 base() { return ptx::smem_u32(data); }
   CF_DEVICE uint32 address(int row, int col) {
-    return base() + col / 64 * kChunkBytes + row * 128 + (col % 64 / 8 ^ row % 8) * 16 + col % 8 * 2;
+    return base() + col / kChunkCols * kChunkBytes + row * 128 + (col % kChunkCols / kUnit ^ row % 8) * 16 +
+           col % kUnit * sizeof(Element);
   }
+  CF_DEVICE Element* at(int row, int col) { return data + (address(row, col) - base()) / sizeof(Element); }
 };
 
 }  // namespace cuflash

@@ -10,6 +10,7 @@
 #include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
 #include "attention/split.cuh"
+#include "tile/bias.cuh"
 #include "tile/dq_accum.cuh"
 
 namespace cuflash {
@@ -19,6 +20,7 @@ struct Config {
   using Sequence = VarlenSequence;
   using Mask = WindowMask;
   using Score = SoftCapScore<double>;
+  using BiasCopies = NoBias;
   using Dropout = NoDropout;
   using Sink = NoSink;
   using Heads = OneHead;

@@ -82,12 +82,14 @@ def encoder(tensor: tensormap.TensorMap) -> Callable[[int], tuple[int, ...]]:
 
 
 def box_map(problem: Problem, array: np.ndarray, box: Box) -> np.ndarray:
-    """The map of a (b, s, h, d) or (total, h, d) array."""
+    """The map of a (b, s, h, d) or (total, h, d) array, or of a (b, h, q, k) bias."""
     *order, dim = range(array.ndim)
     order = order if problem.layout == "varlen" else [1, 2, 0]
-    describe = tensormap.ragged if problem.layout == "varlen" else tensormap.dense
+    describe, dtype = tensormap.ragged if problem.layout == "varlen" else tensormap.dense, problem.dtype
+    if box.tensor == "bias":
+        order, describe, dtype = [2, 1, 0], tensormap.dense, problem.bias
     sizes, steps = zip(*((array.shape[axis], array.strides[axis]) for axis in order), strict=True)
-    encode = encoder(describe(problem.dtype, array.shape[dim], *sizes, steps, box.rows))
+    encode = encoder(describe(dtype, array.shape[dim], *sizes, steps, box.rows))
     return np.array(encode(array.ctypes.data), np.uint64)
 
 

@@ -15,13 +15,16 @@ struct Ldmatrix {
     const auto at = [&](int lane) -> Ldmatrix& { return *static_cast<Ldmatrix*>(lanes[lane]); };
     for (int matrix = 0; matrix < 4; ++matrix) {
       unsigned short element[8][8];
-      int reads_of_bank[8] = {};  // groups of four banks: one row is 16 bytes
+      int64 read_of_bank[8];  // groups of four banks, one row being 16 bytes: what was read last, here -1 for nothing
+      for (int64& address : read_of_bank) address = -1;
       for (int row = 0; row < 8; ++row) {
         const uint32 address = at(matrix * 8 + row).shared;
         if (address % 16 != 0) host::fail("ldmatrix: row address %u is not a multiple of 16", address);
         if (static_cast<int>(address) + 16 > host::block.smem_bytes) host::fail("ldmatrix beyond shared memory");
         memcpy(element[row], host::block.smem + address, 16);
-        host::block.bank_conflicts += reads_of_bank[address / 16 % 8]++ > 0;
+        int64& before = read_of_bank[address / 16 % 8];  // one read serves all that want the same bytes
+        host::block.bank_conflicts += before != -1 && before != address;
+        before = address;
       }
       for (int lane = 0; lane < 32; ++lane) {
         const int row = lane / 4, col = lane % 4 * 2;
