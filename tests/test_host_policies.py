@@ -144,11 +144,15 @@ void score(double scale, double softcap, const double* s, int count, double* log
     slope[i] = score.slope(x) * static_cast<Real>(scale);
   }
 }
+template <class Real>
+using NaturalSoftCapScore = NaturalScore<SoftCapScore<Real>>;
+
 EXPORT void scores(int kind, int is_double, double scale, double softcap, const double* s, int count, double* logit,
                    double* slope) {
   const auto f = kind == 0 ? (is_double ? score<ScaledScore, double> : score<ScaledScore, float>)
                  : kind == 1 ? (is_double ? score<SignedScore, double> : score<SignedScore, float>)
-                             : (is_double ? score<SoftCapScore, double> : score<SoftCapScore, float>);
+                 : kind == 2 ? (is_double ? score<SoftCapScore, double> : score<SoftCapScore, float>)
+                             : (is_double ? score<NaturalSoftCapScore, double> : score<NaturalSoftCapScore, float>);
   f(scale, softcap, s, count, logit, slope);
 }
 
@@ -386,7 +390,8 @@ def test_rows_of_a_group_of_heads(size: int, heads_kv: int, row: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "scale", "softcap"),
     [("ScaledScore", 0.125, 0), ("SignedScore", -0.5, 0), ("SignedScore", 0, 0)]
-    + [("SoftCapScore", scale, cap) for scale in (0.125, -2.0, 0.0) for cap in (0.5, 30.0)],
+    + [("SoftCapScore", scale, cap) for scale in (0.125, -2.0, 0.0) for cap in (0.5, 30.0)]
+    + [("NaturalSoftCapScore", 0.125, 30.0)],
 )
 def test_score_and_its_slope(kind: str, scale: float, softcap: float, is_double: bool) -> None:
     def logits(s: np.ndarray) -> np.ndarray:
@@ -394,7 +399,7 @@ def test_score_and_its_slope(kind: str, scale: float, softcap: float, is_double:
 
     def run(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logit, slope = np.empty_like(s), np.empty_like(s)
-        kinds = ["ScaledScore", "SignedScore", "SoftCapScore"]
+        kinds = ["ScaledScore", "SignedScore", "SoftCapScore", "NaturalSoftCapScore"]
         arguments = kinds.index(kind), int(is_double), c_double(scale), c_double(softcap)
         policies().scores(*arguments, pointer(s), s.size, pointer(logit), pointer(slope))
         return logit, slope

@@ -850,6 +850,38 @@ def test_maps_of_packed_tensors(hopper: Launches, wrap: Any) -> None:
         assert [on_host[0] - x.ctypes.data, *on_host[1:13]] == maps(params)[name]
 
 
+WIDE = np.pad(BIAS, [(0, 0), (0, 0), (0, 0), (0, 1)])
+HALF, FLOAT = WIDE.astype(FP16), WIDE.astype(np.float32)
+BIASES = {  # with the words of the map; none where keys are not neighbours, or rows not at multiples of 16 bytes
+    "whole": (HALF[:2, :, :70, :90], [90, 70, 4, 2, 192, 90 * 192, 4 * 90 * 192, 64, 128, 1, 1, 2]),
+    "fp32": (FLOAT[0, :, :70, :90], [90, 70, 4, 1, 384, 90 * 384, 16, 32, 128, 1, 1, 4]),
+    "one-head": (HALF[:2, :1, :70, :90], [90, 70, 1, 2, 192, 16, 4 * 90 * 192, 64, 128, 1, 1, 2]),
+    "one-row": (HALF[:2, :, :1, :90], [90, 1, 4, 2, 16, 90 * 192, 4 * 90 * 192, 64, 1, 1, 1, 2]),
+    "expanded": (np.broadcast_to(HALF[0, 0, 0, :90], (2, 4, 70, 90)), [90, 1, 1, 1, 16, 16, 16, 64, 1, 1, 1, 2]),
+    "one-key": (HALF[:2, :, :70, :1], []),
+    "narrow": (np.ascontiguousarray(HALF[:2, :, :70, :90]), []),
+    "shifted": (HALF[0, 0, :70, 4:94], []),
+    "reversed": (HALF[0, 0, 69::-1, :90], []),
+    "columns": (np.asfortranarray(HALF[0, 0, :70, :90]), []),
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_on_hopper(launches: Launches, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
+    monkeypatch.setattr(jit.tensormap, "encoder", run.encoder)
+    bias, described = BIASES[name]
+    q, k, v = random(2, 70, 4, 32), random(2, 90, 2, 32, seed=1), random(2, 90, 2, 24, seed=2)
+    out, lse = ops.forward(ops.Options(), *map(as_torch, (q, k, v)), attn_bias=as_torch(bias))[:2]
+    assert launches.take() == ["fwd_sm90"]
+    (params,) = launches.params
+    words = params["bias_map"]["words"][0].tolist()
+    assert words[:13] == ([bias.ctypes.data, *described] if described else [0] * 13)
+    exact, naive = (f(q, k, v, bias=bias) for f in (oracle.attention, oracle.naive_in_dtype))
+    oracle.assert_all_close(oracle.Attention(to_numpy(out), to_numpy(lse)), exact, naive)
+
+
 def test_maps_of_heads_before_rows(hopper: Launches) -> None:
     q, k = as_torch(random(2, 4, 70, 32)), as_torch(random(2, 4, 90, 32))
     cuflash.scaled_dot_product_attention(q, k, k)

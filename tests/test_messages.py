@@ -615,6 +615,28 @@ def test_copy_bytes_is_the_widest_access_that_all_rows_allow(shape, strides, cop
 
 
 @pytest.mark.parametrize(
+    ("shape", "strides", "pointer", "boxes"),
+    [
+        ((2, 2, 6, 8), (192, 96, 16, 2), 4096, True),
+        ((2, 2, 6, 8), (0, 0, 0, 2), 4096, True),
+        ((2, 1, 1, 8), (192, 7, -9, 2), 4096, True),
+        ((6, 8), (16, 2), 4096, True),
+        ((2, 2, 6, 8), (192, 96, 16, 2), 4104, False),
+        ((2, 2, 6, 8), (192, 96, 24, 2), 4096, False),
+        ((2, 2, 6, 8), (192, 104, 16, 2), 4096, False),
+        ((2, 2, 6, 8), (-192, 96, 16, 2), 4096, False),
+        ((2, 2, 6, 8), (192, 96, 16, -2), 4096, False),
+        ((2, 2, 6, 8), (192, 96, 2, 16), 4096, False),
+    ],
+)
+def test_which_bias_the_copy_engine_can_read(shape, strides, pointer, boxes) -> None:
+    q, k = full(2, 6, 2, 8), full(2, 8, 2, 8)
+    views = {name: NumPy().view(name, x) for name, x in (("q", q), ("k", k), ("v", k), ("attn_bias", full(*shape)))}
+    views["attn_bias"] = views["attn_bias"]._replace(strides=strides, pointer=pointer)
+    assert check.problem_of("forward", Options(), views).bias_boxes is boxes
+
+
+@pytest.mark.parametrize(
     ("shape", "strides", "ascending"),
     [
         ((2, 6, 4, 8), (384, 64, 16, 2), True),

@@ -539,7 +539,13 @@ def hopper(**changes) -> Config:
         ({"softcap": 2.0}, 2, 128, True),
         ({"alibi": True, "dim_qk": 128}, 2, 96, True),
         ({"mask": MASKS["tensor"], "dim_qk": 192}, 2, 64, True),
-        ({"bias": dtypes.BF16, "dim_v": 96}, 2, 96, True),
+        ({"bias": dtypes.BF16, "dim_v": 96}, 2, 128, True),
+        ({"bias": dtypes.BF16, "dim_v": 96, "dropout": "byte"}, 2, 96, True),
+        ({"bias": dtypes.BF16, "dim_v": 96, "bias_boxes": False}, 2, 96, True),
+        ({"bias": dtypes.BF16, "dim_v": 96, "bias_broadcast": (False, False, True, False)}, 2, 96, True),
+        ({"bias": dtypes.FP32, "dim_v": 96}, 2, 96, True),
+        ({"bias": dtypes.FP32, "dim_qk": 256}, 2, 64, True),
+        ({"bias": dtypes.FP32, "dim_qk": 256, "dim_v": 256}, 2, 32, True),
         ({"dropout": "byte", "dim_v": 256}, 2, 64, True),
         ({"sink": True, "softmax_scale": -1.0}, 3, 128, True),
     ],
@@ -570,6 +576,49 @@ def test_hopper_tiles_of_any_size_fit() -> None:
                 assert kv + barriers + q + out + more > H100.smem_per_block, "more would have fit"
 
 
+@pytest.mark.parametrize("bias", [dtypes.BF16, dtypes.FP32])
+@pytest.mark.parametrize("one_row", [False, True])
+def test_hopper_tiles_with_a_bias_fit(bias: dtypes.DType, one_row: bool) -> None:
+    broadcast = (True, False, one_row, False)
+    for dim_qk in range(8, 257, 8):
+        for dim_v in range(8, 257, 24):
+            for changes in ({}, {"dropout": "byte"}):
+                config = hopper(dim_qk=dim_qk, dim_v=dim_v, bias=bias, bias_broadcast=broadcast, **changes)
+                chunks = -(-dim_qk // 64), -(-dim_v // 64)
+                q, out = (config.tile_q * n * 128 for n in chunks)
+                kv = config.stages * config.tile_kv * sum(chunks) * 128
+                of_bias = config.stages * (8 if one_row else 128) * -(-config.tile_kv * bias.itemsize // 128) * 128
+                used = kv + of_bias + (q + out if config.separate_out else max(q, out))
+                assert used < config.smem_bytes <= min(used + 2048, H100.smem_per_block)
+                assert config.stages >= 2 and config.tile_kv % 32 == 0, "random bits are drawn for 32 keys"
+
+
+@pytest.mark.parametrize(
+    ("changes", "score", "copies", "rows"),
+    [
+        ({}, "NaturalScore<ScaledScore<float>>", "BiasTiles<bf16>", 128),
+        ({"bias": dtypes.FP32, "softcap": 2.0}, "NaturalScore<SoftCapScore<float>>", "BiasTiles<float>", 128),
+        ({"alibi": True}, "Plus<ScaledScore<float>, Alibi>", "BiasTiles<bf16>", 128),
+        ({"bias_broadcast": (True, True, False, False)}, "NaturalScore<ScaledScore<float>>", "BiasTiles<bf16>", 128),
+        ({"bias_broadcast": (True, True, True, False)}, "NaturalScore<ScaledScore<float>>", "BiasRow<bf16>", 1),
+        ({"bias_broadcast": (True, True, True, True)}, "Plus<ScaledScore<float>, Bias<bf16>>", "NoBias", 0),
+        ({"bias_boxes": False}, "Plus<ScaledScore<float>, Bias<bf16>>", "NoBias", 0),
+        ({"bias": None}, "ScaledScore<float>", "NoBias", 0),
+    ],
+)
+def test_how_hopper_comes_by_a_bias(changes: dict, score: str, copies: str, rows: int) -> None:
+    step = choose(replace(LONG, **{"bias": dtypes.BF16} | changes), H100, "sm90").steps[-1]
+    assert (step.config.score, step.config.bias_copies) == (score, copies)
+    assert [box.rows for box in step.boxes if box.tensor == "bias"] == [rows][: bool(rows)]
+
+
+def test_other_families_read_a_bias_element_by_element() -> None:
+    problem = replace(LONG, bias=dtypes.BF16)
+    for direction, family in (("forward", "sm80"), ("backward", "sm80"), ("forward", "simt")):
+        for step in choose(replace(problem, direction=direction), H100, family).steps:
+            assert step.config.bias_copies == "NoBias" and step.boxes == ()
+
+
 def test_hopper_blocks_and_boxes() -> None:
     many = {"batch": 64, "len_q": 4096}
     for changes, persistent in (({}, True), ({"mask": CAUSAL}, True), ({"layout": "varlen", "total_q": 1}, False)):
@@ -596,6 +645,9 @@ def test_hopper_blocks_and_boxes() -> None:
         ({"dim_qk": 24, "dim_v": 17}, (768, 1536, 96 + 4 * 128), 0.5),
         ({"dim_qk": 256, "dim_v": 256}, (2560, 640, 512 + 3 * 640), 2560 / 2560),
         ({"dim_qk": 256, "dim_v": 256, "softcap": 1.0}, (2048, 512, 512 + 3 * 512), 1.0),
+        # 32 KB of bias, written and read.
+        ({"bias": dtypes.BF16}, (1024, 1024, 128 + 3 * 256 + 512), 1024 / 1408),
+        ({"bias": dtypes.BF16, "bias_boxes": False}, (1024, 1024, 128 + 3 * 256), 1.0),
     ],
 )
 def test_ceiling_of_hopper_tiles(changes: dict, cycles: tuple[float, ...], share: float) -> None:

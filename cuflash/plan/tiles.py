@@ -72,7 +72,7 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
         consumers, tile_kv, ping_pong = 2, 128 if dim <= 64 else 96 if dim <= 128 else 64, True
         reason = "two consumers: what else makes a score needs more registers than the 160 that three have"
         if tile_kv == 96 and bias_tiles and problem.bias.itemsize == 2 and not others:
-            tile_kv, reason = 128, "two consumers, 128 keys: of a bias, which comes 64 columns at a time, 96 cost as much"
+            tile_kv, reason = 128, "two consumers, 128 keys: of a bias, which comes by 64 columns, 96 cost as much"
     elif dim > 128:
         consumers, tile_kv, ping_pong = 2, 80, full and dim > 192
         reason = "two consumers: out takes up to 128 registers, S 40"

@@ -26,13 +26,13 @@ struct NoBias {
   };
 };
 
-// Adds to a warp's logits what the tile holds of its rows, from `row` on; ldmatrix deals it out as the registers lie.
-template <class Element, int kRows, int kCols>
+// Adds the tile's rows from `row` on, or that row alone to all, to a warp's; ldmatrix deals them out as registers lie.
+template <bool kOneRow, class Element, int kRows, int kCols>
 CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<Element, kRows, kCols>& tile, int row, int lane) {
 #pragma unroll
   for (int n = 0; n < kCols / 8; n += 2) {
     uint32 pairs[4];
-    ptx::ldmatrix_x4(pairs, tile.address(row + (kRows == 8 ? 0 : lane % 16), n * 8 + lane / 16 * 8));
+    ptx::ldmatrix_x4(pairs, tile.address(row + (kOneRow ? 0 : lane % 16), n * 8 + lane / 16 * 8));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const Element* pair = reinterpret_cast<const Element*>(&pairs[i / 2]);
@@ -41,14 +41,14 @@ CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<Element, kRows, kCo
   }
 }
 
-template <int kRows, int kCols>
+template <bool kOneRow, int kRows, int kCols>
 CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<float, kRows, kCols>& tile, int row, int lane) {
   struct alignas(8) Pair { float x[2]; };
 #pragma unroll
   for (int n = 0; n < kCols / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      const int my_row = kRows == 8 ? row : row + row_of(lane, i);
+      const int my_row = row + (kOneRow ? 0 : row_of(lane, i));
       const Pair pair = *reinterpret_cast<const Pair*>(tile.at(my_row, n * 8 + col_of(lane, 0)));
       s.x[0][n][i] += pair.x[0];
       s.x[0][n][i + 1] += pair.x[1];
@@ -88,7 +88,7 @@ struct LoadedBias {
     // Adds to the natural logits of a warp, whose rows begin with the tile's row `row`, and gives the tile back.
     CF_DEVICE void add(Fragment<16, kTileKv>& s, int row, int lane, const Cursor& at) {
       ring.wait(at);
-      add_tile(s, tiles[at.stage], kOneRow ? 0 : row, lane);
+      add_tile<kOneRow>(s, tiles[at.stage], kOneRow ? 0 : row, lane);
       ptx::sync_warp();
       if (lane == 0) ring.release(at);
     }
