@@ -349,11 +349,20 @@ def test_a_ramp_scales_keys_along_the_sequence_and_nothing_else():
 
 def test_a_bias_is_drawn_once_for_cases_that_share_it():
     normals = Normals(np)
-    bias = normals.bias(dtypes.FP32, (1, 2, 5, 8))
-    assert normals.bias(dtypes.FP32, (1, 2, 5, 8)) is bias
+    bias = normals.bias(dtypes.FP32, (1, 2, 5, 8), apart=False)
+    assert normals.bias(dtypes.FP32, (1, 2, 5, 8), apart=False) is bias
     assert np.isneginf(bias[:, :, 3, 4:]).all()
     assert np.isfinite(bias[:, :, :3]).all()
-    assert normals.bias(dtypes.FP32, (1, 2, 5, 4)).shape == (1, 2, 5, 4)
+    assert normals.bias(dtypes.FP32, (1, 2, 5, 4), apart=False).shape == (1, 2, 5, 4)
+
+
+@pytest.mark.parametrize("dtype", [dtypes.BF16, dtypes.FP32])
+def test_rows_of_a_bias_are_aligned_unless_its_keys_lie_apart(dtype):
+    bias, apart = (Normals(np).bias(dtype, (1, 2, 6, 9), apart) for apart in (False, True))
+    assert bias.shape == apart.shape == (1, 2, 6, 9)
+    assert not any(stride % 16 for stride in bias.strides[:3])
+    assert bias.strides[3] == apart.strides[2] == dtype.itemsize < apart.strides[3]
+    assert np.isneginf(bias[:, :, 3, 4:]).all() and np.isneginf(apart[:, :, 3, 4:]).all()
 
 
 def test_flops_of_packed_sequences_count_their_own_lengths():

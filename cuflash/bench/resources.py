@@ -43,7 +43,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("fwd_sm90", "*-d128-*", 40, _WORK),
     Allowance("fwd_sm90", "*-d256-*", 36, _WORK),
     Allowance("fwd_sm90", "*-bias_apart", 96, _SCORES_90),
-    Allowance("fwd_sm90", "*everything", 144, _EVERYTHING),
+    Allowance("fwd_sm90", "*everything", 156, _EVERYTHING),
     Allowance("fwd_sm80", "*-d40", 80, _FORWARD_64),
     Allowance("fwd_sm80", "*-d64*", 312, _FORWARD_64),
     Allowance("fwd_sm80", "*-d128*", 352, _FORWARD_128),

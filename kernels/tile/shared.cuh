@@ -33,11 +33,16 @@ struct alignas(1024) SwizzledTile {
   Element data[kChunks * kRows * kChunkCols];
 
   CF_DEVICE uint32 base() { return ptx::smem_u32(data); }
-  CF_DEVICE uint32 address(int row, int col) {
-    return base() + col / kChunkCols * kChunkBytes + row * 128 + (col % kChunkCols / kUnit ^ row % 8) * 16 +
+  CF_DEVICE uint32 address(int row, int col) { return behind(base(), row, col); }
+  CF_DEVICE Element* at(int row, int col) {
+    return reinterpret_cast<Element*>(reinterpret_cast<char*>(data) + behind(0, row, col));
+  }
+
+ private:
+  CF_DEVICE static uint32 behind(uint32 start, int row, int col) {
+    return start + col / kChunkCols * kChunkBytes + row * 128 + (col % kChunkCols / kUnit ^ row % 8) * 16 +
            col % kUnit * sizeof(Element);
   }
-  CF_DEVICE Element* at(int row, int col) { return data + (address(row, col) - base()) / sizeof(Element); }
 };
 
 }  // namespace cuflash
