@@ -105,7 +105,7 @@ struct Alibi {
   }
 };
 
-// An additive tensor, broadcast over any axis by strides of 0; tile/bias.cuh is for those that the copy engine can read.
+// An additive tensor, broadcast over any axis by strides of 0; tile/bias.cuh has those that the copy engine reads.
 template <class Element>
 struct Bias {
   int len_q, len_kv;

@@ -3,9 +3,11 @@
 //
 //   out = softmax(score(Q K^T)) V,   lse = log sum exp
 //
-//   producer warpgroup, one thread   TMA: Q, K, V ----> shared memory: q, ring of K tiles, ring of V tiles; a bias, too
+//   producer warpgroup, one thread   TMA: Q, K, V ----> shared memory: q, ring of K tiles, ring of V tiles
 //   consumer warpgroups              64 rows of the q tile each: S = Q K^T (wgmma from shared memory), softmax in
 //                                    registers, out += P V (wgmma, P from registers), out -> shared memory -> TMA
+//
+// A bias is loaded beside K, where the copy engine can read it (tile/bias.cuh).
 //
 // A consumer issues the next tile's S = Q K^T before this tile's out += P V, so that its softmax runs under P V:
 //
@@ -46,7 +48,7 @@ struct ForwardSm90 {
   static constexpr int kConsumerThreads = kConsumers * ptx::kWarpgroupThreads;
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
   static_assert(Config::kThreads == ptx::kWarpgroupThreads + kConsumerThreads);
-  static_assert(Config::kPingPong || IsSame<Bias, NoBias>::value, "consumers that skip tiles would have to skip their bias");
+  static_assert(Config::kPingPong || IsSame<Bias, NoBias>::value, "consumers that skip tiles give no bias back");
 
   using QTile = SwizzledTile<Element, kRows, kDimQk>;
   using KTile = SwizzledTile<Element, kTileKv, kDimQk>;

@@ -20,9 +20,9 @@ struct SharedTile {
   CF_DEVICE uint32 address(int row, int col) { return ptx::smem_u32(at(row, col)); }
 };
 
-// kRows rows of kCols elements as TMA writes and wgmma reads them: chunks of 128 bytes of columns one after the other, and
-// in every row the 16-byte units permuted by the row's number, so that eight rows of one column lie in different banks.
-// The last chunk may be wider than kCols.
+// kRows rows of kCols elements as TMA writes and wgmma reads them: chunks of 128 bytes of columns one after the other,
+// and in every row the 16-byte units permuted by the row's number, so that eight rows of one column lie in different
+// banks. The last chunk may be wider than kCols.
 template <class Element, int kRows_, int kCols_>
 struct alignas(1024) SwizzledTile {
   static_assert(kRows_ % 8 == 0 && kCols_ % 16 == 0);
