@@ -36,7 +36,7 @@ struct Config {
   static constexpr int kCopyBytes = 16;
   static constexpr int kBlocksPerSm = 2;
   static constexpr bool kPingPong = false;
-  static constexpr bool kSeparateOut = false;
+  static constexpr int kRowBuffers = 1;
   static constexpr bool kTickets = false;
   static constexpr int kProducerRegisters = 0;
   static constexpr int kConsumerRegisters = 0;

@@ -568,11 +568,11 @@ def test_hopper_tiles_of_any_size_fit() -> None:
                 q, out = (config.tile_q * n * 128 for n in chunks)
                 kv = config.stages * config.tile_kv * sum(chunks) * 128
                 barriers = 8 * 2 * (config.tile_q // 64 + 2 * config.stages) + 2 * (2 * 8 + 4)
-                used = kv + barriers + (q + out if config.separate_out else max(q, out))
+                used = kv + barriers + config.row_buffers * max(q, out)
                 assert 0 <= config.smem_bytes - used < 1024 and config.smem_bytes % 1024 == 0
                 assert config.smem_bytes <= H100.smem_per_block
                 stage = config.tile_kv * sum(chunks) * 128
-                more = 0 if not config.separate_out else stage if config.stages < 3 else H100.smem_per_block
+                more = 0 if config.row_buffers == 1 else stage if config.stages < 3 else H100.smem_per_block
                 assert kv + barriers + q + out + more > H100.smem_per_block, "more would have fit"
 
 
@@ -588,7 +588,7 @@ def test_hopper_tiles_with_a_bias_fit(bias: dtypes.DType, one_row: bool) -> None
                 q, out = (config.tile_q * n * 128 for n in chunks)
                 kv = config.stages * config.tile_kv * sum(chunks) * 128
                 of_bias = config.stages * (8 if one_row else 128) * -(-config.tile_kv * bias.itemsize // 128) * 128
-                used = kv + of_bias + (q + out if config.separate_out else max(q, out))
+                used = kv + of_bias + config.row_buffers * max(q, out)
                 assert used < config.smem_bytes <= min(used + 2048, H100.smem_per_block)
                 assert config.stages >= 2 and config.tile_kv % 32 == 0, "random bits are drawn for 32 keys"
 

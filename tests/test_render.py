@@ -53,7 +53,7 @@ BACKWARD = Config(
     stages=2,
     dim_splits=3,
     copy_bytes=8,
-    separate_out=True,
+    row_buffers=2,
     smem_bytes=12345,
 )
 DELTA = Config(element="float", dim_qk=1, dim_v=64, threads=128, score="ScaledScore<float>", tile_q=64)

@@ -157,7 +157,7 @@ def _config(problem: Problem, tile: tiles.Tile) -> Config:
         copy_bytes=max(problem.copy_bytes, problem.dtype.itemsize),
         blocks_per_sm=tile.blocks_per_sm,
         ping_pong=tile.ping_pong,
-        separate_out=tile.separate_out,
+        row_buffers=tile.row_buffers,
         producer_registers=tile.producer_registers,
         consumer_registers=tile.consumer_registers,
         smem_bytes=tile.smem_bytes,

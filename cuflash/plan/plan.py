@@ -53,8 +53,8 @@ class Config:
     blocks_per_sm: int = 1
     ping_pong: bool = False
     """Warpgroups take turns on the tensor cores (``sm90``)."""
-    separate_out: bool = False
-    """The tile of out does not take q's place in shared memory (``sm90``)."""
+    row_buffers: int = 1
+    """Tiles of q, each of which out takes the place of in the end, so that the next work's may be loaded (``sm90``)."""
     tickets: bool = False
     """Blocks draw their tiles one by one instead of taking them in turn (``sm90``)."""
     producer_registers: int = 0

@@ -24,7 +24,7 @@ class Tile:
     dim_splits: int = 1
     blocks_per_sm: int = 1
     ping_pong: bool = False
-    separate_out: bool = False
+    row_buffers: int = 1
     producer_registers: int = 0
     consumer_registers: int = 0
     reason: str = ""
@@ -85,11 +85,11 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
     else:
         consumers, tile_kv, ping_pong = 3, 128 if dim <= 64 else 112 if full and not same else 96, full
         reason = "three consumers read k and v once for 192 rows"
-    # H200, 8k, d 128: a third stage gives 3 %. An out of its own hides the end of a work behind the next one. Half the
+    # H200, 8k, d 128: a third stage gives 3 %. A second q hides the end of a work behind the next one. Half the
     # keys are for a bias in fp32 beside large heads.
-    choices = ((tile_kv, 3, True), (tile_kv, 2, True), (tile_kv, 2, False), (tile_kv // 2, 2, False))
-    for tile_kv, stages, separate_out in choices:
-        smem = _sm90_smem(problem, consumers, tile_kv, stages, separate_out)
+    choices = ((tile_kv, 3, 2), (tile_kv, 2, 2), (tile_kv, 2, 1), (tile_kv // 2, 2, 1))
+    for tile_kv, stages, row_buffers in choices:
+        smem = _sm90_smem(problem, consumers, tile_kv, stages, row_buffers)
         if smem <= device.smem_per_block:
             break
     producer, consumer = _SM90_REGISTERS[consumers]
@@ -100,18 +100,18 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
         smem_bytes=smem,
         stages=stages,
         ping_pong=ping_pong,
-        separate_out=separate_out,
+        row_buffers=row_buffers,
         producer_registers=producer,
         consumer_registers=consumer,
         reason=reason,
     )
 
 
-def _sm90_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, separate_out: bool) -> int:
+def _sm90_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, row_buffers: int) -> int:
     """Bytes of ``ForwardSm90::SmemPlan``: chunks of 64 columns, 128 bytes a row, and mbarriers."""
     row_qk, row_v = (128 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
-    rows = row_qk + row_v if separate_out else max(row_qk, row_v)
-    barriers = 2 * (consumers + 2 * stages)  # of each consumer's q, and of each stage of k and v: full and empty
+    rows = row_buffers * max(row_qk, row_v)
+    barriers = 2 * (row_buffers * consumers + 2 * stages)  # full and empty
     numbers = 2 * (2 * 8 + 4)
     tiles = consumers * SM90_ROWS * rows + stages * tile_kv * (row_qk + row_v)
     smem = round_up(tiles + 8 * barriers + numbers, 1024)

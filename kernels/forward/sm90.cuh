@@ -56,21 +56,17 @@ struct ForwardSm90 {
   using OutTile = SwizzledTile<Element, kRows, kDimV>;
   using KvRing = Ring<kStages>;
   using Cursor = typename KvRing::Cursor;
-  using QRing = Ring<1>;
+  using RowsRing = Ring<Config::kRowBuffers>;
 
-  struct SeparateRows {
-    QTile q;
-    OutTile out;
-  };
-  union SharedRows {
+  union Rows {
     QTile q;
     OutTile out;  // after the last Q K^T
   };
   struct SmemPlan {
-    typename Select<Config::kSeparateOut, SeparateRows, SharedRows>::Type rows[kConsumers];
+    Rows rows[kConsumers][Config::kRowBuffers];
     KTile k[kStages];
     VTile v[kStages];
-    QRing q_rings[kConsumers];  // one may load the next work's q while another is still at this one
+    RowsRing rows_rings[kConsumers];
     KvRing k_ring, v_ring;
     NumberRing works;
     typename Bias::template Buffers<kTileQ, kTileKv, kStages> bias;
@@ -82,11 +78,13 @@ struct ForwardSm90 {
   using Scores = Fragment<16, kTileKv>;
   using Weights = Operand<16, kTileKv>;
   using Output = Fragment<16, kDimV>;
-  using Rows = RowState<float>[2];
+  using RowStates = RowState<float>[2];
 
-  // How far, as a power of two, probabilities may grow beyond 1 before the output is rescaled: far inside the element's
-  // range, so that no product overflows float.
-  static constexpr float kSlack = IsSame<Element, bf16>::value ? 64.f : 8.f;
+  // References lie 2^kHeadroom above the scores they were taken from, and probabilities may grow to 2^kSlack before they
+  // are taken anew: far inside the element's range, so that no product overflows float.
+  static constexpr bool kWide = IsSame<Element, bf16>::value;
+  static constexpr float kHeadroom = kWide ? 32.f : 0.f, kSlack = kWide ? 0.f : 8.f, kMost = kWide ? 1.f : 256.f;
+  static constexpr bool kLazy = IsSame<Bias, NoBias>::value;
 
   CF_DEVICE static int num_works(const Attention& a) {
     return num_tiles(a.len_q, kTileQ) * a.heads_q * a.batch;
@@ -106,18 +104,18 @@ struct ForwardSm90 {
 
   // One thread loads everything, in the order in which it is used.
   CF_DEVICE static void produce(const FwdParams& p, SmemPlan& smem) {
-    typename QRing::Cursor q_at;
+    typename RowsRing::Cursor rows_at;
     Cursor at;  // K and V are used in step
     NumberRing::Cursor number_at;
-    int upcoming = ptx::block_index();
+    int number = -1;
     const auto next = [&] {
-      const int number = upcoming, blocks = ptx::num_blocks(), works = num_works(p.attention);
-      upcoming = number + blocks;
+      const int blocks = ptx::num_blocks(), before = number;
+      number = before < 0 ? static_cast<int>(ptx::block_index()) : before + blocks;
       if constexpr (Config::kTickets) {
+        // Blocks draw once for each work, so that the last draw of all leaves the tickets at 0.
+        if (p.tickets && before >= 0) number = blocks + ptx::count_around(p.tickets, num_works(p.attention) - 1);
         smem.works.put(number_at, number);
         number_at = number_at.next();
-        // Blocks draw once for each work, so that the last draw of all leaves the tickets at 0.
-        if (p.tickets && number < works) upcoming = blocks + ptx::count_around(p.tickets, works - 1);
       }
       return number;
     };
@@ -129,17 +127,17 @@ struct ForwardSm90 {
       const auto load_q = [&] {
         for (int w = 0; w < kConsumers; ++w) {  // rows that no query has begin with the last query's: see load_boxes
           const int row = min_of(q_first + w * kRows, sequence.len_q - 1);
-          const uint32 barrier = smem.q_rings[w].acquire(q_at, sizeof(QTile));
-          load_boxes(smem.rows[w].q, p.q_map, sequence.q_box(a, row, work.head), barrier);
+          const uint32 barrier = smem.rows_rings[w].acquire(rows_at, sizeof(QTile));
+          load_boxes(smem.rows[w][rows_at.stage].q, p.q_map, sequence.q_box(a, row, work.head), barrier);
         }
-        q_at = q_at.next();
+        rows_at = rows_at.next();
       };
       if (tiles.begin >= tiles.end) load_q();
 #pragma unroll 1
       for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
         const BoxOrigin origin = sequence.kv_box(a, tile * kTileKv, head_kv);
         load_boxes(smem.k[at.stage], p.k_map, origin, smem.k_ring.acquire(at, sizeof(KTile)));
-        if (tile == tiles.end - 1) load_q();  // after K, which needs not wait for the work before
+        if (tile == tiles.end - 1) load_q();  // after K, which needs not wait for a work before
         smem.bias.load(p.bias_map, a, sequence, work.head, q_first, tile * kTileKv, at);
         load_boxes(smem.v[at.stage], p.v_map, origin, smem.v_ring.acquire(at, sizeof(VTile)));
         at = at.next();
@@ -147,9 +145,9 @@ struct ForwardSm90 {
     });
   }
 
-  // Logits to probabilities relative to the running maximum; `rescale` is what the output so far must shrink by, if the
-  // answer is true.
-  CF_DEVICE static bool softmax_tile(Scores& s, Rows& rows, float log2_unit, float (&rescale)[2]) {
+  // Takes the tile's largest scores as the rows' references where they outgrow those so far; `rescale` is what the output
+  // so far must shrink by, if the answer is true.
+  CF_DEVICE static bool raise(Scores& s, RowStates& rows, float log2_unit, float (&rescale)[2]) {
     float tile_max[2] = {-infinity<float>(), -infinity<float>()};
 #pragma unroll
     for (int n = 0; n < Scores::kN; ++n) {
@@ -161,23 +159,44 @@ struct ForwardSm90 {
     for (int r = 0; r < 2; ++r) {
       tile_max[r] = row_max(tile_max[r]);
       const bool outgrown = rows[r].outgrown(tile_max[r], log2_unit, kSlack);
-      rescale[r] = outgrown ? rows[r].update(tile_max[r], log2_unit) : 1.f;
+      rescale[r] = outgrown ? rows[r].update(tile_max[r] + kHeadroom / log2_unit, log2_unit) : 1.f;
       grew = grew || outgrown;
     }
+    return ptx::any(grew);
+  }
+
+  // Logits to probabilities relative to the references, and their sums over this lane's columns.
+  CF_DEVICE static void weigh(Scores& s, const RowStates& rows, float log2_unit, float (&sum)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float shift = rows[r].shift(log2_unit);
+      sum[r] = 0.f;
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& p = s.at(r, n, i);
           p = exp2(p * log2_unit - shift);
-          rows[r].l += p;
+          sum[r] += p;
         }
       }
     }
-    return ptx::any(grew);
+  }
+
+  // Probabilities that outgrew their reference, which becomes the logarithm of their sum.
+  CF_DEVICE static void settle(Scores& s, RowStates& rows, float log2_unit, const float (&total)[2], float (&sum)[2],
+                               float (&rescale)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      rescale[r] = total[r] < kMost ? 1.f
+                                    : rows[r].update(rows[r].m + (log(total[r]) * static_cast<float>(kLog2E) + kHeadroom) / log2_unit, log2_unit);
+      sum[r] *= rescale[r];
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) s.at(r, n, i) *= rescale[r];
+      }
+    }
   }
 
   CF_DEVICE static void rescale_output(Output& out, const float (&factor)[2]) {
@@ -202,12 +221,12 @@ struct ForwardSm90 {
     const int thread = ptx::thread_index() % ptx::kWarpgroupThreads, lane = ptx::lane_index();
     const bool leader = thread == 0;
     const int warp_row = thread / 32 * 16, first_row = consumer * kRows + warp_row;
-    auto& mine = smem.rows[consumer];
-    QRing& q_ring = smem.q_rings[consumer];
-    typename QRing::Cursor q_at;
+    RowsRing& rows_ring = smem.rows_rings[consumer];
+    typename RowsRing::Cursor rows_at;
     Cursor at;
     NumberRing::Cursor number_at;
     int upcoming = ptx::block_index();
+    bool stored = false;  // whether there was a work before
     if (Config::kPingPong && consumer == kConsumers - 1) ptx::arrive_named(kTurnToIssue, 2 * ptx::kWarpgroupThreads);
 
     const auto next = [&] {
@@ -234,23 +253,49 @@ struct ForwardSm90 {
       Weights weights;
       Output out;
       out.clear();
-      Rows rows;
+      RowStates rows;
       rows[0].init();
       rows[1].init();
       float rescale[2];
+      Rows& mine = smem.rows[consumer][rows_at.stage];
 
-      // Logits of a tile whose product has come in, to probabilities.
-      const auto softmax = [&](int tile, const Cursor& at, bool masked) {
+      const auto apply_score = [&](int tile) {
         s.for_each(lane, [&](float& x, int row, int col) {
           x = score.apply(x, q_first + first_row + row, tile * kTileKv + col);
         });
+      };
+      // Logits of a tile whose product has come in, to probabilities.
+      const auto softmax = [&](int tile, const Cursor& at, bool masked) {
+        apply_score(tile);
         smem.bias.add(s, first_row, lane, at);
         if (masked) {
           s.for_each(lane, [&](float& x, int row, int col) {
             if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
           });
         }
-        const bool grew = softmax_tile(s, rows, log2_unit, rescale);
+        float sum[2];
+        bool grew;
+        if (masked || !kLazy) {
+          grew = raise(s, rows, log2_unit, rescale);
+          weigh(s, rows, log2_unit, sum);
+        } else {
+          weigh(s, rows, log2_unit, sum);
+          grew = ptx::any(!(sum[0] < kMost) || !(sum[1] < kMost));
+          if (grew) {
+            const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
+            if (ptx::any(!(total[0] < infinity<float>()) || !(total[1] < infinity<float>()))) {
+              s.clear();
+              gemm_abt_warp<Element>(s, mine.q, warp_row, smem.k[at.stage]);
+              apply_score(tile);
+              raise(s, rows, log2_unit, rescale);
+              weigh(s, rows, log2_unit, sum);
+            } else {
+              settle(s, rows, log2_unit, total, sum, rescale);
+            }
+          }
+        }
+        rows[0].l += sum[0];
+        rows[1].l += sum[1];
         for_each_dropped(dropout, s, q_first + first_row, tile * kTileKv,
                          [&](int m, int n, int i) { s.x[m][n][i] = 0.f; });
         return grew;
@@ -272,12 +317,16 @@ struct ForwardSm90 {
         }
         ptx::wgmma_wait<1>();
         ptx::wgmma_hold(s.x[0]);
-        if (leader) smem.k_ring.release(next);
+        const auto finish = [&] {
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_hold(out.x[0]);
+          if (leader) smem.v_ring.release(at);
+        };
+        if (Config::kPingPong) finish();  // the softmax runs under the products of others
         const bool grew = softmax(tile, next, masked);
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_hold(out.x[0]);
-        if (leader) smem.v_ring.release(at);
-        at = at.next();
+        if (lane == 0) smem.k_ring.release(next);
+        if (!Config::kPingPong) finish();
+        at = next;
         pack_operand<Element>(weights, s);
         if (grew) rescale_output(out, rescale);
       };
@@ -286,44 +335,56 @@ struct ForwardSm90 {
       // would be left waiting for a phase that is over.
       const auto skip = [&](int count) {
         if (count <= 0) return;
-        if (leader) {
+        if (lane == 0) {
 #pragma unroll 1
           for (int i = 0; i < count; ++i) {
             const Cursor unused = at.next(i);
             smem.k_ring.wait(unused);
             smem.k_ring.release(unused);
-            smem.v_ring.wait(unused);
-            smem.v_ring.release(unused);
+            if (leader) {
+              smem.v_ring.wait(unused);
+              smem.v_ring.release(unused);
+            }
           }
         }
         at = at.next(count);
         meet();
       };
 
-      q_ring.wait(q_at);
+      // The store of the work before has long read its rows when this is called.
+      const auto release_rows_before = [&] {
+        if (Config::kRowBuffers == 2 && leader && stored) {
+          ptx::tma_store_wait_read();
+          rows_ring.release(rows_at.next());
+        }
+      };
+
+      rows_ring.wait(rows_at);
       skip(loaded.end - tiles.end);
       const bool some = tiles.begin < tiles.end;
+      int tile = tiles.end - 1;
       if (some) {
-        int tile = tiles.end - 1;
         smem.k_ring.wait(at);
         ptx::wgmma_fence();
         issue_abt<Element>(s, mine.q, smem.k, at.stage);
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(s.x[0]);
-        if (leader) smem.k_ring.release(at);
+        if (lane == 0) smem.k_ring.release(at);
         softmax(tile, at, true);
         pack_operand<Element>(weights, s);
-
-        for (--tile; tile >= tiles.full_end; --tile) step(tile, true);
-        for (; tile >= (Mask::kFullFromStart ? 0 : tiles.full_begin); --tile) step(tile, false);
-        if constexpr (!Mask::kFullFromStart) {
-          for (; tile >= tiles.begin; --tile) step(tile, true);
-        }
       } else {
         meet();
       }
-      if (Config::kSeparateOut && leader) q_ring.release(q_at);
+      release_rows_before();
+      --tile;
+      if constexpr (!Mask::kFullToEnd) {
+        for (; tile >= tiles.full_end; --tile) step(tile, true);
+      }
+      for (; tile >= (Mask::kFullFromStart ? 0 : tiles.full_begin); --tile) step(tile, false);
+      if constexpr (!Mask::kFullFromStart) {
+        for (; tile >= tiles.begin; --tile) step(tile, true);
+      }
       if (some) {
         smem.v_ring.wait(at);
         ptx::wgmma_fence();
@@ -347,10 +408,6 @@ struct ForwardSm90 {
       }
       rescale_output(out, rescale);
 
-      if (Config::kSeparateOut) {  // the store of the work before may still be reading
-        if (leader) ptx::tma_store_wait_read();
-        meet();
-      }
       store_fragment<Element>(mine.out, warp_row, lane, out);
       ptx::fence_proxy_async();
       meet();
@@ -358,12 +415,13 @@ struct ForwardSm90 {
         const int row = q_first + consumer * kRows;
         if (row < sequence.len_q) store_boxes(p.out_map, sequence.q_box(a, row, work.head), mine.out);
         ptx::tma_store_commit();
-        if (!Config::kSeparateOut) {
+        if (Config::kRowBuffers == 1) {
           ptx::tma_store_wait_read();
-          q_ring.release(q_at);
+          rows_ring.release(rows_at);
         }
       }
-      q_at = q_at.next();
+      rows_at = rows_at.next();
+      stored = true;
     });
     if (leader) ptx::tma_store_wait_read();
   }
@@ -378,8 +436,8 @@ struct ForwardSm90 {
   CF_DEVICE static void run(const FwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     if (ptx::thread_index() == 0) {
-      for (QRing& ring : smem.q_rings) ring.init(1);
-      smem.k_ring.init(kConsumers);
+      for (RowsRing& ring : smem.rows_rings) ring.init(1);
+      smem.k_ring.init(kConsumerThreads / 32);
       smem.v_ring.init(kConsumers);
       smem.bias.init(kConsumerThreads / 32);
       if constexpr (Config::kTickets) smem.works.ring.init(kConsumerThreads / 32);

@@ -4,6 +4,7 @@
 
 #include "ptx/wgmma.cuh"
 #include "tile/fragment.cuh"
+#include "tile/gemm_sm80.cuh"
 #include "tile/shared.cuh"
 
 namespace cuflash {
@@ -33,6 +34,24 @@ CF_DEVICE void issue_ab(Fragment<16, kN>& c, const Operand<16, kK>& a, TileB* ti
 #pragma unroll
   for (int k = 0; k < kK; k += 16) {
     ptx::wgmma_ab<Element>(c.x[0], a.x[0][k / 16], ptx::advance_descriptor(b_descriptor, k * 128), true);
+  }
+}
+
+// C += A B^T of one warp alone, by mma.sync: 16 rows of A [M x K] from `a_row` on, and B [kN x K].
+template <class Element, int kN, class TileA, class TileB>
+CF_DEVICE void gemm_abt_warp(Fragment<16, kN>& c, TileA& a, int a_row, TileB& b) {
+  static_assert(TileB::kRows == kN && TileA::kCols == TileB::kCols);
+#pragma unroll 1
+  for (int k = 0; k < TileA::kCols; k += 16) {
+    uint32 a_regs[4];
+    ptx::ldmatrix_x4(a_regs, a.address(a_row + down_first_row(), k + down_first_col()));
+#pragma unroll
+    for (int n = 0; n < kN; n += 16) {
+      uint32 b_regs[4];
+      ptx::ldmatrix_x4(b_regs, b.address(n + across_first_row(), k + across_first_col()));
+      ptx::mma_m16n8k16<Element>(c.x[0][n / 8], a_regs, b_regs[0], b_regs[1]);
+      ptx::mma_m16n8k16<Element>(c.x[0][n / 8 + 1], a_regs, b_regs[2], b_regs[3]);
+    }
   }
 }
 

@@ -36,7 +36,7 @@ struct Config {
   static constexpr int kCopyBytes = 8;
   static constexpr int kBlocksPerSm = 1;
   static constexpr bool kPingPong = false;
-  static constexpr bool kSeparateOut = true;
+  static constexpr int kRowBuffers = 2;
   static constexpr bool kTickets = false;
   static constexpr int kProducerRegisters = 0;
   static constexpr int kConsumerRegisters = 0;
