@@ -567,7 +567,7 @@ def test_hopper_tiles_of_any_size_fit() -> None:
                 chunks = -(-dim_qk // 64), -(-dim_v // 64)
                 q, out = (config.tile_q * n * 128 for n in chunks)
                 kv = config.stages * config.tile_kv * sum(chunks) * 128
-                barriers = 8 * 2 * (config.tile_q // 64 + 2 * config.stages) + 2 * (2 * 8 + 4)
+                barriers = 8 * 2 * (config.row_buffers * config.tile_q // 64 + 2 * config.stages) + 2 * (2 * 8 + 4)
                 used = kv + barriers + config.row_buffers * max(q, out)
                 assert 0 <= config.smem_bytes - used < 1024 and config.smem_bytes % 1024 == 0
                 assert config.smem_bytes <= H100.smem_per_block

@@ -50,9 +50,9 @@ def _resident(smem_bytes: int, threads: int, registers: int, device: Device) -> 
 SM90_ROWS = 64
 """Query rows of a consumer warpgroup of ``forward/sm90.cuh``: those of one wgmma."""
 
-_SM90_REGISTERS = {2: (24, 240), 3: (32, 160)}
-"""Consumers -> registers of a producer and of a consumer thread: all 65536 of a multiprocessor, but for the remainder
-that ``setmaxnreg`` cannot give, which counts in eights."""
+_SM90_REGISTERS = {2: (24, 240), 3: (32, 160), 4: (24, 112)}
+"""Consumers -> registers of a producer and of a consumer thread: what a launch gives a block, and ``setmaxnreg``, which
+counts in eights, may share out."""
 
 _LEAST_HEADS = 32
 _L2_BYTES = 32 << 20
@@ -66,7 +66,7 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
     plain = not (others or problem.bias)
     bias_tiles = problem.copies_bias and not problem.bias_broadcast[2]
     full = problem.mask.kind == "none"
-    same = problem.num_splits == 1  # a row's keys are then cut alike, whatever else is in the call
+    tile_kv = 64
     if not plain:
         # H200, d 128, causal, 1k to 8k: taking turns gives two consumers 5 to 8 %, although none then skips tiles.
         consumers, tile_kv, ping_pong = 2, 128 if dim <= 64 else 96 if dim <= 128 else 64, True
@@ -74,20 +74,17 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
         if tile_kv == 96 and bias_tiles and problem.bias.itemsize == 2 and not others:
             tile_kv, reason = 128, "two consumers, 128 keys: of a bias, which comes by 64 columns, 96 cost as much"
     elif dim > 128:
-        consumers, tile_kv, ping_pong = 2, 80, full and dim > 192
-        reason = "two consumers: out takes up to 128 registers, S 40"
-    elif full and dim > 64 and problem.len_q <= 1024 and not same:
-        consumers, tile_kv, ping_pong = 2, 128, True
-        reason = "128 query rows: fewer of a short sequence's last tile are in vain"
-    elif dim > 96:
-        consumers, tile_kv, ping_pong = 3, 80, False
-        reason = "three consumers read k and v once for 192 rows; with 96 keys S, P and out overflow 160 registers"
-    else:
-        consumers, tile_kv, ping_pong = 3, 128 if dim <= 64 else 112 if full and not same else 96, full
+        consumers, ping_pong = 2, full and dim > 192
+        reason = "two consumers: out takes up to 128 registers, S 32"
+    elif dim > 64:
+        consumers, ping_pong = 3, full and dim <= 96
         reason = "three consumers read k and v once for 192 rows"
+    else:
+        consumers, ping_pong = 4, full
+        reason = "four consumers read k and v once for 256 rows; S, P and out fit in 112 registers"
     # H200, 8k, d 128: a third stage gives 3 %. A second q hides the end of a work behind the next one. Half the
     # keys are for a bias in fp32 beside large heads.
-    choices = ((tile_kv, 3, 2), (tile_kv, 2, 2), (tile_kv, 2, 1), (tile_kv // 2, 2, 1))
+    choices = ((tile_kv, 4, 2), (tile_kv, 3, 2), (tile_kv, 2, 2), (tile_kv, 2, 1), (tile_kv // 2, 2, 1))
     for tile_kv, stages, row_buffers in choices:
         smem = _sm90_smem(problem, consumers, tile_kv, stages, row_buffers)
         if smem <= device.smem_per_block:
