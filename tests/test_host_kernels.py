@@ -49,6 +49,8 @@ class Case:
     """The axes of the slopes, ``h`` or ``bh``."""
     dropout_p: float = 0.0
     unbiased: bool = False
+    key_ramp: float = 1.0
+    """How many times as large the first key is as the last: largest scores grow as tiles are visited."""
     shared: bool = False
     """The last sequence begins with the pages of the first."""
     empty_lse: float = -np.inf
@@ -291,6 +293,13 @@ HOPPER = {
         "fp16", (2, 1), (40, 70, 3), (150, 290, 30), (64, 72), seqused_q=(33, 70, 0), seqused_kv=(20, 0, 30),
         bias_axes="bk", bias=FP32, bias_boxes=True, mask=CAUSAL,
     ),
+    "sm90-ramp": dense("bf16", (1, 1), (140, 500), (128, 128), key_ramp=16),
+    "sm90-ramp-steep": dense("bf16", (2, 1), (140, 500), (64, 64), key_ramp=200, mask=Mask(left=300, right=0)),
+    "sm90-ramp-steepest": dense("bf16", (1, 1), (140, 500), (128, 128), key_ramp=5000),
+    "sm90-ramp-alibi": dense("bf16", (1, 1), (90, 400), (64, 64), key_ramp=2000, alibi_axes="h"),
+    "sm90-ramp-d256": dense("bf16", (1, 1), (70, 300), (256, 256), key_ramp=2000),
+    "sm90-ramp-fp16": dense("fp16", (1, 1), (140, 500), (64, 64), key_ramp=50),
+    "sm90-ramp-fp16-steepest": dense("fp16", (1, 1), (140, 500), (128, 128), key_ramp=200, softmax_scale=0.5),
     "sm90-sink": dense("fp16", (4, 2), (90, 140), (64, 64), batch=2, sink=True, mask=CAUSAL),
     "sm90-sink-no-keys": dense("fp16", (2, 1), (40, 0), (64, 64), sink=True),
     "sm90-dropout": dense("bf16", (2, 1), (150, 270), (64, 64), batch=2, dropout="byte"),
@@ -560,6 +569,9 @@ def test_forward(case: Case, seed: int = 0) -> None:
     tensors = Tensors(case)
     for name in ("q", "k", "v"):
         tensors.random(name)
+    if case.key_ramp != 1:
+        k = tensors.arrays["k"]
+        k *= np.linspace(case.key_ramp, 1, k.shape[-3])[:, None, None].astype(k.dtype)
     out, lse = tensors.place("out"), tensors.place("lse")
     exact, naive = exact_and_naive(tensors)
     if case.problem.dropout:

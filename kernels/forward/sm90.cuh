@@ -80,11 +80,13 @@ struct ForwardSm90 {
   using Output = Fragment<16, kDimV>;
   using RowStates = RowState<float>[2];
 
-  // References lie 2^kHeadroom above the scores they were taken from, and probabilities may grow to 2^kSlack before they
-  // are taken anew: far inside the element's range, so that no product overflows float.
+  // A row's reference lies 2^kHeadroom above the largest score that it was taken from, 2^kMoreHeadroom for rows that have
+  // outgrown one, and is taken anew when probabilities pass 2^kSlack: far inside the element's range, so that no product
+  // overflows float or is lost in it.
   static constexpr bool kWide = IsSame<Element, bf16>::value;
-  static constexpr float kHeadroom = kWide ? 32.f : 0.f, kSlack = kWide ? 0.f : 8.f, kMost = kWide ? 1.f : 256.f;
-  static constexpr bool kLazy = IsSame<Bias, NoBias>::value;
+  static constexpr float kHeadroom = kWide ? 32.f : 0.f, kMoreHeadroom = kWide ? 64.f : 0.f;
+  static constexpr int kSlack = kWide ? 32 : 8;
+  static constexpr float kMost = static_cast<float>(uint64(1) << kSlack);
 
   CF_DEVICE static int num_works(const Attention& a) {
     return num_tiles(a.len_q, kTileQ) * a.heads_q * a.batch;
@@ -145,24 +147,27 @@ struct ForwardSm90 {
     });
   }
 
-  // Takes the tile's largest scores as the rows' references where they outgrow those so far; `rescale` is what the output
-  // so far must shrink by, if the answer is true.
-  CF_DEVICE static bool raise(Scores& s, RowStates& rows, float log2_unit, float (&rescale)[2]) {
+  // Takes the tile's largest scores as references, some way above them, if any row outgrew the one so far; `rescale` is
+  // what the output so far must shrink by, if the answer is true.
+  CF_DEVICE static bool raise(Scores& s, RowStates& rows, float log2_unit, float headroom, float (&rescale)[2]) {
     float tile_max[2] = {-infinity<float>(), -infinity<float>()};
 #pragma unroll
     for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) tile_max[r] = max_of(tile_max[r], max_of(s.at(r, n, 0), s.at(r, n, 1)));
     }
-    bool grew = false;
+    bool outgrown = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       tile_max[r] = row_max(tile_max[r]);
-      const bool outgrown = rows[r].outgrown(tile_max[r], log2_unit, kSlack);
-      rescale[r] = outgrown ? rows[r].update(tile_max[r] + kHeadroom / log2_unit, log2_unit) : 1.f;
-      grew = grew || outgrown;
+      outgrown = outgrown || rows[r].outgrown(tile_max[r], log2_unit, kSlack);
     }
-    return ptx::any(grew);
+    const bool grew = ptx::any(outgrown);
+    if (grew) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) rescale[r] = rows[r].update(tile_max[r] + headroom / log2_unit, log2_unit);
+    }
+    return grew;
   }
 
   // Logits to probabilities relative to the references, and their sums over this lane's columns.
@@ -183,18 +188,20 @@ struct ForwardSm90 {
     }
   }
 
-  // Probabilities that outgrew their reference, which becomes the logarithm of their sum.
+  // The same for probabilities that are larger than wanted but finite, whose sums in a whole row are `total`. Two small
+  // steps, as one factor could be smaller than any float.
   CF_DEVICE static void settle(Scores& s, RowStates& rows, float log2_unit, const float (&total)[2], float (&sum)[2],
                                float (&rescale)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      rescale[r] = total[r] < kMost ? 1.f
-                                    : rows[r].update(rows[r].m + (log(total[r]) * static_cast<float>(kLog2E) + kHeadroom) / log2_unit, log2_unit);
-      sum[r] *= rescale[r];
+      const float before = rows[r].m, log2_total = log(total[r]) * static_cast<float>(kLog2E);
+      rescale[r] = rows[r].update(before + (log2_total + kMoreHeadroom) / log2_unit, log2_unit);
+      const float half = exp2((before - rows[r].m) * 0.5f * log2_unit);
+      sum[r] = sum[r] * half * half;
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) s.at(r, n, i) *= rescale[r];
+        for (int i = 0; i < 2; ++i) s.at(r, n, i) = s.at(r, n, i) * half * half;
       }
     }
   }
@@ -259,15 +266,15 @@ struct ForwardSm90 {
       float rescale[2];
       Rows& mine = smem.rows[consumer][rows_at.stage];
 
-      const auto apply_score = [&](int tile) {
+      const auto apply_score = [&](int tile, const Cursor& at) {
         s.for_each(lane, [&](float& x, int row, int col) {
           x = score.apply(x, q_first + first_row + row, tile * kTileKv + col);
         });
+        smem.bias.add(s, first_row, lane, at);
       };
       // Logits of a tile whose product has come in, to probabilities.
       const auto softmax = [&](int tile, const Cursor& at, bool masked) {
-        apply_score(tile);
-        smem.bias.add(s, first_row, lane, at);
+        apply_score(tile, at);
         if (masked) {
           s.for_each(lane, [&](float& x, int row, int col) {
             if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
@@ -275,8 +282,8 @@ struct ForwardSm90 {
         }
         float sum[2];
         bool grew;
-        if (masked || !kLazy) {
-          grew = raise(s, rows, log2_unit, rescale);
+        if (masked) {
+          grew = raise(s, rows, log2_unit, kHeadroom, rescale);
           weigh(s, rows, log2_unit, sum);
         } else {
           weigh(s, rows, log2_unit, sum);
@@ -286,8 +293,8 @@ struct ForwardSm90 {
             if (ptx::any(!(total[0] < infinity<float>()) || !(total[1] < infinity<float>()))) {
               s.clear();
               gemm_abt_warp<Element>(s, mine.q, warp_row, smem.k[at.stage]);
-              apply_score(tile);
-              raise(s, rows, log2_unit, rescale);
+              apply_score(tile, at);
+              raise(s, rows, log2_unit, kMoreHeadroom, rescale);
               weigh(s, rows, log2_unit, sum);
             } else {
               settle(s, rows, log2_unit, total, sum, rescale);
@@ -296,6 +303,10 @@ struct ForwardSm90 {
         }
         rows[0].l += sum[0];
         rows[1].l += sum[1];
+        if (lane == 0) {  // no lane still reads: all have voted on what they read
+          smem.k_ring.release(at);
+          smem.bias.release(at);
+        }
         for_each_dropped(dropout, s, q_first + first_row, tile * kTileKv,
                          [&](int m, int n, int i) { s.x[m][n][i] = 0.f; });
         return grew;
@@ -324,7 +335,6 @@ struct ForwardSm90 {
         };
         if (Config::kPingPong) finish();  // the softmax runs under the products of others
         const bool grew = softmax(tile, next, masked);
-        if (lane == 0) smem.k_ring.release(next);
         if (!Config::kPingPong) finish();
         at = next;
         pack_operand<Element>(weights, s);
@@ -370,7 +380,6 @@ struct ForwardSm90 {
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(s.x[0]);
-        if (lane == 0) smem.k_ring.release(at);
         softmax(tile, at, true);
         pack_operand<Element>(weights, s);
       } else {

@@ -6,7 +6,6 @@
 
 #include "attention/sequence.cuh"
 #include "ptx/ldmatrix.cuh"
-#include "ptx/sync.cuh"
 #include "ptx/tma.cuh"
 #include "tile/fragment.cuh"
 #include "tile/ring.cuh"
@@ -23,6 +22,7 @@ struct NoBias {
     template <class Sequence>
     CF_DEVICE void load(const TensorMap&, const Attention&, const Sequence&, int, int, int, const Cursor&) {}
     CF_DEVICE void add(Fragment<16, kTileKv>&, int, int, const Cursor&) {}
+    CF_DEVICE void release(const Cursor&) {}
   };
 };
 
@@ -85,13 +85,14 @@ struct LoadedBias {
       }
     }
 
-    // Adds to the natural logits of a warp, whose rows begin with the tile's row `row`, and gives the tile back.
+    // Adds to the natural logits of a warp, whose rows begin with the tile's row `row`.
     CF_DEVICE void add(Fragment<16, kTileKv>& s, int row, int lane, const Cursor& at) {
       ring.wait(at);
       add_tile<kOneRow>(s, tiles[at.stage], kOneRow ? 0 : row, lane);
-      ptx::sync_warp();
-      if (lane == 0) ring.release(at);
     }
+
+    // Gives the tile back, one lane of each warp.
+    CF_DEVICE void release(const Cursor& at) { ring.release(at); }
   };
 };
 
