@@ -6,6 +6,7 @@
 
 #include "element.cuh"
 #include "params.cuh"
+#include "ptx/keep.cuh"
 
 namespace cuflash {
 
@@ -18,7 +19,7 @@ struct ScaledScore {
 
   template <class Sequence>
   CF_DEVICE ScaledScore(const Attention& a, const Sequence&, int /*head*/)
-      : softmax_scale(static_cast<Real>(a.softmax_scale)) {}
+      : softmax_scale(ptx::keep(static_cast<Real>(a.softmax_scale))) {}
   CF_DEVICE Real unit() const { return softmax_scale; }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return s; }
   CF_DEVICE Real slope(Real /*s*/) const { return Real(1); }
@@ -32,7 +33,7 @@ struct SignedScore {
 
   template <class Sequence>
   CF_DEVICE SignedScore(const Attention& a, const Sequence&, int /*head*/)
-      : softmax_scale(static_cast<Real>(a.softmax_scale)) {}
+      : softmax_scale(ptx::keep(static_cast<Real>(a.softmax_scale))) {}
   CF_DEVICE Real unit() const { return Real(1); }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return softmax_scale * s; }
   CF_DEVICE Real slope(Real /*s*/) const { return Real(1); }
@@ -48,8 +49,8 @@ struct SoftCapScore {
 
   template <class Sequence>
   CF_DEVICE SoftCapScore(const Attention& a, const Sequence&, int /*head*/)
-      : softmax_scale(static_cast<Real>(a.softmax_scale)), softcap(static_cast<Real>(a.softcap)),
-        exponent(static_cast<Real>(2 * kLog2E * a.softmax_scale / a.softcap)) {}
+      : softmax_scale(ptx::keep(static_cast<Real>(a.softmax_scale))), softcap(ptx::keep(static_cast<Real>(a.softcap))),
+        exponent(ptx::keep(static_cast<Real>(2 * kLog2E * a.softmax_scale / a.softcap))) {}
   CF_DEVICE Real unit() const { return softcap; }
   // tanh(y) = 1 - 2 / (exp(2y) + 1): exact at both ends, and far closer than the hardware's tanh.approx.
   CF_DEVICE Real tanh(Real s) const { return fma(Real(-2), reciprocal(exp2(s * exponent) + Real(1)), Real(1)); }

@@ -1,0 +1,15 @@
+// What the compiler may not compute anew.
+#pragma once
+
+#include "std.cuh"
+
+namespace cuflash::ptx {
+
+// A number for a register. The compiler would rather convert a parameter from double anew in every round of a loop.
+CF_DEVICE float keep(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+CF_DEVICE double keep(double x) { return x; }
+
+}  // namespace cuflash::ptx

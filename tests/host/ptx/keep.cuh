@@ -1,0 +1,9 @@
+// The host twin of kernels/ptx/keep.cuh.
+#pragma once
+
+namespace cuflash::ptx {
+
+inline float keep(float x) { return x; }
+inline double keep(double x) { return x; }
+
+}  // namespace cuflash::ptx
