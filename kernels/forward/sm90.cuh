@@ -86,7 +86,7 @@ struct ForwardSm90 {
   static constexpr bool kWide = IsSame<Element, bf16>::value;
   static constexpr float kHeadroom = kWide ? 32.f : 0.f, kMoreHeadroom = kWide ? 64.f : 0.f;
   static constexpr int kSlack = kWide ? 32 : 8;
-  static constexpr float kMost = static_cast<float>(uint64(1) << kSlack);
+  static constexpr float kMost = static_cast<float>(uint64(1) << (kSlack + 6));  // of a lane's 32 to 64
 
   CF_DEVICE static int num_works(const Attention& a) {
     return num_tiles(a.len_q, kTileQ) * a.heads_q * a.batch;
@@ -156,16 +156,13 @@ struct ForwardSm90 {
 #pragma unroll
       for (int r = 0; r < 2; ++r) tile_max[r] = max_of(tile_max[r], max_of(s.at(r, n, 0), s.at(r, n, 1)));
     }
-    bool outgrown = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      tile_max[r] = row_max(tile_max[r]);
-      outgrown = outgrown || rows[r].outgrown(tile_max[r], log2_unit, kSlack);
-    }
-    const bool grew = ptx::any(outgrown);
+    const bool grew = ptx::any(rows[0].outgrown(tile_max[0], log2_unit, kSlack) ||
+                               rows[1].outgrown(tile_max[1], log2_unit, kSlack));
     if (grew) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) rescale[r] = rows[r].update(tile_max[r] + headroom / log2_unit, log2_unit);
+      for (int r = 0; r < 2; ++r) {
+        rescale[r] = rows[r].update(row_max(tile_max[r]) + headroom / log2_unit, log2_unit);
+      }
     }
     return grew;
   }
@@ -264,6 +261,7 @@ struct ForwardSm90 {
       rows[0].init();
       rows[1].init();
       float rescale[2];
+      bool grown_before = false, wary = false;
       Rows& mine = smem.rows[consumer][rows_at.stage];
 
       const auto apply_score = [&](int tile, const Cursor& at) {
@@ -280,25 +278,22 @@ struct ForwardSm90 {
             if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
           });
         }
+        bool grew = (masked || wary) && raise(s, rows, log2_unit, wary ? kMoreHeadroom : kHeadroom, rescale);
         float sum[2];
-        bool grew;
-        if (masked) {
-          grew = raise(s, rows, log2_unit, kHeadroom, rescale);
-          weigh(s, rows, log2_unit, sum);
-        } else {
-          weigh(s, rows, log2_unit, sum);
-          grew = ptx::any(!(sum[0] < kMost) || !(sum[1] < kMost));
-          if (grew) {
-            const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
-            if (ptx::any(!(total[0] < infinity<float>()) || !(total[1] < infinity<float>()))) {
-              s.clear();
-              gemm_abt_warp<Element>(s, mine.q, warp_row, smem.k[at.stage]);
-              apply_score(tile, at);
-              raise(s, rows, log2_unit, kMoreHeadroom, rescale);
-              weigh(s, rows, log2_unit, sum);
-            } else {
-              settle(s, rows, log2_unit, total, sum, rescale);
-            }
+        weigh(s, rows, log2_unit, sum);
+        if (!masked && ptx::any(!(sum[0] < kMost) || !(sum[1] < kMost))) {
+          wary = grown_before;
+          grown_before = grew = true;
+          const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
+          if (ptx::any(!(total[0] < infinity<float>()) || !(total[1] < infinity<float>()))) {
+            wary = true;
+            s.clear();
+            gemm_abt_warp<Element>(s, mine.q, warp_row, smem.k[at.stage]);
+            apply_score(tile, at);
+            raise(s, rows, log2_unit, kMoreHeadroom, rescale);
+            weigh(s, rows, log2_unit, sum);
+          } else {
+            settle(s, rows, log2_unit, total, sum, rescale);
           }
         }
         rows[0].l += sum[0];
