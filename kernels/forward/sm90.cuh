@@ -72,6 +72,9 @@ struct ForwardSm90 {
     typename Bias::template Buffers<kTileQ, kTileKv, kStages> bias;
   };
 
+  // Whether all tiles but the first visited are visible whole.
+  static constexpr bool kOneMasked = Mask::kFullFromStart && Mask::kFullToEnd;
+
   // Named barriers, one for each consumer from these numbers on.
   static constexpr int kTurnToIssue = 1, kMyWarps = 1 + kConsumers;
 
@@ -271,17 +274,20 @@ struct ForwardSm90 {
         smem.bias.add(s, first_row, lane, at);
       };
       // Logits of a tile whose product has come in, to probabilities.
-      const auto softmax = [&](int tile, const Cursor& at, bool masked) {
+      const auto softmax = [&](int tile, const Cursor& at, bool masked, bool first) {
         apply_score(tile, at);
-        if (masked) {
-          s.for_each(lane, [&](float& x, int row, int col) {
-            if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
-          });
+        bool grew = false;
+        if (masked || wary) {
+          if (masked) {
+            s.for_each(lane, [&](float& x, int row, int col) {
+              if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
+            });
+          }
+          grew = raise(s, rows, log2_unit, wary ? kMoreHeadroom : kHeadroom, rescale);
         }
-        bool grew = (masked || wary) && raise(s, rows, log2_unit, wary ? kMoreHeadroom : kHeadroom, rescale);
         float sum[2];
         weigh(s, rows, log2_unit, sum);
-        if (!masked && ptx::any(!(sum[0] < kMost) || !(sum[1] < kMost))) {
+        if (!first && ptx::any(!(sum[0] < kMost) || !(sum[1] < kMost))) {  // never after raise
           wary = grown_before;
           grown_before = grew = true;
           const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
@@ -329,7 +335,7 @@ struct ForwardSm90 {
           if (leader) smem.v_ring.release(at);
         };
         if (Config::kPingPong) finish();  // the softmax runs under the products of others
-        const bool grew = softmax(tile, next, masked);
+        const bool grew = softmax(tile, next, masked, false);
         if (!Config::kPingPong) finish();
         at = next;
         pack_operand<Element>(weights, s);
@@ -375,20 +381,13 @@ struct ForwardSm90 {
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(s.x[0]);
-        softmax(tile, at, true);
+        softmax(tile, at, true, true);
         pack_operand<Element>(weights, s);
       } else {
         meet();
       }
       release_rows_before();
-      --tile;
-      if constexpr (!Mask::kFullToEnd) {
-        for (; tile >= tiles.full_end; --tile) step(tile, true);
-      }
-      for (; tile >= (Mask::kFullFromStart ? 0 : tiles.full_begin); --tile) step(tile, false);
-      if constexpr (!Mask::kFullFromStart) {
-        for (; tile >= tiles.begin; --tile) step(tile, true);
-      }
+      for (--tile; tile >= tiles.begin; --tile) step(tile, !kOneMasked && !tiles.is_full(tile));
       if (some) {
         smem.v_ring.wait(at);
         ptx::wgmma_fence();
