@@ -113,7 +113,8 @@ _DROPOUTS = {None: "NoDropout", "byte": "ByteDropout", "word": "WordDropout"}
 
 def _score(problem: Problem, real: str) -> str:
     """The score policy: a scale or a soft cap, plus a term for each additive bias."""
-    base = "SoftCapScore" if problem.softcap else "ScaledScore" if problem.softmax_scale > 0 else "SignedScore"
+    # A scale below 1e-30 leaves nothing of a score anyway, and its inverse may be no float.
+    base = "SoftCapScore" if problem.softcap else "ScaledScore" if problem.softmax_scale > 1e-30 else "SignedScore"
     score = f"{base}<{real}>"
     for term in (["Alibi"] if problem.alibi else []) + ([f"Bias<{problem.bias.cuda}>"] if problem.bias else []):
         score = f"Plus<{score}, {term}>"

@@ -62,27 +62,22 @@ _L2_BYTES = 32 << 20
 def forward_sm90(problem: Problem, device: Device) -> Tile:
     """The tile of ``forward/sm90.cuh``: consumers of 64 query rows each, and a producer some kv tiles ahead."""
     dim = round_up(max(problem.dim_qk, problem.dim_v), 16)
-    others = problem.softcap or problem.alibi or problem.mask.tensor or problem.dropout
-    plain = not (others or problem.bias)
-    bias_tiles = problem.copies_bias and not problem.bias_broadcast[2]
     full = problem.mask.kind == "none"
-    tile_kv = 64
-    if not plain:
-        # H200, d 128, causal, 1k to 8k: taking turns gives two consumers 5 to 8 %, although none then skips tiles.
-        consumers, tile_kv, ping_pong = 2, 128 if dim <= 64 else 96 if dim <= 128 else 64, True
-        reason = "two consumers: what else makes a score needs more registers than the 160 that three have"
-        if tile_kv == 96 and bias_tiles and problem.bias.itemsize == 2 and not others:
-            tile_kv, reason = 128, "two consumers, 128 keys: of a bias, which comes by 64 columns, 96 cost as much"
-    elif dim > 128:
-        consumers, ping_pong = 2, full and dim > 192
-        reason = "two consumers: out takes up to 128 registers, S 32"
+    crowded = problem.dropout or problem.mask.tensor or (problem.bias is not None and not problem.copies_bias)
+    scored = crowded or problem.softcap or problem.alibi or problem.bias is not None
+    if dim > 128:
+        consumers, tile_kv, reason = 2, 64, "two consumers: out takes up to 128 registers, S 32"
+    elif crowded or (dim > 64 and scored and not problem.softcap):
+        consumers, tile_kv = 2, 128
+        reason = "two consumers: what else makes a score needs more registers than more consumers have"
     elif dim > 64:
-        consumers, ping_pong = 3, full and dim <= 96
-        reason = "three consumers read k and v once for 192 rows"
+        consumers, tile_kv, reason = 3, 64, "three consumers read k and v once for 192 rows"
     else:
-        consumers, ping_pong = 4, full
+        consumers, tile_kv = 4, 64
         reason = "four consumers read k and v once for 256 rows; S, P and out fit in 112 registers"
-    # H200, 8k, d 128: a third stage gives 3 %. A second q hides the end of a work behind the next one. Half the
+    # With turns, softmaxes run under the products of others; without, no consumer visits what only others' rows see.
+    ping_pong = bool(scored) or (full and not 96 < dim <= 128)
+    # H200, d 128: a second q, which hides the end of a work behind the next one, gives 1 % at 8k and 7 % at 1k. Half the
     # keys are for a bias in fp32 beside large heads.
     choices = ((tile_kv, 4, 2), (tile_kv, 3, 2), (tile_kv, 2, 2), (tile_kv, 2, 1), (tile_kv // 2, 2, 1))
     for tile_kv, stages, row_buffers in choices:

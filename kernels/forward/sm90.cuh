@@ -24,7 +24,6 @@
 #pragma once
 
 #include "attention/schedule.cuh"
-#include "attention/softmax.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/bias.cuh"
 #include "tile/copy.cuh"
@@ -32,6 +31,7 @@
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm90.cuh"
 #include "tile/ring.cuh"
+#include "tile/softmax.cuh"
 
 namespace cuflash {
 
@@ -72,24 +72,12 @@ struct ForwardSm90 {
     typename Bias::template Buffers<kTileQ, kTileKv, kStages> bias;
   };
 
-  // Whether all tiles but the first visited are visible whole.
-  static constexpr bool kOneMasked = Mask::kFullFromStart && Mask::kFullToEnd;
-
   // Named barriers, one for each consumer from these numbers on.
   static constexpr int kTurnToIssue = 1, kMyWarps = 1 + kConsumers;
 
   using Scores = Fragment<16, kTileKv>;
   using Weights = Operand<16, kTileKv>;
   using Output = Fragment<16, kDimV>;
-  using RowStates = RowState<float>[2];
-
-  // A row's reference lies 2^kHeadroom above the largest score that it was taken from, 2^kMoreHeadroom for rows that have
-  // outgrown one, and is taken anew when probabilities pass 2^kSlack: far inside the element's range, so that no product
-  // overflows float or is lost in it.
-  static constexpr bool kWide = IsSame<Element, bf16>::value;
-  static constexpr float kHeadroom = kWide ? 32.f : 0.f, kMoreHeadroom = kWide ? 64.f : 0.f;
-  static constexpr int kSlack = kWide ? 32 : 8;
-  static constexpr float kMost = static_cast<float>(uint64(1) << (kSlack + 6));  // of a lane's 32 to 64
 
   CF_DEVICE static int num_works(const Attention& a) {
     return num_tiles(a.len_q, kTileQ) * a.heads_q * a.batch;
@@ -150,62 +138,6 @@ struct ForwardSm90 {
     });
   }
 
-  // Takes the tile's largest scores as references, some way above them, if any row outgrew the one so far; `rescale` is
-  // what the output so far must shrink by, if the answer is true.
-  CF_DEVICE static bool raise(Scores& s, RowStates& rows, float log2_unit, float headroom, float (&rescale)[2]) {
-    float tile_max[2] = {-infinity<float>(), -infinity<float>()};
-#pragma unroll
-    for (int n = 0; n < Scores::kN; ++n) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) tile_max[r] = max_of(tile_max[r], max_of(s.at(r, n, 0), s.at(r, n, 1)));
-    }
-    const bool grew = ptx::any(rows[0].outgrown(tile_max[0], log2_unit, kSlack) ||
-                               rows[1].outgrown(tile_max[1], log2_unit, kSlack));
-    if (grew) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        rescale[r] = rows[r].update(row_max(tile_max[r]) + headroom / log2_unit, log2_unit);
-      }
-    }
-    return grew;
-  }
-
-  // Logits to probabilities relative to the references, and their sums over this lane's columns.
-  CF_DEVICE static void weigh(Scores& s, const RowStates& rows, float log2_unit, float (&sum)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float shift = rows[r].shift(log2_unit);
-      sum[r] = 0.f;
-#pragma unroll
-      for (int n = 0; n < Scores::kN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& p = s.at(r, n, i);
-          p = exp2(p * log2_unit - shift);
-          sum[r] += p;
-        }
-      }
-    }
-  }
-
-  // The same for probabilities that are larger than wanted but finite, whose sums in a whole row are `total`. Two small
-  // steps, as one factor could be smaller than any float.
-  CF_DEVICE static void settle(Scores& s, RowStates& rows, float log2_unit, const float (&total)[2], float (&sum)[2],
-                               float (&rescale)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float before = rows[r].m, log2_total = log(total[r]) * static_cast<float>(kLog2E);
-      rescale[r] = rows[r].update(before + (log2_total + kMoreHeadroom) / log2_unit, log2_unit);
-      const float half = exp2((before - rows[r].m) * 0.5f * log2_unit);
-      sum[r] = sum[r] * half * half;
-#pragma unroll
-      for (int n = 0; n < Scores::kN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) s.at(r, n, i) = s.at(r, n, i) * half * half;
-      }
-    }
-  }
-
   CF_DEVICE static void rescale_output(Output& out, const float (&factor)[2]) {
 #pragma unroll
     for (int n = 0; n < Output::kN; ++n) {
@@ -252,7 +184,6 @@ struct ForwardSm90 {
       const Mask mask(a, sequence, work.head);
       const Score score(a, sequence, work.head);
       const Dropout dropout(a, sequence, work.head);
-      const float log2_unit = score.unit() * static_cast<float>(kLog2E);
       const Tiles loaded = mask.kv_tiles(q_first, kTileQ, kTileKv);
       const Tiles tiles = Config::kPingPong ? loaded : own_tiles(mask, q_first + consumer * kRows, sequence, loaded);
 
@@ -260,11 +191,7 @@ struct ForwardSm90 {
       Weights weights;
       Output out;
       out.clear();
-      RowStates rows;
-      rows[0].init();
-      rows[1].init();
-      float rescale[2];
-      bool grown_before = false, wary = false;
+      WarpSoftmax<Element> softmax(score.unit());
       Rows& mine = smem.rows[consumer][rows_at.stage];
 
       const auto apply_score = [&](int tile, const Cursor& at) {
@@ -273,37 +200,22 @@ struct ForwardSm90 {
         });
         smem.bias.add(s, first_row, lane, at);
       };
-      // Logits of a tile whose product has come in, to probabilities.
-      const auto softmax = [&](int tile, const Cursor& at, bool masked, bool first) {
+      // A tile's products, which have come in, to probabilities. True if the output so far must be rescaled.
+      const auto to_probabilities = [&](int tile, const Cursor& at, bool masked) {
         apply_score(tile, at);
-        bool grew = false;
-        if (masked || wary) {
-          if (masked) {
-            s.for_each(lane, [&](float& x, int row, int col) {
-              if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
-            });
-          }
-          grew = raise(s, rows, log2_unit, wary ? kMoreHeadroom : kHeadroom, rescale);
-        }
-        float sum[2];
-        weigh(s, rows, log2_unit, sum);
-        if (!first && ptx::any(!(sum[0] < kMost) || !(sum[1] < kMost))) {  // never after raise
-          wary = grown_before;
-          grown_before = grew = true;
-          const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
-          if (ptx::any(!(total[0] < infinity<float>()) || !(total[1] < infinity<float>()))) {
-            wary = true;
+        bool grew;
+        if (masked) {
+          s.for_each(lane, [&](float& x, int row, int col) {
+            if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
+          });
+          grew = softmax.look_first(s);
+        } else {
+          grew = softmax.look_after(s, [&] {
             s.clear();
             gemm_abt_warp<Element>(s, mine.q, warp_row, smem.k[at.stage]);
             apply_score(tile, at);
-            raise(s, rows, log2_unit, kMoreHeadroom, rescale);
-            weigh(s, rows, log2_unit, sum);
-          } else {
-            settle(s, rows, log2_unit, total, sum, rescale);
-          }
+          });
         }
-        rows[0].l += sum[0];
-        rows[1].l += sum[1];
         if (lane == 0) {  // no lane still reads: all have voted on what they read
           smem.k_ring.release(at);
           smem.bias.release(at);
@@ -335,11 +247,11 @@ struct ForwardSm90 {
           if (leader) smem.v_ring.release(at);
         };
         if (Config::kPingPong) finish();  // the softmax runs under the products of others
-        const bool grew = softmax(tile, next, masked, false);
+        const bool grew = to_probabilities(tile, next, masked);
         if (!Config::kPingPong) finish();
         at = next;
         pack_operand<Element>(weights, s);
-        if (grew) rescale_output(out, rescale);
+        if (grew) rescale_output(out, softmax.rescale);
       };
       const auto meet = [&] { ptx::sync_named(kMyWarps + consumer, ptx::kWarpgroupThreads); };
       // Tiles that only other consumers need. Products keep a consumer's warps together; here they must meet, or one
@@ -381,13 +293,20 @@ struct ForwardSm90 {
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(s.x[0]);
-        softmax(tile, at, true, true);
+        to_probabilities(tile, at, true);
         pack_operand<Element>(weights, s);
       } else {
         meet();
       }
       release_rows_before();
-      for (--tile; tile >= tiles.begin; --tile) step(tile, !kOneMasked && !tiles.is_full(tile));
+      --tile;
+      if constexpr (!Mask::kFullToEnd) {
+        for (; tile >= tiles.full_end; --tile) step(tile, true);
+      }
+      for (; tile >= (Mask::kFullFromStart ? 0 : tiles.full_begin); --tile) step(tile, false);
+      if constexpr (!Mask::kFullFromStart) {
+        for (; tile >= tiles.begin; --tile) step(tile, true);
+      }
       if (some) {
         smem.v_ring.wait(at);
         ptx::wgmma_fence();
@@ -401,15 +320,17 @@ struct ForwardSm90 {
       if constexpr (!Mask::kFullFromStart) skip(tiles.begin - loaded.begin);
 
       float* lse = static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + work.head * p.lse_stride.head;
+      float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rows[r].l = row_sum(rows[r].l);
-        const float shrink = Config::Sink::close(rows[r], a, work.head, score.unit());
-        rescale[r] = shrink * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a));
+        RowState<float>& state = softmax.rows[r];
+        state.l = row_sum(state.l);
+        const float shrink = Config::Sink::close(state, a, work.head, score.unit());
+        factor[r] = shrink * state.inverse_sum() * static_cast<float>(Dropout::scale(a));
         const int row = q_first + first_row + r * 8 + lane / 4;
-        if (lane % 4 == 0 && row < sequence.len_q) lse[row] = rows[r].lse(score.unit());
+        if (lane % 4 == 0 && row < sequence.len_q) lse[row] = state.lse(score.unit());
       }
-      rescale_output(out, rescale);
+      rescale_output(out, factor);
 
       store_fragment<Element>(mine.out, warp_row, lane, out);
       ptx::fence_proxy_async();
