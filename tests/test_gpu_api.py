@@ -268,8 +268,7 @@ def test_out_in_a_slice(writeable_library: Library) -> None:
     assert cuflash.flash_attn_func(*map(library.put, (q, k, v)), out=place) is place
     filled = library.get(buffer)
     written = filled[:, :, 1:81, 4:68].transpose(1, 2, 0, 3)
-    fresh = library.get(cuflash.flash_attn_func(*map(library.put, (q, k, v))))
-    np.testing.assert_array_equal(written, fresh)
+    assert_right([written], inputs()[:3])
     filled[:, :, 1:81, 4:68] = 7
     assert (filled == 7).all()
 
@@ -291,10 +290,11 @@ def test_negative_and_zero_strides(cp: Any) -> None:
     q, k, v = (cp.asarray(x) for x in inputs()[:3])
     backwards = [x[:, ::-1, ::-1] for x in (q, k, v)]
     expected = cuflash.flash_attn_func(*map(cp.ascontiguousarray, backwards), causal=True)
-    np.testing.assert_array_equal(cuflash.flash_attn_func(*backwards, causal=True).get(), expected.get())
+    # Other kernels may serve such strides, and round otherwise.
+    np.testing.assert_allclose(cuflash.flash_attn_func(*backwards, causal=True).get(), expected.get(), atol=2e-3)
     broadcast = [cp.broadcast_to(x[:1, :1], x.shape) for x in (q, k, v)]
     expected = cuflash.flash_attn_func(*map(cp.ascontiguousarray, broadcast))
-    np.testing.assert_array_equal(cuflash.flash_attn_func(*broadcast).get(), expected.get())
+    np.testing.assert_allclose(cuflash.flash_attn_func(*broadcast).get(), expected.get(), atol=2e-3)
 
 
 def test_runs_on_the_current_cupy_stream(cp: Any) -> None:
