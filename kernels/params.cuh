@@ -89,7 +89,7 @@ struct FwdParams {
   int num_splits;             // blocks that share the keys of one query tile; 1: the two above are null
   Pages pages;
   int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
-  int* tickets;               // [1] zeroed, and zero again at the end: works drawn so far; null: no drawing; sm90 only
+  int* tickets;               // [2] zeroed, and zero again at the end: works drawn so far, blocks done; null: none; sm90
   TensorMap q_map;            // boxes of q, k, v, out and attention.bias; sm90 only
   TensorMap k_map;
   TensorMap v_map;

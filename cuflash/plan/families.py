@@ -226,13 +226,12 @@ def _bias_step(problem: Problem, kernel: str, tile: tiles.Tile) -> tuple[Step, .
 
 def _sm90_forward(problem: Problem, device: Device) -> Plan:
     tile = tiles.forward_sm90(problem, device)
-    works = blocks = _query_blocks(problem, tile.tile_q)
-    if problem.layout == "dense":
-        # Blocks go from one tile to another, and load the next while they store the last. Of packed sequences too many
-        # tiles are empty: there each has a block.
-        blocks = min(works, device.num_sms)
-    tickets = problem.layout == "dense" and problem.mask.kind != "none"  # tiles differ in length
-    drawn = Workspace("tickets", np.dtype(np.int32), (1,), kept=True)
+    works = _query_blocks(problem, tile.tile_q)
+    if problem.layout == "varlen":  # as many tiles as there may be
+        works = problem.heads_q * (problem.total_q // tile.tile_q + problem.batch)
+    blocks = min(works, device.num_sms)  # they go from one tile to another, and load the next while they store the last
+    tickets = problem.layout == "varlen" or problem.mask.kind != "none"  # tiles differ in length
+    drawn = Workspace("tickets", np.dtype(np.int32), (2,), kept=True)
     workspaces = (drawn,) if tickets and blocks < works else ()
     config = replace(_config(problem, tile), reduction="AtomicReduction", tickets=tickets)
     boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))

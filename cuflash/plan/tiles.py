@@ -104,9 +104,9 @@ def _sm90_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, row_
     row_qk, row_v = (128 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
     rows = row_buffers * max(row_qk, row_v)
     barriers = 2 * (row_buffers * consumers + 2 * stages)  # full and empty
-    numbers = 2 * (2 * 8 + 4)
+    works = 2 * (2 * 8 + 3 * 4)
     tiles = consumers * SM90_ROWS * rows + stages * tile_kv * (row_qk + row_v)
-    smem = round_up(tiles + 8 * barriers + numbers, 1024)
+    smem = round_up(tiles + 8 * barriers + works, 1024)
     if problem.copies_bias:  # LoadedBias::Buffers of tile/bias.cuh
         rows = 8 if problem.bias_broadcast[2] else consumers * SM90_ROWS
         row = 128 * -(-tile_kv * problem.bias.itemsize // 128)

@@ -1,7 +1,7 @@
 // Schedule: which tile a block of the linear grid works on.
 #pragma once
 
-#include "params.cuh"
+#include "attention/sequence.cuh"
 
 namespace cuflash {
 
@@ -35,5 +35,36 @@ CF_DEVICE Work section_work(int index, int tiles, int heads, int num_heads, int 
   const int head_index = first_head + rest % here;
   return Work{tiles - 1 - rest / here, head_index % heads, head_index / heads};
 }
+
+constexpr Work kNoWork{-1, 0, 0};
+
+// The work with a number, which must not fall from call to call: packed sequences come one after the other, each with as
+// many tiles as it is long.
+template <class Sequence>
+struct Works {
+  int batch = 0;
+  int first = 0;  // number of this sequence's first work
+
+  CF_DEVICE Work find(const Attention& a, int number, int tile, int heads_per_section) {
+    for (; batch < a.batch; ++batch) {
+      const int tiles = num_tiles(Sequence(a, batch).len_q, tile), here = tiles * a.heads_q;
+      if (number - first < here) {
+        Work work = section_work(number - first, tiles, a.heads_q, a.heads_q, heads_per_section);
+        work.batch = batch;
+        return work;
+      }
+      first += here;
+    }
+    return kNoWork;
+  }
+};
+
+template <>
+struct Works<DenseSequence> {
+  CF_DEVICE Work find(const Attention& a, int number, int tile, int heads_per_section) {
+    const int tiles = num_tiles(a.len_q, tile), heads = a.heads_q * a.batch;
+    return number < tiles * heads ? section_work(number, tiles, a.heads_q, heads, heads_per_section) : kNoWork;
+  }
+};
 
 }  // namespace cuflash

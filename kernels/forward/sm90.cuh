@@ -19,11 +19,10 @@
 // the last to the first, so that all but a left bound is masked at the beginning.
 //
 // A block goes from one work, a tile of queries, to another; rings and phases run on, so that the next work's loads run
-// under the end of this one. Works of equal length are dealt out in turn. Others are drawn by tickets, the longest first,
-// and the producer tells the consumers which it drew.
+// under the end of this one. Works of equal length are dealt out in turn. Others are drawn by tickets, the longest of
+// some heads first, and the producer tells the consumers which it drew.
 #pragma once
 
-#include "attention/schedule.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/bias.cuh"
 #include "tile/copy.cuh"
@@ -68,7 +67,7 @@ struct ForwardSm90 {
     VTile v[kStages];
     RowsRing rows_rings[kConsumers];
     KvRing k_ring, v_ring;
-    NumberRing works;
+    WorkRing works;
     typename Bias::template Buffers<kTileQ, kTileKv, kStages> bias;
   };
 
@@ -79,43 +78,25 @@ struct ForwardSm90 {
   using Weights = Operand<16, kTileKv>;
   using Output = Fragment<16, kDimV>;
 
-  CF_DEVICE static int num_works(const Attention& a) {
-    return num_tiles(a.len_q, kTileQ) * a.heads_q * a.batch;
-  }
-
-  // f(work, sequence) for every number that next() returns, up to one that is none of a work.
-  template <class Next, class F>
-  CF_DEVICE static void for_each_work(const FwdParams& p, Next&& next, F&& f) {
-    const Attention& a = p.attention;
-    const int tiles = num_tiles(a.len_q, kTileQ), heads = a.heads_q * a.batch;
-    for (int number = next(); number < num_works(a); number = next()) {
-      const Work work = section_work(number, tiles, a.heads_q, heads, p.heads_per_section);
-      const Sequence sequence(a, work.batch);
-      f(work, sequence);
-    }
-  }
-
   // One thread loads everything, in the order in which it is used.
   CF_DEVICE static void produce(const FwdParams& p, SmemPlan& smem) {
+    const Attention& a = p.attention;
+    const int blocks = ptx::num_blocks();
+    int* const tickets = Config::kTickets ? p.tickets : nullptr;
     typename RowsRing::Cursor rows_at;
     Cursor at;  // K and V are used in step
-    NumberRing::Cursor number_at;
-    int number = -1;
-    const auto next = [&] {
-      const int blocks = ptx::num_blocks(), before = number;
-      number = before < 0 ? static_cast<int>(ptx::block_index()) : before + blocks;
+    WorkRing::Cursor work_at;
+    Works<Sequence> works;
+    for (int number = ptx::block_index();; number = tickets ? blocks + ptx::count(tickets) : number + blocks) {
+      const Work work = works.find(a, number, kTileQ, p.heads_per_section);
       if constexpr (Config::kTickets) {
-        // Blocks draw once for each work, so that the last draw of all leaves the tickets at 0.
-        if (p.tickets && before >= 0) number = blocks + ptx::count_around(p.tickets, num_works(p.attention) - 1);
-        smem.works.put(number_at, number);
-        number_at = number_at.next();
+        smem.works.put(work_at, work);
+        work_at = work_at.next();
       }
-      return number;
-    };
-    for_each_work(p, next, [&](const Work& work, const Sequence& sequence) {
-      const Attention& a = p.attention;
+      if (work.tile < 0) break;
+      const Sequence sequence(a, work.batch);
       const int q_first = work.tile * kTileQ, head_kv = work.head / (a.heads_q / a.heads_kv);
-      if (q_first >= sequence.len_q) return;
+      if (q_first >= sequence.len_q) continue;
       const Tiles tiles = Mask(a, sequence, work.head).kv_tiles(q_first, kTileQ, kTileKv);
       const auto load_q = [&] {
         for (int w = 0; w < kConsumers; ++w) {  // rows that no query has begin with the last query's: see load_boxes
@@ -135,7 +116,9 @@ struct ForwardSm90 {
         load_boxes(smem.v[at.stage], p.v_map, origin, smem.v_ring.acquire(at, sizeof(VTile)));
         at = at.next();
       }
-    });
+    }
+    // The last of all blocks leaves the tickets as it found them.
+    if (tickets && ptx::count_around(tickets + 1, blocks - 1) == blocks - 1) tickets[0] = 0;
   }
 
   CF_DEVICE static void rescale_output(Output& out, const float (&factor)[2]) {
@@ -163,24 +146,24 @@ struct ForwardSm90 {
     RowsRing& rows_ring = smem.rows_rings[consumer];
     typename RowsRing::Cursor rows_at;
     Cursor at;
-    NumberRing::Cursor number_at;
-    int upcoming = ptx::block_index();
+    WorkRing::Cursor work_at;
+    Works<Sequence> works;
     bool stored = false;  // whether there was a work before
     if (Config::kPingPong && consumer == kConsumers - 1) ptx::arrive_named(kTurnToIssue, 2 * ptx::kWarpgroupThreads);
 
-    const auto next = [&] {
-      int number = upcoming;
-      upcoming += ptx::num_blocks();
+    for (int number = ptx::block_index();; number += ptx::num_blocks()) {
+      Work work;
       if constexpr (Config::kTickets) {
-        number = smem.works.take(number_at);
-        number_at = number_at.next();
+        work = smem.works.take(work_at);
+        work_at = work_at.next();
+      } else {
+        work = works.find(a, number, kTileQ, p.heads_per_section);
       }
-      return number;
-    };
-    for_each_work(p, next, [&](const Work& work, const Sequence& sequence) {
+      if (work.tile < 0) break;
+      const Sequence sequence(a, work.batch);
       if (work.tile == 0) store_tail(p, sequence, work.head, consumer * ptx::kWarpgroupThreads + thread);
       const int q_first = work.tile * kTileQ;
-      if (q_first >= sequence.len_q) return;
+      if (q_first >= sequence.len_q) continue;
       const Mask mask(a, sequence, work.head);
       const Score score(a, sequence, work.head);
       const Dropout dropout(a, sequence, work.head);
@@ -346,7 +329,7 @@ struct ForwardSm90 {
       }
       rows_at = rows_at.next();
       stored = true;
-    });
+    }
     if (leader) ptx::tma_store_wait_read();
   }
 

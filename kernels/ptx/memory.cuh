@@ -22,7 +22,15 @@ CF_DEVICE void red_add_release(int* address, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
 }
 
-// Adds one, but goes from `last` to 0; returns what was there.
+// Adds one; returns what was there.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-atom
+CF_DEVICE int count(int* address) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(address) : "memory");
+  return before;
+}
+
+// The same, but goes from `last` to 0.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-atom
 CF_DEVICE int count_around(int* address, int last) {
   int before;

@@ -1,6 +1,7 @@
 // Ring: buffers in shared memory that one thread fills and several readers empty, in the same order.
 #pragma once
 
+#include "attention/schedule.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/sync.cuh"
@@ -62,24 +63,25 @@ struct Ring {
   CF_DEVICE uint32 empty_barrier(const Cursor& at) const { return ptx::smem_u32(empty) + at.stage * sizeof(uint64); }
 };
 
-// Numbers that one thread hands to whole warps, each of which takes them all.
-struct NumberRing {
-  using Numbers = Ring<2>;
-  using Cursor = Numbers::Cursor;
+// Works that one thread hands to whole warps, each of which takes them all.
+struct WorkRing {
+  using Slots = Ring<2>;
+  using Cursor = Slots::Cursor;
 
-  Numbers ring;
-  int numbers[2];
+  Slots ring;
+  Work works[2];
 
-  CF_DEVICE void put(const Cursor& at, int number) {
+  CF_DEVICE void put(const Cursor& at, const Work& work) {
     ring.wait_empty(at);
-    numbers[at.stage] = number;
+    works[at.stage] = work;
     ring.publish(at);
   }
-  CF_DEVICE int take(const Cursor& at) {
+  CF_DEVICE Work take(const Cursor& at) {
     ring.wait(at);
-    const int number = ptx::uniform(numbers[at.stage]);
+    const Work& work = works[at.stage];
+    const Work taken{ptx::uniform(work.tile), ptx::uniform(work.head), ptx::uniform(work.batch)};
     if (ptx::lane_index() == 0) ring.release(at);
-    return number;
+    return taken;
   }
 };
 

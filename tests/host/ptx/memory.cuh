@@ -19,6 +19,8 @@ inline uint32 smem_u32(const void* pointer) {
 inline void red_add(float* address, float x) { *address += x; }
 inline void red_add_release(int* address, int x) { *address += x; }
 
+inline int count(int* address) { return (*address)++; }
+
 inline int count_around(int* address, int last) {
   const int before = *address;
   *address = before >= last ? 0 : before + 1;
