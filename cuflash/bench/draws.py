@@ -151,7 +151,10 @@ def draw(cases: list[Case], seed: int, number: int, limits: Limits) -> Draw:
     rng = np.random.default_rng([seed, number, 0])
     sized = _packed if case.problem.layout == "varlen" else _dense
     drawn = sized(case, rng, limits)
-    while case.problem.mask.kind != "none" and not _reach(drawn):  # nothing to hide: another kind of mask
+    # Nothing to hide would be another kind of mask, and a bias of one row or column another way to read it.
+    while (case.problem.mask.kind != "none" and not _reach(drawn)) or (
+        _copies_bias(case) and 1 in (drawn.problem.len_q, drawn.problem.len_kv)
+    ):
         drawn = sized(case, rng, limits)
     problem, turns = drawn.problem, _turns(drawn, rng)
     shape = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
@@ -162,7 +165,8 @@ def draw(cases: list[Case], seed: int, number: int, limits: Limits) -> Draw:
         mask=_mask(drawn, rng),
         softcap=float(np.exp(rng.uniform(-1, 3))) if problem.softcap else 0.0,
         softmax_scale=_scale(case, rng),
-        bias_broadcast=_broadcast(rng, shape) if problem.bias else problem.bias_broadcast,
+        bias_broadcast=_bias_broadcast(case, rng, shape),
+        bias_boxes=problem.bias_boxes and (not problem.bias or _copies_bias(case) or bool(rng.random() < 0.5)),
     )
     return Draw(
         seed,
@@ -315,6 +319,18 @@ def _scale(case: Case, rng: np.random.Generator) -> float:
 
 def _broadcast(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[bool, ...]:
     return tuple(n == 1 or bool(rng.random() < 0.5) for n in shape)
+
+
+def _copies_bias(case: Case) -> bool:
+    """Whether the case's kernel copies tiles of a bias; others read its elements, whatever their strides are."""
+    return case.family == "sm90" and case.problem.copies_bias
+
+
+def _bias_broadcast(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[bool, ...]:
+    if case.problem.bias is None:
+        return case.problem.bias_broadcast
+    drawn = _broadcast(rng, shape)
+    return (*drawn[:2], *case.problem.bias_broadcast[2:]) if _copies_bias(case) else drawn
 
 
 def _probability(rng: np.random.Generator) -> float:

@@ -184,11 +184,11 @@ class _Surroundings:
             inputs.sink = self._arena.cut("sink", (problem.heads_q,), np.dtype(np.float32), 4)
             inputs.sink[...] = self._numbers.take((problem.heads_q,), self._real) + 1
         if problem.bias is not None:
-            inputs.bias = self._pairs("bias", problem.bias.numpy, problem.bias_broadcast)
+            inputs.bias = self._bias(problem.bias.numpy)
             inputs.bias[...] = self._numbers.take(inputs.bias.shape, self._real)
             self._hide(inputs.bias, -np.inf)
         if problem.mask.tensor:
-            inputs.mask_tensor = self._pairs("attn_mask", np.dtype(bool), self._draw.mask_broadcast)
+            inputs.mask_tensor = self._mask()
             threshold = float(self._rng.choice([-1.5, 0.0, 1.5]))
             inputs.mask_tensor[...] = self._numbers.take(inputs.mask_tensor.shape, self._real) > threshold
             self._hide(inputs.mask_tensor, False)
@@ -273,14 +273,25 @@ class _Surroundings:
         slopes[...] = self._numbers.take(shape, self._real) * most
         return slopes
 
-    def _pairs(self, name: str, dtype: np.dtype, broadcast: tuple[bool, ...]) -> Array:
-        """(1 or batch, 1 or heads_q, 1 or len_q, 1 or len_kv), in any strides."""
+    def _bias(self, dtype: np.dtype) -> Array:
+        """In strides for the copy engine, or in any, from where it cannot start."""
+        shape = self._pairs(self._problem.bias_broadcast)
+        if self._problem.bias_boxes:
+            return self._arena.cut("bias", shape, dtype, 16, self._rng)
+        return self._any_order("bias", shape, dtype)
+
+    def _mask(self) -> Array:
+        """In any strides."""
+        shape, dtype = self._pairs(self._draw.mask_broadcast), np.dtype(bool)
+        if self._rng.random() < 0.5:
+            return self._arena.cut("attn_mask", shape, dtype, int(self._rng.choice([1, 16])), self._rng)
+        return self._any_order("attn_mask", shape, dtype)
+
+    def _pairs(self, broadcast: tuple[bool, ...]) -> tuple[int, ...]:
+        """(1 or batch, 1 or heads_q, 1 or len_q, 1 or len_kv)."""
         problem = self._problem
         sizes = zip((problem.batch, problem.heads_q, problem.len_q, problem.len_kv), broadcast, strict=True)
-        shape = tuple(1 if one else n for n, one in sizes)
-        if self._rng.random() < 0.5:
-            return self._arena.cut(name, shape, dtype, int(self._rng.choice([dtype.itemsize, 16])), self._rng)
-        return self._any_order(name, shape, dtype)
+        return tuple(1 if one else n for n, one in sizes)
 
     def _any_order(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """An array whose last axis need not be contiguous."""
