@@ -86,6 +86,23 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
     return Cubin(path=cache.publish(folder, binary, report, header), **report)
 
 
+def compile_together(jobs: Sequence[tuple[str, Config, str, str]]) -> list[Cubin]:
+    """Compile the few kernels of one call, (kernel, config, params, arch) each, in parallel threads.
+
+    Raises
+    ------
+    CompileError
+        Of the first job, in their order, that fails.
+    """
+    if len(jobs) < 2:
+        return [compile_kernel(*job) for job in jobs]
+    from concurrent.futures import ThreadPoolExecutor
+
+    version()  # loads NVRTC, which threads must not do at once
+    with ThreadPoolExecutor(len(jobs)) as pool:  # NVRTC compiles without the interpreter's lock
+        return list(pool.map(compile_kernel, *zip(*jobs, strict=True)))
+
+
 def compile_many(
     jobs: Iterable[tuple[str, Config, str, str]], workers: int | None = None
 ) -> Iterable[Cubin | CompileError]:
