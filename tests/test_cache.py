@@ -9,9 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,6 +247,27 @@ def test_processes_publish_at_once(tmp_path, cache_dir):
         assert sorted(os.listdir(folder)) == ["config.cuh", "kernel.cubin", "report.json"]
 
 
+def test_threads_publish_at_once(cache_dir):
+    folders = [cache_dir / f"fwd_simt-fp32-d64-{number:012x}" for number in range(80)]
+    for folder in folders[::2]:
+        cache.publish(folder, CUBIN, REPORT, "")
+        truncate(folder)
+    meeting = threading.Barrier(3, timeout=30)
+
+    def publish_all(number: int) -> list[tuple[bool, bytes]]:
+        results = []
+        for folder in folders:
+            meeting.wait()
+            path = cache.publish(folder, CUBIN, {**REPORT, "seconds": number}, "")
+            results.append((cache.read(folder) is not None, path.read_bytes()))
+        return results
+
+    with ThreadPoolExecutor(3) as pool:
+        results = [result for found in pool.map(publish_all, range(3)) for result in found]
+    assert results == [(True, CUBIN)] * (3 * len(folders))
+    assert sorted(os.listdir(cache_dir)) == [folder.name for folder in folders]
+
+
 def test_a_writer_that_dies_leaves_nothing_that_counts(cache_dir, stored):
     script = (
         "import os, sys; from pathlib import Path; from cuflash.jit import cache\n"
@@ -298,6 +320,22 @@ def test_an_unwritable_place_warns_once_and_works(tmp_path, monkeypatch, place):
     assert list(cache.entries()) == []
     assert cache.clear() == 0
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_threads_warn_once_of_an_unwritable_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", below_a_file(tmp_path))
+    folders = [cache.folder("fwd_simt-fp32-d64", f"{number:012x}") for number in range(3)]
+    warned = []
+
+    def warn_slowly(*arguments: object, **_: object) -> None:
+        time.sleep(0.05)
+        warned.append(arguments)
+
+    monkeypatch.setattr(warnings, "warn", warn_slowly)
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda folder: cache.publish(folder, CUBIN, REPORT, ""), folders))
+    assert len(warned) == 1
+    assert [cache.read(folder) for folder in folders] == [(path, REPORT) for path in paths]
 
 
 def test_no_home_at_all(tmp_path, monkeypatch):
@@ -495,3 +533,61 @@ def test_many_processes_from_a_script(tmp_path):
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 0
     assert done.stderr == ""
+
+
+# Several kernels of one call
+
+
+@pytest.fixture
+def threads(monkeypatch) -> list[threading.Thread]:
+    """Where kernels are compiled: in the main thread, or in three threads that all have to be at it at once."""
+    seen: list[threading.Thread] = []
+    meeting = threading.Barrier(3, timeout=30)
+
+    def compile_nothing(entry: str, *_) -> tuple[bytes, str]:
+        seen.append(threading.current_thread())
+        if threading.current_thread() is not threading.main_thread():
+            meeting.wait()
+        return entry.encode(), ""
+
+    monkeypatch.setattr(compile, "_nvrtc", compile_nothing)
+    return seen
+
+
+@needs_nvrtc
+def test_kernels_of_a_call_compile_side_by_side(threads):
+    jobs = [("bwd_delta", replace(DELTA, dim_v=dim), "BwdParams", "sm_80") for dim in (64, 32, 16)]
+    cubins = jit.compile_together(jobs)
+    assert len(set(threads)) == 3
+    assert threading.main_thread() not in threads
+    assert [cubin.cached for cubin in cubins] == [False] * 3
+    assert [replace(cubin, cached=True) for cubin in cubins] == [jit.compile_kernel(*job) for job in jobs]
+
+
+@needs_nvrtc
+def test_one_kernel_starts_no_thread(threads):
+    (cubin,) = jit.compile_together([("bwd_delta", DELTA, "BwdParams", "sm_80")])
+    assert threads == [threading.main_thread()]
+    assert cubin.path.read_bytes() == b"entry/bwd_delta.cu"
+
+
+@needs_nvrtc
+def test_threads_fail_like_the_first_kernel_that_cannot_be_compiled():
+    first, second = (replace(DELTA, score=f"NoSuchScore{number}<float>") for number in range(2))
+    jobs = [("bwd_delta", config, "BwdParams", "sm_80") for config in (DELTA, first, second)]
+    with pytest.raises(CompileError) as alone:
+        jit.compile_kernel(*jobs[1])
+    with pytest.raises(CompileError) as together:
+        jit.compile_together(jobs)
+    assert "NoSuchScore0" in str(alone.value)
+    before_folder = [str(error.value).partition("The sources are saved")[0] for error in (alone, together)]
+    assert before_folder[0] == before_folder[1]
+    assert jit.compile_kernel(*jobs[0]).cached
+
+
+@needs_nvrtc
+def test_threads_that_compile_the_same_kernel():
+    job = ("bwd_delta", DELTA, "BwdParams", "sm_80")
+    cubins = jit.compile_together([job] * 3)
+    assert {cubin.path for cubin in cubins} == {jit.compile_kernel(*job).path}
+    assert cubins[0].path.read_bytes().startswith(b"\x7fELF")

@@ -10,7 +10,7 @@ import ctypes
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -29,6 +29,7 @@ import cuflash
 from cuflash import arrays, device, jit, ops
 from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.jit import kernel
 from cuflash.ops import launch
 from cuflash.ops.kept import KeptZeros
 from cuflash.ops.options import SHARED
@@ -68,7 +69,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """A GPU without one."""
     seen = Launches()
 
-    def load(step: Step, ordinal: int) -> SimpleNamespace:
+    def load(steps: Sequence[Step], ordinal: int) -> list[SimpleNamespace]:
+        return [load_one(step, ordinal) for step in steps]
+
+    def load_one(step: Step, ordinal: int) -> SimpleNamespace:
         seen.loaded.append((step.kernel, ordinal))
 
         def go(num_blocks: int, params: ctypes.Array) -> None:
@@ -498,12 +502,41 @@ def test_a_kernel_takes_the_address_of_its_parameters() -> None:
     from cupy.cuda.function import CPointer
 
     config, calls = Config("fp16", 64, 64, threads=96, smem_bytes=1000), []
-    kernel = jit.Kernel("fwd_sm80", None, config, lambda *given, **named: calls.append((given, named)), CPointer)
+    loaded = jit.Kernel("fwd_sm80", None, config, lambda *given, **named: calls.append((given, named)), CPointer)
     params = (ctypes.c_char * 1000)()
-    kernel.launch(7, params)
+    loaded.launch(7, params)
     (((grid, block, (argument,)), named),) = calls
     assert (grid, block, named) == ((7,), (96,), {"shared_mem": 1000})
     assert isinstance(argument, CPointer) and argument.ptr == ctypes.addressof(params)
+
+
+def test_kernels_are_compiled_once_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_together(jobs: list[tuple[str, Config, str, str]]) -> list[str]:
+        compiled.append([(kernel, arch) for kernel, _, _, arch in jobs])
+        return [kernel for kernel, *_ in jobs]
+
+    monkeypatch.setattr(kernel, "compile_together", compile_together)
+    monkeypatch.setattr(kernel, "_load", lambda cubin, config, ordinal: (cubin, config.threads, ordinal))
+    monkeypatch.setattr(kernel, "_loaded", {})
+    monkeypatch.setattr(device, "current", lambda ordinal: device.named(("a100", "h100")[ordinal]))
+    delta, main, convert = (
+        Step(name, "BwdParams", Config("fp16", 64, 64, threads), num_blocks=7)
+        for name, threads in (("bwd_delta", 128), ("bwd_sm80", 256), ("bwd_convert", 96))
+    )
+    assert jit.load([delta, main], 0) == [("bwd_delta", 128, 0), ("bwd_sm80", 256, 0)]
+    assert jit.load([main, delta], 0) == [("bwd_sm80", 256, 0), ("bwd_delta", 128, 0)]
+    assert jit.load([], 0) == []
+    assert compiled == [[("bwd_delta", "sm_80"), ("bwd_sm80", "sm_80")]]
+    again = replace(main, num_blocks=8)
+    assert jit.load([convert, again], 0) == [("bwd_convert", 96, 0), ("bwd_sm80", 256, 0)]
+    assert jit.load([again], 1) == [("bwd_sm80", 256, 1)]
+    assert compiled[1:] == [[("bwd_convert", "sm_80")], [("bwd_sm80", "sm_90a")]]
+
+    with pytest.raises(UnsupportedProblem, match="bwd_sm80 would need 2147483648 blocks, more than the 2147483647"):
+        jit.load([delta, replace(main, num_blocks=2**31), convert], 1)
+    assert len(compiled) == 3
 
 
 @needs_compiler

@@ -1,9 +1,10 @@
 """Plan -> running code: sources, config.cuh, NVRTC, the cubin cache, and kernels to launch."""
 
 from cuflash.jit import cache, params, render, sources, tensormap
-from cuflash.jit.compile import Cubin, compile_kernel, compile_many
+from cuflash.jit.compile import Cubin, compile_kernel, compile_many, compile_together
 from cuflash.jit.kernel import Kernel, load
 
 __all__ = [
-    "Cubin", "Kernel", "cache", "compile_kernel", "compile_many", "load", "params", "render", "sources", "tensormap",
+    "Cubin", "Kernel", "cache", "compile_kernel", "compile_many", "compile_together", "load", "params", "render",
+    "sources", "tensormap",
 ]  # fmt: skip

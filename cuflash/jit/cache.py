@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache as once
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from cuflash import settings
@@ -32,6 +33,9 @@ _ASIDE = re.compile(rf"\.{_NAME.pattern}-[0-9a-f]{{8}}")
 
 _moved: dict[Path, Path] = {}
 """Where this process keeps kernels whose own folder cannot be written."""
+
+_moving = Lock()
+"""One thread at a time warns and makes the temporary folder, so that each is done once."""
 
 
 def key(files: Mapping[str, bytes], extras: Iterable[object]) -> str:
@@ -64,7 +68,7 @@ def read(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def publish(folder: Path, cubin: bytes, report: Mapping[str, Any], config: str) -> Path:
-    """Store a kernel and return its cubin's path; of several processes that do so at once, any wins.
+    """Store a kernel and return its cubin's path; of several processes or threads that do so at once, any wins.
 
     Where it cannot be stored, this process keeps it in a temporary folder and warns once.
     """
@@ -73,8 +77,9 @@ def publish(folder: Path, cubin: bytes, report: Mapping[str, Any], config: str) 
     try:
         return _publish(folder, contents)
     except OSError as error:
-        _warn(folder.parent, error.strerror or str(error))
-        _moved[folder] = _temporary() / folder.name
+        with _moving:
+            _warn(folder.parent, error.strerror or str(error))
+            _moved[folder] = _temporary() / folder.name
         return _publish(_moved[folder], contents)
 
 

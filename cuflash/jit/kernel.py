@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from cuflash import device
 from cuflash.errors import UnsupportedProblem
-from cuflash.jit.compile import Cubin, compile_kernel
+from cuflash.jit.compile import Cubin, compile_together
 from cuflash.plan.plan import Config, Step
 
 MAX_BLOCKS = 2**31 - 1
@@ -35,32 +34,42 @@ class Kernel:
         self.function((num_blocks,), (self.config.threads,), arguments, shared_mem=self.config.smem_bytes)
 
 
-def load(step: Step, device_index: int) -> Kernel:
-    """The kernel of a step on a GPU, compiled or read from disk on the first call.
+_loaded: dict[tuple[str, Config, str, int], Kernel] = {}
+"""Every kernel of this process by kernel, config, params and GPU."""
+
+
+def load(steps: Sequence[Step], device_index: int) -> list[Kernel]:
+    """The kernels of a plan's steps on a GPU; read from disk or compiled, side by side, on the first call.
 
     Raises
     ------
     UnsupportedProblem
-        If the grid is larger than CUDA launches.
+        If a grid is larger than CUDA launches.
     CompileError
-        If the kernel cannot be compiled.
+        If a kernel cannot be compiled; that of the first such step.
     """
-    if step.num_blocks > MAX_BLOCKS:
-        raise UnsupportedProblem(
-            f"{step.kernel} would need {step.num_blocks} blocks, more than the {MAX_BLOCKS} one launch can have. "
-            "Split the call along the batch."
-        )
-    return _load(step.kernel, step.config, step.params, device_index)
+    for step in steps:
+        if step.num_blocks > MAX_BLOCKS:
+            raise UnsupportedProblem(
+                f"{step.kernel} would need {step.num_blocks} blocks, more than the {MAX_BLOCKS} one launch can have. "
+                "Split the call along the batch."
+            )
+    keys = [(step.kernel, step.config, step.params, device_index) for step in steps]
+    missing = [key for key in keys if key not in _loaded]
+    if missing:
+        arch = device.current(device_index).arch
+        cubins = compile_together([(kernel, config, params, arch) for kernel, config, params, _ in missing])
+        for key, cubin in zip(missing, cubins, strict=True):
+            _loaded[key] = _load(cubin, key[1], device_index)
+    return [_loaded[key] for key in keys]
 
 
-@cache
-def _load(kernel: str, config: Config, params: str, device_index: int) -> Kernel:
+def _load(cubin: Cubin, config: Config, device_index: int) -> Kernel:
     import cupy
     from cupy.cuda.function import CPointer
 
-    cubin = compile_kernel(kernel, config, params, device.current(device_index).arch)
     with cupy.cuda.Device(device_index):
-        function = cupy.RawModule(path=str(cubin.path)).get_function(kernel)
+        function = cupy.RawModule(path=str(cubin.path)).get_function(cubin.kernel)
         if config.smem_bytes > 48 * 1024:  # more has to be asked for
             function.max_dynamic_shared_size_bytes = config.smem_bytes
-        return Kernel(kernel, cubin, config, function.kernel, CPointer)
+        return Kernel(cubin.kernel, cubin, config, function.kernel, CPointer)

@@ -159,11 +159,11 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
         if (tensor := _tensor_map(box, problem, options, views, shapes)) is not None
     }
     with framework.context(ordinal):
-        kernels = [(jit.load(step, ordinal), step.num_blocks) for step in steps]
+        kernels = jit.load(steps, ordinal)
     return Prepared(
         framework=framework,
         device=ordinal,
-        launches=tuple(kernels),
+        launches=tuple((kernel, step.num_blocks) for kernel, step in zip(kernels, steps, strict=True)),
         params=_filler(_template(params, plan, options, views, shapes), pointers, maps, "rng_state" in names),
         allocations=tuple((_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in allocated),
         results=itemgetter(*(places.index(name) for name in names)),

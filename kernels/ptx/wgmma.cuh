@@ -96,7 +96,8 @@ CF_DEVICE void wgmma_ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, 
 #define CF_REGISTERS_15 CF_REGISTERS_14, CF_EIGHT(14)
 #define CF_REGISTERS_16 CF_REGISTERS_15, CF_EIGHT(15)
 
-// kN, its groups of eight registers, and the numbers of the six operands that follow them.
+// kN, its groups of eight registers, and the numbers of the six operands that follow them. Members are templates, as the
+// compiler takes time over those in use alone.
 #define CF_WGMMA(kN, groups, o0, o1, o2, o3, o4, o5)                                                                  \
   CF_WGMMA_OF(fp16, "f16", kN, groups, o0, o1, o2, o3, o4, o5)                                                        \
   CF_WGMMA_OF(bf16, "bf16", kN, groups, o0, o1, o2, o3, o4, o5)
@@ -104,13 +105,15 @@ CF_DEVICE void wgmma_ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, 
 #define CF_WGMMA_OF(Element, type, kN, groups, o0, o1, o2, o3, o4, o5)                                                \
   template <>                                                                                                         \
   struct Wgmma<Element, kN> {                                                                                         \
-    CF_DEVICE static void abt(float (&c)[kN / 8][4], uint64 a, uint64 b, bool accumulate) {                           \
+    template <int kBlocks>                                                                                            \
+    CF_DEVICE static void abt(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {                          \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2 ", 0;\n"                                                  \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" CF_NUMBERS_##groups "}, "    \
                    "%" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                            \
                    : CF_REGISTERS_##groups : "l"(a), "l"(b), "r"(int(accumulate)));                                   \
     }                                                                                                                 \
-    CF_DEVICE static void ab(float (&c)[kN / 8][4], const uint32 (&a)[4], uint64 b, bool accumulate) {                \
+    template <int kBlocks>                                                                                            \
+    CF_DEVICE static void ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, bool accumulate) {               \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o5 ", 0;\n"                                                  \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" CF_NUMBERS_##groups "}, "    \
                    "{%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 1;\n}"                               \
