@@ -295,6 +295,7 @@ HOPPER = {
     "sm90-ramp-steep": dense("bf16", (2, 1), (140, 500), (64, 64), key_ramp=200, mask=Mask(left=300, right=0)),
     "sm90-ramp-steepest": dense("bf16", (1, 1), (140, 500), (128, 128), key_ramp=5000),
     "sm90-ramp-alibi": dense("bf16", (1, 1), (90, 400), (64, 64), key_ramp=2000, alibi_axes="h"),
+    "sm90-ramp-bias": dense("fp16", (1, 1), (90, 400), (64, 64), key_ramp=50, bias_axes="hqk", bias_boxes=True),
     "sm90-ramp-d256": dense("bf16", (1, 1), (70, 300), (256, 256), key_ramp=2000),
     "sm90-ramp-fp16": dense("fp16", (1, 1), (140, 500), (64, 64), key_ramp=50),
     "sm90-ramp-fp16-steepest": dense("fp16", (1, 1), (140, 500), (128, 128), key_ramp=200, softmax_scale=0.5),
