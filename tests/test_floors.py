@@ -169,15 +169,15 @@ def test_import_brings_nothing_heavy():
 
 # Kernels
 
-POLICIES = {"attention/sequence.cuh", "attention/heads.cuh", "attention/dropout.cuh"}
-"""Policies that tiles may speak of: whose rows they are, and which of their elements are dropped."""
+POLICIES = {f"attention/{name}.cuh" for name in ("sequence", "heads", "schedule", "softmax", "dropout")}
+"""Policies that tiles may speak of: whose rows they are, whose work, what sums they have, which elements drop out."""
 KERNEL_FLOORS = {
     "std.cuh": set(),
     "element.cuh": {"std.cuh"},
     "params.cuh": {"std.cuh"},
     "ptx": {"std.cuh", "element.cuh", "params.cuh"},
     "tile": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", *POLICIES},
-    "attention": {"std.cuh", "element.cuh", "params.cuh", "attention"},
+    "attention": {"std.cuh", "element.cuh", "params.cuh", "ptx/keep.cuh", "attention"},
     "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
     "backward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention", "backward/bias.cuh"},
 }

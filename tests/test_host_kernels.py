@@ -225,20 +225,18 @@ CASES |= {
     ),
 }  # fmt: skip
 
-# Two or three consumers of 64 rows; tiles of 64 to 128 keys.
+# Two to four consumers of 64 rows; two to four tiles of 32 to 128 keys.
 HOPPER = {
-    "sm90-d64": dense("fp16", (2, 2), (150, 300), (64, 64), batch=2),
-    "sm90-d64-causal": dense("bf16", (4, 2), (150, 300), (64, 64), mask=CAUSAL),
-    "sm90-d64-three": dense("fp16", (1, 1), (1030, 270), (64, 64)),
-    "sm90-d64-three-causal": dense("bf16", (1, 1), (2060, 700), (64, 64), mask=CAUSAL),
-    "sm90-d96-three-causal": dense("fp16", (1, 1), (2060, 230), (96, 80), mask=CAUSAL),
-    "sm90-d128": dense("bf16", (2, 1), (140, 300), (128, 128)),
+    "sm90-d64": dense("fp16", (2, 2), (270, 300), (64, 64)),
+    "sm90-d64-causal": dense("bf16", (2, 1), (400, 600), (64, 64), mask=CAUSAL),
+    "sm90-d96-causal": dense("fp16", (1, 1), (400, 230), (96, 80), mask=CAUSAL),
+    "sm90-d128": dense("bf16", (2, 1), (200, 300), (128, 128)),
     "sm90-d128-causal": dense("fp16", (1, 1), (300, 290), (128, 128), mask=CAUSAL),
-    "sm90-d128-three": dense("bf16", (1, 1), (1030, 170), (128, 128)),
-    "sm90-d128-three-causal": dense("fp16", (1, 1), (2060, 330), (128, 128), mask=CAUSAL),
-    "sm90-d192-dv128": dense("bf16", (1, 1), (140, 170), (192, 128), mask=CAUSAL),
+    "sm90-d192-dv128": dense("fp16", (1, 1), (70, 270), (192, 128)),
+    "sm90-d192-dv128-causal": dense("bf16", (1, 1), (140, 170), (192, 128), mask=CAUSAL),
     "sm90-d256": dense("fp16", (1, 1), (140, 170), (256, 256)),
     "sm90-d256-causal": dense("bf16", (2, 1), (140, 170), (256, 256), mask=CAUSAL),
+    "sm90-d160": dense("fp16", (1, 1), (140, 170), (160, 160)),
     "sm90-d160-softcap": dense("bf16", (1, 1), (90, 170), (160, 160), softcap=1.5, mask=WINDOW),
     "sm90-d160-dv24-softcap": dense("fp16", (1, 1), (90, 200), (160, 24), softcap=1.5),
     "sm90-d72-dv24-causal": dense("bf16", (1, 1), (200, 250), (72, 24), mask=CAUSAL),
@@ -247,7 +245,7 @@ HOPPER = {
     "sm90-few-blocks-causal": dense("bf16", (4, 2), (300, 290), (128, 128), mask=CAUSAL, num_sms=2),
     "sm90-few-blocks-d256": dense("fp16", (2, 1), (300, 90), (256, 256), batch=2, num_sms=3, mask=CAUSAL),
     "sm90-few-blocks-window": dense("fp16", (1, 1), (1200, 400), (64, 64), mask=WINDOW, num_sms=2, sink=True),
-    "sm90-few-blocks-three": dense("bf16", (2, 1), (2060, 60), (64, 64), mask=CAUSAL, num_sms=3),
+    "sm90-few-blocks-few-keys": dense("bf16", (2, 1), (1030, 60), (64, 64), mask=CAUSAL, num_sms=3),
     "sm90-few-blocks-no-keys": dense("fp16", (4, 2), (200, 0), (64, 64), batch=2, num_sms=2),
     "sm90-one-row": dense("fp16", (1, 1), (1, 70), (16, 16)),
     "sm90-top-left": dense("fp16", (2, 1), (190, 150), (64, 64), mask=TOP_LEFT),
@@ -297,6 +295,7 @@ HOPPER = {
     "sm90-ramp-steep": dense("bf16", (2, 1), (140, 500), (64, 64), key_ramp=200, mask=Mask(left=300, right=0)),
     "sm90-ramp-steepest": dense("bf16", (1, 1), (140, 500), (128, 128), key_ramp=5000),
     "sm90-ramp-alibi": dense("bf16", (1, 1), (90, 400), (64, 64), key_ramp=2000, alibi_axes="h"),
+    "sm90-ramp-bias": dense("fp16", (1, 1), (90, 400), (64, 64), key_ramp=50, bias_axes="hqk", bias_boxes=True),
     "sm90-ramp-d256": dense("bf16", (1, 1), (70, 300), (256, 256), key_ramp=2000),
     "sm90-ramp-fp16": dense("fp16", (1, 1), (140, 500), (64, 64), key_ramp=50),
     "sm90-ramp-fp16-steepest": dense("fp16", (1, 1), (140, 500), (128, 128), key_ramp=200, softmax_scale=0.5),
@@ -307,6 +306,10 @@ HOPPER = {
     "sm90-no-keys": dense("fp16", (2, 1), (40, 0), (64, 64)),
     "sm90-varlen": packed("fp16", (2, 1), (70, 0, 1, 330), (30, 20, 0, 350), (64, 64), tail=5),
     "sm90-varlen-causal": packed("bf16", (4, 2), (1, 150, 64, 0), (130, 260, 64, 0), (128, 128), tail=70, mask=CAUSAL),
+    "sm90-varlen-few-blocks": packed(
+        "bf16", (2, 1), (0, 300, 1, 700, 0), (30, 300, 0, 90, 5), (64, 64), tail=5, mask=CAUSAL, num_sms=2
+    ),
+    "sm90-varlen-full-few-blocks": packed("fp16", (3, 1), (260, 0, 90), (90, 0, 150), (128, 128), num_sms=3),
     "sm90-varlen-seqused": packed(
         "fp16", (2, 1), (40, 70, 3), (150, 290, 30), (64, 72), seqused_q=(33, 70, 0), seqused_kv=(20, 0, 30)
     ),
@@ -685,8 +688,8 @@ def test_cases_run_every_tile() -> None:
 
     def tile(plan: Plan) -> tuple:
         config = next(step.config for step in plan.steps if step.kernel.startswith(MAIN_KERNELS))
-        sizes = config.tile_q, config.tile_kv, config.threads, config.stages, config.dim_splits
-        return plan.family, plan.problem.direction, *sizes
+        sizes = config.tile_q, config.tile_kv, config.threads, config.stages, config.row_buffers, config.dim_splits
+        return plan.family, plan.problem.direction, *sizes, config.ping_pong
 
     run_here = {
         tile(choose(replace(case.problem, direction=direction), named(case.device), case.family))

@@ -76,7 +76,7 @@ void row(const double* x, const double* value, int tiles, int width, double unit
     sum *= state.update(top, log2_unit);
     const Real shift = state.shift(log2_unit);
     for (int i = 0; i < width; ++i) {
-      const Real p = exp2(static_cast<Real>(x[tile * width + i]) * log2_unit - shift);
+      const Real p = cuflash::exp2(static_cast<Real>(x[tile * width + i]) * log2_unit - shift);
       state.l += p;
       sum += p * static_cast<Real>(value[tile * width + i]);
     }

@@ -824,14 +824,14 @@ def test_maps_of_dense_tensors(hopper: Launches, wrap: Any) -> None:
         params = hopper.params[-1]
         assert maps(params) == {
             "q": [0, 32, 70, 4, 2, 80, 70 * 80, 4 * 70 * 80, 64, 64, 1, 1, 2],
-            "k": [0, 32, 45, 2, 2, 2 * 128, 64, 90 * 128, 64, 128, 1, 1, 2],
-            "v": [0, 24, 45, 2, 2, 96, 48, 45 * 96, 64, 128, 1, 1, 2],
+            "k": [0, 32, 45, 2, 2, 2 * 128, 64, 90 * 128, 64, 64, 1, 1, 2],
+            "v": [0, 24, 45, 2, 2, 96, 48, 45 * 96, 64, 64, 1, 1, 2],
             "out": [0, 24, 70, 4, 2, *strides, 64, 64, 1, 1, 2],
         }
         assert params["heads_per_section"][0] == 2, "those that share keys"
     problem = Problem("forward", cuflash.dtypes.FP16, 2, 4, 2, 70, 45, 32, 24)
-    for name, x, rows in (("q", q, 64), ("k", k, 128), ("v", v, 128), ("out", place, 64)):
-        on_host = run.box_map(problem, x, Box(name, rows)).tolist()
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", place)):
+        on_host = run.box_map(problem, x, Box(name, 64)).tolist()
         assert [on_host[0] - x.ctypes.data, *on_host[1:13]] == maps(params)[name], "the host twin's is the same"
 
 
@@ -873,22 +873,22 @@ def test_maps_of_packed_tensors(hopper: Launches, wrap: Any) -> None:
     backs = {"q": 80 * 256, "k": 95 * 192, "v": 95 * 96, "out": 80 * 192}
     assert maps(params) == {
         "q": [-backs["q"], 32, 80, 81, 4, 256, 256, 64, 64, 64, 1, 1, 2],
-        "k": [-backs["k"], 32, 95, 96, 2, 192, 192, 128, 64, 128, 1, 1, 2],
-        "v": [-backs["v"], 24, 95, 96, 2, 96, 96, 48, 64, 128, 1, 1, 2],
+        "k": [-backs["k"], 32, 95, 96, 2, 192, 192, 128, 64, 64, 1, 1, 2],
+        "v": [-backs["v"], 24, 95, 96, 2, 96, 96, 48, 64, 64, 1, 1, 2],
         "out": [-backs["out"], 24, 80, 81, 4, 192, 192, 48, 64, 64, 1, 1, 2],
     }
     problem = Problem("forward", cuflash.dtypes.FP16, 3, 4, 2, 45, 50, 32, 24, "varlen", 80, 95)
-    for name, x, rows in (("q", q, 64), ("k", k, 128), ("v", v, 128)):
-        on_host = run.box_map(problem, x, Box(name, rows)).tolist()
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        on_host = run.box_map(problem, x, Box(name, 64)).tolist()
         assert [on_host[0] - x.ctypes.data, *on_host[1:13]] == maps(params)[name]
 
 
 WIDE = np.pad(BIAS, [(0, 0), (0, 0), (0, 0), (0, 1)])
 HALF, FLOAT = WIDE.astype(FP16), WIDE.astype(np.float32)
 BIASES = {  # with the words of the map; none where keys are not neighbours, or rows not at multiples of 16 bytes
-    "whole": (HALF[:2, :, :70, :90], [90, 70, 4, 2, 192, 90 * 192, 4 * 90 * 192, 64, 128, 1, 1, 2]),
-    "fp32": (FLOAT[0, :, :70, :90], [90, 70, 4, 1, 384, 90 * 384, 16, 32, 128, 1, 1, 4]),
-    "one-head": (HALF[:2, :1, :70, :90], [90, 70, 1, 2, 192, 16, 4 * 90 * 192, 64, 128, 1, 1, 2]),
+    "whole": (HALF[:2, :, :70, :90], [90, 70, 4, 2, 192, 90 * 192, 4 * 90 * 192, 64, 256, 1, 1, 2]),
+    "fp32": (FLOAT[0, :, :70, :90], [90, 70, 4, 1, 384, 90 * 384, 16, 32, 256, 1, 1, 4]),
+    "one-head": (HALF[:2, :1, :70, :90], [90, 70, 1, 2, 192, 16, 4 * 90 * 192, 64, 256, 1, 1, 2]),
     "one-row": (HALF[:2, :, :1, :90], [90, 1, 4, 2, 16, 90 * 192, 4 * 90 * 192, 64, 1, 1, 1, 2]),
     "expanded": (np.broadcast_to(HALF[0, 0, 0, :90], (2, 4, 70, 90)), [90, 1, 1, 1, 16, 16, 16, 64, 1, 1, 1, 2]),
     "one-key": (HALF[:2, :, :70, :1], []),
@@ -920,14 +920,14 @@ def test_maps_of_heads_before_rows(hopper: Launches) -> None:
     cuflash.scaled_dot_product_attention(q, k, k)
     found = maps(hopper.params[-1])
     assert found["q"] == found["out"] == [0, 32, 70, 4, 2, 64, 70 * 64, 4 * 70 * 64, 64, 64, 1, 1, 2]
-    assert found["k"] == found["v"] == [0, 32, 90, 4, 2, 64, 90 * 64, 4 * 90 * 64, 64, 128, 1, 1, 2]
+    assert found["k"] == found["v"] == [0, 32, 90, 4, 2, 64, 90 * 64, 4 * 90 * 64, 64, 64, 1, 1, 2]
 
 
 def test_maps_of_tensors_with_one_element_or_none_along_an_axis(hopper: Launches) -> None:
     odd = np.ndarray((1, 1, 1, 16), FP16, random(64), strides=(6, -2, 10, 2))
     cuflash.flash_attn_func(*(as_torch(odd) for _ in range(3)))
     assert hopper.take() == ["fwd_sm90"]
-    assert maps(hopper.params[-1])["k"] == [0, 16, 1, 1, 1, 16, 16, 16, 64, 128, 1, 1, 2]
+    assert maps(hopper.params[-1])["k"] == [0, 16, 1, 1, 1, 16, 16, 16, 64, 64, 1, 1, 2]
     q, k = as_torch(random(2, 9, 4, 32)), as_torch(random(2, 0, 4, 32))
     ops.forward(ops.Options(), q, k, k, sink=as_torch(SINK))
     assert hopper.take() == ["fwd_sm90"]

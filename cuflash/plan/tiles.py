@@ -77,8 +77,8 @@ def forward_sm90(problem: Problem, device: Device) -> Tile:
         reason = "four consumers read k and v once for 256 rows; S, P and out fit in 112 registers"
     # With turns, softmaxes run under the products of others; without, no consumer visits what only others' rows see.
     ping_pong = full or problem.copies_bias or tile_kv == 128
-    # H200, d 128: a second q, which hides the end of a work behind the next one, gives 1 % at 8k and 7 % at 1k. Half
-    # the keys are for a bias in fp32 beside large heads.
+    # H200, d 128: a second q, which hides the end of a work behind the next one, gives 1 % at 8k and 7 % at 1k.
+    # Half the keys are for a bias in fp32 beside large heads.
     choices = ((tile_kv, 4, 2), (tile_kv, 3, 2), (tile_kv, 2, 2), (tile_kv, 2, 1), (tile_kv // 2, 2, 1))
     for tile_kv, stages, row_buffers in choices:
         smem = _sm90_smem(problem, consumers, tile_kv, stages, row_buffers)

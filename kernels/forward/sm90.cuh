@@ -196,7 +196,7 @@ struct ForwardSm90 {
           grew = softmax.look_after(s, [&] {
             s.clear();
             gemm_abt_warp<Element>(s, mine.q, warp_row, smem.k[at.stage]);
-            apply_score(tile, at);
+            apply_score(ptx::keep(tile), at);  // positions for this rare case alone, not held ready for it
           });
         }
         if (lane == 0) {  // no lane still reads: all have voted on what they read

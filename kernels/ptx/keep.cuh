@@ -12,4 +12,10 @@ CF_DEVICE float keep(float x) {
 }
 CF_DEVICE double keep(double x) { return x; }
 
+// Nor does it know this number from the one it was, so that what follows from both is computed for each.
+CF_DEVICE int keep(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace cuflash::ptx
