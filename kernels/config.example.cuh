@@ -37,7 +37,6 @@ struct Config {
   static constexpr int kBlocksPerSm = 2;
   static constexpr bool kPingPong = false;
   static constexpr int kRowBuffers = 1;
-  static constexpr bool kTickets = false;
   static constexpr int kProducerRegisters = 0;
   static constexpr int kConsumerRegisters = 0;
   static constexpr int kSmemBytes = 69632;

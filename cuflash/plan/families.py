@@ -230,10 +230,10 @@ def _sm90_forward(problem: Problem, device: Device) -> Plan:
     if problem.layout == "varlen":  # as many tiles as there may be
         works = problem.heads_q * (problem.total_q // tile.tile_q + problem.batch)
     blocks = min(works, device.num_sms)  # they go from one tile to another, and load the next while they store the last
-    tickets = problem.layout == "varlen" or problem.mask.kind != "none"  # tiles differ in length
-    drawn = Workspace("tickets", np.dtype(np.int32), (2,), kept=True)
-    workspaces = (drawn,) if tickets and blocks < works else ()
-    config = replace(_config(problem, tile), reduction="AtomicReduction", tickets=tickets)
+    differ = problem.layout == "varlen" or problem.mask.kind != "none"  # tiles in length, so they are drawn
+    tickets = Workspace("tickets", np.dtype(np.int32), (2,), kept=True)
+    workspaces = (tickets,) if differ and blocks < works else ()
+    config = replace(_config(problem, tile), reduction="AtomicReduction")
     boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))
     if problem.copies_bias:
         config = _with_bias_copies(config, problem)

@@ -19,8 +19,8 @@
 // the last to the first, so that all but a left bound is masked at the beginning.
 //
 // A block goes from one work, a tile of queries, to another; rings and phases run on, so that the next work's loads run
-// under the end of this one. Works of equal length are dealt out in turn. Others are drawn by tickets, the longest of
-// some heads first, and the producer tells the consumers which it drew.
+// under the end of this one. Works of equal length are dealt out in turn, others are drawn by tickets, the longest of some
+// heads first. The producer tells the consumers which it is.
 #pragma once
 
 #include "ptx/warpgroup.cuh"
@@ -82,17 +82,14 @@ struct ForwardSm90 {
   CF_DEVICE static void produce(const FwdParams& p, SmemPlan& smem) {
     const Attention& a = p.attention;
     const int blocks = ptx::num_blocks();
-    int* const tickets = Config::kTickets ? p.tickets : nullptr;
     typename RowsRing::Cursor rows_at;
     Cursor at;  // K and V are used in step
     WorkRing::Cursor work_at;
     Works<Sequence> works;
-    for (int number = ptx::block_index();; number = tickets ? blocks + ptx::count(tickets) : number + blocks) {
+    for (int number = ptx::block_index();; number = p.tickets ? blocks + ptx::count(p.tickets) : number + blocks) {
       const Work work = works.find(a, number, kTileQ, p.heads_per_section);
-      if constexpr (Config::kTickets) {
-        smem.works.put(work_at, work);
-        work_at = work_at.next();
-      }
+      smem.works.put(work_at, work);
+      work_at = work_at.next();
       if (work.tile < 0) break;
       const Sequence sequence(a, work.batch);
       const int q_first = work.tile * kTileQ, head_kv = work.head / (a.heads_q / a.heads_kv);
@@ -118,7 +115,7 @@ struct ForwardSm90 {
       }
     }
     // The last of all blocks leaves the tickets as it found them.
-    if (tickets && ptx::count_around(tickets + 1, blocks - 1) == blocks - 1) tickets[0] = 0;
+    if (p.tickets && ptx::count_around(p.tickets + 1, blocks - 1) == blocks - 1) p.tickets[0] = 0;
   }
 
   CF_DEVICE static void rescale_output(Output& out, const float (&factor)[2]) {
@@ -147,19 +144,11 @@ struct ForwardSm90 {
     typename RowsRing::Cursor rows_at;
     Cursor at;
     WorkRing::Cursor work_at;
-    Works<Sequence> works;
     bool stored = false;  // whether there was a work before
     if (Config::kPingPong && consumer == kConsumers - 1) ptx::arrive_named(kTurnToIssue, 2 * ptx::kWarpgroupThreads);
 
-    for (int number = ptx::block_index();; number += ptx::num_blocks()) {
-      Work work;
-      if constexpr (Config::kTickets) {
-        work = smem.works.take(work_at);
-        work_at = work_at.next();
-      } else {
-        work = works.find(a, number, kTileQ, p.heads_per_section);
-      }
-      if (work.tile < 0) break;
+    for (Work work = smem.works.take(work_at); work.tile >= 0; work = smem.works.take(work_at)) {
+      work_at = work_at.next();
       const Sequence sequence(a, work.batch);
       if (work.tile == 0) store_tail(p, sequence, work.head, consumer * ptx::kWarpgroupThreads + thread);
       const int q_first = work.tile * kTileQ;
@@ -347,7 +336,7 @@ struct ForwardSm90 {
       smem.k_ring.init(kConsumerThreads / 32);
       smem.v_ring.init(kConsumers);
       smem.bias.init(kConsumerThreads / 32);
-      if constexpr (Config::kTickets) smem.works.ring.init(kConsumerThreads / 32);
+      smem.works.ring.init(kConsumerThreads / 32);
       ptx::fence_mbarrier_init();
     }
     ptx::sync_threads();
