@@ -54,7 +54,7 @@ class Config:
     ping_pong: bool = False
     """Warpgroups take turns on the tensor cores (``sm90``)."""
     row_buffers: int = 1
-    """Tiles of q, each of which out takes the place of in the end, so that the next work's may be loaded (``sm90``)."""
+    """Tiles of q that a consumer has room for; out takes the place of the one that is done (``sm90``)."""
     producer_registers: int = 0
     """Of a thread of the warpgroup that loads, and of those that compute; 0 where warpgroups have no roles."""
     consumer_registers: int = 0
