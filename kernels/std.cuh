@@ -63,11 +63,6 @@ CF_DEVICE constexpr int round_up(int a, int multiple) { return cdiv(a, multiple)
 // The smallest power of two >= n.
 CF_DEVICE constexpr int power_of_two_above(int n) { return n <= 1 ? 1 : 2 * power_of_two_above((n + 1) / 2); }
 
-template <bool kFirst, class First, class Second>
-struct Select { using Type = First; };
-template <class First, class Second>
-struct Select<false, First, Second> { using Type = Second; };
-
 template <class First, class Second>
 struct IsSame { static constexpr bool value = false; };
 template <class T>

@@ -69,7 +69,6 @@ void store(const void* params) {
   ptx::fence_proxy_async();
   ptx::sync_threads();
   if (ptx::thread_index() == 0) {
-    ptx::prefetch_tensormap(p.map);
     ptx::tma_store(p.map, p.x[0], p.x[1], p.x[2], p.x[3], ptx::smem_u32(smem));
     ptx::tma_store_commit();
     ptx::tma_store_wait_read();

@@ -197,6 +197,4 @@ inline void tma_store_wait_read() {
 
 inline void fence_proxy_async() { host::async_proxy.fence(host::block.current->index); }
 
-inline void prefetch_tensormap(const TensorMap& map) { host::Tensor("prefetch_tensormap", map); }
-
 }  // namespace cuflash::ptx
