@@ -27,11 +27,13 @@ using std::log;
 inline double exp2(double x) { return std::exp2(x); }
 inline float exp2(float x) { return std::exp2(x) < 0x1p-126f ? 0.f : std::exp2(x); }  // -ftz=true
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __log2f(float x) { return std::log2(x); }
 #endif
 
 using int64 = long long;
 using uint32 = unsigned int;
 using uint64 = unsigned long long;
+using uint16 = unsigned short;
 using uint8 = unsigned char;
 
 constexpr double kLog2E = 1.4426950408889634;
@@ -47,6 +49,9 @@ CF_DEVICE double max_of(double a, double b) { return fmax(a, b); }
 
 CF_DEVICE float abs_of(float x) { return fabsf(x); }
 CF_DEVICE double abs_of(double x) { return fabs(x); }
+
+// To about 2^-22.
+CF_DEVICE float approximate_log2(float x) { return __log2f(x); }
 
 // 1 / x for x >= 0, to about two units in the last place for float; 0 from 2^126 on.
 CF_DEVICE float reciprocal(float x) { return __fdividef(1.f, x); }

@@ -10,7 +10,7 @@ from cuflash.jit import compile
 
 def why_no_nvrtc() -> str | None:
     try:
-        compile.include_dir()
+        compile.version()
     except CompileError as error:
         return str(error)
     return None

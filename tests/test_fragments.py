@@ -125,11 +125,10 @@ EXPORT const char* fragment_round_trip(float* by_at, fp16* stored) {
   return host::launch(round_trip, &arguments, 1, 32, 48 * 72 * 2, 0);
 }
 
-// Conversions of the twin's cuda_fp16.h and cuda_bf16.h.
-EXPORT void round_to_fp16(const float* x, fp16* y, int n) { while (n--) *y++ = __float2half_rn(*x++); }
-EXPORT void round_to_bf16(const float* x, bf16* y, int n) { while (n--) *y++ = __float2bfloat16_rn(*x++); }
-EXPORT void widen_fp16(const fp16* x, float* y, int n) { while (n--) *y++ = __half2float(*x++); }
-EXPORT void widen_bf16(const bf16* x, float* y, int n) { while (n--) *y++ = __bfloat162float(*x++); }
+EXPORT void round_to_fp16(const float* x, fp16* y, int n) { while (n--) *y++ = from_accumulator<fp16>(*x++); }
+EXPORT void round_to_bf16(const float* x, bf16* y, int n) { while (n--) *y++ = from_accumulator<bf16>(*x++); }
+EXPORT void widen_fp16(const fp16* x, float* y, int n) { while (n--) *y++ = to_accumulator(*x++); }
+EXPORT void widen_bf16(const bf16* x, float* y, int n) { while (n--) *y++ = to_accumulator(*x++); }
 """
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
 import re
 import tempfile
@@ -29,7 +27,6 @@ _RESOURCES = {
     "spill_loads": r"(\d+) bytes spill loads",
 }
 _REMARK = re.compile(r"warning|\bC75\d\d\b")  # C75xx: the assembler serialised what should overlap
-_CUDA_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")
 _ELEMENTS = {dtype.cuda: dtype.name for dtype in DTYPES.values()}
 _POLICIES = ("sequence", "mask", "score", "reduction")
 
@@ -62,12 +59,12 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
     Raises
     ------
     CompileError
-        If NVRTC or the CUDA headers are missing, NVRTC does not know the architecture, or it refuses the sources.
+        If NVRTC is missing, does not know the architecture, or refuses the sources.
     """
     header = config_header(kernel, config, params)
     files = sources.gather(kernel, header)
     flags = flags_for(arch)
-    folder = cache.folder(_title(kernel, config), cache.key(files, (*flags, *version(), _cuda_headers_digest())))
+    folder = cache.folder(_title(kernel, config), cache.key(files, (*flags, *version())))
     found = cache.read(folder)
     if found is not None:
         path, report = found
@@ -172,32 +169,6 @@ def _module() -> Any:
     return nvrtc
 
 
-@once
-def include_dir() -> Path:
-    """The folder of ``cuda_fp16.h`` and ``cuda_bf16.h``: of the CUDA wheels, else of a toolkit."""
-    major = version()[0]
-    candidates = []
-    spec = importlib.util.find_spec("nvidia")
-    wheel = "cuda_runtime" if major == 12 else f"cu{major}"
-    for base in spec.submodule_search_locations or () if spec else ():
-        candidates.append(Path(base, wheel, "include"))
-    toolkits = os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"
-    candidates.append(Path(next(filter(None, toolkits)), "include"))
-    for candidate in candidates:
-        if all((candidate / name).is_file() for name in _CUDA_HEADERS):
-            return candidate
-    raise CompileError(
-        f"the CUDA headers {' and '.join(_CUDA_HEADERS[::2])} are in none of {', '.join(map(str, candidates))}. "
-        f"Install cuflash[cuda{major}], or set CUDA_PATH to a CUDA {major} toolkit."
-    )
-
-
-@once
-def _cuda_headers_digest() -> str:
-    """SHA-256 over the CUDA headers that kernels include, which NVRTC's version does not tell."""
-    return hashlib.sha256(b"".join((include_dir() / name).read_bytes() for name in _CUDA_HEADERS)).hexdigest()
-
-
 def _nvrtc(entry: str, files: dict[str, bytes], flags: Sequence[str]) -> tuple[bytes, str]:
     """The cubin and the log."""
     nvrtc = _module()
@@ -207,7 +178,7 @@ def _nvrtc(entry: str, files: dict[str, bytes], flags: Sequence[str]) -> tuple[b
     )
     try:
         try:
-            nvrtc.compileProgram(program, (*flags, f"-I{include_dir()}"))
+            nvrtc.compileProgram(program, flags)
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program)
             raise CompileError(

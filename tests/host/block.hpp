@@ -17,6 +17,9 @@
 #include <utility>
 #include <vector>
 
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
 namespace cuflash::host {
 
 using int64 = long long;

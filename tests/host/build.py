@@ -48,7 +48,11 @@ def build(source: str, config_header: str = "") -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             Path(folder, "config.cuh").write_text(config_header)
             Path(folder, "unit.cpp").write_text(source)
-            command = ["g++", *FLAGS, f"-I{folder}", f"-I{HOST}", f"-I{KERNELS}", f"{folder}/unit.cpp"]
+            for path in KERNELS.rglob("*.cu*"):  # twins in the places of what they stand for, whoever includes them
+                name = path.relative_to(KERNELS)
+                Path(folder, name).parent.mkdir(exist_ok=True)
+                Path(folder, name).symlink_to(HOST / name if (HOST / name).exists() else path)
+            command = ["g++", *FLAGS, f"-I{folder}", f"-I{HOST}", f"{folder}/unit.cpp"]
             done = subprocess.run([*command, "-o", f"{folder}/unit.so"], capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"g++ refused:\n{done.stderr[:8000]}\nconfig.cuh:\n{config_header}")

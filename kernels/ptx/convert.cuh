@@ -1,0 +1,27 @@
+// Conversions between float and the bits of 16-bit floating point, to nearest, ties to even.
+#pragma once
+
+#include "std.cuh"
+
+namespace cuflash::ptx {
+
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cvt
+CF_DEVICE float float_of_fp16(uint16 bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+CF_DEVICE uint16 fp16_of(float x) {
+  uint16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
+// bfloat16 is the upper half of a float. There is an instruction from sm_80 on, but this suits all.
+CF_DEVICE float float_of_bf16(uint16 bits) { return __uint_as_float(uint32(bits) << 16); }
+CF_DEVICE uint16 bf16_of(float x) {
+  const uint32 bits = __float_as_uint(x);
+  return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+}  // namespace cuflash::ptx
