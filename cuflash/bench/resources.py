@@ -38,9 +38,9 @@ _EVERYTHING = "all score features at once: addresses of mask and bias and random
 
 # Tiles and speeds are those of plan/tiles.py; the bytes are the most of any architecture and feature.
 ALLOWANCES: tuple[Allowance, ...] = (
-    Allowance("fwd_sm90", "*-d40", 32, _WORK),
-    Allowance("fwd_sm90", "*-d64*", 164, _WORK),
-    Allowance("fwd_sm90", "*-d64-alibi", 436, _SCORES_90),
+    Allowance("fwd_sm90", "*-d64*", 16, _WORK),
+    Allowance("fwd_sm90", "*-d64-alibi", 292, _SCORES_90),
+    Allowance("fwd_sm90", "*-d256-*causal", 28, _WORK),
     Allowance("fwd_sm90", "*-d256-window", 24, _WORK),
     Allowance("fwd_sm80", "*-d40", 80, _FORWARD_64),
     Allowance("fwd_sm80", "*-d64*", 324, _FORWARD_64),

@@ -31,9 +31,11 @@ struct Tiles {
 // Query q sees keys [q + off - left, q + off + right], cut to the sequence; an unbounded side costs nothing.
 template <bool kLeft, bool kRight>
 struct BandMask {
-  // Whether kv_tiles begins at 0 with tiles that need no test, and whether it ends with one alone that may need it.
+  // Whether kv_tiles begins at 0 with tiles that need no test, whether it ends with one alone that may need it, and whether
+  // none can do without.
   static constexpr bool kFullFromStart = !kLeft;
   static constexpr bool kFullToEnd = !kRight;
+  static constexpr bool kNoneFull = false;
 
   int len_q, len_kv;
   int first;  // off - left: the first key that query 0 sees
@@ -78,7 +80,7 @@ using WindowMask = BandMask<true, true>;
 // A band and a boolean tensor: elements must pass both. Nothing is known about whole tiles of the tensor.
 template <class Band>
 struct TensorMask {
-  static constexpr bool kFullFromStart = false, kFullToEnd = false;
+  static constexpr bool kFullFromStart = false, kFullToEnd = false, kNoneFull = true;
 
   Band band;
   const uint8* mask;  // (len_q, len_kv) by strides, of this batch element and head

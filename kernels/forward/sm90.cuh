@@ -74,6 +74,9 @@ struct ForwardSm90 {
   // Named barriers, one for each consumer from these numbers on.
   static constexpr int kTurnToIssue = 1, kMyWarps = 1 + kConsumers;
 
+  // Whether no tile but the first that is visited can need a test.
+  static constexpr bool kAllFull = Mask::kFullFromStart && Mask::kFullToEnd;
+
   using Scores = Fragment<16, kTileKv>;
   using Weights = Operand<16, kTileKv>;
   using Output = Fragment<16, kDimV>;
@@ -96,6 +99,7 @@ struct ForwardSm90 {
       if (q_first >= sequence.len_q) continue;
       const Tiles tiles = Mask(a, sequence, work.head).kv_tiles(q_first, kTileQ, kTileKv);
       const auto load_q = [&] {
+#pragma unroll 1
         for (int w = 0; w < kConsumers; ++w) {  // rows that no query has begin with the last query's: see load_boxes
           const int row = min_of(q_first + w * kRows, sequence.len_q - 1);
           const uint32 barrier = smem.rows_rings[w].acquire(rows_at, sizeof(QTile));
@@ -147,8 +151,10 @@ struct ForwardSm90 {
     bool stored = false;  // whether there was a work before
     if (Config::kPingPong && consumer == kConsumers - 1) ptx::arrive_named(kTurnToIssue, 2 * ptx::kWarpgroupThreads);
 
-    for (Work work = smem.works.take(work_at); work.tile >= 0; work = smem.works.take(work_at)) {
+    for (;;) {
+      const Work work = smem.works.take(work_at);
       work_at = work_at.next();
+      if (work.tile < 0) break;
       const Sequence sequence(a, work.batch);
       if (work.tile == 0) store_tail(p, sequence, work.head, consumer * ptx::kWarpgroupThreads + thread);
       const int q_first = work.tile * kTileQ;
@@ -172,21 +178,46 @@ struct ForwardSm90 {
         });
         smem.bias.add(s, first_row, lane, at);
       };
-      // A tile's products, which have come in, to probabilities. True if the output so far must be rescaled.
-      const auto to_probabilities = [&](int tile, const Cursor& at, bool masked) {
+      const auto start_scores = [&](const Cursor& at) {
+        ptx::wgmma_fence();
+        issue_abt<Element>(s, mine.q, smem.k, at.stage);
+        ptx::wgmma_commit();
+      };
+      const auto start_output = [&](const Cursor& at) {
+        smem.v_ring.wait(at);
+        ptx::wgmma_fence();
+        issue_ab<Element>(out, weights, smem.v, at.stage);
+        ptx::wgmma_commit();
+      };
+      // The store of the work before has long read its rows when this is called.
+      const auto release_rows_before = [&] {
+        if (Config::kRowBuffers == 2 && leader && stored) {
+          ptx::tma_store_wait_read();
+          rows_ring.release(rows_at.next());
+        }
+      };
+      Cursor before;  // the tile that was visited before
+      // A tile's products, which have come in, to P, while the product of the tile before is added to the output.
+      const auto to_weights = [&](int tile, bool first, bool look_first) {
+        const auto finish_before = [&] {
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_hold(out.x[0]);
+          if (leader && !first) smem.v_ring.release(before);
+        };
+        if (Config::kPingPong) finish_before();  // the softmax runs under the products of others
         apply_score(tile, at);
         bool grew;
-        if (masked) {
-          s.for_each(lane, [&](float& x, int row, int col) {
-            if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
-          });
-          grew = softmax.look_first(s);
-        } else {
-          grew = softmax.look_after(s, [&] {
+        if (look_first || !softmax.look_after(s, grew)) {
+          if (look_first) {
+            s.for_each(lane, [&](float& x, int row, int col) {
+              if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
+            });
+          } else {
             s.clear();
             gemm_abt_warp<Element>(s, mine.q, warp_row, smem.k[at.stage]);
             apply_score(ptx::keep(tile), at);  // positions for this rare case alone, not held ready for it
-          });
+          }
+          grew = softmax.look_first(s, !look_first);
         }
         if (lane == 0) {  // no lane still reads: all have voted on what they read
           smem.k_ring.release(at);
@@ -194,36 +225,23 @@ struct ForwardSm90 {
         }
         for_each_dropped(dropout, s, q_first + first_row, tile * kTileKv,
                          [&](int m, int n, int i) { s.x[m][n][i] = 0.f; });
-        return grew;
+        if (!Config::kPingPong) finish_before();
+        pack_operand<Element>(weights, s);
+        if (grew && !first) rescale_output(out, softmax.rescale);
       };
-      // Tile's scores under way while the tile before it is added to the output.
-      const auto step = [&](int tile, bool masked) {
-        const Cursor next = at.next();
-        smem.k_ring.wait(next);
+      // The next tile's scores under way, and this one's product behind them.
+      const auto start_both = [&] {
+        before = at;
+        at = at.next();
+        smem.k_ring.wait(at);
         if (Config::kPingPong) ptx::sync_named(kTurnToIssue + consumer, 2 * ptx::kWarpgroupThreads);
-        ptx::wgmma_fence();
-        issue_abt<Element>(s, mine.q, smem.k, next.stage);
-        ptx::wgmma_commit();
-        smem.v_ring.wait(at);
-        ptx::wgmma_fence();
-        issue_ab<Element>(out, weights, smem.v, at.stage);
-        ptx::wgmma_commit();
+        start_scores(at);
+        start_output(before);
         if (Config::kPingPong) {
           ptx::arrive_named(kTurnToIssue + (consumer + 1) % kConsumers, 2 * ptx::kWarpgroupThreads);
         }
         ptx::wgmma_wait<1>();
         ptx::wgmma_hold(s.x[0]);
-        const auto finish = [&] {
-          ptx::wgmma_wait<0>();
-          ptx::wgmma_hold(out.x[0]);
-          if (leader) smem.v_ring.release(at);
-        };
-        if (Config::kPingPong) finish();  // the softmax runs under the products of others
-        const bool grew = to_probabilities(tile, next, masked);
-        if (!Config::kPingPong) finish();
-        at = next;
-        pack_operand<Element>(weights, s);
-        if (grew) rescale_output(out, softmax.rescale);
       };
       const auto meet = [&] { ptx::sync_named(kMyWarps + consumer, ptx::kWarpgroupThreads); };
       // Tiles that only other consumers need. Products keep a consumer's warps together; here they must meet, or one
@@ -246,48 +264,38 @@ struct ForwardSm90 {
         meet();
       };
 
-      // The store of the work before has long read its rows when this is called.
-      const auto release_rows_before = [&] {
-        if (Config::kRowBuffers == 2 && leader && stored) {
-          ptx::tma_store_wait_read();
-          rows_ring.release(rows_at.next());
-        }
-      };
-
       rows_ring.wait(rows_at);
       skip(loaded.end - tiles.end);
       const bool some = tiles.begin < tiles.end;
-      int tile = tiles.end - 1;
       if (some) {
         smem.k_ring.wait(at);
-        ptx::wgmma_fence();
-        issue_abt<Element>(s, mine.q, smem.k, at.stage);
-        ptx::wgmma_commit();
+        start_scores(at);
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(s.x[0]);
-        to_probabilities(tile, at, true);
-        pack_operand<Element>(weights, s);
-      } else {
-        meet();
-      }
-      release_rows_before();
-      --tile;
-      if constexpr (!Mask::kFullToEnd) {
-        for (; tile >= tiles.full_end; --tile) step(tile, true);
-      }
-      for (; tile >= (Mask::kFullFromStart ? 0 : tiles.full_begin); --tile) step(tile, false);
-      if constexpr (!Mask::kFullFromStart) {
-        for (; tile >= tiles.begin; --tile) step(tile, true);
-      }
-      if (some) {
-        smem.v_ring.wait(at);
-        ptx::wgmma_fence();
-        issue_ab<Element>(out, weights, smem.v, at.stage);
-        ptx::wgmma_commit();
+        release_rows_before();
+        int tile = tiles.end - 1;
+        if constexpr (kAllFull) {  // without a choice between two softmaxes, a round is one block of instructions
+          to_weights(tile, true, true);
+          while (--tile >= 0) {
+            start_both();
+            to_weights(tile, false, false);
+          }
+        } else {
+          for (bool first = true;; first = false) {
+            const bool full = tile < tiles.full_end && (Mask::kFullFromStart || tile >= tiles.full_begin);
+            to_weights(tile, first, Mask::kNoneFull || first || !full);
+            if (tile-- == tiles.begin) break;
+            start_both();
+          }
+        }
+        start_output(at);
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(out.x[0]);
         if (leader) smem.v_ring.release(at);
         at = at.next();
+      } else {
+        meet();
+        release_rows_before();
       }
       if constexpr (!Mask::kFullFromStart) skip(tiles.begin - loaded.begin);
 

@@ -30,9 +30,10 @@ struct WarpSoftmax {
     rows[1].init();
   }
 
-  // Scores to probabilities, for rows that may have no reference yet. Whether the output so far must be rescaled.
+  // Scores to probabilities, for rows that may have no reference yet, or `outgrew` one. Whether the output so far must be
+  // rescaled.
   template <int kCols>
-  CF_DEVICE bool look_first(Fragment<16, kCols>& s, float headroom = kHeadroom) {
+  CF_DEVICE bool look_first(Fragment<16, kCols>& s, bool outgrew) {
     float largest[2] = {-infinity<float>(), -infinity<float>()};
 #pragma unroll
     for (int n = 0; n < kCols / 8; ++n) {
@@ -44,7 +45,7 @@ struct WarpSoftmax {
     if (outgrown) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rescale[r] = rows[r].update(row_max(largest[r]) + headroom / log2_unit, log2_unit);
+        rescale[r] = rows[r].update(row_max(largest[r]) + (outgrew ? kMoreHeadroom : kHeadroom) / log2_unit, log2_unit);
       }
     }
     float sum[2];
@@ -54,22 +55,20 @@ struct WarpSoftmax {
     return outgrown;
   }
 
-  // The same for rows that have one; compute_again() restores the scores.
-  template <int kCols, class Again>
-  CF_DEVICE bool look_after(Fragment<16, kCols>& s, Again&& compute_again) {
+  // The same for rows that have one, the answer in `outgrown`. False if probabilities overflowed: the scores must be
+  // computed again and looked at first.
+  template <int kCols>
+  CF_DEVICE bool look_after(Fragment<16, kCols>& s, bool& outgrown) {
     float sum[2];
     weigh(s, sum);
     constexpr float kMost = static_cast<float>(uint64(1) << kSlack);
-    const bool outgrown = ptx::any(!(sum[0] < kMost && sum[1] < kMost));
+    outgrown = ptx::any(!(sum[0] < kMost && sum[1] < kMost));
     if (outgrown) {
       const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
-      if (ptx::any(!(total[0] < infinity<float>() && total[1] < infinity<float>()))) {
-        compute_again();
-        return look_first(s, kMoreHeadroom);
-      }
+      if (ptx::any(!(total[0] < infinity<float>() && total[1] < infinity<float>()))) return false;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float log2_total = log(total[r]) * static_cast<float>(kLog2E);
+        const float log2_total = approximate_log2(total[r]);
         constexpr float kMostGrowth = 120;  // 2^-kMostGrowth is still a float
         rescale[r] = rows[r].update(rows[r].m + min_of(log2_total + kMoreHeadroom, kMostGrowth) / log2_unit, log2_unit);
         sum[r] *= rescale[r];
@@ -82,7 +81,7 @@ struct WarpSoftmax {
     }
     rows[0].l += sum[0];
     rows[1].l += sum[1];
-    return outgrown;
+    return true;
   }
 
  private:
