@@ -65,6 +65,7 @@ struct BackwardSm80 {
     const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head + q_first;
     load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.q, g_q, p.q_stride.row, rows);
     load_tile_async<Config::kDimV, kBytes, kThreads>(stage.dout, g_dout, p.dout_stride.row, rows);
+#pragma unroll 1
     for (int row = ptx::thread_index(); row < kTileQ; row += kThreads) {
       const int64 source = row_offset + (row < rows ? row : 0);
       ptx::cp_async<4>(ptx::smem_u32(stage.lse2 + row), static_cast<const float*>(p.lse2) + source, row < rows);
@@ -78,9 +79,10 @@ struct BackwardSm80 {
   CF_DEVICE static void store_grad(Tile& tile, Grad& grad, float scale, void* pointer, const Strides& stride,
                                    const Sequence& sequence, int head, int kv_first, int first_col) {
     const int warp_row = ptx::warp_index() * kWarpRows, row = kv_first + warp_row;
-    grad.for_each(ptx::lane_index(), [&](float x, int r, int col) {
-      *tile.at(warp_row + r, col) = from_accumulator<Element>(x * scale);
-    });
+    grad.for_each(0, [&](float& x, int, int) { x *= scale; });
+    Operand<kWarpRows, kCols> packed;
+    pack_operand<Element>(packed, grad);
+    store_operand(tile, warp_row, ptx::lane_index(), packed);
     ptx::sync_warp();
     Element* global = static_cast<Element*>(pointer) + sequence.kv_offset(stride) + head * stride.head +
                       row * stride.row + first_col;

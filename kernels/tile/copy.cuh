@@ -11,7 +11,7 @@ namespace cuflash {
 template <int kBytes>
 struct VectorOf;
 template <>
-struct VectorOf<2> { using Type = unsigned short; };
+struct VectorOf<2> { using Type = uint16; };
 template <>
 struct VectorOf<4> { using Type = uint32; };
 template <>
@@ -64,7 +64,7 @@ CF_DEVICE void store_tile(const Rows& rows, int valid_cols, Tile& tile, int firs
   using Vector = typename VectorOf<kBytes>::Type;
   constexpr int kWidth = kBytes / sizeof(*rows.data);
   constexpr int kAcross = kCols / kWidth;
-#pragma unroll 4
+#pragma unroll 2
   for (int index = thread; index < kRows * kAcross; index += kThreads) {
     const int row = index / kAcross, col = index % kAcross * kWidth;
     if (row < rows.count && col < valid_cols) {
@@ -85,6 +85,8 @@ CF_DEVICE void store_tile(Element* global, int64 row_stride, int valid_rows, int
 // Zeroes rows [0, rows) x [0, kDim) of one head: outputs that no key or query reaches are defined all the same.
 template <int kDim, int kThreads, class Element>
 CF_DEVICE void zero_rows(Element* global, int64 row_stride, int rows, int thread = ptx::thread_index()) {
+  if (rows == 0) return;  // known of dense sequences
+#pragma unroll 1
   for (int64 index = thread; index < int64(rows) * kDim; index += kThreads) {
     global[index / kDim * row_stride + index % kDim] = Element(0.f);
   }
@@ -92,6 +94,8 @@ CF_DEVICE void zero_rows(Element* global, int64 row_stride, int rows, int thread
 
 template <int kThreads, class T>
 CF_DEVICE void fill(T* global, int count, T value, int thread = ptx::thread_index()) {
+  if (count == 0) return;
+#pragma unroll 1
   for (int index = thread; index < count; index += kThreads) global[index] = value;
 }
 
