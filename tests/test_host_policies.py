@@ -167,7 +167,7 @@ EXPORT void schedule(int keys, int64 block, int tiles, int heads, int* out) {
 template <class Sequence>
 void describe(const Attention& a, int batch, int tile, const Strides& stride, int64* out) {
   const Sequence s(a, batch);
-  const int64 values[] = {s.len_q, s.len_kv, s.rows_kv, s.tail_q, s.tail_kv, s.q_offset(stride), s.kv_offset(stride),
+  const int64 values[] = {s.len_q, s.len_kv, s.tail_q, s.tail_kv, s.q_offset(stride), s.kv_offset(stride),
                           s.first_q_tile(tile), Sequence::num_q_tiles(a, tile)};
   for (int64 value : values) *out++ = value;
 }
@@ -434,7 +434,7 @@ def test_number_of_tiles() -> None:
 
 
 STRIDES = np.array([2**33, 2**20, 7], np.int64)  # batch, row, head
-FIELDS = ("len_q", "len_kv", "rows_kv", "tail_q", "tail_kv", "q_offset", "kv_offset", "first_q_tile", "num_q_tiles")
+FIELDS = ("len_q", "len_kv", "tail_q", "tail_kv", "q_offset", "kv_offset", "first_q_tile", "num_q_tiles")
 
 
 @given(
@@ -465,9 +465,8 @@ def test_varlen_sequence(lens: list, tails: tuple[int, int], tile: int, seqused:
         assert got == {
             "len_q": len_q[b],
             "len_kv": min(rows_kv[b], used[b]) if seqused else rows_kv[b],
-            "rows_kv": rows_kv[b],
             "tail_q": rows_q[b] - len_q[b] + tails[0] * last,
-            "tail_kv": tails[1] * last,
+            "tail_kv": rows_kv[b] - got["len_kv"] + tails[1] * last,
             "q_offset": int(cu_q[b]) * 2**20,
             "kv_offset": int(cu_kv[b]) * 2**20,
         }
@@ -477,7 +476,7 @@ def test_dense_sequence() -> None:
     for b in range(3):
         values = np.empty(len(FIELDS), np.int64)
         policies().dense(3, 130, 70, b, 64, pointer(STRIDES), pointer(values))
-        assert values.tolist() == [130, 70, 70, 0, 0, b * 2**33, b * 2**33, b * 3, 9]
+        assert values.tolist() == [130, 70, 0, 0, b * 2**33, b * 2**33, b * 3, 9]
 
 
 def test_backward_lse2() -> None:

@@ -288,6 +288,37 @@ def test_score_features_on_host_memory(launches: Launches, name: str, family: st
     assert (getattr(found, "dsink", None) is None) is ("sink" not in given)
 
 
+@needs_compiler
+@pytest.mark.parametrize("family", ["numpy", "sm80", "simt"])
+@pytest.mark.parametrize("name", ["plain", "pairs"])
+def test_the_longest_lengths_may_be_those_in_use(launches: Launches, family: str, name: str) -> None:
+    wrap, unwrap = ((lambda x: x),) * 2 if family == "numpy" else (as_torch, to_numpy)
+    starts = {"q": np.array([0, 200, 300], np.int32), "k": np.array([0, 300, 330], np.int32)}
+    used = {"q": np.array([3, 40], np.int32), "k": np.array([21, 0], np.int32)}
+    longest = {"max_seqlen_q": 40, "max_seqlen_k": 21}
+    q, k, v = random(310, 4, 32), random(340, 2, 32, seed=1), random(340, 2, 24, seed=2)
+    inputs = [q, k, v, random(310, 4, 24, seed=3)]
+    dlse = random(4, 310, dtype=np.float32, seed=4)
+    poisoned = [np.full_like(x, np.nan) for x in inputs]
+    for x, live, side in zip(poisoned, inputs, "qkkq", strict=True):
+        for start, n in zip(starts[side], used[side], strict=False):
+            x[start : start + n] = live[start : start + n]
+    features = {} if name == "plain" else {"attn_bias": BIAS[:2, :1, :40, :21].astype(FP16), "sink": SINK} | WORD
+    lengths = {f"{word}_{side}": x[side] for word, x in (("cu_seqlens", starts), ("seqused", used)) for side in "qk"}
+    options = ops.Options(
+        **longest, family=None if family == "numpy" else family,
+        **{n: x for n, x in features.items() if n in ops.Options._fields},
+    )  # fmt: skip
+    arrays = [*poisoned[:3], *((lengths | features).get(n) for n in SHARED[3:])]
+    out, lse, pullback = ops.vjp(options, [x if x is None else wrap(x) for x in arrays], GENERATOR)
+    results = [unwrap(x) for x in (out, lse, *pullback(wrap(poisoned[3]), wrap(dlse))[:3])]
+
+    expected = {"bias" if n == "attn_bias" else n: x for n, x in (lengths | longest | features).items()}
+    expected |= {"rng_state": GENERATOR} if features else {}
+    exact, naive = oracle.attention(*inputs, dlse, **expected), oracle.naive_in_dtype(*inputs, dlse, **expected)
+    oracle.assert_all_close(oracle.Attention(*results), exact, naive)
+
+
 DECODE = {
     "plan": {},
     "whole": {"num_splits": 1},

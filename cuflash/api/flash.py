@@ -299,8 +299,9 @@ def flash_attn_varlen_func(
         The row of q, and of k and v, at which each sequence starts, from 0 and rising; the last number is the end of
         the last sequence. With `block_table` the differences of `cu_seqlens_k` are the lengths, and no rows of k and v.
     max_seqlen_q, max_seqlen_k : int, optional
-        At least as long as the longest sequence. None reads `cu_seqlens` and checks its values; on a GPU that waits for
-        the device once, and cannot be captured in a graph. Given, values on a GPU are trusted, see `validate`.
+        At least as long as the longest sequence, or as what `seqused_q` and `seqused_k` say is used of any. None reads
+        `cu_seqlens` and checks its values; on a GPU that waits for the device once, and cannot be captured in a graph.
+        Given, values on a GPU are trusted, see `validate`.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
     block_table : array of int32, (b, max_pages), optional

@@ -83,8 +83,8 @@ def with_lengths(options: Options, views: Mapping[str, View], arrays: Mapping[st
     lengths_q = _lengths("cu_seqlens_q", values["cu_seqlens_q"], views["q"])
     lengths_k = _lengths("cu_seqlens_k", values["cu_seqlens_k"], None if paged else views["k"])
     for name, lengths, rows in (("seqused_q", lengths_q, "queries"), ("seqused_k", lengths_k, "keys")):
-        used = values.get(name, np.zeros(0, np.int64))
-        wrong = np.flatnonzero((used < 0) | (used > lengths[: len(used)]))
+        used = values.setdefault(name, lengths)
+        wrong = np.flatnonzero((used < 0) | (used > lengths))
         if wrong.size:
             at = wrong[0]
             raise InvalidArgument(
@@ -92,12 +92,12 @@ def with_lengths(options: Options, views: Mapping[str, View], arrays: Mapping[st
                 "expected a number from 0 to those."
             )
     if paged:
-        _check_room(views, values.get("seqused_k", lengths_k))
+        _check_room(views, values["seqused_k"])
         if options.validate or views["block_table"].device == "cpu":
-            _check_pages(views, arrays["block_table"], values.get("seqused_k", lengths_k))
+            _check_pages(views, arrays["block_table"], values["seqused_k"])
     return options._replace(
-        max_seqlen_q=_longest(options, "max_seqlen_q", lengths_q),
-        max_seqlen_k=_longest(options, "max_seqlen_k", lengths_k),
+        max_seqlen_q=_longest(options, "max_seqlen_q", lengths_q, values["seqused_q"]),
+        max_seqlen_k=_longest(options, "max_seqlen_k", lengths_k, values["seqused_k"]),
         validate=False,
     )
 
@@ -149,14 +149,13 @@ def _check_pages(views: Mapping[str, View], block_table: Any, lengths: np.ndarra
             )
 
 
-def _longest(options: Options, name: str, lengths: np.ndarray) -> int:
-    longest = int(lengths.max(initial=0))
+def _longest(options: Options, name: str, lengths: np.ndarray, used: np.ndarray) -> int:
+    """The longest length as given, no shorter than what is in use of any sequence; all rows of the longest if None."""
     if getattr(options, name) is None:
-        return longest
-    allowed = length(options, name)
+        return int(lengths.max(initial=0))
+    allowed, longest = length(options, name), int(used.max(initial=0))
     if allowed < longest:
-        at = lengths.argmax()
-        raise InvalidArgument(
-            f"{name} is {allowed}, but sequence {at} has {longest} rows; pass at least that many, or None."
-        )
+        at = used.argmax()
+        rows = f"has {longest} rows" if longest == lengths[at] else f"uses {longest} of its rows"
+        raise InvalidArgument(f"{name} is {allowed}, but sequence {at} {rows}; pass at least that many, or None.")
     return allowed

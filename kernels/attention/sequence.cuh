@@ -13,13 +13,12 @@ struct BoxOrigin {
 struct DenseSequence {
   int len_q;     // query rows
   int len_kv;    // keys that take part
-  int rows_kv;   // keys that exist: dk and dv are defined for all of them
-  int tail_q;    // packed rows behind this sequence that no query takes part in; none here
+  int tail_q;    // packed rows behind those that take part in nothing, which its first tile fills; none here
   int tail_kv;
   int64 batch;
 
   CF_DEVICE DenseSequence(const Attention& a, int batch_index)
-      : len_q(a.len_q), len_kv(a.len_kv), rows_kv(a.len_kv), tail_q(0), tail_kv(0), batch(batch_index) {}
+      : len_q(a.len_q), len_kv(a.len_kv), tail_q(0), tail_kv(0), batch(batch_index) {}
 
   // Elements from a tensor's base to row 0 of this sequence (head 0).
   CF_DEVICE int64 q_offset(const Strides& stride) const { return batch * stride.batch; }
@@ -37,7 +36,6 @@ struct DenseSequence {
 struct VarlenSequence {
   int len_q;
   int len_kv;
-  int rows_kv;
   int tail_q;
   int tail_kv;
   int start_q;     // first packed row
@@ -48,14 +46,14 @@ struct VarlenSequence {
       : start_q(a.cu_seqlens_q[batch_index]), start_kv(a.cu_seqlens_kv[batch_index]), batch(batch_index) {
     const bool last = batch_index == a.batch - 1;
     const int rows_q = a.cu_seqlens_q[batch_index + 1] - start_q;
-    rows_kv = a.cu_seqlens_kv[batch_index + 1] - start_kv;
+    const int rows_kv = a.cu_seqlens_kv[batch_index + 1] - start_kv;
     CF_ASSERT(start_q >= 0 && rows_q >= 0 && start_q + rows_q <= a.total_q);
     CF_ASSERT(start_kv >= 0 && rows_kv >= 0 && start_kv + rows_kv <= a.total_kv);
     len_q = a.seqused_q ? min_of(a.seqused_q[batch_index], rows_q) : rows_q;
     len_kv = a.seqused_kv ? min_of(a.seqused_kv[batch_index], rows_kv) : rows_kv;
     CF_ASSERT(len_q >= 0 && len_kv >= 0);
     tail_q = (last ? a.total_q - start_q : rows_q) - len_q;
-    tail_kv = last ? a.total_kv - start_kv - rows_kv : 0;
+    tail_kv = (last ? a.total_kv - start_kv : rows_kv) - len_kv;
   }
 
   CF_DEVICE int64 q_offset(const Strides& stride) const { return start_q * stride.row; }

@@ -71,10 +71,10 @@ struct BackwardSimt {
     return rows_of<Element>(p.dq, p.dq_stride, sequence.q_offset(p.dq_stride), head, sequence.len_q);
   }
   CF_DEVICE static GlobalRows<Element> dk_of(const BwdParams& p, const Sequence& sequence, int head) {
-    return rows_of<Element>(p.dk, p.dk_stride, sequence.kv_offset(p.dk_stride), head, sequence.rows_kv);
+    return rows_of<Element>(p.dk, p.dk_stride, sequence.kv_offset(p.dk_stride), head, sequence.len_kv);
   }
   CF_DEVICE static GlobalRows<Element> dv_of(const BwdParams& p, const Sequence& sequence, int head) {
-    return rows_of<Element>(p.dv, p.dv_stride, sequence.kv_offset(p.dv_stride), head, sequence.rows_kv);
+    return rows_of<Element>(p.dv, p.dv_stride, sequence.kv_offset(p.dv_stride), head, sequence.len_kv);
   }
 
   CF_DEVICE static const Inputs& share_inputs(Inputs& inputs, const BwdParams& p, const Sequence& sequence, int head) {
@@ -83,7 +83,7 @@ struct BackwardSimt {
     return inputs;
   }
 
-  // Packed rows that belong to no sequence have no gradient.
+  // Packed rows that take part in nothing have no gradient.
   template <int kDim>
   CF_DEVICE static void zero_tail(const GlobalRows<Element>& rows, int tail) {
     zero_rows<kDim, kThreads>(rows.from(rows.count).data, rows.stride, tail);
@@ -122,7 +122,7 @@ struct BackwardSimt {
       zero_tail<kDimV>(dv_of(p, sequence, work.head), sequence.tail_kv);
     }
     const int kv_first = work.tile * kTileKv;
-    if (kv_first >= sequence.rows_kv) return;
+    if (kv_first >= sequence.len_kv) return;
 
     typename Block::template Output<kDimQk> dk;
     typename Block::template Output<kDimV> dv;

@@ -86,15 +86,15 @@ struct BackwardSm80 {
     ptx::sync_warp();
     Element* global = static_cast<Element*>(pointer) + sequence.kv_offset(stride) + head * stride.head +
                       row * stride.row + first_col;
-    store_tile<kWarpRows, kCols, kBytes, 32>(global, stride.row, sequence.rows_kv - row, kDim - first_col, tile,
+    store_tile<kWarpRows, kCols, kBytes, 32>(global, stride.row, sequence.len_kv - row, kDim - first_col, tile,
                                              warp_row, ptx::lane_index());
   }
 
   CF_DEVICE static void zero_tail(const BwdParams& p, const Sequence& sequence, int head) {
     Element* g_dk = static_cast<Element*>(p.dk) + sequence.kv_offset(p.dk_stride) + head * p.dk_stride.head;
     Element* g_dv = static_cast<Element*>(p.dv) + sequence.kv_offset(p.dv_stride) + head * p.dv_stride.head;
-    zero_rows<Config::kDimQk, kThreads>(g_dk + sequence.rows_kv * p.dk_stride.row, p.dk_stride.row, sequence.tail_kv);
-    zero_rows<Config::kDimV, kThreads>(g_dv + sequence.rows_kv * p.dv_stride.row, p.dv_stride.row, sequence.tail_kv);
+    zero_rows<Config::kDimQk, kThreads>(g_dk + sequence.len_kv * p.dk_stride.row, p.dk_stride.row, sequence.tail_kv);
+    zero_rows<Config::kDimV, kThreads>(g_dv + sequence.len_kv * p.dv_stride.row, p.dv_stride.row, sequence.tail_kv);
   }
 
   CF_DEVICE static void run(const BwdParams& p) {
@@ -109,7 +109,7 @@ struct BackwardSm80 {
     const Sequence sequence(a, work.batch);
     if (work.tile == 0 && split == 0) zero_tail(p, sequence, work.head);
     const int kv_first = work.tile * kTileKv;
-    if (kv_first >= sequence.rows_kv) return;
+    if (kv_first >= sequence.len_kv) return;
 
     const int group = a.heads_q / a.heads_kv, head_first = work.head * group;
     const Tiles tiles = typename Config::Mask(a, sequence, head_first).q_tiles(kv_first, kTileKv, kTileQ);
