@@ -228,6 +228,39 @@ CALLS: dict[str, Call] = {
             ("explained", explain, 129),
         ]
     },
+    "scale-beyond-float": Call(
+        func,
+        "softmax_scale is 1e+300; expected at most 8.51e+37 in magnitude, as fp16 is computed in float32.",
+        {"softmax_scale": 1e300},
+    ),
+    "scale-negative-beyond-float": Call(
+        func,
+        "softmax_scale is -3e+38; expected at most 8.51e+37 in magnitude, as fp16 is computed in float32.",
+        {"softmax_scale": -3e38},
+    ),
+    "scale-integer-beyond-every-float": Call(
+        func,
+        "softmax_scale is 2**1328 or more; expected a number that a float can hold.",
+        {"softmax_scale": 10**400},
+    ),
+    "softcap-beyond-float": Call(
+        func,
+        "softcap is 1e+300; expected from 1.18e-38 to 8.51e+37, as fp16 is computed in float32.",
+        {"softcap": 1e300},
+    ),
+    "softcap-below-float": Call(
+        func,
+        "softcap is 1e-44; expected from 1.18e-38 to 8.51e+37, as fp16 is computed in float32.",
+        {"softcap": 1e-44},
+    ),
+    "softcap-integer-of-many-digits": Call(
+        func,
+        "softcap is -2**33219 or more; expected a number that a float can hold.",
+        {"softcap": -(10**10000)},
+    ),
+    "dropout-integer": Call(
+        func, "dropout_p is 2**1328 or more; expected a number that a float can hold.", {"dropout_p": 10**400}
+    ),
     "softcap-type": Call(func, "softcap is None; expected a finite number.", {"softcap": None}),
     "causal": Call(func, "causal is 'yes'; expected True or False.", {"causal": "yes"}),
     "sdpa-causal": Call(sdpa, "is_causal is 2; expected True or False.", {"is_causal": 2}),

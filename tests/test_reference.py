@@ -111,6 +111,19 @@ def test_dense_matches_the_oracle(shape: dict, options: dict, dtype: type) -> No
     check(arrays(shape, dtype), **options)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("softcap", [2.0**-126, 1e-30, 50.0, 1e4, 1e9, 1e30, 2.0**126])
+def test_soft_caps_of_every_size(softcap: float, dtype: type) -> None:
+    with np.errstate(over="ignore"):  # of scores over tiny caps, in the naive formula
+        check(arrays(SHAPES["decode"], dtype), softcap=softcap, scale=3.0)
+
+
+@pytest.mark.parametrize("softcap", [2.0**-1022, 1e-300, 1e300, 2.0**1022])
+def test_soft_caps_of_every_size_in_double_precision(softcap: float) -> None:
+    with np.errstate(over="ignore"):
+        check(arrays(SHAPES["decode"], FP64), softcap=softcap, scale=3.0)
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 30)}, {"softcap": 2.0, "causal": True}])
 def test_dense_matches_the_oracle_with_the_real_tiles(options: dict) -> None:
     shape = {"b": 2, "h": 4, "hk": 2, "sq": 300, "sk": 1100, "d": 32, "dv": 24}

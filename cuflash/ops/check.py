@@ -41,6 +41,8 @@ _EQUAL = (
 _RNG_STATES = [((2,), "uint64"), ((2,), "int64"), ((4,), "uint32")]
 """Shapes and dtypes that 16 bytes of seed and offset may have; JAX has no 64-bit integers by default."""
 _DTYPES = {dtype.numpy.name: dtype for dtype in DTYPES.values()}
+_RANGES = {"float32": (2.0**-126, 2.0**126), "float64": (2.0**-1022, 2.0**1022)}
+"""What numbers beside the tensors may be at least, 0 aside, and at most, by the accumulator's dtype."""
 
 
 def problem_of(direction: Direction, options: Options, views: Mapping[str, View]) -> Problem:
@@ -96,9 +98,13 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         _check_rng_state(options, dropout, views.get("rng_state"))
 
     scale = options.softmax_scale
+    if scale is not None:
+        scale = _in_range(options.name("softmax_scale"), _finite(options.name("softmax_scale"), scale), dtype, least=0)
     softcap = _finite("softcap", options.softcap)
     if softcap < 0:
         raise InvalidArgument(f"softcap is {softcap}; expected 0 (none) or a positive number.")
+    if softcap:
+        softcap = _in_range("softcap", softcap, dtype, least=_RANGES[dtype.accumulator.name][0])
     return Problem(
         direction=direction,
         dtype=dtype,
@@ -115,7 +121,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         page_size=page_size,
         mask=_mask(options, views, scores).clipped(len_q, len_kv),
         softcap=softcap,
-        softmax_scale=q["d"] ** -0.5 if scale is None else _finite(options.name("softmax_scale"), scale),
+        softmax_scale=q["d"] ** -0.5 if scale is None else scale,
         alibi="alibi_slopes" in views,
         bias=bias,
         bias_broadcast=broadcast,
@@ -300,9 +306,24 @@ def _check_writeable(view: View) -> None:
 
 def _finite(name: str, value: Any) -> float:
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        raise InvalidArgument(f"{name} is {value!r}; expected a finite number.")
-    return float(value)
+    try:
+        if number and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # such integers may have more digits than Python shows
+        sign = "-" if value < 0 else ""
+        raise InvalidArgument(
+            f"{name} is {sign}2**{abs(value).bit_length() - 1} or more; expected a number that a float can hold."
+        ) from None
+    raise InvalidArgument(f"{name} is {value!r}; expected a finite number.")
+
+
+def _in_range(name: str, value: float, dtype: DType, least: float) -> float:
+    """Refuse what leaves the range in which logits are computed, its product with log2(e) included."""
+    most = _RANGES[dtype.accumulator.name][1]
+    if not least <= abs(value) <= most:
+        bounds = f"from {least:.3g} to {most:.3g}" if least else f"at most {most:.3g} in magnitude"
+        raise InvalidArgument(f"{name} is {value:g}; expected {bounds}, as {dtype} is computed in {dtype.accumulator}.")
+    return value
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -72,10 +72,8 @@ class Features:
 
         # (h,) and (b, h) slopes are pairs that broadcast along rows and keys.
         slopes = None if self.alibi_slopes is None else pairs(self.alibi_slopes[..., None, None])
-        unit = float(self.softmax_scale / self.softcap if self.softcap else self.softmax_scale)
-        scores = Scores(
-            self.mask, len_q, len_kv, unit, float(self.softcap), pairs(self.mask_tensor), slopes, pairs(self.bias)
-        )
+        unit, softcap = float(self.softmax_scale), float(self.softcap)
+        scores = Scores(self.mask, len_q, len_kv, unit, softcap, pairs(self.mask_tensor), slopes, pairs(self.bias))
         sink = None if self.sink is None else self.sink.reshape(heads_kv, group)
         if self.dropout is None or not self.dropout.p:
             return Policies(scores, sink, None)

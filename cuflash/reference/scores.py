@@ -14,7 +14,7 @@ from cuflash.reference.tiles import Tile, stacked
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The logits of one dense problem, s = softcap * tanh(x) - slope * |distance from the diagonal| + bias."""
+    """The logits of one dense problem, s = softcap * tanh(x / softcap) - slope * |distance| + bias."""
 
     mask: Mask
     len_q: int
@@ -46,12 +46,14 @@ class Scores:
             yield tile, keep
 
     def capped(self, x: np.ndarray) -> np.ndarray:
-        """Apply softcap * tanh(x) in place."""
-        return np.multiply(np.tanh(x, out=x), self.softcap, out=x) if self.softcap else x
+        """Apply softcap * tanh(x / softcap) in place."""
+        if not self.softcap:
+            return x
+        return np.multiply(np.tanh(np.divide(x, self.softcap, out=x), out=x), self.softcap, out=x)
 
     def slope(self, capped: np.ndarray) -> np.ndarray | float:
-        """The derivative of `capped`, softcap * (1 - tanh(x)^2), from its result."""
-        return self.softcap - capped * capped / self.softcap if self.softcap else 1.0
+        """The derivative of `capped`, 1 - tanh(x / softcap)^2, from its result."""
+        return 1 - np.square(capped / self.softcap) if self.softcap else 1.0
 
     def finish(self, capped: np.ndarray, tile: Tile, keep: np.ndarray | None, group: int) -> np.ndarray:
         """Add ALiBi and bias and set what is not kept to -inf, whatever it was, in place."""
