@@ -1,7 +1,9 @@
 """Exact attention, forward and backward, for NumPy and CUDA arrays; kernels are compiled at run time."""
 
+from typing import TYPE_CHECKING
+
 from cuflash.api.backend import preferred_backend
-from cuflash.api.explain import explain
+from cuflash.api.explain import Explanation, explain
 from cuflash.api.flash import (
     Gradients,
     flash_attn_backward,
@@ -13,6 +15,7 @@ from cuflash.api.flash import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_vjp,
 )
+from cuflash.api.keywords import FlashOptions, VarlenOptions
 from cuflash.api.mem_eff import (
     efficient_attention_backward,
     efficient_attention_forward,
@@ -26,14 +29,21 @@ from cuflash.api.sdpa import scaled_dot_product_attention
 from cuflash.api.validators import check_aligned, check_contiguous, check_last_contiguous, check_range
 from cuflash.errors import CompileError, InvalidArgument, UnsupportedProblem
 from cuflash.generator import PhiloxGenerator, manual_seed
+from cuflash.masks import Mask
+from cuflash.problem import Problem
 
 __all__ = [
     "CompileError",
+    "Explanation",
+    "FlashOptions",
     "Gradients",
     "InvalidArgument",
+    "Mask",
     "PhiloxGenerator",
     "PreparedAttention",
+    "Problem",
     "UnsupportedProblem",
+    "VarlenOptions",
     "check_aligned",
     "check_contiguous",
     "check_last_contiguous",
@@ -64,3 +74,22 @@ __all__ = [
     "preferred_backend",
     "scaled_dot_product_attention",
 ]
+
+__version__: str
+
+if not TYPE_CHECKING:  # a checker that saw it would believe in every name
+
+    def __getattr__(name: str) -> str:
+        """The version, looked up when it is asked for: reading it takes longer than half of ``import cuflash``."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version(__name__)
+        except PackageNotFoundError:  # run from its sources, without having been installed
+            return "0+unknown"
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"])

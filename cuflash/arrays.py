@@ -11,11 +11,16 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from cuflash.errors import InvalidArgument, UnsupportedProblem
+
+Array = Any
+"""An array of NumPy, CuPy, torch, JAX or another library that speaks DLPack."""
+ArrayT = TypeVar("ArrayT")
+"""The type of q, k and v, and of results with as many axes in the same dtype."""
 
 _CPU, _CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType of dlpack.h
 

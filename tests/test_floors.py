@@ -34,7 +34,7 @@ FLOORS = {
     "jit": DESCRIPTIONS | {"jit", "plan"},
     "ops": DESCRIPTIONS | {"reference", "plan", "jit", "ops"},
     "api": DESCRIPTIONS | {"ops", "api"},
-    "__init__": {"api", "errors", "generator"},
+    "__init__": {"api", "errors", "generator", "masks", "problem"},
     "bench": PARTS | {"bench"},
     "cli": PARTS | {"bench", "cli"},
     "__main__": {"cli"},

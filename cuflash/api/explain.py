@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cuflash import ops
+from cuflash.arrays import Array
 from cuflash.dropout import Scheme
 from cuflash.masks import Alignment
-from cuflash.ops import Options
+from cuflash.ops import Explanation, Options
 from cuflash.problem import Problem
-
-Array = Any
 
 
 def explain(
@@ -41,14 +38,14 @@ def explain(
     bias_grad: bool = False,
     device: str | None = None,
     backward: bool = False,
-) -> object:
+) -> Explanation:
     """Say which kernels a call would run, with which tiles and scratch memory, and why no others; runs nothing.
 
     Parameters
     ----------
     q : array or Problem
         The queries of a call, as for `flash_attn_func` or, with `cu_seqlens_q`, `flash_attn_varlen_func`; or a
-        `cuflash.problem.Problem`, which says everything but the device.
+        `cuflash.Problem`, with a dtype of `cuflash.dtypes`, which says everything but the device.
     k, v : array
         Keys and values.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink

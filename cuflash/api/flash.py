@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from cuflash import ops
+from cuflash.api.keywords import (
+    BackwardOptions,
+    FlashOptions,
+    Generator,
+    Pullback,
+    VarlenOptions,
+    VjpOptions,
+)
 from cuflash.api.probabilities import check_drawn, probabilities
-from cuflash.arrays import framework_of
+from cuflash.arrays import Array, ArrayT, framework_of
 from cuflash.dropout import Scheme
 from cuflash.errors import InvalidArgument
-from cuflash.generator import PhiloxGenerator
 from cuflash.masks import Alignment
 from cuflash.ops import Gradients, Options
 from cuflash.ops.lengths import with_lengths
 
-Array = Any
-"""An array of NumPy, CuPy, torch, JAX or another library that speaks DLPack."""
-Generator = PhiloxGenerator | tuple[int, int] | None
-"""What dropout draws from."""
 
-
+@overload
+def flash_attn_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[False] = ...,
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[FlashOptions],
+) -> ArrayT: ...  # fmt: skip
+@overload
+def flash_attn_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[True],
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array]: ...  # fmt: skip
+@overload
+def flash_attn_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[False] = ...,
+    return_rng_state: Literal[True], **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[True],
+    return_rng_state: Literal[True], **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ...,
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ...,
+    return_rng_state: Literal[True], **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: bool = ..., *, return_lse: bool = ..., return_rng_state: bool = ...,
+    **keywords: Unpack[FlashOptions],
+) -> ArrayT | tuple[Any, ...]: ...  # fmt: skip
 def flash_attn_func(
     q: Array,
     k: Array,
@@ -170,6 +220,55 @@ def flash_attn_func(
     return _forward(options, arrays, out, generator, None, *asked)
 
 
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayT, kv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[False] = ...,
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[FlashOptions],
+) -> ArrayT: ...  # fmt: skip
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayT, kv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[True],
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array]: ...  # fmt: skip
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayT, kv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[False] = ...,
+    return_rng_state: Literal[True], **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayT, kv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[True],
+    return_rng_state: Literal[True], **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayT, kv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ...,
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayT, kv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ...,
+    return_rng_state: Literal[True], **keywords: Unpack[FlashOptions],
+) -> tuple[ArrayT, Array, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayT, kv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: bool = ..., *, return_lse: bool = ..., return_rng_state: bool = ...,
+    **keywords: Unpack[FlashOptions],
+) -> ArrayT | tuple[Any, ...]: ...  # fmt: skip
 def flash_attn_kvpacked_func(
     q: Array,
     kv: Array,
@@ -181,7 +280,10 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    **keywords: Any,
+    *,
+    return_lse: bool = False,
+    return_rng_state: bool = False,
+    **keywords: Unpack[FlashOptions],
 ) -> Array | tuple[Array | None, ...]:
     """`flash_attn_func` of keys and values in one array.
 
@@ -193,8 +295,10 @@ def flash_attn_kvpacked_func(
         Keys, then values.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
+    return_lse, return_rng_state
+        As for `flash_attn_func`.
     **keywords
-        The keywords of `flash_attn_func`.
+        The other keywords of `flash_attn_func`.
 
     Returns
     -------
@@ -208,9 +312,58 @@ def flash_attn_kvpacked_func(
     """
     k, v = _unpacked("kv", kv, ("b", "s", "2", "h", "d"))
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, **keywords)
+    return flash_attn_func(q, k, v, *options, return_lse=return_lse, return_rng_state=return_rng_state, **keywords)
 
 
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[False] = ...,
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[FlashOptions],
+) -> Array: ...  # fmt: skip
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[True],
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[FlashOptions],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[False] = ...,
+    return_rng_state: Literal[True], **keywords: Unpack[FlashOptions],
+) -> tuple[Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[True],
+    return_rng_state: Literal[True], **keywords: Unpack[FlashOptions],
+) -> tuple[Array, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ...,
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[FlashOptions],
+) -> tuple[Array, Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ...,
+    return_rng_state: Literal[True], **keywords: Unpack[FlashOptions],
+) -> tuple[Array, Array, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Array, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: bool = ..., *, return_lse: bool = ..., return_rng_state: bool = ...,
+    **keywords: Unpack[FlashOptions],
+) -> Array | tuple[Any, ...]: ...  # fmt: skip
 def flash_attn_qkvpacked_func(
     qkv: Array,
     dropout_p: float = 0.0,
@@ -221,7 +374,10 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    **keywords: Any,
+    *,
+    return_lse: bool = False,
+    return_rng_state: bool = False,
+    **keywords: Unpack[FlashOptions],
 ) -> Array | tuple[Array | None, ...]:
     """`flash_attn_func` of queries, keys and values in one array.
 
@@ -231,8 +387,10 @@ def flash_attn_qkvpacked_func(
         Queries, then keys, then values.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
+    return_lse, return_rng_state
+        As for `flash_attn_func`.
     **keywords
-        The keywords of `flash_attn_func`.
+        The other keywords of `flash_attn_func`.
 
     Returns
     -------
@@ -246,9 +404,65 @@ def flash_attn_qkvpacked_func(
     """
     q, k, v = _unpacked("qkv", qkv, ("b", "s", "3", "h", "d"))
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, **keywords)
+    return flash_attn_func(q, k, v, *options, return_lse=return_lse, return_rng_state=return_rng_state, **keywords)
 
 
+@overload
+def flash_attn_varlen_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Array | None = ..., *,
+    return_lse: Literal[False] = ..., return_rng_state: Literal[False] = ..., **keywords: Unpack[VarlenOptions],
+) -> ArrayT: ...  # fmt: skip
+@overload
+def flash_attn_varlen_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Array | None = ..., *,
+    return_lse: Literal[True], return_rng_state: Literal[False] = ..., **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Array | None = ..., *,
+    return_lse: Literal[False] = ..., return_rng_state: Literal[True], **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Array | None = ..., *,
+    return_lse: Literal[True], return_rng_state: Literal[True], **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ..., block_table: None = ...,
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ..., block_table: None = ...,
+    return_rng_state: Literal[True], **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_func(
+    q: ArrayT, k: ArrayT, v: ArrayT, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: bool = ..., block_table: Array | None = ..., *,
+    return_lse: bool = ..., return_rng_state: bool = ..., **keywords: Unpack[VarlenOptions],
+) -> ArrayT | tuple[Any, ...]: ...  # fmt: skip
 def flash_attn_varlen_func(
     q: Array,
     k: Array,
@@ -357,6 +571,62 @@ def flash_attn_varlen_func(
     return _forward(options, arrays, out, generator, block_table, *asked)
 
 
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT, kv: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[False] = ...,
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[VarlenOptions],
+) -> ArrayT: ...  # fmt: skip
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT, kv: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[True],
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT, kv: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[False] = ...,
+    return_rng_state: Literal[True], **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT, kv: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, return_lse: Literal[True],
+    return_rng_state: Literal[True], **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT, kv: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ...,
+    return_rng_state: Literal[False] = ..., **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT, kv: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True], return_lse: bool = ...,
+    return_rng_state: Literal[True], **keywords: Unpack[VarlenOptions],
+) -> tuple[ArrayT, Array, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT, kv: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int, int] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: bool = ..., *, return_lse: bool = ..., return_rng_state: bool = ...,
+    **keywords: Unpack[VarlenOptions],
+) -> ArrayT | tuple[Any, ...]: ...  # fmt: skip
 def flash_attn_varlen_kvpacked_func(
     q: Array,
     kv: Array,
@@ -372,7 +642,10 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    **keywords: Any,
+    *,
+    return_lse: bool = False,
+    return_rng_state: bool = False,
+    **keywords: Unpack[VarlenOptions],
 ) -> Array | tuple[Array | None, ...]:
     """`flash_attn_varlen_func` of keys and values in one array.
 
@@ -386,8 +659,10 @@ def flash_attn_varlen_kvpacked_func(
         As for `flash_attn_varlen_func`.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
+    return_lse, return_rng_state
+        As for `flash_attn_func`.
     **keywords
-        The keywords of `flash_attn_varlen_func`.
+        The other keywords of `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -400,11 +675,62 @@ def flash_attn_varlen_kvpacked_func(
         As `flash_attn_func`.
     """
     k, v = _unpacked("kv", kv, ("total", "2", "h", "d"))
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options, **keywords)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options, return_lse=return_lse,
+        return_rng_state=return_rng_state, **keywords,
+    )  # fmt: skip
 
 
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array, cu_seqlens: Array, max_seqlen: int | None = ..., dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Array | None = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    return_lse: Literal[False] = ..., return_rng_state: Literal[False] = ..., **keywords: Unpack[VarlenOptions],
+) -> Array: ...  # fmt: skip
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array, cu_seqlens: Array, max_seqlen: int | None = ..., dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Array | None = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    return_lse: Literal[True], return_rng_state: Literal[False] = ..., **keywords: Unpack[VarlenOptions],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array, cu_seqlens: Array, max_seqlen: int | None = ..., dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Array | None = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    return_lse: Literal[False] = ..., return_rng_state: Literal[True], **keywords: Unpack[VarlenOptions],
+) -> tuple[Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array, cu_seqlens: Array, max_seqlen: int | None = ..., dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Array | None = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    return_lse: Literal[True], return_rng_state: Literal[True], **keywords: Unpack[VarlenOptions],
+) -> tuple[Array, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array, cu_seqlens: Array, max_seqlen: int | None = ..., dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Array | None = ..., deterministic: bool = ..., *, return_attn_probs: Literal[True],
+    return_lse: bool = ..., return_rng_state: Literal[False] = ..., **keywords: Unpack[VarlenOptions],
+) -> tuple[Array, Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array, cu_seqlens: Array, max_seqlen: int | None = ..., dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Array | None = ..., deterministic: bool = ..., *, return_attn_probs: Literal[True],
+    return_lse: bool = ..., return_rng_state: Literal[True], **keywords: Unpack[VarlenOptions],
+) -> tuple[Array, Array, Array, Array | None]: ...  # fmt: skip
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array, cu_seqlens: Array, max_seqlen: int | None = ..., dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: Array | None = ..., deterministic: bool = ..., return_attn_probs: bool = ..., *,
+    return_lse: bool = ..., return_rng_state: bool = ..., **keywords: Unpack[VarlenOptions],
+) -> Array | tuple[Any, ...]: ...  # fmt: skip
 def flash_attn_varlen_qkvpacked_func(
     qkv: Array,
     cu_seqlens: Array,
@@ -417,7 +743,10 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    **keywords: Any,
+    *,
+    return_lse: bool = False,
+    return_rng_state: bool = False,
+    **keywords: Unpack[VarlenOptions],
 ) -> Array | tuple[Array | None, ...]:
     """`flash_attn_varlen_func` of queries, keys and values in one array.
 
@@ -431,8 +760,10 @@ def flash_attn_varlen_qkvpacked_func(
         At least as long as the longest sequence; None reads `cu_seqlens`, as in `flash_attn_varlen_func`.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As for `flash_attn_func`.
+    return_lse, return_rng_state
+        As for `flash_attn_func`.
     **keywords
-        The keywords of `flash_attn_varlen_func`.
+        The other keywords of `flash_attn_varlen_func`.
 
     Returns
     -------
@@ -445,11 +776,38 @@ def flash_attn_varlen_qkvpacked_func(
         As `flash_attn_func`.
     """
     q, k, v = _unpacked("qkv", qkv, ("total", "3", "h", "d"))
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options, **keywords)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options, return_lse=return_lse,
+        return_rng_state=return_rng_state, **keywords,
+    )  # fmt: skip
 
 
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: None = ...,
+    bias_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...  # fmt: skip
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: None = ...,
+    bias_grad: Literal[True], **keywords: Unpack[BackwardOptions],
+) -> Gradients[ArrayT, Array, None]: ...  # fmt: skip
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array,
+    bias_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
+) -> Gradients[ArrayT, None, Array]: ...  # fmt: skip
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array,
+    bias_grad: Literal[True], **keywords: Unpack[BackwardOptions],
+) -> Gradients[ArrayT, Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array | None = ...,
+    bias_grad: bool = ..., **keywords: Unpack[BackwardOptions],
+) -> tuple[ArrayT, ArrayT, ArrayT] | Gradients[ArrayT, Any, Any]: ...  # fmt: skip
 def flash_attn_backward(
     dout: Array,
     q: Array,
@@ -484,7 +842,7 @@ def flash_attn_backward(
     dk: Array | None = None,
     dv: Array | None = None,
     validate: bool = False,
-) -> tuple[Array, Array, Array] | Gradients:
+) -> tuple[Array, Array, Array] | Gradients[Any, Any, Any]:
     """Gradients of q, k and v, and of a bias and a sink, given those of the output.
 
     Parameters
@@ -534,6 +892,51 @@ def flash_attn_backward(
     return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, dq, dk, dv)
 
 
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[False] = ...,
+    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT, Pullback[tuple[ArrayT, ArrayT, ArrayT]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[True],
+    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT, Pullback[Gradients[ArrayT, Array, None]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[False] = ...,
+    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT, Pullback[Gradients[ArrayT, None, Array]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[True],
+    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT, Pullback[Gradients[ArrayT, Array, Array]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[False] = ...,
+    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+) -> tuple[tuple[ArrayT, Array], Pullback[tuple[ArrayT, ArrayT, ArrayT]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[True],
+    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+) -> tuple[tuple[ArrayT, Array], Pullback[Gradients[ArrayT, Array, None]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[False] = ...,
+    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+) -> tuple[tuple[ArrayT, Array], Pullback[Gradients[ArrayT, None, Array]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[True],
+    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+) -> tuple[tuple[ArrayT, Array], Pullback[Gradients[ArrayT, Array, Array]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array | None = ..., bias_grad: bool = ..., return_lse: bool = ...,
+    **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT | tuple[ArrayT, Array], Pullback[tuple[Any, ...]]]: ...  # fmt: skip
 def flash_attn_vjp(
     q: Array,
     k: Array,
@@ -563,7 +966,7 @@ def flash_attn_vjp(
     bias_grad: bool = False,
     return_lse: bool = False,
     validate: bool = False,
-) -> tuple[Any, Callable[..., tuple[Array, Array, Array] | Gradients]]:
+) -> tuple[Array | tuple[Array, Array], Pullback[tuple[Any, ...]]]:
     """Attention and the function that pulls gradients back through it.
 
     Parameters

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 from cuflash.api import explicit
 from cuflash.errors import InvalidArgument
@@ -18,7 +18,11 @@ from cuflash.ops import Options
 Array = Any
 
 
-def _conventional(function: Callable[..., Any]) -> Callable[..., Any]:
+Parameters = ParamSpec("Parameters")
+Results = TypeVar("Results")
+
+
+def _conventional(function: Callable[Parameters, Results]) -> Callable[Parameters, Results]:
     """Let the positional arguments be those of the convention: in the same order, without what it lacks."""
     parameters = inspect.signature(function).parameters.values()
     names = [x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -41,7 +45,7 @@ def _conventional(function: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(zip(positional, arguments, strict=False))
         return function(**given, **keywords, convention=convention)
 
-    return call
+    return cast("Callable[Parameters, Results]", call)
 
 
 @_conventional

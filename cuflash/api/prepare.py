@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from cuflash.arrays import ArrayT
 from cuflash.masks import Alignment
 from cuflash.ops import Options, PreparedAttention
 
-Array = Any
-"""A CuPy array or a torch tensor on a CUDA device."""
-
 
 def flash_attn_prepare(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -22,8 +18,8 @@ def flash_attn_prepare(
     softcap: float = 0.0,
     alignment: Alignment = "bottom-right",
     num_splits: int = 0,
-    out: Array | None = None,
-) -> PreparedAttention:
+    out: ArrayT | None = None,
+) -> PreparedAttention[ArrayT]:
     """Check, plan and compile `flash_attn_func` for arrays of one kind, and return the call that is left.
 
     It takes other arrays of the same shapes, strides, dtype and device. `flash_attn_func` does the same work only once,

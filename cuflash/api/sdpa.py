@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from cuflash import ops
 from cuflash.api import backend as backends
-from cuflash.api.flash import Array, Generator
+from cuflash.api.keywords import Generator
+from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
 from cuflash.ops import Options
 
 
+@overload
+def scaled_dot_product_attention(
+    query: ArrayT, key: ArrayT, value: ArrayT, attn_mask: Array | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, generator: Generator = ...,
+    dropout_scheme: Scheme = ..., unbiased_dropout: bool = ..., return_lse: Literal[False] = ...,
+    out: Array | None = ..., backend: str | None = ...,
+) -> ArrayT: ...  # fmt: skip
+@overload
+def scaled_dot_product_attention(
+    query: ArrayT, key: ArrayT, value: ArrayT, attn_mask: Array | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, generator: Generator = ...,
+    dropout_scheme: Scheme = ..., unbiased_dropout: bool = ..., return_lse: Literal[True],
+    out: Array | None = ..., backend: str | None = ...,
+) -> tuple[ArrayT, Array]: ...  # fmt: skip
+@overload
+def scaled_dot_product_attention(
+    query: ArrayT, key: ArrayT, value: ArrayT, attn_mask: Array | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, generator: Generator = ...,
+    dropout_scheme: Scheme = ..., unbiased_dropout: bool = ..., return_lse: bool = ...,
+    out: Array | None = ..., backend: str | None = ...,
+) -> ArrayT | tuple[ArrayT, Array]: ...  # fmt: skip
 def scaled_dot_product_attention(
     query: Array,
     key: Array,

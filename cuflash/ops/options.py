@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from cuflash.arrays import ArrayT
 from cuflash.problem import Direction, Problem
 
 SHARED = (
@@ -91,7 +92,11 @@ class Options(NamedTuple):
         return ("h", "total") if varlen else ("b", "h", "s")
 
 
-class Gradients(NamedTuple):
+BiasGradT = TypeVar("BiasGradT")
+SinkGradT = TypeVar("SinkGradT")
+
+
+class Gradients(NamedTuple, Generic[ArrayT, BiasGradT, SinkGradT]):
     """Gradients of one call.
 
     Attributes
@@ -105,11 +110,11 @@ class Gradients(NamedTuple):
         (heads_q,) float32; None without a sink.
     """
 
-    dq: Any
-    dk: Any
-    dv: Any
-    dbias: Any = None
-    dsink: Any = None
+    dq: ArrayT
+    dk: ArrayT
+    dv: ArrayT
+    dbias: BiasGradT
+    dsink: SinkGradT
 
 
 def results(problem: Problem) -> tuple[str, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic
 
-from cuflash.arrays import CuPy, Torch, View, framework_of
+from cuflash.arrays import Array, ArrayT, CuPy, Torch, View, framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.ops import launch
 from cuflash.ops.options import ARGUMENTS, Options, given
@@ -15,13 +15,13 @@ _BETWEEN = (None,) * (len(ARGUMENTS["forward"]) - len(_NAMES))
 """The arguments of a forward from v to out, all left out."""
 
 
-class PreparedAttention:
+class PreparedAttention(Generic[ArrayT]):
     """Attention of one kind of arrays, made by `flash_attn_prepare`: a call with nothing left to decide.
 
     It may be called from any thread, on any stream and while a CUDA graph is captured.
     """
 
-    def __init__(self, options: Options, q: Any, k: Any, v: Any, out: Any = None) -> None:
+    def __init__(self, options: Options, q: ArrayT, k: ArrayT, v: ArrayT, out: ArrayT | None = None) -> None:
         arrays = q, k, v, out
         framework = framework_of(_NAMES, arrays)
         if not isinstance(framework, CuPy | Torch):
@@ -34,7 +34,7 @@ class PreparedAttention:
         self._views = _views(framework, arrays)
         self._prepared = launch.prepare(framework, "forward", options, given("forward", (q, k, v, *_BETWEEN, out)))
 
-    def __call__(self, q: Any, k: Any, v: Any, out: Any = None) -> tuple[Any, Any]:
+    def __call__(self, q: ArrayT, k: ArrayT, v: ArrayT, out: ArrayT | None = None) -> tuple[ArrayT, Array]:
         """Attend with arrays like those that the call was prepared for.
 
         Parameters

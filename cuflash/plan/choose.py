@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,6 +79,14 @@ class Explanation:
             elif self.plan is not None and name != self.plan.family:
                 lines.append(f"  not {name}: {self.plan.family} comes first")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        family = "no kernel family" if self.plan is None else f"family {self.plan.family}"
+        return f"<{type(self).__name__}: {self.problem} on {self.device}, {family}>"
+
+    def _repr_html_(self) -> str:
+        """The report, for a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def explain(problem: Problem, device: Device, family: str | None = None) -> Explanation:
