@@ -67,8 +67,8 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
     folder = cache.folder(_title(kernel, config), cache.key(files, (*flags, *version())))
     found = cache.read(folder)
     if found is not None:
-        path, report = found
-        return Cubin(path=path, cached=True, **{**report, "warnings": tuple(report["warnings"])})
+        path, kept = found
+        return Cubin(path=path, cached=True, **{**kept, "warnings": tuple(kept["warnings"])})
 
     _check_arch(arch)
     start = time.perf_counter()

@@ -10,7 +10,7 @@ import numpy as np
 from cuflash.errors import CompileError
 from cuflash.jit import sources
 
-_TYPES = {
+_TYPES: dict[str, np.dtype] = {
     "int": np.dtype(np.int32), "int64": np.dtype(np.int64), "uint64": np.dtype(np.uint64),
     "double": np.dtype(np.float64),
 }  # fmt: skip
@@ -34,6 +34,11 @@ def dtype(name: str) -> np.dtype:
     return structs[name]
 
 
+def members(struct: np.dtype) -> dict[str, tuple[np.dtype, int]]:
+    """Type and offset of every member of a struct."""
+    return {name: (kind, offset) for name, (kind, offset, *_) in (struct.fields or {}).items()}
+
+
 @cache
 def _parsed() -> dict[str, np.dtype]:
     return parse((sources.root() / "params.cuh").read_text())
@@ -42,7 +47,8 @@ def _parsed() -> dict[str, np.dtype]:
 def parse(text: str) -> dict[str, np.dtype]:
     """Structs of a header that keeps to one declaration a line, as aligned dtypes by name."""
     known = {name: (kind, kind.alignment) for name, kind in _TYPES.items()}
-    name, alignment, members = "", 1, {}
+    name, alignment = "", 1
+    members: dict[str, tuple[np.dtype, int]] = {}
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("//")[0].strip()
         if not line or (not name and _OUTSIDE.fullmatch(line)):
@@ -77,5 +83,5 @@ def _layout(members: dict[str, tuple[np.dtype, int]], alignment: int) -> tuple[n
         offsets.append(-(-end // aligned) * aligned)
         end = offsets[-1] + kind.itemsize
     itemsize = -(-end // alignment) * alignment
-    layout = {"names": list(members), "formats": kinds, "offsets": offsets, "itemsize": itemsize}
-    return np.dtype(layout, align=True), alignment
+    layout = np.dtype({"names": list(members), "formats": kinds, "offsets": offsets, "itemsize": itemsize}, align=True)
+    return layout, alignment

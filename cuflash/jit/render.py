@@ -64,6 +64,6 @@ def _layout_assertions(params: str) -> list[str]:
         lines.append(f'static_assert(sizeof({struct}) == {dtype.itemsize}, "host layout");')
         lines += [
             f'static_assert(CF_OFFSET({struct}, {name}) == {offset}, "host layout");'
-            for name, (_, offset, *_) in dtype.fields.items()
+            for name, (_, offset) in params_header.members(dtype).items()
         ]
     return lines

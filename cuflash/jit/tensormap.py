@@ -45,8 +45,10 @@ def dense(
 
     Strides are bytes between rows, heads and batches, all positive multiples of 16 where there is more than one.
     """
-    sizes = rows, heads, batch
-    return TensorMap(dtype, (dim, *sizes), _legal(sizes, strides), (_BOX_BYTES // dtype.itemsize, box_rows, 1, 1))
+    row, head, whole = _legal((rows, heads, batch), strides)
+    return TensorMap(
+        dtype, (dim, rows, heads, batch), (row, head, whole), (_BOX_BYTES // dtype.itemsize, box_rows, 1, 1)
+    )
 
 
 def ragged(dtype: DType, dim: int, total_rows: int, heads: int, strides: tuple[int, int], box_rows: int) -> TensorMap:

@@ -44,7 +44,7 @@ def forward_sm90(problem: Problem, tile: Tile) -> Ceiling:
     kv = tile.tile_kv * (dim_qk + dim_v)
     # A tile of a bias is written and read once; one row of it is next to nothing.
     bias = 0 if not problem.copies_bias or problem.bias_broadcast[2] else tile.tile_q * tile.tile_kv
-    bias_bytes = 2 * bias * (problem.bias.itemsize if bias else 0)
+    bias_bytes = 2 * bias * (problem.bias.itemsize if problem.bias else 0)
     return Ceiling(
         tensor_cores=2 * tile.tile_q * kv / _FLOPS,
         exponentials=tile.tile_q * tile.tile_kv / _EXPONENTIALS,

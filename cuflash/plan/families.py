@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from cuflash.device import Device
+from cuflash.dtypes import DType
+from cuflash.errors import UnsupportedProblem
 from cuflash.plan import ceiling, tiles
 from cuflash.plan.plan import Box, Config, Plan, Step, Workspace
 from cuflash.plan.splits import divide
@@ -57,6 +60,8 @@ class Family:
     def plan(self, problem: Problem, device: Device) -> Plan:
         """The plan for a problem this family has no reason against."""
         make = self.forward if problem.direction == "forward" else self.backward
+        if make is None:
+            raise UnsupportedProblem(f"family {self.name} has no backward.")
         return make(problem, device)
 
 
@@ -121,10 +126,10 @@ def _score(problem: Problem, real: str) -> str:
     return score
 
 
-def _with_bias_copies(config: Config, problem: Problem) -> Config:
+def _with_bias_copies(config: Config, problem: Problem, bias: DType) -> Config:
     """The same config with a bias that is copied beside the keys instead of a term of the score."""
     score = _score(replace(problem, bias=None), "float")
-    copies = f"{'BiasRow' if problem.bias_broadcast[2] else 'BiasTiles'}<{problem.bias.cuda}>"
+    copies = f"{'BiasRow' if problem.bias_broadcast[2] else 'BiasTiles'}<{bias.cuda}>"
     return replace(config, score=score if problem.alibi else f"NaturalScore<{score}>", bias_copies=copies)
 
 
@@ -165,7 +170,7 @@ def _config(problem: Problem, tile: tiles.Tile) -> Config:
     )
 
 
-def _plain(config: Config, **changes: object) -> Config:
+def _plain(config: Config, **changes: Any) -> Config:
     """The same config without the choices a row-wise helper kernel does not read, so that variants share it."""
     neutral = replace(config, mask="NoMask", score="ScaledScore<float>", dropout="NoDropout", sink="NoSink")
     return replace(neutral, reduction="AtomicReduction", tile_kv=1, stages=1, blocks_per_sm=1, **changes)
@@ -234,9 +239,14 @@ def _sm90_forward(problem: Problem, device: Device) -> Plan:
     tickets = Workspace("tickets", np.dtype(np.int32), (2,), kept=True)
     workspaces = (tickets,) if differ and blocks < works else ()
     config = replace(_config(problem, tile), reduction="AtomicReduction")
-    boxes = (Box("q", tiles.SM90_ROWS), Box("k", tile.tile_kv), Box("v", tile.tile_kv), Box("out", tiles.SM90_ROWS))
-    if problem.copies_bias:
-        config = _with_bias_copies(config, problem)
+    boxes: tuple[Box, ...] = (
+        Box("q", tiles.SM90_ROWS),
+        Box("k", tile.tile_kv),
+        Box("v", tile.tile_kv),
+        Box("out", tiles.SM90_ROWS),
+    )
+    if problem.bias and problem.copies_bias:
+        config = _with_bias_copies(config, problem, problem.bias)
         boxes += (Box("bias", 1 if problem.bias_broadcast[2] else tile.tile_q),)
     step = Step("fwd_sm90", "FwdParams", config, blocks, boxes)
     most = ceiling.forward_sm90(problem, tile)
@@ -262,7 +272,8 @@ def _forward(problem: Problem, device: Device, family: str, tile: tiles.Tile, sm
     config, rows, heads = whole, problem.len_q, problem.heads_q
     if division.grouped:
         config, rows, heads = replace(config, heads="HeadGroup"), problem.len_q * problem.group, problem.heads_kv
-    steps, workspaces = _rng_step(problem), ()
+    steps = _rng_step(problem)
+    workspaces: tuple[Workspace, ...] = ()
     blocks = _tiles(rows, tile.tile_q) * heads * problem.batch
     if division.num_splits == 1:
         steps += (Step(f"fwd_{family}", "FwdParams", config, blocks),)
@@ -281,8 +292,10 @@ def _forward(problem: Problem, device: Device, family: str, tile: tiles.Tile, sm
             Workspace("partial_out", problem.dtype.accumulator, (*shape, problem.dim_v)),
             Workspace("partial_lse", problem.dtype.accumulator, shape),
         )
-    chosen = {"num_splits": division.num_splits, "division": division.reason}
-    return Plan(problem, device, family, steps, workspaces, tile.reason, **chosen)
+    return Plan(
+        problem, device, family, steps, workspaces, tile.reason, num_splits=division.num_splits,
+        division=division.reason,
+    )  # fmt: skip
 
 
 def _sm80_forward(problem: Problem, device: Device) -> Plan:

@@ -107,7 +107,7 @@ def _sm90_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, row_
     works = 2 * (2 * 8 + 3 * 4)
     tiles = consumers * SM90_ROWS * rows + stages * tile_kv * (row_qk + row_v)
     smem = round_up(tiles + 8 * barriers + works, 1024)
-    if problem.copies_bias:  # LoadedBias::Buffers of tile/bias.cuh
+    if problem.bias and problem.copies_bias:  # LoadedBias::Buffers of tile/bias.cuh
         rows = 8 if problem.bias_broadcast[2] else consumers * SM90_ROWS
         row = 128 * -(-tile_kv * problem.bias.itemsize // 128)
         smem += round_up(stages * (rows * row + 16), 1024)
@@ -263,7 +263,7 @@ def _simt(candidates: list[tuple[int, int, int, int, str]], problem: Problem, de
     double = problem.dtype.accumulator.itemsize == 8
     crowded = double or problem.mask.tensor or problem.bias is not None or problem.dropout is not None
     dim = max(problem.dim_qk, problem.dim_v) * (4 if double else 1)
-    rows, threads, registers, reason = next(rest for widest, *rest in candidates if dim <= widest)
+    _, rows, threads, registers, reason = next(each for each in candidates if dim <= each[0])
     smem = simt_smem(problem, rows, threads)
     blocks = _resident(smem, threads, 255 if crowded else registers, device)
     return Tile(rows, SIMT_COLS, threads, smem, blocks_per_sm=blocks, reason=reason)
