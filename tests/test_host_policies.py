@@ -13,6 +13,8 @@ from host.build import build, why_not
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cuflash.ops import launch
+
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 UNIT = r"""
@@ -49,6 +51,18 @@ EXPORT void band(int kind, int len_q, int len_kv, int rows_kv, int left, int rig
   const Lengths lengths{len_q, len_kv, 0};
   const auto rules = kind == 0 ? mask_rules<NoMask> : kind == 1 ? mask_rules<CausalMask> : mask_rules<WindowMask>;
   rules(a, lengths, 0, rows_kv, tile_q, tile_kv, keep, kv_tiles, q_tiles);
+}
+
+EXPORT void bounds(int len_q, int len_kv, int left, int right, int top_left, int row, int* out) {
+  Attention a{};
+  a.window_left = left;
+  a.window_right = right;
+  a.top_left = top_left;
+  const WindowMask mask(a, Lengths{len_q, len_kv, 0}, 0);
+  out[0] = mask.kv_begin(row);
+  out[1] = mask.kv_end(row);
+  out[2] = mask.q_begin(row);
+  out[3] = mask.q_end(row);
 }
 
 EXPORT void tensor(const uint8* mask, const int64* strides, int batch, int head, int len_q, int len_kv, int rows_kv,
@@ -271,6 +285,21 @@ def test_band_masks_exhaustively(kind: str) -> None:
                 rules.check(visible, tight=True)
             except AssertionError as error:
                 raise AssertionError(f"{len_q=} {len_kv=} {left=} {right=} {top_left=} {tile_q=} {tile_kv=}") from error
+
+
+@pytest.mark.parametrize("len_q", [1, 2**29, 2**30])
+@pytest.mark.parametrize("len_kv", [1, 2**29, 2**30])
+def test_open_sides_of_the_longest_sequences(len_q: int, len_kv: int) -> None:
+    for row, open_side, closed, top_left in itertools.product((0, 2**30 - 1), (0, 1), (0, 2**30 - 1), (0, 1)):
+        left, right = (launch._UNBOUNDED, closed) if open_side else (closed, launch._UNBOUNDED)
+        got = np.empty(4, np.int32)
+        policies().bounds(len_q, len_kv, left, right, top_left, row, pointer(got))
+        off = 0 if top_left else len_kv - len_q
+        if row < len_q:
+            assert got[:2].tolist() == np.clip([row + off - left, row + off + right + 1], 0, len_kv).tolist()
+            assert got[1 - open_side] == (len_kv, 0)[open_side], "an open side hides nothing"
+        if row < len_kv:
+            assert got[2:].tolist() == np.clip([row - off - right, row - off + left + 1], 0, len_q).tolist()
 
 
 @pytest.mark.parametrize("tile_q", [16, 32, 64, 128])

@@ -703,6 +703,29 @@ def test_nothing_is_launched_for_empty_tensors(launches: Launches, b: int, sq: i
     assert launches.loaded == []
 
 
+@needs_compiler
+@pytest.mark.parametrize("family", ["numpy", "sm80", "simt"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("shape", [(2, 64, 1, 0), (64, 7, 0), (1, 1, 1, 0)])
+def test_biases_without_an_element(launches: Launches, family: str, packed: bool, shape: tuple[int, ...]) -> None:
+    """And 64 causal query heads on one key head without a key, which count no further than there are heads."""
+    wrap, unwrap = ((lambda x: x),) * 2 if family == "numpy" else (as_torch, to_numpy)
+    rows_q, rows_kv = ((14,), (0,)) if packed else ((2, 7), (2, 0))
+    q, k = random(*rows_q, 64, 32), random(*rows_kv, 1, 32)
+    starts = [np.array([0, 7, 14], np.int32), np.zeros(3, np.int32)] if packed else [None, None]
+    sink = random(64, dtype=np.float32)
+    arrays = [q, k, k, None, *starts, None, None, None, np.zeros(shape, FP16), sink]
+    options = ops.Options(causal=True, bias_grad=True, family=None if family == "numpy" else family)
+    out, lse, pullback = ops.vjp(options, [x if x is None else wrap(x) for x in arrays])
+    found = pullback(wrap(np.ones(q.shape, FP16)))
+    assert "bwd_bias_" + family not in launches.kernels
+    assert unwrap(found.dbias).shape == shape and unwrap(found.dbias).dtype == np.float32
+    assert not unwrap(out).any() and (unwrap(lse) == sink[:, None]).all()
+    for gradient, x in zip(found[:3], (q, k, k), strict=True):
+        assert gradient.shape == x.shape and not unwrap(gradient).any()
+    assert not unwrap(found.dsink).any()
+
+
 def test_rows_of_no_sequence_are_filled_without_a_launch(launches: Launches) -> None:
     x, starts = as_torch(np.ones((5, 2, 16), FP16)), as_torch(np.zeros(1, np.int32))
     place = as_torch(np.full((5, 2, 16), 7, FP16))
@@ -820,7 +843,7 @@ def test_strides_in_the_parameter_block(launches, monkeypatch, shape, strides) -
     b, s, h, _ = shape
     assert params["lse_stride"][0].item() == (h * s if b > 1 else 0, 1, s if h > 1 else 0)
     attention = params["attention"][0]
-    assert (attention["window_left"], attention["window_right"]) == (2**30, 2)
+    assert (attention["window_left"], attention["window_right"]) == (2**30 - 1, 2)
     assert (params["out"][0], params["lse"][0]) == (out.data_ptr(), lse.data_ptr())
     assert attention["mask"] == attention["cu_seqlens_q"] == attention["seqused_kv"] == 0
 

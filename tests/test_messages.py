@@ -141,6 +141,11 @@ CALLS: dict[str, Call] = {
         "v has head dimension 0; expected at least 1.\n  v: (b=2, s=10, h=2, d=0) float16",
         {"v": full(2, 10, 2, 0)},
     ),
+    "endless-batch": Call(
+        func,
+        "q has batch size 2147483648; expected fewer than 2**31.\n  q: (b=2147483648, s=0, h=4, d=8) float16",
+        {"q": full(2**31, 0, 4, 8), "k": full(2**31, 0, 2, 8), "v": full(2**31, 0, 2, 16)},
+    ),
     "gqa": Call(
         func,
         "k has 3 heads but q has 4; heads_q must be a multiple of heads_kv.\n"

@@ -722,11 +722,17 @@ def test_explanation_of_a_hopper_forward() -> None:
     ],
 )
 def test_heads_per_section(changes: dict, heads: int) -> None:
-    problem = replace(BASE, mask=CAUSAL, **changes)
+    problem = replace(BASE, mask=CAUSAL, batch=256, **changes)
     assert heads_per_section(problem) == heads
     kv_heads, head_bytes = heads // problem.group, problem.len_kv * (problem.dim_qk + problem.dim_v) * 2
     assert kv_heads & (kv_heads - 1) == 0
     assert kv_heads == 32 or kv_heads * head_bytes <= 2**25
     assert 2 * kv_heads * head_bytes > 2**25, "twice as many would fit"
     assert heads_per_section(replace(problem, mask=MASKS["full"])) == problem.group, "tiles of equal length"
-    assert 0 < heads_per_section(replace(problem, len_kv=0)) < 2**31
+
+
+@pytest.mark.parametrize("heads_q", [1, 64, 2**20])
+@pytest.mark.parametrize(("batch", "len_q", "len_kv"), [(1, 128, 0), (2, 2**20, 1), (0, 5, 5)])
+def test_a_section_has_no_more_heads_than_there_are(heads_q: int, batch: int, len_q: int, len_kv: int) -> None:
+    problem = replace(BASE, mask=CAUSAL, batch=batch, heads_q=heads_q, heads_kv=1, len_q=len_q, len_kv=len_kv)
+    assert 1 <= heads_per_section(problem) <= max(1, batch * heads_q)

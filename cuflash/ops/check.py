@@ -243,6 +243,12 @@ def _check_sizes(options: Options, views: Mapping[str, View]) -> None:
         for axis in ("h", "d"):
             if of_name[axis] == 0:
                 raise InvalidArgument(f"{views[name].name} has {_WORDS[axis]} 0; expected at least 1.\n  {shown[name]}")
+        for axis in ("b", "h", "d"):  # which an empty tensor may have in any number
+            size = of_name.get(axis, 0)
+            if size >= 2**31:
+                raise InvalidArgument(
+                    f"{views[name].name} has {_WORDS[axis]} {size}; expected fewer than 2**31.\n  {shown[name]}"
+                )
     heads_q, heads_kv = sizes["q"]["h"], sizes["k"]["h"]
     both = f"{views['k'].name} has {heads_kv} heads but {views['q'].name} has {heads_q}"
     drawn = f"\n  {shown['q']}    {shown['k']}"
@@ -379,7 +385,8 @@ def _bias(
     _check_pairs(view, scores)
     _check_alignment(view)
     strides = pair_strides(view)
-    if wants_gradient and any(n > 1 and stride == 0 for n, stride in zip(view.shape, view.strides, strict=True)):
+    expanded = [n > 1 and stride == 0 and not view.empty for n, stride in zip(view.shape, view.strides, strict=True)]
+    if wants_gradient and any(expanded):
         raise InvalidArgument(
             f"{view.name} has shape {view.shape} with strides of {view.strides} bytes, and its gradient is wanted; "
             "expected size 1 along axes that are broadcast. Pass it before it is expanded."
@@ -387,7 +394,9 @@ def _bias(
     *outer, column = strides
     ascending = column in (0, 1) and all(stride >= 0 for stride in outer)
     boxes = ascending and not any(n % 16 for n in (view.pointer, *(stride * view.itemsize for stride in outer)))
-    return _DTYPES[view.dtype], tuple(stride == 0 for stride in strides), boxes
+    broadcast = [n == 1 or wide for n, wide in zip(view.shape, expanded, strict=True)]
+    missing = (True,) * (4 - len(broadcast))
+    return _DTYPES[view.dtype], (*missing, *broadcast), boxes
 
 
 def _check_pairs(view: View, scores: tuple[int, int, int, int]) -> None:

@@ -28,8 +28,8 @@ from cuflash.plan import Box, Plan, Workspace, choose
 from cuflash.plan.tiles import heads_per_section
 from cuflash.problem import Direction, Problem
 
-_UNBOUNDED = 2**30
-"""A window side that hides nothing: no two positions are further apart (``check.MAX_LENGTH``)."""
+_UNBOUNDED = check.MAX_LENGTH - 1
+"""A window side that hides nothing: no two positions are further apart, and with it every bound is a 32-bit number."""
 
 _UNNUMBERED = 2**31 - 1
 """More rows than cu_seqlens_k can count: with pages it numbers none."""
@@ -304,7 +304,7 @@ def _template(
         block["num_splits"] = plan.num_splits
         block["heads_per_section"] = heads_per_section(problem)
         if dropout:
-            block["increment"] = draw.increment(problem)
+            block["increment"] = np.uint64(draw.increment(problem)).astype(np.int64)
     if problem.bias_grad:
         shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
         for axis, name in enumerate(("batch", "head", "row")):

@@ -124,7 +124,8 @@ def heads_per_section(problem: Problem) -> int:
         return problem.group
     head = problem.len_kv * (problem.dim_qk + problem.dim_v) * problem.dtype.itemsize
     heads_kv = max(_LEAST_HEADS, _L2_BYTES // max(1, head))
-    return problem.group << (heads_kv.bit_length() - 1)
+    # Never more than there are, so that a section's works can be counted in 32 bits.
+    return min(problem.group << (heads_kv.bit_length() - 1), max(1, problem.batch * problem.heads_q))
 
 
 def forward_sm80(problem: Problem, device: Device) -> Tile:
