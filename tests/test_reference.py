@@ -31,8 +31,8 @@ def arrays(shape: dict, dtype: type, seed: int = 0) -> list[np.ndarray]:
     return [*(x.astype(dtype) for x in (q, k, v, dout)), dlse.astype(FP64 if dtype is FP64 else FP32)]
 
 
-def run(q, k, v, dout, dlse, *, causal=False, window=(-1, -1), alignment="bottom-right", scale=None, mask=None,
-        dropout_p=0.0, dropout_scheme="byte", dropout_unbiased=False, rng_state=(0, 0), cu_seqlens_q=None,
+def run(q, k, v, dout, dlse, *, keep_state=False, causal=False, window=(-1, -1), alignment="bottom-right", scale=None,
+        mask=None, dropout_p=0.0, dropout_scheme="byte", dropout_unbiased=False, rng_state=(0, 0), cu_seqlens_q=None,
         cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
         **features) -> oracle.Attention:  # fmt: skip
     """The backend's forward and backward, from the oracle's arguments."""
@@ -45,19 +45,25 @@ def run(q, k, v, dout, dlse, *, causal=False, window=(-1, -1), alignment="bottom
         **features,
     }
     backward_only = {"dlse": dlse, "bias_grad": features.get("bias") is not None}
+    row_state = None
+    if keep_state:
+        real = FP64 if q.dtype == FP64 else FP32
+        shape = (*q.shape[1::-1], 2) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1], 2)
+        row_state = np.full(shape, np.nan, real)
+        backward_only["row_state"] = row_state
     if cu_seqlens_q is None:
-        out, lse = reference.forward(q, k, v, **options)
+        out, lse = reference.forward(q, k, v, row_state=row_state, **options)
         return oracle.Attention(out, lse, *reference.backward(dout, q, k, v, out, lse, **backward_only, **options))
     options |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
     options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     cu = cu_seqlens_q, cu_seqlens_k
-    out, lse = reference.forward_varlen(q, k, v, *cu, **options)
+    out, lse = reference.forward_varlen(q, k, v, *cu, row_state=row_state, **options)
     gradients = reference.backward_varlen(dout, q, k, v, out, lse, *cu, **backward_only, **options)
     return oracle.Attention(out, lse, *gradients)
 
 
-def check(inputs: list[np.ndarray], **options) -> oracle.Attention:
-    actual = run(*inputs, **options)
+def check(inputs: list[np.ndarray], keep_state: bool = False, **options) -> oracle.Attention:
+    actual = run(*inputs, keep_state=keep_state, **options)
     oracle.assert_all_close(
         actual, oracle.attention(*inputs, **options), oracle.naive_in_dtype(*inputs, **options), str(options)
     )
@@ -109,6 +115,30 @@ OPTIONS = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_dense_matches_the_oracle(shape: dict, options: dict, dtype: type) -> None:
     check(arrays(shape, dtype), **options)
+
+
+STATE = {
+    "full": {},
+    "causal": {"causal": True},
+    "rows that see nothing": {"window": (3, -1), "scale": 2.0},
+    "softcap": {"softcap": 0.8},
+    "negative scale": {"scale": -0.4, "window": (5, 20)},
+    "sink": {"sink": np.linspace(-3, 9, 4, dtype=FP32), "causal": True},
+    "dropout": {"dropout_p": 0.3, "rng_state": (5, 8)},
+    "bias": {"bias": np.linspace(-2000, 2000, 31, dtype=FP32)},
+}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("options", STATE.values(), ids=STATE)
+def test_gradients_by_the_state_that_the_forward_keeps(options: dict, dtype: type) -> None:
+    check(arrays({"b": 2, "h": 4, "hk": 2, "sq": 40, "sk": 31, "d": 16, "dv": 8}, dtype), keep_state=True, **options)
+    lens_q, lens_kv = [7, 0, 24, 9], [20, 3, 0, 8]
+    starts = {f"cu_seqlens_{x}": np.cumsum([0, *n], dtype=np.int32) for x, n in (("q", lens_q), ("k", lens_kv))}
+    inputs = [x[0] for x in arrays({"b": 1, "h": 4, "hk": 2, "sq": 40, "sk": 31, "d": 16, "dv": 8}, dtype)]
+    options = options | ({"bias": options["bias"][:20]} if "bias" in options else {})
+    check(inputs, keep_state=True, **options, **starts)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=["bf16", "fp32", "fp64"])

@@ -889,7 +889,7 @@ def flash_attn_backward(
     options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, validate)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     features = alibi_slopes, attn_bias, sink, rng_state
-    return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, dq, dk, dv)
+    return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, None, dq, dk, dv)
 
 
 @overload

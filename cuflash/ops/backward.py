@@ -30,6 +30,7 @@ def backward(
     dout: Any = None,
     lse: Any = None,
     dlse: Any = None,
+    row_state: Any = None,
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
@@ -40,7 +41,7 @@ def backward(
     """
     arrays = (
         q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, attn_bias, sink, rng_state,
-        out, dout, lse, dlse, dq, dk, dv,
+        out, dout, lse, dlse, row_state, dq, dk, dv,
     )  # fmt: skip
     framework = framework_of(options.names("backward"), arrays)
     if framework is not numpy_arrays:
@@ -51,7 +52,8 @@ def backward(
 
     problem, _ = host.problem_of("backward", options, arrays)
     drawn = None if rng_state is None else np.ascontiguousarray(rng_state).view(np.uint64)
-    keywords = {"dlse": dlse, "bias_grad": problem.bias_grad, **host.keywords(problem, options, arrays, drawn)}
+    keywords = {"dlse": dlse, "row_state": row_state, "bias_grad": problem.bias_grad}
+    keywords |= host.keywords(problem, options, arrays, drawn)
     if problem.layout == "varlen":
         found = reference.backward_varlen(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **keywords)
     else:

@@ -26,7 +26,7 @@ _REQUIRED: dict[Direction, tuple[str, ...]] = {
     "backward": ("dout", "q", "k", "v", "out", "lse"),
 }
 _PER_ELEMENT = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-_PER_ROW = ("lse", "dlse")
+_PER_ROW = ("lse", "dlse", "row_state")
 _PAGES = ("num_pages", "page_size", "h", "d")
 """The axes of keys and values in the pages of a cache."""
 _WORDS = {
@@ -176,7 +176,7 @@ def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, 
     out = (*q[:-1], v[-1])
     bias = views["attn_bias"].shape if "attn_bias" in views else ()
     return {
-        "out": out, "dout": out, "lse": rows, "dlse": rows, "delta": rows, "rng_state": (2,),
+        "out": out, "dout": out, "lse": rows, "dlse": rows, "delta": rows, "row_state": (*rows, 2), "rng_state": (2,),
         "dq": q, "dk": k, "dv": v, "dbias": bias, "dsink": (sizes["h"],),
     }  # fmt: skip
 

@@ -29,8 +29,9 @@ def forward(
     out: Any = None,
     generator: Any = None,
 ) -> tuple[Any, ...]:
-    """(out, lse), and rng_state with dropout, as arrays of the same framework; packed when cu_seqlens are given.
+    """(out, lse), row_state if the options keep it, and rng_state with dropout, as arrays of the same framework.
 
+    They are packed when cu_seqlens are given.
     With a `block_table`, key j of sequence b is row ``j % page_size`` of page ``block_table[b, j // page_size]`` of k
     and v, (num_pages, page_size, heads_kv, d). `seqused_k`, or the differences of `cu_seqlens_k`, count the keys.
     """
@@ -50,11 +51,12 @@ def forward(
     rows = [x.swapaxes(1, 2) if options.sdpa else x for x in (q, k, v)]
     keywords = host.keywords(problem, options, arrays, rng_state)
     keywords["out"] = out.swapaxes(1, 2) if options.sdpa else out
+    row_state = np.empty(shapes["row_state"], problem.dtype.accumulator) if options.keep_state else None
     if problem.page_size:
         keywords["seqused_k"] = np.diff(cu_seqlens_k) if seqused_k is None else seqused_k
         _, lse = reference.forward_paged(*rows, block_table, cu_seqlens_q=cu_seqlens_q, **keywords)
     elif problem.layout == "varlen":
-        _, lse = reference.forward_varlen(*rows, cu_seqlens_q, cu_seqlens_k, **keywords)
+        _, lse = reference.forward_varlen(*rows, cu_seqlens_q, cu_seqlens_k, row_state=row_state, **keywords)
     else:
-        _, lse = reference.forward(*rows, **keywords)
-    return (out, lse) if rng_state is None else (out, lse, rng_state)
+        _, lse = reference.forward(*rows, row_state=row_state, **keywords)
+    return (out, lse, *(x for x in (row_state, rng_state) if x is not None))

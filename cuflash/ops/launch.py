@@ -141,7 +141,7 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
     plan = choose(problem, device.current(ordinal), options.family)
 
     shapes = check.shapes(options, views)
-    names = results(problem)
+    names = results(problem, options.keep_state)
     new = {name: _result(name, problem, shapes[name]) for name in names if name not in views}
     places = [*(name if name in views else None for name in ARGUMENTS[direction]), *new]
     outputs = [name for name in OUTPUTS[direction] if name in views]

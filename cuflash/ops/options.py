@@ -16,7 +16,7 @@ SHARED = (
 
 ARGUMENTS: dict[Direction, tuple[str, ...]] = {
     "forward": (*SHARED, "block_table", "out"),
-    "backward": (*SHARED, "rng_state", "out", "dout", "lse", "dlse", "dq", "dk", "dv"),
+    "backward": (*SHARED, "rng_state", "out", "dout", "lse", "dlse", "row_state", "dq", "dk", "dv"),
 }
 """The arrays of a call in the order in which they are handed down; one that was left out is None."""
 
@@ -70,6 +70,8 @@ class Options(NamedTuple):
     """Whose argument names messages use."""
     num_splits: int = 0
     """Forward only: blocks that share a row's keys; 0 leaves the number to the plan."""
+    keep_state: bool = False
+    """Forward only: also return `row_state`, what the backward needs beyond lse for rows of P to sum to 1."""
     family: str | tuple[str, ...] | None = None
     """Hold the planner to one kernel family or to some, for checks of kernels that another is preferred to."""
 
@@ -117,10 +119,11 @@ class Gradients(NamedTuple, Generic[ArrayT, BiasGradT, SinkGradT]):
     dsink: SinkGradT
 
 
-def results(problem: Problem) -> tuple[str, ...]:
+def results(problem: Problem, keep_state: bool = False) -> tuple[str, ...]:
     """What a call returns."""
     if problem.direction == "forward":
-        return ("out", "lse", "rng_state") if problem.dropout else ("out", "lse")
+        extra = [name for name, wanted in (("row_state", keep_state), ("rng_state", problem.dropout)) if wanted]
+        return ("out", "lse", *extra)
     extra = [name for name, wanted in (("dbias", problem.bias_grad), ("dsink", problem.sink)) if wanted]
     return ("dq", "dk", "dv", *extra)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cuflash.arrays import framework_of
+from cuflash.arrays import framework_of, numpy_arrays
 from cuflash.ops.backward import backward
 from cuflash.ops.forward import forward
 from cuflash.ops.lengths import with_lengths
@@ -20,12 +20,15 @@ def vjp(
     How long packed sequences are is read once for both directions, and both draw the same random numbers.
     """
     every = (*arrays, None, None)
-    options = with_lengths(framework_of(options.names("forward"), every), "forward", options, every)
-    out, lse, *drawn = forward(options._replace(deterministic=False), *arrays, generator=generator)
-    rng_state = drawn[0] if drawn else None
+    framework = framework_of(options.names("forward"), every)
+    options = with_lengths(framework, "forward", options, every)
+    forward_options = options._replace(deterministic=False, keep_state=framework is numpy_arrays)
+    out, lse, *more = forward(forward_options, *arrays, generator=generator)
+    row_state = more.pop(0) if forward_options.keep_state else None
+    rng_state = more[0] if more else None
 
     def pullback(dout: Any, dlse: Any = None) -> Gradients | tuple[Any, Any, Any]:
         """Gradients of the inputs for those of out and lse (None: zero)."""
-        return backward(options._replace(num_splits=0), *arrays, rng_state, out, dout, lse, dlse)
+        return backward(options._replace(num_splits=0), *arrays, rng_state, out, dout, lse, dlse, row_state)
 
     return out, lse, pullback

@@ -43,7 +43,13 @@ class Gradients(NamedTuple):
 
 @_quiet
 def forward(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, *, out: np.ndarray | None = None, **features: Any
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    out: np.ndarray | None = None,
+    row_state: np.ndarray | None = None,
+    **features: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of dense tensors.
 
@@ -53,6 +59,9 @@ def forward(
         (b, len_q, heads_q, dim_qk), (b, len_kv, heads_kv, dim_qk) and (b, len_kv, heads_kv, dim_v), any strides.
     out : ndarray, optional
         Filled in place and returned, any strides.
+    row_state : ndarray, optional
+        (b, heads_q, len_q, 2) in the accumulator dtype, filled with the largest logit of each row and the sum of
+        exponentials relative to it: what `backward` needs beyond lse for rows of P to sum to 1 whatever their size.
     **features
         The fields of `Features`; `mask` and `softmax_scale` are needed.
 
@@ -67,7 +76,7 @@ def forward(
     if out is None:
         out = np.empty((batch, len_q, heads_q, v.shape[-1]), q.dtype)
     lse = np.empty((batch, heads_q, len_q), _real(q))
-    tiled.forward(q, k, v, out, lse, Features(**features).policies(q.shape, k.shape))
+    tiled.forward(q, k, v, out, lse, Features(**features).policies(q.shape, k.shape), row_state)
     return out, lse
 
 
@@ -81,19 +90,21 @@ def backward(
     lse: np.ndarray,
     *,
     dlse: np.ndarray | None = None,
+    row_state: np.ndarray | None = None,
     bias_grad: bool = False,
     **features: Any,
 ) -> Gradients:
     """Gradients of `forward` for the upstream gradients `dout` of out and `dlse` of lse (None: zero).
 
-    `lse` may hold -inf or +inf for rows that see no key. dq, dk and dv are shaped and typed like q, k and v;
-    `bias_grad` asks for the gradient of the bias.
+    `lse` may hold -inf or +inf for rows that see no key; with `row_state` it says no more than which those are. dq, dk
+    and dv are shaped and typed like q, k and v; `bias_grad` asks for the gradient of the bias.
     """
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
     features = Features(**features)
     sums = _Sums(features, k.shape[-2], bias_grad, _real(q))
     policies = features.policies(q.shape, k.shape)
-    tiled.backward(dout, q, k, v, out, lse, dlse, policies, dq=dq, dk=dk, dv=dv, **sums.of(0, len(q)))
+    grads = {"dq": dq, "dk": dk, "dv": dv, **sums.of(0, len(q))}
+    tiled.backward(dout, q, k, v, out, lse, dlse, policies, row_state=row_state, **grads)
     return Gradients(dq, dk, dv, sums.dbias, sums.dsink)
 
 
@@ -110,6 +121,7 @@ def forward_varlen(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     out: np.ndarray | None = None,
+    row_state: np.ndarray | None = None,
     **features: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of packed sequences: `forward` for each of them, its mask aligned to its own lengths.
@@ -125,6 +137,8 @@ def forward_varlen(
         mask's alignment. Rows of no sequence, and rows not used, get out 0 and lse -inf.
     max_seqlen_q, max_seqlen_k : int, optional
         What dropout's ``word`` scheme numbers pairs by; None is the longest sequence of cu_seqlens.
+    row_state : ndarray, optional
+        (heads_q, total_q, 2), filled as by `forward`.
     **features
         The fields of `Features`.
 
@@ -140,12 +154,15 @@ def forward_varlen(
         out = np.empty((total_q, heads_q, v.shape[-1]), q.dtype)
     lse = np.full((heads_q, total_q), -np.inf, _real(q))
     out[...] = 0
+    if row_state is not None:
+        row_state[...] = 0
     features = Features(**features)
     longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
     for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
         policies = features.policies(q1.shape, k1.shape, first=b, longest=longest)
-        tiled.forward(q1, k1, v1, out[None, rows], lse[None, :, rows], policies)
+        state = None if row_state is None else row_state[None, :, rows]
+        tiled.forward(q1, k1, v1, out[None, rows], lse[None, :, rows], policies, state)
     return out, lse
 
 
@@ -165,6 +182,7 @@ def backward_varlen(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     dlse: np.ndarray | None = None,
+    row_state: np.ndarray | None = None,
     bias_grad: bool = False,
     **features: Any,
 ) -> Gradients:
@@ -177,8 +195,9 @@ def backward_varlen(
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
         policies = features.policies(q1.shape, k1.shape, first=b, longest=longest)
         lse1, dlse1 = lse[None, :, rows], None if dlse is None else dlse[None, :, rows]
+        state = None if row_state is None else row_state[None, :, rows]
         grads = {"dq": dq[None, rows], "dk": dk[None, keys], "dv": dv[None, keys], **sums.of(b, 1)}
-        tiled.backward(dout[None, rows], q1, k1, v1, out[None, rows], lse1, dlse1, policies, **grads)
+        tiled.backward(dout[None, rows], q1, k1, v1, out[None, rows], lse1, dlse1, policies, row_state=state, **grads)
     return Gradients(dq, dk, dv, sums.dbias, sums.dsink)
 
 

@@ -40,10 +40,27 @@ class RowSoftmax:
         """Return the output rows acc / l and lse = m + log(l)."""
         return self.acc / np.where(self.l == 0, 1, self.l), self.m + np.log(self.l)
 
+    def state(self) -> np.ndarray:
+        """Every row's m and l, (..., rows, 2); lse, one number, rounds l away where m is large."""
+        return np.concatenate([self.m, self.l], axis=-1)
 
-def probabilities(s: np.ndarray, lse: np.ndarray) -> np.ndarray:
-    """P = exp(s - lse) again, overwriting s; 0 in empty rows, whose lse is -inf or, by PyTorch, +inf."""
-    return np.exp(np.subtract(s, np.where(lse == -np.inf, np.inf, lse), out=s), out=s)
+
+def normalizers(lse: np.ndarray, state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | float]:
+    """(shift, factor) with P = exp(s - shift) * factor; +inf and 1 in empty rows, whose P is 0.
+
+    By the forward's `state` where it is there: then rows of P sum to 1 however large their scores are. `lse` alone does
+    to within its rounding, and is -inf in empty rows or, by PyTorch, +inf.
+    """
+    if state is None:
+        return np.where(lse == -np.inf, np.inf, lse), 1.0
+    m, l = state[..., :1], state[..., 1:]
+    empty = l == 0
+    return np.where(empty, np.inf, m), 1 / np.where(empty, 1, l)
+
+
+def weights(s: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """exp(s - shift), overwriting s."""
+    return np.exp(np.subtract(s, shift, out=s), out=s)
 
 
 def delta_of(dout: np.ndarray, out: np.ndarray, lse: np.ndarray, dlse: np.ndarray | float) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from cuflash import dtypes
 from cuflash.reference.features import Policies
 from cuflash.reference.paged import PagedRows
-from cuflash.reference.softmax import RowSoftmax, delta_of, probabilities
+from cuflash.reference.softmax import RowSoftmax, delta_of, normalizers, weights
 from cuflash.reference.tiles import Tile, grouped, head_tiles, load, row_tiles, stacked, store
 
 
@@ -22,12 +22,14 @@ def forward(
     out: np.ndarray,
     lse: np.ndarray,
     policies: Policies,
+    row_state: np.ndarray | None = None,
 ) -> None:
-    """Fill out (b, s, h, d) and lse (b, h, s): FlashAttention-2, algorithm 1."""
+    """Fill out (b, s, h, d), lse (b, h, s) and row_state (b, h, s, 2): FlashAttention-2, algorithm 1."""
     scores, sink, dropout = policies
     real, dim_v, heads_kv = lse.dtype, v.shape[-1], k.shape[2]
     q, k, v, out = (x if isinstance(x, PagedRows) else grouped(x, heads_kv) for x in (q, k, v, out))
     lse = grouped(lse.transpose(0, 2, 1)[..., None], heads_kv)
+    row_state = None if row_state is None else grouped(row_state.swapaxes(1, 2), heads_kv)
     group = q.shape[3]
     for batches, heads in head_tiles(q, scores.len_kv, 0):
         for rows in row_tiles(q):
@@ -43,6 +45,8 @@ def forward(
             out_tile, lse_tile = softmax.finish()
             store(out, at_q, out_tile if dropout is None else out_tile * dropout.dropout.keep_scale)
             store(lse, at_q, lse_tile)
+            if row_state is not None:
+                store(row_state, at_q, softmax.state())
 
 
 def backward(
@@ -55,6 +59,7 @@ def backward(
     dlse: np.ndarray | None,
     policies: Policies,
     *,
+    row_state: np.ndarray | None = None,
     dq: np.ndarray,
     dk: np.ndarray,
     dv: np.ndarray,
@@ -67,6 +72,7 @@ def backward(
     dv = (keep * keep_scale * P)^T dout    dq = unit * dX k    dk = dX^T (unit * q)
     dbias = dS    dsink = -sum_i exp(sink - lse_i) delta_i
 
+    The factor of `normalizers` is the same for a whole row, and taken into dout and delta instead of P.
     dbias is of grouped pairs and sums over the axes where it has size 1; dsink is (heads_kv, group).
     """
     scores, sink, dropout = policies
@@ -74,6 +80,7 @@ def backward(
     dout, q, k, v, out, dq, dk, dv = (grouped(x, heads_kv) for x in (dout, q, k, v, out, dq, dk, dv))
     lse = grouped(lse.transpose(0, 2, 1)[..., None], heads_kv)
     dlse = None if dlse is None else grouped(dlse.transpose(0, 2, 1)[..., None], heads_kv)
+    row_state = None if row_state is None else grouped(row_state.swapaxes(1, 2), heads_kv)
     group = q.shape[3]
     for batches, heads in head_tiles(q, scores.len_kv, k.shape[-1] + v.shape[-1]):
         every_key = batches, slice(0, scores.len_kv), heads
@@ -85,15 +92,17 @@ def backward(
             dout_tile, lse_tile = load(dout, at_q, real), load(lse, at_q, real)
             dlse_tile = 0.0 if dlse is None else load(dlse, at_q, real)
             delta = delta_of(dout_tile, load(out, at_q, real), lse_tile, dlse_tile)
+            shift, factor = normalizers(lse_tile, None if row_state is None else load(row_state, at_q, real))
+            dout_tile, delta = dout_tile * factor, delta * factor
             if dsink is not None:
-                share = probabilities(_sink_rows(sink[heads], lse_tile), lse_tile)
+                share = weights(_sink_rows(sink[heads], lse_tile), shift)
                 dsink[heads] -= stacked(share * delta, group).sum(axis=(0, 3, 4))
             dq_tile = np.zeros_like(q_tile)
             for tile, keep in scores.kv_tiles(batches, heads, rows):
                 k_tile, v_tile = (load(x, (batches, tile.keys, heads), real) for x in (k, v))
                 capped = scores.capped(q_tile @ k_tile.mT)
                 slope = scores.slope(capped)
-                p = probabilities(scores.finish(capped, tile, keep, group), lse_tile)
+                p = weights(scores.finish(capped, tile, keep, group), shift)
                 dp = dout_tile @ v_tile.mT
                 if dropout is None:
                     dv_sum[:, :, tile.keys] += p.mT @ dout_tile
