@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from cuflash.dropout import Scheme
 from cuflash.dtypes import DType
 from cuflash.masks import Mask
@@ -116,9 +114,17 @@ class Problem:
 
 def visible_pairs(mask: Mask, len_q: int, len_kv: int) -> int:
     """Count the (query, key) pairs a band mask lets through; a boolean tensor counts as full."""
-    if mask.left is None and mask.right is None:
-        return len_q * len_kv
-    diagonal = np.arange(len_q, dtype=np.int64) + mask.offset(len_q, len_kv)
-    first = 0 if mask.left is None else np.maximum(diagonal - mask.left, 0)
-    end = len_kv if mask.right is None else np.minimum(diagonal + mask.right + 1, len_kv)
-    return int(np.maximum(end - first, 0).sum())
+    first = mask.offset(len_q, len_kv)  # the diagonal of the first query
+    ends = len_q * len_kv if mask.right is None else _keys_before(first + mask.right + 1, len_q, len_kv)
+    starts = 0 if mask.left is None else _keys_before(first - mask.left, len_q, len_kv)
+    return ends - starts
+
+
+def _keys_before(key: int, len_q: int, len_kv: int) -> int:
+    """The sum over all queries of how many keys come before this one for the first query, and the next for the next."""
+
+    def up_to(end: int) -> int:  # the sum of min(max(x, 0), len_kv) over all integers x < end
+        within = min(max(end, 0), len_kv)
+        return within * (within - 1) // 2 + max(end - len_kv, 0) * len_kv
+
+    return up_to(key + len_q) - up_to(key)

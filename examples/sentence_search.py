@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
+import click
 import numpy as np
-import typer
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
@@ -116,21 +115,19 @@ def search(encoder: Encoder, query: str, sentences: list[str]) -> list[tuple[flo
     return sorted(zip(cosines, sentences, strict=True), reverse=True)
 
 
-class Device(StrEnum):
-    """Where the encoder runs."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-def main(
-    query: Annotated[str, typer.Argument(help="What to look for, in your own words.")],
-    device: Annotated[Device, typer.Option(help="cpu runs on NumPy, cuda on CuPy and cuBLAS.")] = Device.cpu,
-    top: Annotated[int, typer.Option(min=1, help="How many sentences to show.")] = 5,
-    corpus: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="One sentence per line.")] = SENTENCES,
-) -> None:
-    """Show the sentences that are nearest in meaning to QUERY."""
-    if device is Device.cuda:
+@click.command(help="Show the sentences that are nearest in meaning to QUERY, in your own words.")
+@click.argument("query")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="NumPy, or CuPy and cuBLAS.")
+@click.option("--top", type=click.IntRange(1), default=5, help="How many sentences to show.")
+@click.option(
+    "--corpus",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=SENTENCES,
+    help="One sentence per line.",
+)
+def main(query: str, device: str, top: int, corpus: Path) -> None:
+    """Encode, compare and print."""
+    if device == "cuda":
         import cupy as xp
     else:
         xp = np
@@ -151,4 +148,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+from dataclasses import fields
 
+import click
+import hypothesis.strategies as st
+import numpy as np
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
 
 import cuflash.cli.compile
 import cuflash.cli.explain
-from cuflash import jit
+from cuflash import jit, plan
 from cuflash.bench import calls
+from cuflash.bench.peers import PEERS
 from cuflash.cli import app
 from cuflash.cli import check as check_command
-from cuflash.errors import CompileError, InvalidArgument
+from cuflash.device import named
+from cuflash.dtypes import BF16
+from cuflash.errors import CompileError, InvalidArgument, UnsupportedProblem
+from cuflash.problem import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -106,12 +117,39 @@ def test_explain_ends_with_status_1_when_nothing_runs_the_problem(no_compiler):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype=fp7"], "--dtype 'fp7' is not an element type; expected fp16, bf16, fp32, fp64."),
-        (["--heads=5/2"], "--heads '5/2': query heads must be a multiple of key heads."),
+        (["--heads=5/2"], "k has 2 heads but q has 5; heads_q must be a multiple of heads_kv."),
+        (["--heads=0"], "q has number of heads 0; expected at least 1."),
         (["--len=4x"], "--len '4x' is not understood; expected one integer or two, as in 4x2."),
-        (["--mask", "--causal"], "--mask decides alone"),
-        (["--page-size=16"], "--page-size is for packed queries; give --varlen too."),
+        (["--len=-5"], "--len '-5' has -5; expected no negative number."),
+        (["--len=999999999999"], "q has 999999999999 rows; expected at most 2**30 in a sequence"),
+        (
+            ["--len=1073741824", f"--batch={10**10}"],
+            "q would have shape (10000000000, 1073741824, 16, 128), 43,980,465",
+        ),
+        (["--dim=0"], "q has head dimension 0; expected at least 1."),
+        (["--dim=-1"], "--dim '-1' has -1; expected no negative number."),
+        (["--scale=nan"], "softmax_scale is nan; expected a finite number."),
+        (["--softcap=nan"], "softcap is nan; expected"),
+        (["--softcap=-1"], "softcap is -1.0; expected"),
+        (["--window", "-7,3"], "window_size is (-7, 3); expected bounds from 0 to 2**31 - 1, or -1 for unbounded."),
+        (["--dropout=1"], "dropout_p is 1.0; expected a probability of dropping, from 0 to below 1."),
+        (["--dtype=fp64", "--copy-bytes=2"], "q is misaligned"),
+        (["--bias=hkj"], "--bias 'hkj' is not understood; expected some of the letters bhqk."),
+        (["--bias=k", "--bias-dtype=fp64"], "attn_bias is float64; expected bfloat16 or float32."),
+        (["--num-splits=129"], "num_splits is 129; expected an integer from 1 to 128"),
+        (["--page-size=16"], "--page-size 16 is for packed queries, and at least 1; give --varlen too."),
+        (["--varlen", "--page-size=0"], "--page-size 0 is for packed queries, and at least 1"),
         (["--device=abacus"], "device 'abacus' is not known"),
+        (["--top-left"], "--top-left does nothing here; it goes with --causal or --window."),
+        (["--bias-dtype=fp32"], "--bias-dtype does nothing here; it goes with --bias."),
+        (["--backward", "--bias-grad"], "--bias-grad does nothing here; it goes with --bias."),
+        (["--bias=k", "--bias-grad"], "--bias-grad does nothing here; it goes with --backward."),
+        (["--bias=q", "--bias-apart"], "--bias-apart does nothing here; it goes with a --bias along several keys."),
+        (["--deterministic"], "--deterministic does nothing here; it goes with --backward."),
+        (["--dropout-scheme=word"], "--dropout-scheme does nothing here; it goes with --dropout."),
+        (["--backward", "--num-splits=2"], "--num-splits does nothing here; it goes with the forward alone"),
+        (["--heads=4/1", "--reversed"], "--reversed does nothing here; it goes with several heads."),
+        (["fwd_sm80-bf16-d64", "--sink"], "--sink is given beside a case, which says everything but --device"),
         (["fwd_sm80-bf16"], "case 'fwd_sm80-bf16' is not an id; expected one id, for example: fwd_sm80-bf16-d32"),
     ],
 )
@@ -119,6 +157,144 @@ def test_explain_names_the_option_that_is_wrong(arguments, message):
     with pytest.raises(InvalidArgument) as caught:
         run("explain", *arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["explain", "--dtype=fp7"], "--dtype"),
+        (["explain", "--copy-bytes=3"], "--copy-bytes"),
+        (["explain", "--family=nope"], "--family"),
+        (["source", "--batch=-1"], "--batch"),
+        (["check", "smoke", "--seed=-1"], "--seed"),
+        (["check", "smoke", "--soak=1", "--seconds=nan"], "--seconds"),
+        (["check", "smoke", "--sanitize=magic"], "--sanitize"),
+        (["compile", "smoke", "--jobs=0"], "--jobs"),
+        (["bench", "--seconds=nan"], "--seconds"),
+        (["bench", "--render=none.json"], "--render"),
+        (["bench", "--phase=sideways"], "--phase"),
+        (["support", "--write=none.md"], "--write"),
+    ],
+)
+def test_a_value_that_no_option_has_is_refused_by_name(arguments, option):
+    printed = run(*arguments, status=2)
+    assert f"Error: Invalid value for '{option}'" in printed
+
+
+def real_arrays(arguments: dict) -> dict:
+    """The same problem as arrays of NumPy, and what `cuflash.explain` calls it."""
+    bf16, rng = BF16.numpy, np.random.default_rng(0)
+    b, hq, hkv, sq, sk, d, dv = 2, 4, 2, 24, 40, 16, 8
+    q, k, v = (rng.standard_normal((b, *shape)).astype(bf16) for shape in ((sq, hq, d), (sk, hkv, d), (sk, hkv, dv)))
+    if arguments.pop("reversed", False):
+        k, v = k[:, :, ::-1], v[:, :, ::-1]
+    if arguments.pop("varlen", False):
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        arguments |= {f"cu_seqlens_{x}": np.arange(3, dtype=np.int32) * n for x, n in (("q", sq), ("k", sk))}
+    if size := arguments.pop("page_size", 0):
+        pages = -(-sk // size)
+        k, v = (np.zeros((b * pages, size, *x.shape[1:]), bf16) for x in (k, v))
+        arguments["block_table"] = np.arange(b * pages, dtype=np.int32).reshape(b, pages)
+    return {"q": q, "k": k, "v": v} | arguments
+
+
+BIAS = np.zeros((1, 4, 24, 40), BF16.numpy)
+SLOPES = np.ones(4, np.float32)
+PROBLEMS: dict[str, dict] = {
+    "": {},
+    "--causal --top-left --scale=0.5 --softcap=3": {
+        "causal": True, "alignment": "top-left", "softmax_scale": 0.5, "softcap": 3.0,
+    },
+    "--window=7,3 --mask": {"window_size": (7, 3), "attn_mask": np.ones((2, 1, 24, 40), bool)},
+    "--window=1000,1000": {"window_size": (1000, 1000)},
+    "--causal --mask": {"causal": True, "attn_mask": np.ones((24, 40), bool)},
+    "--alibi --sink": {"alibi_slopes": SLOPES, "sink": SLOPES},
+    "--bias=hqk": {"attn_bias": BIAS},
+    "--bias=hqk --bias-apart": {"attn_bias": np.zeros((1, 4, 24, 80), BF16.numpy)[..., ::2]},
+    "--bias=bk --bias-dtype=fp32": {"attn_bias": np.zeros((2, 1, 1, 40), np.float32)},
+    "--bias=q": {"attn_bias": BIAS[:, :1, :, :1].copy()},
+    "--bias=hqk --bias-grad --backward --deterministic": {
+        "attn_bias": BIAS, "bias_grad": True, "backward": True, "deterministic": True,
+    },
+    "--dropout=0.5": {"dropout_p": 0.5},
+    "--dropout=0.5 --dropout-scheme=word --backward": {
+        "dropout_p": 0.5, "dropout_scheme": "word", "backward": True,
+    },
+    "--varlen --causal": {"varlen": True, "causal": True},
+    "--varlen --page-size=16 --num-splits=3": {"varlen": True, "page_size": 16, "num_splits": 3},
+    "--varlen --backward --sink": {"varlen": True, "sink": SLOPES, "backward": True},
+    "--reversed": {"reversed": True},
+}  # fmt: skip
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[Problem]:
+    """The problems that `explain` was asked about."""
+    problems, real = [], plan.explain
+
+    def explain(problem, *more):
+        problems.append(problem)
+        return real(problem, *more)
+
+    monkeypatch.setattr(plan, "explain", explain)
+    return problems
+
+
+@pytest.mark.parametrize("arguments", PROBLEMS)
+def test_options_make_the_problem_of_a_call(arguments, asked, no_compiler):
+    run("explain", "--heads=4/2", "--len=24x40", "--dim=16x8", *arguments.split())
+    [problem] = asked
+    assert problem == cuflash.explain(**real_arrays(dict(PROBLEMS[arguments])), device="h100").problem
+
+
+def test_every_member_of_a_problem_has_an_option(asked, no_compiler):
+    changes = ["--dtype=fp32", "--batch=3", "--heads=6/2", "--heads=4/4", "--len=25x40", "--len=24x41", "--dim=8x8"]
+    changes += ["--dim=16x16", "--copy-bytes=2"]
+    for arguments in ["", *changes, *PROBLEMS]:
+        run("explain", *{"--heads": "--heads=4/2", "--len": "--len=24x40", "--dim": "--dim=16x8"}.values(),
+            *arguments.split())  # fmt: skip
+    plain, *others = asked
+    varied = {f.name for f in fields(Problem) for other in others if getattr(other, f.name) != getattr(plain, f.name)}
+    assert varied == {f.name for f in fields(Problem)}
+
+
+def sizes(separator: str) -> st.SearchStrategy[str]:
+    number = st.sampled_from([-1, 0, 1, 2, 3, 16, 64, 100, 256, 1025, 4096, 2**20, 2**30, 2**31, 2**63, 10**30])
+    return st.one_of(number.map(str), st.tuples(number, number).map(lambda pair: separator.join(map(str, pair))))
+
+
+NUMBERS = st.sampled_from(["0", "1", "-1", "0.5", "nan", "inf", "-inf", "1e-300", "1e300", "x", ""])
+VALUES: dict[str, st.SearchStrategy[str]] = {
+    "--heads": sizes("/"), "--len": sizes("x"), "--dim": sizes("x"), "--window": sizes(","),
+    "--batch": sizes("x"), "--scale": NUMBERS, "--softcap": NUMBERS, "--dropout": NUMBERS,
+    "--page-size": sizes("x"), "--num-splits": sizes("x"), "--bias": st.sampled_from(["", "k", "bhqk", "kk", "z"]),
+    "--device": st.sampled_from(["v100", "sm_86", "h100", "b200", "", "sm_1"]),
+}  # fmt: skip
+
+
+@st.composite
+def command_lines(draw: st.DrawFn) -> list[str]:
+    """Some options of `explain`, with values that may be right."""
+    command = app.commands["explain"]
+    chosen = draw(st.lists(st.sampled_from([p for p in command.params if isinstance(p, click.Option)]), max_size=6))
+    line = []
+    for option in chosen:
+        if option.is_flag:
+            line.append(option.opts[0])
+            continue
+        choices = st.sampled_from(option.type.choices) if isinstance(option.type, click.Choice) else None
+        line += [option.opts[0], draw(VALUES[option.opts[0]] if choices is None else choices)]
+    return line
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(line=command_lines())
+def test_whatever_the_options_the_answer_is_a_plan_or_a_refusal(line, no_compiler):
+    result = CliRunner().invoke(app, ["explain", *line])
+    if isinstance(result.exception, InvalidArgument | UnsupportedProblem):
+        return
+    assert result.exception is None or isinstance(result.exception, SystemExit), (line, result.exc_info)
+    assert ("family" in result.output) if result.exit_code == 0 else result.output
 
 
 def test_source_prints_the_config_and_every_file():
@@ -256,6 +432,28 @@ def test_bench_times_new_processes(tmp_path):
     ]
 
 
+def test_bench_refuses_a_file_that_no_bench_wrote(tmp_path):
+    for text in ("", "{}", "[]", "3", '{"rows": [3]}', '{"rows": [{"case": "x"}]}', "\x00"):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(InvalidArgument, match=r"x\.json is not what `bench --json` writes"):
+            run("bench", f"--render={tmp_path / 'x.json'}")
+
+
+def test_options_that_would_not_act_are_refused(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text("{}")
+    for arguments, message in (
+        (["bench", f"--render={file}", "--quick"], "--quick is for a measurement"),
+        (["bench", "numpy", f"--render={file}"], "PROBLEMS is for a measurement"),
+        (["check", "smoke", "--numpy", "--sanitize=memcheck"], "--numpy and --sanitize exclude each other"),
+        (["check", "smoke", "--no-pool"], "--no-pool is for a GPU"),
+        (["check", "smoke", "--sanitize=memcheck", "--seconds=3"], "--seconds needs --soak"),
+        (["cache", "--list", "--clear"], "--list and --clear exclude each other"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            run(*arguments)
+
+
 def test_cache_shows_lists_and_clears(tmp_path):
     folder = jit.cache.folder("fwd_sm80-bf16-d64", "0123456789abcdef")
     jit.cache.publish(folder, b"cubin", {"arch": "sm_80", "registers": 77}, "config")
@@ -268,10 +466,108 @@ def test_cache_shows_lists_and_clears(tmp_path):
     assert "kernels  0" in run("cache")
 
 
+# In a process
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line in which `cuflash` is the command line."""
+    line = line.replace("cuflash", f"{shlex.quote(sys.executable)} -W error -m cuflash")
+    everything = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | environment
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=everything, check=False)
+
+
 def test_an_error_ends_the_program_with_its_message_and_status_2():
-    done = subprocess.run(
-        [sys.executable, "-m", "cuflash", "explain", "--dtype=fp7"], capture_output=True, text=True, check=False
-    )
+    done = shell("cuflash explain --len -5")
     assert done.returncode == 2
-    assert done.stderr == ("InvalidArgument: --dtype 'fp7' is not an element type; expected fp16, bf16, fp32, fp64.\n")
+    assert done.stderr == "InvalidArgument: --len '-5' has -5; expected no negative number.\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["support", "explain --len 256", "cache", "source --len 256", "--help"])
+@pytest.mark.parametrize("place", [">&-", ">&- 2>&-", "2>&-"])
+def test_commands_run_where_there_is_nowhere_to_print(command, place):
+    done = shell(f"cuflash {command} {place}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_stdout_leaves_its_number_to_no_file(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- support-table:begin -->\n<!-- support-table:end -->\n")
+    done = shell(f"cuflash support --write {page} >&- <&-")
+    assert done.returncode == 0
+    assert page.read_text(encoding="utf-8").startswith("<!-- support-table:begin -->\n- `sm90`")
+
+
+def test_an_error_is_told_where_stdout_is_closed():
+    done = shell("cuflash explain --len -5 >&-")
+    assert (done.returncode, done.stderr.split(":")[0]) == (2, "InvalidArgument")
+
+
+@pytest.mark.parametrize("command", ["support", "explain --len 256"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_commands_print_in_any_encoding(command, encoding):
+    done = shell(f"cuflash {command}", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, "")
+    if command == "support":  # a table whose marks can be told apart
+        rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| sink")]
+        yes, no = ("✓", "–") if encoding == "utf-8" else ("yes", "-")
+        assert rows[0][3:5] == [" `sink` ", f" {no} "] and yes in done.stdout
+
+
+def test_a_full_disk_and_a_reader_that_is_gone_end_without_a_traceback():
+    done = shell("cuflash support > /dev/full")
+    assert (done.returncode, done.stderr) == (2, "OSError: [Errno 28] No space left on device\n")
+    done = shell("(cuflash support; echo $? >&2) | head -1")
+    assert done.stderr in ("0\n", "1\n") and done.stdout.count("\n") == 1
+
+
+def test_help_needs_no_docstrings():
+    help_of = [
+        subprocess.run([sys.executable, *strip, "-m", "cuflash", "--help"], capture_output=True, text=True, check=True)
+        for strip in ([], ["-OO"])
+    ]
+    assert help_of[0].stdout == help_of[1].stdout
+    for name in app.commands:
+        assert any(line.split()[0] == name and len(line.split()) > 4 for line in help_of[1].stdout.splitlines() if line)
+
+
+@pytest.mark.parametrize("name", [None, *app.commands])
+def test_help_fits_80_columns_and_cuts_no_word(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = run(*([] if name is None else [name]), "--help")
+    assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+    if name is None:
+        assert "..." not in printed.partition("Commands:")[2]
+    if name == "bench":
+        for peer in PEERS:
+            assert peer in printed
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_explain_fits_80_columns(backward, asked, fake_compiler, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    everything = ["--causal", "--dropout=0.1", "--sink", "--bias=hqk", *(["--backward", "--bias-grad"] * backward)]
+    printed = run("explain", "--device=h100", *everything)
+    assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+    words = " ".join(printed.split())
+    for step in plan.choose(*asked, named("h100")).steps:
+        assert f"kernel {step.kernel}: {step.num_blocks:,} blocks of {step.config.threads} threads, tile" in words
+        assert f"tile {step.config.tile_q} x {step.config.tile_kv}, " in words
+
+
+@pytest.mark.parametrize("columns", [40, 80, 160])
+def test_tables_lose_nothing_in_a_narrow_terminal(columns, fake_compiler, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    fake_compiler.update(spill_loads=4096)
+    printed = run("compile", "fwd_sm80-bf16-d64-causal", "--arch=sm_90a", status=1)
+    assert "…" not in printed and "sm_90a" in printed and "fwd_sm80" in printed
+    squeezed = "".join(printed.split())
+    assert "4096" in squeezed and "0.25" in squeezed
+    if columns == 160:
+        assert "fwd_sm80-bf16-d64-causal" in printed and "spills 4096 bytes, 324 are allowed" in printed
+    if columns >= 80:
+        assert max(map(len, printed.splitlines())) <= columns
+
+
+def test_the_version_is_that_of_the_package():
+    assert run("--version") == f"cuflash {cuflash.__version__}\n"

@@ -47,7 +47,7 @@ LIBRARIES = {
     "settings": {"platformdirs"},
     "dtypes": {"numpy", "ml_dtypes"},
     "bench": {"numpy", "ml_dtypes", "rich"},
-    "cli": {"numpy", "rich", "typer"},
+    "cli": {"numpy", "rich", "click"},
 }
 """What each part may import from outside the standard library, at the top of a file."""
 
@@ -163,7 +163,7 @@ def test_import_brings_nothing_heavy():
     script = "import sys, cuflash; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     modules = set(done.stdout.split())
-    heavy = {"cupy", "cupy_backends", "torch", "jax", "typer", "rich", "concurrent", "multiprocessing"}
+    heavy = {"cupy", "cupy_backends", "torch", "jax", "click", "rich", "concurrent", "multiprocessing"}
     assert "cuflash" in modules and not heavy & modules
 
 

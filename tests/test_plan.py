@@ -11,7 +11,7 @@ import pytest
 
 from cuflash import dtypes
 from cuflash.device import NAMED, Device, named
-from cuflash.errors import UnsupportedProblem
+from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.masks import Mask
 from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
 from cuflash.plan.families import FEATURES, needs
@@ -294,8 +294,10 @@ def test_the_named_family_does_not_run_it() -> None:
     with pytest.raises(UnsupportedProblem) as error:
         choose(replace(BASE, dtype=dtypes.FP32), named("h100"), "sm80")
     assert "sm80    no fp32" in str(error.value) and "simt" not in str(error.value)
-    with pytest.raises(UnsupportedProblem, match=r"there is no kernel family 'sm75'; there are: sm90, sm80, simt"):
+    with pytest.raises(InvalidArgument, match=r"there is no kernel family 'sm75'; there are: sm90, sm80, simt"):
         choose(BASE, named("h100"), ("sm80", "sm75"))
+    with pytest.raises(InvalidArgument, match="there is no kernel family 'nope'"):
+        explain(BASE, named("h100"), "nope")
 
 
 def test_one_of_the_named_families_runs_it() -> None:
@@ -492,6 +494,9 @@ def test_flops_count_visible_pairs() -> None:
         assert visible_pairs(mask, len_q, len_kv) == visible.sum()
         clipped = mask.clipped(len_q, len_kv)
         assert visible_pairs(clipped, len_q, len_kv) == visible.sum()
+    n = 2**30  # as many rows as a sequence may have, counted without an array of them
+    assert visible_pairs(Mask(right=0), n, n) == n * (n + 1) // 2
+    assert visible_pairs(Mask(left=5, right=0), n, n) == 6 * n - 15
     causal = replace(BASE, len_q=4, len_kv=4, mask=Mask(right=0))
     assert causal.flops() == 2 * 2 * 8 * 10 * (64 + 64)
     assert replace(causal, direction="backward").flops() == 2.5 * causal.flops()

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import oracle
 import pytest
+from click.testing import CliRunner
 from host import run as run_on_host
 from test_launch import Launches, as_torch, launches, needs_compiler, to_numpy  # noqa: F401, a fixture is among them
-from typer.testing import CliRunner
 
 from cuflash import device, jit
 from cuflash.bench import calls, soak

@@ -19,6 +19,7 @@ from rich.table import Table
 from cuflash.bench.cases import Case
 from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.timing import Runner, Timing
+from cuflash.errors import InvalidArgument
 from cuflash.plan.families import needs
 
 Mode = Literal["burst", "sustained"]
@@ -118,11 +119,20 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """Read what ``write`` wrote."""
-        content = json.loads(path.read_text())
+        """Read what ``write`` wrote.
+
+        Raises
+        ------
+        InvalidArgument
+            If the file holds anything else.
+        """
         known = {f.name for f in fields(Row)}
-        rows = [Row(**{name: value for name, value in each.items() if name in known}) for each in content.pop("rows")]
-        return cls(**content, rows=rows)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            rows = [Row(**{name: each[name] for name in known & each.keys()}) for each in content.pop("rows")]
+            return cls(**content, rows=rows)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidArgument(f"{path} is not what `bench --json` writes ({error}); name such a file.") from error
 
     def of(self, phase: Literal["forward", "backward"]) -> Report:
         """The same of one phase alone."""
@@ -301,7 +311,7 @@ def table(report: Report) -> Table:
         box=box.SIMPLE,
     )
     for i, name in enumerate(header):
-        result.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2)
+        result.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2, overflow="fold")
     for line in lines:
         result.add_row(*line)
     return result

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from enum import StrEnum
+import textwrap
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
-import typer
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -17,72 +17,79 @@ from cuflash.bench.cases import Case
 from cuflash.bench.peers import PEERS, find
 from cuflash.bench.peers import chosen as chosen_peers
 from cuflash.bench.run import Bench
-from cuflash.cli.console import console
+from cuflash.cli.console import Seconds, console, given, show
 from cuflash.cli.problem import has_gpu
-from cuflash.cli.support import write_between
+from cuflash.cli.support import FILE, write_between
 from cuflash.errors import InvalidArgument
 from cuflash.problem import Direction
 
 
-class Phase(StrEnum):
-    """Which directions to time."""
+@click.command(
+    "bench",
+    short_help="Time cuflash and every installed peer on named problems.",
+    help=f"""Time cuflash and its peers in one process, in rotated order, on the same inputs.
 
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    BOTH = "both"
+    PROBLEMS is one of {", ".join([*sets.SETS, *sets.UNIONS])}; if not given, prefill on a GPU and numpy elsewhere.
+    Peers that --peers takes:
 
-
-def bench(
-    problems: Annotated[
-        str | None,
-        typer.Argument(
-            help=f"{', '.join([*sets.SETS, *sets.UNIONS])}; prefill on a GPU and numpy elsewhere if not given."
-        ),
-    ] = None,
-    case: Annotated[str | None, typer.Option(help="Only cases whose id contains this or matches it as a glob.")] = None,
-    phase: Annotated[Phase, typer.Option()] = Phase.BOTH,
-    peers: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Some of {','.join(PEERS)}, or torch, jax for all of these; '' for none, all installed if not given."
-        ),
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="Stop starting cases after this long.")] = 240.0,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter rounds.")] = False,
-    sustained: Annotated[
-        bool,
-        typer.Option("--sustained", help="Also time each one on the card as hot as it makes it; takes seconds each."),
-    ] = False,
-    processes: Annotated[bool, typer.Option(help="Also time new processes and calls on a tiny problem.")] = True,
-    json: Annotated[Path | None, typer.Option(help="Write everything here.")] = None,
-    render: Annotated[
-        Path | None, typer.Option(help="Measure nothing; print such a file as Markdown, or one --phase of it.")
-    ] = None,
-    write: Annotated[
-        Path | None,
-        typer.Option(help="With --render: put it between this file's markers measurements, or measurements-<phase>."),
-    ] = None,
-) -> None:
-    """Time cuflash and its peers in one process, in rotated order, on the same inputs.
+    \b
+    {textwrap.fill(", ".join(PEERS), 74, break_on_hyphens=False, subsequent_indent="    ")}
 
     GPU time is the median over rounds of replays of a captured graph, by CUDA events; host time the median of calls
     that do not wait. With --sustained a second pass lets each implementation run for a second before its slice, when
-    clocks have sagged to what its power allows. The matrix product ``gemm`` in the rotation is the yardstick for the
-    card. Runs on the NumPy backend against naive NumPy attention where there is no GPU.
-    """
+    clocks have sagged to what its power allows. The matrix product gemm in the rotation is the yardstick for the
+    card. Runs on the NumPy backend against naive NumPy attention where there is no GPU.""",
+)
+@click.argument("problems", required=False)
+@click.option("--case", help="Only cases whose id contains this or matches it as a glob.")
+@click.option("--phase", type=click.Choice(["forward", "backward", "both"]), default="both", help="What to time.")
+@click.option(
+    "--peers",
+    help="Some of the names above, with commas and without spaces, or torch, jax for all of these; '' for none, "
+    "all installed if not given.",
+)
+@click.option("--seconds", type=Seconds(min=0), default=240.0, help="Stop starting cases after this long.")
+@click.option("--quick", is_flag=True, help="Fewer and shorter rounds.")
+@click.option(
+    "--sustained", is_flag=True, help="Also time each one on the card as hot as it makes it; takes seconds each."
+)
+@click.option("--processes/--no-processes", default=True, help="Also time new processes and calls on a tiny problem.")
+@click.option("--json", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write everything here.")
+@click.option("--render", type=FILE, help="Measure nothing; print such a file as Markdown, or one --phase of it.")
+@click.option(
+    "--write",
+    type=FILE,
+    help="With --render: put it between this file's markers measurements, or measurements-<phase>.",
+)
+def command(
+    problems: str | None,
+    case: str | None,
+    phase: Literal["forward", "backward", "both"],
+    peers: str | None,
+    seconds: float,
+    quick: bool,
+    sustained: bool,
+    processes: bool,
+    json: Path | None,
+    render: Path | None,
+    write: Path | None,
+) -> None:
+    """Time and print, or print what was timed."""
     if render is not None:
+        if unused := given("render", "write", "phase"):
+            raise InvalidArgument(f"{unused[0]} is for a measurement, and --render measures nothing; drop one of them.")
         whole = report.Report.read(render)
-        text = report.markdown(whole if phase is Phase.BOTH else whole.of(phase.value))
+        text = report.markdown(whole if phase == "both" else whole.of(phase))
         if write is None:
-            typer.echo(text)
+            print(text)
         else:
-            write_between(write, "measurements" if phase is Phase.BOTH else f"measurements-{phase.value}", text)
+            write_between(write, "measurements" if phase == "both" else f"measurements-{phase}", text)
         return
     if write is not None:
         raise InvalidArgument("--write needs --render, the file of a finished run.")
     gpu = has_gpu()
     by_set = _matching(problems or ("prefill" if gpu else "numpy"), case)
-    directions: list[Direction] = ["forward", "backward"] if phase is Phase.BOTH else [phase.value]
+    directions: list[Direction] = ["forward", "backward"] if phase == "both" else [phase]
     cases = [each.turned(direction) for direction in directions for chosen in by_set.values() for each in chosen]
     found = find(chosen_peers(peers, gpu), gpu)
     run = Bench(found.implementations, gpu, quick, sustained)
@@ -130,7 +137,7 @@ def _progress() -> Progress:
 
 
 def _print(found: report.Report, screen: Console) -> None:
-    screen.print(report.table(found))
+    show(screen, report.table(found))
     for each in found.host:
         screen.print(f"host, tiny problem: {each['impl']} {each['phase']} {each['host_us']} µs a call")
     for key, times in found.start.items():

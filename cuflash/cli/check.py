@@ -7,11 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from enum import StrEnum
-from typing import Annotated
+from types import ModuleType
 
+import click
 import numpy as np
-import typer
 from rich.progress import track
 
 from cuflash.bench.cases import Case, select
@@ -19,58 +18,64 @@ from cuflash.bench.inputs import Normals, make
 from cuflash.bench.soak import Job
 from cuflash.bench.verify import verify
 from cuflash.cli import soak as soaking
-from cuflash.cli.console import console, table
+from cuflash.cli.console import Seconds, console, show, table
 from cuflash.cli.problem import has_gpu
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 
-
-class Tool(StrEnum):
-    """Tools of compute-sanitizer that find errors of kernels."""
-
-    MEMCHECK = "memcheck"
-    RACECHECK = "racecheck"
-    INITCHECK = "initcheck"
-    SYNCCHECK = "synccheck"
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+"""Tools of compute-sanitizer that find errors of kernels."""
 
 
-def check(
-    case: Annotated[
-        str | None, typer.Argument(help="An id, a part of ids, a glob, or 'smoke'; all cases if not given.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
-    numpy: Annotated[bool, typer.Option("--numpy", help="Check the NumPy backend even where there is a GPU.")] = False,
-    sanitize: Annotated[Tool | None, typer.Option(help="Run under this tool of compute-sanitizer.")] = None,
-    pool: Annotated[bool, typer.Option(help="Allocate from CuPy's pool; a sanitizer sees more without.")] = True,
-    soak: Annotated[
-        int | None, typer.Option(min=1, help="Run so many random problems around the cases instead of the cases.")
-    ] = None,
-    seconds: Annotated[float | None, typer.Option(min=0, help="With --soak: start none after this long.")] = None,
-    first: Annotated[int | None, typer.Option(min=0, help="With --soak: the number of the first one.")] = None,
-    patience: Annotated[
-        float | None, typer.Option(min=1, help="With --soak: seconds after which one hangs; 60 if not given.")
-    ] = None,
-) -> None:
-    """Run cases and compare every output with the same computation in float64; status 1 if one is too far off.
+@click.command(
+    "check",
+    short_help="Run cases and compare every result with exact attention.",
+    help="""Run cases and compare every output with the same computation in float64; status 1 if one is too far off.
 
-    A result may be twice as far from the exact answer as the naive formula in the same element type, plus a few
-    roundings. Runs the kernels where there is a GPU, else the NumPy backend.
+    CASE is an id, a part of ids, a glob, or 'smoke'; all cases if not given. A result may be twice as far from the
+    exact answer as the naive formula in the same element type, plus a few roundings. Runs the kernels where there is a
+    GPU, else the NumPy backend.
 
     With --soak the lengths, heads, strides, windows and numbers of the cases are drawn at random, and everything around
-    the tensors is looked at, too; on a GPU that needs cuBLAS.
-    """
+    the tensors is looked at, too; on a GPU that needs cuBLAS.""",
+)
+@click.argument("case", required=False)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the random inputs.")
+@click.option("--numpy", is_flag=True, help="Check the NumPy backend even where there is a GPU.")
+@click.option("--sanitize", type=click.Choice(TOOLS), help="Run under this tool of compute-sanitizer.")
+@click.option("--pool/--no-pool", default=True, help="Allocate from CuPy's pool; a sanitizer sees more without.")
+@click.option("--soak", type=click.IntRange(1), help="Run so many random problems around the cases instead of these.")
+@click.option("--seconds", type=Seconds(min=0), help="With --soak: start none after this long.")
+@click.option("--first", type=click.IntRange(0), help="With --soak: the number of the first one.")
+@click.option("--patience", type=Seconds(min=1), help="With --soak: seconds after which one hangs; 60 if not given.")
+def command(
+    case: str | None,
+    seed: int,
+    numpy: bool,
+    sanitize: str | None,
+    pool: bool,
+    soak: int | None,
+    seconds: float | None,
+    first: int | None,
+    patience: float | None,
+) -> None:
+    """Run, compare and print."""
     cases = select(case)
-    if soak is not None:
-        if sanitize is not None:
-            raise InvalidArgument("--soak and --sanitize exclude each other; a sanitizer takes minutes for some cases.")
-        ids = tuple(each.id for each in cases)
-        job = Job(ids, seed, first or 0, soak, gpu=not numpy and has_gpu(), pool=pool, patience_s=patience or 60.0)
-        raise typer.Exit(not soaking.run(job, math.inf if seconds is None else seconds))
-    for option, value in (("--seconds", seconds), ("--first", first), ("--patience", patience)):
-        if value is not None:
-            raise InvalidArgument(f"{option} needs --soak, the number of random problems.")
+    on_gpu = not numpy and has_gpu()
+    if soak is not None and sanitize is not None:
+        raise InvalidArgument("--soak and --sanitize exclude each other; a sanitizer takes minutes for some cases.")
     if sanitize is not None:
-        raise typer.Exit(_sanitized(sanitize, case, seed))
-    xp = _arrays(numpy, pool)
+        if numpy:
+            raise InvalidArgument("--numpy and --sanitize exclude each other; a sanitizer looks at kernels.")
+        _refuse_without_soak(seconds, first, patience)
+        raise click.exceptions.Exit(_sanitized(sanitize, case, seed))
+    if not (pool or on_gpu):
+        raise InvalidArgument("--no-pool is for a GPU, and this check runs on the NumPy backend; drop it.")
+    if soak is not None:
+        ids = tuple(each.id for each in cases)
+        job = Job(ids, seed, first or 0, soak, gpu=on_gpu, pool=pool, patience_s=patience or 60.0)
+        raise click.exceptions.Exit(not soaking.run(job, math.inf if seconds is None else seconds))
+    _refuse_without_soak(seconds, first, patience)
+    xp = _arrays(on_gpu, pool)
     numbers = ("error", "naive error", "allowed")
     where = "the NumPy backend" if xp is np else "the GPU"
     lines = table(f"{len(cases)} cases on {where}", "case", "tensor", *numbers, "", right=numbers)
@@ -81,10 +86,10 @@ def check(
             lines.add_row(*line, style=None if passed else "bold red")
             failures += not passed
     screen = console()
-    screen.print(lines)
+    show(screen, lines)
     if failures:
         screen.print(f"{failures} outputs are too far from the exact answer.")
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _lines(case: Case, normals: Normals) -> list[tuple[tuple[str, ...], bool]]:
@@ -109,9 +114,15 @@ def _lines(case: Case, normals: Normals) -> list[tuple[tuple[str, ...], bool]]:
     ]
 
 
-def _arrays(numpy: bool, pool: bool) -> object:
+def _refuse_without_soak(seconds: float | None, first: int | None, patience: float | None) -> None:
+    for option, value in (("--seconds", seconds), ("--first", first), ("--patience", patience)):
+        if value is not None:
+            raise InvalidArgument(f"{option} needs --soak, the number of random problems.")
+
+
+def _arrays(on_gpu: bool, pool: bool) -> ModuleType:
     """The array module to run on."""
-    if numpy or not has_gpu():
+    if not on_gpu:
         return np
     import cupy
 
@@ -120,7 +131,7 @@ def _arrays(numpy: bool, pool: bool) -> object:
     return cupy
 
 
-def _sanitized(tool: Tool, pattern: str | None, seed: int) -> int:
+def _sanitized(tool: str, pattern: str | None, seed: int) -> int:
     """Run the same check in a process under compute-sanitizer; its status."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_toolkit())
     if program is None:

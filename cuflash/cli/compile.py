@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+import click
 from rich.progress import track
 
 from cuflash import jit
 from cuflash.bench.cases import ARCHITECTURES, matrix
 from cuflash.bench.resources import complaints
-from cuflash.cli.console import console, table
+from cuflash.cli.console import console, show, table
 from cuflash.device import named
 from cuflash.errors import CompileError, InvalidArgument
 from cuflash.jit.compile import version
 
 
-def compile_cases(
-    case: Annotated[str | None, typer.Argument(help="An id, a part of ids, a glob, or 'smoke'.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="The whole table.")] = False,
-    arch: Annotated[
-        list[str] | None, typer.Option(help=f"Repeatable; {', '.join(ARCHITECTURES)} if not given.")
-    ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; one a core if not given.")] = None,
-) -> None:
-    """Compile kernel variants without a GPU and print registers, stack, spills, shared memory and seconds.
+@click.command(
+    "compile",
+    short_help="Compile kernels for any architecture, without a GPU.",
+    help="""Compile kernel variants without a GPU and print registers, stack, spills, shared memory and seconds.
 
-    Status 1 when one does not compile, spills more than is recorded as acceptable, or takes more registers or shared
-    memory than the architecture has. With --all, sm_80 and sm_90a take the whole table of their families, others smoke.
-    """
+    CASE is an id, a part of ids, a glob, or 'smoke'. Status 1 when a kernel does not compile, spills more than is
+    recorded as acceptable, or takes more registers or shared memory than the architecture has. With --all, sm_80 and
+    sm_90a take the whole table of their families, others smoke.""",
+)
+@click.argument("case", required=False)
+@click.option("--all", "everything", is_flag=True, help="The whole table.")
+@click.option("--arch", multiple=True, help=f"Repeatable; {', '.join(ARCHITECTURES)} if not given.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes; one a core if not given.")
+def command(case: str | None, everything: bool, arch: tuple[str, ...], jobs: int | None) -> None:
+    """Compile and print."""
     if (case is None) != everything:
         raise InvalidArgument("name the cases to compile, or give --all for the whole table; not both.")
     version()  # without a compiler every kernel would fail with the same message
     rows = matrix(arch or ARCHITECTURES, case)
     work = [(step.kernel, step.config, step.params, target) for target, _, step in rows]
-    numbers = ("registers", "stack", "spills", "shared memory", "seconds")
+    numbers = ("registers", "stack", "spills", "shared", "seconds")
     lines = table(f"{len(rows)} kernels", "arch", "case", "kernel", *numbers, "", right=numbers)
     wrong = 0
     progress = track(
@@ -61,7 +61,7 @@ def compile_cases(
             style="bold red" if found else None,
         )
     screen = console()
-    screen.print(lines)
+    show(screen, lines)
     screen.print(f"{len(rows) - wrong} of {len(rows)} kernels are as they should be.")
     if wrong:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)

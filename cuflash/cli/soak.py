@@ -39,14 +39,14 @@ def run(job: Job, seconds: float) -> bool:
                 ran, variants = ran + 1, max(variants, outcome.variants)
             if outcome.complaints:
                 failures += 1
-                screen.print(_report(job, outcome), markup=False)
+                screen.print(_report(job, outcome))
             if failures == _MOST_FAILURES or time.perf_counter() - started_s > seconds:
                 break
     where = f"the GPU, {variants} kernel variants" if job.gpu else "the NumPy backend"
     took_s = time.perf_counter() - started_s
     screen.print(f"{ran} draws around {len(job.case_ids)} cases on {where}, {took_s:.0f} s: {failures} went wrong.")
     for reason, count in left_out.items():
-        screen.print(f"{count} left out: {reason}", markup=False)
+        screen.print(f"{count} left out: {reason}")
     return failures == 0 and ran > 0
 
 

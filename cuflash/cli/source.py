@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from rich.syntax import Syntax
-
 from cuflash import jit, plan
-from cuflash.bench.cases import Case
-from cuflash.cli.console import console
+from cuflash.cli.problem import Asked
 from cuflash.device import Device
 
 
-def show(case: Case, device: Device) -> None:
+def show(asked: Asked, device: Device) -> None:
     """Print, for each kernel, the files it is made of and its rendered ``config.cuh``."""
-    screen = console()
-    for step in plan.choose(case.problem, device, case.family).steps:
+    for step in plan.choose(asked.problem, device, asked.family).steps:
         text = jit.render.config_header(step.kernel, step.config, step.params)
-        screen.rule(step.kernel)
+        print(f"// {step.kernel}, made of config.cuh as below and of")
         for name in sorted(set(jit.sources.gather(step.kernel, text)) - {jit.sources.CONFIG}):
-            screen.print(str(jit.sources.root() / name))
-        screen.print(Syntax(text, "cuda", background_color="default") if screen.is_terminal else text, markup=False)
+            print(str(jit.sources.root() / name))
+        print(f"\n{text}")

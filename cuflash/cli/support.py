@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import typer
+import click
 
 import cuflash
 from cuflash.bench.report import markdown_table
@@ -19,6 +19,9 @@ from cuflash.masks import Mask
 from cuflash.plan import FAMILIES, Family
 from cuflash.plan.families import FEATURES
 from cuflash.problem import Problem
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+"""A file that is there."""
 
 _PLAIN = Problem("forward", BF16, batch=1, heads_q=4, heads_kv=4, len_q=256, len_kv=256, dim_qk=64, dim_v=64)
 
@@ -144,12 +147,16 @@ ROWS: tuple[Row, ...] = (
 )  # fmt: skip
 
 
-def support(
-    write: Annotated[Path | None, typer.Option(help="Put the table between this file's markers.")] = None,
-) -> None:
-    """Print the support table as Markdown: feature x kernel family x public function."""
+@click.command(
+    "support",
+    short_help="Print which functions take and which kernels run what.",
+    help="Print the support table as Markdown: feature x kernel family x public function.",
+)
+@click.option("--write", type=FILE, help="Put the table between this file's markers.")
+def command(write: Path | None) -> None:
+    """Print or write the table."""
     if write is None:
-        typer.echo(table())
+        print(table())
     else:
         write_between(write, "support-table", table())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cuflash.device import Device
-from cuflash.errors import UnsupportedProblem
+from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.plan.families import FAMILIES
 from cuflash.plan.plan import Plan
 from cuflash.problem import Problem
@@ -24,6 +24,8 @@ def choose(problem: Problem, device: Device, family: str | tuple[str, ...] | Non
 
     Raises
     ------
+    InvalidArgument
+        When there is no family of a name.
     UnsupportedProblem
         When no family (or none of those named) runs the problem; the message lists every reason.
     """
@@ -31,7 +33,7 @@ def choose(problem: Problem, device: Device, family: str | tuple[str, ...] | Non
     named = tuple(reasons) if family is None else (family,) if isinstance(family, str) else family
     for name in named:
         if name not in reasons:
-            raise UnsupportedProblem(f"there is no kernel family {name!r}; there are: {', '.join(reasons)}.")
+            raise InvalidArgument(f"there is no kernel family {name!r}; there are: {', '.join(reasons)}.")
     for candidate in FAMILIES:
         if candidate.name in named and not reasons[candidate.name]:
             return candidate.plan(problem, device)
