@@ -267,7 +267,8 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
     UnsupportedProblem
         If one is a JAX tracer.
     """
-    kinds = {type(x) for x in arrays if x is not None}
+    kinds = set(map(type, arrays))
+    kinds.discard(type(None))
     if len(kinds) == 1 and (framework := _framework_of_type(*kinds)) is not None:
         return framework
     first, first_name, first_type = None, "", None

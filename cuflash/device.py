@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from cuflash.errors import InvalidArgument
+from cuflash.numbers import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,14 @@ def named(name: str) -> Device:
     InvalidArgument
         If the name is neither a known card nor the architecture of one.
     """
-    key = name.lower().replace(" ", "")
+    key = name.lower().replace(" ", "") if isinstance(name, str) else None
     if key in NAMED:
         return NAMED[key]
     for device in NAMED.values():
-        if key.rstrip("a") == device.arch.rstrip("a"):
+        if key is not None and key.rstrip("a") == device.arch.rstrip("a"):
             return device
     known = ", ".join([*NAMED, *sorted({d.arch for d in NAMED.values()})])
-    raise InvalidArgument(f"device {name!r} is not known; expected one of: {known}.")
+    raise InvalidArgument(f"device {shown(name)} is not known; expected one of: {known}.")
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cuflash.errors import InvalidArgument
+from cuflash.numbers import integer, shown
 
 _STATE = struct.Struct("<QQ")  # seed, offset
 
@@ -70,13 +71,15 @@ class PhiloxGenerator:
 
     def next(self, increment: int) -> tuple[int, int]:
         """Return (seed, offset) for a draw of `increment` numbers; move on by as many, up to a multiple of 4."""
-        if not _is_uint64(increment):
+        step = _uint64("increment", increment)
+        if step is None:
             raise InvalidArgument(
-                f"increment is {increment!r}; expected an integer from 0 to 2**64 - 1. Pass how many numbers are drawn."
+                f"increment is {shown(increment)}; expected an integer from 0 to 2**64 - 1. "
+                "Pass how many numbers are drawn."
             )
         with self._lock:
             seed, offset = self._load()
-            self._store(seed, (offset + (int(increment) + 3) // 4 * 4) % 2**64)
+            self._store(seed, (offset + (step + 3) // 4 * 4) % 2**64)
         return seed, offset
 
     def to_device(self, device: int | None = None) -> PhiloxGenerator:
@@ -126,14 +129,15 @@ class PhiloxGenerator:
         self._set(*_STATE.unpack(values.tobytes()))
 
     def _set(self, seed: int, offset: int) -> None:
-        if not _is_uint64(seed):
-            raise InvalidArgument(f"seed is {seed!r}; expected an integer from 0 to 2**64 - 1, or None for any.")
-        if not _is_uint64(offset) or offset % 4:
+        numbers = _uint64("seed", seed), _uint64("offset", offset)
+        if numbers[0] is None:
+            raise InvalidArgument(f"seed is {shown(seed)}; expected an integer from 0 to 2**64 - 1, or None for any.")
+        if numbers[1] is None or numbers[1] % 4:
             raise InvalidArgument(
-                f"offset is {offset!r}; expected a multiple of 4 from 0 to 2**64 - 4. Round it up to one."
+                f"offset is {shown(offset)}; expected a multiple of 4 from 0 to 2**64 - 4. Round it up to one."
             )
         with self._lock:
-            self._store(int(seed), int(offset))
+            self._store(*numbers)
 
     def _load(self) -> tuple[int, int]:
         if self._array is None:
@@ -159,8 +163,10 @@ class PhiloxGenerator:
         return f"{type(self).__name__}(seed={seed}, offset={offset})"
 
 
-def _is_uint64(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool) and 0 <= int(x) < 2**64
+def _uint64(name: str, value: Any) -> int | None:
+    """The integer, if it is one of 64 bits without a sign."""
+    number = integer(name, value)
+    return number if number is not None and 0 <= number < 2**64 else None
 
 
 default_generator = PhiloxGenerator()

@@ -20,7 +20,7 @@ KERNELS = sources.root()
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 HEADERS = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cu*"))
 
-GROUND = {"errors", "settings", "dtypes", "device", "arrays"}
+GROUND = {"errors", "numbers", "settings", "dtypes", "device", "arrays"}
 DESCRIPTIONS = GROUND | {"problem", "masks", "dropout", "generator"}
 PARTS = DESCRIPTIONS | {"reference", "plan", "jit", "ops", "api", "__init__"}
 FLOORS = {

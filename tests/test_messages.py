@@ -273,7 +273,37 @@ CALLS: dict[str, Call] = {
     "alignment": Call(func, "alignment is 'left'; expected 'bottom-right' or 'top-left'.", {"alignment": "left"}),
     "window-type": Call(func, "window_size is 3; expected a tuple of two integers (left, right).", {"window_size": 3}),
     "window-list": Call(
-        func, "window_size is [3, 0]; expected a tuple of two integers (left, right).", {"window_size": [3, 0]}
+        func, "window_size is [3, 0.0]; expected a tuple of two integers (left, right).", {"window_size": [3, 0.0]}
+    ),
+    "window-array": Call(
+        func, "window_size is array(3); expected a tuple of two integers (left, right).", {"window_size": np.array(3)}
+    ),
+    "alignment-array": Call(
+        func,
+        "alignment is array(['a', 'b'], dtype='<U1'); expected 'bottom-right' or 'top-left'.",
+        {"alignment": np.array(["a", "b"])},
+    ),
+    "scheme-array": Call(
+        func,
+        "dropout_scheme is array([0, 0]); expected 'byte' or 'word'.",
+        {"dropout_p": 0.5, "dropout_scheme": np.zeros(2, int)},
+    ),
+    "generator-arrays": Call(
+        func,
+        "seed is array([7, 8]); expected an integer from 0 to 2**64 - 1, or None for any.",
+        {"dropout_p": 0.5, "generator": (np.array([7, 8]), np.array([4, 4]))},
+    ),
+    "return-lse": Call(func, "return_lse is 'no'; expected True or False.", {"return_lse": "no"}),
+    "return-rng-state": Call(varlen, "return_rng_state is 1.0; expected True or False.", {"return_rng_state": 1.0}),
+    "sdpa-return-lse": Call(sdpa, "return_lse is None; expected True or False.", {"return_lse": None}),
+    "vjp-return-lse": Call(vjp, "return_lse is []; expected True or False.", {"return_lse": []}),
+    "forward-deterministic": Call(func, "deterministic is 'yes'; expected True or False.", {"deterministic": "yes"}),
+    "vjp-deterministic": Call(vjp, "deterministic is 'no'; expected True or False.", {"deterministic": "no"}),
+    "explained-device": Call(
+        explain,
+        "device array(['h100'], dtype='<U4') is not known; expected one of: v100, t4, a100, a10, l4, h100, h200, b200, "
+        "rtx5090, sm_100, sm_120, sm_70, sm_75, sm_80, sm_86, sm_89, sm_90a.",
+        {"device": np.array(["h100"])},
     ),
     "window-count": Call(
         func, "window_size is (1, 2, 3); expected a tuple of two integers (left, right).", {"window_size": (1, 2, 3)}

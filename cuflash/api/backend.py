@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cuflash import settings
 from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.numbers import shown
 from cuflash.ops import Options
 
 BACKENDS = ("default", "flash", "mem_eff")
@@ -108,5 +109,5 @@ def _named(source: str, backend: Any) -> str:
     known = _ALIASES.get(backend, backend) if isinstance(backend, str) else None
     if known not in BACKENDS:
         names = ", ".join(map(repr, (*BACKENDS, *_ALIASES)))
-        raise InvalidArgument(f"{source} is {backend!r}; expected one of {names}.")
+        raise InvalidArgument(f"{source} is {shown(backend)}; expected one of {names}.")
     return known

@@ -16,6 +16,7 @@ from cuflash.api.probabilities import check_drawn, random_values, signed_probabi
 from cuflash.arrays import framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
+from cuflash.numbers import flag, integer, is_array, shown
 from cuflash.ops import Options, check
 
 
@@ -69,17 +70,11 @@ def window(left: int | None, right: int | None) -> tuple[int, int]:
     """Both sides of a window, of which None and every negative number are unbounded."""
     sides = []
     for name, side in (("window_size_left", left), ("window_size_right", right)):
-        if side is not None and (not isinstance(side, int | np.integer) or isinstance(side, bool)):
-            raise InvalidArgument(f"{name} is {side!r}; expected an integer, or None or -1 for unbounded.")
-        sides.append(-1 if side is None or side < 0 else int(side))
+        number = -1 if side is None else integer(name, side)
+        if number is None:
+            raise InvalidArgument(f"{name} is {shown(side)}; expected an integer, or None or -1 for unbounded.")
+        sides.append(max(number, -1))
     return sides[0], sides[1]
-
-
-def flag(name: str, value: Any) -> bool:
-    """A switch, and nothing else that happens to stand in its place."""
-    if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
-        raise InvalidArgument(f"{name} is {value!r}; expected True or False.")
-    return bool(value)
 
 
 def require(**arrays: Any) -> None:
@@ -227,7 +222,7 @@ def _rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: 
             f"philox_seed is None but {options.name('dropout_p')} is {options.dropout_p}; "
             "pass what the forward returned."
         )
-    if np.prod(getattr(philox_seed, "shape", ())) == 2:
+    if is_array(philox_seed) and np.prod(philox_seed.shape) == 2:
         if philox_offset is not None and tuple(getattr(philox_offset, "shape", (0,))) != ():
             raise InvalidArgument(
                 "philox_seed holds seed and offset, and philox_offset has dimensions; "
@@ -236,19 +231,19 @@ def _rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: 
         return philox_seed
     if philox_offset is None:
         raise InvalidArgument("philox_offset is None and philox_seed is one number; pass what the forward returned.")
-    numbers = [_on_host(x) for x in (philox_seed, philox_offset)]
-    if None not in numbers:
-        return place.pair(*numbers)
-    rows = [place.cast(x.reshape(1), "int64") for x in (philox_seed, philox_offset)]
-    return place.xp.concatenate(rows)
+    given = {"philox_seed": philox_seed, "philox_offset": philox_offset}
+    if all(is_array(x) and "cpu" not in str(getattr(x, "device", "cpu")) for x in given.values()):
+        return place.xp.concatenate([place.cast(x.reshape(1), "int64") for x in given.values()])
+    numbers = {name: integer(name, x.reshape(()) if _is_one(x) else x) for name, x in given.items()}
+    for name, number in numbers.items():
+        if number is None:
+            raise InvalidArgument(f"{name} is {shown(given[name])}; expected what the forward returned.")
+    return place.pair(*numbers.values())
 
 
-def _on_host(x: Any) -> int | None:
-    """The number, if it is one in host memory."""
-    if isinstance(x, int | np.integer) or (isinstance(x, np.ndarray) and x.size == 1):
-        return int(x)
-    device = getattr(x, "device", None)
-    return int(x) if getattr(device, "type", None) == "cpu" else None
+def _is_one(x: Any) -> bool:
+    """Whether it is an array of one element."""
+    return is_array(x) and np.prod(x.shape) == 1
 
 
 def scalars(place: Place, state: Any) -> tuple[Any, Any]:

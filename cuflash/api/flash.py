@@ -18,6 +18,7 @@ from cuflash.arrays import Array, ArrayT, framework_of
 from cuflash.dropout import Scheme
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Alignment
+from cuflash.numbers import flag
 from cuflash.ops import Gradients, Options
 from cuflash.ops.lengths import with_lengths
 
@@ -214,7 +215,9 @@ def flash_attn_func(
     (1, 3, 2, 5)
     """
     dropout = dropout_p, dropout_scheme, unbiased_dropout
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, num_splits=num_splits)
+    options = Options(
+        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic, num_splits=num_splits
+    )
     arrays = (q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink)
     asked = return_attn_probs, return_lse, return_rng_state
     return _forward(options, arrays, out, generator, None, *asked)
@@ -563,8 +566,8 @@ def flash_attn_varlen_func(
     """
     _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     dropout = dropout_p, dropout_scheme, unbiased_dropout
-    packed = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "validate": validate}
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, num_splits=num_splits, **packed)
+    packed = deterministic, max_seqlen_q, max_seqlen_k, False, validate
+    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *packed, num_splits=num_splits)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     asked = return_attn_probs, return_lse, return_rng_state
@@ -1017,6 +1020,7 @@ def flash_attn_vjp(
     )
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
+    return_lse = flag("return_lse", return_lse)
     out, lse, pullback = ops.vjp(options, arrays, generator)
     return ((out, lse) if return_lse else out), pullback
 
@@ -1032,6 +1036,10 @@ def _forward(
     return_rng_state: bool,
 ) -> Array | tuple[Array | None, ...]:
     """Of out, lse, probabilities and rng_state, what the caller asks for; `arrays` in the order of ``SHARED``."""
+    if not (type(return_attn_probs) is type(return_lse) is type(return_rng_state) is bool):
+        return_attn_probs = flag("return_attn_probs", return_attn_probs)
+        return_lse = flag("return_lse", return_lse)
+        return_rng_state = flag("return_rng_state", return_rng_state)
     if return_attn_probs:
         options = _countable(options, arrays, block_table)
     found = ops.forward(options, *arrays, block_table, out, generator)

@@ -17,6 +17,7 @@ from cuflash.api import explicit
 from cuflash.api.layouts import Place, longest
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
+from cuflash.numbers import flag, integer, shown
 from cuflash.ops import Options
 
 Array = Any
@@ -92,7 +93,7 @@ def mem_eff_forward(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    explicit.flag("return_dropout_randval", return_dropout_randval)
+    flag("return_dropout_randval", return_dropout_randval)
     starts = [
         _one_of(("cu_seqlens_q", cu_seqlens_q), ("seqstart_q", seqstart_q)),
         _one_of(("cu_seqlens_k", cu_seqlens_k), ("seqstart_k", seqstart_k)),
@@ -272,7 +273,7 @@ def efficient_attention_forward(
     """
     place = Place("query", query)
     packed = _starts(cu_seqlens_q, cu_seqlens_k)
-    explicit.flag("compute_log_sumexp", compute_log_sumexp)
+    flag("compute_log_sumexp", compute_log_sumexp)
     options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
     if packed:
         q, k, v = (_unbatched(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
@@ -369,7 +370,7 @@ def efficient_attention_backward(
     """
     place = Place("query", query)
     packed = _starts(cu_seqlens_q, cu_seqlens_k)
-    ordered = _ordered(num_splits_key, explicit.flag("deterministic", deterministic))
+    ordered = _ordered(num_splits_key, flag("deterministic", deterministic))
     options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
     options = options._replace(deterministic=ordered)
     names = {"q": query, "k": key, "v": value, "out": out, "dout": grad_out_}
@@ -378,7 +379,7 @@ def efficient_attention_backward(
     if not packed:
         options = _dense_lengths(options, query, key)
         logsumexp = logsumexp[..., : query.shape[1]]
-    if explicit.flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
+    if flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
         with place.here:
             shared = _shared(place, query, key, value)
         for i, name in enumerate(("dq", "dk", "dv")):
@@ -408,22 +409,25 @@ def _options(
     validate: bool,
 ) -> Options:
     """The keywords of the kernel's functions in those of ops."""
-    if not isinstance(mask_type, int | np.integer) or isinstance(mask_type, bool) or mask_type not in (0, 1, 2):
+    kind = integer("custom_mask_type", mask_type)
+    if kind not in (0, 1, 2):
         raise InvalidArgument(
-            f"custom_mask_type is {mask_type!r}; "
+            f"custom_mask_type is {shown(mask_type)}; "
             "expected 0 for none, 1 for causal top-left or 2 for causal bottom-right."
         )
-    whole = window is None or (isinstance(window, int | np.integer) and not isinstance(window, bool))
-    if not whole or (window is not None and window < 0):
-        raise InvalidArgument(f"window_size is {window!r}; expected a number of keys from 1, or None or 0 for all.")
-    if window and not mask_type:
+    keys = 0 if window is None else integer("window_size", window)
+    if keys is None or keys < 0:
         raise InvalidArgument(
-            f"window_size is {window} but custom_mask_type is 0; windows end at a query's own key. "
+            f"window_size is {shown(window)}; expected a number of keys from 1, or None or 0 for all."
+        )
+    if keys and not kind:
+        raise InvalidArgument(
+            f"window_size is {keys} but custom_mask_type is 0; windows end at a query's own key. "
             "Pass custom_mask_type 1 or 2."
         )
     return Options(
-        softmax_scale=scale, causal=mask_type > 0, window_size=(int(window) - 1 if window else -1, -1),
-        alignment="top-left" if mask_type == 1 else "bottom-right", dropout_p=p, dropout_scheme="word",
+        softmax_scale=scale, causal=kind > 0, window_size=(keys - 1, -1),
+        alignment="top-left" if kind == 1 else "bottom-right", dropout_p=p, dropout_scheme="word",
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, validate=validate, vocabulary="efficient",
     )  # fmt: skip
 
@@ -458,13 +462,14 @@ def _ordered(num_splits_key: int | None, deterministic: bool) -> bool:
     """Whether key tiles add to a gradient in a fixed order."""
     if num_splits_key is None:
         return deterministic
-    if not isinstance(num_splits_key, int | np.integer) or isinstance(num_splits_key, bool) or num_splits_key < 1:
-        raise InvalidArgument(f"num_splits_key is {num_splits_key!r}; expected a number from 1, or None.")
-    if deterministic and num_splits_key > 1:
+    splits = integer("num_splits_key", num_splits_key)
+    if splits is None or splits < 1:
+        raise InvalidArgument(f"num_splits_key is {shown(num_splits_key)}; expected a number from 1, or None.")
+    if deterministic and splits > 1:
         raise InvalidArgument(
-            f"num_splits_key is {num_splits_key} and deterministic is True; only one split has a fixed order. Drop one."
+            f"num_splits_key is {splits} and deterministic is True; only one split has a fixed order. Drop one."
         )
-    return num_splits_key == 1
+    return splits == 1
 
 
 def _shared(place: Place, query: Array, key: Array, value: Array) -> Array:

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from cuflash.api import explicit
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
+from cuflash.numbers import shown
 from cuflash.ops import Options
 
 Array = Any
@@ -29,9 +30,9 @@ def _conventional(function: Callable[Parameters, Results]) -> Callable[Parameter
 
     @functools.wraps(function)
     def call(*arguments: Any, convention: str = "current", **keywords: Any) -> Any:
-        if convention not in explicit.CONVENTIONS:
+        if not isinstance(convention, str) or convention not in explicit.CONVENTIONS:
             known = ", ".join(map(repr, explicit.CONVENTIONS))
-            raise InvalidArgument(f"convention is {convention!r}; expected one of {known}.")
+            raise InvalidArgument(f"convention is {shown(convention)}; expected one of {known}.")
         lacks = explicit.CONVENTIONS[convention].lacks
         for name in lacks:
             if name in keywords:

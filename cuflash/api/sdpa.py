@@ -9,6 +9,7 @@ from cuflash.api import backend as backends
 from cuflash.api.keywords import Generator
 from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
+from cuflash.numbers import flag
 from cuflash.ops import Options
 
 
@@ -108,6 +109,7 @@ def scaled_dot_product_attention(
     >>> cuflash.scaled_dot_product_attention(x, x, x, is_causal=True).shape
     (1, 2, 3, 4)
     """
+    return_lse = flag("return_lse", return_lse)
     options = Options(
         scale, is_causal, (-1, -1), 0.0, "top-left", dropout_p, dropout_scheme, unbiased_dropout,
         enable_gqa=enable_gqa, sdpa=True,

@@ -9,6 +9,7 @@ import numpy as np
 
 from cuflash.arrays import Guest, View, cupy_arrays, framework_of, numpy_arrays
 from cuflash.errors import InvalidArgument
+from cuflash.numbers import integer, is_array, shown
 
 
 def check_contiguous(name: str, x: Any) -> None:
@@ -78,8 +79,9 @@ def check_aligned(name: str, pointer: Any, alignment: int) -> None:
     InvalidArgument
         If it is not a multiple.
     """
-    whole = isinstance(pointer, int | np.integer)
-    address = int(pointer) if whole else _view(name, pointer).pointer
+    address = _view(name, pointer).pointer if is_array(pointer) else integer(name, pointer)
+    if address is None:
+        raise InvalidArgument(f"{name} is {shown(pointer)}; expected an address or an array.")
     if address % alignment:
         raise InvalidArgument(
             f"{name} is at {address:#x}, which is no multiple of {alignment} bytes. "
@@ -110,12 +112,13 @@ def check_range(name: str, value: Any, dtype: Any = np.int32) -> int:
         If it is no integer or out of range.
     """
     limits = np.iinfo(dtype)
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not limits.min <= value < limits.max:
+    number = integer(name, value)
+    if number is None or not limits.min <= number < limits.max:
         raise InvalidArgument(
-            f"{name} is {value!r}; expected an integer from {limits.min} to {limits.max - 1}, as {limits.dtype} holds."
+            f"{name} is {shown(value)}; "
+            f"expected an integer from {limits.min} to {limits.max - 1}, as {limits.dtype} holds."
         )
-    return int(value)
+    return number
 
 
 def _on_device(name: str, x: Any) -> View:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
-
-import numpy as np
+from typing import get_args
 
 from cuflash.arrays import View
 from cuflash.dropout import Dropout, Scheme
 from cuflash.dtypes import DTYPES, DType
 from cuflash.errors import InvalidArgument
-from cuflash.masks import Mask, band
+from cuflash.masks import Alignment, Mask, band
+from cuflash.numbers import finite, flag, integer, is_array, pair, scalar, shown
 from cuflash.ops.options import OUTPUTS, Options
 from cuflash.ops.packed import is_packed, length
 from cuflash.problem import MAX_SPLITS, Direction, Layout, Problem
@@ -99,8 +98,8 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
 
     scale = options.softmax_scale
     if scale is not None:
-        scale = _in_range(options.name("softmax_scale"), _finite(options.name("softmax_scale"), scale), dtype, least=0)
-    softcap = _finite("softcap", options.softcap)
+        scale = _in_range(options.name("softmax_scale"), finite(options.name("softmax_scale"), scale), dtype, least=0)
+    softcap = finite("softcap", options.softcap)
     if softcap < 0:
         raise InvalidArgument(f"softcap is {softcap}; expected 0 (none) or a positive number.")
     if softcap:
@@ -129,11 +128,28 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         bias_grad=options.bias_grad and direction == "backward",
         sink="sink" in views,
         dropout=dropout and dropout.scheme,
-        deterministic=_flag("deterministic", options.deterministic) and direction == "backward",
+        deterministic=flag("deterministic", options.deterministic) and direction == "backward",
         num_splits=_num_splits(options) if direction == "forward" else 0,
         copy_bytes=_copy_bytes(tensors, (q["d"], v["d"])),
         ascending=all(stride > 0 for view in tensors if not view.empty for stride in _outer_strides(view)),
     )
+
+
+def settled(options: Options) -> Options:
+    """The options with the numbers that arrays and lists stand for; the same ones where there are none.
+
+    What is left can be part of a key: two arrays may be one and hold other numbers later.
+    """
+    changes = {
+        name: scalar(options.name(name), value)
+        for name, value in zip(options._fields, options, strict=True)
+        if is_array(value) and not tuple(value.shape)
+    }
+    window = options.window_size
+    if not isinstance(window, tuple) or any(map(is_array, window)):
+        found = pair("window_size", window)
+        changes |= {} if found is None else {"window_size": found}
+    return options._replace(**changes) if changes else options
 
 
 def layout_of(direction: Direction, options: Options, views: Mapping[str, View]) -> Layout:
@@ -148,7 +164,7 @@ def layout_of(direction: Direction, options: Options, views: Mapping[str, View])
                 "all arrays of a call must be on one device. Move one of them."
             )
     varlen = is_packed(options, views)
-    if _flag("validate", options.validate) and not varlen:
+    if flag("validate", options.validate) and not varlen:
         raise InvalidArgument("validate is True but no sequences are packed; there is nothing to check. Drop it.")
     for view, axes in ((views[name], axes) for name, axes in _axes(options, views).items()):
         if len(view.shape) != len(axes):
@@ -184,12 +200,12 @@ def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, 
 def dropout_of(options: Options) -> Dropout | None:
     """What happens to probabilities after the softmax; None where all are kept."""
     name = options.name("dropout_p")
-    p = _finite(name, options.dropout_p)
+    p = finite(name, options.dropout_p)
     if not 0 <= p < 1:
         raise InvalidArgument(f"{name} is {p}; expected a probability of dropping, from 0 to below 1.")
-    if options.dropout_scheme not in get_args(Scheme):
-        raise InvalidArgument(f"dropout_scheme is {options.dropout_scheme!r}; expected 'byte' or 'word'.")
-    unbiased = _flag("unbiased_dropout", options.unbiased_dropout)
+    if not isinstance(options.dropout_scheme, str) or options.dropout_scheme not in get_args(Scheme):
+        raise InvalidArgument(f"dropout_scheme is {shown(options.dropout_scheme)}; expected 'byte' or 'word'.")
+    unbiased = flag("unbiased_dropout", options.unbiased_dropout)
     return Dropout(p, options.dropout_scheme, unbiased) if p else None
 
 
@@ -254,7 +270,7 @@ def _check_sizes(options: Options, views: Mapping[str, View]) -> None:
     drawn = f"\n  {shown['q']}    {shown['k']}"
     if heads_q % heads_kv:
         raise InvalidArgument(f"{both}; heads_q must be a multiple of heads_kv.{drawn}")
-    if heads_q != heads_kv and not _flag("enable_gqa", options.enable_gqa):
+    if heads_q != heads_kv and not flag("enable_gqa", options.enable_gqa):
         raise InvalidArgument(f"{both}; pass enable_gqa=True to let query heads share key/value heads.{drawn}")
 
 
@@ -310,19 +326,6 @@ def _check_writeable(view: View) -> None:
         reach += stride * (n - 1)
 
 
-def _finite(name: str, value: Any) -> float:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    try:
-        if number and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # such integers may have more digits than Python shows
-        sign = "-" if value < 0 else ""
-        raise InvalidArgument(
-            f"{name} is {sign}2**{abs(value).bit_length() - 1} or more; expected a number that a float can hold."
-        ) from None
-    raise InvalidArgument(f"{name} is {value!r}; expected a finite number.")
-
-
 def _in_range(name: str, value: float, dtype: DType, least: float) -> float:
     """Refuse what leaves the range in which logits are computed, its product with log2(e) included."""
     most = _RANGES[dtype.accumulator.name][1]
@@ -332,32 +335,28 @@ def _in_range(name: str, value: float, dtype: DType, least: float) -> float:
     return value
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
-        raise InvalidArgument(f"{name} is {value!r}; expected True or False.")
-    return bool(value)
-
-
 def _num_splits(options: Options) -> int:
-    value = options.num_splits
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 <= value <= MAX_SPLITS:
+    value = integer("num_splits", options.num_splits)
+    if value is None or not 0 <= value <= MAX_SPLITS:
         raise InvalidArgument(
-            f"num_splits is {value!r}; expected an integer from 1 to {MAX_SPLITS}, or 0 to leave it to the plan."
+            f"num_splits is {shown(options.num_splits)}; expected an integer from 1 to {MAX_SPLITS}, "
+            "or 0 to leave it to the plan."
         )
-    return int(value)
+    return value
 
 
 def _mask(options: Options, views: Mapping[str, View], scores: tuple[int, int, int, int]) -> Mask:
     """The band of the keywords, and the boolean tensor, which must broadcast to the shape of the scores."""
-    causal = _flag(options.name("causal"), options.causal)
-    if options.alignment not in ("bottom-right", "top-left"):
-        raise InvalidArgument(f"alignment is {options.alignment!r}; expected 'bottom-right' or 'top-left'.")
-    window = options.window_size
-    whole = isinstance(window, tuple) and all(isinstance(n, int | np.integer) for n in window)
-    if not whole or len(window) != 2:
-        raise InvalidArgument(f"window_size is {window!r}; expected a tuple of two integers (left, right).")
+    causal = flag(options.name("causal"), options.causal)
+    if not isinstance(options.alignment, str) or options.alignment not in get_args(Alignment):
+        raise InvalidArgument(f"alignment is {shown(options.alignment)}; expected 'bottom-right' or 'top-left'.")
+    window = pair("window_size", options.window_size)
+    if window is None:
+        raise InvalidArgument(
+            f"window_size is {shown(options.window_size)}; expected a tuple of two integers (left, right)."
+        )
     if not all(-1 <= bound < 2**31 for bound in window):
-        raise InvalidArgument(f"window_size is {window!r}; expected bounds from 0 to 2**31 - 1, or -1 for unbounded.")
+        raise InvalidArgument(f"window_size is {window}; expected bounds from 0 to 2**31 - 1, or -1 for unbounded.")
     mask = band(causal, window, options.alignment)
     view = views.get("attn_mask")
     if view is None:
@@ -372,7 +371,7 @@ def _bias(
     options: Options, views: Mapping[str, View], dtype: DType, scores: tuple[int, int, int, int]
 ) -> tuple[DType | None, tuple[bool, bool, bool, bool], bool]:
     """The members of Problem that speak of the additive tensor but for its gradient, in their order."""
-    wants_gradient = _flag("bias_grad", options.bias_grad)
+    wants_gradient = flag("bias_grad", options.bias_grad)
     view = views.get("attn_bias")
     if view is None:
         if wants_gradient:

@@ -9,6 +9,7 @@ import numpy as np
 from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator, default_generator
+from cuflash.numbers import shown
 from cuflash.problem import Problem
 
 
@@ -23,9 +24,9 @@ def check(generator: Any) -> None:
     """Refuse what numbers cannot be drawn from."""
     if generator is None or isinstance(generator, PhiloxGenerator):
         return
-    if not isinstance(generator, tuple) or len(generator) != 2 or None in generator:
+    if not isinstance(generator, tuple) or len(generator) != 2 or any(x is None for x in generator):
         raise InvalidArgument(
-            f"generator is {generator!r}; expected a cuflash.PhiloxGenerator, a tuple (seed, offset), "
+            f"generator is {shown(generator)}; expected a cuflash.PhiloxGenerator, a tuple (seed, offset), "
             "or None for the one that cuflash.manual_seed seeds."
         )
     PhiloxGenerator(*generator)

@@ -75,16 +75,20 @@ def run(
 
     options = with_lengths(framework, direction, options, arrays)
     pointers, described = framework.describe(names, arrays)
-    key = (direction, options, described)
     try:
+        key = direction, options.kind(), described
         prepared = _prepared.get(key)
-    except TypeError:  # an option that cannot be hashed; preparing will say what is wrong with it
-        prepared = None
+    except TypeError:  # an option that cannot be part of a key
+        key = prepared = None
     if prepared is None:
+        settled = check.settled(options)
+        if settled is not options:
+            return run(framework, direction, settled, arrays, generator)
         prepared = prepare(framework, direction, options, given(direction, arrays))
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
-        _prepared[key] = prepared
+        if key is not None:
+            _prepared[key] = prepared
     return prepared(arrays, pointers, generator)
 
 

@@ -22,7 +22,7 @@ def with_lengths(framework: Framework, direction: Direction, options: Options, a
     """
     if arrays[_CU_SEQLENS] is None:
         return options
-    derived = None in (options.max_seqlen_q, options.max_seqlen_k)
+    derived = options.max_seqlen_q is None or options.max_seqlen_k is None
     if not (derived or options.validate):
         return options
     if derived:

@@ -46,6 +46,13 @@ _VOCABULARIES = {
 """What callers know arguments as, by function, where it is something else."""
 
 
+_NAMES = {
+    (direction, vocabulary): tuple(words.get(argument, argument) for argument in arguments)
+    for direction, arguments in ARGUMENTS.items()
+    for vocabulary, words in _VOCABULARIES.items()
+}
+
+
 class Options(NamedTuple):
     """The keywords of a call, as given."""
 
@@ -81,9 +88,17 @@ class Options(NamedTuple):
 
     def names(self, direction: Direction) -> Sequence[str]:
         """What the caller knows :data:`ARGUMENTS` as."""
-        arguments = ARGUMENTS[direction]
-        plain = self.vocabulary == "flash" and not self.sdpa
-        return arguments if plain else [self.name(argument) for argument in arguments]
+        return _NAMES[direction, "sdpa" if self.sdpa else self.vocabulary]
+
+    def kind(self) -> tuple[Any, ...]:
+        """What tells options apart also where they are equal, as 1, 1.0 and True are, of which not all are right.
+
+        Raises
+        ------
+        TypeError
+            If `window_size` has no elements.
+        """
+        return self, (*map(type, self), *map(type, self.window_size))
 
     def axes(self, varlen: bool) -> tuple[str, ...]:
         """The axes of q, k, v and every array with heads of elements."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from cuflash.arrays import View
 from cuflash.errors import InvalidArgument
+from cuflash.numbers import integer, shown
 from cuflash.ops.options import Options
 
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
@@ -70,10 +71,13 @@ def _check_table(table: View, batch: int) -> None:
 
 def length(options: Options, name: str) -> int:
     """The value of max_seqlen_q or max_seqlen_k."""
-    value = getattr(options, name)
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
-        raise InvalidArgument(f"{name} is {value!r}; expected an integer from 0, or None to read it from cu_seqlens.")
-    return int(value)
+    given = getattr(options, name)
+    value = integer(name, given)
+    if value is None or value < 0:
+        raise InvalidArgument(
+            f"{name} is {shown(given)}; expected an integer from 0, or None to read it from cu_seqlens."
+        )
+    return value
 
 
 def with_lengths(options: Options, views: Mapping[str, View], arrays: Mapping[str, Any]) -> Options:

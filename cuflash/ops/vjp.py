@@ -22,7 +22,7 @@ def vjp(
     every = (*arrays, None, None)
     framework = framework_of(options.names("forward"), every)
     options = with_lengths(framework, "forward", options, every)
-    forward_options = options._replace(deterministic=False, keep_state=framework is numpy_arrays)
+    forward_options = options._replace(keep_state=framework is numpy_arrays)
     out, lse, *more = forward(forward_options, *arrays, generator=generator)
     row_state = more.pop(0) if forward_options.keep_state else None
     rng_state = more[0] if more else None

@@ -1,0 +1,116 @@
+"""Numbers and switches of a call: what a caller may write for one, and the words for what is none.
+
+NumPy's and ml_dtypes' scalars, fractions, decimals and arrays without dimensions of any library stand for numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from cuflash.errors import InvalidArgument
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value has a shape, and may change: NumPy's scalars do not."""
+    return hasattr(value, "shape") and not isinstance(value, np.generic)
+
+
+def scalar(name: str, value: Any) -> Any:
+    """The number in an array without dimensions, which waits for a GPU it lies on; anything else as it is."""
+    if not is_array(value) or tuple(value.shape):
+        return value
+    if getattr(value, "requires_grad", False):
+        raise InvalidArgument(f"{name} requires grad, and cuflash does not differentiate by it. Pass {name}.item().")
+    try:
+        return value.item()
+    except Exception as error:
+        raise InvalidArgument(
+            f"{name} is a {type(value).__name__} whose number cannot be read ({error}). Pass a number of Python."
+        ) from error
+
+
+def finite(name: str, value: Any) -> float:
+    """A finite number.
+
+    Raises
+    ------
+    InvalidArgument
+        If it is none, or larger than any float.
+    """
+    given, value = value, scalar(name, value)
+    if _is_real(value):
+        try:
+            number = float(value)
+        except OverflowError:  # such integers may have more digits than Python shows
+            sign = "-" if value < 0 else ""
+            power = int(abs(value)).bit_length() - 1
+            raise InvalidArgument(
+                f"{name} is {sign}2**{power} or more; expected a number that a float can hold."
+            ) from None
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise InvalidArgument(f"{name} is {shown(given)}; expected a finite number.")
+
+
+def integer(name: str, value: Any) -> int | None:
+    """The integer that a value is, or None where it is something else."""
+    value = scalar(name, value)
+    if isinstance(value, bool | np.bool_):
+        return None
+    if _is_foreign(value) and "int" in value.dtype.name:
+        return int(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def flag(name: str, value: Any) -> bool:
+    """A switch, and nothing else that happens to stand in its place.
+
+    Raises
+    ------
+    InvalidArgument
+        If it is neither True nor False, nor 1 nor 0.
+    """
+    number = scalar(name, value)
+    found = bool(number) if isinstance(number, bool | np.bool_) else integer(name, number)
+    if found not in (0, 1):
+        raise InvalidArgument(f"{name} is {shown(value)}; expected True or False.")
+    return bool(found)
+
+
+def pair(name: str, value: Any) -> tuple[int, int] | None:
+    """Two integers in a tuple, a list or an array, or None where there are not two."""
+    if is_array(value) and tuple(value.shape) == (2,):
+        value = value.tolist()
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return None
+    first, second = (integer(name, side) for side in value)
+    return None if first is None or second is None else (first, second)
+
+
+def shown(value: Any) -> str:
+    """What a message says of a value, on one line and not without end."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # more digits than Python shows, a tensor without memory
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_real(value: Any) -> bool:
+    return _is_foreign(value) or (isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool))
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether it is one of ml_dtypes' scalars, which are NumPy's of types that are not built in."""
+    return isinstance(value, np.generic) and value.dtype.isbuiltin == 2

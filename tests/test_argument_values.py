@@ -1,0 +1,148 @@
+"""What a caller may write for a number, a switch, a window or a word, and that no cache takes one for another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from host import run
+from test_launch import Launches, as_torch, launches, random  # noqa: F401
+
+import cuflash
+from cuflash.errors import InvalidArgument
+from cuflash.numbers import finite, flag, integer, pair, shown
+
+ONE = [int, float, np.int8, np.uint64, np.float16, np.float32, np.longdouble, ml_dtypes.bfloat16, ml_dtypes.int4,
+       ml_dtypes.float8_e4m3fn, np.array, Fraction, Decimal]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ONE, ids=lambda kind: kind.__name__)
+def test_what_stands_for_a_number(kind: Any) -> None:
+    number = finite("x", kind(1))
+    assert number == 1.0 and type(number) is float
+    whole = kind in (int, np.int8, np.uint64, ml_dtypes.int4, np.array)
+    assert integer("x", kind(1)) == (1 if whole else None)
+    if whole:
+        assert flag("x", kind(1)) is True and flag("x", kind(0)) is False
+        assert pair("x", (kind(1), kind(0))) == pair("x", [kind(1), kind(0)]) == (1, 0)
+    else:
+        with pytest.raises(InvalidArgument, match=r"x is .*; expected True or False"):
+            flag("x", kind(1))
+        assert pair("x", (kind(1), kind(0))) is None
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.array(True)], ids=str)
+def test_a_switch_is_no_number(value: Any) -> None:
+    assert flag("x", value) is True
+    assert integer("x", value) is None and pair("x", (value, 0)) is None
+    with pytest.raises(InvalidArgument, match=r"x is .*; expected a finite number"):
+        finite("x", value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1", None, 1j, np.complex64(1), np.void(b"a"), np.ones(1), [1.0], float("nan"), Decimal("inf"), np.float32("inf"),
+     10**400, -(10**5000), Fraction(10**400, 3), np.array("1"), np.datetime64("2020")],
+    ids=lambda value: shown(value)[:20],
+)  # fmt: skip
+def test_what_is_no_number(value: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"^x is .*; expected a"):
+        finite("x", value)
+
+
+def test_arrays_that_cannot_be_read() -> None:
+    class Gone:
+        shape, requires_grad = (), False
+
+        def item(self) -> float:
+            raise RuntimeError("deleted")
+
+    with pytest.raises(InvalidArgument, match=r"x is a Gone whose number cannot be read \(deleted\)\."):
+        finite("x", Gone())
+    Gone.requires_grad = True
+    with pytest.raises(InvalidArgument, match=r"x requires grad, and cuflash does not differentiate by it"):
+        finite("x", Gone())
+    assert shown(10**5000) == "a int" and len(shown("a" * 999)) < 210
+
+
+@pytest.fixture
+def silent(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:  # noqa: F811
+    """A GPU whose kernels do nothing."""
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    yield launches
+
+
+EQUAL = {
+    "softmax_scale": (1.0, [True, np.True_, 1 + 0j]),
+    "softcap": (1, [True]),
+    "dropout_p": (0.0, [False]),
+    "causal": (True, [1.0, np.float32(1), Fraction(1)]),
+    "deterministic": (False, [0.0, Decimal(0)]),
+    "unbiased_dropout": (False, [0.0]),
+    "return_lse": (True, [1.0]),
+    "return_attn_probs": (False, [0.0]),
+    "return_rng_state": (False, [0.0]),
+    "num_splits": (1, [True, 1.0]),
+    "window_size": ((1, 0), [(1.0, 0), (1, False), (np.float32(1), 0)]),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_values_of_another_type_are_refused_after_equal_ones(silent: Launches, name: str) -> None:
+    x = as_torch(random(1, 8, 2, 16))
+    sound, wrong = EQUAL[name]
+    cuflash.flash_attn_func(x, x, x, **{name: sound})
+    launched = silent.take()
+    for value in wrong:
+        assert value == sound
+        with pytest.raises(InvalidArgument, match=f"^{name} is "):
+            cuflash.flash_attn_func(x, x, x, **{name: value})
+    assert launched and silent.take() == []
+
+
+@pytest.mark.parametrize("name", ["deterministic", "bias_grad", "return_lse"])
+def test_switches_of_gradients(silent: Launches, name: str) -> None:
+    x = as_torch(random(1, 8, 2, 16))
+    for value in ("no", 2, None, 0.0):
+        with pytest.raises(InvalidArgument, match=f"^{name} is .*; expected True or False"):
+            cuflash.flash_attn_vjp(x, x, x, **{name: value})
+    assert silent.take() == []
+
+
+def test_numbers_in_arrays_are_read_in_every_call(silent: Launches) -> None:
+    x, scale, window = as_torch(random(1, 8, 2, 16)), np.array(0.5), [np.int64(3), np.array(0)]
+    for number, left in ((0.5, 3), (0.25, 5)):
+        scale[...], window[0] = number, np.int16(left)
+        cuflash.flash_attn_func(x, x, x, softmax_scale=scale, window_size=window, causal=np.array(True))
+        attention = silent.params[-1]["attention"][0]
+        assert (attention["softmax_scale"], attention["window_left"], attention["window_right"]) == (number, left, 0)
+
+    class Number(SimpleNamespace):
+        """What a tensor without dimensions is: hashed by where it is, not by what it holds."""
+
+        shape, requires_grad = (), False
+        __hash__ = object.__hash__
+
+        def item(self) -> float:
+            return self.value
+
+    tensor = Number(value=2.0)
+    for tensor.value in (2.0, 3.0):
+        cuflash.flash_attn_func(x, x, x, softmax_scale=tensor)
+        assert silent.params[-1]["attention"]["softmax_scale"] == tensor.value
+
+
+def test_numbers_on_numpy() -> None:
+    q, k, v = (random(1, 6, 2, 8, seed=seed) for seed in range(3))
+    expected = cuflash.flash_attn_func(q, k, v, 0.5, 0.25, True, (3, 0), 2.0, generator=(7, 4))
+    got = cuflash.flash_attn_func(
+        q, k, v, ml_dtypes.bfloat16(0.5), np.array(0.25), np.array(True), [np.int8(3), 0], Fraction(2),
+        generator=(np.array(7), np.uint8(4)),
+    )  # fmt: skip
+    np.testing.assert_array_equal(got, expected)
