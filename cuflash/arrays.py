@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.errors import HOW_TO_GET_CUPY, InvalidArgument, UnsupportedProblem
 
 Array = Any
 """An array of NumPy, CuPy, torch, JAX or another library that speaks DLPack."""
@@ -87,8 +87,7 @@ class CuPy:
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and everything else about all of them as a key."""
-        pointers: list[int] = []
-        key: list[Any] = []
+        pointers, key = [], []
         for x in arrays:
             if x is None:
                 key.append(None)
@@ -149,8 +148,7 @@ class Torch:
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and everything else about all of them as a key."""
         grad = self._torch.is_grad_enabled()
-        pointers: list[int] = []
-        key: list[Any] = []
+        pointers, key = [], []
         for name, x in zip(names, arrays, strict=True):
             if x is None:
                 key.append(None)
@@ -269,16 +267,15 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
     UnsupportedProblem
         If one is a JAX tracer.
     """
-    kinds: set[type] = set(map(type, arrays))
+    kinds = set(map(type, arrays))
     kinds.discard(type(None))
     if len(kinds) == 1 and (framework := _framework_of_type(*kinds)) is not None:
         return framework
     first, first_name, first_type = None, "", None
     for name, x in zip(names, arrays, strict=True):
-        kind: type = type(x)
-        if x is None or kind is first_type:
+        if x is None or type(x) is first_type:
             continue
-        framework = _framework_of_type(kind)
+        framework = _framework_of_type(type(x))
         if framework is None:
             raise InvalidArgument(
                 f"{name} is a {type(x).__name__}; expected an array of NumPy, CuPy, torch, JAX or another library that "
@@ -314,8 +311,7 @@ def _framework_of_type(kind: type) -> Framework | None:
     if jax is not None and issubclass(kind, jax.Array):
         return _guest("JAX", jax.numpy.from_dlpack)
     module = sys.modules.get(kind.__module__.partition(".")[0])
-    speaks = hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__")
-    if speaks and module is not None and hasattr(module, "from_dlpack"):
+    if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") and hasattr(module, "from_dlpack"):
         return _guest(module.__name__, module.from_dlpack)
     return None
 
@@ -336,8 +332,7 @@ def _cupy() -> Any:
         import cupy
     except ImportError as error:
         raise ImportError(
-            "cuflash launches its kernels through CuPy, which cannot be imported. "
-            "Install it with `pip install cuflash[cuda12]` or `pip install cuflash[cuda13]`."
+            f"cuflash launches its kernels through CuPy, which cannot be imported. {HOW_TO_GET_CUPY}."
         ) from error
     return cupy
 

@@ -15,7 +15,7 @@ class DType:
     name: str
     """Short name, used in case ids, file names and tables: ``fp16``, ``bf16``, ``fp32``, ``fp64``."""
     cuda: str
-    """The type's name in ``kernels/std.cuh``."""
+    """The type's name in ``kernels/element.cuh``."""
     numpy: np.dtype = field(compare=False)
     """The NumPy (or ml_dtypes) dtype that arrays carry."""
     accumulator: np.dtype = field(compare=False)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+HOW_TO_GET_CUPY = (
+    "In cuflash's checkout run `pip install -e '.[cuda13]'`, or with '.[cuda12]' where the driver is older than CUDA 13"
+)
+"""What a message says to do where CuPy or its compiler is missing."""
+
 
 class InvalidArgument(ValueError):
     """An argument is wrong on its own or does not fit another; nothing was launched or written.

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,11 @@ CLAIMS = {
 }
 
 
-def run(*arguments: str, cwd: Path) -> str:
-    """Run Python with this cuflash where no GPU is visible."""
+def run(*arguments: str, cwd: Path, path: Sequence[str] = ()) -> str:
+    """Run Python with this cuflash, and what else is on the path, where no GPU is visible."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(cuflash.__file__).parent.parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(cuflash.__file__).parent.parent), *path]),
         "CUDA_VISIBLE_DEVICES": "",
         "CUFLASH_CACHE_DIR": str(cwd),
     }
@@ -52,6 +53,14 @@ def test_an_example_proves_what_it_says(name, tmp_path):
         pytest.importorskip("cupy", reason="compiling needs CuPy")
     printed = run(str(ROOT / "examples" / name), cwd=tmp_path)
     for claim in CLAIMS[name]:
+        assert claim in printed
+
+
+def test_looking_inside_needs_no_compiler(tmp_path):
+    """The environment of the README's first command has no CuPy."""
+    (tmp_path / "cupy.py").write_text("raise ImportError('no CuPy here')")
+    printed = run(str(ROOT / "examples" / "08_look_inside.py"), cwd=tmp_path, path=[str(tmp_path)])
+    for claim in ("fwd_sm90", "bwd_sm80", "struct Config", "fwd_sm90 is not compiled", "no CuPy here", ".[cuda13]"):
         assert claim in printed
 
 

@@ -1170,7 +1170,7 @@ def test_refused_jax_arrays() -> None:
 
 def test_cupy_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r"pip install cuflash\[cuda13\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[cuda13\]'"):
         arrays._cupy()
 
 

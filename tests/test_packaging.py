@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,6 +16,8 @@ import pytest
 from hatchling.builders.plugin.interface import BuilderInterface
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
+
+import cuflash.cli
 
 ROOT = Path(__file__).parent.parent
 NAME = f"cuflash-{tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}"
@@ -90,6 +94,21 @@ assert jit.compile_kernel(step.kernel, step.config, step.params, device.arch).re
 print(jit.sources.root())
 """
     assert Path(python(code, cwd=tmp_path, path=installed).strip()) == installed / "cuflash" / "kernels"
+
+
+def test_every_dependency_has_a_lowest_version_that_ci_can_install():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *(each for extra in extras.values() for each in extra)]
+    without = [each for each in requirements if not re.fullmatch(r"[\w-]+>=[\d.]+(,<\d+)?|cuflash\[\w+\]", each)]
+    assert not without
+
+
+def test_the_console_script_is_the_command_line():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["cuflash"].partition(":")
+    assert getattr(importlib.import_module(module), function) is cuflash.cli.main
+    assert not {"typer", "pydantic"} & {re.split("[>=]", each)[0] for each in project["dependencies"]}
 
 
 def test_an_editable_install_copies_nothing(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 from cuflash import settings
 from cuflash.dtypes import DTYPES
-from cuflash.errors import CompileError
+from cuflash.errors import HOW_TO_GET_CUPY, CompileError
 from cuflash.jit import cache, sources
 from cuflash.jit.render import config_header
 from cuflash.plan.plan import Config
@@ -146,7 +146,7 @@ def _check_arch(arch: str) -> None:
     if arch.rstrip("af") not in known:
         raise CompileError(
             f"NVRTC {_dotted(version())} compiles for {', '.join(known)}, not for {arch!r}. "
-            "CUDA 13 dropped sm_70, which cuflash[cuda12] has; newer architectures need a newer nvidia-cuda-nvrtc."
+            "CUDA 13 dropped sm_70, which the extra cuda12 has; newer architectures need a newer nvidia-cuda-nvrtc."
         )
 
 
@@ -156,15 +156,13 @@ def _module() -> Any:
         from cupy.cuda import nvrtc
     except ImportError as error:
         raise CompileError(
-            f"kernels are compiled by NVRTC through CuPy, which cannot be imported ({error}). "
-            "Install cuflash[cuda13], or cuflash[cuda12] for a CUDA 12 driver."
+            f"kernels are compiled by NVRTC through CuPy, which cannot be imported ({error}). {HOW_TO_GET_CUPY}."
         ) from error
     try:
         nvrtc.getVersion()
     except Exception as error:
         raise CompileError(
-            f"CuPy does not find the NVRTC library ({error}). Install cuflash[cuda13], or cuflash[cuda12] for a "
-            "CUDA 12 driver, or set CUDA_PATH to a CUDA toolkit."
+            f"CuPy does not find the NVRTC library ({error}). {HOW_TO_GET_CUPY}; or set CUDA_PATH to a CUDA toolkit."
         ) from error
     return nvrtc
 
