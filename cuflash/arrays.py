@@ -87,7 +87,8 @@ class CuPy:
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and everything else about all of them as a key."""
-        pointers, key = [], []
+        pointers: list[int] = []
+        key: list[Any] = []
         for x in arrays:
             if x is None:
                 key.append(None)
@@ -148,7 +149,8 @@ class Torch:
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and everything else about all of them as a key."""
         grad = self._torch.is_grad_enabled()
-        pointers, key = [], []
+        pointers: list[int] = []
+        key: list[Any] = []
         for name, x in zip(names, arrays, strict=True):
             if x is None:
                 key.append(None)
@@ -267,15 +269,16 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
     UnsupportedProblem
         If one is a JAX tracer.
     """
-    kinds = set(map(type, arrays))
+    kinds: set[type] = set(map(type, arrays))
     kinds.discard(type(None))
     if len(kinds) == 1 and (framework := _framework_of_type(*kinds)) is not None:
         return framework
     first, first_name, first_type = None, "", None
     for name, x in zip(names, arrays, strict=True):
-        if x is None or type(x) is first_type:
+        kind: type = type(x)
+        if x is None or kind is first_type:
             continue
-        framework = _framework_of_type(type(x))
+        framework = _framework_of_type(kind)
         if framework is None:
             raise InvalidArgument(
                 f"{name} is a {type(x).__name__}; expected an array of NumPy, CuPy, torch, JAX or another library that "
@@ -311,7 +314,8 @@ def _framework_of_type(kind: type) -> Framework | None:
     if jax is not None and issubclass(kind, jax.Array):
         return _guest("JAX", jax.numpy.from_dlpack)
     module = sys.modules.get(kind.__module__.partition(".")[0])
-    if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") and hasattr(module, "from_dlpack"):
+    speaks = hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__")
+    if speaks and module is not None and hasattr(module, "from_dlpack"):
         return _guest(module.__name__, module.from_dlpack)
     return None
 

@@ -129,15 +129,15 @@ class PhiloxGenerator:
         self._set(*_STATE.unpack(values.tobytes()))
 
     def _set(self, seed: int, offset: int) -> None:
-        numbers = _uint64("seed", seed), _uint64("offset", offset)
-        if numbers[0] is None:
+        first, start = _uint64("seed", seed), _uint64("offset", offset)
+        if first is None:
             raise InvalidArgument(f"seed is {shown(seed)}; expected an integer from 0 to 2**64 - 1, or None for any.")
-        if numbers[1] is None or numbers[1] % 4:
+        if start is None or start % 4:
             raise InvalidArgument(
                 f"offset is {shown(offset)}; expected a multiple of 4 from 0 to 2**64 - 4. Round it up to one."
             )
         with self._lock:
-            self._store(*numbers)
+            self._store(first, start)
 
     def _load(self) -> tuple[int, int]:
         if self._array is None:

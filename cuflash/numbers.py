@@ -9,14 +9,14 @@ import math
 import numbers
 import operator
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from cuflash.errors import InvalidArgument
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> TypeGuard[Any]:
     """Whether a value has a shape, and may change: NumPy's scalars do not."""
     return hasattr(value, "shape") and not isinstance(value, np.generic)
 

@@ -82,10 +82,10 @@ def explain(
     ...
     """
     dropout = dropout_p, dropout_scheme, False
-    gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
     options = Options(
-        softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, num_splits=num_splits
-    )
+        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, num_splits=num_splits,
+    )  # fmt: skip
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     return ops.explain(q, arrays, block_table, options, device, backward)

@@ -176,7 +176,8 @@ def gradients(
     **arrays: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """(dq, dk, dv, dbias); `arrays` are those of `ops.backward` that the caller has, with the convention's lse."""
-    place, bias = Place(options.name("q"), arrays["q"]), arrays.get("attn_bias")
+    place = Place(options.name("q"), arrays["q"])
+    bias: Any = arrays.get("attn_bias")
     flag("zero_tensors", zero_tensors)
     if flag("bias_requires_grad", bias_requires_grad):
         arrays["attn_bias"] = _differentiated(options, bias, grad_bias)
@@ -234,16 +235,16 @@ def _rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: 
     given = {"philox_seed": philox_seed, "philox_offset": philox_offset}
     if all(is_array(x) and "cpu" not in str(getattr(x, "device", "cpu")) for x in given.values()):
         return place.xp.concatenate([place.cast(x.reshape(1), "int64") for x in given.values()])
-    numbers = {name: integer(name, x.reshape(()) if _is_one(x) else x) for name, x in given.items()}
-    for name, number in numbers.items():
-        if number is None:
-            raise InvalidArgument(f"{name} is {shown(given[name])}; expected what the forward returned.")
-    return place.pair(*numbers.values())
+    seed, offset = (_number(name, x) for name, x in given.items())
+    return place.pair(seed, offset)
 
 
-def _is_one(x: Any) -> bool:
-    """Whether it is an array of one element."""
-    return is_array(x) and np.prod(x.shape) == 1
+def _number(name: str, x: Any) -> int:
+    """One number of the random state, in host memory."""
+    number = integer(name, x.reshape(()) if is_array(x) and np.prod(x.shape) == 1 else x)
+    if number is None:
+        raise InvalidArgument(f"{name} is {shown(x)}; expected what the forward returned.")
+    return number
 
 
 def scalars(place: Place, state: Any) -> tuple[Any, Any]:
@@ -264,7 +265,7 @@ def _state(place: Place, convention: Convention, state: Any) -> tuple[Any, Any]:
 def _packed_lse(place: Place, convention: Convention, options: Options, lse: Any, starts_q: Any, tail: float) -> Any:
     """The log-sum-exp of packed sequences, with `tail` where there is no row."""
     if convention.padded:
-        return place.padded(lse, starts_q, options.max_seqlen_q, tail)
+        return place.padded(lse, starts_q, longest(starts_q, options.max_seqlen_q), tail)
     outside = place.count(lse.shape[1]) >= place.starts(starts_q)[-1:]
     lse[...] = place.xp.where(outside, tail, lse)
     return lse

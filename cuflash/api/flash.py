@@ -21,6 +21,7 @@ from cuflash.masks import Alignment
 from cuflash.numbers import flag
 from cuflash.ops import Gradients, Options
 from cuflash.ops.lengths import with_lengths
+from cuflash.ops.options import Shared
 
 
 @overload
@@ -566,8 +567,10 @@ def flash_attn_varlen_func(
     """
     _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     dropout = dropout_p, dropout_scheme, unbiased_dropout
-    packed = deterministic, max_seqlen_q, max_seqlen_k, False, validate
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *packed, num_splits=num_splits)
+    options = Options(
+        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, validate=validate, num_splits=num_splits,
+    )  # fmt: skip
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     asked = return_attn_probs, return_lse, return_rng_state
@@ -888,8 +891,10 @@ def flash_attn_backward(
         As `flash_attn_func`.
     """
     dropout = dropout_p, dropout_scheme, unbiased_dropout
-    gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, validate)
+    options = Options(
+        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
+    )  # fmt: skip
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     features = alibi_slopes, attn_bias, sink, rng_state
     return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, None, dq, dk, dv)
@@ -1014,10 +1019,11 @@ def flash_attn_vjp(
     >>> dq, dk, dv = pullback(np.ones_like(out))
     """
     dropout = dropout_p, dropout_scheme, unbiased_dropout
-    gradients = deterministic, max_seqlen_q, max_seqlen_k, bias_grad
     options = Options(
-        softmax_scale, causal, window_size, softcap, alignment, *dropout, *gradients, validate, num_splits=num_splits
-    )
+        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
+        num_splits=num_splits,
+    )  # fmt: skip
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
     return_lse = flag("return_lse", return_lse)
@@ -1027,7 +1033,7 @@ def flash_attn_vjp(
 
 def _forward(
     options: Options,
-    arrays: tuple[Array | None, ...],
+    arrays: Shared,
     out: Array | None,
     generator: Generator,
     block_table: Array | None,
@@ -1052,17 +1058,17 @@ def _forward(
     return results if len(results) > 1 else results[0]
 
 
-def _countable(options: Options, arrays: tuple[Array | None, ...], block_table: Array | None) -> Options:
+def _countable(options: Options, arrays: Shared, block_table: Array | None) -> Options:
     """The options of a call that returns probabilities, with the longest lengths in them."""
     if block_table is not None:
         raise InvalidArgument(
             "return_attn_probs is True and block_table is given; probabilities of keys in pages are not returned. "
             "Gather the pages into packed k and v."
         )
-    arrays = (*arrays, block_table, None)
-    framework = framework_of(options.names("forward"), arrays)
+    every = (*arrays, block_table, None)
+    framework = framework_of(options.names("forward"), every)
     check_drawn(framework, options)
-    return with_lengths(framework, "forward", options, arrays)
+    return with_lengths(framework, "forward", options, every)
 
 
 def _unpacked(name: str, x: Array, axes: tuple[str, ...]) -> list[Array]:

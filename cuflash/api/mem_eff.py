@@ -287,7 +287,7 @@ def efficient_attention_forward(
         )  # fmt: skip
 
     heads = q.shape[-2]
-    if packed:
+    if cu_seqlens_q is not None:
         lengths = longest(cu_seqlens_q, max_seqlen_q), longest(cu_seqlens_k, max_seqlen_k)
         batch, out = len(cu_seqlens_q) - 1, out[None]
     else:
@@ -436,7 +436,7 @@ def _starts(cu_seqlens_q: Array | None, cu_seqlens_k: Array | None) -> bool:
     """Whether sequences are packed."""
     given = {"cu_seqlens_q": cu_seqlens_q is not None, "cu_seqlens_k": cu_seqlens_k is not None}
     if sum(given.values()) == 1:
-        one, other = sorted(given, key=given.get, reverse=True)
+        one, other = sorted(given, key=given.__getitem__, reverse=True)
         raise InvalidArgument(f"{one} is given but {other} is not; packed sequences need both.")
     return given["cu_seqlens_q"]
 
@@ -452,7 +452,8 @@ def _unbatched(name: str, x: Array) -> Array:
 def _dense_lengths(options: Options, q: Array, k: Array) -> Options:
     """Check longest lengths of dense tensors, which are their lengths, and drop them."""
     for name, x in (("max_seqlen_q", q), ("max_seqlen_k", k)):
-        given, shape = getattr(options, name), getattr(x, "shape", ())
+        given = getattr(options, name)
+        shape: tuple[int, ...] = getattr(x, "shape", ())
         if given is not None and len(shape) == 4 and given != shape[1]:
             raise InvalidArgument(f"{name} is {given} but the tensor has {shape[1]} rows; pass that, or None.")
     return options._replace(max_seqlen_q=None, max_seqlen_k=None)

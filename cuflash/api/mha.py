@@ -27,9 +27,10 @@ def _conventional(function: Callable[Parameters, Results]) -> Callable[Parameter
     """Let the positional arguments be those of the convention: in the same order, without what it lacks."""
     parameters = inspect.signature(function).parameters.values()
     names = [x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    inner: Callable[..., Results] = function
 
     @functools.wraps(function)
-    def call(*arguments: Any, convention: str = "current", **keywords: Any) -> Any:
+    def call(*arguments: Any, convention: str = "current", **keywords: Any) -> Results:
         if not isinstance(convention, str) or convention not in explicit.CONVENTIONS:
             known = ", ".join(map(repr, explicit.CONVENTIONS))
             raise InvalidArgument(f"convention is {shown(convention)}; expected one of {known}.")
@@ -44,7 +45,7 @@ def _conventional(function: Callable[Parameters, Results]) -> Callable[Parameter
                 f"{convention!r}, but {len(arguments)} were given"
             )
         given = dict(zip(positional, arguments, strict=False))
-        return function(**given, **keywords, convention=convention)
+        return inner(**given, **keywords, convention=convention)
 
     return cast("Callable[Parameters, Results]", call)
 

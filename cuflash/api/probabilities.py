@@ -9,7 +9,7 @@ import numpy as np
 
 from cuflash import ops
 from cuflash.api import backend
-from cuflash.api.layouts import Place
+from cuflash.api.layouts import Place, longest
 from cuflash.arrays import Framework, Guest, framework_of
 from cuflash.ops import Options
 from cuflash.ops.lengths import check_readable
@@ -52,8 +52,11 @@ def signed_probabilities(
     """
     q, k, v = (arrays.pop(name) for name in ("q", "k", "v"))
     lengths = {name: x for name, x in arrays.items() if name.startswith(("cu_seqlens", "seqused")) and x is not None}
-    packed = "cu_seqlens_q" in lengths
-    len_kv = options.max_seqlen_k if packed else k.shape[1]
+    if "cu_seqlens_q" in lengths:
+        batch, len_q = len(lengths["cu_seqlens_q"]) - 1, longest(lengths["cu_seqlens_q"], options.max_seqlen_q)
+        len_kv = longest(lengths["cu_seqlens_k"], options.max_seqlen_k)
+    else:
+        (batch, len_q), len_kv = q.shape[:2], k.shape[1]
     plain = options._replace(dropout_p=0.0)
     uniform = Options(
         softmax_scale=0.0, dropout_p=options.dropout_p, dropout_scheme=options.dropout_scheme,
@@ -68,9 +71,8 @@ def signed_probabilities(
         if drawn is not None:
             kept = backend.call(ops.forward, uniform, choice, q=q, k=k, v=one_hot, generator=drawn, **lengths)[0]
             part = place.xp.where(kept > 0, part, -part)
-        parts.append(_rows_last(place, part, lengths.get("cu_seqlens_q"), options.max_seqlen_q))
+        parts.append(_rows_last(place, part, lengths.get("cu_seqlens_q"), len_q))
     if not parts:
-        batch, len_q = (len(lengths["cu_seqlens_q"]) - 1, options.max_seqlen_q) if packed else q.shape[:2]
         parts.append(place.full((batch, q.shape[-2], len_q, 0), 0, q.dtype))
     whole = place.xp.concatenate(parts, axis=-1)
     return place.rounded(place.rounded(whole, multiple, axis=-2), multiple)
@@ -89,7 +91,7 @@ def _one_hot(place: Place, v: Any, cu_seqlens_k: Any, first: int, columns: int) 
     return place.xp.broadcast_to(values, shape)
 
 
-def _rows_last(place: Place, x: Any, cu_seqlens_q: Any, len_q: int | None) -> Any:
+def _rows_last(place: Place, x: Any, cu_seqlens_q: Any, len_q: int) -> Any:
     """(b, len_q, h, n) or packed (total, h, n) to (b, h, len_q, n)."""
     if cu_seqlens_q is not None:
         total, *others = x.shape

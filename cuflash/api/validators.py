@@ -137,5 +137,5 @@ def _view(name: str, x: Any) -> View:
         raise InvalidArgument(f"{name} is None; expected an array.")
     framework = framework_of([name], [x])
     if framework is not numpy_arrays and isinstance(framework, Guest):
-        framework, (x,) = cupy_arrays(), framework.borrow([name], [x])
+        (x,), framework = framework.borrow([name], [x]), cupy_arrays()
     return framework.view(name, x)

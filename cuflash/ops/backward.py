@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cuflash import reference
-from cuflash.arrays import framework_of, numpy_arrays
+from cuflash.arrays import NumPy, framework_of
 from cuflash.ops import host, launch
 from cuflash.ops.options import Gradients, Options
 
@@ -44,11 +44,11 @@ def backward(
         out, dout, lse, dlse, row_state, dq, dk, dv,
     )  # fmt: skip
     framework = framework_of(options.names("backward"), arrays)
-    if framework is not numpy_arrays:
-        found = launch.run(framework, "backward", options, arrays)
-        if len(found) == 3:
-            return found
-        return Gradients(*found[:3], found[3] if options.bias_grad else None, None if sink is None else found[-1])
+    if not isinstance(framework, NumPy):
+        dq, dk, dv, *others = launch.run(framework, "backward", options, arrays)
+        if not others:
+            return dq, dk, dv
+        return Gradients(dq, dk, dv, others[0] if options.bias_grad else None, None if sink is None else others[-1])
 
     problem, _ = host.problem_of("backward", options, arrays)
     drawn = None if rng_state is None else np.ascontiguousarray(rng_state).view(np.uint64)
@@ -58,7 +58,7 @@ def backward(
         found = reference.backward_varlen(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **keywords)
     else:
         found = reference.backward(dout, q, k, v, out, lse, **keywords)
-    stored = [host.stored(x, given) for x, given in zip(found[:3], (dq, dk, dv), strict=True)]
+    dq, dk, dv = (host.stored(x, given) for x, given in zip(found[:3], (dq, dk, dv), strict=True))
     if not problem.bias_grad and not problem.sink:
-        return tuple(stored)
-    return Gradients(*stored, found.dbias, None if sink is None else found.dsink.astype(np.float32))
+        return dq, dk, dv
+    return Gradients(dq, dk, dv, found.dbias, None if found.dsink is None else found.dsink.astype(np.float32))

@@ -127,7 +127,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         bias_boxes=bias_boxes,
         bias_grad=options.bias_grad and direction == "backward",
         sink="sink" in views,
-        dropout=dropout and dropout.scheme,
+        dropout=dropout.scheme if dropout else None,
         deterministic=flag("deterministic", options.deterministic) and direction == "backward",
         num_splits=_num_splits(options) if direction == "forward" else 0,
         copy_bytes=_copy_bytes(tensors, (q["d"], v["d"])),
@@ -209,10 +209,11 @@ def dropout_of(options: Options) -> Dropout | None:
     return Dropout(p, options.dropout_scheme, unbiased) if p else None
 
 
-def pair_strides(view: View) -> tuple[int, ...]:
+def pair_strides(view: View) -> tuple[int, int, int, int]:
     """Strides in elements along batch, head, row and column of a tensor of pairs, 0 where it broadcasts."""
     steps = [stride // view.itemsize if n > 1 else 0 for n, stride in zip(view.shape, view.strides, strict=True)]
-    return (0,) * (4 - len(steps)) + tuple(steps)
+    batch, head, row, column = [0] * (4 - len(steps)) + steps
+    return batch, head, row, column
 
 
 def check_separate(spans: Sequence[tuple[str, int, int]], num_outputs: int) -> None:
@@ -383,19 +384,19 @@ def _bias(
         raise InvalidArgument(f"{view.name} is {view.dtype}; expected {' or '.join(allowed)}. Convert it.")
     _check_pairs(view, scores)
     _check_alignment(view)
-    strides = pair_strides(view)
+    batch, head, row, column = pair_strides(view)
     expanded = [n > 1 and stride == 0 and not view.empty for n, stride in zip(view.shape, view.strides, strict=True)]
     if wants_gradient and any(expanded):
         raise InvalidArgument(
             f"{view.name} has shape {view.shape} with strides of {view.strides} bytes, and its gradient is wanted; "
             "expected size 1 along axes that are broadcast. Pass it before it is expanded."
         )
-    *outer, column = strides
+    outer = batch, head, row
     ascending = column in (0, 1) and all(stride >= 0 for stride in outer)
     boxes = ascending and not any(n % 16 for n in (view.pointer, *(stride * view.itemsize for stride in outer)))
     broadcast = [n == 1 or wide for n, wide in zip(view.shape, expanded, strict=True)]
-    missing = (True,) * (4 - len(broadcast))
-    return _DTYPES[view.dtype], (*missing, *broadcast), boxes
+    along_batch, along_heads, along_rows, along_keys = [True] * (4 - len(broadcast)) + broadcast
+    return _DTYPES[view.dtype], (along_batch, along_heads, along_rows, along_keys), boxes
 
 
 def _check_pairs(view: View, scores: tuple[int, int, int, int]) -> None:

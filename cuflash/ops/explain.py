@@ -31,16 +31,16 @@ def explain(
             raise InvalidArgument("device is None; name the one to explain a Problem for, for example device='h100'.")
         return plan.explain(q, devices.named(device))
 
-    arrays = (q, *others, block_table, None)
+    arrays: Sequence[Any] = (q, *others, block_table, None)
     framework = framework_of(options.names("forward"), arrays)
     options = with_lengths(framework, "forward", options, arrays)
     if isinstance(framework, Guest):
-        framework, arrays = cupy_arrays(), framework.borrow(options.names("forward"), arrays)
+        arrays, framework = framework.borrow(options.names("forward"), arrays), cupy_arrays()
     views = {name: framework.view(options.name(name), x) for name, x in given("forward", arrays).items()}
     problem = check.problem_of("forward", options, views)
     if backward:
-        gradients = {"deterministic": bool(options.deterministic), "bias_grad": bool(options.bias_grad)}
-        problem = replace(problem, direction="backward", num_splits=0, **gradients)
+        wanted = bool(options.deterministic), bool(options.bias_grad)
+        problem = replace(problem, direction="backward", num_splits=0, deterministic=wanted[0], bias_grad=wanted[1])
     if device is not None:
         return plan.explain(problem, devices.named(device))
     where = views["q"].device

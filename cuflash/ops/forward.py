@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cuflash import reference
-from cuflash.arrays import framework_of, numpy_arrays
+from cuflash.arrays import NumPy, framework_of
 from cuflash.ops import draw, host, launch
 from cuflash.ops.options import Options
 
@@ -42,21 +42,21 @@ def forward(
     framework = framework_of(options.names("forward"), arrays)
     if generator is not None:
         draw.check(generator)
-    if framework is not numpy_arrays:
+    if not isinstance(framework, NumPy):
         return launch.run(framework, "forward", options, arrays, generator)
     problem, shapes = host.problem_of("forward", options, arrays)
     if out is None:
         out = np.empty(shapes["out"], q.dtype)
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
-    rows = [x.swapaxes(1, 2) if options.sdpa else x for x in (q, k, v)]
+    q, k, v = (x.swapaxes(1, 2) if options.sdpa else x for x in (q, k, v))
     keywords = host.keywords(problem, options, arrays, rng_state)
     keywords["out"] = out.swapaxes(1, 2) if options.sdpa else out
     row_state = np.empty(shapes["row_state"], problem.dtype.accumulator) if options.keep_state else None
     if problem.page_size:
         keywords["seqused_k"] = np.diff(cu_seqlens_k) if seqused_k is None else seqused_k
-        _, lse = reference.forward_paged(*rows, block_table, cu_seqlens_q=cu_seqlens_q, **keywords)
+        _, lse = reference.forward_paged(q, k, v, block_table, cu_seqlens_q=cu_seqlens_q, **keywords)
     elif problem.layout == "varlen":
-        _, lse = reference.forward_varlen(*rows, cu_seqlens_q, cu_seqlens_k, row_state=row_state, **keywords)
+        _, lse = reference.forward_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, row_state=row_state, **keywords)
     else:
-        _, lse = reference.forward(*rows, row_state=row_state, **keywords)
+        _, lse = reference.forward(q, k, v, row_state=row_state, **keywords)
     return (out, lse, *(x for x in (row_state, rng_state) if x is not None))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cuflash import device, jit
-from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays
+from cuflash.arrays import CuPy, Guest, Torch, View, cupy_arrays
 from cuflash.dtypes import DType
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check, draw
@@ -56,7 +56,11 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
 def run(
-    framework: Framework, direction: Direction, options: Options, arrays: Sequence[Any], generator: Any = None
+    framework: CuPy | Torch | Guest,
+    direction: Direction,
+    options: Options,
+    arrays: Sequence[Any],
+    generator: Any = None,
 ) -> tuple[Any, ...]:
     """Answer a call on arrays that live on a GPU; `arrays` in the order of :data:`ARGUMENTS`."""
     names = options.names(direction)
@@ -75,6 +79,7 @@ def run(
 
     options = with_lengths(framework, direction, options, arrays)
     pointers, described = framework.describe(names, arrays)
+    key: tuple[Any, ...] | None
     try:
         key = direction, options.kind(), described
         prepared = _prepared.get(key)
@@ -123,7 +128,7 @@ class Prepared:
             check.check_separate(spans, self.num_outputs)
         framework = self.framework
         with framework.context(self.device):
-            drawn = ()
+            drawn: tuple[int, ...] = ()
             if self.increment is not None:
                 drawn = draw.on_device(generator, self.increment, framework, self.device)
             allocated = [allocate(shape, dtype, self.device) for allocate, shape, dtype in self.allocations]
@@ -201,7 +206,7 @@ def _filler(
     block: np.ndarray, pointers: Sequence[str], maps: Mapping[str, jit.tensormap.TensorMap], draws: bool
 ) -> Callable[[tuple[int, ...]], ctypes.Array]:
     """What fills a parameter block: :attr:`Prepared.params`."""
-    params, words = block.dtype, ctypes.c_uint64 * (block.nbytes // 8)
+    params, content, words = block.dtype, block.tobytes(), ctypes.c_uint64 * (block.nbytes // 8)
     names = (*pointers, "generator", "seed", "offset") if draws else pointers
     slots = [(_word(params, name), index) for index, name in enumerate(names)]
     if draws:  # the kernels read the drawn seed and offset where the first one leaves them
@@ -212,7 +217,7 @@ def _filler(
         encoders.append((slice(first, first + 16), names.index(argument), jit.tensormap.encoder(tensor)))
 
     def fill(numbers: tuple[int, ...]) -> ctypes.Array:
-        filled = words.from_buffer_copy(block)
+        filled: Any = words.from_buffer_copy(content)
         for word, index in slots:
             filled[word] = numbers[index]
         for place, index, encode in encoders:
@@ -225,15 +230,16 @@ def _filler(
 def _word(params: np.dtype, argument: str) -> int:
     """Index of the first 8-byte word of a parameter block that is for an argument."""
     name = _PARAMS_NAMES.get(argument, argument)
-    if name in params.fields:
-        return params.fields[name][1] // 8
+    members = jit.params.members(params)
+    if name in members:
+        return members[name][1] // 8
     return _inner_word(params, "pages" if argument == "block_table" else "attention", name)
 
 
 def _inner_word(params: np.dtype, struct: str, name: str) -> int:
     """The same of a member of a struct inside."""
-    inner, offset = params.fields[struct]
-    return (offset + inner.fields[name][1]) // 8
+    inner, offset = jit.params.members(params)[struct]
+    return (offset + jit.params.members(inner)[name][1]) // 8
 
 
 def _tensor_map(
@@ -244,16 +250,20 @@ def _tensor_map(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> jit.tensormap.TensorMap | None:
     """The map of a tensor but for its address; None without elements, when there is no box to copy."""
-    if box.tensor == "bias":
+    if problem.bias and box.tensor == "bias":
         return _bias_map(box, problem.bias, views["attn_bias"])
     varlen = problem.layout == "varlen"
     found = dict(zip(options.axes(varlen), _shape_and_steps(box.tensor, views, shapes), strict=True))
     dim, _ = found.pop("d")
-    sizes, steps = zip(*(found[axis] for axis in (("total", "h") if varlen else ("s", "h", "b"))), strict=True)
-    if 0 in sizes:
+    sizes = {axis: n for axis, (n, _) in found.items()}
+    strides = {axis: step * problem.dtype.itemsize for axis, (_, step) in found.items()}
+    if 0 in sizes.values():
         return None
-    describe = jit.tensormap.ragged if varlen else jit.tensormap.dense
-    return describe(problem.dtype, dim, *sizes, tuple(step * problem.dtype.itemsize for step in steps), box.rows)
+    if varlen:
+        row, head = strides["total"], strides["h"]
+        return jit.tensormap.ragged(problem.dtype, dim, sizes["total"], sizes["h"], (row, head), box.rows)
+    row, head, whole = strides["s"], strides["h"], strides["b"]
+    return jit.tensormap.dense(problem.dtype, dim, sizes["s"], sizes["h"], sizes["b"], (row, head, whole), box.rows)
 
 
 def _bias_map(box: Box, dtype: DType, view: View) -> jit.tensormap.TensorMap | None:
@@ -311,14 +321,14 @@ def _template(
             block["increment"] = np.uint64(draw.increment(problem)).astype(np.int64)
     if problem.bias_grad:
         shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
-        for axis, name in enumerate(("batch", "head", "row")):
-            block[f"dbias_{name}"] = prod(shape[axis + 1 :]) if shape[axis] > 1 else 0
+        for at, name in enumerate(("batch", "head", "row")):
+            block[f"dbias_{name}"] = prod(shape[at + 1 :]) if shape[at] > 1 else 0
 
     if problem.page_size:
         attention["total_kv"] = _UNNUMBERED
         block["pages"] = _pages(views["k"], views["block_table"])
 
-    for member in params.names:
+    for member in jit.params.members(params):
         name = member.removesuffix("_stride")
         if name == member or (name == "dlse" and name not in views):
             continue

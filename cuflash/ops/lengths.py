@@ -31,7 +31,7 @@ def with_lengths(framework: Framework, direction: Direction, options: Options, a
         what, remedy = "validate is True:", "Validate before capturing."
     check_readable(framework, f"{what} cu_seqlens", remedy)
     if isinstance(framework, Guest):
-        framework, arrays = cupy_arrays(), framework.borrow(options.names(direction), arrays)
+        arrays, framework = framework.borrow(options.names(direction), arrays), cupy_arrays()
     arguments = given(direction, arrays)
     views = {name: framework.view(options.name(name), x) for name, x in arguments.items()}
     check.layout_of(direction, options, views)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from cuflash.arrays import ArrayT
+from cuflash.dropout import Scheme
+from cuflash.masks import Alignment
 from cuflash.problem import Direction, Problem
 
 SHARED = (
@@ -13,6 +15,9 @@ SHARED = (
     "sink",
 )  # fmt: skip
 """The arrays that both directions read."""
+
+Shared = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
+"""Those arrays in that order."""
 
 ARGUMENTS: dict[Direction, tuple[str, ...]] = {
     "forward": (*SHARED, "block_table", "out"),
@@ -28,7 +33,7 @@ _MHA = {
     "lse": "softmax_lse", "rng_state": "philox_seed", "dq": "dq_", "dk": "dk_", "dv": "dv_",
     "block_table": "block_table_",
 }  # fmt: skip
-_VOCABULARIES = {
+_VOCABULARIES: dict[str, dict[str, str]] = {
     "flash": {},
     "sdpa": {
         "q": "query", "k": "key", "v": "value", "causal": "is_causal", "softmax_scale": "scale",
@@ -60,9 +65,9 @@ class Options(NamedTuple):
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
-    alignment: str = "bottom-right"
+    alignment: Alignment = "bottom-right"
     dropout_p: float = 0.0
-    dropout_scheme: str = "byte"
+    dropout_scheme: Scheme = "byte"
     unbiased_dropout: bool = False
     deterministic: bool = False
     max_seqlen_q: int | None = None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from cuflash.arrays import framework_of, numpy_arrays
 from cuflash.ops.backward import backward
 from cuflash.ops.forward import forward
 from cuflash.ops.lengths import with_lengths
-from cuflash.ops.options import Gradients, Options
+from cuflash.ops.options import Gradients, Options, Shared
 
 
 def vjp(
-    options: Options, arrays: Sequence[Any], generator: Any = None
+    options: Options, arrays: Shared, generator: Any = None
 ) -> tuple[Any, Any, Callable[..., Gradients | tuple[Any, Any, Any]]]:
     """(out, lse, pullback) for the arrays in the order of :data:`SHARED`.
 
