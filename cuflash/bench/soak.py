@@ -7,7 +7,7 @@ came of each draw; when it falls silent or dies, the parent notes the draw and s
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -81,7 +81,7 @@ class Outcome:
     """Its process goes no further."""
 
 
-def soak(job: Job) -> Iterator[Outcome]:
+def soak(job: Job) -> Generator[Outcome, None, None]:
     """Run draws in child processes, one after the other; what came of each, in order."""
     following, end = job.first, job.first + job.count
     while following < end:

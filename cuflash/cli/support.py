@@ -18,7 +18,7 @@ from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.plan import FAMILIES, Family
 from cuflash.plan.families import FEATURES
-from cuflash.problem import Problem
+from cuflash.problem import Direction, Problem
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 """A file that is there."""
@@ -225,7 +225,8 @@ def _runs(family: Family, row: Row) -> bool:
     """Whether a family runs a row in each of its directions that the row is about, on the newest of its devices."""
     problem = PROBES.get(row.what, row.problem)
     asked = row.where & {"forward", "backward"} or {"forward", "backward"}
-    directions = sorted(asked & {"forward", *(["backward"] if family.backward else [])})
+    has: tuple[Direction, ...] = ("backward", "forward") if family.backward else ("forward",)
+    directions = [direction for direction in has if direction in asked]
     dtypes = [DTYPES[name] for name in row.dtypes or family.dtypes]
     problems = [replace(problem, direction=direction, dtype=dtype) for direction in directions for dtype in dtypes]
     return bool(problems) and not any(family.why_not(problem, _devices(family)[-1]) for problem in problems)
