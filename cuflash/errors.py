@@ -24,3 +24,18 @@ class UnsupportedProblem(NotImplementedError):
 
 class CompileError(RuntimeError):
     """The CUDA compiler refused a kernel; the message holds its log and the rendered ``config.cuh``."""
+
+
+REFUSALS = (InvalidArgument, UnsupportedProblem)
+"""What a public function raises about what it was given."""
+
+
+def shorten(error: Exception) -> None:
+    """Forget where in here an error was raised, unless ``CUFLASH_DEBUG`` is set: it is about the caller's line.
+
+    Public functions do so where they re-raise, at no cost to calls that succeed.
+    """
+    from cuflash import settings  # which raises errors of this module
+
+    if not settings.read().debug:
+        error.__traceback__ = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.errors import InvalidArgument
+from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import integer, shown
 
 _STATE = struct.Struct("<QQ")  # seed, offset
@@ -46,9 +46,13 @@ class PhiloxGenerator:
     """
 
     def __init__(self, seed: int | None = None, offset: int = 0) -> None:
-        self._lock = threading.Lock()
-        self._array: Any = None  # CuPy (2,) uint64, where the state is on a GPU
-        self._set(secrets.randbits(64) if seed is None else seed, offset)
+        try:
+            self._lock = threading.Lock()
+            self._array: Any = None  # CuPy (2,) uint64, where the state is on a GPU
+            self._set(secrets.randbits(64) if seed is None else seed, offset)
+        except REFUSALS as error:
+            shorten(error)
+            raise
 
     @classmethod
     def from_torch_state(cls, state: Any) -> PhiloxGenerator:
@@ -71,16 +75,20 @@ class PhiloxGenerator:
 
     def next(self, increment: int) -> tuple[int, int]:
         """Return (seed, offset) for a draw of `increment` numbers; move on by as many, up to a multiple of 4."""
-        step = _uint64("increment", increment)
-        if step is None:
-            raise InvalidArgument(
-                f"increment is {shown(increment)}; expected an integer from 0 to 2**64 - 1. "
-                "Pass how many numbers are drawn."
-            )
-        with self._lock:
-            seed, offset = self._load()
-            self._store(seed, (offset + (step + 3) // 4 * 4) % 2**64)
-        return seed, offset
+        try:
+            step = _uint64("increment", increment)
+            if step is None:
+                raise InvalidArgument(
+                    f"increment is {shown(increment)}; expected an integer from 0 to 2**64 - 1. "
+                    "Pass how many numbers are drawn."
+                )
+            with self._lock:
+                seed, offset = self._load()
+                self._store(seed, (offset + (step + 3) // 4 * 4) % 2**64)
+            return seed, offset
+        except REFUSALS as error:
+            shorten(error)
+            raise
 
     def to_device(self, device: int | None = None) -> PhiloxGenerator:
         """Keep the state in the memory of a GPU from now on; returns the generator.
@@ -110,8 +118,12 @@ class PhiloxGenerator:
 
     def manual_seed(self, seed: int) -> PhiloxGenerator:
         """Start again at `seed`, offset 0; returns the generator."""
-        self._set(seed, 0)
-        return self
+        try:
+            self._set(seed, 0)
+            return self
+        except REFUSALS as error:
+            shorten(error)
+            raise
 
     def torch_state(self) -> bytes:
         """The 16 bytes that ``torch.cuda.set_rng_state`` takes, as a uint8 tensor."""
@@ -119,14 +131,18 @@ class PhiloxGenerator:
 
     def set_torch_state(self, state: Any) -> None:
         """Take over the 16 bytes that `torch_state` or ``torch.cuda.get_rng_state()`` returned."""
-        flat = isinstance(state, bytes | bytearray | memoryview)
-        values = np.frombuffer(state, np.uint8) if flat else np.asarray(state)
-        if values.dtype != np.uint8 or values.shape != (_STATE.size,):
-            raise InvalidArgument(
-                f"state is {values.dtype} of shape {values.shape}; expected 16 bytes, seed and offset. "
-                "Pass what torch.cuda.get_rng_state() or torch_state() returned."
-            )
-        self._set(*_STATE.unpack(values.tobytes()))
+        try:
+            flat = isinstance(state, bytes | bytearray | memoryview)
+            values = np.frombuffer(state, np.uint8) if flat else np.asarray(state)
+            if values.dtype != np.uint8 or values.shape != (_STATE.size,):
+                raise InvalidArgument(
+                    f"state is {values.dtype} of shape {values.shape}; expected 16 bytes, seed and offset. "
+                    "Pass what torch.cuda.get_rng_state() or torch_state() returned."
+                )
+            self._set(*_STATE.unpack(values.tobytes()))
+        except REFUSALS as error:
+            shorten(error)
+            raise
 
     def _set(self, seed: int, offset: int) -> None:
         first, start = _uint64("seed", seed), _uint64("offset", offset)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cuflash import settings
-from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.errors import REFUSALS, InvalidArgument, UnsupportedProblem, shorten
 from cuflash.numbers import shown
 from cuflash.ops import Options
 
@@ -68,9 +68,13 @@ def preferred_backend(backend: str | None = None) -> str:
     'default'
     """
     global _set
-    if backend is not None:
-        _set = _named("backend", backend)
-    return resolve(None).backend
+    try:
+        if backend is not None:
+            _set = _named("backend", backend)
+        return resolve(None).backend
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def resolve(backend: str | None) -> Choice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cuflash import ops
 from cuflash.arrays import Array
 from cuflash.dropout import Scheme
+from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.ops import Explanation, Options
 from cuflash.problem import Problem
@@ -81,11 +82,15 @@ def explain(
     forward fp16 b1 h8 s1024x1024 d64 causal on NVIDIA H100 (sm_90a)
     ...
     """
-    dropout = dropout_p, dropout_scheme, False
-    options = Options(
-        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, num_splits=num_splits,
-    )  # fmt: skip
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    arrays = (k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
-    return ops.explain(q, arrays, block_table, options, device, backward)
+    try:
+        dropout = dropout_p, dropout_scheme, False
+        options = Options(
+            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, num_splits=num_splits,
+        )  # fmt: skip
+        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+        arrays = (k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
+        return ops.explain(q, arrays, block_table, options, device, backward)
+    except REFUSALS as error:
+        shorten(error)
+        raise

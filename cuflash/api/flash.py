@@ -16,7 +16,7 @@ from cuflash.api.keywords import (
 from cuflash.api.probabilities import check_drawn, probabilities
 from cuflash.arrays import Array, ArrayT, framework_of
 from cuflash.dropout import Scheme
-from cuflash.errors import InvalidArgument
+from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
 from cuflash.ops import Gradients, Options
@@ -215,13 +215,17 @@ def flash_attn_func(
     >>> cuflash.flash_attn_func(q, k, v, causal=True).shape
     (1, 3, 2, 5)
     """
-    dropout = dropout_p, dropout_scheme, unbiased_dropout
-    options = Options(
-        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic, num_splits=num_splits
-    )
-    arrays = (q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink)
-    asked = return_attn_probs, return_lse, return_rng_state
-    return _forward(options, arrays, out, generator, None, *asked)
+    try:
+        dropout = dropout_p, dropout_scheme, unbiased_dropout
+        options = Options(
+            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic, num_splits=num_splits
+        )
+        arrays = (q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink)
+        asked = return_attn_probs, return_lse, return_rng_state
+        return _forward(options, arrays, out, generator, None, *asked)
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 @overload
@@ -314,9 +318,22 @@ def flash_attn_kvpacked_func(
     InvalidArgument, UnsupportedProblem
         As `flash_attn_func`.
     """
-    k, v = _unpacked("kv", kv, ("b", "s", "2", "h", "d"))
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, return_lse=return_lse, return_rng_state=return_rng_state, **keywords)
+    try:
+        k, v = _unpacked("kv", kv, ("b", "s", "2", "h", "d"))
+        options = (
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+        return flash_attn_func(q, k, v, *options, return_lse=return_lse, return_rng_state=return_rng_state, **keywords)
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 @overload
@@ -406,9 +423,22 @@ def flash_attn_qkvpacked_func(
     InvalidArgument, UnsupportedProblem
         As `flash_attn_func`.
     """
-    q, k, v = _unpacked("qkv", qkv, ("b", "s", "3", "h", "d"))
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, return_lse=return_lse, return_rng_state=return_rng_state, **keywords)
+    try:
+        q, k, v = _unpacked("qkv", qkv, ("b", "s", "3", "h", "d"))
+        options = (
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+        return flash_attn_func(q, k, v, *options, return_lse=return_lse, return_rng_state=return_rng_state, **keywords)
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 @overload
@@ -565,16 +595,20 @@ def flash_attn_varlen_func(
     >>> cuflash.flash_attn_varlen_func(x, x, x, starts, starts, causal=True).shape
     (5, 2, 4)
     """
-    _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    dropout = dropout_p, dropout_scheme, unbiased_dropout
-    options = Options(
-        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, validate=validate, num_splits=num_splits,
-    )  # fmt: skip
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
-    asked = return_attn_probs, return_lse, return_rng_state
-    return _forward(options, arrays, out, generator, block_table, *asked)
+    try:
+        _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        dropout = dropout_p, dropout_scheme, unbiased_dropout
+        options = Options(
+            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, validate=validate, num_splits=num_splits,
+        )  # fmt: skip
+        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+        arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
+        asked = return_attn_probs, return_lse, return_rng_state
+        return _forward(options, arrays, out, generator, block_table, *asked)
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 @overload
@@ -680,12 +714,25 @@ def flash_attn_varlen_kvpacked_func(
     InvalidArgument, UnsupportedProblem
         As `flash_attn_func`.
     """
-    k, v = _unpacked("kv", kv, ("total", "2", "h", "d"))
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options, return_lse=return_lse,
-        return_rng_state=return_rng_state, **keywords,
-    )  # fmt: skip
+    try:
+        k, v = _unpacked("kv", kv, ("total", "2", "h", "d"))
+        options = (
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options, return_lse=return_lse,
+            return_rng_state=return_rng_state, **keywords,
+        )  # fmt: skip
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 @overload
@@ -781,12 +828,25 @@ def flash_attn_varlen_qkvpacked_func(
     InvalidArgument, UnsupportedProblem
         As `flash_attn_func`.
     """
-    q, k, v = _unpacked("qkv", qkv, ("total", "3", "h", "d"))
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options, return_lse=return_lse,
-        return_rng_state=return_rng_state, **keywords,
-    )  # fmt: skip
+    try:
+        q, k, v = _unpacked("qkv", qkv, ("total", "3", "h", "d"))
+        options = (
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options, return_lse=return_lse,
+            return_rng_state=return_rng_state, **keywords,
+        )  # fmt: skip
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 @overload
@@ -890,14 +950,18 @@ def flash_attn_backward(
     InvalidArgument, UnsupportedProblem
         As `flash_attn_func`.
     """
-    dropout = dropout_p, dropout_scheme, unbiased_dropout
-    options = Options(
-        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
-    )  # fmt: skip
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    features = alibi_slopes, attn_bias, sink, rng_state
-    return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, None, dq, dk, dv)
+    try:
+        dropout = dropout_p, dropout_scheme, unbiased_dropout
+        options = Options(
+            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
+        )  # fmt: skip
+        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+        features = alibi_slopes, attn_bias, sink, rng_state
+        return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, None, dq, dk, dv)
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 @overload
@@ -1018,17 +1082,21 @@ def flash_attn_vjp(
     >>> out, pullback = cuflash.flash_attn_vjp(q, k, v, causal=True)
     >>> dq, dk, dv = pullback(np.ones_like(out))
     """
-    dropout = dropout_p, dropout_scheme, unbiased_dropout
-    options = Options(
-        softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
-        num_splits=num_splits,
-    )  # fmt: skip
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
-    return_lse = flag("return_lse", return_lse)
-    out, lse, pullback = ops.vjp(options, arrays, generator)
-    return ((out, lse) if return_lse else out), pullback
+    try:
+        dropout = dropout_p, dropout_scheme, unbiased_dropout
+        options = Options(
+            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
+            num_splits=num_splits,
+        )  # fmt: skip
+        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+        arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
+        return_lse = flag("return_lse", return_lse)
+        out, lse, pullback = ops.vjp(options, arrays, generator)
+        return ((out, lse) if return_lse else out), pullback
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def _forward(

@@ -15,7 +15,7 @@ from cuflash import ops
 from cuflash.api import backend as backends
 from cuflash.api import explicit
 from cuflash.api.layouts import Place, longest
-from cuflash.errors import InvalidArgument
+from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import flag, integer, shown
 from cuflash.ops import Options
@@ -93,21 +93,26 @@ def mem_eff_forward(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    flag("return_dropout_randval", return_dropout_randval)
-    starts = [
-        _one_of(("cu_seqlens_q", cu_seqlens_q), ("seqstart_q", seqstart_q)),
-        _one_of(("cu_seqlens_k", cu_seqlens_k), ("seqstart_k", seqstart_k)),
-    ]
-    options = Options(
-        softmax_scale=scale, causal=False if is_causal is None else is_causal, dropout_p=p_dropout,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_forward", validate=validate,
-    )  # fmt: skip
-    return tuple(
-        explicit.forward(
-            explicit.CK, options, backend, q, k, v, gen_, return_dropout_randval, random=True, cu_seqlens_q=starts[0],
-            cu_seqlens_k=starts[1], seqused_k=seqused_k_, attn_bias=attn_bias_, out=out_,
-        )
-    )  # fmt: skip
+    try:
+        flag("return_dropout_randval", return_dropout_randval)
+        starts = [
+            _one_of(("cu_seqlens_q", cu_seqlens_q), ("seqstart_q", seqstart_q)),
+            _one_of(("cu_seqlens_k", cu_seqlens_k), ("seqstart_k", seqstart_k)),
+        ]
+        options = Options(
+            softmax_scale=scale, causal=False if is_causal is None else is_causal, dropout_p=p_dropout,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_forward", validate=validate,
+        )  # fmt: skip
+        return tuple(
+            explicit.forward(
+                explicit.CK, options, backend, q, k, v, gen_, return_dropout_randval, random=True,
+                cu_seqlens_q=starts[0],
+                cu_seqlens_k=starts[1], seqused_k=seqused_k_, attn_bias=attn_bias_, out=out_,
+            )
+        )  # fmt: skip
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def mem_eff_backward(
@@ -174,18 +179,22 @@ def mem_eff_backward(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    options = Options(
-        softmax_scale=scale, causal=is_causal, dropout_p=p_dropout, deterministic=deterministic,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_backward", validate=validate,
-    )  # fmt: skip
-    if cu_seqlens_q is None:
-        options = _dense_lengths(options, q, k)
-    return explicit.gradients(
-        explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset, grad_bias=grad_bias,
-        bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias, out=out, dout=dout, lse=softmax_lse,
-        dq=dq_, dk=dk_, dv=dv_,
-    )  # fmt: skip
+    try:
+        options = Options(
+            softmax_scale=scale, causal=is_causal, dropout_p=p_dropout, deterministic=deterministic,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_backward", validate=validate,
+        )  # fmt: skip
+        if cu_seqlens_q is None:
+            options = _dense_lengths(options, q, k)
+        return explicit.gradients(
+            explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset, grad_bias=grad_bias,
+            bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias, out=out, dout=dout, lse=softmax_lse,
+            dq=dq_, dk=dk_, dv=dv_,
+        )  # fmt: skip
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 class Efficient(NamedTuple):
@@ -271,35 +280,39 @@ def efficient_attention_forward(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    place = Place("query", query)
-    packed = _starts(cu_seqlens_q, cu_seqlens_k)
-    flag("compute_log_sumexp", compute_log_sumexp)
-    options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
-    if packed:
-        q, k, v = (_unbatched(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-    else:
-        q, k, v = query, key, value
-        options = _dense_lengths(options, query, key)
-    with explicit.drawing_from(gen_) as generator:
-        out, lse, *drawn = backends.call(
-            ops.forward, options, backend, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            seqused_k=seqlen_k, attn_bias=bias, generator=generator,
-        )  # fmt: skip
-
-    heads = q.shape[-2]
-    if cu_seqlens_q is not None:
-        lengths = longest(cu_seqlens_q, max_seqlen_q), longest(cu_seqlens_k, max_seqlen_k)
-        batch, out = len(cu_seqlens_q) - 1, out[None]
-    else:
-        lengths, batch = (q.shape[1], k.shape[1]), q.shape[0]
-    with place.here:
-        if compute_log_sumexp:
-            lse = place.with_infinity(lse)
-            rows = -(-lengths[0] // LSE_ROWS) * LSE_ROWS
-            lse = place.padded(lse, cu_seqlens_q, rows, np.inf) if packed else place.filled(lse, rows, np.inf)
+    try:
+        place = Place("query", query)
+        packed = _starts(cu_seqlens_q, cu_seqlens_k)
+        flag("compute_log_sumexp", compute_log_sumexp)
+        options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
+        if packed:
+            q, k, v = (_unbatched(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
         else:
-            lse = place.full((batch, heads, 0), 0, lse.dtype)
-        return Efficient(out, lse, *explicit.scalars(place, drawn[0] if drawn else None), *lengths)
+            q, k, v = query, key, value
+            options = _dense_lengths(options, query, key)
+        with explicit.drawing_from(gen_) as generator:
+            out, lse, *drawn = backends.call(
+                ops.forward, options, backend, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+                seqused_k=seqlen_k, attn_bias=bias, generator=generator,
+            )  # fmt: skip
+
+        heads = q.shape[-2]
+        if cu_seqlens_q is not None:
+            lengths = longest(cu_seqlens_q, max_seqlen_q), longest(cu_seqlens_k, max_seqlen_k)
+            batch, out = len(cu_seqlens_q) - 1, out[None]
+        else:
+            lengths, batch = (q.shape[1], k.shape[1]), q.shape[0]
+        with place.here:
+            if compute_log_sumexp:
+                lse = place.with_infinity(lse)
+                rows = -(-lengths[0] // LSE_ROWS) * LSE_ROWS
+                lse = place.padded(lse, cu_seqlens_q, rows, np.inf) if packed else place.filled(lse, rows, np.inf)
+            else:
+                lse = place.full((batch, heads, 0), 0, lse.dtype)
+            return Efficient(out, lse, *explicit.scalars(place, drawn[0] if drawn else None), *lengths)
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def efficient_attention_backward(
@@ -368,28 +381,32 @@ def efficient_attention_backward(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    place = Place("query", query)
-    packed = _starts(cu_seqlens_q, cu_seqlens_k)
-    ordered = _ordered(num_splits_key, flag("deterministic", deterministic))
-    options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
-    options = options._replace(deterministic=ordered)
-    names = {"q": query, "k": key, "v": value, "out": out, "dout": grad_out_}
-    arrays = {name: _unbatched(options.name(name), x) if packed else x for name, x in names.items()}
-    explicit.require(logsumexp=logsumexp)
-    if not packed:
-        options = _dense_lengths(options, query, key)
-        logsumexp = logsumexp[..., : query.shape[1]]
-    if flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
-        with place.here:
-            shared = _shared(place, query, key, value)
-        for i, name in enumerate(("dq", "dk", "dv")):
-            arrays[name] = shared[0, :, i] if packed else shared[:, :, i]
-    *gradients, grad_bias = explicit.gradients(
-        explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
-        bias_requires_grad=bias_requires_grad, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        seqused_k=seqlen_k, attn_bias=bias, lse=logsumexp, **arrays,
-    )  # fmt: skip
-    return (*(x[None] if packed else x for x in gradients), grad_bias)
+    try:
+        place = Place("query", query)
+        packed = _starts(cu_seqlens_q, cu_seqlens_k)
+        ordered = _ordered(num_splits_key, flag("deterministic", deterministic))
+        options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
+        options = options._replace(deterministic=ordered)
+        names = {"q": query, "k": key, "v": value, "out": out, "dout": grad_out_}
+        arrays = {name: _unbatched(options.name(name), x) if packed else x for name, x in names.items()}
+        explicit.require(logsumexp=logsumexp)
+        if not packed:
+            options = _dense_lengths(options, query, key)
+            logsumexp = logsumexp[..., : query.shape[1]]
+        if flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
+            with place.here:
+                shared = _shared(place, query, key, value)
+            for i, name in enumerate(("dq", "dk", "dv")):
+                arrays[name] = shared[0, :, i] if packed else shared[:, :, i]
+        *gradients, grad_bias = explicit.gradients(
+            explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
+            bias_requires_grad=bias_requires_grad, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqlen_k, attn_bias=bias, lse=logsumexp, **arrays,
+        )  # fmt: skip
+        return (*(x[None] if packed else x for x in gradients), grad_bias)
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def _one_of(first: tuple[str, Array | None], second: tuple[str, Array | None]) -> Array | None:

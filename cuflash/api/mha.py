@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 from cuflash.api import explicit
-from cuflash.errors import InvalidArgument
+from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import shown
 from cuflash.ops import Options
@@ -31,21 +31,25 @@ def _conventional(function: Callable[Parameters, Results]) -> Callable[Parameter
 
     @functools.wraps(function)
     def call(*arguments: Any, convention: str = "current", **keywords: Any) -> Results:
-        if not isinstance(convention, str) or convention not in explicit.CONVENTIONS:
-            known = ", ".join(map(repr, explicit.CONVENTIONS))
-            raise InvalidArgument(f"convention is {shown(convention)}; expected one of {known}.")
-        lacks = explicit.CONVENTIONS[convention].lacks
-        for name in lacks:
-            if name in keywords:
-                raise InvalidArgument(f"{name} is given, which convention {convention!r} does not have. Drop it.")
-        positional = [name for name in names if name not in lacks]
-        if len(arguments) > len(positional):
-            raise TypeError(
-                f"{function.__name__}() takes at most {len(positional)} positional arguments in convention "
-                f"{convention!r}, but {len(arguments)} were given"
-            )
-        given = dict(zip(positional, arguments, strict=False))
-        return inner(**given, **keywords, convention=convention)
+        try:
+            if not isinstance(convention, str) or convention not in explicit.CONVENTIONS:
+                known = ", ".join(map(repr, explicit.CONVENTIONS))
+                raise InvalidArgument(f"convention is {shown(convention)}; expected one of {known}.")
+            lacks = explicit.CONVENTIONS[convention].lacks
+            for name in lacks:
+                if name in keywords:
+                    raise InvalidArgument(f"{name} is given, which convention {convention!r} does not have. Drop it.")
+            positional = [name for name in names if name not in lacks]
+            if len(arguments) > len(positional):
+                raise TypeError(
+                    f"{function.__name__}() takes at most {len(positional)} positional arguments in convention "
+                    f"{convention!r}, but {len(arguments)} were given"
+                )
+            given = dict(zip(positional, arguments, strict=False))
+            return inner(**given, **keywords, convention=convention)
+        except REFUSALS as error:
+            shorten(error)
+            raise
 
     return cast("Callable[Parameters, Results]", call)
 

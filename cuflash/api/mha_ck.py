@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cuflash.api import explicit
+from cuflash.errors import REFUSALS, shorten
 from cuflash.generator import PhiloxGenerator
 from cuflash.ops import Options
 
@@ -53,15 +54,21 @@ def mha_fwd_ck(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    options = Options(
-        softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
-        dropout_p=p_dropout, vocabulary="mha_fwd",
-    )  # fmt: skip
-    return tuple(
-        explicit.forward(
-            explicit.CK, options, backend, q, k, v, gen_, return_softmax, random=True, attn_bias=attn_bias_, out=out_
-        )
-    )
+    try:
+        options = Options(
+            softmax_scale=softmax_scale, causal=is_causal,
+            window_size=explicit.window(window_size_left, window_size_right),
+            dropout_p=p_dropout, vocabulary="mha_fwd",
+        )  # fmt: skip
+        return tuple(
+            explicit.forward(
+                explicit.CK, options, backend, q, k, v, gen_, return_softmax, random=True, attn_bias=attn_bias_,
+                out=out_,
+            )
+        )  # fmt: skip
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def mha_varlen_fwd_ck(
@@ -116,18 +123,24 @@ def mha_varlen_fwd_ck(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    options = Options(
-        softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
-        dropout_p=p_dropout, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mha_fwd",
-        validate=validate,
-    )  # fmt: skip
-    explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    return tuple(
-        explicit.forward(
-            explicit.CK, options, backend, q, k, v, gen_, return_softmax, zero_tensors, random=True,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias_, out=out_,
-        )
-    )  # fmt: skip
+    try:
+        options = Options(
+            softmax_scale=softmax_scale, causal=is_causal,
+            window_size=explicit.window(window_size_left, window_size_right),
+            dropout_p=p_dropout, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mha_fwd",
+            validate=validate,
+        )  # fmt: skip
+        explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        return tuple(
+            explicit.forward(
+                explicit.CK, options, backend, q, k, v, gen_, return_softmax, zero_tensors, random=True,
+                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias_,
+                out=out_,
+            )
+        )  # fmt: skip
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def mha_bwd_ck(
@@ -186,17 +199,23 @@ def mha_bwd_ck(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    options = Options(
-        softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
-        dropout_p=p_dropout, deterministic=deterministic, vocabulary="mha_bwd",
-    )  # fmt: skip
-    return tuple(
-        explicit.backward(
-            explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset, grad_bias=grad_bias,
-            bias_requires_grad=bias_requires_grad, q=q, k=k, v=v, attn_bias=attn_bias_, out=out, dout=dout,
-            lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
-        )
-    )  # fmt: skip
+    try:
+        options = Options(
+            softmax_scale=softmax_scale, causal=is_causal,
+            window_size=explicit.window(window_size_left, window_size_right),
+            dropout_p=p_dropout, deterministic=deterministic, vocabulary="mha_bwd",
+        )  # fmt: skip
+        return tuple(
+            explicit.backward(
+                explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
+                grad_bias=grad_bias,
+                bias_requires_grad=bias_requires_grad, q=q, k=k, v=v, attn_bias=attn_bias_, out=out, dout=dout,
+                lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
+            )
+        )  # fmt: skip
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def mha_varlen_bwd_ck(
@@ -259,17 +278,24 @@ def mha_varlen_bwd_ck(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    options = Options(
-        softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
-        dropout_p=p_dropout, deterministic=deterministic, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-        vocabulary="mha_bwd", validate=validate,
-    )  # fmt: skip
-    explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    return tuple(
-        explicit.backward(
-            explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset, grad_bias=grad_bias,
-            bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors, q=q, k=k, v=v,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias_, out=out,
-            dout=dout, lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
-        )
-    )  # fmt: skip
+    try:
+        options = Options(
+            softmax_scale=softmax_scale, causal=is_causal,
+            window_size=explicit.window(window_size_left, window_size_right),
+            dropout_p=p_dropout, deterministic=deterministic, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+            vocabulary="mha_bwd", validate=validate,
+        )  # fmt: skip
+        explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        return tuple(
+            explicit.backward(
+                explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
+                grad_bias=grad_bias,
+                bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors, q=q, k=k, v=v,
+                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias_,
+                out=out,
+                dout=dout, lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
+            )
+        )  # fmt: skip
+    except REFUSALS as error:
+        shorten(error)
+        raise

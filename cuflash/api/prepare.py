@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cuflash.arrays import ArrayT
+from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.ops import Options, PreparedAttention
 
@@ -53,5 +54,9 @@ def flash_attn_prepare(
         for layer in layers:
             x, lse = attend(*layer.project(x))
     """
-    options = Options(softmax_scale, causal, window_size, softcap, alignment, num_splits=num_splits)
-    return PreparedAttention(options, q, k, v, out)
+    try:
+        options = Options(softmax_scale, causal, window_size, softcap, alignment, num_splits=num_splits)
+        return PreparedAttention(options, q, k, v, out)
+    except REFUSALS as error:
+        shorten(error)
+        raise

@@ -9,6 +9,7 @@ from cuflash.api import backend as backends
 from cuflash.api.keywords import Generator
 from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
+from cuflash.errors import REFUSALS, shorten
 from cuflash.numbers import flag
 from cuflash.ops import Options
 
@@ -109,15 +110,19 @@ def scaled_dot_product_attention(
     >>> cuflash.scaled_dot_product_attention(x, x, x, is_causal=True).shape
     (1, 2, 3, 4)
     """
-    return_lse = flag("return_lse", return_lse)
-    options = Options(
-        scale, is_causal, (-1, -1), 0.0, "top-left", dropout_p, dropout_scheme, unbiased_dropout,
-        enable_gqa=enable_gqa, sdpa=True,
-    )  # fmt: skip
-    numbers = "float" in str(getattr(attn_mask, "dtype", ""))
-    mask, bias = (None, attn_mask) if numbers else (attn_mask, None)
-    found = backends.call(
-        ops.forward, options, backend, q=query, k=key, v=value, attn_mask=mask, attn_bias=bias, out=out,
-        generator=generator,
-    )  # fmt: skip
-    return found[:2] if return_lse else found[0]
+    try:
+        return_lse = flag("return_lse", return_lse)
+        options = Options(
+            scale, is_causal, (-1, -1), 0.0, "top-left", dropout_p, dropout_scheme, unbiased_dropout,
+            enable_gqa=enable_gqa, sdpa=True,
+        )  # fmt: skip
+        numbers = "float" in str(getattr(attn_mask, "dtype", ""))
+        mask, bias = (None, attn_mask) if numbers else (attn_mask, None)
+        found = backends.call(
+            ops.forward, options, backend, q=query, k=key, v=value, attn_mask=mask, attn_bias=bias, out=out,
+            generator=generator,
+        )  # fmt: skip
+        return found[:2] if return_lse else found[0]
+    except REFUSALS as error:
+        shorten(error)
+        raise

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cuflash.arrays import Guest, View, cupy_arrays, framework_of, numpy_arrays
-from cuflash.errors import InvalidArgument
+from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import integer, is_array, shown
 
 
@@ -27,14 +27,18 @@ def check_contiguous(name: str, x: Any) -> None:
     InvalidArgument
         If it is not.
     """
-    view = _on_device(name, x)
-    sizes = [view.itemsize * prod(view.shape[axis + 1 :]) for axis in range(len(view.shape))]
-    wrong = any(n > 1 and stride != size for n, stride, size in zip(view.shape, view.strides, sizes, strict=True))
-    if wrong and not view.empty:
-        raise InvalidArgument(
-            f"{name} has shape {view.shape} with strides of {view.strides} bytes; "
-            "expected a contiguous array. Pass a contiguous copy of it."
-        )
+    try:
+        view = _on_device(name, x)
+        sizes = [view.itemsize * prod(view.shape[axis + 1 :]) for axis in range(len(view.shape))]
+        wrong = any(n > 1 and stride != size for n, stride, size in zip(view.shape, view.strides, sizes, strict=True))
+        if wrong and not view.empty:
+            raise InvalidArgument(
+                f"{name} has shape {view.shape} with strides of {view.strides} bytes; "
+                "expected a contiguous array. Pass a contiguous copy of it."
+            )
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def check_last_contiguous(name: str, x: Any) -> None:
@@ -52,14 +56,18 @@ def check_last_contiguous(name: str, x: Any) -> None:
     InvalidArgument
         If it is not, or has no dimension.
     """
-    view = _on_device(name, x)
-    if not view.shape:
-        raise InvalidArgument(f"{name} has no dimension; expected at least one.")
-    if view.shape[-1] > 1 and not view.empty and view.strides[-1] != view.itemsize:
-        raise InvalidArgument(
-            f"{name} is not contiguous along its last dimension, whose stride is {view.strides[-1]} bytes; "
-            f"expected {view.itemsize}. Pass a contiguous copy of it."
-        )
+    try:
+        view = _on_device(name, x)
+        if not view.shape:
+            raise InvalidArgument(f"{name} has no dimension; expected at least one.")
+        if view.shape[-1] > 1 and not view.empty and view.strides[-1] != view.itemsize:
+            raise InvalidArgument(
+                f"{name} is not contiguous along its last dimension, whose stride is {view.strides[-1]} bytes; "
+                f"expected {view.itemsize}. Pass a contiguous copy of it."
+            )
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def check_aligned(name: str, pointer: Any, alignment: int) -> None:
@@ -79,14 +87,18 @@ def check_aligned(name: str, pointer: Any, alignment: int) -> None:
     InvalidArgument
         If it is not a multiple.
     """
-    address = _view(name, pointer).pointer if is_array(pointer) else integer(name, pointer)
-    if address is None:
-        raise InvalidArgument(f"{name} is {shown(pointer)}; expected an address or an array.")
-    if address % alignment:
-        raise InvalidArgument(
-            f"{name} is at {address:#x}, which is no multiple of {alignment} bytes. "
-            "Pass a copy of it: fresh arrays are aligned."
-        )
+    try:
+        address = _view(name, pointer).pointer if is_array(pointer) else integer(name, pointer)
+        if address is None:
+            raise InvalidArgument(f"{name} is {shown(pointer)}; expected an address or an array.")
+        if address % alignment:
+            raise InvalidArgument(
+                f"{name} is at {address:#x}, which is no multiple of {alignment} bytes. "
+                "Pass a copy of it: fresh arrays are aligned."
+            )
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def check_range(name: str, value: Any, dtype: Any = np.int32) -> int:
@@ -111,14 +123,18 @@ def check_range(name: str, value: Any, dtype: Any = np.int32) -> int:
     InvalidArgument
         If it is no integer or out of range.
     """
-    limits = np.iinfo(dtype)
-    number = integer(name, value)
-    if number is None or not limits.min <= number < limits.max:
-        raise InvalidArgument(
-            f"{name} is {shown(value)}; "
-            f"expected an integer from {limits.min} to {limits.max - 1}, as {limits.dtype} holds."
-        )
-    return number
+    try:
+        limits = np.iinfo(dtype)
+        number = integer(name, value)
+        if number is None or not limits.min <= number < limits.max:
+            raise InvalidArgument(
+                f"{name} is {shown(value)}; "
+                f"expected an integer from {limits.min} to {limits.max - 1}, as {limits.dtype} holds."
+            )
+        return number
+    except REFUSALS as error:
+        shorten(error)
+        raise
 
 
 def _on_device(name: str, x: Any) -> View:

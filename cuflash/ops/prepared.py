@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Generic
 
 from cuflash.arrays import Array, ArrayT, CuPy, Torch, View, framework_of
-from cuflash.errors import InvalidArgument
+from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.ops import launch
 from cuflash.ops.options import ARGUMENTS, Options, given
 
@@ -58,17 +58,21 @@ class PreparedAttention(Generic[ArrayT]):
             If an array is not like the one at the preparation, or `out` shares memory with another; nothing has been
             launched or written then.
         """
-        arrays = q, k, v, out
-        framework = framework_of(_NAMES, arrays)
-        if framework is not self._framework:
-            raise InvalidArgument(
-                f"q is a {framework.name} array, but the call was prepared for {self._framework.name} arrays. "
-                "Prepare another for it."
-            )
-        pointers, kind = framework.describe(_NAMES, arrays)
-        if kind != self._kind:
-            raise _unlike(_views(framework, arrays), self._views)
-        return self._prepared((q, k, v, *_BETWEEN, out), pointers, None)
+        try:
+            arrays = q, k, v, out
+            framework = framework_of(_NAMES, arrays)
+            if framework is not self._framework:
+                raise InvalidArgument(
+                    f"q is a {framework.name} array, but the call was prepared for {self._framework.name} arrays. "
+                    "Prepare another for it."
+                )
+            pointers, kind = framework.describe(_NAMES, arrays)
+            if kind != self._kind:
+                raise _unlike(_views(framework, arrays), self._views)
+            return self._prepared((q, k, v, *_BETWEEN, out), pointers, None)
+        except REFUSALS as error:
+            shorten(error)
+            raise
 
 
 def _views(framework: CuPy | Torch, arrays: Sequence[Any]) -> list[View | None]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuflash.arrays import framework_of, numpy_arrays
+from cuflash.errors import REFUSALS, shorten
 from cuflash.ops.backward import backward
 from cuflash.ops.forward import forward
 from cuflash.ops.lengths import with_lengths
@@ -29,6 +30,10 @@ def vjp(
 
     def pullback(dout: Any, dlse: Any = None) -> Gradients | tuple[Any, Any, Any]:
         """Gradients of the inputs for those of out and lse (None: zero)."""
-        return backward(options._replace(num_splits=0), *arrays, rng_state, out, dout, lse, dlse, row_state)
+        try:
+            return backward(options._replace(num_splits=0), *arrays, rng_state, out, dout, lse, dlse, row_state)
+        except REFUSALS as error:
+            shorten(error)
+            raise
 
     return out, lse, pullback
