@@ -106,10 +106,10 @@ def kernels_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
     monkeypatch.setattr(build, "KERNELS", tmp_path)
-    for memoised in (build.build, build.sources_digest):
+    for memoised in (build.build, build.kernels_digest):
         memoised.cache_clear()
     yield tmp_path
-    for memoised in (build.build, build.sources_digest):
+    for memoised in (build.build, build.kernels_digest):
         memoised.cache_clear()
 
 

@@ -9,12 +9,19 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 HOST = Path(__file__).resolve().parent
 KERNELS = HOST.parent.parent / "kernels"
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wno-unknown-pragmas")
+TWIN_FLAGS, UNIT_FLAGS = ("-O2",), ("-Og",)
+"""The twin is compiled once and runs all the time, a kernel the other way round."""
+TWIN_KERNELS = ("element.cuh", "params.cuh", "std.cuh")
+"""The headers of kernels/ that the twin includes."""
+PRELUDE = "".join(f'#include "{name}"\n' for name in ("block.hpp", *TWIN_KERNELS))
 CACHE = HOST.parent.parent / ".pytest_cache" / "host"
 DAY = 24 * 3600
 
@@ -24,37 +31,89 @@ def why_not() -> str | None:
     return None if shutil.which("g++") else "no g++ to compile kernels for the host with"
 
 
-@cache
-def sources_digest() -> str:
-    """SHA-256 over the compiler and every kernel and twin."""
-    digest = hashlib.sha256(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
-    for folder in (KERNELS, HOST):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in {".cuh", ".cu", ".h", ".hpp"}:
-                digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+def compile(*arguments: str | Path, config_header: str = "") -> None:
+    """Run g++."""
+    done = subprocess.run(["g++", *FLAGS, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"g++ refused:\n{done.stderr[:8000]}\nconfig.cuh:\n{config_header}")
+
+
+def forget_old() -> None:
+    """Remove what is older than a day."""
+    for old in CACHE.glob("*"):
+        with suppress(FileNotFoundError):  # another process removes it, too, or renames it
+            if old.stat().st_mtime < time.time() - DAY:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def digest_of(folder: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 over files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def key_of(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def place(tree: Path, names: Iterable[Path]) -> None:
+    """Link kernel headers into a tree, and twins in the places of what they stand for, whoever includes them."""
+    for name in names:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).symlink_to(HOST / name if (HOST / name).exists() else KERNELS / name)
+
+
+@cache
+def twin() -> Path:
+    """The folder with the twin's archive and the precompiled ``prelude.hpp``."""
+    sources = [path for path in HOST.rglob("*") if path.suffix in {".cpp", ".cuh", ".hpp"}]
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    kernels = digest_of(KERNELS, [KERNELS / name for name in TWIN_KERNELS])
+    made = CACHE / f"twin-{key_of(compiler, digest_of(HOST, sources), kernels, PRELUDE, FLAGS, TWIN_FLAGS, UNIT_FLAGS)}"
+    if made.exists():
+        return made
+    CACHE.mkdir(parents=True, exist_ok=True)
+    forget_old()
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        folder = Path(scratch, "twin")
+        place(folder, [*map(Path, TWIN_KERNELS), *(path.relative_to(HOST) for path in HOST.rglob("*.cuh"))])
+        (folder / "prelude.hpp").write_text(PRELUDE)
+        header = f"{folder}/prelude.hpp"
+        compile(*UNIT_FLAGS, f"-I{folder}", f"-I{HOST}", "-x", "c++-header", header, "-o", f"{header}.gch")
+        objects = []
+        for number, source in enumerate(sorted(HOST.rglob("*.cpp"))):
+            objects.append(f"{folder}/{number}.o")
+            compile(*TWIN_FLAGS, f"-I{folder}", f"-I{HOST}", "-c", source, "-o", objects[-1])
+        subprocess.run(["ar", "rcs", f"{folder}/libtwin.a", *objects], check=True)
+        try:
+            os.rename(folder, made)
+        except OSError:  # another process was faster
+            if not made.exists():
+                raise
+    return made
+
+
+@cache
+def kernels_digest() -> str:
+    """SHA-256 over every kernel."""
+    return digest_of(KERNELS, KERNELS.rglob("*.cu*"))
 
 
 @cache
 def build(source: str, config_header: str = "") -> ctypes.CDLL:
     """Compile one translation unit, with ``config_header`` as its config.cuh, and load it."""
-    key = hashlib.sha256("\0".join((sources_digest(), source, config_header, *FLAGS)).encode()).hexdigest()[:20]
+    key = key_of(twin().name, kernels_digest(), source, config_header)
     library = CACHE / f"{key}.so"
     if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob("*.so"):
-            if old.stat().st_mtime < time.time() - DAY:
-                old.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             Path(folder, "config.cuh").write_text(config_header)
             Path(folder, "unit.cpp").write_text(source)
-            for path in KERNELS.rglob("*.cu*"):  # twins in the places of what they stand for, whoever includes them
-                name = path.relative_to(KERNELS)
-                Path(folder, name).parent.mkdir(exist_ok=True)
-                Path(folder, name).symlink_to(HOST / name if (HOST / name).exists() else path)
-            command = ["g++", *FLAGS, f"-I{folder}", f"-I{HOST}", f"{folder}/unit.cpp"]
-            done = subprocess.run([*command, "-o", f"{folder}/unit.so"], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"g++ refused:\n{done.stderr[:8000]}\nconfig.cuh:\n{config_header}")
+            place(Path(folder), [path.relative_to(KERNELS) for path in KERNELS.rglob("*.cu*")])
+            compile(
+                *UNIT_FLAGS, "-include", twin() / "prelude.hpp", f"-I{folder}", f"-I{HOST}", "-shared",
+                f"{folder}/unit.cpp", twin() / "libtwin.a", "-o", f"{folder}/unit.so", config_header=config_header,
+            )  # fmt: skip
             os.replace(f"{folder}/unit.so", library)
     return ctypes.CDLL(str(library))

@@ -12,34 +12,15 @@ struct RegisterFile {
   int left;                  // of 32 threads, that warps have given back
   int elected;               // the lane that elect picks, always the same one
 
-  void start() {
-    const int at_launch = min_of(256, static_cast<int>(65536 / block.threads.size() / 8 * 8));
-    of_warp.assign(block.threads.size() / 32, at_launch);
-    left = 0;
-    elected = static_cast<int>(random_below(32));
-  }
-  // False while there are too few.
-  bool change(int registers, bool raise) {
-    int& mine = of_warp[executing_warp()];
-    if (raise ? registers < mine : registers > mine) {
-      fail("%s of thread %d: from %d to %d", raise ? "raise_registers" : "lower_registers", block.current->index, mine,
-           registers);
-    }
-    if (left < registers - mine) return false;
-    left -= registers - mine;
-    mine = registers;
-    if (!raise) wake(this);
-    return true;
-  }
-  void end() const {
-    for (size_t warp = 0; warp < of_warp.size(); ++warp) {
-      if (of_warp[warp] != of_warp[warp / 4 * 4]) fail("the warps of warpgroup %zu have unequal registers", warp / 4);
-    }
-  }
+  void start();
+  bool change(int registers, bool raise);  // false while there are too few
+  void end() const;
 };
 
-inline RegisterFile register_file;
-inline const Register kRegisterFile{{[] { register_file.start(); }, nullptr, [] { register_file.end(); }}};
+extern RegisterFile register_file;
+
+// Each lane brings a bool: whether it was done. Where it was not, the warp is to try again once it is woken.
+void change_registers(void* const* lanes, int registers, bool raise);
 
 }  // namespace cuflash::host
 
@@ -88,11 +69,7 @@ struct ChangeRegisters {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
 
   static void run(void* const* lanes) {
-    const bool done = host::register_file.change(kRegisters, kRaise);
-    for (int lane = 0; lane < 32; ++lane) *static_cast<bool*>(lanes[lane]) = done;
-    if (!done) {
-      host::hold_warp({&host::register_file, 0, [](const host::Wait&) -> std::string { return "raise_registers"; }});
-    }
+    host::change_registers(lanes, kRegisters, kRaise);
   }
   static constexpr host::Instruction kInstruction{kRaise ? "raise_registers" : "lower_registers", run, true};
 };

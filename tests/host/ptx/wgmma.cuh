@@ -5,285 +5,46 @@
 // them have committed it, and then every product of the group has read its operands.
 #pragma once
 
-#include <deque>
-#include <list>
-
-#include "async_proxy.hpp"
 #include "block.hpp"
 #include "element.cuh"
-#include "ptx/mma.cuh"
 
 namespace cuflash::host {
 
-// Where element i of a lane lies in its warp's accumulator, or in an A.
-constexpr int row_of(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
-constexpr int col_of(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
-
-// A 16 x n accumulator that products of one warp are changing.
-struct BusyAccumulator {
-  static constexpr uint32 kNan = 0xffffffff;
-
-  float* registers[32];  // of each lane
-  int n;
-  int products;  // not yet waited for
-  std::vector<float> value;
-
-  int count() const { return n / 2; }  // of registers
-  float& value_of(int lane, int i) { return value[row_of(lane, i) * n + col_of(lane, i)]; }
-
-  void take() {
-    value.resize(16 * n);
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < count(); ++i) value_of(lane, i) = registers[lane][i];
-      memset(registers[lane], 0xff, count() * 4);
-    }
-  }
-  void check() const {
-    for (const float* mine : registers) {
-      for (int i = 0; i < count(); ++i) {
-        if (memcmp(&mine[i], &kNan, 4) != 0) fail("an accumulator was written while wgmma was changing it");
-      }
-    }
-  }
-  void give_back() {
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < count(); ++i) registers[lane][i] = value_of(lane, i);
-    }
-  }
-};
-
-// What the four warps of a warpgroup must agree on.
-struct ProductOfFour {
-  void (*multiply)(const struct Product&);
-  uint64 a, b;  // descriptors
-  bool accumulate;
-
-  bool operator!=(const ProductOfFour& other) const {
-    return multiply != other.multiply || a != other.a || b != other.b || accumulate != other.accumulate;
-  }
-};
-
-// One warp's part of a product.
-struct Product {
-  ProductOfFour whole;
-  int quarter;  // of the warpgroup's 64 rows
-  BusyAccumulator* c;
-  const uint32* a_registers[32];  // of each lane; null: A is in shared memory
-  uint32 a_values[32][4];         // at the issue
-  bool done;
-
-  void check_registers() const {
-    for (int lane = 0; lane < 32 && a_registers[lane]; ++lane) {
-      if (memcmp(a_registers[lane], a_values[lane], 16) != 0) fail("A's registers were written while wgmma read them");
-    }
-  }
-};
-
-struct TensorCore {
-  bool fenced;                      // since the last commit or wait
-  std::deque<Product> products;     // not yet waited for, oldest first
-  std::deque<size_t> groups;        // products in each committed group that has not been waited for, oldest first
-  size_t uncommitted;               // products after those
-  std::list<BusyAccumulator> busy;
-  size_t issued;                    // products
-  int64 committed;                  // groups
-
-  // Does the oldest `count` products that are here.
-  void work(size_t count) {
-    for (size_t number = 0; number < count; ++number) {
-      Product& product = products[number];
-      if (!product.done) product.whole.multiply(product);
-      product.done = true;
-    }
-  }
-  bool work_a_little() {
-    for (size_t number = 0; number < products.size(); ++number) {
-      if (products[number].done) continue;
-      work(number + 1);
-      return true;
-    }
-    return false;
-  }
-  // Does the products of the oldest `count` groups.
-  void work_groups(size_t count) {
-    size_t number = 0;
-    for (size_t group = 0; group < count; ++group) number += groups[group];
-    work(number);
-  }
-  BusyAccumulator* accumulator(const BusyAccumulator& fresh) {
-    for (BusyAccumulator& known : busy) {
-      const float* const end = known.registers[0] + known.count();
-      if (fresh.registers[0] >= end || known.registers[0] >= fresh.registers[0] + fresh.count()) continue;
-      if (known.registers[0] != fresh.registers[0] || known.n != fresh.n) fail("accumulators of wgmma overlap");
-      known.check();
-      return &known;
-    }
-    busy.push_back(fresh);
-    busy.back().take();
-    return &busy.back();
-  }
-  void retire_group() {
-    for (size_t left = groups.front(); left > 0; --left) {
-      products.front().check_registers();
-      BusyAccumulator* const c = products.front().c;
-      products.pop_front();
-      if (--c->products > 0) continue;
-      c->check();
-      c->give_back();
-      busy.remove_if([&](const BusyAccumulator& other) { return &other == c; });
-    }
-    groups.pop_front();
-  }
-};
-
-struct TensorCores {
-  std::vector<TensorCore> of_warp;
-  std::vector<std::vector<ProductOfFour>> issued;  // by every warpgroup, in order
-
-  void start() {
-    of_warp.assign(block.threads.size() / 32, TensorCore{});
-    issued.assign(block.threads.size() / 128, {});
-  }
-  TensorCore& mine() { return of_warp[executing_warp()]; }
-  const TensorCore* warpgroup() { return &of_warp[executing_warp() / 4 * 4]; }
-
-  void issue(Product& product, const BusyAccumulator& c) {
-    const size_t warpgroup = executing_warp() / 4;
-    if (warpgroup >= issued.size()) fail("wgmma outside a warpgroup");
-    TensorCore& core = mine();
-    if (!core.fenced) fail("wgmma lacks a wgmma_fence since the last commit or wait, thread %d", block.current->index);
-    std::vector<ProductOfFour>& before = issued[warpgroup];
-    if (core.issued == before.size()) before.push_back(product.whole);
-    if (before[core.issued++] != product.whole) fail("the warps of warpgroup %zu issue different wgmma", warpgroup);
-    product.c = core.accumulator(c);
-    ++product.c->products;
-    core.products.push_back(product);
-    ++core.uncommitted;
-  }
-  bool work() {
-    const size_t first = random_below(of_warp.size());
-    for (size_t i = 0; i < of_warp.size(); ++i) {
-      if (of_warp[(first + i) % of_warp.size()].work_a_little()) return true;
-    }
-    return false;
-  }
-  // False while another warp of this warpgroup has not committed what is to be waited for.
-  bool wait(int pending) {
-    TensorCore& core = mine();
-    core.fenced = false;
-    const int64 target = core.committed - pending;
-    TensorCore* const four = &of_warp[executing_warp() / 4 * 4];
-    for (int warp = 0; warp < 4; ++warp) {
-      if (four[warp].committed < target) return false;
-    }
-    for (int warp = 0; warp < 4; ++warp) {
-      const int64 oldest = four[warp].committed - static_cast<int64>(four[warp].groups.size());
-      if (oldest < target) four[warp].work_groups(target - oldest);
-    }
-    while (static_cast<int64>(core.groups.size()) > pending) core.retire_group();
-    return true;
-  }
-  void end() const {
-    for (const TensorCore& core : of_warp) {
-      if (!core.products.empty()) fail("the block ended before wgmma was waited for");
-    }
-  }
-};
-
-inline TensorCores tensor_cores;
-inline const Register kTensorCores{
-    {[] { tensor_cores.start(); }, [] { return tensor_cores.work(); }, [] { tensor_cores.end(); }}};
-
-// Where a matrix in shared memory lies.
-struct Descriptor {
-  uint32 start, chunk_bytes;
-
-  // `step` is what start addresses are multiples of inside a swizzled group of eight rows.
-  Descriptor(uint64 bits, uint32 step) : start((bits & 0x3fff) << 4), chunk_bytes((bits >> 16 & 0x3fff) << 4) {
-    constexpr uint64 kFields = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
-    if (bits & ~kFields) fail("wgmma descriptor %#llx: bits outside its fields are set", bits);
-    if (bits >> 62 != 1) fail("wgmma descriptor %#llx: not in 128-byte swizzle", bits);
-    if ((bits >> 32 & 0x3fff) << 4 != 1024) fail("wgmma descriptor %#llx: groups of rows are not 1024 bytes", bits);
-    if (start % 128 % step != 0 || start % 1024 >= 128) fail("wgmma descriptor: no matrix starts at %u", start);
-  }
-};
-
-// The eight elements in 16 bytes of shared memory.
-template <class Element>
-void read_eight(float* eight, int stride, uint32 address) {
-  unsigned short bits[8];
-  memcpy(bits, async_unit("wgmma", address), 16);
-  for (int i = 0; i < 8; ++i) eight[i * stride] = ptx::kFloats<Element>.of[bits[i]];
-}
-
 enum class Form { kAbt, kAb };
 
-template <class Element, int kN, Form kForm>
-void multiply(const Product& product) {
-  constexpr int kRowBytes = 128, kChunk = 64;  // columns of a row
-  float a[16][16], b[16][kN];
-  if constexpr (kForm == Form::kAbt) {
-    const Descriptor a_matrix(product.whole.a, 32), b_matrix(product.whole.b, 32);
-    for (int row = 0; row < 16; ++row) {
-      const uint32 address = a_matrix.start + (product.quarter * 16 + row) * kRowBytes;
-      for (int k = 0; k < 16; k += 8) read_eight<Element>(&a[row][k], 1, address + k * 2);
-    }
-    for (int col = 0; col < kN; ++col) {
-      const uint32 address = b_matrix.start + col * kRowBytes;
-      for (int k = 0; k < 16; k += 8) read_eight<Element>(&b[k][col], kN, address + k * 2);
-    }
-  } else {
-    const Descriptor b_matrix(product.whole.b, 128);
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 8; ++i) {
-        const uint32 bits = product.a_values[lane][i / 2] >> i % 2 * 16 & 0xffff;
-        a[row_of(lane, i)][col_of(lane, i)] = ptx::kFloats<Element>.of[bits];
-      }
-    }
-    for (int k = 0; k < 16; ++k) {
-      for (int col = 0; col < kN; col += 8) {
-        const uint32 address = b_matrix.start + col / kChunk * b_matrix.chunk_bytes + k * kRowBytes;
-        read_eight<Element>(&b[k][col], 1, address + col % kChunk * 2);
-      }
-    }
-  }
-  float* const c = product.c->value.data();
-  if (!product.whole.accumulate) memset(c, 0, 16 * kN * sizeof(float));
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) {
-      for (int col = 0; col < kN; ++col) c[row * kN + col] += a[row][k] * b[k][col];
-    }
-  }
-}
+// What a lane brings to a product.
+struct WgmmaOperands {
+  float* c;
+  uint64 a_descriptor;
+  const uint32* a_registers;  // null: A is in shared memory
+  uint64 b;
+  bool accumulate;
+};
+
+// Does one warp's part of a product.
+template <class Element, Form kForm>
+void multiply(const struct Product& product);
+extern template void multiply<fp16, Form::kAbt>(const Product&);
+extern template void multiply<fp16, Form::kAb>(const Product&);
+extern template void multiply<bf16, Form::kAbt>(const Product&);
+extern template void multiply<bf16, Form::kAb>(const Product&);
+
+// Starts a warp's part of a product with n columns.
+void issue(void* const* lanes, void (*multiply)(const Product&), int n);
+
+// Each lane brings a bool: whether the products have been waited for. Else the warp is to try again once it is woken.
+void wait_for_products(void* const* lanes, int pending);
 
 }  // namespace cuflash::host
 
 namespace cuflash::ptx {
 
-inline constexpr host::Instruction kWgmmaFence{"wgmma_fence", [](void* const*) {
-  host::tensor_cores.mine().fenced = true;
-}, true};
-inline void wgmma_fence() { host::execute(kWgmmaFence, nullptr); }
-
-inline constexpr host::Instruction kWgmmaCommit{"wgmma_commit", [](void* const*) {
-  host::TensorCore& core = host::tensor_cores.mine();
-  core.groups.push_back(std::exchange(core.uncommitted, 0));
-  ++core.committed;
-  core.fenced = false;
-  host::wake(host::tensor_cores.warpgroup());
-}, true};
-inline void wgmma_commit() { host::execute(kWgmmaCommit, nullptr); }
+void wgmma_fence();
+void wgmma_commit();
 
 template <int kPending>
 struct WgmmaWait {
-  static void run(void* const* lanes) {
-    const bool done = host::tensor_cores.wait(kPending);
-    for (int lane = 0; lane < 32; ++lane) *static_cast<bool*>(lanes[lane]) = done;
-    if (!done) {
-      const auto describe = [](const host::Wait&) -> std::string { return "wgmma_wait (for its warpgroup's commits)"; };
-      host::hold_warp({host::tensor_cores.warpgroup(), 0, describe});
-    }
-  }
+  static void run(void* const* lanes) { host::wait_for_products(lanes, kPending); }
   static constexpr host::Instruction kInstruction{"wgmma_wait", run, true};
 };
 
@@ -303,46 +64,23 @@ inline uint64 wgmma_descriptor(uint32 shared, int chunk_bytes) {
 inline uint64 advance_descriptor(uint64 descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
 template <class Element, int kN, host::Form kForm>
-struct WgmmaOperands {
+struct Wgmma {
   static_assert(kN % 16 == 0 && kN >= 16 && kN <= 256);
 
-  float* c;
-  uint64 a_descriptor;
-  const uint32* a_registers;
-  uint64 b;
-  bool accumulate;
-
-  static void run(void* const* lanes) {
-    const WgmmaOperands& first = *static_cast<const WgmmaOperands*>(lanes[0]);
-    host::Product product{{host::multiply<Element, kN, kForm>, first.a_descriptor, first.b, first.accumulate},
-                          host::executing_warp() % 4, nullptr, {}, {}, false};
-    host::BusyAccumulator c{{}, kN, 0, {}};
-    for (int lane = 0; lane < 32; ++lane) {
-      const WgmmaOperands& mine = *static_cast<const WgmmaOperands*>(lanes[lane]);
-      if (mine.a_descriptor != first.a_descriptor || mine.b != first.b || mine.accumulate != first.accumulate) {
-        host::fail("the lanes of a warp issue different wgmma");
-      }
-      c.registers[lane] = mine.c;
-      product.a_registers[lane] = mine.a_registers;
-      if (mine.a_registers) memcpy(product.a_values[lane], mine.a_registers, 16);
-    }
-    host::tensor_cores.issue(product, c);
-  }
+  static void run(void* const* lanes) { host::issue(lanes, host::multiply<Element, kForm>, kN); }
   static constexpr host::Instruction kInstruction{kForm == host::Form::kAbt ? "wgmma_abt" : "wgmma_ab", run};
 };
 
 template <class Element, int kBlocks>
 void wgmma_abt(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
-  using Operands = WgmmaOperands<Element, kBlocks * 8, host::Form::kAbt>;
-  Operands operands{c[0], a, nullptr, b, accumulate};
-  host::execute(Operands::kInstruction, &operands);
+  host::WgmmaOperands operands{c[0], a, nullptr, b, accumulate};
+  host::execute(Wgmma<Element, kBlocks * 8, host::Form::kAbt>::kInstruction, &operands);
 }
 
 template <class Element, int kBlocks>
 void wgmma_ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, bool accumulate) {
-  using Operands = WgmmaOperands<Element, kBlocks * 8, host::Form::kAb>;
-  Operands operands{c[0], 0, a, b, accumulate};
-  host::execute(Operands::kInstruction, &operands);
+  host::WgmmaOperands operands{c[0], 0, a, b, accumulate};
+  host::execute(Wgmma<Element, kBlocks * 8, host::Form::kAb>::kInstruction, &operands);
 }
 
 }  // namespace cuflash::ptx

@@ -1,0 +1,194 @@
+#include "ptx/tma.cuh"
+
+#include "async_proxy.hpp"
+#include "block.hpp"
+#include "ptx/mbarrier.cuh"
+
+namespace cuflash::host {
+
+struct Tensor {
+  uint64 address;
+  int64 dim[4];
+  uint64 stride[4];  // bytes
+  int64 box[4];
+
+  Tensor(const char* who, const TensorMap& map) : address(map.words[0]) {
+    const uint64 itemsize = map.words[12];
+    if (reinterpret_cast<size_t>(&map) % 64 != 0) fail("%s: the tensor map is not aligned to 64 bytes", who);
+    if (itemsize == 0) fail("%s: the tensor map is empty", who);
+    for (int axis = 0; axis < 4; ++axis) {
+      dim[axis] = static_cast<int64>(map.words[1 + axis]);
+      stride[axis] = axis == 0 ? itemsize : map.words[4 + axis];
+      box[axis] = static_cast<int64>(map.words[8 + axis]);
+      if (dim[axis] < 1 || dim[axis] > int64(1) << 32) fail("%s: dimension %d has %lld elements", who, axis, dim[axis]);
+      if (box[axis] < 1 || box[axis] > 256) fail("%s: a box has %lld elements along %d", who, box[axis], axis);
+      if (axis > 0 && stride[axis] % 16 != 0) fail("%s: a stride of %llu bytes", who, stride[axis]);
+    }
+    if (address % 16 != 0) fail("%s: the tensor is not aligned to 16 bytes", who);
+    if (box[0] * static_cast<int64>(itemsize) != 128) fail("%s: rows of a box are not 128 bytes", who);
+  }
+
+  int box_bytes() const { return static_cast<int>(128 * box[1] * box[2] * box[3]); }
+};
+
+// A box under way.
+struct Transfer {
+  int thread;         // that started it
+  Mbarrier* barrier;  // that a load completes; null: a store
+  bool committed;     // a store in a group
+  Tensor tensor;
+  int at[4];          // coordinates of the box
+  uint32 shared;
+
+  const char* name() const { return barrier ? "tma_load" : "tma_store"; }
+
+  // For such a box hardware touches the map's first element, be it there or not.
+  bool misses() const {
+    for (int axis = 0; axis < 4; ++axis) {
+      if (at[axis] >= tensor.dim[axis] || at[axis] + tensor.box[axis] <= 0) return true;
+    }
+    return false;
+  }
+
+  void run() const {
+    char row[128];
+    uint32 row_address = shared;
+    for_each_row([&](char* global, size_t first, size_t bytes) {
+      memset(row, 0, 128);
+      if (barrier) memcpy(row + first, global, bytes);
+      for (int unit = 0; unit < 128; unit += 16) {
+        char* const place = block.smem + swizzled(row_address + unit);
+        barrier ? memcpy(place, row + unit, 16) : memcpy(row + unit, place, 16);
+      }
+      if (!barrier) memcpy(global, row + first, bytes);
+      row_address += 128;
+    });
+    if (barrier) barrier->complete(tensor.box_bytes());
+  }
+
+ private:
+  // f(global address of a row's first byte inside the tensor, where in the row it is, bytes inside) for every row.
+  template <class F>
+  void for_each_row(const F& f) const {
+    const int64 first = clamp_to<int64>(-int64(at[0]), 0, tensor.box[0]);
+    const int64 end = clamp_to<int64>(tensor.dim[0] - at[0], first, tensor.box[0]);
+    for (int64 x3 = at[3]; x3 < at[3] + tensor.box[3]; ++x3) {
+      for (int64 x2 = at[2]; x2 < at[2] + tensor.box[2]; ++x2) {
+        for (int64 x1 = at[1]; x1 < at[1] + tensor.box[1]; ++x1) {
+          const bool inside = has(1, x1) && has(2, x2) && has(3, x3);
+          const uint64 global = tensor.address + (at[0] + first) * tensor.stride[0] + x1 * tensor.stride[1] +
+                                x2 * tensor.stride[2] + x3 * tensor.stride[3];
+          f(reinterpret_cast<char*>(global), first * tensor.stride[0], inside ? (end - first) * tensor.stride[0] : 0);
+        }
+      }
+    }
+  }
+  bool has(int axis, int64 x) const { return x >= 0 && x < tensor.dim[axis]; }
+};
+
+struct CopyEngine {
+  struct Stores {
+    int started, committed;  // that the thread has not waited for
+  };
+
+  std::vector<Transfer> transfers;
+  std::vector<Stores> stores;  // of every thread
+  bool stores_last;            // do no store while there is a load to do
+
+  void start() {
+    transfers.clear();
+    stores_last = random_below(2) == 0;
+    stores.assign(block.threads.size(), {0, 0});
+  }
+
+  void add(const Transfer& transfer) {
+    const int64 bytes = transfer.tensor.box_bytes(), first = transfer.shared;
+    const char* const name = transfer.name();
+    if (first % Block::kSmemAlignment != 0) fail("%s: shared %lld is not a multiple of 1024", name, first);
+    if (first + bytes > block.smem_bytes) fail("%s of %lld bytes at %lld: beyond shared memory", name, bytes, first);
+    for (int64 address = first; address < first + bytes; address += 16) async_proxy.check(name, address);
+    if (transfer.misses()) fail("%s: the box lies wholly outside the tensor", name);
+    if (transfer.barrier) {
+      for (const Transfer& other : transfers) {
+        if (first < other.shared + other.tensor.box_bytes() && other.shared < first + bytes) {
+          fail("tma_load by thread %d to %lld, where a %s by thread %d is under way", transfer.thread, first,
+               other.name(), other.thread);
+        }
+      }
+      memset(block.smem + first, 0xff, bytes);
+    }
+    transfers.push_back(transfer);
+    pause();
+  }
+
+  bool work() {
+    if (transfers.empty()) return false;
+    size_t number = random_below(transfers.size());
+    for (size_t passed = 0; stores_last && !transfers[number].barrier && passed < transfers.size(); ++passed) {
+      number = (number + 1) % transfers.size();
+    }
+    finish(number);
+    return true;
+  }
+  void finish(size_t number) {
+    const Transfer transfer = transfers[number];
+    transfers.erase(transfers.begin() + number);
+    transfer.run();
+  }
+
+  // Nothing may touch the shared memory of a block that has ended.
+  void end() const {
+    for (const Transfer& transfer : transfers) {
+      if (transfer.barrier) fail("the block ended while a tma_load by thread %d was under way", transfer.thread);
+    }
+    for (const Thread& thread : block.threads) {
+      const Stores& left = stores[thread.index];
+      if (left.started + left.committed > 0) {
+        fail("thread %d returned before its tma_store had read shared memory", thread.index);
+      }
+    }
+  }
+};
+
+static CopyEngine copy_engine;
+static const Register kCopyEngine{
+    {[] { copy_engine.start(); }, [] { return copy_engine.work(); }, [] { copy_engine.end(); }}};
+
+}  // namespace cuflash::host
+
+namespace cuflash::ptx {
+
+void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier) {
+  host::Mbarrier& known = host::mbarrier_at("tma_load", barrier);
+  if (!known.fenced) host::fail("tma_load: mbarrier %u lacks fence_mbarrier_init", barrier);
+  const int thread = host::block.current->index;
+  host::copy_engine.add({thread, &known, false, host::Tensor("tma_load", map), {x0, x1, x2, x3}, shared});
+}
+
+void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, uint32 shared) {
+  const int thread = host::block.current->index;
+  ++host::copy_engine.stores[thread].started;
+  host::copy_engine.add({thread, nullptr, false, host::Tensor("tma_store", map), {x0, x1, x2, x3}, shared});
+}
+
+void tma_store_commit() {
+  host::CopyEngine::Stores& mine = host::copy_engine.stores[host::block.current->index];
+  mine.committed += std::exchange(mine.started, 0);
+  for (host::Transfer& transfer : host::copy_engine.transfers) {
+    const bool is_mine = !transfer.barrier && transfer.thread == host::block.current->index;
+    transfer.committed = transfer.committed || is_mine;
+  }
+}
+
+void tma_store_wait_read() {
+  const int thread = host::block.current->index;
+  host::copy_engine.stores[thread].committed = 0;
+  for (size_t number = host::copy_engine.transfers.size(); number-- > 0;) {
+    const host::Transfer& transfer = host::copy_engine.transfers[number];
+    if (transfer.committed && transfer.thread == thread) host::copy_engine.finish(number);
+  }
+}
+
+void fence_proxy_async() { host::async_proxy.fence(host::block.current->index); }
+
+}  // namespace cuflash::ptx
