@@ -46,11 +46,6 @@ class View(NamedTuple):
         """Whether there is no element."""
         return 0 in self.shape
 
-    def span(self) -> tuple[str, int, int]:
-        """Its name, and the addresses of its first byte and its end."""
-        first, end = self.extent()
-        return self.name, self.pointer + first, self.pointer + end
-
     def extent(self) -> tuple[int, int]:
         """First byte and end of the elements, relative to the pointer."""
         if self.empty:
@@ -66,10 +61,8 @@ class NumPy:
 
     def view(self, name: str, x: np.ndarray) -> View:
         """Spell the array out."""
-        # .name says "float32" for either byte order; str() says ">f4" for the foreign one.
-        dtype = x.dtype.name if x.dtype.isnative else str(x.dtype)
         pointer = x.__array_interface__["data"][0]
-        return View(name, x.shape, x.strides, dtype, x.itemsize, pointer, "cpu", x.flags.writeable)
+        return View(name, x.shape, x.strides, _name(x.dtype), x.itemsize, pointer, "cpu", x.flags.writeable)
 
 
 class CuPy:
@@ -102,7 +95,7 @@ class CuPy:
     def view(self, name: str, x: Any) -> View:
         """Spell the array out."""
         device = f"cuda:{x.data.device_id}"
-        return View(name, x.shape, x.strides, x.dtype.name, x.dtype.itemsize, x.data.ptr, device)
+        return View(name, x.shape, x.strides, _name(x.dtype), x.dtype.itemsize, x.data.ptr, device)
 
     def context(self, device: int) -> AbstractContextManager[Any]:
         """Where launches and allocations for the device belong."""
@@ -339,6 +332,11 @@ def _cupy() -> Any:
             f"cuflash launches its kernels through CuPy, which cannot be imported. {HOW_TO_GET_CUPY}."
         ) from error
     return cupy
+
+
+def _name(dtype: np.dtype) -> str:
+    """NumPy's name of an element type, which is the same for either byte order; ``>f4`` and the like of the foreign."""
+    return dtype.name if dtype.isnative else str(dtype)
 
 
 def _not_on_cuda(name: str, framework: str, where: str) -> InvalidArgument:

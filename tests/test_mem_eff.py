@@ -317,6 +317,20 @@ BACKWARD_REFUSED = {
     "out": ({"out": zeros(B, SQ, H, 3)}, "out has shape (2, 19, 4, 3); expected (2, 19, 4, 24)"),
     "grad_out": ({"grad_out_": zeros(B, SQ, H, 3)}, "grad_out_ has shape (2, 19, 4, 3); expected (2, 19, 4, 24)"),
     "max_seqlen": ({"max_seqlen_k": 3}, "max_seqlen_k is 3 but the tensor has 27 rows"),
+    "row": ({"query": zeros(D)}, "query has 1 dimensions, shape (16,); expected 4: (b, s, h, d)"),
+    "list": ({"query": [0.0]}, "query is a list; expected an array"),
+    "key list": ({"key": [0.0]}, "key is a list; expected an array"),
+    "lse list": ({"logsumexp": [0.0]}, "logsumexp is a list; expected an array"),
+    "lse number": ({"logsumexp": zeros()}, "logsumexp has shape (); expected (2, 4, 19)"),
+    "packed list": (
+        {"query": zeros(1, 15, H, D), "key": [0.0], "cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K},
+        "key has shape (); expected",
+    ),
+    "state text": ({"dropout_p": P, "philox_seed": "7", "philox_offset": 0}, "philox_seed is '7'; expected what the"),
+    "shared rows": (
+        {"shared_storage_dqdkdv": True, "query": zeros(D), "key": zeros(D), "value": zeros(D)},
+        "query has shape (16,); expected (b, s, h, d)",
+    ),
 }
 
 

@@ -416,7 +416,17 @@ CALLS: dict[str, Call] = {
     "out-overlaps-q": Call(
         func,
         "out shares memory with q, which is still read while out is written. Give out memory of its own.",
-        {"q": shared[..., :8], "out": shared[..., 8:]},
+        {"q": shared[..., :8], "out": shared[..., 7:23]},
+    ),
+    "dk-is-dq": Call(
+        backward,
+        "dk shares memory with dq, which is written too. Give dk memory of its own.",
+        {"k": full(2, 6, 4, 8), "v": full(2, 6, 4, 16), "dq": shared[..., :8], "dk": shared[..., :8]},
+    ),
+    "dv-overlaps-dk": Call(
+        backward,
+        "dv shares memory with dk, which is written too. Give dv memory of its own.",
+        {"k": full(2, 6, 4, 8), "v": full(2, 6, 4, 16), "dk": shared[..., :8], "dv": shared[..., 7:23]},
     ),
     "dk-overlaps-v": Call(
         backward,

@@ -590,6 +590,7 @@ def test_what_the_packed_backward_refuses() -> None:
         cuflash.mha_varlen_bwd(*head, zeros(3, H, 8), *tail)
 
 
+GRAD, GRAD_Q = zeros(SQ, SK), zeros(B, SQ, H, D)
 BIAS_REFUSED = {
     "shape": ({"attn_bias_": zeros(3, SQ, SK)}, "attn_bias_ has shape (3, 19, 27); expected one that broadcasts to"),
     "dtype": ({"attn_bias_": zeros(SQ, SK, dtype="float16")}, "attn_bias_ is float16; expected float32"),
@@ -599,6 +600,22 @@ BIAS_REFUSED = {
         "grad_bias is given but bias_requires_grad",
     ),
     "grad_bias": ({"grad_bias": zeros(1, SQ, SK)}, "grad_bias has shape (1, 19, 27); expected (19, 27)"),
+    "grad_bias type": ({"grad_bias": zeros(SQ, SK, dtype="int32")}, "grad_bias is int32; expected float32"),
+    "grad_bias order": ({"grad_bias": zeros(SQ, SK).astype(">f4")}, "grad_bias is >f4; expected float32"),
+    "grad_bias list": ({"grad_bias": [[0.0]]}, "grad_bias is a list; expected an array"),
+    "grad_bias rows": (
+        {"grad_bias": np.lib.stride_tricks.as_strided(zeros(SK), (SQ, SK), (0, 4))},
+        "grad_bias has elements that share memory",
+    ),
+    "grad_bias read-only": ({"grad_bias": np.broadcast_to(np.float32(0), (SQ, SK))}, "grad_bias is read-only"),
+    "grad_bias is the bias": (
+        {"attn_bias_": GRAD, "grad_bias": GRAD},
+        "grad_bias shares memory with attn_bias_, which is still read while grad_bias is written",
+    ),
+    "grad_bias in dq": (
+        {"dq_": GRAD_Q, "grad_bias": GRAD_Q.reshape(-1)[: SQ * SK].reshape(SQ, SK)},
+        "grad_bias shares memory with dq_, which is written too",
+    ),
     "flag": ({"bias_requires_grad": None}, "bias_requires_grad is None; expected True or False"),
 }
 

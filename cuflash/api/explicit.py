@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -178,10 +178,13 @@ def gradients(
     """(dq, dk, dv, dbias); `arrays` are those of `ops.backward` that the caller has, with the convention's lse."""
     place = Place(options.name("q"), arrays["q"])
     bias: Any = arrays.get("attn_bias")
+    framework_of([*map(options.name, arrays), "grad_bias"], [*arrays.values(), grad_bias])
     flag("zero_tensors", zero_tensors)
     if flag("bias_requires_grad", bias_requires_grad):
-        arrays["attn_bias"] = _differentiated(options, bias, grad_bias)
+        arrays["attn_bias"] = _differentiated(options, bias)
         options = options._replace(bias_grad=True)
+        if grad_bias is not None:
+            _check_grad_bias(place, options, arrays, grad_bias)
     elif grad_bias is not None:
         raise InvalidArgument("grad_bias is given but bias_requires_grad is False; pass True to have it filled.")
     with place.here:
@@ -194,18 +197,23 @@ def gradients(
     return (*found[:3], dbias)
 
 
-def _differentiated(options: Options, bias: Any, grad_bias: Any) -> Any:
+def _differentiated(options: Options, bias: Any) -> Any:
     """The bias whose gradient is computed; one that is expanded gives way to what it was expanded from."""
     name = options.name("attn_bias")
     if bias is None:
         raise InvalidArgument(f"bias_requires_grad is True but {name} is None; pass the bias whose gradient is wanted.")
-    bias = unexpanded(bias) if hasattr(bias, "shape") else bias
-    if grad_bias is not None and tuple(grad_bias.shape) != tuple(bias.shape):
-        raise InvalidArgument(
-            f"grad_bias has shape {tuple(grad_bias.shape)}; expected {tuple(bias.shape)}, that of {name} with size 1 "
-            "along the axes that it is expanded over."
-        )
-    return bias
+    return unexpanded(bias)
+
+
+def _check_grad_bias(place: Place, options: Options, arrays: Mapping[str, Any], grad_bias: Any) -> None:
+    """The caller's array for the gradient of the bias is an output like the others."""
+    given = {options.name(name): x for name, x in arrays.items() if x is not None} | {"grad_bias": grad_bias}
+    outputs = ("dq", "dk", "dv")
+    order = sorted(given, key=lambda name: name in [*map(options.name, outputs), "grad_bias"])
+    views = {name: place.view(name, given[name]) for name in order}
+    check.check_output(views["grad_bias"], views[options.name("attn_bias")])
+    num_outputs = 1 + sum(arrays.get(name) is not None for name in outputs)
+    check.check_separate([*map(check.extent, views.values())], [x.pointer for x in views.values()], num_outputs)
 
 
 def _stored(place: Place, dbias: Any, dtype: Any, grad_bias: Any) -> Any:
@@ -234,6 +242,10 @@ def _rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: 
         raise InvalidArgument("philox_offset is None and philox_seed is one number; pass what the forward returned.")
     given = {"philox_seed": philox_seed, "philox_offset": philox_offset}
     if all(is_array(x) and "cpu" not in str(getattr(x, "device", "cpu")) for x in given.values()):
+        for name, x in given.items():
+            dtype = place.view(name, x).dtype
+            if dtype not in ("int64", "uint64") or np.prod(x.shape) != 1:
+                raise InvalidArgument(f"{name} is {dtype} of shape {tuple(x.shape)}; expected one int64.")
         return place.xp.concatenate([place.cast(x.reshape(1), "int64") for x in given.values()])
     seed, offset = (_number(name, x) for name, x in given.items())
     return place.pair(seed, offset)
@@ -276,6 +288,11 @@ def _without_padding(place: Place, options: Options, lse: Any, starts_q: Any, q:
     name = options.name("lse")
     if lse is None:
         raise InvalidArgument(f"{name} is None; expected an array.")
+    if len(q.shape) != 3 or len(starts_q.shape) != 1:
+        return lse  # what is wrong with those is said where all arrays are checked
+    dtype = place.view(name, lse).dtype
+    if dtype not in ("float32", "float64"):
+        raise InvalidArgument(f"{name} is {dtype}; expected float32, or float64 for float64 tensors.")
     heads, length = q.shape[-2], longest(starts_q, options.max_seqlen_q)
     shape = tuple(lse.shape)
     if len(shape) != 3 or shape[:2] != (len(starts_q) - 1, heads) or shape[2] < length:

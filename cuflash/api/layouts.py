@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import Guest, framework_of
+from cuflash.arrays import CuPy, Guest, NumPy, Torch, View, framework_of
 from cuflash.errors import InvalidArgument
 
 GAP = 128
@@ -33,9 +33,14 @@ class Place:
                 f"{name} is a {framework.name} array; this function takes NumPy, CuPy and torch arrays. "
                 "Pass cupy.from_dlpack of it, or call flash_attn_func."
             )
+        self._framework: NumPy | CuPy | Torch = framework
         self.xp: Any = np if isinstance(x, np.ndarray) else sys.modules[framework.name.lower()]
         self._device = {"device": x.device} if framework.name == "torch" else {}
         self.here: AbstractContextManager[Any] = x.device if framework.name == "CuPy" else nullcontext()
+
+    def view(self, name: str, x: Any) -> View:
+        """An array of the same library, spelled out."""
+        return self._framework.view(name, x)
 
     def dtype(self, name: str) -> Any:
         """The library's own name of a dtype."""

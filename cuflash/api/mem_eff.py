@@ -17,7 +17,7 @@ from cuflash.api import explicit
 from cuflash.api.layouts import Place, longest
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.generator import PhiloxGenerator
-from cuflash.numbers import flag, integer, shown
+from cuflash.numbers import flag, integer, is_array, shown
 from cuflash.ops import Options
 
 Array = Any
@@ -392,7 +392,8 @@ def efficient_attention_backward(
         explicit.require(logsumexp=logsumexp)
         if not packed:
             options = _dense_lengths(options, query, key)
-            logsumexp = logsumexp[..., : query.shape[1]]
+            if len(query.shape) == 4 and is_array(logsumexp) and len(logsumexp.shape) == 3:  # others are refused later
+                logsumexp = logsumexp[..., : query.shape[1]]
         if flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
             with place.here:
                 shared = _shared(place, query, key, value)
@@ -461,8 +462,9 @@ def _starts(cu_seqlens_q: Array | None, cu_seqlens_k: Array | None) -> bool:
 def _unbatched(name: str, x: Array) -> Array:
     """(1, total, h, d) to (total, h, d)."""
     explicit.require(**{name: x})
-    if len(x.shape) != 4 or x.shape[0] != 1:
-        raise InvalidArgument(f"{name} has shape {tuple(x.shape)}; expected (1, total, h, d) with cu_seqlens_q.")
+    shape = tuple(getattr(x, "shape", ()))
+    if len(shape) != 4 or shape[0] != 1:
+        raise InvalidArgument(f"{name} has shape {shape}; expected (1, total, h, d) with cu_seqlens_q.")
     return x[0]
 
 
@@ -492,11 +494,13 @@ def _ordered(num_splits_key: int | None, deterministic: bool) -> bool:
 
 def _shared(place: Place, query: Array, key: Array, value: Array) -> Array:
     """One array for three gradients."""
-    shapes = [tuple(x.shape) for x in (query, key, value)]
+    shapes = [tuple(getattr(x, "shape", ())) for x in (query, key, value)]
     if len(set(shapes)) > 1:
         raise InvalidArgument(
             f"shared_storage_dqdkdv is True and query, key and value have shapes {shapes[0]}, {shapes[1]} and "
             f"{shapes[2]}; expected one shape."
         )
+    if len(shapes[0]) != 4:
+        raise InvalidArgument(f"query has shape {shapes[0]}; expected (b, s, h, d).")
     batch, rows, heads, dim = shapes[0]
     return place.full((batch, rows, 3, heads, dim), 0, query.dtype)

@@ -24,7 +24,8 @@ def problem_of(
     problem = check.problem_of(direction, options, views)
     num_outputs = sum(name in views for name in OUTPUTS[direction])
     if num_outputs:
-        check.check_separate([view.span() for view in views.values()], num_outputs)
+        extents = list(map(check.extent, views.values()))
+        check.check_separate(extents, [view.pointer for view in views.values()], num_outputs)
     return problem, check.shapes(options, views)
 
 

@@ -116,16 +116,15 @@ class Prepared:
     """Where those are that no kernel writes, as there is nothing to attend to, and what they hold."""
     increment: int | None
     """How far the call moves a generator on; None without dropout and in the backward."""
-    extents: tuple[tuple[str, int, int], ...]
-    """(name, first byte, end) of every given array from its pointer; empty when all results are allocated."""
+    extents: tuple[check.Extent, ...]
+    """Of every given array; empty when all results are allocated."""
     num_outputs: int
     """How many of the given arrays, the last ones, are written."""
 
     def __call__(self, arrays: Sequence[Any], pointers: list[int], generator: Any) -> tuple[Any, ...]:
         """Allocate, launch and return the results; `pointers` are those of the arrays that are not None."""
         if self.extents:
-            spans = [(name, p + first, p + end) for p, (name, first, end) in zip(pointers, self.extents, strict=True)]
-            check.check_separate(spans, self.num_outputs)
+            check.check_separate(self.extents, pointers, self.num_outputs)
         framework = self.framework
         with framework.context(self.device):
             drawn: tuple[int, ...] = ()
@@ -180,7 +179,7 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
             (places.index(name), _EMPTY_VALUES.get(name, 0.0)) for name in names if not whole and name != "rng_state"
         ),
         increment=draw.increment(problem) if "rng_state" in names else None,
-        extents=tuple((view.name, *view.extent()) for view in views.values()) if outputs else (),
+        extents=tuple(map(check.extent, views.values())) if outputs else (),
         num_outputs=len(outputs),
     )
 
