@@ -449,7 +449,7 @@ def test_markdown_shows_how_many_times_faster_cuflash_is():
     ]
     found.host = [{"impl": "cuflash", "phase": "forward", "host_us": 12.0}]
     found.start = {"forward, cold": {"import_s": 0.1, "first_call_s": 0.9}}
-    text = report.markdown(found)
+    text = report.markdown(found, "run.json")
     assert "| case | cuflash TFLOP/s | beside the best | peer TFLOP/s |" in text
     own, peer = case.flops() / 200e6, case.flops() / 300e6
     assert f"| {case.id} | {own:.1f} (200.0 µs) | 1.50x peer | {peer:.1f} (1.50x) |" in text
@@ -475,7 +475,7 @@ def test_a_table_compares_with_the_best_peer_with_the_product_and_over_a_set():
         (third, {"cuflash": 200.0, "slow": 500.0}),
     ]:
         found.rows += rows_of(case, us) + rows_of(case, {"gemm": 1000.0}, flops=2 * 5 * case.flops())
-    lines = report.markdown(found).splitlines()
+    lines = report.markdown(found, "run.json").splitlines()
     cells = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in lines}
     assert cells["case"][1:] == ["of gemm", "beside the best", "slow TFLOP/s", "quick TFLOP/s", "gemm TFLOP/s"]
     assert cells[first.id][1:3] == ["0.50", "1.05x quick"]
@@ -490,7 +490,7 @@ def test_burst_and_sustained_are_tables_of_their_own(tmp_path):
     case = sets.prefill()[0]
     found = report.new(gpu=False)
     found.rows = rows_of(case, {"cuflash": 200.0, "peer": 300.0}) + rows_of(case, {"cuflash": 250.0}, "sustained")
-    text = report.markdown(found)
+    text = report.markdown(found, "run.json")
     assert "Forward; in brackets" in text
     assert "Forward, sustained; in brackets" in text
     found.write(tmp_path / "out.json")

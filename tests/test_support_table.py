@@ -1,4 +1,4 @@
-"""The README's support table is what signatures and the catalogue say, and what it says holds."""
+"""The support table of cuflash/README.md is what signatures and the catalogue say, and what it says holds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.plan.families import FEATURES, needs
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "cuflash" / "README.md"
 IDS = [row.what for row in ROWS]
 PACKED = {FLASH, MHA, CK, MEM_EFF, EFFICIENT}
 """The groups with packed sequences, and with gradients."""
@@ -69,10 +69,10 @@ SERVED: list[tuple[set[str], list[str]]] = [
 """Which functions must serve what: those of PyTorch what theirs have, flash-attn's everything they can."""
 
 
-def test_the_readme_is_current() -> None:
-    text = README.read_text(encoding="utf-8")
+def test_the_page_is_current() -> None:
+    text = PAGE.read_text(encoding="utf-8")
     between = text.partition("<!-- support-table:begin -->\n")[2].partition("<!-- support-table:end -->")[0]
-    assert between == table(), "run `python -m cuflash support --write README.md`"
+    assert between == table(), "run `python -m cuflash support --write cuflash/README.md`"
 
 
 def test_every_feature_has_a_probe_that_needs_it_alone() -> None:

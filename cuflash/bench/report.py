@@ -218,7 +218,7 @@ Group = dict[str, Row]
 """The rows of one case in one phase and mode, by implementation."""
 
 
-def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Group]]:
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Group]]:
     """(phase, mode) -> case -> its rows, in the order measured."""
     groups: dict[tuple[str, str], dict[str, Group]] = {}
     for each in rows:
@@ -226,7 +226,7 @@ def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Group]]:
     return groups
 
 
-def _faster(group: Group) -> dict[str, float]:
+def beside_peers(group: Group) -> dict[str, float]:
     """How many times faster cuflash is than each peer."""
     own = group.get(OWN)
     if own is None:
@@ -254,15 +254,15 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
     header += ["beside the best"] * bool(peers) + [f"{impl} TFLOP/s" for impl in [*peers, *products]]
     set_of = {case: name for name, cases in report.sets.items() for case in cases}
     lines = []
-    for (phase, mode), cases in _grouped(report.rows).items():
+    for (phase, mode), cases in by_case(report.rows).items():
         label = phase if mode == "burst" else f"{phase}, {mode}"
         for name in dict.fromkeys(set_of.get(case, "") for case in cases):
             groups = {case: group for case, group in cases.items() if set_of.get(case, "") == name}
             for case, group in groups.items():
-                faster, share = _faster(group), _share(group)
-                line = [label, case, _cell(group.get(OWN)), *(_ratio(share, "") for _ in products)]
+                faster, share = beside_peers(group), _share(group)
+                line = [label, case, _cell(group.get(OWN)), *(times(share, "") for _ in products)]
                 best = min(faster, key=faster.__getitem__, default=None)
-                line += ["–" if best is None else f"{_ratio(faster[best])} {best}"] * bool(peers)
+                line += ["–" if best is None else f"{times(faster[best])} {best}"] * bool(peers)
                 line += [_cell(group.get(impl), faster.get(impl)) for impl in [*peers, *products]]
                 lines.append(line)
             if peers and len(groups) > 1:
@@ -272,24 +272,26 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def _means(name: str, groups: list[Group], peers: list[str], products: list[str]) -> list[str]:
     """The last line of a set: geometric means over the cases that have the ratio, and the least beside the best."""
-    ratios = [_faster(group) for group in groups]
+    ratios = [beside_peers(group) for group in groups]
     shares = [share for group in groups if (share := _share(group)) is not None]
     best = [min(each.values()) for each in ratios if each]
     return [
         f"{name or 'all'}: geometric mean",
         "",
-        *(_ratio(_mean(shares), "") for _ in products),
-        f"{_ratio(_mean(best))}, least {_ratio(min(best))}" if best else "–",
-        *(_ratio(_mean([each[impl] for each in ratios if impl in each])) for impl in peers),
+        *(times(geometric_mean(shares), "") for _ in products),
+        f"{times(geometric_mean(best))}, least {times(min(best))}" if best else "–",
+        *(times(geometric_mean([each[impl] for each in ratios if impl in each])) for impl in peers),
         *("" for _ in products),
     ]
 
 
-def _mean(ratios: list[float]) -> float | None:
+def geometric_mean(ratios: list[float]) -> float | None:
+    """Their geometric mean; None of none."""
     return statistics.geometric_mean(ratios) if ratios else None
 
 
-def _ratio(ratio: float | None, unit: str = "x") -> str:
+def times(ratio: float | None, unit: str = "x") -> str:
+    """A ratio in two decimals."""
     return "–" if ratio is None else f"{ratio:.2f}{unit}"
 
 
@@ -297,7 +299,7 @@ def _cell(row: Row | None, faster: float | None = None) -> str:
     """A rate, then beside a peer how many times faster cuflash is and elsewhere the time; the clock where known."""
     if row is None:
         return "–"
-    beside = [f"{row.gpu_us:,.1f} µs" if faster is None else _ratio(faster)]
+    beside = [f"{row.gpu_us:,.1f} µs" if faster is None else times(faster)]
     beside += [f"{row.sm_mhz:.0f} MHz"] if row.sm_mhz else []
     return f"{_short(row.tflops)} ({', '.join(beside)})"
 
@@ -317,12 +319,12 @@ def table(report: Report) -> Table:
     return result
 
 
-def markdown(report: Report) -> str:
-    """The results for a README: one table for each phase and mode, then host and start times."""
+def markdown(report: Report, name: str) -> str:
+    """The results for a page, with the file they are from: one table for each phase and mode, then host and start."""
     header, lines = _cells(report)
     made_with = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     driver = f", driver {report.driver}" if report.driver else ""
-    parts = [f"{report.device}{driver}, {report.date[:10]}; {made_with}."]
+    parts = [f"`{name}`: {report.device}{driver}, {report.date[:10]}; {made_with}."]
     for phase in dict.fromkeys(line[0] for line in lines):
         own = [line[1:] for line in lines if line[0] == phase]
         parts.append(f"{phase.capitalize()}; in brackets beside a peer, how many times faster cuflash is.")

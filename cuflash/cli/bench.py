@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cuflash.bench import report, sets, start
+from cuflash.bench import standing as standings
 from cuflash.bench.cases import Case
 from cuflash.bench.peers import PEERS, find
 from cuflash.bench.peers import chosen as chosen_peers
@@ -57,10 +58,16 @@ from cuflash.problem import Direction
 @click.option("--json", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write everything here.")
 @click.option("--render", type=FILE, help="Measure nothing; print such a file as Markdown, or one --phase of it.")
 @click.option(
+    "--standing",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Measure nothing; print where cuflash stands by the runs in this folder.",
+)
+@click.option(
     "--write",
     type=FILE,
-    help="With --render: put it between this file's markers measurements, or measurements-<phase>.",
+    help="With --render or --standing: put it between markers of this file.",
 )
+@click.option("--marker", help="With --write: their name; measurements, measurements-<phase> or standing if not given.")
 def command(
     problems: str | None,
     case: str | None,
@@ -72,21 +79,27 @@ def command(
     processes: bool,
     json: Path | None,
     render: Path | None,
+    standing: Path | None,
     write: Path | None,
+    marker: str | None,
 ) -> None:
     """Time and print, or print what was timed."""
+    if marker is not None and write is None:
+        raise InvalidArgument("--marker needs --write, the file that has the markers.")
+    if standing is not None:
+        if render is not None:
+            raise InvalidArgument("--standing and --render exclude each other; drop one of them.")
+        _refuse_others("--standing", given("standing", "write", "marker"))
+        _put(standings.markdown(standings.recorded(standing)), marker or "standing", write)
+        return
     if render is not None:
-        if unused := given("render", "write", "phase"):
-            raise InvalidArgument(f"{unused[0]} is for a measurement, and --render measures nothing; drop one of them.")
+        _refuse_others("--render", given("render", "write", "marker", "phase"))
         whole = report.Report.read(render)
-        text = report.markdown(whole if phase == "both" else whole.of(phase))
-        if write is None:
-            print(text)
-        else:
-            write_between(write, "measurements" if phase == "both" else f"measurements-{phase}", text)
+        text = report.markdown(whole if phase == "both" else whole.of(phase), render.name)
+        _put(text, marker or ("measurements" if phase == "both" else f"measurements-{phase}"), write)
         return
     if write is not None:
-        raise InvalidArgument("--write needs --render, the file of a finished run.")
+        raise InvalidArgument("--write needs --render, the file of a finished run, or --standing, a folder of them.")
     gpu = has_gpu()
     by_set = _matching(problems or ("prefill" if gpu else "numpy"), case)
     directions: list[Direction] = ["forward", "backward"] if phase == "both" else [phase]
@@ -114,6 +127,19 @@ def command(
     _print(run.report, console())
     if json is not None:
         run.report.write(json)
+
+
+def _refuse_others(option: str, others: list[str]) -> None:
+    if others:
+        raise InvalidArgument(f"{others[0]} is for a measurement, and {option} measures nothing; drop one of them.")
+
+
+def _put(text: str, marker: str, write: Path | None) -> None:
+    """Print, or write between the markers of a file."""
+    if write is None:
+        print(text, end="")
+    else:
+        write_between(write, marker, text)
 
 
 def _matching(problems: str, pattern: str | None) -> dict[str, list[Case]]:
