@@ -242,7 +242,7 @@ class Guest:
 
 Framework = NumPy | CuPy | Torch | Guest
 
-numpy_arrays = NumPy()
+numpy_arrays: NumPy = NumPy()
 
 
 @cache

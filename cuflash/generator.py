@@ -185,7 +185,7 @@ def _uint64(name: str, value: Any) -> int | None:
     return number if number is not None and 0 <= number < 2**64 else None
 
 
-default_generator = PhiloxGenerator()
+default_generator: PhiloxGenerator = PhiloxGenerator()
 """What calls draw from that are given no generator."""
 
 

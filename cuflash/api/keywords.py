@@ -84,3 +84,4 @@ class Pullback(Protocol[Result]):
 
     def __call__(self, dout: Array, dlse: Array | None = None) -> Result:
         """Gradients for that of the output, and of the log-sum-exp if it is not zero."""
+        ...

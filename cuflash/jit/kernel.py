@@ -28,7 +28,7 @@ class Kernel:
     argument: Callable[[int], Any]
     """CuPy's words for the address of an argument; those for a NumPy array take 1 us more to find."""
 
-    def launch(self, num_blocks: int, params: ctypes.Array) -> None:
+    def launch(self, num_blocks: int, params: ctypes.Array[Any]) -> None:
         """Launch on the current CuPy stream; ``params`` is the parameter struct, read before this returns."""
         arguments = (self.argument(ctypes.addressof(params)),)
         self.function((num_blocks,), (self.config.threads,), arguments, shared_mem=self.config.smem_bytes)

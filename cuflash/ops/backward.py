@@ -34,7 +34,7 @@ def backward(
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
-) -> Gradients | tuple[Any, Any, Any]:
+) -> Gradients[Any, Any, Any] | tuple[Any, Any, Any]:
     """(dq, dk, dv) as arrays of the same framework, all Gradients where a bias' or a sink's are among them.
 
     dq, dk and dv are written where they are given.

@@ -15,7 +15,7 @@ from cuflash.ops.options import Gradients, Options, Shared
 
 def vjp(
     options: Options, arrays: Shared, generator: Any = None
-) -> tuple[Any, Any, Callable[..., Gradients | tuple[Any, Any, Any]]]:
+) -> tuple[Any, Any, Callable[..., Gradients[Any, Any, Any] | tuple[Any, Any, Any]]]:
     """(out, lse, pullback) for the arrays in the order of :data:`SHARED`.
 
     How long packed sequences are is read once for both directions, and both draw the same random numbers.
@@ -28,7 +28,7 @@ def vjp(
     row_state = more.pop(0) if forward_options.keep_state else None
     rng_state = more[0] if more else None
 
-    def pullback(dout: Any, dlse: Any = None) -> Gradients | tuple[Any, Any, Any]:
+    def pullback(dout: Any, dlse: Any = None) -> Gradients[Any, Any, Any] | tuple[Any, Any, Any]:
         """Gradients of the inputs for those of out and lse (None: zero)."""
         try:
             return backward(options._replace(num_splits=0), *arrays, rng_state, out, dout, lse, dlse, row_state)
