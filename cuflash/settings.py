@@ -8,6 +8,8 @@ from pathlib import Path
 
 import platformdirs
 
+from cuflash.errors import InvalidArgument
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -31,6 +33,31 @@ def read() -> Settings:
 def attention_backend() -> str:
     """Which kernels are preferred (``CUFLASH_ATTENTION_BACKEND``); read alone, as calls ask every time."""
     return os.environ.get("CUFLASH_ATTENTION_BACKEND") or "default"
+
+
+def num_threads() -> int:
+    """How many threads the NumPy backend uses (``CUFLASH_NUM_THREADS``; all cores that the process may use by default).
+
+    Read alone, as calls ask every time.
+
+    Raises
+    ------
+    InvalidArgument
+        If the variable is no positive integer.
+    """
+    text = os.environ.get("CUFLASH_NUM_THREADS", "").strip()
+    if not text:
+        return _usable_cores()
+    number = int(text) if text.isdecimal() and len(text) <= 9 else 0
+    if number == 0:
+        raise InvalidArgument(f"CUFLASH_NUM_THREADS is {text!r}; expected an integer from 1. Unset it for all cores.")
+    return number
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default_cache_dir() -> Path:

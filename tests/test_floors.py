@@ -45,6 +45,7 @@ with ``plan`` and ``jit``, for everything above it but the tools in ``bench`` an
 LIBRARIES = {
     **{name: {"numpy"} for name in FLOORS},
     "settings": {"platformdirs"},
+    "reference": {"numpy", "threadpoolctl"},
     "dtypes": {"numpy", "ml_dtypes"},
     "bench": {"numpy", "ml_dtypes", "rich"},
     "cli": {"numpy", "rich", "click"},

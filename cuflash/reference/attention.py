@@ -14,19 +14,19 @@ h // (heads_q // heads_kv).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cuflash import dtypes
-from cuflash.reference import tiled
+from cuflash.reference import pool, tiled
 from cuflash.reference.features import Features
 from cuflash.reference.paged import PagedRows
+from cuflash.reference.pool import Job, Scratch
 from cuflash.reference.tiles import grouped_pairs
-
-# inf - inf, log(0) and casts beyond fp16 are decided here on purpose; their values are the documented ones.
-_quiet = np.errstate(all="ignore")
 
 
 class Gradients(NamedTuple):
@@ -41,7 +41,6 @@ class Gradients(NamedTuple):
     """(heads_q,) in the accumulator dtype; None without a sink."""
 
 
-@_quiet
 def forward(
     q: np.ndarray,
     k: np.ndarray,
@@ -76,11 +75,11 @@ def forward(
     if out is None:
         out = np.empty((batch, len_q, heads_q, v.shape[-1]), q.dtype)
     lse = np.empty((batch, heads_q, len_q), _real(q))
-    tiled.forward(q, k, v, out, lse, Features(**features).policies(q.shape, k.shape), row_state)
+    policies = Features(**features).policies(q.shape, k.shape)
+    pool.run(tiled.forward(q, k, v, out, lse, policies, row_state), lse.size * k.shape[1])
     return out, lse
 
 
-@_quiet
 def backward(
     dout: np.ndarray,
     q: np.ndarray,
@@ -100,15 +99,14 @@ def backward(
     and dv are shaped and typed like q, k and v; `bias_grad` asks for the gradient of the bias.
     """
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
-    features = Features(**features)
-    sums = _Sums(features, k.shape[-2], bias_grad, _real(q))
-    policies = features.policies(q.shape, k.shape)
+    rules = Features(**features)
+    sums = _Sums(rules, len(q), k.shape[-2], bias_grad, _real(q))
+    policies = rules.policies(q.shape, k.shape)
     grads = {"dq": dq, "dk": dk, "dv": dv, **sums.of(0, len(q))}
-    tiled.backward(dout, q, k, v, out, lse, dlse, policies, row_state=row_state, **grads)
-    return Gradients(dq, dk, dv, sums.dbias, sums.dsink)
+    sums.add(0, tiled.backward(dout, q, k, v, out, lse, dlse, policies, row_state=row_state, **grads))
+    return sums.run(dq, dk, dv, scores=lse.size * k.shape[1])
 
 
-@_quiet
 def forward_varlen(
     q: np.ndarray,
     k: np.ndarray,
@@ -156,17 +154,19 @@ def forward_varlen(
     out[...] = 0
     if row_state is not None:
         row_state[...] = 0
-    features = Features(**features)
+    rules = Features(**features)
     longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
+    jobs, scores = [], 0
     for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
-        policies = features.policies(q1.shape, k1.shape, first=b, longest=longest)
+        policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
         state = None if row_state is None else row_state[None, :, rows]
-        tiled.forward(q1, k1, v1, out[None, rows], lse[None, :, rows], policies, state)
+        jobs.append(tiled.forward(q1, k1, v1, out[None, rows], lse[None, :, rows], policies, state))
+        scores += heads_q * q1.shape[1] * k1.shape[1]
+    pool.run(chain.from_iterable(jobs), scores)
     return out, lse
 
 
-@_quiet
 def backward_varlen(
     dout: np.ndarray,
     q: np.ndarray,
@@ -188,20 +188,21 @@ def backward_varlen(
 ) -> Gradients:
     """Gradients of `forward_varlen`; rows and keys that take no part get 0."""
     dq, dk, dv = (np.zeros(x.shape, x.dtype) for x in (q, k, v))
-    features = Features(**features)
-    sums = _Sums(features, k.shape[-2], bias_grad, _real(q))
+    rules = Features(**features)
+    sums = _Sums(rules, len(cu_seqlens_q) - 1, k.shape[-2], bias_grad, _real(q))
     longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
+    scores = 0
     for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
-        policies = features.policies(q1.shape, k1.shape, first=b, longest=longest)
-        lse1, dlse1 = lse[None, :, rows], None if dlse is None else dlse[None, :, rows]
-        state = None if row_state is None else row_state[None, :, rows]
+        policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
+        lse1, (dlse1, state) = lse[None, :, rows], (None if x is None else x[None, :, rows] for x in (dlse, row_state))
         grads = {"dq": dq[None, rows], "dk": dk[None, keys], "dv": dv[None, keys], **sums.of(b, 1)}
-        tiled.backward(dout[None, rows], q1, k1, v1, out[None, rows], lse1, dlse1, policies, row_state=state, **grads)
-    return Gradients(dq, dk, dv, sums.dbias, sums.dsink)
+        of_one = dout[None, rows], q1, k1, v1, out[None, rows], lse1, dlse1, policies
+        sums.add(b, tiled.backward(*of_one, row_state=state, **grads))
+        scores += q.shape[-2] * q1.shape[1] * k1.shape[1]
+    return sums.run(dq, dk, dv, scores=scores)
 
 
-@_quiet
 def forward_paged(
     q: np.ndarray,
     k: np.ndarray,
@@ -237,47 +238,78 @@ def forward_paged(
     out, lse : ndarray
         As `forward` for dense queries and as `forward_varlen` for packed ones, whose other keywords are these.
     """
-    packed = cu_seqlens_q is not None
-    heads_q = q.shape[-2]
+    packed, heads_q = cu_seqlens_q is not None, q.shape[-2]
     if out is None:
         out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
     lse = np.full((heads_q, len(q)) if packed else (len(q), heads_q, q.shape[1]), -np.inf, _real(q))
     out[...] = 0
-    features = Features(**features)
-    len_q = _longest(cu_seqlens_q, max_seqlen_q) if packed else q.shape[1]
+    rules = Features(**features)
+    len_q = q.shape[1] if cu_seqlens_q is None else _longest(cu_seqlens_q, max_seqlen_q)
     longest = len_q, int(seqused_k.max(initial=0)) if max_seqlen_k is None else max_seqlen_k
+    jobs, scores = [], 0
     for b, (table, length) in enumerate(zip(block_table, seqused_k.tolist(), strict=True)):
-        begin, end = cu_seqlens_q[b : b + 2].tolist() if packed else (0, q.shape[1])
+        begin, end = (0, q.shape[1]) if cu_seqlens_q is None else cu_seqlens_q[b : b + 2].tolist()
         rows = slice(begin, end if seqused_q is None else min(begin + int(seqused_q[b]), end))
         if rows.start == rows.stop:
             continue
         element = None if packed else slice(b, b + 1)
         length = min(length, k.shape[1] * len(table))
         q1, k1, v1 = q[element, rows], PagedRows(k, table, length), PagedRows(v, table, length)
-        policies = features.policies(q1.shape, k1.shape, first=b, longest=longest)
-        tiled.forward(q1, k1, v1, out[element, rows], lse[element, :, rows], policies)
+        policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
+        jobs.append(tiled.forward(q1, k1, v1, out[element, rows], lse[element, :, rows], policies))
+        scores += heads_q * q1.shape[1] * length
+    pool.run(chain.from_iterable(jobs), scores)
     return out, lse
 
 
 class _Sums:
-    """The gradients that sequences add to."""
+    """The gradients that sequences add to, and the jobs that do so."""
 
-    def __init__(self, features: Features, heads_kv: int, bias_grad: bool, real: np.dtype) -> None:
-        self.heads_kv = heads_kv
-        self.dbias = np.zeros(features.bias.shape, real) if bias_grad else None
-        self.dsink = None if features.sink is None else np.zeros(features.sink.shape, real)
+    def __init__(self, rules: Features, batch: int, heads_kv: int, bias_grad: bool, real: np.dtype) -> None:
+        self._heads_kv = heads_kv
+        self._dbias = np.zeros(rules.bias.shape, real) if bias_grad and rules.bias is not None else None
+        self._dsink = None
+        if rules.sink is not None:
+            self._dsink = np.zeros((batch, heads_kv, len(rules.sink) // heads_kv), real)
+        self._parts: dict[tuple[int, int], list[Job]] = {}
 
-    def of(self, first: int, batch: int) -> dict[str, np.ndarray | None]:
+    def of(self, first: int, batch: int) -> dict[str, Any]:
         """Views of what batch elements from `first` on add to, as `tiled.backward` takes them."""
-        dbias = None if self.dbias is None else grouped_pairs(self.dbias, self.heads_kv)
-        if dbias is not None and len(dbias) > 1:
+        dbias = None if self._dbias is None else grouped_pairs(self._dbias, self._heads_kv)
+        # Sequences of different lengths that share a bias' gradient must be cut alike, to share whole parts of it.
+        shared = dbias is not None and len(dbias) == 1
+        if dbias is not None and not shared:
             dbias = dbias[first : first + batch]
-        return {"dbias": dbias, "dsink": None if self.dsink is None else self.dsink.reshape(self.heads_kv, -1)}
+        dsink = None if self._dsink is None else self._dsink[first : first + batch]
+        return {"dbias": dbias, "dsink": dsink, "most_heads": 1 if shared else None}
+
+    def add(self, first: int, jobs: Iterable[tuple[tuple[int, int], Job]]) -> None:
+        """Take in the jobs of batch elements from `first` on; they run in this order where they add to the same."""
+        for (batch, head), job in jobs:
+            if self._dbias is None:
+                part = len(self._parts), 0
+            else:
+                part = 0 if self._dbias.ndim < 4 or len(self._dbias) == 1 else first + batch, head
+            self._parts.setdefault(part, []).append(job)
+
+    def run(self, dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, scores: int) -> Gradients:
+        """Run the jobs and return the gradients that they fill and add to."""
+        pool.run([partial(_in_order, jobs) for jobs in self._parts.values()], scores)
+        with np.errstate(all="ignore"):
+            dsink = None if self._dsink is None else self._dsink.sum(axis=0).ravel()
+        return Gradients(dq, dk, dv, self._dbias, dsink)
+
+
+def _in_order(jobs: Iterable[Job], scratch: Scratch) -> None:
+    for job in jobs:
+        job(scratch)
 
 
 def _real(q: np.ndarray) -> np.dtype:
     """The dtype of scores, sums and lse."""
-    return dtypes.of(q.dtype).accumulator
+    dtype = dtypes.of(q.dtype)
+    assert dtype is not None
+    return dtype.accumulator
 
 
 def _longest(cu_seqlens: np.ndarray, max_seqlen: int | None) -> int:

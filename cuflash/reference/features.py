@@ -77,6 +77,7 @@ class Features:
         sink = None if self.sink is None else self.sink.reshape(heads_kv, group)
         if self.dropout is None or not self.dropout.p:
             return Policies(scores, sink, None)
+        assert self.rng_state is not None
         seed, offset = (int(x) % 2**64 for x in self.rng_state)
         numbers = np.arange(first * heads_q, (first + batch) * heads_q, dtype=np.uint64)
         max_q, max_kv = longest or (len_q, len_kv)

@@ -25,19 +25,50 @@ class Scores:
     slopes: np.ndarray | None = None  # (b|1, heads_kv, group, 1, 1)
     bias: np.ndarray | None = None  # grouped pairs
 
+    @property
+    def plain(self) -> bool:
+        """Whether logits are products of queries and keys, with nothing but a band to hide some."""
+        return not self.softcap and self.keep is None and self.slopes is None and self.bias is None
+
+    def row_tiles(self, group: int) -> Iterator[slice]:
+        """Cut len_q so that the rows of a group of heads make tiles of ROWS, and smaller ones at a band's edge.
+
+        What a tile computes beyond the edge is wasted: half a tile's height for each of its rows.
+        """
+        rows = tiles.ROWS
+        if self.mask.left is not None:
+            rows //= 4
+        elif self.mask.right is not None:
+            rows = max(rows // 4, min(rows // 2, self.len_q // 4))
+        step = max(1, rows // max(1, group))
+        for start in range(0, self.len_q, step):
+            yield slice(start, min(start + step, self.len_q))
+
+    def keys_of(self, rows: slice) -> slice:
+        """The keys that some of these rows may see by the band, from the first to the last."""
+        first, end = self._band()
+        start = max(rows.start + first, 0)
+        return slice(start, max(start, min(rows.stop - 1 + end, self.len_kv)))
+
+    def fewest_keys(self, rows: slice) -> int:
+        """How many keys each of these rows sees by the band, at least."""
+        first, end = self._band()
+        # Concave along the rows, as the smaller end less the larger start: smallest at the first row or the last.
+        return min(min(i + end, self.len_kv) - max(i + first, 0) for i in (rows.start, rows.stop - 1))
+
     def kv_tiles(self, batches: slice, heads: slice, rows: slice) -> Iterator[tuple[Tile, np.ndarray | None]]:
         """Key tiles that some of these query rows see, each with its boolean mask, or None when all of it is seen."""
-        off = self.mask.offset(self.len_q, self.len_kv)
-        # Row i sees keys [i + first, i + end).
-        first = -self.len_q - self.len_kv if self.mask.left is None else off - self.mask.left
-        end = self.len_q + self.len_kv if self.mask.right is None else off + self.mask.right + 1
-        last_row = rows.stop - 1
-        for start in range(max(rows.start + first, 0), min(last_row + end, self.len_kv), tiles.KEYS):
-            tile = Tile(batches, heads, rows, slice(start, min(start + tiles.KEYS, last_row + end, self.len_kv)))
+        first, end = self._band()
+        last_row, keys = rows.stop - 1, self.keys_of(rows)
+        step = tiles.KEYS if 2 * (rows.stop - rows.start) > tiles.ROWS else 2 * tiles.KEYS
+        for start in range(keys.start, keys.stop, step):
+            tile = Tile(batches, heads, rows, slice(start, min(start + step, keys.stop)))
             keep = None
-            if last_row + first > start or rows.start + end < tile.keys.stop:
-                distance = _distances(tile)
-                keep = (first <= distance) & (distance < end)
+            if last_row + first > start:
+                keep = _along_diagonals(tile, _distances(tile) >= first)
+            if rows.start + end < tile.keys.stop:
+                before = _along_diagonals(tile, _distances(tile) < end)
+                keep = before if keep is None else keep & before
             if self.keep is not None:
                 seen = tile.of(self.keep)
                 if not seen.any():
@@ -45,23 +76,31 @@ class Scores:
                 keep = seen if keep is None else seen & keep
             yield tile, keep
 
+    def _band(self) -> tuple[int, int]:
+        """Row i sees keys from i + the first number to before i + the second."""
+        off, unbounded = self.mask.offset(self.len_q, self.len_kv), self.len_q + self.len_kv
+        first = -unbounded if self.mask.left is None else off - self.mask.left
+        return first, unbounded if self.mask.right is None else off + self.mask.right + 1
+
     def capped(self, x: np.ndarray) -> np.ndarray:
         """Apply softcap * tanh(x / softcap) in place."""
         if not self.softcap:
             return x
         return np.multiply(np.tanh(np.divide(x, self.softcap, out=x), out=x), self.softcap, out=x)
 
-    def slope(self, capped: np.ndarray) -> np.ndarray | float:
-        """The derivative of `capped`, 1 - tanh(x / softcap)^2, from its result."""
-        return 1 - np.square(capped / self.softcap) if self.softcap else 1.0
+    def slope(self, capped: np.ndarray) -> np.ndarray | None:
+        """The derivative of `capped`, 1 - tanh(x / softcap)^2, from its result; None where it is 1."""
+        return 1 - np.square(capped / self.softcap) if self.softcap else None
 
     def finish(self, capped: np.ndarray, tile: Tile, keep: np.ndarray | None, group: int) -> np.ndarray:
         """Add ALiBi and bias and set what is not kept to -inf, whatever it was, in place."""
+        if keep is None and self.slopes is None and self.bias is None:
+            return capped
         s = stacked(capped, group)
         if self.slopes is not None:
             off = self.mask.offset(self.len_q, self.len_kv)
             distance = np.abs(_distances(tile) - off).astype(s.dtype)
-            s -= tile.of(self.slopes) * distance
+            s -= tile.of(self.slopes) * _along_diagonals(tile, distance)
         if self.bias is not None:
             s += tile.of(self.bias).astype(s.dtype, copy=False)
         if keep is not None:
@@ -70,5 +109,11 @@ class Scores:
 
 
 def _distances(tile: Tile) -> np.ndarray:
-    """Key minus query, (rows, keys)."""
-    return np.arange(tile.keys.start, tile.keys.stop) - np.arange(tile.rows.start, tile.rows.stop)[:, None]
+    """Key minus query of every diagonal of a tile, from its last row's first key to its first row's last key."""
+    return np.arange(tile.keys.start - tile.rows.stop + 1, tile.keys.stop - tile.rows.start)
+
+
+def _along_diagonals(tile: Tile, values: np.ndarray) -> np.ndarray:
+    """The (rows, keys) view of one value for each diagonal."""
+    rows, keys, step = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start, values.itemsize
+    return np.ndarray((rows, keys), values.dtype, values, (rows - 1) * step, (-step, step))

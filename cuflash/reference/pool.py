@@ -1,0 +1,204 @@
+"""Jobs of a call on all cores, while BLAS keeps each product of matrices on one.
+
+A matrix product of one tile is too short to be worth sharing: OpenBLAS would wake all its threads for each and wait for
+the slowest. Jobs are cut by the sizes of the call alone, so that results do not depend on who computes them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from threadpoolctl import LibController, ThreadpoolController
+
+from cuflash import settings
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+WORTH = 2**18
+"""Scores below which waking other threads takes longer than a call: half a millisecond on one core."""
+
+
+TINY = 2**11
+"""Scores below which BLAS itself takes one thread: products of heads up to 128 are then below OpenBLAS's threshold."""
+
+KEPT_BYTES = 2**22
+"""The largest scratch array that outlives a call; tiles are smaller."""
+
+
+class Scratch:
+    """Arrays that a worker uses again from tile to tile: fresh ones would be mapped in and cleared page by page."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """The array of that name, with whatever it held."""
+        size = prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.size < size:
+            buffer = np.empty(size, dtype)
+            if buffer.nbytes <= KEPT_BYTES:
+                self._buffers[name, dtype] = buffer
+        return buffer[:size].reshape(shape)
+
+
+Job = Callable[[Scratch], object]
+"""Part of a call that touches no result of another part."""
+
+
+def run(jobs: Iterable[Job], scores: int) -> None:
+    """Run all jobs, which compute about so many scores together, and return when they are done.
+
+    The calling thread works too and waits for no helper that has not begun, so that calls from many threads, or from a
+    pool that is busy, cannot lock each other out. The first exception of a job is raised, after all others have ended.
+    """
+    left = deque(jobs)
+
+    def work() -> None:
+        before = _limit(_libraries().own) if scores >= TINY else []
+        try:
+            scratch = _idle.pop()
+        except IndexError:
+            scratch = Scratch()
+        try:
+            # Threads do not inherit the caller's state; what a number beyond a type's range becomes is documented.
+            with np.errstate(all="ignore"):
+                while left:
+                    try:
+                        job = left.popleft()
+                    except IndexError:  # another thread was faster
+                        return
+                    job(scratch)
+        except BaseException:
+            left.clear()
+            raise
+        finally:
+            _idle.append(scratch)
+            _give_back(before)
+
+    if scores < TINY:
+        work()
+        return
+    with _held:
+        helpers = _start(work, len(left) - 1) if scores >= WORTH else []
+        try:
+            work()
+        finally:
+            helpers = [helper for helper in helpers if not helper.cancel()]
+            failures = [helper.exception() for helper in helpers]
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def _start(work: Callable[[], None], most: int) -> list[Future[None]]:
+    """Have the pool's threads do the work too, at most that many."""
+    size = settings.num_threads() - 1
+    if min(size, most) < 1:
+        return []
+    try:
+        pool = _pools.get(size)
+        if pool is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            pool = _pools.setdefault(size, ThreadPoolExecutor(size, thread_name_prefix="cuflash"))
+        return [pool.submit(work) for _ in range(min(size, most))]
+    except RuntimeError:  # the interpreter is shutting down, or this platform has no more threads
+        return []
+
+
+class _HeldBlas:
+    """NumPy's BLAS, held to one thread while any call runs and given back what it had when none does.
+
+    The number is the process's own, not a thread's: calls that overlap must not take each other's 1 for what was there.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.calls = 0
+        self._before: list[tuple[LibController, int]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self.calls == 0:
+                self._before = _limit(_libraries().shared)
+            self.calls += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self.calls -= 1
+            if self.calls == 0:
+                self.give_back()
+
+    def give_back(self) -> None:
+        """Set the numbers of threads that were there before."""
+        _give_back(self._before)
+
+
+class _Libraries(NamedTuple):
+    """The BLAS libraries that the process has loaded; NumPy's own is among them from its import on."""
+
+    shared: list[LibController]
+    """Whose number of threads is the process's."""
+    own: list[LibController]
+    """Where every thread has a number of its own."""
+
+
+@cache
+def _libraries() -> _Libraries:
+    shared: list[LibController] = []
+    own: list[LibController] = []
+    for library in ThreadpoolController().select(user_api="blas").lib_controllers:
+        per_thread = library.internal_api == "openblas" and library.threading_layer == "openmp"
+        (own if per_thread else shared).append(library)
+    return _Libraries(shared, own)
+
+
+def _limit(libraries: Iterable[LibController]) -> list[tuple[LibController, int]]:
+    """Set one thread; returns those that had more, and how many."""
+    before = [(library, library.num_threads) for library in libraries]
+    before = [(library, number) for library, number in before if number is not None and number != 1]
+    for library, _ in before:
+        _set(library, 1)
+    return before
+
+
+def _give_back(before: Iterable[tuple[LibController, int]]) -> None:
+    for library, number in before:
+        _set(library, number)
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread()
+
+
+def _set(library: LibController, number: int) -> None:
+    # threadpoolctl lets only the thread that was first set a number; here whichever call is first or last does.
+    if hasattr(library, "clear_controlling_thread"):
+        library.clear_controlling_thread(force=True)
+    library.set_num_threads(number)
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_held = _HeldBlas()
+_idle: deque[Scratch] = deque(maxlen=256)
+"""What no worker uses now."""
+
+
+def _forget() -> None:
+    """Start anew in a forked child, which has the parent's pools and locks, but none of its threads."""
+    global _held
+    _pools.clear()
+    if _held.calls:
+        _held.give_back()
+    _held = _HeldBlas()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
