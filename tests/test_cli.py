@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 
 import click
@@ -469,28 +470,47 @@ def test_cache_shows_lists_and_clears(tmp_path):
 # In a process
 
 
-def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a line in which `cuflash` is the command line."""
-    line = line.replace("cuflash", f"{shlex.quote(sys.executable)} -W error -m cuflash")
-    everything = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | environment
-    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=everything, check=False)
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> str:
+    """A cache of kernels that processes share."""
+    return str(tmp_path_factory.mktemp("cache"))
 
 
-def test_an_error_ends_the_program_with_its_message_and_status_2():
+@pytest.fixture
+def shell(kept) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a line in which `cuflash` is the command line."""
+
+    def run_line(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        line = line.replace("cuflash", f"{shlex.quote(sys.executable)} -W error -m cuflash")
+        everything = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+        everything |= {"CUFLASH_CACHE_DIR": kept} | environment
+        return subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=everything, check=False)
+
+    return run_line
+
+
+def test_an_error_ends_the_program_with_its_message_and_status_2(shell):
     done = shell("cuflash explain --len -5")
     assert done.returncode == 2
     assert done.stderr == "InvalidArgument: --len '-5' has -5; expected no negative number.\n"
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("command", ["support", "explain --len 256", "cache", "source --len 256", "--help"])
-@pytest.mark.parametrize("place", [">&-", ">&- 2>&-", "2>&-"])
-def test_commands_run_where_there_is_nowhere_to_print(command, place):
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        *((each, ">&- 2>&-") for each in ("support", "explain --len 256", "cache", "source --len 256", "--help")),
+        ("explain --len 256", ">&-"),
+        ("support", ">&-"),
+        ("cache", "2>&-"),
+    ],
+)
+def test_commands_run_where_there_is_nowhere_to_print(command, place, shell):
     done = shell(f"cuflash {command} {place}")
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_closed_stdout_leaves_its_number_to_no_file(tmp_path):
+def test_a_closed_stdout_leaves_its_number_to_no_file(tmp_path, shell):
     page = tmp_path / "page.md"
     page.write_text("<!-- support-table:begin -->\n<!-- support-table:end -->\n")
     done = shell(f"cuflash support --write {page} >&- <&-")
@@ -498,14 +518,14 @@ def test_a_closed_stdout_leaves_its_number_to_no_file(tmp_path):
     assert page.read_text(encoding="utf-8").startswith("<!-- support-table:begin -->\n- `sm90`")
 
 
-def test_an_error_is_told_where_stdout_is_closed():
+def test_an_error_is_told_where_stdout_is_closed(shell):
     done = shell("cuflash explain --len -5 >&-")
     assert (done.returncode, done.stderr.split(":")[0]) == (2, "InvalidArgument")
 
 
 @pytest.mark.parametrize("command", ["support", "explain --len 256"])
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_commands_print_in_any_encoding(command, encoding):
+def test_commands_print_in_any_encoding(command, encoding, shell):
     done = shell(f"cuflash {command}", PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, "")
     if command == "support":  # a table whose marks can be told apart
@@ -514,7 +534,7 @@ def test_commands_print_in_any_encoding(command, encoding):
         assert rows[0][3:5] == [" `sink` ", f" {no} "] and yes in done.stdout
 
 
-def test_a_full_disk_and_a_reader_that_is_gone_end_without_a_traceback():
+def test_a_full_disk_and_a_reader_that_is_gone_end_without_a_traceback(shell):
     done = shell("cuflash support > /dev/full")
     assert (done.returncode, done.stderr) == (2, "OSError: [Errno 28] No space left on device\n")
     done = shell("(cuflash support; echo $? >&2) | head -1")
