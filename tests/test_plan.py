@@ -324,21 +324,31 @@ def test_explanation() -> None:
     assert explanation.plan == plan
     lines = text.splitlines()
     assert lines[0] == "backward bf16 b2 h8/2 s500x700 d64 causal on NVIDIA H100 (sm_90a)"
-    assert lines[1] == f"  {problem.flops() / 1e9:,.1f} GFLOP"
-    assert lines[2] == f"  family sm80: {plan.reason}"
-    assert lines[3].startswith(f"  workspace {plan.workspace_bytes:,} bytes, delta 32,000, lse2 32,000, dq_accum ")
-    assert [line.split()[0] for line in lines[4:7]] == ["bwd_delta", "bwd_sm80", "bwd_convert"]
+    assert lines[1] == f"  FLOPs      {problem.flops() / 1e9:,.2f} G"
+    assert lines[2] == f"  family     sm80: {plan.reason}"
+    assert lines[3].startswith(f"  workspace  {plan.workspace_bytes:,} bytes (delta 32,000, lse2 32,000, dq_accum ")
+    assert [line.split()[:2] for line in lines[4:7]] == [
+        ["kernel", f"{name}:"] for name in ("bwd_delta", "bwd_sm80", "bwd_convert")
+    ]
     config = plan.steps[1].config
-    assert f"{plan.steps[1].num_blocks} blocks x {config.threads} threads" in lines[5]
-    assert f"tile {config.tile_q} x {config.tile_kv}, {config.smem_bytes:,} bytes of shared memory" in lines[5]
-    assert lines[7:] == ["  not sm90: no backward", "  not simt: sm80 comes first"]
+    assert f"bwd_sm80: {plan.steps[1].num_blocks} blocks of {config.threads} threads" in lines[5]
+    assert f"tile {config.tile_q} x {config.tile_kv}, 16-byte accesses, {config.smem_bytes:,} bytes of" in lines[5]
+    assert lines[7:] == ["  not sm90   no backward", "  not simt   sm80 comes first"]
+
+
+def test_explanation_of_a_family_that_was_asked_for() -> None:
+    explanation = explain(replace(BASE, num_splits=0, len_q=700), named("h100"), "sm80")
+    assert str(explanation).splitlines()[-2:] == ["  not sm90   not asked for", "  not simt   sm80 comes first"]
+    assert str(explain(replace(BASE, dtype=dtypes.FP32), named("h100"), "sm80")).splitlines()[-1:] == [
+        "  not simt   not asked for"
+    ]
 
 
 def test_explanation_without_a_plan() -> None:
     explanation = explain(replace(BASE, dim_v=1025), named("a100"))
     assert explanation.plan is None
     assert str(explanation).splitlines()[2:] == [
-        "  not sm90: needs sm_90a; dim_v 1025 > 256", "  not sm80: dim_v 1025 > 256", "  not simt: dim_v 1025 > 1024"
+        "  not sm90   needs sm_90a; dim_v 1025 > 256", "  not sm80   dim_v 1025 > 256", "  not simt   dim_v 1025 > 1024"
     ]  # fmt: skip
 
 
@@ -707,13 +717,13 @@ def test_ceiling_of_hopper_tiles(changes: dict, cycles: tuple[float, ...], share
 
 def test_explanation_of_a_hopper_forward() -> None:
     lines = str(explain(replace(LONG, dim_qk=32, dim_v=32), H100)).splitlines()
-    assert lines[2].startswith("  family sm90: four consumers")
-    assert lines[4] == (
-        "  at most 50% of the tensor cores' peak: exponentials take 200% and shared memory 88% of the time of their "
+    assert lines[2].startswith("  family     sm90: four consumers")
+    assert lines[3] == (
+        "  at most    50% of the tensor cores' peak: exponentials take 200% and shared memory 88% of the time of their "
         "products"
     )
-    assert lines[5].endswith("16-byte accesses, 112 registers to compute")
-    assert lines[6:] == ["  not sm80: sm90 comes first", "  not simt: sm90 comes first"]
+    assert lines[5].endswith("bytes of shared memory, 112 registers to compute")
+    assert lines[6:] == ["  not sm80   sm90 comes first", "  not simt   sm90 comes first"]
 
 
 @pytest.mark.parametrize(

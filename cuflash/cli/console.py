@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from cuflash.plan.choose import LABEL
+
 WIDTH = 160
 """Columns of output that goes to a file."""
-
-_LABEL = 11
-"""Columns of the label that a line starts with."""
 
 _LEAST = 8
 """Columns that a column of text keeps in a narrow terminal."""
@@ -80,13 +79,13 @@ def show(screen: Console, lines: Table) -> None:
 
 def say(screen: Console, label: str, text: str, style: str | None = None) -> None:
     """Print a text behind a label, its further lines below its first; without a label it starts in their column."""
-    width = max(screen.width, 2 * _LABEL)
+    width = max(screen.width, 2 * LABEL)
     screen.print(
         textwrap.fill(
             text,
             width,
-            initial_indent=label.ljust(_LABEL) if label else "",
-            subsequent_indent=" " * _LABEL,
+            initial_indent=label.ljust(LABEL) if label else "",
+            subsequent_indent=" " * LABEL,
             break_long_words=False,
             break_on_hyphens=False,
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 
 from cuflash import jit, plan
 from cuflash.cli.console import console, say
@@ -18,41 +17,25 @@ def show(asked: Asked, device: Device) -> None:
     screen = console()
     chosen = plan.explain(asked.problem, device, asked.family)
     say(screen, "", f"{chosen.problem} on {device}", "bold")
-    say(screen, "FLOPs", f"{asked.flops / 1e9:,.2f} G, at least {asked.nbytes / 1e6:,.1f} MB read and written")
-    if chosen.plan is not None:
-        _show_plan(chosen.plan, screen)
-    for name, reasons in chosen.why_not.items():
-        if chosen.plan is None or name != chosen.plan.family:
-            first = "not asked for" if chosen.plan is None or asked.family else f"{chosen.plan.family} comes first"
-            say(screen, f"not {name}", "; ".join(reasons) or first)
+    steps = iter(() if chosen.plan is None else chosen.plan.steps)
+    why_unknown = _why_no_compiler()
+    for label, text in chosen.lines():
+        if label == "FLOPs":  # with the true lengths of packed sequences
+            text = f"{asked.flops / 1e9:,.2f} G, at least {asked.nbytes / 1e6:,.1f} MB read and written"
+        if label == "kernel" and why_unknown is None:
+            text += _compiled(next(steps), device)
+        say(screen, label, text)
     if chosen.plan is None:
         raise click.exceptions.Exit(1)
-
-
-def _show_plan(chosen: plan.Plan, screen: Console) -> None:
-    say(screen, "family", f"{chosen.family}: {chosen.reason}")
-    if chosen.ceiling is not None:
-        say(screen, "at most", str(chosen.ceiling))
-    if chosen.division:
-        say(screen, "splits", f"{chosen.num_splits}: {chosen.division}")
-    scratch = ", ".join(f"{w.name} {w.nbytes:,}" for w in chosen.workspaces)
-    say(screen, "workspace", f"{chosen.workspace_bytes:,} bytes" + (f" ({scratch})" if scratch else ""))
-    why_unknown = _why_no_compiler()
-    for step in chosen.steps:
-        config = step.config
-        parts = [
-            f"{step.num_blocks:,} blocks of {config.threads} threads",
-            f"tile {config.tile_q} x {config.tile_kv}",
-            f"{config.copy_bytes}-byte accesses",
-            f"{config.smem_bytes:,} bytes of shared memory",
-        ]
-        if why_unknown is None:
-            cubin = jit.compile_kernel(step.kernel, config, step.params, chosen.device.arch)
-            spilled = cubin.spill_stores + cubin.spill_loads
-            parts.append(f"{cubin.registers} registers, {spilled} bytes spilled, {cubin.stack} bytes of stack a thread")
-        say(screen, "kernel", f"{step.kernel}: {', '.join(parts)}")
     if why_unknown is not None:
         say(screen, "", f"registers, spills and stack are known after compiling: {why_unknown}")
+
+
+def _compiled(step: plan.Step, device: Device) -> str:
+    """What the compiler says of a kernel."""
+    cubin = jit.compile_kernel(step.kernel, step.config, step.params, device.arch)
+    spilled = cubin.spill_stores + cubin.spill_loads
+    return f", {cubin.registers} registers, {spilled} bytes spilled, {cubin.stack} bytes of stack a thread"
 
 
 def _why_no_compiler() -> str | None:

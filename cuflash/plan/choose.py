@@ -45,6 +45,10 @@ def choose(problem: Problem, device: Device, family: str | tuple[str, ...] | Non
     )
 
 
+LABEL = 11
+"""Columns of the labels of a report."""
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """What would run and why not the rest; ``str()`` of it is the report."""
@@ -55,32 +59,30 @@ class Explanation:
     """None when no family runs the problem."""
     why_not: dict[str, list[str]]
 
-    def __str__(self) -> str:
-        lines = [f"{self.problem} on {self.device}", f"  {self.problem.flops() / 1e9:,.1f} GFLOP"]
+    def lines(self) -> list[tuple[str, str]]:
+        """The report, line by line: a label and a text."""
+        lines = [("FLOPs", f"{self.problem.flops() / 1e9:,.2f} G")]
         if self.plan is not None:
-            lines += [
-                f"  family {self.plan.family}: {self.plan.reason}",
-                f"  workspace {self.plan.workspace_bytes:,} bytes"
-                + "".join(f", {w.name} {w.nbytes:,}" for w in self.plan.workspaces),
-            ]
+            lines.append(("family", f"{self.plan.family}: {self.plan.reason}"))
             if self.plan.ceiling is not None:
-                lines.append(f"  at most {self.plan.ceiling}")
+                lines.append(("at most", str(self.plan.ceiling)))
             if self.plan.division:
-                lines.insert(-1, f"  splits {self.plan.num_splits}: {self.plan.division}")
-            for step in self.plan.steps:
-                config = step.config
-                lines.append(
-                    f"  {step.kernel:<14} {step.num_blocks} blocks x {config.threads} threads, tile "
-                    f"{config.tile_q} x {config.tile_kv}, {config.smem_bytes:,} bytes of shared memory, "
-                    f"{config.copy_bytes}-byte accesses"
-                    + (f", {config.consumer_registers} registers to compute" if config.consumer_registers else "")
-                )
+                lines.append(("splits", f"{self.plan.num_splits}: {self.plan.division}"))
+            scratch = ", ".join(f"{each.name} {each.nbytes:,}" for each in self.plan.workspaces)
+            lines.append(("workspace", f"{self.plan.workspace_bytes:,} bytes" + (f" ({scratch})" if scratch else "")))
+            lines += [("kernel", str(step)) for step in self.plan.steps]
+        preferred = True  # to the family that was chosen
         for name, reasons in self.why_not.items():
-            if reasons:
-                lines.append(f"  not {name}: {'; '.join(reasons)}")
-            elif self.plan is not None and name != self.plan.family:
-                lines.append(f"  not {name}: {self.plan.family} comes first")
-        return "\n".join(lines)
+            if self.plan is not None and name == self.plan.family:
+                preferred = False
+                continue
+            first = "not asked for" if self.plan is None or preferred else f"{self.plan.family} comes first"
+            lines.append((f"not {name}", "; ".join(reasons) or first))
+        return lines
+
+    def __str__(self) -> str:
+        head = f"{self.problem} on {self.device}"
+        return "\n".join([head, *(f"  {label:<{LABEL}}{text}" for label, text in self.lines())])
 
     def __repr__(self) -> str:
         family = "no kernel family" if self.plan is None else f"family {self.plan.family}"

@@ -85,6 +85,15 @@ class Step:
     boxes: tuple[Box, ...] = ()
     """The tensors that it copies in bulk (``jit/tensormap.py``)."""
 
+    def __str__(self) -> str:
+        config = self.config
+        return (
+            f"{self.kernel}: {self.num_blocks:,} blocks of {config.threads} threads, "
+            f"tile {config.tile_q} x {config.tile_kv}, {config.copy_bytes}-byte accesses, "
+            f"{config.smem_bytes:,} bytes of shared memory"
+            + (f", {config.consumer_registers} registers to compute" if config.consumer_registers else "")
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
