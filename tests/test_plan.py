@@ -458,8 +458,8 @@ def test_a_split_plan_says_what_it_takes() -> None:
     assert shapes == {"partial_out": ((5, 6, 32, 40), fp32), "partial_lse": ((5, 6, 32), fp32)}
     assert not any(w.zeroed for w in plan.workspaces)
     lines = str(explain(problem, named("h100"))).splitlines()
-    assert lines[3] == "  splits 5: 4 heads share a tile; asked for"
-    assert lines[4] == f"  workspace {plan.workspace_bytes:,} bytes, partial_out 153,600, partial_lse 3,840"
+    assert lines[3] == "  splits     5: 4 heads share a tile; asked for"
+    assert lines[4] == f"  workspace  {plan.workspace_bytes:,} bytes (partial_out 153,600, partial_lse 3,840)"
     double = choose(replace(problem, dtype=dtypes.FP64), named("h100"), "simt")
     assert {w.dtype for w in double.workspaces} == {np.dtype(np.float64)}
 
