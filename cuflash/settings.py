@@ -18,7 +18,8 @@ class Settings:
     cache_dir: Path
     """Where compiled kernels are kept (``CUFLASH_CACHE_DIR``; the platform's cache folder by default)."""
     debug: bool
-    """Compile checks of cu_seqlens, seqused and block_table into the kernels (``CUFLASH_DEBUG=1``)."""
+    """Compile checks of cu_seqlens, seqused and block_table into the kernels, and show whole tracebacks
+    (``CUFLASH_DEBUG=1``)."""
 
 
 def read() -> Settings:

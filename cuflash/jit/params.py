@@ -34,6 +34,7 @@ def dtype(name: str) -> np.dtype:
     return structs[name]
 
 
+@cache
 def members(struct: np.dtype) -> dict[str, tuple[np.dtype, int]]:
     """Type and offset of every member of a struct."""
     return {name: (kind, offset) for name, (kind, offset, *_) in (struct.fields or {}).items()}
