@@ -105,9 +105,15 @@ class CuPy:
         """Whether the current stream records a graph."""
         return self._cupy.cuda.get_current_stream().is_capturing()
 
-    def stream(self) -> int:
-        """Address of the current stream."""
-        return self._cupy.cuda.get_current_stream().ptr
+    def stream(self) -> tuple[int, Any]:
+        """Handle of the current stream, and what keeps it from being destroyed; None where nothing here can."""
+        stream = self._cupy.cuda.get_current_stream()
+        return stream.ptr, None if isinstance(stream, self._cupy.cuda.ExternalStream) else stream
+
+    def is_done(self, stream: Any) -> bool:
+        """Whether a stream has no work left, nor will have it from a graph that is being captured."""
+        # Only this thread's default stream could be asked for under the name of another's.
+        return stream.ptr > 2 and not stream.is_capturing() and stream.done
 
     def dtype(self, dtype: np.dtype) -> Any:
         """The framework's own name of a dtype."""
@@ -182,9 +188,16 @@ class Torch:
         """Whether torch's current stream records a graph."""
         return self._torch.cuda.is_current_stream_capturing()
 
-    def stream(self) -> int:
-        """Address of torch's current stream."""
-        return self._torch.cuda.current_stream().cuda_stream
+    def stream(self) -> tuple[int, Any]:
+        """Handle of torch's current stream, and what keeps it from being destroyed; None where nothing here can."""
+        stream = self._torch.cuda.current_stream()
+        handle = stream.cuda_stream
+        # Torch numbers its own streams, which it never destroys; one from elsewhere has its handle for a number.
+        return handle, None if handle and stream.stream_id == handle else stream
+
+    def is_done(self, stream: Any) -> bool:
+        """Whether a stream has no work left."""
+        return stream.query()
 
     def dtype(self, dtype: np.dtype) -> Any:
         """The framework's own name of a dtype."""

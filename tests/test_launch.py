@@ -896,26 +896,51 @@ def test_calls_on_a_stream_share_their_tickets(
     monkeypatch.setattr(device, "current", lambda ordinal: replace(device.named("h100"), num_sms=2))
     x = wrap(random(1, 300, 2, 64))
 
-    def tickets(stream: int = 7, capturing: bool = False) -> int:
-        monkeypatch.setattr(framework, "stream", lambda self: stream)
+    busy: set[Any] = set()
+
+    def tickets(stream: int = 7, owner: Any = "the pool", capturing: bool = False) -> int:
+        monkeypatch.setattr(framework, "stream", lambda self: (stream, owner))
+        monkeypatch.setattr(framework, "is_done", lambda self, stream: stream not in busy)
         monkeypatch.setattr(framework, "is_capturing", lambda self: capturing)
         cuflash.flash_attn_func(x, x, x, causal=True)
         address = int(hopper.params[-1]["tickets"][0])
-        assert capturing or memory(address, (1,), (4,), np.dtype(np.int32)).tolist() == [0]
+        held = kept()._kept.values()
+        assert all(
+            memory(int(a), (1,), (4,), np.dtype(np.int32)).tolist() == [0] for a in (address_of(y) for _, y in held)
+        )
         return address
 
-    mine, other = tickets(), tickets(stream=8)
-    assert tickets() == mine and tickets(stream=8) == other != mine
+    def kept() -> KeptZeros:
+        (prepared,) = launch._prepared.values()
+        (found,) = (allocate for allocate, _, _ in prepared.allocations if isinstance(allocate, KeptZeros))
+        return found
+
+    def address_of(y: Any) -> int:
+        return y.data_ptr() if wrap is as_torch else y.data.ptr
+
+    mine, other = tickets(), tickets(8)
+    assert tickets() == mine and tickets(8) == other != mine
     graph = tickets(capturing=True)
     assert graph not in (mine, other), "a graph may run beside calls"
-    with ThreadPoolExecutor(1) as another:
-        assert another.submit(tickets).result() not in (mine, other), "its default stream may have the same name"
-    assert tickets() == mine
-    for stream in range(100):
-        tickets(stream)
-    (prepared,) = launch._prepared.values()
-    (kept,) = (allocate for allocate, _, _ in prepared.allocations if isinstance(allocate, KeptZeros))
-    assert len(kept._arrays) <= 64, "streams come and go"
+    assert len(kept()._kept) == 2
+    passing = [tickets(9, owner=None) for _ in range(2)]
+    assert len(kept()._kept) == 2 and not {mine, other} & {*passing}, "its handle may be another stream's tomorrow"
+
+    def in_a_thread() -> int:
+        with ThreadPoolExecutor(1) as another:
+            return another.submit(tickets, 2).result()
+
+    alone, first, second = tickets(2), in_a_thread(), in_a_thread()
+    assert len({alone, first, second, mine, other}) == 5, "threads have default streams of one name, and names return"
+    assert tickets() == mine and tickets(2) == alone
+    busy |= {f"stream {n}" for n in range(10, 60)}
+    addresses = {n: tickets(n, f"stream {n}") for n in range(10, 200)}
+    assert len(kept()._kept) <= 64, "streams come and go"
+    assert all(tickets(n, f"stream {n}") == addresses[n] for n in range(10, 60)), "work may still run on those"
+    busy |= {f"stream {n}" for n in range(200, 300)}
+    for n in range(200, 300):
+        tickets(n, f"stream {n}")
+    assert len(kept()._kept) <= 64 and all(tickets(n, f"stream {n}") == addresses[n] for n in range(10, 60))
 
 
 @pytest.mark.parametrize("wrap", FRAMEWORKS)
@@ -991,7 +1016,7 @@ def test_maps_of_tensors_with_one_element_or_none_along_an_axis(hopper: Launches
 
 def test_maps_follow_the_pointers(hopper: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(jit.tensormap, "encoder", lambda tensor: made.append(tensor) or run.encoder(tensor))
+    monkeypatch.setattr(jit.tensormap, "encoder", lambda tensor, device: made.append(tensor) or run.encoder(tensor))
     q, k, v, other = (as_torch(random(1, 64, 2, 32, seed=seed)) for seed in range(4))
     kept = [cuflash.flash_attn_func(q, k, v), cuflash.flash_attn_func(other, k, v)]
     assert len(made) == 4 and len(launch._prepared) == 1, "described once for all tensors of a kind"
@@ -1006,7 +1031,7 @@ def test_blocks_of_the_last_pointers_are_kept_but_for_dropout(
 ) -> None:
     encoded: list[int] = []
 
-    def encoder(tensor: jit.tensormap.TensorMap) -> Any:
+    def encoder(tensor: jit.tensormap.TensorMap, device: int) -> Any:
         return lambda address: encoded.append(address) or run.encoder(tensor)(address)
 
     monkeypatch.setattr(jit.tensormap, "encoder", encoder)

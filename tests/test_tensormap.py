@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,14 +152,30 @@ class Driver:
     def __init__(self) -> None:
         self.calls: list[tuple] = []
         self.status = 0
+        self.contexts: dict[int, int] = {}
+        """Of the threads that have entered one."""
         self.cuTensorMapEncodeTiled = _PROTOTYPE(self._encode)
 
     def _encode(self, tensor_map, data_type, rank, address, dims, strides, box, element_strides, *modes) -> int:
         assert tensor_map % 64 == 0
+        if self.contexts.get(threading.get_ident(), 0) is None:
+            return 201  # CUDA_ERROR_INVALID_CONTEXT
         ctypes.memmove(tensor_map, np.arange(1, 17, dtype=np.uint64).tobytes(), 128)
         sizes = dims[:rank], strides[: rank - 1], box[:rank], element_strides[:rank]
         self.calls.append((data_type, rank, address, *sizes, modes))
         return self.status
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        device._obj.value = ordinal
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: ctypes.c_int) -> int:
+        context._obj.value = 0xC0 + device.value
+        return 0
+
+    def cuCtxSetCurrent(self, context: ctypes.c_void_p) -> int:
+        self.contexts[threading.get_ident()] = context.value
+        return 0
 
 
 @pytest.fixture
@@ -174,16 +192,16 @@ MAP = dense(BF16, 128, 4096, 16, 2, (4096, 256, 2**24), 80)
 
 def test_the_driver_is_asked_for_a_swizzled_map_that_fills_with_zeros(driver: Driver) -> None:
     address = 0x7F00_0000_0010
-    assert tensormap.encoder(MAP)(address) == tuple(range(1, 17))
+    assert tensormap.encoder(MAP, 0)(address) == tuple(range(1, 17))
     swizzle_128b, promote_to_256b = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
     sizes = [128, 4096, 16, 2], [4096, 256, 2**24], [64, 80, 1, 1], [1, 1, 1, 1]
     assert driver.calls == [(9, 4, address, *sizes, (0, swizzle_128b, promote_to_256b, 0))]
-    tensormap.encoder(ragged(FP16, 64, 100, 2, (256, 128), 64))(address)
+    tensormap.encoder(ragged(FP16, 64, 100, 2, (256, 128), 64), 0)(address)
     assert driver.calls[1][:3] == (6, 4, address - 100 * 256)
 
 
 def test_maps_of_the_last_addresses_are_kept(driver: Driver) -> None:
-    encode = tensormap.encoder(MAP)
+    encode = tensormap.encoder(MAP, 0)
     for address in (16, 32, 16, 32, 2**47):
         encode(address)
     assert [call[2] for call in driver.calls] == [16, 32, 2**47]
@@ -192,10 +210,23 @@ def test_maps_of_the_last_addresses_are_kept(driver: Driver) -> None:
     assert encode.cache_info().currsize <= 64
 
 
+def test_a_thread_without_a_context_enters_that_of_the_gpu(driver: Driver) -> None:
+    found = []
+
+    def work() -> None:
+        driver.contexts[threading.get_ident()] = None
+        found.append((tensormap.encoder(MAP, 3)(16), driver.contexts[threading.get_ident()]))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(tuple(range(1, 17)), 0xC3)] and len(driver.calls) == 1
+
+
 def test_a_map_that_the_driver_refuses(driver: Driver) -> None:
     driver.status = 1
     with pytest.raises(UnsupportedProblem) as caught:
-        tensormap.encoder(MAP)(0x20)
+        tensormap.encoder(MAP, 0)(0x20)
     message = str(caught.value)
     assert message.startswith("the CUDA driver refuses to describe a tensor at 0x20 to the copy engine ")
     assert "(cuTensorMapEncodeTiled returns 1): TensorMap(dtype=DType(name='bf16'" in message
@@ -209,7 +240,7 @@ def test_a_driver_without_tensor_maps(driver: Driver, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ctypes, "CDLL", missing if how == "no library" else lambda name: SimpleNamespace())
     with pytest.raises(UnsupportedProblem) as caught:
-        tensormap.encoder(MAP)
+        tensormap.encoder(MAP, 0)
     assert str(caught.value).startswith(
         "the kernels of sm_90 need cuTensorMapEncodeTiled of the CUDA driver, which is not there ("
     )

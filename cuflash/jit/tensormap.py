@@ -16,6 +16,7 @@ from cuflash.dtypes import DType
 from cuflash.errors import UnsupportedProblem
 
 # Enumerations of cuda.h.
+_INVALID_CONTEXT = 201
 _DATA_TYPES = {"fp16": 6, "fp32": 7, "bf16": 9}
 _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _FILL_WITH_ZEROS = 0, 3, 3, 0
 
@@ -68,8 +69,8 @@ def _legal(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(stride if n > 1 else 16 for n, stride in zip(sizes, strides, strict=True))
 
 
-def encoder(tensor: TensorMap) -> Callable[[int], tuple[int, ...]]:
-    """The function from a tensor's address to the 16 words of its map: ``TensorMap`` of ``params.cuh``.
+def encoder(tensor: TensorMap, device: int) -> Callable[[int], tuple[int, ...]]:
+    """The function from a tensor's address on a GPU to the 16 words of its map: ``TensorMap`` of ``params.cuh``.
 
     The other arguments of the driver's function are made once, half of what a call costs, and the words of the last
     addresses are kept.
@@ -89,10 +90,14 @@ def encoder(tensor: TensorMap) -> Callable[[int], tuple[int, ...]]:
     def encode(address: int) -> tuple[int, ...]:
         memory = words()
         first = -(ctypes.addressof(memory) // 8) % 8  # the driver wants the map aligned to 64 bytes
-        status = driver.cuTensorMapEncodeTiled(
+        arguments = (
             ctypes.byref(memory, 8 * first), data_type, 4, ctypes.c_void_p(address - tensor.back), dims, strides, box,
             element_strides, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _FILL_WITH_ZEROS,
         )  # fmt: skip
+        status = driver.cuTensorMapEncodeTiled(*arguments)
+        if status == _INVALID_CONTEXT:  # a thread on which nothing of CUDA has run yet
+            _enter(driver, device)
+            status = driver.cuTensorMapEncodeTiled(*arguments)
         if status:
             raise UnsupportedProblem(
                 f"the CUDA driver refuses to describe a tensor at {address:#x} to the copy engine "
@@ -101,6 +106,16 @@ def encoder(tensor: TensorMap) -> Callable[[int], tuple[int, ...]]:
         return tuple(memory[first : first + 16])
 
     return encode
+
+
+def _enter(driver: Any, device: int) -> None:
+    """Make the context in which the CUDA runtime works on a GPU this thread's own, as its next call would."""
+    ordinal, context = ctypes.c_int(), ctypes.c_void_p()
+    (
+        driver.cuDeviceGet(ctypes.byref(ordinal), device)
+        or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), ordinal)
+        or driver.cuCtxSetCurrent(context)
+    )
 
 
 @cache

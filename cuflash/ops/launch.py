@@ -172,7 +172,7 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
         framework=framework,
         device=ordinal,
         launches=tuple((kernel, step.num_blocks) for kernel, step in zip(kernels, steps, strict=True)),
-        params=_filler(_template(params, plan, options, views, shapes), pointers, maps, "rng_state" in names),
+        params=_filler(_template(params, plan, options, views, shapes), pointers, maps, ordinal, "rng_state" in names),
         allocations=tuple((_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in allocated),
         results=itemgetter(*(places.index(name) for name in names)),
         fills=tuple(
@@ -202,7 +202,7 @@ def _result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
 
 
 def _filler(
-    block: np.ndarray, pointers: Sequence[str], maps: Mapping[str, jit.tensormap.TensorMap], draws: bool
+    block: np.ndarray, pointers: Sequence[str], maps: Mapping[str, jit.tensormap.TensorMap], device: int, draws: bool
 ) -> Callable[[tuple[int, ...]], ctypes.Array]:
     """What fills a parameter block: :attr:`Prepared.params`."""
     params, content, words = block.dtype, block.tobytes(), ctypes.c_uint64 * (block.nbytes // 8)
@@ -213,7 +213,7 @@ def _filler(
     encoders = []
     for name, tensor in maps.items():
         first, argument = _word(params, f"{name}_map"), _ARGUMENTS_OF_PARAMS.get(name, name)
-        encoders.append((slice(first, first + 16), names.index(argument), jit.tensormap.encoder(tensor)))
+        encoders.append((slice(first, first + 16), names.index(argument), jit.tensormap.encoder(tensor, device)))
 
     def fill(numbers: tuple[int, ...]) -> ctypes.Array:
         filled: Any = words.from_buffer_copy(content)

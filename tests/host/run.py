@@ -75,7 +75,7 @@ def tensor_map(
     return words
 
 
-def encoder(tensor: tensormap.TensorMap) -> Callable[[int], tuple[int, ...]]:
+def encoder(tensor: tensormap.TensorMap, device: int = 0) -> Callable[[int], tuple[int, ...]]:
     """What the driver's encoder is on a GPU."""
     layout = tensor.dims, tensor.strides, tensor.box, tensor.dtype.itemsize
     return lambda address: tuple(tensor_map(address - tensor.back, *layout).tolist())
