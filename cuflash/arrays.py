@@ -6,10 +6,11 @@ never imported: an array of theirs can only exist after their user imported them
 
 from __future__ import annotations
 
+import queue
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -216,6 +217,34 @@ class Torch:
         return x.data_ptr()
 
 
+class InFlight:
+    """What kernels that are still running read, held until an event behind them and not until a next call."""
+
+    def __init__(self) -> None:
+        self._held: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting: threading.Thread | None = None
+
+    def hold(self, event: Any, held: Any) -> None:
+        """Keep a reference until the event has happened."""
+        self._held.put((event, held))
+        if self._waiting is None or not self._waiting.is_alive():
+            with self._lock:
+                if self._waiting is None or not self._waiting.is_alive():
+                    self._waiting = threading.Thread(target=self._let_go, name="cuflash-in-flight", daemon=True)
+                    self._waiting.start()
+
+    def _let_go(self) -> None:
+        while True:
+            event, held = self._held.get()
+            with suppress(Exception):  # an error of a kernel, which every later call meets
+                event.synchronize()
+            del event, held
+
+
+_in_flight = InFlight()
+
+
 class Guest:
     """A framework reached through DLPack alone: its arrays become CuPy views, results become its arrays.
 
@@ -225,8 +254,6 @@ class Guest:
     def __init__(self, name: str, from_dlpack: Callable[[Any], Any]) -> None:
         self.name = name
         self._from_dlpack = from_dlpack
-        self._in_flight: list[tuple[Any, Sequence[Any]]] = []
-        self._lock = threading.Lock()
 
     def borrow(self, names: Sequence[str], arrays: Sequence[Any]) -> list[Any]:
         """View the arrays as CuPy arrays that CuPy's current stream may read."""
@@ -244,13 +271,11 @@ class Guest:
         The owner's allocator knows nothing of CuPy's stream, and would reuse memory that its user drops too early.
         """
         with results[0].device:
-            event = _cupy().cuda.Event(disable_timing=True)
-            event.record()
-            lent = tuple(self._from_dlpack(x) for x in results)
-        with self._lock:
-            self._in_flight = [(e, held) for e, held in self._in_flight if not e.done]
-            self._in_flight.append((event, borrowed))
-        return lent
+            if not cupy_arrays().is_capturing():  # what a graph reads is its user's to keep
+                event = _cupy().cuda.Event(block=True, disable_timing=True)
+                event.record()
+                _in_flight.hold(event, borrowed)
+            return tuple(self._from_dlpack(x) for x in results)
 
 
 Framework = NumPy | CuPy | Torch | Guest

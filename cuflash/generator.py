@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import secrets
 import struct
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import integer, shown
 
 _STATE = struct.Struct("<QQ")  # seed, offset
+
+_alive: weakref.WeakSet[PhiloxGenerator] = weakref.WeakSet()
 
 
 class PhiloxGenerator:
@@ -23,6 +28,9 @@ class PhiloxGenerator:
     The state is kept on the host, where drawing costs nothing, until `to_device` moves it to a GPU. From there on
     kernels advance it, also those of a captured CUDA graph at every replay. Calls on streams that run side by side then
     need generators of their own, and the methods that read or change the state wait for the GPU.
+
+    A forked process has the generators that its parent had, in the same state; the default one alone moves to a seed
+    that follows from the parent's and the number of the fork, so that workers draw differently.
 
     Parameters
     ----------
@@ -48,6 +56,7 @@ class PhiloxGenerator:
     def __init__(self, seed: int | None = None, offset: int = 0) -> None:
         try:
             self._lock = threading.Lock()
+            _alive.add(self)
             self._array: Any = None  # CuPy (2,) uint64, where the state is on a GPU
             self._set(secrets.randbits(64) if seed is None else seed, offset)
         except REFUSALS as error:
@@ -145,15 +154,9 @@ class PhiloxGenerator:
             raise
 
     def _set(self, seed: int, offset: int) -> None:
-        first, start = _uint64("seed", seed), _uint64("offset", offset)
-        if first is None:
-            raise InvalidArgument(f"seed is {shown(seed)}; expected an integer from 0 to 2**64 - 1, or None for any.")
-        if start is None or start % 4:
-            raise InvalidArgument(
-                f"offset is {shown(offset)}; expected a multiple of 4 from 0 to 2**64 - 4. Round it up to one."
-            )
+        state = checked(seed, offset)
         with self._lock:
-            self._store(first, start)
+            self._store(*state)
 
     def _load(self) -> tuple[int, int]:
         if self._array is None:
@@ -179,6 +182,24 @@ class PhiloxGenerator:
         return f"{type(self).__name__}(seed={seed}, offset={offset})"
 
 
+def checked(seed: Any, offset: Any) -> tuple[int, int]:
+    """A seed and an offset as integers.
+
+    Raises
+    ------
+    InvalidArgument
+        If they are none that a generator can have.
+    """
+    first, start = _uint64("seed", seed), _uint64("offset", offset)
+    if first is None:
+        raise InvalidArgument(f"seed is {shown(seed)}; expected an integer from 0 to 2**64 - 1, or None for any.")
+    if start is None or start % 4:
+        raise InvalidArgument(
+            f"offset is {shown(offset)}; expected a multiple of 4 from 0 to 2**64 - 4. Round it up to one."
+        )
+    return first, start
+
+
 def _uint64(name: str, value: Any) -> int | None:
     """The integer, if it is one of 64 bits without a sign."""
     number = integer(name, value)
@@ -187,6 +208,28 @@ def _uint64(name: str, value: Any) -> int | None:
 
 default_generator: PhiloxGenerator = PhiloxGenerator()
 """What calls draw from that are given no generator."""
+
+_forks = 0
+"""How many processes this one and those before it have started, which tells their children apart."""
+
+
+def _before_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+def _after_fork_in_child() -> None:
+    """Draw differently than the parent and its other children; a lock that another thread held is nobody's now."""
+    for generator in list(_alive):
+        generator._lock = threading.Lock()
+    seed, _ = default_generator._host
+    words = hashlib.sha256(f"{seed} {_forks}".encode()).digest()
+    default_generator._array = None  # of a GPU that this process does not have
+    default_generator._host = int.from_bytes(words[:8], "little"), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 def manual_seed(seed: int) -> PhiloxGenerator:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import platformdirs
 
 from cuflash.errors import InvalidArgument
+
+_OFF = ("", "0", "false", "no", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +29,8 @@ def read() -> Settings:
     """Read the environment now; callers keep the result if they need a stable value."""
     cache = os.environ.get("CUFLASH_CACHE_DIR")
     return Settings(
-        cache_dir=Path(cache) if cache else _default_cache_dir(),
-        debug=os.environ.get("CUFLASH_DEBUG", "0") not in ("", "0"),
+        cache_dir=_absolute(cache) if cache else _default_cache_dir(),
+        debug=os.environ.get("CUFLASH_DEBUG", "").strip().lower() not in _OFF,
     )
 
 
@@ -61,8 +64,16 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@lru_cache(maxsize=16)
+def _absolute(folder: str) -> Path:
+    """The folder, which stays where it was when it was first asked for, wherever the process goes."""
+    expanded = os.path.expanduser(folder)
+    # Without a home folder it still begins with ~, which the cache says when it is written to.
+    return Path(expanded if expanded.startswith("~") else os.path.abspath(expanded))
+
+
 def _default_cache_dir() -> Path:
     try:
-        return Path(platformdirs.user_cache_dir("cuflash", appauthor=False))
+        return _absolute(platformdirs.user_cache_dir("cuflash", appauthor=False))
     except RuntimeError:  # there is no home folder, which the cache says when it is written to
         return Path("~/.cache/cuflash")

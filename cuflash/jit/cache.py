@@ -48,7 +48,7 @@ def key(files: Mapping[str, bytes], extras: Iterable[object]) -> str:
 
 def root() -> Path:
     """The folder of all kernels, which need not exist."""
-    return Path(os.path.expanduser(settings.read().cache_dir))
+    return settings.read().cache_dir
 
 
 def folder(title: str, key: str) -> Path:

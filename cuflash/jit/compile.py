@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -28,6 +29,8 @@ _RESOURCES = {
 }
 _REMARK = re.compile(r"warning|\bC75\d\d\b")  # C75xx: the assembler serialised what should overlap
 _ELEMENTS = {dtype.cuda: dtype.name for dtype in DTYPES.values()}
+_SAMPLES = 64
+"""Pages of the library that are looked at."""
 _POLICIES = ("sequence", "mask", "score", "reduction")
 
 
@@ -64,7 +67,7 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
     header = config_header(kernel, config, params)
     files = sources.gather(kernel, header)
     flags = flags_for(arch)
-    folder = cache.folder(_title(kernel, config), cache.key(files, (*flags, *version())))
+    folder = cache.folder(_title(kernel, config), cache.key(files, (*flags, *version(), build())))
     found = cache.read(folder)
     if found is not None:
         path, kept = found
@@ -133,6 +136,27 @@ def flags_for(arch: str) -> tuple[str, ...]:
 def version() -> tuple[int, int]:
     """Version of NVRTC."""
     return _module().getVersion()
+
+
+@once
+def build() -> str:
+    """Which NVRTC of its version it is: builds that call themselves by one version make different binaries.
+
+    Told by its size and some of its bytes, which any place that it is installed at has alike.
+    """
+    version()  # loads it
+    try:
+        maps = Path("/proc/self/maps").read_text()
+        library = next(line.split(maxsplit=5)[5] for line in maps.splitlines() if re.search(r"/libnvrtc\.so", line))
+        with open(library, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(size).encode())
+            for part in range(_SAMPLES):
+                file.seek(size * part // _SAMPLES)
+                digest.update(file.read(4096))
+    except (OSError, StopIteration):  # no Linux
+        return ""
+    return digest.hexdigest()
 
 
 @once

@@ -16,9 +16,20 @@ CONFIG = "config.cuh"
 
 @cache
 def root() -> Path:
-    """The folder of the kernels: inside an installed package, beside the package in a checkout."""
-    inside = _PACKAGE / "kernels"
-    return inside if inside.is_dir() else _PACKAGE.parent / "kernels"
+    """The folder of the kernels: inside an installed package, beside the package in a checkout.
+
+    Raises
+    ------
+    CompileError
+        If there is no folder, as in a package that is imported from an archive.
+    """
+    for place in (_PACKAGE / "kernels", _PACKAGE.parent / "kernels"):
+        if place.is_dir():
+            return place
+    raise CompileError(
+        f"cuflash is imported from {_PACKAGE}, where there is no folder of kernels to compile; NumPy arrays alone can "
+        "be computed. Install cuflash, or unpack the archive that it is imported from."
+    )
 
 
 def entry_name(kernel: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument
-from cuflash.generator import PhiloxGenerator, default_generator
+from cuflash.generator import PhiloxGenerator, checked, default_generator
 from cuflash.numbers import shown
 from cuflash.problem import Problem
 
@@ -29,7 +29,7 @@ def check(generator: Any) -> None:
             f"generator is {shown(generator)}; expected a cuflash.PhiloxGenerator, a tuple (seed, offset), "
             "or None for the one that cuflash.manual_seed seeds."
         )
-    PhiloxGenerator(*generator)
+    checked(*generator)
 
 
 def on_host(generator: PhiloxGenerator | tuple[int, int] | None, problem: Problem) -> np.ndarray:

@@ -135,8 +135,8 @@ class Gradients(NamedTuple, Generic[ArrayT, BiasGradT, SinkGradT]):
     dq: ArrayT
     dk: ArrayT
     dv: ArrayT
-    dbias: BiasGradT
-    dsink: SinkGradT
+    dbias: BiasGradT = None  # type: ignore[assignment]
+    dsink: SinkGradT = None  # type: ignore[assignment]
 
 
 def results(problem: Problem, keep_state: bool = False) -> tuple[str, ...]:
