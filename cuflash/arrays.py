@@ -60,6 +60,19 @@ class NumPy:
 
     name = "NumPy"
 
+    def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
+        """Pointers of the arrays that are given, and all else but whether they may be written as a key."""
+        pointers: list[int] = []
+        key: list[Any] = []
+        for x in arrays:
+            if x is None:
+                key.append(None)
+                continue
+            pointer = x.__array_interface__["data"][0]
+            pointers.append(pointer)
+            key.append((x.shape, x.strides, x.dtype, pointer & 15))
+        return pointers, tuple(key)
+
     def view(self, name: str, x: np.ndarray) -> View:
         """Spell the array out."""
         pointer = x.__array_interface__["data"][0]

@@ -87,7 +87,7 @@ def test_the_arrays_of_a_case_are_its_problem(case):
     inputs = make(case, Normals(np))
     options = calls.options(case)
     given = calls.arrays(inputs)
-    problem, _ = ops_host.problem_of("forward", options, [given.get(name) for name in ARGUMENTS["forward"]])
+    problem = ops_host.checked("forward", options, [given.get(name) for name in ARGUMENTS["forward"]]).problem
     assert problem == replace(case.turned("forward").problem, deterministic=False)
 
 

@@ -639,8 +639,9 @@ def test_what_a_call_is_not_prepared_for(launches: Launches, monkeypatch: pytest
     x = random(1, 8, 2, 16)
     attend = cuflash.flash_attn_prepare(*3 * [as_torch(x)], out=as_torch(x.copy()))
     refusals = {
-        "q is a NumPy array; expected a CuPy array or a torch tensor, as calls are prepared for kernels. "
-        "Call flash_attn_func, or convert q, k and v.": lambda: cuflash.flash_attn_prepare(x, x, x),
+        "q is a NumPy array, but the call was prepared for torch arrays. Prepare another for it.": (
+            lambda: attend(x, x, x, x.copy())
+        ),
         "k is None; expected an array.": lambda: cuflash.flash_attn_prepare(as_torch(x), None, as_torch(x)),
         "softcap is -1.0; expected 0 (none) or a positive number.": (
             lambda: cuflash.flash_attn_prepare(*3 * [as_torch(x)], softcap=-1)

@@ -29,7 +29,7 @@ def flash_attn_prepare(
     Parameters
     ----------
     q, k, v : array
-        As for `flash_attn_func`, CuPy arrays or torch tensors; neither read nor kept.
+        As for `flash_attn_func`, arrays of CuPy or NumPy or torch tensors; neither read nor kept.
     softmax_scale, causal, window_size, softcap, alignment, num_splits
         As for `flash_attn_func`.
     out : array, (b, len_q, heads_q, dim_v), optional
@@ -44,10 +44,16 @@ def flash_attn_prepare(
     Raises
     ------
     InvalidArgument, UnsupportedProblem
-        As `flash_attn_func`, and for arrays of NumPy, JAX and other libraries.
+        As `flash_attn_func`, and for arrays of JAX and other libraries.
 
     Examples
     --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> q = k = v = np.ones((1, 3, 2, 4), np.float32)
+    >>> attend = cuflash.flash_attn_prepare(q, k, v, causal=True)
+    >>> out, lse = attend(q, k, v)
+
     Layers that take turns with the same shapes::
 
         attend = cuflash.flash_attn_prepare(q, k, v, causal=True)

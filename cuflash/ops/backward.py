@@ -50,10 +50,11 @@ def backward(
             return dq, dk, dv
         return Gradients(dq, dk, dv, others[0] if options.bias_grad else None, None if sink is None else others[-1])
 
-    problem, _ = host.problem_of("backward", options, arrays)
+    checked = host.checked("backward", options, arrays)
+    problem = checked.problem
     drawn = None if rng_state is None else np.ascontiguousarray(rng_state).view(np.uint64)
     keywords = {"dlse": dlse, "row_state": row_state, "bias_grad": problem.bias_grad}
-    keywords |= host.keywords(problem, options, arrays, drawn)
+    keywords |= host.keywords(checked, arrays, drawn)
     if problem.layout == "varlen":
         found = reference.backward_varlen(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **keywords)
     else:
@@ -61,4 +62,6 @@ def backward(
     dq, dk, dv = (host.stored(x, given) for x, given in zip(found[:3], (dq, dk, dv), strict=True))
     if not problem.bias_grad and not problem.sink:
         return dq, dk, dv
-    return Gradients(dq, dk, dv, found.dbias, None if found.dsink is None else found.dsink.astype(np.float32))
+    with np.errstate(all="ignore"):
+        dsink = None if found.dsink is None else found.dsink.astype(np.float32)
+    return Gradients(dq, dk, dv, found.dbias, dsink)

@@ -146,7 +146,7 @@ def settled(options: Options) -> Options:
     changes = {
         name: scalar(options.name(name), value)
         for name, value in zip(options._fields, options, strict=True)
-        if is_array(value) and not tuple(value.shape)
+        if name != "window_size" and is_array(value) and not tuple(value.shape)
     }
     window = options.window_size
     if not isinstance(window, tuple) or any(map(is_array, window)):

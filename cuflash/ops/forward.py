@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,19 @@ def forward(
         draw.check(generator)
     if not isinstance(framework, NumPy):
         return launch.run(framework, "forward", options, arrays, generator)
-    problem, shapes = host.problem_of("forward", options, arrays)
+    return on_host(options, arrays, generator)
+
+
+def on_host(options: Options, arrays: Sequence[Any], generator: Any = None) -> tuple[Any, ...]:
+    """The same of NumPy arrays, in the order of :data:`ARGUMENTS`."""
+    q, k, v, _, cu_seqlens_q, cu_seqlens_k, _, seqused_k, *_, block_table, out = arrays
+    found = host.checked("forward", options, arrays)
+    problem, shapes = found.problem, found.shapes
     if out is None:
         out = np.empty(shapes["out"], q.dtype)
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
     q, k, v = (x.swapaxes(1, 2) if options.sdpa else x for x in (q, k, v))
-    keywords = host.keywords(problem, options, arrays, rng_state)
+    keywords = host.keywords(found, arrays, rng_state)
     keywords["out"] = out.swapaxes(1, 2) if options.sdpa else out
     row_state = np.empty(shapes["row_state"], problem.dtype.accumulator) if options.keep_state else None
     if problem.page_size:

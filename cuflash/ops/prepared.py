@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
-from cuflash.arrays import Array, ArrayT, CuPy, Torch, View, framework_of
+from cuflash.arrays import Array, ArrayT, CuPy, Guest, NumPy, Torch, View, framework_of
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
-from cuflash.ops import launch
+from cuflash.ops import check, host, launch
+from cuflash.ops.forward import on_host
 from cuflash.ops.options import ARGUMENTS, Options, given
 
 _NAMES = ("q", "k", "v", "out")
@@ -24,15 +25,22 @@ class PreparedAttention(Generic[ArrayT]):
     def __init__(self, options: Options, q: ArrayT, k: ArrayT, v: ArrayT, out: ArrayT | None = None) -> None:
         arrays = q, k, v, out
         framework = framework_of(_NAMES, arrays)
-        if not isinstance(framework, CuPy | Torch):
+        if isinstance(framework, Guest):
             raise InvalidArgument(
-                f"q is a {framework.name} array; expected a CuPy array or a torch tensor, as calls are prepared for "
-                "kernels. Call flash_attn_func, or convert q, k and v."
+                f"q is a {framework.name} array; expected an array of CuPy or NumPy or a torch tensor, which prepared "
+                "calls take as they are. Call flash_attn_func, or convert q, k and v."
             )
         _, self._kind = framework.describe(_NAMES, arrays)
         self._framework = framework
         self._views = _views(framework, arrays)
-        self._prepared = launch.prepare(framework, "forward", options, given("forward", (q, k, v, *_BETWEEN, out)))
+        arguments = given("forward", (q, k, v, *_BETWEEN, out))
+        self._prepared: Callable[[Sequence[Any], list[int], Any], tuple[Any, ...]]
+        if isinstance(framework, NumPy):
+            options = check.settled(options)
+            host.check_kind("forward", options, arguments)
+            self._prepared = lambda arrays, pointers, generator: on_host(options, arrays, generator)
+        else:
+            self._prepared = launch.prepare(framework, "forward", options, arguments)
 
     def __call__(self, q: ArrayT, k: ArrayT, v: ArrayT, out: ArrayT | None = None) -> tuple[ArrayT, Array]:
         """Attend with arrays like those that the call was prepared for.
@@ -69,13 +77,14 @@ class PreparedAttention(Generic[ArrayT]):
             pointers, kind = framework.describe(_NAMES, arrays)
             if kind != self._kind:
                 raise _unlike(_views(framework, arrays), self._views)
-            return self._prepared((q, k, v, *_BETWEEN, out), pointers, None)
+            found, lse = self._prepared((q, k, v, *_BETWEEN, out), pointers, None)
+            return found, lse
         except REFUSALS as error:
             shorten(error)
             raise
 
 
-def _views(framework: CuPy | Torch, arrays: Sequence[Any]) -> list[View | None]:
+def _views(framework: NumPy | CuPy | Torch, arrays: Sequence[Any]) -> list[View | None]:
     return [None if x is None else framework.view(name, x) for name, x in zip(_NAMES, arrays, strict=True)]
 
 
