@@ -47,10 +47,10 @@ def run(*arguments: str, status: int = 0) -> str:
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    def missing() -> None:
+    def missing(*arch: str) -> None:
         raise CompileError("NVRTC is not here")
 
-    monkeypatch.setattr(cuflash.cli.explain, "version", missing)
+    monkeypatch.setattr(cuflash.cli.explain, "check_arch", missing)
     monkeypatch.setattr(cuflash.cli.compile, "version", missing)
 
 
@@ -62,7 +62,7 @@ def fake_compiler(monkeypatch):
     def compile_kernel(kernel, config, params, arch):
         return jit.Cubin(path=None, kernel=kernel, arch=arch, seconds=0.25, **report)
 
-    monkeypatch.setattr(cuflash.cli.explain, "version", lambda: (13, 0))
+    monkeypatch.setattr(cuflash.cli.explain, "check_arch", lambda arch: None)
     monkeypatch.setattr(cuflash.cli.compile, "version", lambda: (13, 0))
     monkeypatch.setattr(jit, "compile_kernel", compile_kernel)
     monkeypatch.setattr(jit, "compile_many", lambda jobs, workers: (compile_kernel(*job) for job in jobs))
@@ -86,6 +86,14 @@ def test_explain_says_why_there_are_no_registers(no_compiler):
     assert "family     sm90: three consumers" in printed
     assert "at most    100% of the tensor cores' peak" in printed
     assert "registers, spills and stack are known after compiling: NVRTC is not here" in printed
+
+
+def test_explain_goes_on_where_the_compiler_does_not_know_the_device(monkeypatch):
+    """CUDA 13 compiles nothing for a V100."""
+    pytest.importorskip("cupy", reason="asks the compiler")
+    monkeypatch.setattr(jit.compile, "supported_archs", lambda: ("sm_80",))
+    printed = run("explain", "--device=v100")
+    assert "kernel     fwd_simt: " in printed and "compiles for sm_80, not for 'sm_70'" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(
@@ -503,6 +511,7 @@ def test_an_error_ends_the_program_with_its_message_and_status_2(shell):
         ("explain --len 256", ">&-"),
         ("support", ">&-"),
         ("cache", "2>&-"),
+        ("check fwd_simt-fp32-d16 --soak=1 --numpy", ">&-"),
     ],
 )
 def test_commands_run_where_there_is_nowhere_to_print(command, place, shell):

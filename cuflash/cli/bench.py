@@ -10,7 +10,6 @@ from typing import Literal
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cuflash.bench import report, sets, start
 from cuflash.bench import standing as standings
@@ -18,7 +17,7 @@ from cuflash.bench.cases import Case
 from cuflash.bench.peers import PEERS, find
 from cuflash.bench.peers import chosen as chosen_peers
 from cuflash.bench.run import Bench
-from cuflash.cli.console import Seconds, console, given, show
+from cuflash.cli.console import Seconds, bar, console, given, show
 from cuflash.cli.problem import has_gpu
 from cuflash.cli.support import FILE, write_between
 from cuflash.errors import InvalidArgument
@@ -108,7 +107,7 @@ def command(
     run = Bench(found.implementations, gpu, quick, sustained)
     run.report.sets = {name: [each.id for each in chosen] for name, chosen in by_set.items()}
     run.report.notes += found.notes
-    with _progress() as progress:
+    with bar() as progress:
         task = progress.add_task("", total=len(cases))
 
         def done(each: Case) -> None:
@@ -155,11 +154,6 @@ def _matching(problems: str, pattern: str | None) -> dict[str, list[Case]]:
         ids = ", ".join(each.id for cases in known.values() for each in cases)
         raise InvalidArgument(f"--case {pattern!r} matches nothing in {problems}; it has: {ids}.")
     return {name: cases for name, cases in found.items() if cases}
-
-
-def _progress() -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=console(stderr=True), transient=True)
 
 
 def _print(found: report.Report, screen: Console) -> None:

@@ -11,14 +11,13 @@ from types import ModuleType
 
 import click
 import numpy as np
-from rich.progress import track
 
 from cuflash.bench.cases import Case, select
 from cuflash.bench.inputs import Normals, make
 from cuflash.bench.soak import Job
 from cuflash.bench.verify import verify
 from cuflash.cli import soak as soaking
-from cuflash.cli.console import Seconds, console, show, table
+from cuflash.cli.console import Seconds, console, followed, show, table
 from cuflash.cli.problem import has_gpu
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 
@@ -81,7 +80,7 @@ def command(
     lines = table(f"{len(cases)} cases on {where}", "case", "tensor", *numbers, "", right=numbers)
     failures = 0
     normals = Normals(xp, seed)
-    for each in track(cases, "checking", console=console(stderr=True), transient=True):
+    for each in followed(cases, "checking"):
         for line, passed in _lines(each, normals):
             lines.add_row(*line, style=None if passed else "bold red")
             failures += not passed

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import click
-from rich.progress import track
 
 from cuflash import jit
 from cuflash.bench.cases import ARCHITECTURES, matrix
 from cuflash.bench.resources import complaints
-from cuflash.cli.console import console, show, table
+from cuflash.cli.console import console, followed, show, table
 from cuflash.device import named
 from cuflash.errors import CompileError, InvalidArgument
 from cuflash.jit.compile import version
@@ -37,9 +36,7 @@ def command(case: str | None, everything: bool, arch: tuple[str, ...], jobs: int
     numbers = ("registers", "stack", "spills", "shared", "seconds")
     lines = table(f"{len(rows)} kernels", "arch", "case", "kernel", *numbers, "", right=numbers)
     wrong = 0
-    progress = track(
-        jit.compile_many(work, jobs), "compiling", total=len(work), console=console(stderr=True), transient=True
-    )
+    progress = followed(jit.compile_many(work, jobs), "compiling", len(work))
     for (target, case_id, step), cubin in zip(rows, progress, strict=True):
         if isinstance(cubin, CompileError):
             wrong += 1

@@ -7,16 +7,20 @@ import io
 import os
 import sys
 import textwrap
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
 from cuflash.plan.choose import LABEL
+
+Item = TypeVar("Item")
 
 WIDTH = 160
 """Columns of output that goes to a file."""
@@ -54,6 +58,20 @@ def console(stderr: bool = False) -> Console:
     to_terminal = stream is not None and stream.isatty()
     width = None if to_terminal or os.environ.get("COLUMNS") else WIDTH
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
+
+
+def bar() -> Progress:
+    """A bar of how much is done, on a terminal; nothing elsewhere."""
+    screen = console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    printed = console().is_terminal  # elsewhere it does not pass the bar's lines
+    return Progress(*columns, console=screen, transient=True, redirect_stdout=printed, disable=not screen.is_terminal)
+
+
+def followed(items: Iterable[Item], description: str, total: float | None = None) -> Iterable[Item]:
+    """The items, with a bar of how many have been taken on a terminal."""
+    screen = console(stderr=True)
+    return track(items, description, total, console=screen, transient=True, disable=not screen.is_terminal)
 
 
 def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Table:

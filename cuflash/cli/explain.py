@@ -9,7 +9,7 @@ from cuflash.cli.console import console, say
 from cuflash.cli.problem import Asked
 from cuflash.device import Device
 from cuflash.errors import CompileError
-from cuflash.jit.compile import version
+from cuflash.jit.compile import check_arch
 
 
 def show(asked: Asked, device: Device) -> None:
@@ -18,7 +18,7 @@ def show(asked: Asked, device: Device) -> None:
     chosen = plan.explain(asked.problem, device, asked.family)
     say(screen, "", f"{chosen.problem} on {device}", "bold")
     steps = iter(() if chosen.plan is None else chosen.plan.steps)
-    why_unknown = _why_no_compiler()
+    why_unknown = _why_no_compiler(device)
     for label, text in chosen.lines():
         if label == "FLOPs":  # with the true lengths of packed sequences
             text = f"{asked.flops / 1e9:,.2f} G, at least {asked.nbytes / 1e6:,.1f} MB read and written"
@@ -38,10 +38,10 @@ def _compiled(step: plan.Step, device: Device) -> str:
     return f", {cubin.registers} registers, {spilled} bytes spilled, {cubin.stack} bytes of stack a thread"
 
 
-def _why_no_compiler() -> str | None:
-    """Why nothing can be compiled here; None when it can."""
+def _why_no_compiler(device: Device) -> str | None:
+    """Why nothing can be compiled here for a device; None when it can."""
     try:
-        version()
+        check_arch(device.arch)
     except CompileError as error:
         return str(error)
     return None

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from contextlib import closing
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
-
 from cuflash import device, jit
 from cuflash.bench.cases import CASES
 from cuflash.bench.soak import Job, Outcome, soak, steps_of
-from cuflash.cli.console import console
+from cuflash.cli.console import bar, console, followed
 from cuflash.errors import InvalidArgument
 
 _MOST_FAILURES = 5
@@ -25,14 +22,12 @@ def run(job: Job, seconds: float) -> bool:
         _check_cublas()
         _compile(job)
     screen = console()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    bar = Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
     started_s = time.perf_counter()
     failures, ran, variants, left_out = 0, 0, 0, Counter[str]()
-    with bar, closing(soak(job)) as outcomes:
-        task = bar.add_task("", total=job.count)
+    with bar() as progress, closing(soak(job)) as outcomes:
+        task = progress.add_task("", total=job.count)
         for outcome in outcomes:
-            bar.update(task, advance=1, description=outcome.case_id)
+            progress.update(task, advance=1, description=outcome.case_id)
             if outcome.left_out:
                 left_out[outcome.left_out] += 1
             else:
@@ -68,7 +63,7 @@ def _compile(job: Job) -> None:
     gpu = device.current(0)
     steps = steps_of([CASES[case_id] for case_id in job.case_ids], gpu)
     cubins = jit.compile_many([(step.kernel, step.config, step.params, gpu.arch) for step in steps], None)
-    for _ in track(cubins, "compiling", total=len(steps), console=console(stderr=True), transient=True):
+    for _ in followed(cubins, "compiling", len(steps)):
         pass
 
 

@@ -73,7 +73,7 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
         path, kept = found
         return Cubin(path=path, cached=True, **{**kept, "warnings": tuple(kept["warnings"])})
 
-    _check_arch(arch)
+    check_arch(arch)
     start = time.perf_counter()
     binary, log = _nvrtc(sources.entry_name(kernel), files, flags)
     report: dict[str, Any] = {
@@ -165,7 +165,14 @@ def supported_archs() -> tuple[str, ...]:
     return tuple(f"sm_{number}" for number in _module().getSupportedArchs())
 
 
-def _check_arch(arch: str) -> None:
+def check_arch(arch: str) -> None:
+    """Refuse an architecture that this NVRTC does not compile for.
+
+    Raises
+    ------
+    CompileError
+        With those that it does.
+    """
     known = supported_archs()
     if arch.rstrip("af") not in known:
         raise CompileError(
