@@ -4,17 +4,8 @@ from typing import TYPE_CHECKING
 
 from cuflash.api.backend import preferred_backend
 from cuflash.api.explain import Explanation, explain
-from cuflash.api.flash import (
-    Gradients,
-    flash_attn_backward,
-    flash_attn_func,
-    flash_attn_kvpacked_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
-    flash_attn_vjp,
-)
+from cuflash.api.flash import flash_attn_func, flash_attn_varlen_func
+from cuflash.api.gradients import Gradients, flash_attn_backward, flash_attn_vjp
 from cuflash.api.keywords import FlashOptions, VarlenOptions
 from cuflash.api.mem_eff import (
     efficient_attention_backward,
@@ -24,6 +15,12 @@ from cuflash.api.mem_eff import (
 )
 from cuflash.api.mha import mha_bwd, mha_fwd, mha_varlen_bwd, mha_varlen_fwd
 from cuflash.api.mha_ck import mha_bwd_ck, mha_fwd_ck, mha_varlen_bwd_ck, mha_varlen_fwd_ck
+from cuflash.api.packed import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from cuflash.api.prepare import PreparedAttention, flash_attn_prepare
 from cuflash.api.sdpa import scaled_dot_product_attention
 from cuflash.api.validators import check_aligned, check_contiguous, check_last_contiguous, check_range

@@ -606,7 +606,8 @@ def test_explain_of_a_forward_does_not_depend_on_deterministic() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cuflash.api.flash", "cuflash.api.sdpa", "cuflash.api.explain", "cuflash.api.mha", "cuflash.api.backend"]
+    "module",
+    [f"cuflash.api.{name}" for name in ("flash", "gradients", "sdpa", "explain", "mha", "backend")],
 )
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))

@@ -6,7 +6,6 @@ import inspect
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,10 +100,9 @@ def test_all_frames_for_who_debugs(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_prepared_call_is_as_brief() -> None:
-    attend = cuflash.PreparedAttention.__new__(cuflash.PreparedAttention)
-    attend._framework = SimpleNamespace(name="CuPy")
-    with pytest.raises(cuflash.InvalidArgument, match=r"prepared for CuPy arrays") as caught:
-        attend(X, X, X)
+    attend = cuflash.flash_attn_prepare(X, X, X)
+    with pytest.raises(cuflash.InvalidArgument) as caught:
+        attend(X, WRONG, X)
     assert len(frames_of(caught.value)) <= 1
 
 

@@ -1,0 +1,264 @@
+"""The gradients of attention, for every kind of array."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Unpack, overload
+
+from cuflash import ops
+from cuflash.api.keywords import BackwardOptions, Generator, Pullback, VjpOptions
+from cuflash.arrays import Array, ArrayT
+from cuflash.dropout import Scheme
+from cuflash.errors import REFUSALS, shorten
+from cuflash.masks import Alignment
+from cuflash.numbers import flag
+from cuflash.ops import Gradients, Options
+
+
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: None = ...,
+    bias_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...  # fmt: skip
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: None = ...,
+    bias_grad: Literal[True], **keywords: Unpack[BackwardOptions],
+) -> Gradients[ArrayT, Array, None]: ...  # fmt: skip
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array,
+    bias_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
+) -> Gradients[ArrayT, None, Array]: ...  # fmt: skip
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array,
+    bias_grad: Literal[True], **keywords: Unpack[BackwardOptions],
+) -> Gradients[ArrayT, Array, Array]: ...  # fmt: skip
+@overload
+def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array | None = ...,
+    bias_grad: bool = ..., **keywords: Unpack[BackwardOptions],
+) -> tuple[ArrayT, ArrayT, ArrayT] | Gradients[ArrayT, Any, Any]: ...  # fmt: skip
+def flash_attn_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alignment: Alignment = "bottom-right",
+    attn_mask: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Array | None = None,
+    seqused_k: Array | None = None,
+    alibi_slopes: Array | None = None,
+    attn_bias: Array | None = None,
+    sink: Array | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Array | None = None,
+    dropout_scheme: Scheme = "byte",
+    unbiased_dropout: bool = False,
+    deterministic: bool = False,
+    bias_grad: bool = False,
+    dlse: Array | None = None,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
+    validate: bool = False,
+) -> tuple[Array, Array, Array] | Gradients[Any, Any, Any]:
+    """Gradients of q, k and v, and of a bias and a sink, given those of the output.
+
+    Parameters
+    ----------
+    dout : array, shaped like `out`
+        Gradient of the output.
+    q, k, v : array
+        The tensors of the forward: (b, s, h, d), or packed (total, h, d) when `cu_seqlens_q` is given.
+    out, lse : array
+        What the forward returned for them with ``return_lse=True``. Both -inf and +inf in `lse` mark a query that sees
+        no key.
+    softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
+        As in the forward.
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
+        As in `flash_attn_varlen_func`.
+    dropout_p, dropout_scheme, unbiased_dropout
+        As in the forward.
+    rng_state : array of uint64, (2,), optional
+        What the forward returned with ``return_rng_state=True``; needed with dropout.
+    deterministic : bool
+        Give the same bits on every run, for some of the speed.
+    bias_grad : bool
+        Also compute the gradient of `attn_bias`, whose broadcast axes must then have size 1.
+    dlse : array, shaped like `lse`, optional
+        Gradient of the log-sum-exp; zero by default.
+    dq, dk, dv : array, optional
+        Written and returned instead of new arrays; NumPy, CuPy and torch only. May not overlap the other arguments.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        Shaped and typed like q, k and v. Where nothing is visible they are 0.
+    Gradients
+        Instead, with `bias_grad` or a sink: the same with the fields `dbias` and `dsink`, in float32 (dbias of float64
+        tensors in float64), None where not asked for.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `flash_attn_func`.
+    """
+    try:
+        dropout = dropout_p, dropout_scheme, unbiased_dropout
+        options = Options(
+            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
+        )  # fmt: skip
+        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+        features = alibi_slopes, attn_bias, sink, rng_state
+        return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, None, dq, dk, dv)
+    except REFUSALS as error:
+        shorten(error)
+        raise
+
+
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[False] = ...,
+    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT, Pullback[tuple[ArrayT, ArrayT, ArrayT]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[True],
+    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT, Pullback[Gradients[ArrayT, Array, None]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[False] = ...,
+    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT, Pullback[Gradients[ArrayT, None, Array]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[True],
+    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT, Pullback[Gradients[ArrayT, Array, Array]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[False] = ...,
+    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+) -> tuple[tuple[ArrayT, Array], Pullback[tuple[ArrayT, ArrayT, ArrayT]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[True],
+    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+) -> tuple[tuple[ArrayT, Array], Pullback[Gradients[ArrayT, Array, None]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[False] = ...,
+    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+) -> tuple[tuple[ArrayT, Array], Pullback[Gradients[ArrayT, None, Array]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[True],
+    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+) -> tuple[tuple[ArrayT, Array], Pullback[Gradients[ArrayT, Array, Array]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array | None = ..., bias_grad: bool = ..., return_lse: bool = ...,
+    **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT | tuple[ArrayT, Array], Pullback[tuple[Any, ...]]]: ...  # fmt: skip
+def flash_attn_vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alignment: Alignment = "bottom-right",
+    attn_mask: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Array | None = None,
+    seqused_k: Array | None = None,
+    alibi_slopes: Array | None = None,
+    attn_bias: Array | None = None,
+    sink: Array | None = None,
+    dropout_p: float = 0.0,
+    generator: Generator = None,
+    dropout_scheme: Scheme = "byte",
+    unbiased_dropout: bool = False,
+    num_splits: int = 0,
+    deterministic: bool = False,
+    bias_grad: bool = False,
+    return_lse: bool = False,
+    validate: bool = False,
+) -> tuple[Array | tuple[Array, Array], Pullback[tuple[Any, ...]]]:
+    """Attention and the function that pulls gradients back through it.
+
+    Parameters
+    ----------
+    q, k, v : array
+        (b, s, h, d), or packed (total, h, d) when `cu_seqlens_q` is given. They, the output and the log-sum-exp are
+        kept until the pullback is dropped.
+    softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
+        As for `flash_attn_func`.
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
+        As for `flash_attn_varlen_func`.
+    dropout_p, generator, dropout_scheme, unbiased_dropout
+        As for `flash_attn_func`; the pullback drops what the forward dropped.
+    num_splits : int
+        As for `flash_attn_func`; the pullback splits no keys.
+    deterministic : bool
+        Make the pullback give the same bits on every run, for some of the speed.
+    bias_grad : bool
+        Let the pullback return the gradient of `attn_bias` too.
+    return_lse : bool
+        Also return the log-sum-exp.
+
+    Returns
+    -------
+    out : array
+        As from `flash_attn_func`; (out, lse) with `return_lse`.
+    pullback : callable
+        ``pullback(dout, dlse=None) -> (dq, dk, dv)``, or `Gradients` with `bias_grad` or a sink, as
+        `flash_attn_backward`.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        As `flash_attn_func`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> q = k = v = np.ones((1, 3, 2, 4), np.float32)
+    >>> out, pullback = cuflash.flash_attn_vjp(q, k, v, causal=True)
+    >>> dq, dk, dv = pullback(np.ones_like(out))
+    """
+    try:
+        dropout = dropout_p, dropout_scheme, unbiased_dropout
+        options = Options(
+            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
+            num_splits=num_splits,
+        )  # fmt: skip
+        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+        arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
+        return_lse = flag("return_lse", return_lse)
+        out, lse, pullback = ops.vjp(options, arrays, generator)
+        return ((out, lse) if return_lse else out), pullback
+    except REFUSALS as error:
+        shorten(error)
+        raise
