@@ -44,7 +44,7 @@ def prepare_streams() -> None:
     A file that gets the number of a closed stdout would also get what C libraries and child processes print.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(number, True)
     os.close(number)
     codecs.register_error("cuflash.ascii", _in_ascii)
     for stream in (sys.stdout, sys.stderr):  # None where a program was started without them
