@@ -590,3 +590,28 @@ def test_threads_that_compile_the_same_kernel():
     cubins = jit.compile_together([job] * 3)
     assert {cubin.path for cubin in cubins} == {jit.compile_kernel(*job).path}
     assert cubins[0].path.read_bytes().startswith(b"\x7fELF")
+
+
+# What a first call says
+
+
+@needs_nvrtc
+def test_what_is_compiled_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="cuflash"):
+        first = compile.compile_kernel("bwd_delta", DELTA, "BwdParams", "sm_80")
+        again = compile.compile_kernel("bwd_delta", DELTA, "BwdParams", "sm_80")
+    assert not first.cached and again.cached
+    said = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert said == [("cuflash", "INFO", f"compiled bwd_delta-fp32-d1x64-scaled for sm_80 in {first.seconds:.2f} s")]
+
+
+@needs_nvrtc
+def test_nothing_is_printed_where_nobody_asked() -> None:
+    script = """
+from cuflash import jit
+from cuflash.plan import Config
+config = Config(element="float", dim_qk=1, dim_v=64, threads=128, score="ScaledScore<float>", tile_q=64)
+assert not jit.compile_kernel("bwd_delta", config, "BwdParams", "sm_80").cached
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

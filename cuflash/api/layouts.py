@@ -36,7 +36,14 @@ class Place:
         self._framework: NumPy | CuPy | Torch = framework
         self.xp: Any = np if isinstance(x, np.ndarray) else sys.modules[framework.name.lower()]
         self._device = {"device": x.device} if framework.name == "torch" else {}
-        self.here: AbstractContextManager[Any] = x.device if framework.name == "CuPy" else nullcontext()
+        self._x = x
+
+    @property
+    def here(self) -> AbstractContextManager[Any]:
+        """Where arrays of the place are computed with: its device, or without NumPy's warnings of numbers' ranges."""
+        if isinstance(self._framework, NumPy):
+            return np.errstate(all="ignore")
+        return self._x.device if isinstance(self._framework, CuPy) else nullcontext()
 
     def view(self, name: str, x: Any) -> View:
         """An array of the same library, spelled out."""

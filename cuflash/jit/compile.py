@@ -59,6 +59,8 @@ class Cubin:
 def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin:
     """Compile one variant for an architecture such as ``sm_90a``, or find it in the cache.
 
+    What is compiled is said, by its name and the seconds it took, at level ``INFO`` of the logger ``cuflash``.
+
     Raises
     ------
     CompileError
@@ -83,6 +85,7 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
         "seconds": round(time.perf_counter() - start, 3),
         "warnings": tuple(line for line in log.splitlines() if _REMARK.search(line)),
     }
+    _logger().info("compiled %s for %s in %.2f s", _title(kernel, config), arch, report["seconds"])
     return Cubin(path=cache.publish(folder, binary, report, header), **report)
 
 
@@ -179,6 +182,15 @@ def check_arch(arch: str) -> None:
             f"NVRTC {_dotted(version())} compiles for {', '.join(known)}, not for {arch!r}. "
             "CUDA 13 dropped sm_70, which the extra cuda12 has; newer architectures need a newer nvidia-cuda-nvrtc."
         )
+
+
+@once
+def _logger() -> Any:
+    import logging  # takes longer than a call, and only those that compile say something
+
+    logger = logging.getLogger("cuflash")
+    logger.addHandler(logging.NullHandler())  # what is printed is up to the program
+    return logger
 
 
 @once

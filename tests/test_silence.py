@@ -1,0 +1,134 @@
+"""What is computed on the CPU does not depend on NumPy's error state, whatever the numbers: every feature is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cuflash
+
+FP16, BF16, FP32, FP64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
+STARTS = np.array([0, 3, 3, 9], np.int32)
+SINK = np.array([0.5, -1, 1e30, -np.inf], FP32)
+SLOPES = np.array([0.5, 1e30, 0, -1], FP32)
+MASK = np.arange(81).reshape(9, 9) % 4 > 0
+DRAWN = {"dropout_p": 0.5, "generator": (1, 4)}
+
+
+def calls(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, bias: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Every public function that computes, and every feature, of (1, 9, 4, 8) queries and two key heads."""
+    real = FP64 if q.dtype == FP64 else FP32
+    dlse = np.full((1, 4, 9), 1e30, real)
+    wide_k, wide_v = (np.repeat(x, 2, axis=2) for x in (k, v))
+    kv, qkv = np.stack([k, v], 2), np.stack([q, wide_k, wide_v], 2)
+    turned = [x.swapaxes(1, 2).copy() for x in (q, k, v)]
+    packed = [x[0] for x in (q, k, v)]
+    lengths = {"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS}
+    table, pages = np.array([[1, 0], [0, 1], [1, 1]], np.int32), [x[0, :8].reshape(2, 4, 2, 8) for x in (k, v)]
+
+    def vjp(*arrays: np.ndarray, dout: np.ndarray, dlse: np.ndarray | None = None, **options: Any) -> list[Any]:
+        out, pullback = cuflash.flash_attn_vjp(*arrays, **options)
+        return [out, *pullback(dout, dlse)]
+
+    def backward() -> Any:
+        out, lse = cuflash.flash_attn_func(q, k, v, return_lse=True)
+        return cuflash.flash_attn_backward(g, q, k, v, out, lse, dq=np.empty_like(q))
+
+    def mha() -> list[Any]:
+        found = cuflash.mha_fwd(q, k, v, p_dropout=0.5, gen_=(1, 4), return_softmax=True)
+        return [
+            *found,
+            *cuflash.mha_bwd(
+                g, q, k, v, found[0], found[4], p_dropout=0.5, philox_seed=found[5], philox_offset=found[6]
+            ),
+        ]
+
+    def mha_ck() -> list[Any]:
+        found = cuflash.mha_fwd_ck(q, k, v, attn_bias_=bias)
+        return [*found, *cuflash.mha_bwd_ck(g, q, k, v, found[0], found[4], None, None, None, bias, True)]
+
+    def mha_varlen(forward: Any, backward: Any) -> list[Any]:
+        found = forward(*packed, None, STARTS, STARTS)
+        return [*found, *backward(g[0], *packed, found[0], found[4], None, None, None, STARTS, STARTS)]
+
+    def mem_eff() -> list[Any]:
+        found = cuflash.mem_eff_forward(q, k, v, attn_bias_=bias)
+        return [
+            *found,
+            *cuflash.mem_eff_backward(
+                g, q, k, v, found[0], found[4], None, None, None, attn_bias=bias, bias_requires_grad=True
+            ),
+        ]
+
+    def efficient() -> list[Any]:
+        found = cuflash.efficient_attention_forward(q, wide_k, wide_v, bias, compute_log_sumexp=True)
+        return [
+            *found,
+            *cuflash.efficient_attention_backward(
+                g, q, wide_k, wide_v, bias, found[0], None, None, None, None, found[1], 0.0, None, None, 0, True
+            ),
+        ]
+
+    return {
+        "func": lambda: cuflash.flash_attn_func(q, k, v, return_lse=True),
+        "kvpacked": lambda: cuflash.flash_attn_kvpacked_func(q, kv, causal=True),
+        "qkvpacked": lambda: cuflash.flash_attn_qkvpacked_func(qkv, window_size=(2, 1)),
+        "probabilities": lambda: cuflash.flash_attn_func(q, k, v, **DRAWN, return_attn_probs=True),
+        "pages": lambda: cuflash.flash_attn_varlen_func(
+            packed[0], *pages, STARTS, np.array([0, 5, 13, 20], np.int32), block_table=table
+        ),
+        "varlen": lambda: cuflash.flash_attn_varlen_func(*packed, STARTS, STARTS, return_attn_probs=True),
+        "prepared": lambda: cuflash.flash_attn_prepare(q, k, v)(q, k, v),
+        "sdpa": lambda: cuflash.scaled_dot_product_attention(*turned, attn_mask=bias, enable_gqa=True),
+        "vjp": lambda: vjp(q, k, v, dout=g, dlse=dlse, causal=True),
+        "sink": lambda: vjp(q, k, v, dout=g, sink=SINK),
+        "slopes": lambda: vjp(q, k, v, dout=g, alibi_slopes=SLOPES),
+        "mask": lambda: vjp(q, k, v, dout=g, attn_mask=MASK),
+        "bias": lambda: vjp(q, k, v, dout=g, attn_bias=bias, bias_grad=True, softcap=2.0),
+        "cap": lambda: vjp(q, k, v, dout=g, softcap=1e30, softmax_scale=1e30),
+        "dropout": lambda: vjp(q, k, v, dout=g, **DRAWN),
+        "word": lambda: vjp(q, k, v, dout=g, **DRAWN, dropout_scheme="word"),
+        "packed": lambda: vjp(*packed, dout=g[0], **lengths, sink=SINK),
+        "backward": backward,
+        "mha": mha,
+        "mha-ck": mha_ck,
+        "mha-varlen": lambda: mha_varlen(cuflash.mha_varlen_fwd, cuflash.mha_varlen_bwd),
+        "mha-varlen-ck": lambda: mha_varlen(cuflash.mha_varlen_fwd_ck, cuflash.mha_varlen_bwd_ck),
+        "mem-eff": mem_eff,
+        "efficient": efficient,
+    }
+
+
+@pytest.mark.parametrize("numbers", ["tiny", "subnormal", "large", "infinite", "nan"])
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32, FP64], ids=["fp16", "bf16", "fp32", "fp64"])
+def test_no_function_depends_on_the_error_state(dtype: Any, numbers: str) -> None:
+    rng = np.random.default_rng(0)
+    heads = {"q": 4, "k": 2, "v": 2, "g": 4}
+    draw = {name: rng.standard_normal((1, 9, count, 8)) for name, count in heads.items()}
+    draw["bias"] = rng.standard_normal((1, 4, 9, 9))
+    limits = ml_dtypes.finfo(dtype)
+    with np.errstate(all="ignore"):
+        draw = {name: x.astype(dtype) for name, x in draw.items()}
+        bent = {
+            "tiny": lambda x: x * limits.tiny,
+            "subnormal": lambda x: x * limits.smallest_subnormal,
+            "large": lambda x: np.where(x > 0, limits.max, x),
+            "infinite": lambda x: np.where(x > 1, dtype(np.inf), x),
+            "nan": lambda x: np.where(x > 1.5, dtype(np.nan), x),
+        }[numbers]
+        bent = {name: bent(x).astype(dtype) for name, x in draw.items()}
+    for changed in ({"g"}, {"v"}, {"q", "bias"}, set(draw)):
+        given = {name: bent[name] if name in changed else x for name, x in draw.items()}
+        for name, call in calls(**given).items():
+            with np.errstate(all="ignore"):
+                expected = list(call())
+            with np.errstate(all="raise"):
+                found = list(call())
+            for one, other in zip(found, expected, strict=True):
+                if one is not None:
+                    one, other = (x.astype(FP32) if getattr(x, "dtype", None) == BF16 else x for x in (one, other))
+                    np.testing.assert_array_equal(one, other, err_msg=f"{name} of {numbers} {sorted(changed)}")
