@@ -74,6 +74,7 @@ struct FwdParams {
   const void* v;              // [batch, len_kv, heads_kv, dim_v] or [pages, size, heads_kv, dim_v]
   void* out;                  // [batch, len_q, heads_q, dim_v]
   void* lse;                  // [batch, heads_q, len_q] or [heads_q, total_q], accumulator type, natural log
+  void* row_state;            // like lse: the RowState of each row (attention/softmax.cuh); null: not wanted
   int64* rng_state;           // [2] where fwd_rng leaves the seed and offset of this call, what attention.rng_state reads
   int64* generator;           // [2] seed and offset kept on the device, advanced by each call; null: the two below
   int64 seed;
@@ -85,7 +86,7 @@ struct FwdParams {
   Strides out_stride;
   Strides lse_stride;
   void* partial_out;          // [num_splits, rows, heads_q, dim_v], accumulator type (attention/split.cuh)
-  void* partial_lse;          // [num_splits, rows, heads_q]
+  void* partial_state;        // [num_splits, rows, heads_q] of RowState
   int num_splits;             // blocks that share the keys of one query tile; 1: the two above are null
   Pages pages;
   int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
@@ -106,8 +107,9 @@ struct BwdParams {
   const void* dout;           // [batch, len_q, heads_q, dim_v]
   const void* lse;            // [batch, heads_q, len_q] or [heads_q, total_q]; -inf and +inf both mean an empty row
   const void* dlse;           // like lse, its upstream gradient; null: zero
+  const void* row_state;      // like delta: what the forward left; null: lse must do
   void* delta;                // like lse: rowsum(dout * out) - dlse
-  void* lse2;                 // like lse: lse in base 2, +inf for empty rows
+  void* shift;                // like lse: the RowShift of each row (attention/softmax.cuh)
   void* dq;                   // [batch, len_q, heads_q, dim_qk]
   void* dk;                   // [batch, len_kv, heads_kv, dim_qk]
   void* dv;                   // [batch, len_kv, heads_kv, dim_v]
@@ -125,7 +127,7 @@ struct BwdParams {
   Strides dout_stride;
   Strides lse_stride;
   Strides dlse_stride;
-  Strides delta_stride;       // of delta and lse2
+  Strides delta_stride;       // of delta, row_state and shift
   Strides dq_stride;
   Strides dk_stride;
   Strides dv_stride;

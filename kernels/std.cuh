@@ -24,6 +24,8 @@ namespace cuflash {
 #ifndef __CUDACC__
 using std::fma;
 using std::log;
+using std::log2;
+using std::tanh;
 inline double exp2(double x) { return std::exp2(x); }
 inline float exp2(float x) { return std::exp2(x) < 0x1p-126f ? 0.f : std::exp2(x); }  // -ftz=true
 inline float __fdividef(float a, float b) { return a / b; }

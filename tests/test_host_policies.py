@@ -88,9 +88,8 @@ void row(const double* x, const double* value, int tiles, int width, double unit
     Real top = -infinity<Real>();
     for (int i = 0; i < width; ++i) top = max_of(top, static_cast<Real>(x[tile * width + i]));
     sum *= state.update(top, log2_unit);
-    const Real shift = state.shift(log2_unit);
     for (int i = 0; i < width; ++i) {
-      const Real p = cuflash::exp2(static_cast<Real>(x[tile * width + i]) * log2_unit - shift);
+      const Real p = state.weight(static_cast<Real>(x[tile * width + i]), log2_unit);
       state.l += p;
       sum += p * static_cast<Real>(value[tile * width + i]);
     }
@@ -105,26 +104,26 @@ EXPORT void row_double(const double* x, const double* v, int tiles, int width, d
   row<double>(x, v, tiles, width, unit, lse, out);
 }
 
-// Merges parts of one row, each with an lse and an output, in their order.
+// Merges parts of one row, each with the largest logit, a sum relative to it and an output, in their order.
 template <class Real>
-void parts(const double* lses, const double* outs, int count, double* lse, double* out) {
+void parts(const double* tops, const double* sums, const double* outs, int count, double* lse, double* out) {
   RowState<Real> state;
   state.init();
   Real sum = 0;
   for (int i = 0; i < count; ++i) {
-    Real weight;
-    const RowState<Real> part{static_cast<Real>(lses[i]), Real(1)};
-    const Real rescale = state.merge(part, static_cast<Real>(kLog2E), weight);
-    sum = sum * rescale + static_cast<Real>(outs[i]) * weight;
+    Real part_rescale;
+    const RowState<Real> part{static_cast<Real>(tops[i]), static_cast<Real>(sums[i])};
+    const Real rescale = state.merge(part, static_cast<Real>(kLog2E), part_rescale);
+    sum = sum * rescale + static_cast<Real>(outs[i]) * part.l * part_rescale;
   }
   *lse = state.lse(Real(1));
   *out = sum * state.inverse_sum();
 }
-EXPORT void parts_float(const double* lses, const double* outs, int count, double* lse, double* out) {
-  parts<float>(lses, outs, count, lse, out);
+EXPORT void parts_float(const double* m, const double* l, const double* outs, int count, double* lse, double* out) {
+  parts<float>(m, l, outs, count, lse, out);
 }
-EXPORT void parts_double(const double* lses, const double* outs, int count, double* lse, double* out) {
-  parts<double>(lses, outs, count, lse, out);
+EXPORT void parts_double(const double* m, const double* l, const double* outs, int count, double* lse, double* out) {
+  parts<double>(m, l, outs, count, lse, out);
 }
 
 EXPORT void split(int64 block, int num_splits, const Tiles* tiles, Tiles* part, int64* left) {
@@ -166,6 +165,7 @@ EXPORT void scores(int kind, int is_double, double scale, double softcap, const 
   const auto f = kind == 0 ? (is_double ? score<ScaledScore, double> : score<ScaledScore, float>)
                  : kind == 1 ? (is_double ? score<SignedScore, double> : score<SignedScore, float>)
                  : kind == 2 ? (is_double ? score<SoftCapScore, double> : score<SoftCapScore, float>)
+                 : kind == 3 ? (is_double ? score<ExactSoftCapScore, double> : score<ExactSoftCapScore, float>)
                              : (is_double ? score<NaturalSoftCapScore, double> : score<NaturalSoftCapScore, float>);
   f(scale, softcap, s, count, logit, slope);
 }
@@ -205,15 +205,26 @@ EXPORT void dense(int batches, int len_q, int len_kv, int batch, int tile, const
   describe<DenseSequence>(a, batch, tile, *stride, out);
 }
 
-EXPORT double lse2_float(double lse) { return backward_lse2(static_cast<float>(lse)); }
-EXPORT double lse2_double(double lse) { return backward_lse2(lse); }
+// p of a score by a row's state, and by its lse alone.
+template <class Real>
+void probabilities(double x, double unit, double m, double l, double lse, double* p) {
+  const Real log2_unit = static_cast<Real>(unit * kLog2E), score = static_cast<Real>(x);
+  const RowState<Real> row{static_cast<Real>(m), static_cast<Real>(l)};
+  p[0] = RowShift<Real>::of(row).probability(score, log2_unit);
+  p[1] = RowShift<Real>::of_lse(static_cast<Real>(lse)).probability(score, log2_unit);
+}
+EXPORT void probabilities_float(double x, double unit, double m, double l, double lse, double* p) {
+  probabilities<float>(x, unit, m, l, lse, p);
+}
+EXPORT void probabilities_double(double x, double unit, double m, double l, double lse, double* p) {
+  probabilities<double>(x, unit, m, l, lse, p);
+}
 """
 
 
 @cache
 def policies() -> ctypes.CDLL:
     library = build(UNIT)
-    library.lse2_float.restype = library.lse2_double.restype = c_double
     return library
 
 
@@ -371,17 +382,17 @@ def test_row_state_survives_empty_tiles_first_and_last() -> None:
     assert out.value == pytest.approx(1.0, rel=1e-14)
 
 
-@given(parts=st.lists(st.tuples(SCORE, st.floats(-3, 3)), max_size=9))
+@given(parts=st.lists(st.tuples(st.floats(-50, 50), st.floats(1, 500), st.floats(-3, 3)), max_size=9))
 def test_merged_parts_are_the_whole_row(parts: list) -> None:
-    lses, outs = np.array(parts, np.float64).reshape(-1, 2).T.copy()
-    top = lses.max(initial=-np.inf)
+    tops, sums, outs = np.array(parts, np.float64).reshape(-1, 3).T.copy()
+    top = tops.max(initial=-np.inf)
     exact = -np.inf, 0.0
     if top > -np.inf:
-        weights = np.exp(lses - top)
+        weights = sums * np.exp(tops - top)
         exact = top + np.log(weights.sum()), weights @ outs / weights.sum()
     for name, eps in (("float", 2.0**-24), ("double", 2.0**-53)):
         lse, out = c_double(), c_double()
-        numbers = pointer(lses), pointer(outs), len(lses)
+        numbers = pointer(tops), pointer(sums), pointer(outs), len(tops)
         getattr(policies(), f"parts_{name}")(*numbers, ctypes.byref(lse), ctypes.byref(out))
         np.testing.assert_allclose((lse.value, out.value), exact, rtol=2000 * eps, atol=2000 * eps, err_msg=name)
 
@@ -419,7 +430,7 @@ def test_rows_of_a_group_of_heads(size: int, heads_kv: int, row: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "scale", "softcap"),
     [("ScaledScore", 0.125, 0), ("SignedScore", -0.5, 0), ("SignedScore", 0, 0)]
-    + [("SoftCapScore", scale, cap) for scale in (0.125, -2.0, 0.0) for cap in (0.5, 30.0)]
+    + [(f"{kind}SoftCapScore", s, c) for kind in ("", "Exact") for s in (0.125, -2.0, 0.0) for c in (0.5, 30.0)]
     + [("NaturalSoftCapScore", 0.125, 30.0)],
 )
 def test_score_and_its_slope(kind: str, scale: float, softcap: float, is_double: bool) -> None:
@@ -428,7 +439,7 @@ def test_score_and_its_slope(kind: str, scale: float, softcap: float, is_double:
 
     def run(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logit, slope = np.empty_like(s), np.empty_like(s)
-        kinds = ["ScaledScore", "SignedScore", "SoftCapScore", "NaturalSoftCapScore"]
+        kinds = ["ScaledScore", "SignedScore", "SoftCapScore", "ExactSoftCapScore", "NaturalSoftCapScore"]
         arguments = kinds.index(kind), int(is_double), c_double(scale), c_double(softcap)
         policies().scores(*arguments, pointer(s), s.size, pointer(logit), pointer(slope))
         return logit, slope
@@ -508,8 +519,42 @@ def test_dense_sequence() -> None:
         assert values.tolist() == [130, 70, 0, 0, b * 2**33, b * 2**33, b * 3, 9]
 
 
-def test_backward_lse2() -> None:
-    for lse2, eps in ((policies().lse2_float, 2.0**-23), (policies().lse2_double, 2.0**-52)):
-        assert lse2(c_double(-np.inf)) == np.inf
-        assert lse2(c_double(np.inf)) == np.inf
-        assert lse2(c_double(-3.5)) == pytest.approx(-3.5 * np.log2(np.e), rel=eps)
+@pytest.mark.parametrize("unit", [0.125, 1.0])
+def test_probabilities_from_what_the_forward_leaves(unit: float) -> None:
+    """By a row's state exact at any size, by its lse to within that one's rounding; 0 in empty rows."""
+    low = np.finfo(np.float32).min
+    for name, eps in (("float", 2.0**-24), ("double", 2.0**-53)):
+
+        def both(x: float, m: float, l: float, lse: float, name: str = name) -> list[float]:
+            found = np.empty(2)
+            getattr(policies(), f"probabilities_{name}")(*map(c_double, (x, unit, m, l, lse)), pointer(found))
+            return found.tolist()
+
+        for size in (0.0, 3.0, -1e4, 1e9, -1e30, 2.9e38, low):
+            lse = size * unit + np.log(7)
+            by_state, by_lse = both(size, size, 7.0, lse)
+            assert by_state == pytest.approx(1 / 7, rel=8 * eps)
+            if abs(size) < 1e5:
+                assert by_lse == pytest.approx(1 / 7, rel=8 * eps * (1 + abs(lse)))
+            assert both(size - 1, size, 7.0, lse)[0] <= by_state
+            assert both(-np.inf, size, 7.0, lse)[0] == 0
+        for empty in (np.inf, -np.inf):
+            assert both(3.0, low, 0.0, empty) == [0, 0]
+
+
+@pytest.mark.parametrize("is_double", [0, 1], ids=["float", "double"])
+@pytest.mark.parametrize("softcap", [2.0**-126, 1e-9, 1.0, 50.0, 1e4, 1e9, 1e30, 2.0**126])
+@pytest.mark.parametrize("scale", [1.0, -0.125])
+def test_soft_caps_of_every_size(softcap: float, scale: float, is_double: int) -> None:
+    """To a few units in the last place of the logit, also of scores far below the cap."""
+    real, eps = (np.float64, 2.0**-52) if is_double else (np.float32, 2.0**-23)
+    s = np.geomspace(1e-6, 1e9, 200)
+    s = np.concatenate([-s, [0.0], s]).astype(real).astype(np.float64)
+    logit, slope = np.empty_like(s), np.empty_like(s)
+    numbers = c_double(scale), c_double(softcap), pointer(s), len(s), pointer(logit), pointer(slope)
+    policies().scores(3, is_double, *numbers)
+    with np.errstate(over="ignore", under="ignore"):
+        exact = softcap * np.tanh(s * scale / softcap)
+        exact_slope = scale * (1 - np.tanh(s * scale / softcap) ** 2)
+    np.testing.assert_allclose(logit, exact, rtol=4 * eps, atol=2.0**-126)
+    np.testing.assert_allclose(slope, exact_slope, rtol=4 * eps, atol=8 * eps * abs(scale))

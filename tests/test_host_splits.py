@@ -186,7 +186,7 @@ def test_scratch_memory_is_as_large_as_the_parts() -> None:
     case = packed("fp16", (4, 1), (1, 2, 3), (200, 300, 330), (64, 24), tail=7, num_splits=5)
     sizes = {w.name: w.shape for w in plan_of(case).workspaces}
     rows = 6 + 7 + 3  # of the sequences, behind them, and one for each sequence's start
-    assert sizes == {"partial_out": (5, rows, 4, 24), "partial_lse": (5, rows, 4)}
+    assert sizes == {"partial_out": (5, rows, 4, 24), "partial_state": (5, rows, 4, 2)}
     tensors = Tensors(case)
     for name in ("q", "k", "v"):
         tensors.random(name)

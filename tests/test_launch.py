@@ -344,7 +344,7 @@ def test_few_queries_on_host_memory(launches: Launches, name: str, wrap: Any) ->
     splits = {"plan": 6, "whole": 1, "five": 5, "most": 6, "packed": 3}[name]
     assert launches.take() == (["fwd_sm80"] if splits == 1 else ["fwd_sm80", "fwd_combine"])
     assert launches.params[-1]["num_splits"] == splits
-    assert (launches.params[-1]["partial_out"] != 0) == (launches.params[-1]["partial_lse"] != 0) == (splits > 1)
+    assert (launches.params[-1]["partial_out"] != 0) == (launches.params[-1]["partial_state"] != 0) == (splits > 1)
 
     options = {n: x for n, x in given.items() if n != "num_splits" and not n.startswith("max_seqlen")}
     exact, naive = oracle.attention(q, k, v, **options), oracle.naive_in_dtype(q, k, v, **options)

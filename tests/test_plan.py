@@ -114,7 +114,7 @@ def test_blocks_and_workspaces_cover_the_problem(family, direction: str) -> None
             if direction == "forward":
                 assert sizes == ({"tickets": 8} if drawn and expected > device.num_sms else {})
             else:
-                assert sizes["delta"] == sizes["lse2"] == 4 * rows
+                assert sizes["delta"] * 2 == sizes["shift"] == 8 * rows
                 assert sizes.get("dq_accum", 4 * rows * problem.dim_qk) >= 4 * rows * problem.dim_qk
             assert plan.workspace_bytes == sum(sizes.values())
 
@@ -326,7 +326,7 @@ def test_explanation() -> None:
     assert lines[0] == "backward bf16 b2 h8/2 s500x700 d64 causal on NVIDIA H100 (sm_90a)"
     assert lines[1] == f"  FLOPs      {problem.flops() / 1e9:,.2f} G"
     assert lines[2] == f"  family     sm80: {plan.reason}"
-    assert lines[3].startswith(f"  workspace  {plan.workspace_bytes:,} bytes (delta 32,000, lse2 32,000, dq_accum ")
+    assert lines[3].startswith(f"  workspace  {plan.workspace_bytes:,} bytes (delta 32,000, shift 64,000, dq_accum ")
     assert [line.split()[:2] for line in lines[4:7]] == [
         ["kernel", f"{name}:"] for name in ("bwd_delta", "bwd_sm80", "bwd_convert")
     ]
@@ -455,11 +455,11 @@ def test_a_split_plan_says_what_it_takes() -> None:
     assert (main.num_blocks, combine.num_blocks) == (5 * 3 * 8, 3 * 32)
     shapes = {w.name: (w.shape, w.dtype) for w in plan.workspaces}
     fp32 = np.dtype(np.float32)
-    assert shapes == {"partial_out": ((5, 6, 32, 40), fp32), "partial_lse": ((5, 6, 32), fp32)}
+    assert shapes == {"partial_out": ((5, 6, 32, 40), fp32), "partial_state": ((5, 6, 32, 2), fp32)}
     assert not any(w.zeroed for w in plan.workspaces)
     lines = str(explain(problem, named("h100"))).splitlines()
     assert lines[3] == "  splits     5: 4 heads share a tile; asked for"
-    assert lines[4] == f"  workspace  {plan.workspace_bytes:,} bytes (partial_out 153,600, partial_lse 3,840)"
+    assert lines[4] == f"  workspace  {plan.workspace_bytes:,} bytes (partial_out 153,600, partial_state 7,680)"
     double = choose(replace(problem, dtype=dtypes.FP64), named("h100"), "simt")
     assert {w.dtype for w in double.workspaces} == {np.dtype(np.float64)}
 

@@ -105,8 +105,13 @@ def flash_attn_func(
                                 1 0                     0 1 1 0
                                 1 1                     0 0 1 1
 
-    A query that sees no key has output 0 and log-sum-exp -inf. Query head ``h`` uses key/value head
-    ``h // (heads_q // heads_kv)``.
+    A query that sees no key has output 0 and log-sum-exp -inf; scores hide a key if they are -inf, and not if they are
+    the lowest finite number. Query head ``h`` uses key/value head ``h // (heads_q // heads_kv)``.
+
+    A NaN or infinity in a hidden key or value may reach queries that are in a tile with it, as 0 * NaN is NaN.
+    Sums of weighted values, before their division by the sum of weights, must fit into float32 (float64 for float64).
+    On a GPU bfloat16 and float32 below 2^-125 may count as 0; on Hopper weights in bfloat16 rise to 2^32 before the
+    division and, where scores rise by more than 22, start at 2^-64: values above 2^95 and below 2^-62 may be lost there.
 
     Parameters
     ----------
@@ -121,13 +126,14 @@ def flash_attn_func(
         Chance from 0 to below 1 with which a probability is dropped, after the softmax; the others are divided by
         ``1 - dropout_p``. The log-sum-exp is not affected.
     softmax_scale : float, optional
-        Factor of ``q @ k.T``, of any sign; ``dim_qk ** -0.5`` by default.
+        Factor of ``q @ k.T``, of any sign, up to 2^126 (2^1022 for float64); ``dim_qk ** -0.5`` by default.
     causal : bool
         Query ``i`` sees no key after its own, ``i + len_kv - len_q``; the right side of `window_size` becomes 0.
     window_size : (int, int)
         How many keys before and after its own a query sees; -1 is unbounded.
     softcap : float
-        Scores become ``softcap * tanh(score / softcap)``; 0 leaves them alone.
+        Scores become ``softcap * tanh(score / softcap)``; from 2^-126 to 2^126 (2^-1022 to 2^1022 for float64), or 0,
+        which leaves them alone.
     alibi_slopes : array of float32, (heads_q,) or (b, heads_q), optional
         ``slope * |i + len_kv - len_q - j|`` is taken off the score of query ``i`` and key ``j``, after the soft cap;
         ``slope * |i - j|`` with ``alignment="top-left"``. The log-sum-exp includes it.

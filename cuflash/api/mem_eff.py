@@ -149,7 +149,7 @@ def mem_eff_backward(
     Parameters
     ----------
     dout, q, k, v, out, softmax_lse : array
-        Gradient of the output; arguments and results of the forward.
+        Gradient of the output; arguments and results of the forward; softmax_lse as for `mha_bwd`.
     dq_, dk_, dv_ : array or None
         Filled and returned; None makes new arrays.
     attn_bias, bias_requires_grad, grad_bias, deterministic, philox_seed, philox_offset, backend
@@ -351,7 +351,8 @@ def efficient_attention_backward(
     query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, custom_mask_type : array or int
         Arguments of the forward, with the longest lengths that it returned.
     out, logsumexp, philox_seed, philox_offset : array
-        Results of the forward with ``compute_log_sumexp=True``; the random state may also be two integers.
+        Results of the forward with ``compute_log_sumexp=True``; the random state may also be two integers. logsumexp is
+        one number a row, with the limit of `flash_attn_backward`.
     dropout_p, scale, window_size, seqlen_k
         As in the forward.
     bias_requires_grad : bool

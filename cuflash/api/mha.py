@@ -277,7 +277,7 @@ def mha_bwd(
     dout : array, (b, len_q, heads_q, dim_v)
         Gradient of the output, in the dtype of q.
     q, k, v, out, softmax_lse : array
-        Arguments and results of `mha_fwd`.
+        Arguments and results of `mha_fwd`; softmax_lse is one number a row, with the limit of `flash_attn_backward`.
     dq_, dk_, dv_ : array, optional
         Filled and returned instead of new arrays, for example slices of one packed array.
     alibi_slopes_, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
@@ -354,7 +354,7 @@ def mha_varlen_bwd(
     dout : array, (total_q, heads_q, dim_v)
         Gradient of the output, in the dtype of q.
     q, k, v, out, softmax_lse : array
-        Arguments and results of `mha_varlen_fwd`, without pages.
+        Arguments and results of `mha_varlen_fwd`, without pages; softmax_lse as for `mha_bwd`.
     dq_, dk_, dv_ : array, optional
         Filled and returned instead of new arrays.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k

@@ -73,8 +73,8 @@ def run(
                 )
         borrowed = framework.borrow(names, arrays)
         found = run(cupy_arrays(), direction, options, borrowed, generator)
-        if direction == "forward":  # (out, lse, rng_state): JAX has no 64-bit integers by default
-            found = (*found[:2], *(rng_state.view(np.uint32) for rng_state in found[2:]))
+        if direction == "forward":  # rng_state: JAX has no 64-bit integers by default
+            found = tuple(x.view(np.uint32) if x.dtype == np.uint64 else x for x in found)
         return framework.lend(found, borrowed)
 
     options = with_lengths(framework, direction, options, arrays)
@@ -193,7 +193,7 @@ def _allocator(framework: CuPy | Torch, workspace: Workspace) -> Callable[[tuple
 def _result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
     """A result to be allocated."""
     dtypes = {
-        "lse": problem.dtype.accumulator, "rng_state": np.dtype(np.uint64),
+        "lse": problem.dtype.accumulator, "row_state": problem.dtype.accumulator, "rng_state": np.dtype(np.uint64),
         "dbias": problem.dtype.accumulator, "dsink": np.dtype(np.float32),
     }  # fmt: skip
     # Kernels write dbias up to the packed rows there are, which may be fewer than max_seqlen.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cuflash.arrays import framework_of, numpy_arrays
+from cuflash.arrays import framework_of
 from cuflash.errors import REFUSALS, shorten
 from cuflash.ops.backward import backward
 from cuflash.ops.forward import forward
@@ -21,12 +21,10 @@ def vjp(
     How long packed sequences are is read once for both directions, and both draw the same random numbers.
     """
     every = (*arrays, None, None)
-    framework = framework_of(options.names("forward"), every)
-    options = with_lengths(framework, "forward", options, every)
-    forward_options = options._replace(keep_state=framework is numpy_arrays)
-    out, lse, *more = forward(forward_options, *arrays, generator=generator)
-    row_state = more.pop(0) if forward_options.keep_state else None
-    rng_state = more[0] if more else None
+    options = with_lengths(framework_of(options.names("forward"), every), "forward", options, every)
+    forward_options = options._replace(keep_state=True)
+    out, lse, row_state, *drawn = forward(forward_options, *arrays, generator=generator)
+    rng_state = drawn[0] if drawn else None
 
     def pullback(dout: Any, dlse: Any = None) -> Gradients[Any, Any, Any] | tuple[Any, Any, Any]:
         """Gradients of the inputs for those of out and lse (None: zero)."""

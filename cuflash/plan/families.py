@@ -116,11 +116,24 @@ def needs(problem: Problem) -> list[str]:
 _DROPOUTS = {None: "NoDropout", "byte": "ByteDropout", "word": "WordDropout"}
 
 
+def _base_score(problem: Problem) -> str:
+    """The score policy of q.k alone, without its number type."""
+    # A scale below 1e-30 leaves nothing of a score anyway, and its inverse may be no float.
+    if not problem.softcap:
+        return "ScaledScore" if problem.softmax_scale > 1e-30 else "SignedScore"
+    # The fast tangent errs by 2^-23 of the cap: less than 16-bit results show of caps as models have them.
+    fast = problem.dtype.itemsize == 2 and 2**-8 <= problem.softcap <= 2**8 and abs(problem.softmax_scale) < 1e30
+    return "SoftCapScore" if fast else "ExactSoftCapScore"
+
+
+def _unit_score(problem: Problem, real: str) -> str:
+    """A score policy with the unit of the problem's, for row-wise kernels that read rows' states."""
+    return f"{'SignedScore' if problem.alibi or problem.bias else _base_score(problem)}<{real}>"
+
+
 def _score(problem: Problem, real: str) -> str:
     """The score policy: a scale or a soft cap, plus a term for each additive bias."""
-    # A scale below 1e-30 leaves nothing of a score anyway, and its inverse may be no float.
-    base = "SoftCapScore" if problem.softcap else "ScaledScore" if problem.softmax_scale > 1e-30 else "SignedScore"
-    score = f"{base}<{real}>"
+    score = f"{_base_score(problem)}<{real}>"
     for term in (["Alibi"] if problem.alibi else []) + ([f"Bias<{problem.bias.cuda}>"] if problem.bias else []):
         score = f"Plus<{score}, {term}>"
     return score
@@ -133,6 +146,11 @@ def _with_bias_copies(config: Config, problem: Problem, bias: DType) -> Config:
     return replace(config, score=score if problem.alibi else f"NaturalScore<{score}>", bias_copies=copies)
 
 
+def _real(problem: Problem) -> str:
+    """The accumulator's type in CUDA."""
+    return "double" if problem.dtype.accumulator == np.float64 else "float"
+
+
 def _sequence(problem: Problem) -> str:
     """The policy that says how long sequences are and where they lie."""
     if problem.page_size:
@@ -142,7 +160,7 @@ def _sequence(problem: Problem) -> str:
 
 def _config(problem: Problem, tile: tiles.Tile) -> Config:
     """The compile-time choices that follow from the problem, for a kernel with this tile."""
-    real = "double" if problem.dtype.accumulator == np.float64 else "float"
+    real = _real(problem)
     masks = {"none": "NoMask", "causal": "CausalMask", "window": "WindowMask"}
     mask = masks[problem.mask.kind]
     return Config(
@@ -189,10 +207,12 @@ def _key_blocks(problem: Problem, tile_kv: int) -> int:
     return _tiles(problem.len_kv, tile_kv) * problem.heads_kv * problem.batch
 
 
-def _row_workspace(problem: Problem, name: str) -> Workspace:
-    """One accumulator-type number for every query row, laid out like the log-sum-exp."""
-    rows = problem.total_q if problem.layout == "varlen" else problem.batch * problem.len_q
-    return Workspace(name, problem.dtype.accumulator, (problem.heads_q * rows,))
+def _row_workspaces(problem: Problem) -> tuple[Workspace, ...]:
+    """What ``bwd_delta`` leaves of every query row: a delta and a ``RowShift``, laid out like the log-sum-exp."""
+    rows = problem.heads_q * (problem.total_q if problem.layout == "varlen" else problem.batch * problem.len_q)
+    return tuple(
+        Workspace(name, problem.dtype.accumulator, shape) for name, shape in (("delta", (rows,)), ("shift", (rows, 2)))
+    )
 
 
 def delta_step(problem: Problem) -> Step:
@@ -216,6 +236,7 @@ def _sink_step(problem: Problem) -> tuple[Step, ...]:
     threads = 256
     tile = tiles.Tile(1, 1, threads, smem_bytes=threads * problem.dtype.accumulator.itemsize)
     config = _plain(_config(problem, tile), dim_qk=1, dim_v=1, copy_bytes=problem.dtype.itemsize)
+    config = replace(config, score=_unit_score(problem, _real(problem)))
     return (Step("bwd_sink", "BwdParams", config, problem.heads_q),)
 
 
@@ -280,7 +301,7 @@ def _forward(problem: Problem, device: Device, family: str, tile: tiles.Tile, sm
     else:
         config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
         combine = _plain(whole, dim_qk=1, copy_bytes=problem.dtype.itemsize, tile_q=8, threads=128, smem_bytes=0)
-        combine = replace(combine, sink=whole.sink)
+        combine = replace(combine, sink=whole.sink, score=_unit_score(problem, _real(problem)))
         steps += (
             Step(f"fwd_{family}", "FwdParams", config, blocks * division.num_splits),
             Step("fwd_combine", "FwdParams", combine, _query_blocks(problem, combine.tile_q)),
@@ -290,7 +311,7 @@ def _forward(problem: Problem, device: Device, family: str, tile: tiles.Tile, sm
         shape = (division.num_splits, rows, problem.heads_q)
         workspaces = (
             Workspace("partial_out", problem.dtype.accumulator, (*shape, problem.dim_v)),
-            Workspace("partial_lse", problem.dtype.accumulator, shape),
+            Workspace("partial_state", problem.dtype.accumulator, (*shape, 2)),
         )
     return Plan(
         problem, device, family, steps, workspaces, tile.reason, num_splits=division.num_splits,
@@ -323,8 +344,7 @@ def _sm80_backward(problem: Problem, device: Device) -> Plan:
     columns = tiles.dq_columns(problem.dim_qk, tile.tile_q, tile.threads, tile.dim_splits)
     shape = (problem.heads_q * q_tiles, tile.tile_q, columns)
     workspaces = [
-        _row_workspace(problem, "delta"),
-        _row_workspace(problem, "lse2"),
+        *_row_workspaces(problem),
         Workspace("dq_accum", np.dtype(np.float32), shape, zeroed=True),
     ]
     if problem.deterministic:
@@ -350,8 +370,7 @@ def _simt_backward(problem: Problem, device: Device) -> Plan:
         *_bias_step(problem, "bwd_bias_simt", tiles.bias_simt(problem)),
         *_sink_step(problem),
     )
-    workspaces = (_row_workspace(problem, "delta"), _row_workspace(problem, "lse2"))
-    return Plan(problem, device, "simt", steps, workspaces, reason=tile.reason)
+    return Plan(problem, device, "simt", steps, _row_workspaces(problem), reason=tile.reason)
 
 
 SM90 = Family(

@@ -29,7 +29,7 @@ class Config:
     mask: str = "NoMask"
     """``kernels/attention/mask.cuh``: NoMask, CausalMask, WindowMask, TensorMask."""
     score: str = "ScaledScore<float>"
-    """``kernels/attention/score.cuh``: ScaledScore, SignedScore, SoftCapScore, and what is made of them."""
+    """``kernels/attention/score.cuh``: ScaledScore, SignedScore, (Exact)SoftCapScore, and what is made of them."""
     bias_copies: str = "NoBias"
     """``kernels/tile/bias.cuh``: NoBias, BiasTiles, BiasRow (``sm90``)."""
     dropout: str = "NoDropout"

@@ -200,7 +200,7 @@ def backward_sm80_smem(problem: Problem, tile_q: int, tile_kv: int, threads: int
     """Bytes of ``BackwardSm80::SmemPlan``."""
     dim_qk = dq_columns(problem.dim_qk, tile_q, threads, splits)
     dim_v = round_up(problem.dim_v, 16 * splits)
-    stage = _shared_tile(tile_q, dim_qk) + _shared_tile(tile_q, dim_v) + 2 * 4 * tile_q
+    stage = _shared_tile(tile_q, dim_qk) + _shared_tile(tile_q, dim_v) + 3 * 4 * tile_q
     return _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v) + _shared_tile(tile_kv, tile_q) + stages * stage
 
 

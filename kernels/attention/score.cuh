@@ -58,6 +58,32 @@ struct SoftCapScore {
   CF_DEVICE Real slope(Real s) const { return Real(1) - tanh(s) * tanh(s); }
 };
 
+// The same in natural logits, exact for caps and scores of every size. SoftCapScore errs by 2^-23 of the cap: too much
+// where results are fp32 or fp64, and beside scores far below a large cap.
+template <class Real>
+struct ExactSoftCapScore {
+  using Number = Real;
+  static constexpr Real kLinear = static_cast<Real>(sizeof(Real) == 4 ? 0x1p-12 : 0x1p-27);  // tanh(y) = y below
+
+  Real softmax_scale;
+  Real softcap;
+  Real inverse;
+
+  template <class Sequence>
+  CF_DEVICE ExactSoftCapScore(const Attention& a, const Sequence&, int /*head*/)
+      : softmax_scale(ptx::keep(static_cast<Real>(a.softmax_scale))), softcap(ptx::keep(static_cast<Real>(a.softcap))),
+        inverse(ptx::keep(static_cast<Real>(1 / a.softcap))) {}
+  CF_DEVICE Real unit() const { return Real(1); }
+  CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const {
+    const Real x = softmax_scale * s, y = x * inverse;
+    return abs_of(y) < kLinear ? x : softcap * tanh(y);
+  }
+  CF_DEVICE Real slope(Real s) const {
+    const Real t = tanh(softmax_scale * s * inverse);
+    return Real(1) - t * t;
+  }
+};
+
 // The score of another policy in natural logits, for a kernel that adds to them.
 template <class Inner>
 struct NaturalScore {

@@ -6,11 +6,12 @@
 //           +----+----+----+----+----+    neighbours, near-equal numbers of them, and finds a part of each row;
 //                                         forward/combine.cuh merges the parts in the order of the splits.
 //
-// A part is what the row would be if its keys were all there are: out divided by its own sum, and lse. So there is one
-// number a row to merge by, values stay in the range of V's, and a split ends like a block that walks all keys.
+// A part is what the row would be if its keys were all there are: out divided by its own sum, and its RowState to merge
+// by. So values stay in the range of V's, and a split ends like a block that walks all keys.
 #pragma once
 
 #include "attention/mask.cuh"
+#include "attention/softmax.cuh"
 #include "element.cuh"
 
 namespace cuflash {
@@ -25,28 +26,37 @@ struct WholeRows {
   CF_DEVICE static Element* out(const FwdParams& p, const Sequence& sequence, int head, int /*split*/) {
     return static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + head * p.out_stride.head;
   }
-  CF_DEVICE static Real* lse(const FwdParams& p, const Sequence& sequence, int head, int /*split*/) {
-    return static_cast<Real*>(p.lse) + sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
+  // Number of query 0 among all rows of lse.
+  CF_DEVICE static int64 number(const FwdParams& p, const Sequence& sequence, int head, int /*split*/) {
+    return sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
+  }
+  CF_DEVICE static Real* lse(const FwdParams& p, const Sequence& sequence, int head) {
+    return static_cast<Real*>(p.lse) + number(p, sequence, head, 0);
+  }
+  CF_DEVICE static void close(const FwdParams& p, int64 number, const RowState<Real>& row, Real unit) {
+    static_cast<Real*>(p.lse)[number] = row.lse(unit);
+    if (p.row_state) static_cast<RowState<Real>*>(p.row_state)[number] = row;
   }
   CF_DEVICE static const Strides& out_stride(const FwdParams& p) { return p.out_stride; }
   CF_DEVICE static Strides lse_stride(const FwdParams& p) { return {0, 1, p.lse_stride.head}; }
 };
 
-// Where parts of rows go: [num_splits, rows, heads_q] of dim_v numbers and an lse, in accumulator type, rows numbered
-// like query tiles of one row. Each split writes every query of its sequence; where lse is -inf, out is of no use.
+// Where parts of rows go: [num_splits, rows, heads_q] of dim_v numbers and a RowState, in accumulator type, rows numbered
+// like query tiles of one row. Each split writes every query of its sequence; where l is 0, out is of no use.
 template <class Config>
 struct PartRows {
   using Real = Accumulator<typename Config::Element>;
   using Sequence = typename Config::Sequence;
 
-  CF_DEVICE static int64 number(const Attention& a, const Sequence& sequence, int head, int split) {
+  CF_DEVICE static int64 number(const FwdParams& p, const Sequence& sequence, int head, int split) {
+    const Attention& a = p.attention;
     return (split * Sequence::num_q_tiles(a, 1) + sequence.first_q_tile(1)) * a.heads_q + head;
   }
   CF_DEVICE static Real* out(const FwdParams& p, const Sequence& sequence, int head, int split) {
-    return static_cast<Real*>(p.partial_out) + number(p.attention, sequence, head, split) * Config::kDimV;
+    return static_cast<Real*>(p.partial_out) + number(p, sequence, head, split) * Config::kDimV;
   }
-  CF_DEVICE static Real* lse(const FwdParams& p, const Sequence& sequence, int head, int split) {
-    return static_cast<Real*>(p.partial_lse) + number(p.attention, sequence, head, split);
+  CF_DEVICE static void close(const FwdParams& p, int64 number, const RowState<Real>& row, Real /*unit*/) {
+    static_cast<RowState<Real>*>(p.partial_state)[number] = row;
   }
   CF_DEVICE static Strides out_stride(const FwdParams& p) {
     return {0, static_cast<int64>(p.attention.heads_q) * Config::kDimV, Config::kDimV};

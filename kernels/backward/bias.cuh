@@ -38,8 +38,9 @@ struct BiasPolicies {
         log2_unit(score.unit() * static_cast<Real>(kLog2E)), len_q(sequence.len_q) {}
 
   // From q.k and d(loss)/d(weight), dropout's part in the latter already taken.
-  CF_DEVICE Real ds(Real s, Real dp, Real lse2, Real delta, int q, int kv) const {
-    return q < len_q && mask.keep(q, kv) ? exp2(score.apply(s, q, kv) * log2_unit - lse2) * (dp - delta) : Real(0);
+  CF_DEVICE Real ds(Real s, Real dp, const RowShift<Real>& shift, Real delta, int q, int kv) const {
+    const bool visible = q < len_q && mask.keep(q, kv);
+    return visible ? shift.probability(score.apply(s, q, kv), log2_unit) * (dp - delta) : Real(0);
   }
 };
 

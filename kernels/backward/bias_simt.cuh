@@ -42,17 +42,18 @@ struct BiasTileSimt {
     const BiasPolicies<Config> policies(a, sequence, head);
     const Real keep_scale = static_cast<Real>(Config::Dropout::scale(a));
     const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
-    const Real* g_lse2 = static_cast<const Real*>(p.lse2) + row_offset;
+    const RowShift<Real>* g_shift = static_cast<const RowShift<Real>*>(p.shift) + row_offset;
     const Real* g_delta = static_cast<const Real*>(p.delta) + row_offset;
 #pragma unroll
     for (int m = 0; m < Total::kM; ++m) {
       const int q_index = q_first + Total::row_of(m), row = min_of(q_index, sequence.len_q - 1);
-      const Real lse2 = g_lse2[row], delta = g_delta[row];
+      const RowShift<Real> shift = g_shift[row];
+      const Real delta = g_delta[row];
 #pragma unroll
       for (int n = 0; n < Total::kN; ++n) {
         const int kv = kv_first + Total::col_of(n);
         const Real grad = policies.dropout.keep(q_index, kv) ? dp.x[m][n] * keep_scale : Real(0);
-        total.x[m][n] += policies.ds(s.x[m][n], grad, lse2, delta, q_index, kv);
+        total.x[m][n] += policies.ds(s.x[m][n], grad, shift, delta, q_index, kv);
       }
     }
   }

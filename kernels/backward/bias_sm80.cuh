@@ -65,18 +65,19 @@ struct BiasTileSm80 {
                      [&](int m, int n, int i) { dp.x[m][n][i] = 0.f; });
 
     const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
-    const float* g_lse2 = static_cast<const float*>(p.lse2) + row_offset;
+    const RowShift<float>* g_shift = static_cast<const RowShift<float>*>(p.shift) + row_offset;
     const float* g_delta = static_cast<const float*>(p.delta) + row_offset;
 #pragma unroll
     for (int r = 0; r < Scores::kRowsPerLane; ++r) {
       const int q = q_first + warp_row + r * 8 + lane / 4, row = min_of(q, sequence.len_q - 1);
-      const float lse2 = g_lse2[row], delta = g_delta[row];
+      const RowShift<float> shift = g_shift[row];
+      const float delta = g_delta[row];
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int kv = kv_first + n * 8 + lane % 4 * 2 + i;
-          total.at(r, n, i) += policies.ds(s.at(r, n, i), dp.at(r, n, i), lse2, delta, q, kv);
+          total.at(r, n, i) += policies.ds(s.at(r, n, i), dp.at(r, n, i), shift, delta, q, kv);
         }
       }
     }

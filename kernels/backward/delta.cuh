@@ -1,4 +1,4 @@
-// First step of the backward: for each query row, delta = rowsum(dout * out) - dlse and lse2 = lse * log2(e).
+// First step of the backward: for each query row, delta = rowsum(dout * out) - dlse and what is taken off its scores.
 //
 // delta is what softmax's Jacobian subtracts: ds = p * (dp - delta); the gradient of lse enters as ds += p * dlse.
 #pragma once
@@ -32,7 +32,8 @@ CF_DEVICE void backward_delta(const BwdParams& p) {
                        work.head * p.dlse_stride.head;
   const int64 row_offset = sequence.q_offset(p.delta_stride) + work.head * p.delta_stride.head;
   Real* g_delta = static_cast<Real*>(p.delta) + row_offset;
-  Real* g_lse2 = static_cast<Real*>(p.lse2) + row_offset;
+  const RowState<Real>* g_state = static_cast<const RowState<Real>*>(p.row_state) + row_offset;
+  RowShift<Real>* g_shift = static_cast<RowShift<Real>*>(p.shift) + row_offset;
 
   const int lane = ptx::thread_index() % kLanes;
   const int first = work.tile * Config::kTileQ, end = min_of(first + Config::kTileQ, sequence.len_q);
@@ -52,10 +53,11 @@ CF_DEVICE void backward_delta(const BwdParams& p) {
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
     if (row < end && lane == 0) {
-      const Real lse2 = backward_lse2(g_lse[row * p.lse_stride.row]);
+      using Shift = RowShift<Real>;
+      const Shift shift = p.row_state ? Shift::of(g_state[row]) : Shift::of_lse(g_lse[row * p.lse_stride.row]);
       const Real dlse = p.dlse ? g_dlse[row * p.dlse_stride.row] : Real(0);
-      g_lse2[row] = lse2;
-      g_delta[row] = lse2 == infinity<Real>() ? Real(0) : sum - dlse;  // dlse of an empty row may be anything
+      g_shift[row] = shift;
+      g_delta[row] = shift.is_empty() ? Real(0) : sum - dlse;  // dlse of an empty row may be anything
     }
   }
 }

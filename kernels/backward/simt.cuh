@@ -1,6 +1,6 @@
 // Backward attention on plain multiply-adds, in two kernels without atomics: always the same bits.
 //
-//   P = exp(score(Q K^T) - lse),  dP = dO V^T,  dS = P * (dP - delta) * slope
+//   P = exp(score(Q K^T) - m) / l,  dP = dO V^T,  dS = P * (dP - delta) * slope
 //   dV = P^T dO,   dK = scale * dS^T Q,   dQ = scale * dS K
 //
 //              q tiles of every head of the group ->             kv tiles ->
@@ -40,7 +40,7 @@ struct BackwardSimt {
   // operand besides over the whole kernel.
   struct Inputs {
     GlobalRows<const Element> q, k, v, dout;
-    const Real* lse2;
+    const RowShift<Real>* shift;
     const Real* delta;
 
     CF_DEVICE Inputs(const BwdParams& p, const Sequence& sequence, int head) {
@@ -50,12 +50,12 @@ struct BackwardSimt {
       v = rows_of<const Element>(p.v, p.v_stride, sequence.kv_offset(p.v_stride), head_kv, sequence.len_kv);
       dout = rows_of<const Element>(p.dout, p.dout_stride, sequence.q_offset(p.dout_stride), head, sequence.len_q);
       const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
-      lse2 = static_cast<const Real*>(p.lse2) + row_offset;
+      shift = static_cast<const RowShift<Real>*>(p.shift) + row_offset;
       delta = static_cast<const Real*>(p.delta) + row_offset;
     }
 
-    // Rows past the end are empty rows: p = exp2(-inf) = 0.
-    CF_DEVICE Real lse2_of(int row) const { return row < q.count ? lse2[row] : infinity<Real>(); }
+    // Rows past the end are empty rows.
+    CF_DEVICE RowShift<Real> shift_of(int row) const { return row < q.count ? shift[row] : RowShift<Real>::empty(); }
     CF_DEVICE Real delta_of(int row) const { return row < q.count ? delta[row] : Real(0); }
   };
 
@@ -103,8 +103,8 @@ struct BackwardSimt {
 
     // One score and its gradient, from q.k and dout.v: s becomes the weight of v, exactly 0 where masked or dropped, and
     // dp becomes ds.
-    CF_DEVICE void grad_s(Real& s, Real& dp, Real lse2, Real delta, int q, int kv, bool full) const {
-      const Real p = full || mask.keep(q, kv) ? exp2(score.apply(s, q, kv) * log2_unit - lse2) : Real(0);
+    CF_DEVICE void grad_s(Real& s, Real& dp, const RowShift<Real>& shift, Real delta, int q, int kv, bool full) const {
+      const Real p = full || mask.keep(q, kv) ? shift.probability(score.apply(s, q, kv), log2_unit) : Real(0);
       const bool keep = dropout.keep(q, kv);
       dp = p * ((keep ? dp * keep_scale : Real(0)) - delta) * score.slope(s);
       s = keep ? p : Real(0);
@@ -148,10 +148,11 @@ struct BackwardSimt {
 #pragma unroll
         for (int n = 0; n < Block::Scores::kN; ++n) {
           const int q = q_first + s.col_of(n);
-          const Real lse2 = inputs.lse2_of(q), delta = inputs.delta_of(q);
+          const RowShift<Real> shift = inputs.shift_of(q);
+          const Real delta = inputs.delta_of(q);
 #pragma unroll
           for (int m = 0; m < Block::Scores::kM; ++m) {
-            policies.grad_s(s.x[m][n], dp.x[m][n], lse2, delta, q, kv_first + s.row_of(m), full);
+            policies.grad_s(s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.row_of(m), full);
           }
         }
         Block::template accumulate<kDimV>(dv, smem.products.weighted, s, inputs.dout.from(q_first));
@@ -193,10 +194,11 @@ struct BackwardSimt {
 #pragma unroll
       for (int m = 0; m < Block::Scores::kM; ++m) {
         const int q = q_first + s.row_of(m);
-        const Real lse2 = inputs.lse2_of(q), delta = inputs.delta_of(q);
+        const RowShift<Real> shift = inputs.shift_of(q);
+        const Real delta = inputs.delta_of(q);
 #pragma unroll
         for (int n = 0; n < Block::Scores::kN; ++n) {
-          policies.grad_s(s.x[m][n], dp.x[m][n], lse2, delta, q, kv_first + s.col_of(n), full);
+          policies.grad_s(s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.col_of(n), full);
         }
       }
       Block::template accumulate<kDimQk>(dq, smem.products.weighted, dp, inputs.k.from(kv_first));

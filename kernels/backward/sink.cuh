@@ -1,4 +1,4 @@
-// Gradient of the sink logits: dsink = -sum over rows of exp(sink - lse) * delta. A block sums one head in a fixed
+// Gradient of the sink logits: dsink = -sum over rows of p * delta, p = exp(sink - lse). A block sums one head in a fixed
 // order.
 #pragma once
 
@@ -21,14 +21,17 @@ struct BackwardSink {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
     const int head = ptx::block_index(), thread = ptx::thread_index();
-    const Real sink2 = static_cast<Real>(a.sink[head]) * static_cast<Real>(kLog2E);
     Real sum = 0;
     for (int batch = 0; batch < a.batch; ++batch) {
       const typename Config::Sequence sequence(a, batch);
       const int64 offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
       const Real* delta = static_cast<const Real*>(p.delta) + offset;
-      const Real* lse2 = static_cast<const Real*>(p.lse2) + offset;
-      for (int row = thread; row < sequence.len_q; row += Config::kThreads) sum -= exp2(sink2 - lse2[row]) * delta[row];
+      const RowShift<Real>* shift = static_cast<const RowShift<Real>*>(p.shift) + offset;
+      const Real unit = typename Config::Score(a, sequence, head).unit();
+      const Real x = static_cast<Real>(a.sink[head]) / unit, log2_unit = unit * static_cast<Real>(kLog2E);
+      for (int row = thread; row < sequence.len_q; row += Config::kThreads) {
+        sum -= shift[row].probability(x, log2_unit) * delta[row];
+      }
     }
     smem.partial[thread] = sum;
     ptx::sync_threads();

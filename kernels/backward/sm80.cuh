@@ -1,6 +1,6 @@
 // Backward attention on mma.sync tensor cores (sm_80 and later): dk, dv and the sum for dq in one pass.
 //
-//   P = exp(score(Q K^T) - lse),  dP = dO V^T,  dS = P * (dP - delta) * slope
+//   P = exp(score(Q K^T) - m) / l,  dP = dO V^T,  dS = P * (dP - delta) * slope
 //   dV = P^T dO,   dK = scale * dS^T Q,   dQ = scale * dS K
 //
 //              q tiles of every head of the group ->
@@ -42,7 +42,7 @@ struct BackwardSm80 {
   struct Stage {
     SharedTile<Element, kTileQ, kDimQk> q;
     SharedTile<Element, kTileQ, kDimV> dout;
-    float lse2[kTileQ];
+    RowShift<float> shift[kTileQ];
     float delta[kTileQ];
   };
   struct SmemPlan {
@@ -55,7 +55,7 @@ struct BackwardSm80 {
   using Scores = Fragment<kWarpRows, kTileQ>;
   using Weights = Operand<kWarpRows, kTileQ>;
 
-  // Starts the copy of one q tile with its dout, lse2 and delta.
+  // Starts the copy of one q tile with its dout, shifts and delta.
   CF_DEVICE static void load_q(Stage& stage, const BwdParams& p, const Sequence& sequence, int head, int q_first) {
     const int rows = sequence.len_q - q_first;
     const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) + head * p.q_stride.head +
@@ -68,7 +68,8 @@ struct BackwardSm80 {
 #pragma unroll 1
     for (int row = ptx::thread_index(); row < kTileQ; row += kThreads) {
       const int64 source = row_offset + (row < rows ? row : 0);
-      ptx::cp_async<4>(ptx::smem_u32(stage.lse2 + row), static_cast<const float*>(p.lse2) + source, row < rows);
+      const auto* g_shift = static_cast<const RowShift<float>*>(p.shift) + source;
+      ptx::cp_async<8>(ptx::smem_u32(stage.shift + row), g_shift, row < rows);
       ptx::cp_async<4>(ptx::smem_u32(stage.delta + row), static_cast<const float*>(p.delta) + source, row < rows);
     }
     ptx::cp_async_commit();
@@ -163,13 +164,14 @@ struct BackwardSm80 {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int col = n * 8 + lane % 4 * 2 + i;
-          const float lse2 = stage.lse2[col], delta = stage.delta[col];
+          const RowShift<float> shift = stage.shift[col];
+          const float delta = stage.delta[col];
 #pragma unroll
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
             const int q = q_first + col, kv = kv_first + warp_row + r * 8 + lane / 4;
             const float raw = s.at(r, n, i);
             const bool visible = full || mask.keep(q, kv);
-            const float p_value = visible ? exp2(score.apply(raw, q, kv) * log2_unit - lse2) : 0.f;
+            const float p_value = visible ? shift.probability(score.apply(raw, q, kv), log2_unit) : 0.f;
             const bool keep = kept.has((r / 2 * Scores::kN + n) * 4 + r % 2 * 2 + i);
             s.at(r, n, i) = keep ? p_value : 0.f;
             const float dp_value = keep ? dp.at(r, n, i) * keep_scale : 0.f;

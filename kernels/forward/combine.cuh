@@ -1,9 +1,9 @@
 // Last step of a forward whose keys are split: merges the parts of every row (attention/split.cuh) into out and lse.
 //
-//   lse = log sum_s exp(lse_s),   out = sum_s exp(lse_s - lse) out_s
+//   l = sum_s exp(m_s - m) l_s,   out = sum_s exp(m_s - m) l_s out_s / l,   lse = m + log(l)
 //
 // Splits are taken in their order whichever block came first, so results are bit-equal from run to run. A part whose
-// lse is -inf saw no key, and its out is not read; a sink joins here, once a row.
+// l is 0 saw no key, and its out is not read; a sink joins here, once a row.
 #pragma once
 
 #include "attention/schedule.cuh"
@@ -23,6 +23,7 @@ CF_DEVICE void forward_combine(const FwdParams& p) {
   const Attention& a = p.attention;
   const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, Config::kTileQ), a.heads_q);
   const typename Config::Sequence sequence(a, work.batch);
+  const Real unit = typename Config::Score(a, sequence, work.head).unit(), log2_unit = unit * static_cast<Real>(kLog2E);
   using Whole = WholeRows<Config>;
   using Part = PartRows<Config>;
 
@@ -31,19 +32,20 @@ CF_DEVICE void forward_combine(const FwdParams& p) {
     for (int col = ptx::thread_index() % kAcross; col < Config::kDimV; col += kAcross) {
       RowState<Real> state;
       state.init();
-      Real out = 0;  // weighted by exp(lse_s - largest lse so far)
+      Real out = 0;  // weighted by l_s and relative to m
       for (int split = 0; split < p.num_splits; ++split) {
-        const Real lse = Part::lse(p, sequence, work.head, split)[row * Part::lse_stride(p).row];
-        if (lse == -infinity<Real>()) continue;
-        const Real part = Part::out(p, sequence, work.head, split)[row * Part::out_stride(p).row + col];
-        Real weight;
-        const Real rescale = state.merge(RowState<Real>{lse, Real(1)}, static_cast<Real>(kLog2E), weight);
-        out = out * rescale + part * weight;
+        const int64 number = Part::number(p, sequence, work.head, split) + row * Part::lse_stride(p).row;
+        const RowState<Real> part = static_cast<const RowState<Real>*>(p.partial_state)[number];
+        if (part.l == Real(0)) continue;
+        const Real part_out = Part::out(p, sequence, work.head, split)[row * Part::out_stride(p).row + col];
+        Real part_rescale;
+        const Real rescale = state.merge(part, log2_unit, part_rescale);
+        out = out * rescale + part_out * (part.l * part_rescale);
       }
-      const Real rescale = Config::Sink::close(state, a, work.head, Real(1));
+      const Real rescale = Config::Sink::close(state, a, work.head, unit);
       Whole::out(p, sequence, work.head, 0)[row * p.out_stride.row + col] =
           from_accumulator<Element>(out * rescale * state.inverse_sum());
-      if (col == 0) Whole::lse(p, sequence, work.head, 0)[row] = state.lse(Real(1));
+      if (col == 0) Whole::close(p, Whole::number(p, sequence, work.head, 0) + row, state, unit);
     }
   }
 }

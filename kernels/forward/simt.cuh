@@ -50,10 +50,9 @@ struct ForwardSimt {
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) tile_max = max_of(tile_max, s.x[m][n]);
       const Real rescale = states[m].update(Block::Grid::row_max(tile_max), log2_unit);
-      const Real shift = states[m].shift(log2_unit);
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
-        s.x[m][n] = exp2(s.x[m][n] * log2_unit - shift);
+        s.x[m][n] = states[m].weight(s.x[m][n], log2_unit);
         states[m].l += s.x[m][n];
       }
 #pragma unroll
@@ -67,7 +66,7 @@ struct ForwardSimt {
     const GlobalRows<Element> tail =
         GlobalRows<Element>{Whole::out(p, sequence, head, 0), p.out_stride.row, sequence.len_q}.from(sequence.len_q);
     zero_rows<Config::kDimV, kThreads>(tail.data, p.out_stride.row, sequence.tail_q);
-    fill<kThreads>(Whole::lse(p, sequence, head, 0) + sequence.len_q, sequence.tail_q, -infinity<Real>());
+    fill<kThreads>(Whole::lse(p, sequence, head) + sequence.len_q, sequence.tail_q, -infinity<Real>());
   }
 
   CF_DEVICE static void run(const FwdParams& p) {
@@ -120,8 +119,7 @@ struct ForwardSimt {
       Block::template accumulate<Config::kDimV>(out, smem.weighted, s, v.from(kv_first));
     }
 
-    const auto g_lse = rows_of(heads, Results::lse(p, sequence, heads.first, split.index), Results::lse_stride(p),
-                               q_first, q_rows);
+    const int64 first_number = Results::number(p, sequence, heads.first, split.index);
     Real factor[Scores::kM];  // from the sum of weighted values to out
 #pragma unroll
     for (int m = 0; m < Scores::kM; ++m) {
@@ -130,7 +128,7 @@ struct ForwardSimt {
       factor[m] = rescale * states[m].inverse_sum() * static_cast<Real>(Config::Dropout::scale(a));
       const int row = Scores::row_of(m);
       if (Block::Grid::col() == 0 && row < q_rows) {
-        g_lse.data[g_lse.offset(row)] = states[m].lse(score.unit());
+        Results::close(p, first_number + heads.offset(q_first + row, Results::lse_stride(p)), states[m], score.unit());
       }
     }
     const auto g_out = rows_of(heads, Results::out(p, sequence, heads.first, split.index), Results::out_stride(p),

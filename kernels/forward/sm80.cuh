@@ -61,13 +61,17 @@ struct ForwardSm80 {
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) tile_max = max_of(tile_max, max_of(s.at(r, n, 0), s.at(r, n, 1)));
       const float rescale = rows[r].update(row_max(tile_max), log2_unit);
-      const float shift = rows[r].shift(log2_unit);
+      float shift = rows[r].shift(log2_unit);
+      if (RowState<float>::is_far(shift)) {
+        subtract_from_row(s, r, rows[r].m);
+        shift = 0.f;
+      }
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& p = s.at(r, n, i);
-          p = exp2(p * log2_unit - shift);
+          p = exp2(fma(p, log2_unit, -shift));
           rows[r].l += p;
         }
       }
@@ -84,7 +88,7 @@ struct ForwardSm80 {
     using Whole = WholeRows<Config>;
     zero_rows<Config::kDimV, kThreads>(Whole::out(p, sequence, head, 0) + sequence.len_q * p.out_stride.row,
                                        p.out_stride.row, sequence.tail_q);
-    fill<kThreads>(Whole::lse(p, sequence, head, 0) + sequence.len_q, sequence.tail_q, -infinity<float>());
+    fill<kThreads>(Whole::lse(p, sequence, head) + sequence.len_q, sequence.tail_q, -infinity<float>());
   }
 
   // Row number r of this lane times a factor. Whole rows go through Q's memory: the loop's last barrier came after
@@ -192,7 +196,9 @@ struct ForwardSm80 {
     // The outputs' addresses are made only now: registers are scarce inside the loop.
     auto* g_out = Results::out(p, sequence, heads.first, split.index) +
                   heads.offset(q_first + warp_row, Results::out_stride(p));
-    float* g_lse = Results::lse(p, sequence, heads.first, split.index) + heads.offset(q_first, Results::lse_stride(p));
+    const int64 first_number =
+        Results::number(p, sequence, heads.first, split.index) + heads.offset(q_first, Results::lse_stride(p));
+    const auto numbers = rows_at(heads, static_cast<float*>(p.lse), Results::lse_stride(p), q_first, q_rows);
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       rows[r].l = row_sum(rows[r].l);
@@ -202,7 +208,7 @@ struct ForwardSm80 {
       const int row = warp_row + r * 8 + lane / 4;
       scale_row(g_out, smem, row, out, r, factor);
       if (lane % 4 == 0 && row < q_rows) {
-        g_lse[rows_at(heads, g_lse, Results::lse_stride(p), q_first, q_rows).offset(row)] = rows[r].lse(score.unit());
+        Results::close(p, first_number + numbers.offset(row), rows[r], score.unit());
       }
     }
     ptx::sync_warp();

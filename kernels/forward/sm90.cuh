@@ -23,6 +23,7 @@
 // heads first. The producer tells the consumers which it is.
 #pragma once
 
+#include "attention/split.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/bias.cuh"
 #include "tile/copy.cuh"
@@ -299,7 +300,7 @@ struct ForwardSm90 {
       }
       if constexpr (!Mask::kFullFromStart) skip(tiles.begin - loaded.begin);
 
-      float* lse = static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + work.head * p.lse_stride.head;
+      const int64 number = WholeRows<Config>::number(p, sequence, work.head, 0);
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -308,7 +309,7 @@ struct ForwardSm90 {
         const float shrink = Config::Sink::close(state, a, work.head, score.unit());
         factor[r] = shrink * state.inverse_sum() * static_cast<float>(Dropout::scale(a));
         const int row = q_first + first_row + r * 8 + lane / 4;
-        if (lane % 4 == 0 && row < sequence.len_q) lse[row] = state.lse(score.unit());
+        if (lane % 4 == 0 && row < sequence.len_q) WholeRows<Config>::close(p, number + row, state, score.unit());
       }
       rescale_output(out, factor);
 

@@ -46,6 +46,16 @@ struct Fragment {
   }
 };
 
+// Takes a number off this lane's part of its row number r.
+template <int kRows, int kCols>
+CF_DEVICE void subtract_from_row(Fragment<kRows, kCols>& f, int r, float x) {
+#pragma unroll
+  for (int n = 0; n < kCols / 8; ++n) {
+    f.at(r, n, 0) -= x;
+    f.at(r, n, 1) -= x;
+  }
+}
+
 // Largest value over the four lanes that share a row, and their sum.
 CF_DEVICE float row_max(float x) {
   x = max_of(x, ptx::shuffle_xor(x, 1));

@@ -88,16 +88,23 @@ struct WarpSoftmax {
   // Probabilities relative to the references, and their sums over this lane's columns.
   template <int kCols>
   CF_DEVICE void weigh(Fragment<16, kCols>& s, float (&sum)[2]) const {
+    float shift[2] = {rows[0].shift(log2_unit), rows[1].shift(log2_unit)};
+    if (RowState<float>::is_far(shift[0]) || RowState<float>::is_far(shift[1])) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        subtract_from_row(s, r, rows[r].m);
+        shift[r] = 0.f;
+      }
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float shift = rows[r].shift(log2_unit);
       sum[r] = 0.f;
 #pragma unroll
       for (int n = 0; n < kCols / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& p = s.at(r, n, i);
-          p = exp2(p * log2_unit - shift);
+          p = exp2(fma(p, log2_unit, -shift[r]));
           sum[r] += p;
         }
       }
