@@ -14,11 +14,11 @@ namespace cuflash {
 
 template <class Element>
 struct WarpSoftmax {
-  // A reference lies 2^kHeadroom above the largest score that it was taken from, 2^kMoreHeadroom in rows that outgrew one,
-  // and is taken anew when probabilities pass 2^kSlack: so far inside the element's range that no product overflows
-  // float or is lost in it. fp16 has no room below 1.
+  // A reference is the largest score that was looked at first, lies 2^kHeadroom above it in rows that outgrew one, and is
+  // taken anew when probabilities pass 2^kSlack: so far inside the element's range that no product overflows float, or is
+  // lost in it unless the value is below 2^-62. fp16 has no room below 1.
   static constexpr bool kWide = IsSame<Element, bf16>::value;
-  static constexpr float kHeadroom = kWide ? 32.f : 0.f, kMoreHeadroom = kWide ? 64.f : 0.f;
+  static constexpr float kHeadroom = kWide ? 64.f : 0.f;
   static constexpr int kSlack = kWide ? 32 : 8;
 
   RowState<float> rows[2];  // m is the reference; l is the sum over this lane's columns
@@ -45,7 +45,7 @@ struct WarpSoftmax {
     if (outgrown) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rescale[r] = rows[r].update(row_max(largest[r]) + (outgrew ? kMoreHeadroom : kHeadroom) / log2_unit, log2_unit);
+        rescale[r] = rows[r].update(row_max(largest[r]) + (outgrew ? kHeadroom / log2_unit : 0.f), log2_unit);
       }
     }
     float sum[2];
@@ -70,7 +70,7 @@ struct WarpSoftmax {
       for (int r = 0; r < 2; ++r) {
         const float log2_total = approximate_log2(total[r]);
         constexpr float kMostGrowth = 120;  // 2^-kMostGrowth is still a float
-        rescale[r] = rows[r].update(rows[r].m + min_of(log2_total + kMoreHeadroom, kMostGrowth) / log2_unit, log2_unit);
+        rescale[r] = rows[r].update(rows[r].m + min_of(log2_total + kHeadroom, kMostGrowth) / log2_unit, log2_unit);
         sum[r] *= rescale[r];
 #pragma unroll
         for (int n = 0; n < kCols / 8; ++n) {
