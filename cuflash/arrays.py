@@ -157,11 +157,14 @@ class Torch:
 
     def __init__(self) -> None:
         self._torch = sys.modules["torch"]
+        self._forward_ad = self._torch.autograd.forward_ad
         self._here = nullcontext()
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and everything else about all of them as a key."""
         grad = self._torch.is_grad_enabled()
+        if self._forward_ad._current_level >= 0:
+            self._refuse_tangents(names, arrays)
         pointers: list[int] = []
         key: list[Any] = []
         for name, x in zip(names, arrays, strict=True):
@@ -169,26 +172,66 @@ class Torch:
                 key.append(None)
                 continue
             if grad and x.requires_grad:
-                raise InvalidArgument(
-                    f"{name} requires grad, but autograd does not see cuflash's kernels: its gradient would be lost. "
-                    f"Pass {name}.detach() (or call under torch.no_grad()), and take gradients from "
-                    "cuflash.flash_attn_vjp or cuflash.flash_attn_backward."
-                )
-            pointer = x.data_ptr()
+                raise self._on_tape(name, x)
+            try:
+                pointer = x.data_ptr()
+                described = x.shape, x.stride(), x.dtype, x.device, x.is_neg(), pointer & 15
+            except RuntimeError as error:
+                raise self._without_memory(name, x) from error
+            if not pointer and 0 not in x.shape:
+                raise self._without_memory(name, x)
             pointers.append(pointer)
-            key.append((x.shape, x.stride(), x.dtype, x.device, x.is_neg(), pointer & 15))
+            key.append(described)
         return pointers, tuple(key)
 
     def view(self, name: str, x: Any) -> View:
         """Spell the tensor out."""
-        if x.device.type != "cuda":
-            raise _not_on_cuda(name, self.name, f"on {x.device}")
-        if x.is_neg():
-            raise InvalidArgument(f"{name} is a lazily negated torch view; pass {name}.resolve_neg().")
-        itemsize = x.element_size()
-        strides = tuple(stride * itemsize for stride in x.stride())
-        dtype = str(x.dtype).removeprefix("torch.")
-        return View(name, tuple(x.shape), strides, dtype, itemsize, x.data_ptr(), str(x.device))
+        try:
+            if x.is_neg():
+                raise InvalidArgument(f"{name} is a lazily negated torch view; pass {name}.resolve_neg().")
+            itemsize = x.element_size()
+            strides = tuple(stride * itemsize for stride in x.stride())
+            dtype = str(x.dtype).removeprefix("torch.")
+            return View(name, tuple(x.shape), strides, dtype, itemsize, x.data_ptr(), str(x.device))
+        except RuntimeError as error:
+            raise self._without_memory(name, x) from error
+
+    def _refuse_tangents(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
+        for name, x in zip(names, arrays, strict=True):
+            if x is not None and self._forward_ad.unpack_dual(x).tangent is not None:
+                raise UnsupportedProblem(
+                    f"{name} has a tangent of torch's forward mode, which would be lost: cuflash does not run inside "
+                    "it yet. Pass the primal, and take gradients from cuflash.flash_attn_vjp."
+                )
+
+    def _on_tape(self, name: str, x: Any) -> InvalidArgument:
+        if x.device.type != "cuda":  # without its gradient it would not be computed either
+            return not_on_cuda(name, self.name, f"on {x.device}")
+        return InvalidArgument(
+            f"{name} requires grad, but autograd does not see cuflash's kernels: its gradient would be lost. "
+            f"Pass {name}.detach() (or call under torch.no_grad()), and take gradients from "
+            "cuflash.flash_attn_vjp or cuflash.flash_attn_backward."
+        )
+
+    def _without_memory(self, name: str, x: Any) -> InvalidArgument | UnsupportedProblem:
+        """The refusal of a tensor whose elements do not lie in memory by its shape and strides."""
+        if x.is_nested:
+            return InvalidArgument(
+                f"{name} is a nested tensor; expected a dense one. "
+                "Pass its packed values to cuflash.flash_attn_varlen_func, with where they start."
+            )
+        if x.layout is not self._torch.strided:
+            return InvalidArgument(f"{name} has layout {x.layout}; expected a dense tensor. Pass {name}.to_dense().")
+        if type(x) is self._torch.Tensor and x.device.type != "meta":
+            return UnsupportedProblem(
+                f"{name} is a tensor inside torch.vmap, torch.func or the like, or its storage was given back: there "
+                "is no memory to read. cuflash does not run inside torch's transforms yet. Call it on concrete "
+                "tensors, and take gradients from cuflash.flash_attn_vjp."
+            )
+        return UnsupportedProblem(
+            f"{name} is a {type(x).__name__} on {x.device} without memory of its own; expected a plain tensor. "
+            "Call cuflash with the tensors that it stands for."
+        )
 
     def context(self, device: int) -> AbstractContextManager[Any]:
         """Where launches and allocations for the device belong."""
@@ -270,13 +313,30 @@ class Guest:
 
     def borrow(self, names: Sequence[str], arrays: Sequence[Any]) -> list[Any]:
         """View the arrays as CuPy arrays that CuPy's current stream may read."""
-        cupy = _cupy()
-        views = []
         for name, x in zip(names, arrays, strict=True):
-            if x is not None and x.__dlpack_device__()[0] not in (_CUDA, _CUDA_MANAGED):
-                raise _not_on_cuda(name, self.name, "in host memory")
-            views.append(None if x is None else cupy.from_dlpack(x))
-        return views
+            if x is not None and not self.is_on_cuda(name, x):
+                raise not_on_cuda(name, self.name, "in host memory")
+        from_dlpack = _cupy().from_dlpack
+        return [None if x is None else self._lent(name, x, from_dlpack) for name, x in zip(names, arrays, strict=True)]
+
+    def is_on_cuda(self, name: str, x: Any) -> bool:
+        """Whether an array lies on a GPU."""
+        return self._lent(name, x, lambda x: x.__dlpack_device__())[0] in (_CUDA, _CUDA_MANAGED)
+
+    def on_host(self, names: Sequence[str], arrays: Sequence[Any]) -> list[Any]:
+        """View arrays in host memory as NumPy arrays."""
+        return [None if x is None else self._lent(name, x, np.asarray) for name, x in zip(names, arrays, strict=True)]
+
+    def _lent(self, name: str, x: Any, take: Callable[[Any], Any]) -> Any:
+        """What an array's library gives of it, which may be nothing: it was deleted, or lies on several GPUs."""
+        try:
+            return take(x)
+        except Exception as error:
+            why = "it was deleted" if getattr(x, "is_deleted", bool)() else str(error)
+            raise InvalidArgument(
+                f"{name} is a {self.name} array that does not lend its memory ({why}). "
+                "Pass one that is whole, on one device."
+            ) from error
 
     def lend(self, results: Sequence[Any], borrowed: Sequence[Any]) -> tuple[Any, ...]:
         """Hand CuPy results over, and keep what was borrowed until the kernels queued so far are done with it.
@@ -323,6 +383,11 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
         if x is None or kind is first_type:
             continue
         framework = _framework_of_type(kind)
+        if isinstance(x, np.ma.MaskedArray):
+            raise InvalidArgument(
+                f"{name} is a masked array, whose mask no arithmetic of attention follows. "
+                f"Pass {name}.filled(...), and hide keys by attn_mask."
+            )
         if framework is None:
             raise InvalidArgument(
                 f"{name} is a {type(x).__name__}; expected an array of NumPy, CuPy, torch, JAX or another library that "
@@ -349,6 +414,11 @@ def _framework_of_type(kind: type) -> Framework | None:
     if cupy is not None and issubclass(kind, cupy.ndarray):
         return cupy_arrays()
     if torch is not None and issubclass(kind, torch.Tensor):
+        if kind.__module__ == "torch._subclasses.fake_tensor":
+            raise UnsupportedProblem(
+                "cuflash does not run inside torch.compile, torch.export or FakeTensorMode yet, whose tensors have no "
+                "memory. Call it on plain tensors, and take gradients from cuflash.flash_attn_vjp."
+            )
         return _torch_tensors()
     if jax is not None and issubclass(kind, jax.core.Tracer):
         raise UnsupportedProblem(
@@ -390,7 +460,7 @@ def _name(dtype: np.dtype) -> str:
     return dtype.name if dtype.isnative else str(dtype)
 
 
-def _not_on_cuda(name: str, framework: str, where: str) -> InvalidArgument:
+def not_on_cuda(name: str, framework: str, where: str) -> InvalidArgument:
     """The refusal of a guest's array that is on no GPU."""
     return InvalidArgument(
         f"{name} is a {framework} array {where}; cuflash computes {framework} arrays on CUDA devices and NumPy arrays "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cuflash.dropout import Scheme
-from cuflash.dtypes import DType
+from cuflash.dtypes import DTYPES, DType
+from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
+from cuflash.numbers import shown
 
 Direction = Literal["forward", "backward"]
 Layout = Literal["dense", "varlen"]
@@ -64,6 +66,11 @@ class Problem:
     ascending: bool = True
     """Every stride of the tensors is positive: none of their axes is reversed or expanded."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _dtype("dtype", self.dtype))
+        if self.bias is not None:
+            object.__setattr__(self, "bias", _dtype("bias", self.bias))
+
     @property
     def copies_bias(self) -> bool:
         """Whether the copy engine can bring a bias to where it is used: one number a row is none of its affairs."""
@@ -110,6 +117,16 @@ class Problem:
         parts += ["deterministic"] if self.deterministic else []
         parts += [f"splits{self.num_splits}"] if self.num_splits else []
         return " ".join(parts)
+
+
+def _dtype(name: str, dtype: Any) -> DType:
+    """An element type, also by its name."""
+    if isinstance(dtype, DType):
+        return dtype
+    for known in DTYPES.values():
+        if isinstance(dtype, str) and dtype in (known.name, known.numpy.name):
+            return known
+    raise InvalidArgument(f"{name} is {shown(dtype)}; expected one of {', '.join(DTYPES)}.")
 
 
 def visible_pairs(mask: Mask, len_q: int, len_kv: int) -> int:

@@ -136,6 +136,8 @@ def to_numpy_dtype(dtype: np.dtype | FakeDtype) -> np.dtype:
 class FakeTensor:
     """As much of a torch tensor as cuflash touches."""
 
+    layout, is_nested = "torch.strided", False
+
     def __init__(
         self, x: np.ndarray, where: str = "cuda:0", requires_grad: bool = False, negated: bool = False
     ) -> None:
@@ -180,6 +182,8 @@ def as_torch(x: np.ndarray) -> FakeTensor:
 FAKE_TORCH = ModuleType("torch")
 FAKE_TORCH.Tensor = FakeTensor
 FAKE_TORCH.is_grad_enabled = lambda: True
+FAKE_TORCH.strided = FakeTensor.layout
+FAKE_TORCH.autograd = SimpleNamespace(forward_ad=SimpleNamespace(_current_level=-1))
 for _name in ("float16", "bfloat16", "float32", "float64", "int32", "uint64", "bool"):
     setattr(FAKE_TORCH, _name, FakeDtype(_name))
 

@@ -76,8 +76,8 @@ CALLS: dict[str, Call] = {
     ),
     "masked-array": Call(
         func,
-        "k is a MaskedArray; expected an array of NumPy, CuPy, torch, JAX or another library that speaks DLPack. "
-        "Convert it first, for example with numpy.asarray or cupy.asarray.",
+        "k is a masked array, whose mask no arithmetic of attention follows. "
+        "Pass k.filled(...), and hide keys by attn_mask.",
         {"k": np.ma.masked_array(K)},
     ),
     "none": Call(func, "k is None; expected an array.", {"k": None}),

@@ -50,16 +50,19 @@ def backward(
             return dq, dk, dv
         return Gradients(dq, dk, dv, others[0] if options.bias_grad else None, None if sink is None else others[-1])
 
-    checked = host.checked("backward", options, arrays)
+    places = dq, dk, dv  # of a subclass as they came
+    plain = host.plain(arrays)
+    q, k, v, _, cu_seqlens_q, cu_seqlens_k, *_, rng_state, out, dout, lse, dlse, row_state, _, _, _ = plain
+    checked = host.checked("backward", options, plain)
     problem = checked.problem
     drawn = None if rng_state is None else np.ascontiguousarray(rng_state).view(np.uint64)
     keywords = {"dlse": dlse, "row_state": row_state, "bias_grad": problem.bias_grad}
-    keywords |= host.keywords(checked, arrays, drawn)
+    keywords |= host.keywords(checked, plain, drawn)
     if problem.layout == "varlen":
         found = reference.backward_varlen(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **keywords)
     else:
         found = reference.backward(dout, q, k, v, out, lse, **keywords)
-    dq, dk, dv = (host.stored(x, given) for x, given in zip(found[:3], (dq, dk, dv), strict=True))
+    dq, dk, dv = (host.stored(x, given) for x, given in zip(found[:3], places, strict=True))
     if not problem.bias_grad and not problem.sink:
         return dq, dk, dv
     with np.errstate(all="ignore"):

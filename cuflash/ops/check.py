@@ -10,7 +10,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
-from cuflash.arrays import View
+from cuflash.arrays import View, not_on_cuda
 from cuflash.dropout import Dropout, Scheme
 from cuflash.dtypes import DTYPES, DType
 from cuflash.errors import InvalidArgument
@@ -153,6 +153,13 @@ def settled(options: Options) -> Options:
         found = pair("window_size", window)
         changes |= {} if found is None else {"window_size": found}
     return options._replace(**changes) if changes else options
+
+
+def check_on_cuda(library: str, views: Mapping[str, View]) -> None:
+    """Refuse arrays that no kernel can read."""
+    for view in views.values():
+        if not view.device.startswith("cuda"):
+            raise not_on_cuda(view.name, library, f"on {view.device}")
 
 
 def layout_of(direction: Direction, options: Options, views: Mapping[str, View]) -> Layout:

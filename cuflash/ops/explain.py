@@ -8,7 +8,7 @@ from typing import Any
 
 from cuflash import device as devices
 from cuflash import plan
-from cuflash.arrays import Guest, cupy_arrays, framework_of
+from cuflash.arrays import Guest, cupy_arrays, framework_of, numpy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
 from cuflash.ops.lengths import with_lengths
@@ -25,17 +25,21 @@ def explain(
     `others` are in the order of :data:`SHARED`; without a device it is the arrays' own.
     """
     if isinstance(q, Problem):
-        if options != Options() or backward or any(x is not None for x in (*others, block_table)):
+        if options.kind() != Options().kind() or backward or any(x is not None for x in (*others, block_table)):
             raise InvalidArgument("explain takes only a device next to a Problem, which says everything else itself.")
         if device is None:
             raise InvalidArgument("device is None; name the one to explain a Problem for, for example device='h100'.")
         return plan.explain(q, devices.named(device))
 
     arrays: Sequence[Any] = (q, *others, block_table, None)
-    framework = framework_of(options.names("forward"), arrays)
-    options = with_lengths(framework, "forward", options, arrays)
+    names = options.names("forward")
+    framework = framework_of(names, arrays)
+    library = framework.name
     if isinstance(framework, Guest):
-        arrays, framework = framework.borrow(options.names("forward"), arrays), cupy_arrays()
+        on_cuda = framework.is_on_cuda(names[0], next(x for x in arrays if x is not None))
+        arrays = framework.borrow(names, arrays) if on_cuda else framework.on_host(names, arrays)
+        framework = cupy_arrays() if on_cuda else numpy_arrays
+    options = with_lengths(framework, "forward", options, arrays)
     views = {name: framework.view(options.name(name), x) for name, x in given("forward", arrays).items()}
     problem = check.problem_of("forward", options, views)
     if backward:
@@ -44,9 +48,10 @@ def explain(
     if device is not None:
         return plan.explain(problem, devices.named(device))
     where = views["q"].device
-    if where == "cpu":
+    if not where.startswith("cuda"):
+        place = "" if library == "NumPy" else f" on {where}"
         raise InvalidArgument(
-            "device is None and the arrays are NumPy arrays, which no kernel runs on; "
+            f"device is None and the arrays are {library} arrays{place}, which no kernel runs on; "
             "name the device to explain the choice for, for example device='h100'."
         )
     return plan.explain(problem, devices.current(int(where.removeprefix("cuda:"))))

@@ -50,11 +50,12 @@ def forward(
 
 def on_host(options: Options, arrays: Sequence[Any], generator: Any = None) -> tuple[Any, ...]:
     """The same of NumPy arrays, in the order of :data:`ARGUMENTS`."""
-    q, k, v, _, cu_seqlens_q, cu_seqlens_k, _, seqused_k, *_, block_table, out = arrays
+    place = arrays[-1]  # of a subclass as it came
+    q, k, v, _, cu_seqlens_q, cu_seqlens_k, _, seqused_k, *_, block_table, out = arrays = host.plain(arrays)
     found = host.checked("forward", options, arrays)
     problem, shapes = found.problem, found.shapes
     if out is None:
-        out = np.empty(shapes["out"], q.dtype)
+        out = place = np.empty(shapes["out"], q.dtype)
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
     q, k, v = (x.swapaxes(1, 2) if options.sdpa else x for x in (q, k, v))
     keywords = host.keywords(found, arrays, rng_state)
@@ -67,4 +68,4 @@ def on_host(options: Options, arrays: Sequence[Any], generator: Any = None) -> t
         _, lse = reference.forward_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, row_state=row_state, **keywords)
     else:
         _, lse = reference.forward(q, k, v, row_state=row_state, **keywords)
-    return (out, lse, *(x for x in (row_state, rng_state) if x is not None))
+    return (place, lse, *(x for x in (row_state, rng_state) if x is not None))

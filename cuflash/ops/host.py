@@ -31,6 +31,11 @@ class Checked(NamedTuple):
     """How many of the given arrays, the last ones, are written."""
 
 
+def plain(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """The arrays without the arithmetic of subclasses, whose ``*`` may be another product or know of units."""
+    return tuple(None if x is None else np.asarray(x) for x in arrays)
+
+
 def checked(direction: Direction, options: Options, arrays: Sequence[np.ndarray | None]) -> Checked:
     """Check a call on NumPy arrays, or look up what was found for one of its kind.
 
@@ -100,5 +105,5 @@ def stored(result: np.ndarray, output: np.ndarray | None) -> np.ndarray:
     """The result, in the caller's array if there is one."""
     if output is None:
         return result
-    output[...] = result
+    np.asarray(output)[...] = result
     return output

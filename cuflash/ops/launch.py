@@ -144,6 +144,7 @@ class Prepared:
 def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arguments: Mapping[str, Any]) -> Prepared:
     """Check a call on arrays of this kind, plan it and load its kernels."""
     views = {name: framework.view(options.name(name), x) for name, x in arguments.items()}
+    check.check_on_cuda(framework.name, views)
     problem = check.problem_of(direction, options, views)
     ordinal = int(views["q"].device.removeprefix("cuda:"))
     plan = choose(problem, device.current(ordinal), options.family)
