@@ -62,16 +62,21 @@ def console(stderr: bool = False) -> Console:
 
 def bar() -> Progress:
     """A bar of how much is done, on a terminal; nothing elsewhere."""
-    screen = console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     printed = console().is_terminal  # elsewhere it does not pass the bar's lines
-    return Progress(*columns, console=screen, transient=True, redirect_stdout=printed, disable=not screen.is_terminal)
+    return Progress(*columns, console=_terminal(), transient=True, redirect_stdout=printed)
 
 
 def followed(items: Iterable[Item], description: str, total: float | None = None) -> Iterable[Item]:
     """The items, with a bar of how many have been taken on a terminal."""
+    return track(items, description, total, console=_terminal(), transient=True)
+
+
+def _terminal() -> Console:
+    """Stderr where it is a terminal; else a console that prints nothing."""
     screen = console(stderr=True)
-    return track(items, description, total, console=screen, transient=True, disable=not screen.is_terminal)
+    screen.quiet = not screen.is_terminal
+    return screen
 
 
 def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Table:
