@@ -202,7 +202,7 @@ def checked(seed: Any, offset: Any) -> tuple[int, int]:
 
 def _uint64(name: str, value: Any) -> int | None:
     """The integer, if it is one of 64 bits without a sign."""
-    number = integer(name, value)
+    number = integer(value)
     return number if number is not None and 0 <= number < 2**64 else None
 
 

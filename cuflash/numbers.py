@@ -1,6 +1,7 @@
 """Numbers and switches of a call: what a caller may write for one, and the words for what is none.
 
-NumPy's and ml_dtypes' scalars, fractions, decimals and arrays without dimensions of any library stand for numbers.
+NumPy's and ml_dtypes' scalars, its arrays without dimensions, fractions and decimals stand for numbers. Arrays of other
+libraries do not: to read one may be to wait for a GPU, and its gradient would be lost.
 """
 
 from __future__ import annotations
@@ -18,21 +19,12 @@ from cuflash.errors import InvalidArgument
 
 def is_array(value: object) -> TypeGuard[Any]:
     """Whether a value has a shape, and may change: NumPy's scalars do not."""
-    return hasattr(value, "shape") and not isinstance(value, np.generic)
+    return hasattr(value, "shape") and not isinstance(value, np.generic | type)
 
 
-def scalar(name: str, value: Any) -> Any:
-    """The number in an array without dimensions, which waits for a GPU it lies on; anything else as it is."""
-    if not is_array(value) or tuple(value.shape):
-        return value
-    if getattr(value, "requires_grad", False):
-        raise InvalidArgument(f"{name} requires grad, and cuflash does not differentiate by it. Pass {name}.item().")
-    try:
-        return value.item()
-    except Exception as error:
-        raise InvalidArgument(
-            f"{name} is a {type(value).__name__} whose number cannot be read ({error}). Pass a number of Python."
-        ) from error
+def scalar(value: Any) -> Any:
+    """The number in an array of NumPy without dimensions; anything else as it is."""
+    return value.item() if isinstance(value, np.ndarray) and not value.shape else value
 
 
 def finite(name: str, value: Any) -> float:
@@ -43,7 +35,7 @@ def finite(name: str, value: Any) -> float:
     InvalidArgument
         If it is none, or larger than any float.
     """
-    given, value = value, scalar(name, value)
+    given, value = value, scalar(value)
     if _is_real(value):
         try:
             number = float(value)
@@ -60,10 +52,10 @@ def finite(name: str, value: Any) -> float:
     raise InvalidArgument(f"{name} is {shown(given)}; expected a finite number.")
 
 
-def integer(name: str, value: Any) -> int | None:
+def integer(value: Any) -> int | None:
     """The integer that a value is, or None where it is something else."""
-    value = scalar(name, value)
-    if isinstance(value, bool | np.bool_):
+    value = scalar(value)
+    if isinstance(value, bool | np.bool_) or is_array(value):
         return None
     if _is_foreign(value) and "int" in value.dtype.name:
         return int(value)
@@ -81,25 +73,27 @@ def flag(name: str, value: Any) -> bool:
     InvalidArgument
         If it is neither True nor False, nor 1 nor 0.
     """
-    number = scalar(name, value)
-    found = bool(number) if isinstance(number, bool | np.bool_) else integer(name, number)
+    number = scalar(value)
+    found = bool(number) if isinstance(number, bool | np.bool_) else integer(number)
     if found not in (0, 1):
         raise InvalidArgument(f"{name} is {shown(value)}; expected True or False.")
     return bool(found)
 
 
-def pair(name: str, value: Any) -> tuple[int, int] | None:
+def pair(value: Any) -> tuple[int, int] | None:
     """Two integers in a tuple, a list or an array, or None where there are not two."""
-    if is_array(value) and tuple(value.shape) == (2,):
+    if isinstance(value, np.ndarray) and value.shape == (2,):
         value = value.tolist()
     if not isinstance(value, tuple | list) or len(value) != 2:
         return None
-    first, second = (integer(name, side) for side in value)
+    first, second = (integer(side) for side in value)
     return None if first is None or second is None else (first, second)
 
 
 def shown(value: Any) -> str:
     """What a message says of a value, on one line and not without end."""
+    if is_array(value) and not isinstance(value, np.ndarray):  # which is not read from a GPU to be shown
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
     try:
         text = " ".join(repr(value).split())
     except Exception:  # more digits than Python shows, a tensor without memory

@@ -70,7 +70,7 @@ def window(left: int | None, right: int | None) -> tuple[int, int]:
     """Both sides of a window, of which None and every negative number are unbounded."""
     sides = []
     for name, side in (("window_size_left", left), ("window_size_right", right)):
-        number = -1 if side is None else integer(name, side)
+        number = -1 if side is None else integer(side)
         if number is None:
             raise InvalidArgument(f"{name} is {shown(side)}; expected an integer, or None or -1 for unbounded.")
         sides.append(max(number, -1))
@@ -253,7 +253,7 @@ def _rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: 
 
 def _number(name: str, x: Any) -> int:
     """One number of the random state, in host memory."""
-    number = integer(name, x.reshape(()) if is_array(x) and np.prod(x.shape) == 1 else x)
+    number = integer(x.item() if is_array(x) and np.prod(x.shape) == 1 else x)
     if number is None:
         raise InvalidArgument(f"{name} is {shown(x)}; expected what the forward returned.")
     return number

@@ -428,13 +428,13 @@ def _options(
     validate: bool,
 ) -> Options:
     """The keywords of the kernel's functions in those of ops."""
-    kind = integer("custom_mask_type", mask_type)
+    kind = integer(mask_type)
     if kind not in (0, 1, 2):
         raise InvalidArgument(
             f"custom_mask_type is {shown(mask_type)}; "
             "expected 0 for none, 1 for causal top-left or 2 for causal bottom-right."
         )
-    keys = 0 if window is None else integer("window_size", window)
+    keys = 0 if window is None else integer(window)
     if keys is None or keys < 0:
         raise InvalidArgument(
             f"window_size is {shown(window)}; expected a number of keys from 1, or None or 0 for all."
@@ -483,7 +483,7 @@ def _ordered(num_splits_key: int | None, deterministic: bool) -> bool:
     """Whether key tiles add to a gradient in a fixed order."""
     if num_splits_key is None:
         return deterministic
-    splits = integer("num_splits_key", num_splits_key)
+    splits = integer(num_splits_key)
     if splits is None or splits < 1:
         raise InvalidArgument(f"num_splits_key is {shown(num_splits_key)}; expected a number from 1, or None.")
     if deterministic and splits > 1:

@@ -88,7 +88,7 @@ def check_aligned(name: str, pointer: Any, alignment: int) -> None:
         If it is not a multiple.
     """
     try:
-        address = _view(name, pointer).pointer if is_array(pointer) else integer(name, pointer)
+        address = _view(name, pointer).pointer if is_array(pointer) else integer(pointer)
         if address is None:
             raise InvalidArgument(f"{name} is {shown(pointer)}; expected an address or an array.")
         if address % alignment:
@@ -125,7 +125,7 @@ def check_range(name: str, value: Any, dtype: Any = np.int32) -> int:
     """
     try:
         limits = np.iinfo(dtype)
-        number = integer(name, value)
+        number = integer(value)
         if number is None or not limits.min <= number < limits.max:
             raise InvalidArgument(
                 f"{name} is {shown(value)}; "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -143,14 +143,14 @@ def settled(options: Options) -> Options:
 
     What is left can be part of a key: two arrays may be one and hold other numbers later.
     """
-    changes = {
-        name: scalar(options.name(name), value)
+    changes: dict[str, Any] = {
+        name: scalar(value)
         for name, value in zip(options._fields, options, strict=True)
-        if name != "window_size" and is_array(value) and not tuple(value.shape)
+        if name != "window_size" and isinstance(value, np.ndarray) and not value.shape
     }
     window = options.window_size
     if not isinstance(window, tuple) or any(map(is_array, window)):
-        found = pair("window_size", window)
+        found = pair(window)
         changes |= {} if found is None else {"window_size": found}
     return options._replace(**changes) if changes else options
 
@@ -403,7 +403,7 @@ def _in_range(name: str, value: float, dtype: DType, least: float) -> float:
 
 
 def _num_splits(options: Options) -> int:
-    value = integer("num_splits", options.num_splits)
+    value = integer(options.num_splits)
     if value is None or not 0 <= value <= MAX_SPLITS:
         raise InvalidArgument(
             f"num_splits is {shown(options.num_splits)}; expected an integer from 1 to {MAX_SPLITS}, "
@@ -417,7 +417,7 @@ def _mask(options: Options, views: Mapping[str, View], scores: tuple[int, int, i
     causal = flag(options.name("causal"), options.causal)
     if not isinstance(options.alignment, str) or options.alignment not in get_args(Alignment):
         raise InvalidArgument(f"alignment is {shown(options.alignment)}; expected 'bottom-right' or 'top-left'.")
-    window = pair("window_size", options.window_size)
+    window = pair(options.window_size)
     if window is None:
         raise InvalidArgument(
             f"window_size is {shown(options.window_size)}; expected a tuple of two integers (left, right)."

@@ -72,7 +72,7 @@ def _check_table(table: View, batch: int) -> None:
 def length(options: Options, name: str) -> int:
     """The value of max_seqlen_q or max_seqlen_k."""
     given = getattr(options, name)
-    value = integer(name, given)
+    value = integer(given)
     if value is None or value < 0:
         raise InvalidArgument(
             f"{name} is {shown(given)}; expected an integer from 0, or None to read it from cu_seqlens."
