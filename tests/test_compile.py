@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
+from nvrtc import needs_nvrtc
 
 from cuflash import jit
 from cuflash.bench.cases import ARCHITECTURES, CASES, FULL, matrix, variants
 from cuflash.bench.resources import complaints
 from cuflash.device import named
-from cuflash.errors import CompileError
-from cuflash.jit.compile import version
-from cuflash.plan import choose
+from cuflash.plan import Step, choose
 
-MOST_KERNELS = 720
+MOST_KERNELS = 580
 """Two cores compile about four a second."""
 
-
-def why_no_compiler() -> str | None:
-    try:
-        version()
-    except CompileError as error:
-        return str(error)
-    return None
+GROUPS: dict[tuple[str, str], list[Step]] = {}
+"""The kernels of the matrix by their architecture and the case that needs them first."""
+for _arch, _case_id, _step in matrix():
+    GROUPS.setdefault((_arch, _case_id), []).append(_step)
+SAMPLE = 4
 
 
 def test_the_matrix_is_bounded_and_covers_the_table():
@@ -52,28 +48,26 @@ def test_an_architecture_too_old_for_a_family_needs_none_of_its_kernels():
     assert [step.kernel for _, step in variants([CASES["fwd_simt-fp32-d64"]], named("t4"))] == ["fwd_simt"]
 
 
-@pytest.mark.skipif(why_no_compiler() is not None, reason=why_no_compiler() or "")
-def test_every_kernel_of_the_matrix(request, monkeypatch, capsys):
-    """One test, as its processes already use every core; cubins are kept between runs."""
+@needs_nvrtc
+@pytest.mark.sample(SAMPLE)
+@pytest.mark.parametrize(("arch", "case_id"), GROUPS)
+def test_every_kernel_of_the_matrix(request, monkeypatch, arch, case_id):
+    """Cubins are kept between runs."""
     if "CUFLASH_CACHE_DIR" not in os.environ:
         monkeypatch.setenv("CUFLASH_CACHE_DIR", str(request.config.cache.mkdir("cuflash_cubins")))
-    rows = matrix()
-    start_s = time.perf_counter()
-    cubins = list(jit.compile_many([(step.kernel, step.config, step.params, arch) for arch, _, step in rows]))
-    found = []
-    for (arch, case_id, step), cubin in zip(rows, cubins, strict=True):
-        wrong = [str(cubin)] if isinstance(cubin, CompileError) else complaints(case_id, step, cubin, named(arch))
-        found += [f"{arch} {case_id} {step.kernel}: {each}" for each in wrong]
-    cached = sum(isinstance(cubin, jit.Cubin) and cubin.cached for cubin in cubins)
-    with capsys.disabled():
-        print(
-            f"\n{len(rows)} kernels for {len(ARCHITECTURES)} architectures, {cached} of them from the cache, ", end=""
-        )
-        print(f"in {time.perf_counter() - start_s:.0f} s")
-    assert not found, "\n" + "\n".join(found)
+    for step in GROUPS[arch, case_id]:
+        cubin = jit.compile_kernel(step.kernel, step.config, step.params, arch)
+        assert complaints(case_id, step, cubin, named(arch)) == [], step.kernel
 
 
-@pytest.mark.skipif(why_no_compiler() is not None, reason=why_no_compiler() or "")
+def test_a_sample_of_the_matrix_has_every_kernel_and_architecture():
+    sample = dict(list(GROUPS.items())[::SAMPLE])
+    assert {arch for arch, _ in sample} == set(ARCHITECTURES)
+    in_sample, everything = ({step.kernel for steps in some.values() for step in steps} for some in (sample, GROUPS))
+    assert in_sample == everything
+
+
+@needs_nvrtc
 @pytest.mark.parametrize(
     ("case_id", "checked"),
     [("fwd_sm80-bf16-d64-varlen", True), ("fwd_simt-fp32-d64-paged1", True), ("fwd_sm80-bf16-d64", False)],

@@ -567,6 +567,7 @@ def run(case: Case, tensors: Tensors, direction: str, seed: int) -> None:
     assert run_plan_on_host(plan, tensors.arrays, seed, tensors.numbers) == 0, "ldmatrix met bank conflicts"
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_forward(case: Case, seed: int = 0) -> None:
     tensors = Tensors(case)
@@ -588,6 +589,7 @@ def test_forward(case: Case, seed: int = 0) -> None:
     tensors.assert_surroundings_untouched("out", "lse")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
 def test_backward(case: Case, seed: int = 0) -> None:
     tensors = Tensors(case)
@@ -620,12 +622,11 @@ def test_any_order_of_warps(name: str, seed: int) -> None:
         test_backward(CASES[name], seed)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("scheme", ["byte", "word"])
-@pytest.mark.parametrize("family", ["sm80", "simt"])
+@pytest.mark.parametrize(("family", "dim"), [("sm80", 64), ("simt", 64), ("sm80", 256)])
 def test_dropout_masks_are_exact(family: str, scheme: str, dim: int) -> None:
-    """Every kernel's mask, read from results: uniform probabilities meet identity matrices."""
-    len_q, len_kv = dim - 11, dim - 5
+    """Every kernel's mask, read from results: uniform probabilities meet identity matrices; it does not know d."""
+    len_q, len_kv = min(dim, 150) - 11, min(dim, 150) - 5
     case = dense(
         "fp16", (2, 1), (len_q, len_kv), (dim, dim), batch=2, family=family, dropout=scheme, bias_axes="bhqk"
     )  # fmt: skip

@@ -353,7 +353,7 @@ def variants(cases: Iterable[Case], device: Device) -> list[tuple[str, Step]]:
 ARCHITECTURES: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What ``compile`` covers by default."""
 
-FULL: dict[str, tuple[str, ...]] = {"sm_80": ("sm80", "simt"), "sm_90a": ("sm90", "sm80")}
+FULL: dict[str, tuple[str, ...]] = {"sm_80": ("sm80", "simt"), "sm_90a": ("sm90",)}
 """Architectures where ``compile --all`` takes the whole table of some families; otherwise it takes the smoke cases."""
 
 
