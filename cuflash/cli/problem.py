@@ -19,15 +19,13 @@ from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.ops import Options, check
 from cuflash.plan import FAMILIES
-from cuflash.problem import Problem
+from cuflash.problem import Direction, Problem
 
 _AXES = "bhqk"
 """Batch, query heads, queries and keys."""
 
 _ELEMENTS = ("q", "k", "v", "out", "dout")
 """What --copy-bytes is about."""
-
-_DROPOUT_STATE = np.dtype(np.uint64)
 
 
 class Asked(NamedTuple):
@@ -87,7 +85,10 @@ def command(name: str, show: Callable[[Asked, Device], None], text: str) -> clic
 
     def run(case: str | None, device: str | None, family: str | None, **values: Any) -> None:
         target = _device(device)
-        show(_of_options(family, **values) if case is None else _of_case(case, given("case", "device")), target)
+        if case is None:
+            show(_of_options(family, _Options(**values)), target)
+        else:
+            show(_of_case(case, given("case", "device")), target)
 
     more = f"{text}\n\nThe problem is that of a CASE of `check`, by its id, or has what the options say."
     return click.Command(name, params=list(_PARAMS), callback=run, short_help=text, help=more)
@@ -104,111 +105,131 @@ def _of_case(case_id: str, options: list[str]) -> Asked:
     return Asked(case.problem, case.family, case.flops(), case.nbytes())
 
 
-def _of_options(
-    family: str | None,
-    *,
-    backward: bool,
-    dtype: str,
-    batch: int,
-    heads: str,
-    length: str,
-    dim: str,
-    scale: float | None,
-    causal: bool,
-    window: str,
-    top_left: bool,
-    mask: bool,
-    softcap: float,
-    alibi: bool,
-    bias: str | None,
-    bias_dtype: str | None,
-    bias_apart: bool,
-    bias_grad: bool,
-    sink: bool,
-    dropout: float,
-    dropout_scheme: Scheme,
-    varlen: bool,
-    page_size: int | None,
-    deterministic: bool,
-    num_splits: int,
-    copy_bytes: str,
-    reversed: bool,
-) -> Asked:
+class _Options(NamedTuple):
+    """The options of a problem, as written."""
+
+    backward: bool
+    dtype: str
+    batch: int
+    heads: str
+    length: str
+    dim: str
+    scale: float | None
+    causal: bool
+    window: str
+    top_left: bool
+    mask: bool
+    softcap: float
+    alibi: bool
+    bias: str | None
+    bias_dtype: str | None
+    bias_apart: bool
+    bias_grad: bool
+    sink: bool
+    dropout: float
+    dropout_scheme: Scheme
+    varlen: bool
+    page_size: int | None
+    deterministic: bool
+    num_splits: int
+    copy_bytes: str
+    reversed: bool
+
+
+def _of_options(family: str | None, asked: _Options) -> Asked:
     """The problem of a call with such arrays."""
-    heads_q, heads_kv = _sizes("heads", heads, "/")
-    len_q, len_kv = _sizes("len", length, "x")
-    dim_qk, dim_v = _sizes("dim", dim, "x")
-    left_right = _pair("window", window, ",")
-    if page_size is not None and (page_size < 1 or not varlen):
-        raise InvalidArgument(f"--page-size {page_size} is for packed queries, and at least 1; give --varlen too.")
-    for acts, written, goes_with in (
-        (causal or left_right != (-1, -1), ["--top-left"], "--causal or --window"),
-        (bias is not None, ["--bias-dtype", "--bias-grad"], "--bias"),
-        (backward, ["--bias-grad", "--deterministic"], "--backward"),
-        (dropout != 0, ["--dropout-scheme"], "--dropout"),
-        (not backward, ["--num-splits"], "the forward alone, without --backward"),
+    (heads_q, heads_kv), (dim_qk, dim_v) = _sizes("heads", asked.heads, "/"), _sizes("dim", asked.dim, "x")
+    len_q, len_kv = _sizes("len", asked.length, "x")
+    window = _pair("window", asked.window, ",")
+    if asked.page_size is not None and (asked.page_size < 1 or not asked.varlen):
+        raise InvalidArgument(
+            f"--page-size {asked.page_size} is for packed queries, and at least 1; give --varlen too."
+        )
+    _refuse_idle(asked, window != (-1, -1), heads_kv, len_kv)
+
+    q = (asked.batch, len_q, heads_q, dim_qk)
+    k, v = ((asked.batch, len_kv, heads_kv, dim) for dim in (dim_qk, dim_v))
+    direction: Direction = "backward" if asked.backward else "forward"
+    options = Options(
+        softmax_scale=asked.scale,
+        causal=asked.causal,
+        window_size=window,
+        softcap=asked.softcap,
+        alignment="top-left" if asked.top_left else "bottom-right",
+        dropout_p=asked.dropout,
+        dropout_scheme=asked.dropout_scheme,
+        deterministic=asked.deterministic,
+        max_seqlen_q=len_q if asked.varlen else None,
+        max_seqlen_k=len_kv if asked.varlen else None,
+        bias_grad=asked.bias_grad,
+        num_splits=asked.num_splits,
+    )
+    problem = check.problem_of(direction, options, _views(asked, options, q, k, v))
+    rows = asked.batch * (len_q * heads_q + len_kv * heads_kv)
+    nbytes = rows * (dim_qk + dim_v) * problem.dtype.itemsize * (2 if asked.backward else 1)
+    return Asked(problem, family, problem.flops(), nbytes)
+
+
+def _refuse_idle(asked: _Options, banded: bool, heads_kv: int, len_kv: int) -> None:
+    """Refuse options that were written and would not act."""
+    bias = asked.bias or ""
+    for acts, options, goes_with in (
+        (asked.causal or banded, ["--top-left"], "--causal or --window"),
+        (asked.bias is not None, ["--bias-dtype", "--bias-grad"], "--bias"),
+        (asked.backward, ["--bias-grad", "--deterministic"], "--backward"),
+        (asked.dropout != 0, ["--dropout-scheme"], "--dropout"),
+        (not asked.backward, ["--num-splits"], "the forward alone, without --backward"),
         (heads_kv > 1, ["--reversed"], "several heads"),
-        (len_kv > 1 and bias is not None and "k" in bias, ["--bias-apart"], "a --bias along several keys"),
+        (len_kv > 1 and "k" in bias, ["--bias-apart"], "a --bias along several keys"),
     ):
-        if not acts and (idle := [option for option in given() if option in written]):
+        if not acts and (idle := [option for option in given() if option in options]):
             raise InvalidArgument(f"{idle[0]} does nothing here; it goes with {goes_with}.")
 
-    element = DTYPES[dtype].numpy
-    scores = (batch, heads_q, len_q, len_kv)
-    tensors: dict[str, tuple[int, ...]] = {
-        "q": (batch, len_q, heads_q, dim_qk),
-        "k": (batch, len_kv, heads_kv, dim_qk),
-        "v": (batch, len_kv, heads_kv, dim_v),
-    }
-    arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    if varlen:
-        tensors = {name: (batch * rows, *rest) for name, (_, rows, *rest) in tensors.items()}
-        arrays |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), ((batch + 1,), np.dtype(np.int32)))
-    if page_size is not None:
-        pages = -(-len_kv // page_size)
-        tensors |= {name: (batch * pages, page_size, *tensors[name][1:]) for name in ("k", "v")}
-        arrays["block_table"] = (batch, pages), np.dtype(np.int32)
-    if mask:
-        arrays["attn_mask"] = scores, np.dtype(bool)
-    if alibi:
-        arrays["alibi_slopes"] = (heads_q,), np.dtype(np.float32)
-    if bias is not None:
-        if not bias or set(bias) - set(_AXES):
-            raise InvalidArgument(f"--bias {bias!r} is not understood; expected some of the letters {_AXES}.")
-        shape = tuple(size if axis in bias else 1 for axis, size in zip(_AXES, scores, strict=True))
-        arrays["attn_bias"] = shape, DTYPES[bias_dtype or dtype].numpy
-    if sink:
-        arrays["sink"] = (heads_q,), np.dtype(np.float32)
-    arrays |= {name: (shape, element) for name, shape in tensors.items()}
-    options = Options(
-        softmax_scale=scale,
-        causal=causal,
-        window_size=left_right,
-        softcap=softcap,
-        alignment="top-left" if top_left else "bottom-right",
-        dropout_p=dropout,
-        dropout_scheme=dropout_scheme,
-        deterministic=deterministic,
-        max_seqlen_q=len_q if varlen else None,
-        max_seqlen_k=len_kv if varlen else None,
-        bias_grad=bias_grad,
-        num_splits=num_splits,
-    )
-    place = _Places(int(copy_bytes))
-    views = {name: place(name, *array) for name, array in arrays.items()}
-    if reversed:
+
+def _views(
+    asked: _Options, options: Options, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
+) -> dict[str, View]:
+    """The arrays of such a call; q, k and v are the shapes of dense ones."""
+    dtype, place = DTYPES[asked.dtype], _Places(int(asked.copy_bytes))
+    int32, fp32 = np.dtype(np.int32), np.dtype(np.float32)
+    batch, len_q, heads_q, _ = q
+    scores = (batch, heads_q, len_q, k[1])
+    views = {}
+    if asked.page_size is not None:
+        pages = -(-k[1] // asked.page_size)
+        k, v = ((batch * pages, asked.page_size, *shape[2:]) for shape in (k, v))
+        views["block_table"] = place("block_table", (batch, pages), int32)
+    elif asked.varlen:
+        k, v = ((batch * shape[1], *shape[2:]) for shape in (k, v))
+    if asked.varlen:
+        q = (batch * len_q, *q[2:])
+        views |= {name: place(name, (batch + 1,), int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    views |= {name: place(name, shape, dtype.numpy) for name, shape in (("q", q), ("k", k), ("v", v))}
+    if asked.reversed:
         views |= {name: _turned(views[name]) for name in ("k", "v")}
-    if bias_apart:
-        views["attn_bias"] = _spread(views["attn_bias"])
-    if backward:
+    if asked.mask:
+        views["attn_mask"] = place("attn_mask", scores, np.dtype(bool))
+    if asked.alibi:
+        views["alibi_slopes"] = place("alibi_slopes", (heads_q,), fp32)
+    if asked.bias is not None:
+        bias = place("attn_bias", _along(asked.bias, scores), DTYPES[asked.bias_dtype or asked.dtype].numpy)
+        views["attn_bias"] = _spread(bias) if asked.bias_apart else bias
+    if asked.sink:
+        views["sink"] = place("sink", (heads_q,), fp32)
+    if asked.backward:
         shapes = check.shapes(options, views)
-        views |= {name: place(name, shapes[name], element) for name in ("out", "dout")}
-        views["lse"] = place("lse", shapes["lse"], DTYPES[dtype].accumulator)
-        if dropout:
-            views["rng_state"] = place("rng_state", shapes["rng_state"], _DROPOUT_STATE)
-    problem = check.problem_of("backward" if backward else "forward", options, views)
-    rows = batch * (len_q * heads_q + len_kv * heads_kv)
-    return Asked(problem, family, problem.flops(), rows * (dim_qk + dim_v) * element.itemsize * (2 if backward else 1))
+        views |= {name: place(name, shapes[name], dtype.numpy) for name in ("out", "dout")}
+        views["lse"] = place("lse", shapes["lse"], dtype.accumulator)
+        if asked.dropout:
+            views["rng_state"] = place("rng_state", shapes["rng_state"], np.dtype(np.uint64))
+    return views
+
+
+def _along(axes: str, scores: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a bias that is broadcast along all axes but these."""
+    if not axes or set(axes) - set(_AXES):
+        raise InvalidArgument(f"--bias {axes!r} is not understood; expected some of the letters {_AXES}.")
+    return tuple(size if axis in axes else 1 for axis, size in zip(_AXES, scores, strict=True))
 
 
 class _Places:
