@@ -10,9 +10,9 @@ import ctypes
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -58,6 +58,17 @@ class Launches:
     kernels: list[str] = field(default_factory=list)
     params: list[np.ndarray] = field(default_factory=list)
     loaded: list[tuple[str, int]] = field(default_factory=list)
+    allocated: list[np.ndarray] = field(default_factory=list)
+    repeated: tuple[Iterator[np.ndarray], Iterator[np.ndarray]] | None = None
+    """Parameter blocks and allocations that are to come again."""
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Run no kernel, but ask for the parameter blocks of the calls so far, in the memory that they were given."""
+        blocks, arrays = self.repeated = iter(self.params[:]), iter(self.allocated[:])
+        yield
+        assert not list(blocks) and not list(arrays), "these calls launched or allocated less"
+        self.repeated = None
 
     def take(self) -> list[str]:
         taken, self.kernels = self.kernels, []
@@ -80,17 +91,22 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
             assert num_blocks == step.num_blocks
             seen.kernels.append(step.kernel)
             seen.params.append(blocks)
-            run.launch(step, block)
+            if seen.repeated is None:
+                run.launch(step, block)
+            else:
+                before = next(seen.repeated[0])
+                assert blocks.dtype == before.dtype and blocks.tobytes() == before.tobytes()
 
         return SimpleNamespace(launch=go)
 
-    def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        x = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-        x[...] = 0xFF  # NaN, where a kernel leaves something unwritten
-        return x.view(dtype).reshape(shape)
-
-    def zeroed(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        return np.zeros(shape, dtype)
+    def allocate(byte: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        if seen.repeated is not None:
+            x = next(seen.repeated[1])
+            assert (x.shape, x.dtype) == (shape, dtype)
+            return x
+        x = np.full(math.prod(shape) * dtype.itemsize, byte, np.uint8).view(dtype).reshape(shape)
+        seen.allocated.append(x)
+        return x
 
     monkeypatch.setattr(jit, "load", load)
     monkeypatch.setattr(device, "current", lambda ordinal: device.named("a100"))
@@ -98,10 +114,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     for framework, wrap in ((CuPy, as_cupy), (Torch, as_torch)):
         monkeypatch.setattr(framework, "context", lambda self, ordinal: nullcontext())
         monkeypatch.setattr(framework, "is_capturing", lambda self: False)
-        for name, make in (("empty", allocate), ("zeros", zeroed)):
+        for name, byte in (("empty", 0xFF), ("zeros", 0)):  # NaN, where a kernel leaves something unwritten
             monkeypatch.setattr(
                 framework, name,
-                lambda self, shape, dtype, ordinal, make=make, wrap=wrap: wrap(make(shape, to_numpy_dtype(dtype))),
+                lambda self, shape, dtype, ordinal, byte=byte, wrap=wrap: wrap(
+                    allocate(byte, shape, to_numpy_dtype(dtype))
+                ),
             )  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch", FAKE_TORCH)
     arrays._framework_of_type.cache_clear()
@@ -200,6 +218,19 @@ def random(*shape: int, dtype: Any = FP16, seed: int = 0) -> np.ndarray:
 
 
 FRAMEWORKS = [pytest.param(as_cupy, marks=needs_cupy, id="cupy"), pytest.param(as_torch, id="torch")]
+
+
+def as_each_framework(launches: Launches, call: Callable[[Any], list[np.ndarray | None]]) -> list[np.ndarray | None]:
+    """What ``call`` gives for the arrays of one framework, those of the others having asked the same of the kernels."""
+    first, *others = [as_torch] if find_spec("cupy") is None else [as_cupy, as_torch]
+    results = call(first)
+    for wrap in others:
+        with launches.again():
+            for result, again in zip(results, call(wrap), strict=True):
+                np.testing.assert_array_equal(result, again)
+    return results
+
+
 STARTS_Q, STARTS_K = np.array([0, 30, 30, 75], np.int32), np.array([0, 10, 40, 90], np.int32)
 
 CASES = {
@@ -217,22 +248,25 @@ CASES = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("wrap", FRAMEWORKS)
 @pytest.mark.parametrize(("options", "dtype", "packed"), CASES.values(), ids=CASES)
-def test_vjp_on_host_memory(launches: Launches, wrap: Any, options: dict, dtype: Any, packed: bool) -> None:
+def test_vjp_on_host_memory(launches: Launches, options: dict, dtype: Any, packed: bool) -> None:
     rows_q, rows_kv = ((80,), (95,)) if packed else ((2, 70), (2, 90))
     q = random(*rows_q, 4, 40, dtype=dtype)[..., :32]
     k = random(*rows_kv, 2, 32, dtype=dtype, seed=1)[..., ::-1, :]
     v = random(*rows_kv, 2, 24, dtype=dtype, seed=2)
-    wrapped = {name: wrap(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-    (out, lse), pullback = cuflash.flash_attn_vjp(wrap(q), wrap(k), wrap(v), **wrapped, return_lse=True)
-    row_dtype = np.float64 if dtype is np.float64 else np.float32
-    dout, dlse = random(*out.shape, dtype=dtype, seed=3), random(*lse.shape, dtype=row_dtype, seed=4)
-    results = [to_numpy(x) for x in (out, lse, *pullback(wrap(dout), wrap(dlse)))]
+    dout = random(*rows_q, 4, 24, dtype=dtype, seed=3)
+    dlse = random(*rows_q[:-1], 4, rows_q[-1], dtype=np.float64 if dtype is np.float64 else np.float32, seed=4)
     simt, sm80 = ["bwd_simt_dkdv", "bwd_simt_dq"], ["bwd_sm80", "bwd_convert"]
     family, last = ("simt", simt) if dtype is np.float64 else ("sm80", sm80)
-    assert launches.take() == [f"fwd_{family}", "bwd_delta", *last]
 
+    def call(wrap: Any) -> list[np.ndarray]:
+        wrapped = {name: wrap(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+        (out, lse), pullback = cuflash.flash_attn_vjp(wrap(q), wrap(k), wrap(v), **wrapped, return_lse=True)
+        results = [to_numpy(x) for x in (out, lse, *pullback(wrap(dout), wrap(dlse)))]
+        assert launches.take() == [f"fwd_{family}", "bwd_delta", *last]
+        return results
+
+    results = as_each_framework(launches, call)
     names = {"attn_mask": "mask", "window_size": "window", "softmax_scale": "scale"}
     given = {names.get(n, n): x for n, x in options.items() if not n.startswith("max_seqlen")}
     inputs = (q, k, v, dout, dlse)
@@ -265,31 +299,34 @@ FEATURES = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("wrap", FRAMEWORKS)
 @pytest.mark.parametrize("family", ["sm80", "simt"])
 @pytest.mark.parametrize("name", FEATURES)
-def test_score_features_on_host_memory(launches: Launches, name: str, family: str, wrap: Any) -> None:
+def test_score_features_on_host_memory(launches: Launches, name: str, family: str) -> None:
     given = FEATURES[name]
     packed = "cu_seqlens_q" in given
     rows_q, rows_kv = ((80,), (95,)) if packed else ((2, 70), (2, 90))
     q, k, v = random(*rows_q, 4, 32), random(*rows_kv, 2, 32, seed=1), random(*rows_kv, 2, 24, seed=2)
     options = ops.Options(**{n: x for n, x in given.items() if n in ops.Options._fields}, family=family)
     arrays = [q, k, v, *(given.get(n) for n in SHARED[3:])]
-    wrapped = [None if x is None else wrap(x) for x in arrays]
-    out, lse, pullback = ops.vjp(options, wrapped, GENERATOR)
-    dout, dlse = random(*out.shape, seed=3), random(*lse.shape, dtype=np.float32, seed=4)
-    found = pullback(wrap(dout), wrap(dlse))
-    results = [None if x is None else to_numpy(x) for x in (out, lse, *found)]
-    assert [kernel.endswith(family) for kernel in launches.kernels if kernel.startswith("fwd_s")] == [True]
-    assert ("fwd_rng" in launches.kernels) is ("dropout_p" in given)
+    dout, dlse = random(*rows_q, 4, 24, seed=3), random(*rows_q[:-1], 4, rows_q[-1], dtype=np.float32, seed=4)
 
+    def call(wrap: Any) -> list[np.ndarray | None]:
+        wrapped = [None if x is None else wrap(x) for x in arrays]
+        out, lse, pullback = ops.vjp(options, wrapped, GENERATOR)
+        found = pullback(wrap(dout), wrap(dlse))
+        kernels = launches.take()
+        assert [kernel.endswith(family) for kernel in kernels if kernel.startswith("fwd_s")] == [True]
+        assert ("fwd_rng" in kernels) is ("dropout_p" in given)
+        assert (getattr(found, "dbias", None) is None) is (not given.get("bias_grad"))
+        assert (getattr(found, "dsink", None) is None) is ("sink" not in given)
+        return [None if x is None else to_numpy(x) for x in (out, lse, *found)]
+
+    results = as_each_framework(launches, call)
     names = {"attn_mask": "mask", "window_size": "window", "attn_bias": "bias", "unbiased_dropout": "dropout_unbiased"}
     expected = {names.get(n, n): x for n, x in given.items() if n != "bias_grad"} | {"rng_state": GENERATOR}
     inputs = (q, k, v, dout, dlse)
     exact, naive = oracle.attention(*inputs, **expected), oracle.naive_in_dtype(*inputs, **expected)
     oracle.assert_all_close(oracle.Attention(*results, *[None] * (7 - len(results))), exact, naive)
-    assert (getattr(found, "dbias", None) is None) is (not given.get("bias_grad"))
-    assert (getattr(found, "dsink", None) is None) is ("sink" not in given)
 
 
 @needs_compiler
@@ -335,24 +372,28 @@ DECODE = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("wrap", FRAMEWORKS)
 @pytest.mark.parametrize("name", DECODE)
-def test_few_queries_on_host_memory(launches: Launches, name: str, wrap: Any) -> None:
+def test_few_queries_on_host_memory(launches: Launches, name: str) -> None:
     given = DECODE[name]
     packed = "cu_seqlens_q" in given
     rows_q, rows_kv = ((4,), (370,)) if packed else ((2, 3), (2, 370))
     q, k, v = random(*rows_q, 4, 32), random(*rows_kv, 1, 32, seed=1), random(*rows_kv, 1, 24, seed=2)
     function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
-    wrapped = {n: wrap(x) if isinstance(x, np.ndarray) else x for n, x in given.items()}
-    out, lse = function(*map(wrap, (q, k, v)), **wrapped, return_lse=True)
     splits = {"plan": 6, "whole": 1, "five": 5, "most": 6, "packed": 3}[name]
-    assert launches.take() == (["fwd_sm80"] if splits == 1 else ["fwd_sm80", "fwd_combine"])
+
+    def call(wrap: Any) -> list[np.ndarray]:
+        wrapped = {n: wrap(x) if isinstance(x, np.ndarray) else x for n, x in given.items()}
+        results = [to_numpy(x) for x in function(*map(wrap, (q, k, v)), **wrapped, return_lse=True)]
+        assert launches.take() == (["fwd_sm80"] if splits == 1 else ["fwd_sm80", "fwd_combine"])
+        return results
+
+    results = as_each_framework(launches, call)
     assert launches.params[-1]["num_splits"] == splits
     assert (launches.params[-1]["partial_out"] != 0) == (launches.params[-1]["partial_state"] != 0) == (splits > 1)
 
     options = {n: x for n, x in given.items() if n != "num_splits" and not n.startswith("max_seqlen")}
     exact, naive = oracle.attention(q, k, v, **options), oracle.naive_in_dtype(q, k, v, **options)
-    oracle.assert_all_close(oracle.Attention(to_numpy(out), to_numpy(lse)), exact, naive)
+    oracle.assert_all_close(oracle.Attention(*results), exact, naive)
     np.testing.assert_array_equal(function(q, k, v, **given), function(q, k, v, **given | {"num_splits": 0}))
 
 
@@ -1234,25 +1275,27 @@ PAGED = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("wrap", FRAMEWORKS)
 @pytest.mark.parametrize("family", ["sm80", "simt"])
 @pytest.mark.parametrize("page_size", [1, 16, 48])
 @pytest.mark.parametrize("name", PAGED)
-def test_pages_on_host_memory(launches: Launches, name: str, page_size: int, family: str, wrap: Any) -> None:
+def test_pages_on_host_memory(launches: Launches, name: str, page_size: int, family: str) -> None:
     given = PAGED[name] | {"max_seqlen_q": 45, "max_seqlen_k": 50}
     inputs, pages, table = paged_inputs(page_size)
     options = ops.Options(**{n: x for n, x in given.items() if n in ops.Options._fields}, family=family)
-    features = {n: wrap(given[n]) for n in SHARED if n in given}
-    starts = {"cu_seqlens_q": wrap(STARTS_Q), "cu_seqlens_k": wrap(STARTS_K)}
-    found = ops.forward(
-        options, wrap(inputs[0]), *map(wrap, pages), **starts, **features, block_table=wrap(table), generator=GENERATOR
-    )
-    assert launches.take() == ["fwd_rng"] * ("dropout_p" in given) + [f"fwd_{family}"]
+
+    def call(wrap: Any) -> list[np.ndarray]:
+        features = {n: wrap(given[n]) for n in SHARED if n in given}
+        features |= {"cu_seqlens_q": wrap(STARTS_Q), "cu_seqlens_k": wrap(STARTS_K), "block_table": wrap(table)}
+        found = ops.forward(options, wrap(inputs[0]), *map(wrap, pages), **features, generator=GENERATOR)
+        assert launches.take() == ["fwd_rng"] * ("dropout_p" in given) + [f"fwd_{family}"]
+        return [to_numpy(x) for x in found[:2]]
+
+    results = as_each_framework(launches, call)
     names = {"attn_mask": "mask", "window_size": "window", "attn_bias": "bias"}
     expected = {names.get(n, n): x for n, x in given.items() if not n.startswith("max")} | {"rng_state": GENERATOR}
     expected |= {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}
     exact, naive = oracle.attention(*inputs, **expected), oracle.naive_in_dtype(*inputs, **expected)
-    oracle.assert_all_close(oracle.Attention(*map(to_numpy, found[:2])), exact, naive)
+    oracle.assert_all_close(oracle.Attention(*results), exact, naive)
 
 
 def test_the_parameter_block_of_pages(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
