@@ -3,7 +3,8 @@
 // Algorithm 1 of Dao et al. 2022 looks for the largest score of a tile, then takes exponentials relative to it. Any
 // reference serves as long as nothing overflows. So this takes them relative to one from tiles before, and looks at their
 // sums, which are needed anyway: in most tiles nothing else is to be done. Probabilities that grew too large are scaled
-// down by what they grew; if some are infinite, the tile's scores are computed again and looked at first.
+// down by what they grew; if some are infinite, or a row is far (RowState), the tile's scores are computed again and
+// looked at first.
 #pragma once
 
 #include "attention/softmax.cuh"
@@ -48,24 +49,34 @@ struct WarpSoftmax {
         rescale[r] = rows[r].update(row_max(largest[r]) + (outgrew ? kHeadroom / log2_unit : 0.f), log2_unit);
       }
     }
-    float sum[2];
-    weigh(s, sum);
+    float shift[2], sum[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      shift[r] = rows[r].shift(log2_unit);
+      if (RowState<float>::is_far(shift[r])) {
+        subtract_from_row(s, r, rows[r].m);
+        shift[r] = 0.f;
+      }
+    }
+    weigh(s, shift, sum);
     rows[0].l += sum[0];
     rows[1].l += sum[1];
     return outgrown;
   }
 
-  // The same for rows that have one, the answer in `outgrown`. False if probabilities overflowed: the scores must be
-  // computed again and looked at first.
+  // The same for rows that have one, the answer in `outgrown`. False if probabilities overflowed or a row is far: the
+  // scores must be computed again and looked at first.
   template <int kCols>
   CF_DEVICE bool look_after(Fragment<16, kCols>& s, bool& outgrown) {
+    const float shift[2] = {rows[0].shift(log2_unit), rows[1].shift(log2_unit)};
+    const bool far = RowState<float>::is_far(shift[0]) || RowState<float>::is_far(shift[1]);
     float sum[2];
-    weigh(s, sum);
+    weigh(s, shift, sum);
     constexpr float kMost = static_cast<float>(uint64(1) << kSlack);
-    outgrown = ptx::any(!(sum[0] < kMost && sum[1] < kMost));
+    outgrown = ptx::any(far || !(sum[0] < kMost && sum[1] < kMost));
     if (outgrown) {
       const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
-      if (ptx::any(!(total[0] < infinity<float>() && total[1] < infinity<float>()))) return false;
+      if (ptx::any(far || !(total[0] < infinity<float>() && total[1] < infinity<float>()))) return false;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float log2_total = approximate_log2(total[r]);
@@ -87,15 +98,7 @@ struct WarpSoftmax {
  private:
   // Probabilities relative to the references, and their sums over this lane's columns.
   template <int kCols>
-  CF_DEVICE void weigh(Fragment<16, kCols>& s, float (&sum)[2]) const {
-    float shift[2] = {rows[0].shift(log2_unit), rows[1].shift(log2_unit)};
-    if (RowState<float>::is_far(shift[0]) || RowState<float>::is_far(shift[1])) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        subtract_from_row(s, r, rows[r].m);
-        shift[r] = 0.f;
-      }
-    }
+  CF_DEVICE void weigh(Fragment<16, kCols>& s, const float (&shift)[2], float (&sum)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = 0.f;
