@@ -17,6 +17,7 @@ from test_launch import Launches, as_torch, launches, random  # noqa: F401
 import cuflash
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import finite, flag, integer, pair, shown
+from cuflash.ops.options import Options, asked
 
 ONE = [int, float, np.int8, np.uint64, np.float16, np.float32, np.longdouble, ml_dtypes.bfloat16, ml_dtypes.int4,
        ml_dtypes.float8_e4m3fn, np.array, Fraction, Decimal]  # fmt: skip
@@ -140,3 +141,18 @@ def test_numbers_on_numpy() -> None:
         generator=(np.array(7), np.uint8(4)),
     )  # fmt: skip
     np.testing.assert_array_equal(got, expected)
+
+
+def test_options_are_one_object_for_values_of_the_same_types() -> None:
+    first = asked(1.0, True, (3, 0), 2.0, num_splits=2)
+    assert asked(1.0, True, (3, 0), 2.0, num_splits=2) is first and isinstance(first, Options)
+    assert first == Options(1.0, True, (3, 0), 2.0, num_splits=2)
+    others = [asked(1, True, (3, 0), 2.0, num_splits=2), asked(1.0, 1, (3, 0), 2.0, num_splits=2),
+              asked(1.0, True, (3.0, 0), 2.0, num_splits=2), asked(1.0, True, (3, False), 2.0, num_splits=2),
+              asked(1.0, True, (3, 0), 2.0, num_splits=2.0), first._replace(num_splits=0)]  # fmt: skip
+    assert others[-1].num_splits == 0 and others[-1] is first._replace(num_splits=0)
+    assert others[-1]._replace(num_splits=2) is first is others[-1]._replace(num_splits=0)._replace(num_splits=2)
+    kinds = [first.kind(), *(each.kind() for each in others)]
+    assert len({*kinds}) == len(kinds)
+    assert asked(np.array(1.0), True, (3, 0)) == Options(np.array(1.0), True, (3, 0))
+    assert asked(1.0, True, [3, 0]).window_size == [3, 0] and asked(1.0, True, 3).window_size == 3

@@ -14,7 +14,7 @@ from cuflash.masks import Alignment
 from cuflash.numbers import flag
 from cuflash.ops import Options
 from cuflash.ops.lengths import with_lengths
-from cuflash.ops.options import Shared
+from cuflash.ops.options import Shared, asked
 
 
 @overload
@@ -216,12 +216,12 @@ def flash_attn_func(
     """
     try:
         dropout = dropout_p, dropout_scheme, unbiased_dropout
-        options = Options(
+        options = asked(
             softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic, num_splits=num_splits
         )
         arrays = (q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink)
-        asked = return_attn_probs, return_lse, return_rng_state
-        return _forward(options, arrays, out, generator, None, *asked)
+        wanted = return_attn_probs, return_lse, return_rng_state
+        return _forward(options, arrays, out, generator, None, *wanted)
     except REFUSALS as error:
         shorten(error)
         raise
@@ -384,14 +384,14 @@ def flash_attn_varlen_func(
     try:
         _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         dropout = dropout_p, dropout_scheme, unbiased_dropout
-        options = Options(
-            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
-            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, validate=validate, num_splits=num_splits,
-        )  # fmt: skip
+        packed = deterministic, max_seqlen_q, max_seqlen_k, False, validate
+        options = asked(
+            softmax_scale, causal, window_size, softcap, alignment, *dropout, *packed, num_splits=num_splits
+        )
         lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
         arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
-        asked = return_attn_probs, return_lse, return_rng_state
-        return _forward(options, arrays, out, generator, block_table, *asked)
+        wanted = return_attn_probs, return_lse, return_rng_state
+        return _forward(options, arrays, out, generator, block_table, *wanted)
     except REFUSALS as error:
         shorten(error)
         raise

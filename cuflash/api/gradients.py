@@ -11,7 +11,8 @@ from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
-from cuflash.ops import Gradients, Options
+from cuflash.ops import Gradients
+from cuflash.ops.options import asked
 
 
 @overload
@@ -118,10 +119,8 @@ def flash_attn_backward(
     """
     try:
         dropout = dropout_p, dropout_scheme, unbiased_dropout
-        options = Options(
-            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
-            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
-        )  # fmt: skip
+        packed = deterministic, max_seqlen_q, max_seqlen_k, bias_grad, validate
+        options = asked(softmax_scale, causal, window_size, softcap, alignment, *dropout, *packed)
         lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
         features = alibi_slopes, attn_bias, sink, rng_state
         return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, None, dq, dk, dv)
@@ -253,11 +252,10 @@ def flash_attn_vjp(
     """
     try:
         dropout = dropout_p, dropout_scheme, unbiased_dropout
-        options = Options(
-            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
-            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, validate=validate,
-            num_splits=num_splits,
-        )  # fmt: skip
+        packed = deterministic, max_seqlen_q, max_seqlen_k, bias_grad, validate
+        options = asked(
+            softmax_scale, causal, window_size, softcap, alignment, *dropout, *packed, num_splits=num_splits
+        )
         lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
         arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
         return_lse = flag("return_lse", return_lse)

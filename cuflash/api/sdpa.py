@@ -11,7 +11,7 @@ from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
 from cuflash.numbers import flag
-from cuflash.ops import Options
+from cuflash.ops.options import asked
 
 
 @overload
@@ -112,10 +112,8 @@ def scaled_dot_product_attention(
     """
     try:
         return_lse = flag("return_lse", return_lse)
-        options = Options(
-            scale, is_causal, (-1, -1), 0.0, "top-left", dropout_p, dropout_scheme, unbiased_dropout,
-            enable_gqa=enable_gqa, sdpa=True,
-        )  # fmt: skip
+        dropout, plain = (dropout_p, dropout_scheme, unbiased_dropout), (False, None, None, False, False)
+        options = asked(scale, is_causal, (-1, -1), 0.0, "top-left", *dropout, *plain, enable_gqa, True)
         numbers = "float" in str(getattr(attn_mask, "dtype", ""))
         mask, bias = (None, attn_mask) if numbers else (attn_mask, None)
         found = backends.call(

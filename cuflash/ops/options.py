@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from cuflash.arrays import ArrayT
@@ -112,6 +113,61 @@ class Options(NamedTuple):
     def row_axes(self, varlen: bool) -> tuple[str, ...]:
         """The axes of lse and every array with one number for each head and query row."""
         return ("h", "total") if varlen else ("b", "h", "s")
+
+
+class _Token:
+    """What stands for options in a key."""
+
+    options: _Interned
+
+
+class _Interned(Options):
+    """Options that are one object wherever the same values of the same types are asked for."""
+
+    token: _Token
+
+    def kind(self) -> Any:
+        """As of any options."""
+        return self.token
+
+    def _replace(self, **changes: Any) -> _Interned:
+        return _replaced(self.token, **changes)
+
+
+def asked(softmax_scale: Any, causal: Any, window_size: Any, *others: Any, num_splits: Any = 0) -> Options:
+    """`Options` of these values, whose kind need not be put together and hashed in every call."""
+    if type(window_size) is tuple and len(window_size) == 2:
+        try:
+            return _interned(num_splits, *window_size, softmax_scale, causal, *others)
+        except TypeError:  # one that cannot be hashed
+            pass
+    return Options(**_fields(softmax_scale, causal, window_size, *others), num_splits=num_splits)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _interned(num_splits: Any, left: Any, right: Any, softmax_scale: Any, causal: Any, *others: Any) -> _Interned:
+    fields = _fields(softmax_scale, causal, (left, right), *others)
+    return _the_one(left, right, *Options(**fields, num_splits=num_splits))
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _replaced(token: _Token, **changes: Any) -> _Interned:
+    options = Options(**{**token.options._asdict(), **changes})
+    return _the_one(*options.window_size, *options)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _the_one(left: Any, right: Any, *values: Any) -> _Interned:
+    """The options of all fields, and the sides of the window, whose types tuples do not show."""
+    options = _Interned(*values)
+    options.token = _Token()
+    options.token.options = options
+    return options
+
+
+def _fields(*values: Any) -> dict[str, Any]:
+    """The first fields of options by name."""
+    return dict(zip(Options._fields, values, strict=False))
 
 
 BiasGradT = TypeVar("BiasGradT")
