@@ -40,10 +40,9 @@ _EVERYTHING = "all score features at once: addresses of mask and bias and random
 
 # Tiles and speeds are those of plan/tiles.py; the bytes are the most of any architecture and feature.
 ALLOWANCES: tuple[Allowance, ...] = (
-    Allowance("fwd_sm90", "*-d64*", 24, _WORK),
+    Allowance("fwd_sm90", "*-d64*", 16, _WORK),
     Allowance("fwd_sm90", "*-d64-everything", 36, _NVRTC_12),
-    Allowance("fwd_sm90", "*-d64-alibi", 324, _SCORES_90),
-    Allowance("fwd_sm90", "*-d64-bias_row", 68, _SCORES_90),
+    Allowance("fwd_sm90", "*-d64-alibi", 336, _SCORES_90),
     Allowance("fwd_sm90", "*-d256-*causal", 28, _WORK),
     Allowance("fwd_sm90", "*-d256-window", 44, _WORK),
     Allowance("fwd_sm80", "*-d40", 80, _FORWARD_64),
@@ -54,6 +53,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm80", "*-d128*", 140, _BACKWARD_128),
     Allowance("bwd_sm80", "*-d256*", 16, _BACKWARD_256),
     Allowance("fwd_simt", "*-d64x128", 28, _SIMT_64),
+    Allowance("fwd_sm90", "*-d256-everything", 64, _EVERYTHING),
     Allowance("fwd_sm80", "*-d256-everything", 16, _EVERYTHING),
     Allowance("bwd_sm80", "*-d128-everything", 96, _EVERYTHING),
     Allowance("bwd_sm80", "*-d256-everything", 132, _EVERYTHING),

@@ -170,7 +170,7 @@ struct ForwardSm90 {
       Weights weights;
       Output out;
       out.clear();
-      WarpSoftmax<Element> softmax(score.unit());
+      WarpSoftmax softmax;
       Rows& mine = smem.rows[consumer][rows_at.stage];
 
       const auto apply_score = [&](int tile, const Cursor& at) {
@@ -218,7 +218,7 @@ struct ForwardSm90 {
             gemm_abt_warp<Element>(s, mine.q, warp_row, smem.k[at.stage]);
             apply_score(ptx::keep(tile), at);  // positions for this rare case alone, not held ready for it
           }
-          grew = softmax.look_first(s, !look_first);
+          grew = softmax.look_first(s, score.unit());
         }
         if (lane == 0) {  // no lane still reads: all have voted on what they read
           smem.k_ring.release(at);
@@ -304,8 +304,7 @@ struct ForwardSm90 {
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        RowState<float>& state = softmax.rows[r];
-        state.l = row_sum(state.l);
+        RowState<float> state = softmax.whole(r);
         const float shrink = Config::Sink::close(state, a, work.head, score.unit());
         factor[r] = shrink * state.inverse_sum() * static_cast<float>(Dropout::scale(a));
         const int row = q_first + first_row + r * 8 + lane / 4;

@@ -1,10 +1,11 @@
 // Online softmax of a warp's 16 rows in registers that takes exponentials first and looks afterwards.
 //
 // Algorithm 1 of Dao et al. 2022 looks for the largest score of a tile, then takes exponentials relative to it. Any
-// reference serves as long as nothing overflows. So this takes them relative to one from tiles before, and looks at their
-// sums, which are needed anyway: in most tiles nothing else is to be done. Probabilities that grew too large are scaled
-// down by what they grew; if some are infinite, or a row is far (RowState), the tile's scores are computed again and
-// looked at first.
+// reference serves as long as nothing overflows and the probabilities that matter do not round: a key that outweighs the
+// rest of its row must have probability 1, which 16 bits hold exactly. So this takes exponentials relative to a reference
+// from tiles before, and looks at their sums, which are needed anyway: in most tiles nothing else is to be done. A tile
+// that outweighs what its row has so far makes its own largest score the reference. If probabilities are infinite, the
+// tile's scores are computed again and looked at first.
 #pragma once
 
 #include "attention/softmax.cuh"
@@ -13,75 +14,68 @@
 
 namespace cuflash {
 
-template <class Element>
+// A shift rounds, and in a far row (RowState::is_far) that would show: there the reference must be taken off the scores
+// first. A warp with such a row has NaN for its unit, so that all its probabilities are NaN and it is looked at first.
 struct WarpSoftmax {
-  // A reference is the largest score that was looked at first, lies 2^kHeadroom above it in rows that outgrew one, and is
-  // taken anew when probabilities pass 2^kSlack: so far inside the element's range that no product overflows float, or is
-  // lost in it unless the value is below 2^-62. fp16 has no room below 1.
-  static constexpr bool kWide = IsSame<Element, bf16>::value;
-  static constexpr float kHeadroom = kWide ? 64.f : 0.f;
-  static constexpr int kSlack = kWide ? 32 : 8;
+  // A sum that asks for a look: kDominant times what the row has so far, or kMost, which leaves room in fp16 and in the
+  // sums of the output.
+  static constexpr float kDominant = 4.f, kMost = 256.f;
 
-  RowState<float> rows[2];  // m is the reference; l is the sum over this lane's columns
-  float log2_unit;
-  float rescale[2];  // what the output so far must shrink by, when an answer is true
+  RowState<float> rows[2];  // m is the reference; l is kDominant times the sum over this lane's columns
+  float log2_unit;          // NaN: some row is far
+  float rescale[2];         // what the output so far must shrink by, when an answer is true
 
-  CF_DEVICE explicit WarpSoftmax(float unit) : log2_unit(unit * static_cast<float>(kLog2E)) {
+  CF_DEVICE WarpSoftmax() {
     rows[0].init();
     rows[1].init();
   }
 
-  // Scores to probabilities, for rows that may have no reference yet, or `outgrew` one. Whether the output so far must be
-  // rescaled.
+  // Scores to probabilities, for rows that may have no reference yet. Whether the output so far must be rescaled.
   template <int kCols>
-  CF_DEVICE bool look_first(Fragment<16, kCols>& s, bool outgrew) {
-    float largest[2] = {-infinity<float>(), -infinity<float>()};
+  CF_DEVICE bool look_first(Fragment<16, kCols>& s, float unit) {
+    log2_unit = unit * static_cast<float>(kLog2E);
+    const float largest[2] = {largest_of(s, 0, -infinity<float>()), largest_of(s, 1, -infinity<float>())};
+    const bool grew = ptx::any(largest[0] > rows[0].m || largest[1] > rows[1].m);
+    if (grew) {
 #pragma unroll
-    for (int n = 0; n < kCols / 8; ++n) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) largest[r] = max_of(largest[r], max_of(s.at(r, n, 0), s.at(r, n, 1)));
+      for (int r = 0; r < 2; ++r) rescale[r] = rows[r].update(row_max(largest[r]), log2_unit);
     }
-    const bool outgrown = ptx::any(rows[0].outgrown(largest[0], log2_unit, kSlack) ||
-                                   rows[1].outgrown(largest[1], log2_unit, kSlack));
-    if (outgrown) {
+    float shift[2] = {rows[0].shift(log2_unit), rows[1].shift(log2_unit)};
+    const bool far = ptx::any(RowState<float>::is_far(shift[0]) || RowState<float>::is_far(shift[1]));
+    if (far) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rescale[r] = rows[r].update(row_max(largest[r]) + (outgrew ? kHeadroom / log2_unit : 0.f), log2_unit);
-      }
-    }
-    float shift[2], sum[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      shift[r] = rows[r].shift(log2_unit);
-      if (RowState<float>::is_far(shift[r])) {
         subtract_from_row(s, r, rows[r].m);
         shift[r] = 0.f;
       }
     }
-    weigh(s, shift, sum);
-    rows[0].l += sum[0];
-    rows[1].l += sum[1];
-    return outgrown;
+    float sum[2];
+    weigh(s, sum, shift);
+    add(sum);
+    if (grew) {  // shared out, or a lane that has little of it would ask for a look in vain
+#pragma unroll
+      for (int r = 0; r < 2; ++r) rows[r].l = .25f * row_sum(rows[r].l);
+    }
+    if (far) log2_unit = infinity<float>() - infinity<float>();
+    return grew;
   }
 
-  // The same for rows that have one, the answer in `outgrown`. False if probabilities overflowed or a row is far: the
-  // scores must be computed again and looked at first.
+  // The same for rows that have one, the answer in `grew`. False if probabilities overflowed, or rows are far: the scores
+  // must be computed again and looked at first.
   template <int kCols>
-  CF_DEVICE bool look_after(Fragment<16, kCols>& s, bool& outgrown) {
-    const float shift[2] = {rows[0].shift(log2_unit), rows[1].shift(log2_unit)};
-    const bool far = RowState<float>::is_far(shift[0]) || RowState<float>::is_far(shift[1]);
+  CF_DEVICE bool look_after(Fragment<16, kCols>& s, bool& grew) {
     float sum[2];
-    weigh(s, shift, sum);
-    constexpr float kMost = static_cast<float>(uint64(1) << kSlack);
-    outgrown = ptx::any(far || !(sum[0] < kMost && sum[1] < kMost));
-    if (outgrown) {
-      const float total[2] = {row_sum(sum[0]), row_sum(sum[1])};
-      if (ptx::any(far || !(total[0] < infinity<float>() && total[1] < infinity<float>()))) return false;
+    weigh(s, sum, {rows[0].shift(log2_unit), rows[1].shift(log2_unit)});
+    grew = ptx::any(!(sum[0] < min_of(rows[0].l, kMost) && sum[1] < min_of(rows[1].l, kMost)));
+    if (grew) {
+      constexpr float kOverflow = 0x1p120f;  // its inverse is still a float
+      if (ptx::any(!(sum[0] < kOverflow && sum[1] < kOverflow))) return false;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float log2_total = approximate_log2(total[r]);
-        constexpr float kMostGrowth = 120;  // 2^-kMostGrowth is still a float
-        rescale[r] = rows[r].update(rows[r].m + min_of(log2_total + kHeadroom, kMostGrowth) / log2_unit, log2_unit);
+        const float largest = row_max(largest_of(s, r, 1.f));
+        rescale[r] = reciprocal(largest);
+        rows[r].m += approximate_log2(largest) * reciprocal(log2_unit);
+        rows[r].l *= rescale[r];
         sum[r] *= rescale[r];
 #pragma unroll
         for (int n = 0; n < kCols / 8; ++n) {
@@ -90,15 +84,29 @@ struct WarpSoftmax {
         }
       }
     }
-    rows[0].l += sum[0];
-    rows[1].l += sum[1];
+    add(sum);
     return true;
   }
 
+  // Row r as a whole.
+  CF_DEVICE RowState<float> whole(int r) const { return {rows[r].m, row_sum(rows[r].l) / kDominant}; }
+
  private:
+  CF_DEVICE void add(const float (&sum)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows[r].l = fma(kDominant, sum[r], rows[r].l);
+  }
+
+  template <int kCols>
+  CF_DEVICE static float largest_of(Fragment<16, kCols>& s, int r, float least) {
+#pragma unroll
+    for (int n = 0; n < kCols / 8; ++n) least = max_of(least, max_of(s.at(r, n, 0), s.at(r, n, 1)));
+    return least;
+  }
+
   // Probabilities relative to the references, and their sums over this lane's columns.
   template <int kCols>
-  CF_DEVICE void weigh(Fragment<16, kCols>& s, const float (&shift)[2], float (&sum)[2]) const {
+  CF_DEVICE void weigh(Fragment<16, kCols>& s, float (&sum)[2], const float (&shift)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = 0.f;
