@@ -41,6 +41,8 @@ def in_thread(work: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
+    if isinstance(found[0], BaseException):
+        raise found[0]
     return found[0]
 
 
@@ -80,9 +82,8 @@ def test_a_thread_without_a_context(tensors: list[Any], name: str, warm: bool, w
 
     call = CALLS[name]
     # Other sizes are another kind of call, whose maps have not been described yet.
-    rows = (
-        256 if warm else 256 - 8 * (1 + list(CALLS).index(name)) - 64 * [in_thread, in_pool, in_executor].index(where)
-    )
+    numbers = list(CALLS).index(name), [in_thread, in_pool, in_executor].index(where)
+    rows = 256 if warm else 248 - 8 * numbers[0] - 64 * numbers[1]
     mine = [cupy.ascontiguousarray(x[:, :rows]) for x in tensors]
     if warm:
         call(mine)
