@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import pytest
 @pytest.mark.parametrize("case", range(10))
 def test_group(case): pass
 
-def test_alone(): pass
+def test_alone():
+    assert "COLUMNS" not in os.environ
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", range(3))
@@ -39,7 +41,8 @@ def suite(tmp_path: Path) -> Path:
 def run(suite: Path, *arguments: str) -> tuple[str, str, set[str]]:
     """The header line, the last line, and what ran or was skipped."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments]
-    output = subprocess.run(command, cwd=suite, capture_output=True, text=True).stdout
+    environment = os.environ | {"COLUMNS": "90"}
+    output = subprocess.run(command, cwd=suite, capture_output=True, text=True, env=environment).stdout
     (header,) = re.findall("^cuflash: .*", output, re.MULTILINE)
     names = re.findall(r"::(test_\w+(?:\[\d\])?)(?= ).*(?:PASSED|SKIPPED)|(?:PASSED|SKIPPED).*::(\S+)", output)
     return header, output.splitlines()[-1], {a or b for a, b in names}
