@@ -35,13 +35,11 @@ _SIMT_64 = "held to 168 registers so that three blocks share an SM; seven words 
 _GROUP_256 = "NVRTC 13.0 keeps more alive beside the 128 registers of out than 13.5, which spills nothing"
 _WORK = "consumers keep what belongs to a work in memory; in the loops over tiles only the softmax's rare branch spills"
 _SCORES_90 = "the compiler keeps score terms, in the loops over tiles, for the rare branch that computes scores again"
-_NVRTC_12 = "NVRTC 12.9 keeps nine words more in memory than 13.5, which spills nothing"
 _EVERYTHING = "all score features at once: addresses of mask and bias and random numbers beside full accumulators"
 
 # Tiles and speeds are those of plan/tiles.py; the bytes are the most of any architecture and feature.
 ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("fwd_sm90", "*-d64*", 16, _WORK),
-    Allowance("fwd_sm90", "*-d64-everything", 36, _NVRTC_12),
     Allowance("fwd_sm90", "*-d64-alibi", 336, _SCORES_90),
     Allowance("fwd_sm90", "*-d256-*causal", 28, _WORK),
     Allowance("fwd_sm90", "*-d256-window", 44, _WORK),
