@@ -252,7 +252,7 @@ def test_rows_that_take_no_part_are_nan(arena: Arena, numbers: Numbers):
 
 def test_rows_of_pages_that_take_no_part_are_nan(arena: Arena, numbers: Numbers):
     strides = set()
-    for number in range(120):
+    for number in range(60):
         drawn = job("fwd_sm80-bf16-d64-paged_everything").draw(number)
         arena.clear()
         inputs = surround(drawn, arena, numbers, np).inputs
@@ -266,7 +266,7 @@ def test_rows_of_pages_that_take_no_part_are_nan(arena: Arena, numbers: Numbers)
             np.testing.assert_array_equal(finite.all(axis=(2, 3)), taking_part)
         if min(table.shape) > 1:
             strides.add((table.strides[0] > table.strides[1], *np.sign(table.strides)))
-    assert len(strides) > 4
+    assert len(strides) >= 4, "tables in both orders, and with either axis reversed"
 
 
 # Answers
