@@ -299,6 +299,11 @@ CALLS: dict[str, Call] = {
     "vjp-return-lse": Call(vjp, "return_lse is []; expected True or False.", {"return_lse": []}),
     "forward-deterministic": Call(func, "deterministic is 'yes'; expected True or False.", {"deterministic": "yes"}),
     "vjp-deterministic": Call(vjp, "deterministic is 'no'; expected True or False.", {"deterministic": "no"}),
+    "explained-options": Call(
+        explain,
+        "explain takes only a device next to a Problem, which says everything else itself.",
+        {"q": problem, "k": None, "v": None, "softcap": np.ones(2)},
+    ),
     "explained-device": Call(
         explain,
         "device array(['h100'], dtype='<U4') is not known; expected one of: v100, t4, a100, a10, l4, h100, h200, b200, "

@@ -175,7 +175,8 @@ def flash_attn_func(
     return_rng_state : bool
         Also return the seed and offset that dropout drew with, which `flash_attn_backward` needs.
     out : array, (b, len_q, heads_q, dim_v), optional
-        Written and returned instead of a new array; NumPy, CuPy and torch only. May not overlap q, k or v.
+        Written and returned instead of a new array; NumPy, CuPy and torch only. May have no element in
+        common with q, k or v; slices of one buffer that lie between theirs are fine.
 
     Returns
     -------
@@ -204,6 +205,8 @@ def flash_attn_func(
     CUDA graph; one with dropout needs a generator whose state is on the GPU, see `PhiloxGenerator.to_device`. Scratch
     memory and new arrays come from torch's allocator for torch and from CuPy's for all others; CuPy's does not know of
     graphs, so capture with a ``cupy.cuda.MemoryPool`` that lives as long as the graph.
+
+    Subclasses of ``numpy.ndarray`` are taken for the plain arrays that they hold, and masked arrays are refused.
 
     Examples
     --------

@@ -102,7 +102,8 @@ def flash_attn_backward(
     dlse : array, shaped like `lse`, optional
         Gradient of the log-sum-exp; zero by default.
     dq, dk, dv : array, optional
-        Written and returned instead of new arrays; NumPy, CuPy and torch only. May not overlap the other arguments.
+        Written and returned instead of new arrays; NumPy, CuPy and torch only. May have no element in
+        common with the other arguments or with each other; slices of one buffer that lie between theirs are fine.
 
     Returns
     -------

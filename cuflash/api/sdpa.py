@@ -83,7 +83,8 @@ def scaled_dot_product_attention(
     return_lse : bool
         Also return the log-sum-exp.
     out : array, (b, heads_q, len_q, dim_v), optional
-        Written and returned instead of a new array; NumPy, CuPy and torch only. May not overlap the other arguments.
+        Written and returned instead of a new array; NumPy, CuPy and torch only. May have no element in
+        common with the other arguments.
     backend : {"flash", "mem_eff", "default"}, optional
         As for `preferred_backend`, for this call.
 

@@ -25,7 +25,8 @@ def explain(
     `others` are in the order of :data:`SHARED`; without a device it is the arrays' own.
     """
     if isinstance(q, Problem):
-        if options.kind() != Options().kind() or backward or any(x is not None for x in (*others, block_table)):
+        given_options = [*map(type, options)] != [*map(type, Options())] or options != Options()
+        if given_options or backward or any(x is not None for x in (*others, block_table)):
             raise InvalidArgument("explain takes only a device next to a Problem, which says everything else itself.")
         if device is None:
             raise InvalidArgument("device is None; name the one to explain a Problem for, for example device='h100'.")
