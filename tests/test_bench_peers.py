@@ -24,7 +24,7 @@ from cuflash.bench.inputs import Normals, make
 from cuflash.bench.peers import PEERS, chosen, find
 from cuflash.bench.peers.jax import JaxCudnn, JaxFlashAttention3
 from cuflash.bench.peers.product import CupyProduct, Product, TorchProduct
-from cuflash.bench.peers.torch import FlashAttention3, FlexAttention, Torch, TorchSdpa, TorchVarlen
+from cuflash.bench.peers.torch import FlashAttention3, FlexAttention, Torch, TorchCpu, TorchSdpa, TorchVarlen
 from cuflash.bench.timing import Runner, Timing
 from cuflash.dtypes import BF16, FP32
 from cuflash.errors import InvalidArgument
@@ -215,6 +215,21 @@ def test_torch_computes_the_gradients_that_the_case_asks_for(name):
         np.testing.assert_allclose((grad.transpose(1, 2) if i < 3 else grad).numpy(), expected, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", sets.cpu()[::3], ids=lambda case: case.id)
+def test_torch_computes_the_same_on_the_cpu(case, direction):
+    pytest.importorskip("torch", reason="torch's own function is asked where torch is installed")
+    case = case.turned(direction)
+    inputs = make(case, Normals(np))
+    runner = TorchCpu().prepare(case, inputs)
+    with runner.scope():
+        found = runner.launch()
+    found = found if direction == "backward" else [found]
+    for x, expected in zip(found, calls.of(case, inputs)(), strict=False):
+        np.testing.assert_allclose(x.transpose(1, 2).numpy(), expected, atol=1e-4)
+
+
 @pytest.fixture
 def everything_installed(jax, fa3, installed) -> None:
     contents = {"varlen_attn": None, "SDPBackend": None}
@@ -223,6 +238,7 @@ def everything_installed(jax, fa3, installed) -> None:
     installed("torch.nn.attention.flex_attention")
 
 
+ON_CPU = ["numpy-naive", "torch-cpu"]
 ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "flex", "jax-cudnn", "jax-fa3", "gemm"]
 
 
@@ -242,7 +258,7 @@ ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "flex"
 def test_who_takes_part(everything_installed, name, takers):
     found = find(chosen(None, gpu=True), gpu=True)
     assert found.notes == []
-    assert [peer.name for peer in found.implementations] == ["cuflash", *(n for n in PEERS if n != "numpy-naive")]
+    assert [peer.name for peer in found.implementations] == ["cuflash", *(n for n in PEERS if n not in ON_CPU)]
     case = next(case for cases in sets.of("hopper").values() for case in cases if case.id == name)
     problem = case.turned("forward").problem
     assert [peer.name for peer in found.implementations[1:] if peer.why_not(problem) is None] == takers
@@ -289,6 +305,7 @@ def test_peers_are_named_one_by_one_or_by_their_framework():
     assert chosen("fa3, jax", gpu=True) == ["fa3", "jax-cudnn", "jax-fa3"]
     assert chosen("torch-cudnn,gemm", gpu=True) == ["torch-cudnn", "gemm"]
     assert chosen("numpy", gpu=False) == ["numpy-naive"]
+    assert chosen(None, gpu=False) == ON_CPU and not set(ON_CPU) & set(chosen(None, gpu=True))
     assert chosen("", gpu=True) == []
     with pytest.raises(InvalidArgument, match="--peers names 'torc'"):
         chosen("torc", gpu=True)

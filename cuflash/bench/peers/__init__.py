@@ -12,7 +12,7 @@ from cuflash.bench.peers.implementation import Implementation
 from cuflash.bench.peers.jax import JaxCudnn, JaxFlashAttention3
 from cuflash.bench.peers.own import CuflashCpu, CuflashGpu, NumpyNaive
 from cuflash.bench.peers.product import product
-from cuflash.bench.peers.torch import FlashAttention3, FlexAttention, TorchSdpa, TorchVarlen
+from cuflash.bench.peers.torch import FlashAttention3, FlexAttention, TorchCpu, TorchSdpa, TorchVarlen
 from cuflash.errors import InvalidArgument
 
 PEERS: dict[str, Callable[[], Implementation]] = {
@@ -26,8 +26,11 @@ PEERS: dict[str, Callable[[], Implementation]] = {
     "jax-fa3": JaxFlashAttention3,
     "gemm": product,
     "numpy-naive": NumpyNaive,
+    "torch-cpu": TorchCpu,
 }
 """What ``--peers`` may name; ``torch``, ``jax`` and ``numpy`` name all that begin so."""
+
+_ON_CPU = {"numpy-naive", "torch-cpu"}
 
 
 def chosen(text: str | None, gpu: bool) -> list[str]:
@@ -39,7 +42,7 @@ def chosen(text: str | None, gpu: bool) -> list[str]:
         If one of the names is neither a peer's nor the beginning of one's.
     """
     if text is None:
-        return [name for name in PEERS if gpu != (name == "numpy-naive")]
+        return [name for name in PEERS if gpu != (name in _ON_CPU)]
     words = [word.strip() for word in text.split(",") if word.strip()]
     for word in words:
         if not any(_names(word, name) for name in PEERS):
@@ -61,10 +64,10 @@ class Found:
 
 
 def find(names: list[str], gpu: bool) -> Found:
-    """Cuflash and those of the named peers that can be imported; on the CPU only ``numpy-naive`` can be."""
+    """Cuflash and those of the named peers that run on the device and can be imported."""
     found = Found([CuflashGpu() if gpu else CuflashCpu()], [])
     for name in names:
-        if gpu == (name == "numpy-naive"):
+        if gpu == (name in _ON_CPU):
             found.notes.append(f"{name}: runs {'without' if gpu else 'only with'} a GPU")
             continue
         try:

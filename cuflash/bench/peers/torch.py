@@ -129,6 +129,28 @@ class TorchSdpa(Torch):
         return lambda: sdpa(q, k, v, **options)
 
 
+class TorchCpu(TorchSdpa):
+    """The same function on the CPU, on all its cores, of tensors that share their memory with NumPy's arrays."""
+
+    def __init__(self) -> None:
+        super().__init__("flash")
+        self.name = "torch-cpu"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Runner:
+        """Bring the inputs over and, for the gradients, run the forward once."""
+        torch = importlib.import_module("torch")
+
+        @contextmanager
+        def scope() -> Iterator[None]:
+            backward = case.problem.direction == "backward"
+            with torch.set_grad_enabled(backward), self.scope(torch):
+                yield
+
+        with scope():
+            call = self.call(torch, case, inputs)
+        return Runner(self.name, self.family, call, call, clock="wall", wait=lambda: None, scope=scope)
+
+
 class TorchVarlen(Torch):
     """``torch.nn.attention.varlen.varlen_attn``, FlashAttention-2 on packed sequences."""
 
