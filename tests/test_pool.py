@@ -20,7 +20,7 @@ import cuflash
 from cuflash import settings
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.reference import pool, tiled, tiles
+from cuflash.reference import pool, softmax, tiled, tiles
 from cuflash.reference.scores import Scores
 
 ROOT = Path(__file__).parent.parent
@@ -284,8 +284,8 @@ def test_causal_masks_cost_little_more_than_what_they_show(length: int, share: f
 def test_keys_and_values_are_read_once_a_head(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     read, load = [], tiles.load
 
-    def counted(x: np.ndarray, tile: tuple[slice, slice, slice], real: np.dtype) -> np.ndarray:
-        found = load(x, tile, real)
+    def counted(x: np.ndarray, *rest: object) -> np.ndarray:
+        found = load(x, *rest)
         if x.shape[1] == 1200:  # keys' rows
             read.append(found.shape[0] * found.shape[1] * found.shape[2])
         return found
@@ -317,3 +317,14 @@ def test_values_of_any_size_keep_their_digits_whatever_the_scores(dtype: type, p
         tolerance = 1e-4 if dtype is FP32 else 1e-12
         np.testing.assert_allclose(actual.out / size, exact.out / size, atol=tolerance)
         np.testing.assert_allclose(actual.dv, exact.dv, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64])
+def test_what_is_moderate(dtype: type) -> None:
+    least, most = softmax.MODERATE
+    for numbers, expected in (
+        ([], True), ([0.0, -0.0], True), ([1.0, -3.0, 0.0], True), ([least, -most], True), ([np.nan], False),
+        ([np.inf], False), ([1.0, 2 * most], False), ([-least / 2, 1.0], False), ([np.finfo(dtype).tiny], False),
+        ([np.finfo(dtype).smallest_subnormal, 0.0], False),
+    ):  # fmt: skip
+        assert softmax.moderate(np.array(numbers, dtype)) == expected, numbers

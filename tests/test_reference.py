@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cuflash import masks, reference
 from cuflash.dropout import Dropout
 from cuflash.masks import Mask
-from cuflash.reference import tiles
+from cuflash.reference import pool, tiles
 from cuflash.reference.scores import Scores
 
 FP16, BF16, FP32, FP64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
@@ -382,7 +382,8 @@ def test_memory_grows_with_the_lengths_only(masked: bool) -> None:
 
 
 @pytest.mark.parametrize(("sq", "sk"), [(64, 64), (1, 512)])
-def test_memory_of_many_short_heads_is_bounded(sq: int, sk: int) -> None:
+def test_memory_of_many_short_heads_is_bounded(sq: int, sk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "1")
     shape = {"b": 64, "h": 16, "hk": 16, "sq": sq, "sk": sk, "d": 4, "dv": 4}
     inputs = arrays(shape, FP32)
     tracemalloc.start()
@@ -393,6 +394,22 @@ def test_memory_of_many_short_heads_is_bounded(sq: int, sk: int) -> None:
         tracemalloc.stop()
     # All heads together would have 16 MiB of scores (64 x 64), or fp32 sums of dk and dv (1 x 512).
     assert peak - sum(x.nbytes for x in results if x is not None) < 6 * 2**20, f"peak {peak / 2**20:.1f} MiB"
+
+
+def test_heads_share_what_their_keys_are_copied_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "2")
+    shape = {"b": 1, "h": 48, "hk": 48, "sq": 1024, "sk": 1024, "d": 64, "dv": 64}
+    q, k, v, *_ = arrays(shape, FP16)
+    monkeypatch.setattr(pool.key_scratch, "_spare", pool.deque())
+    tracemalloc.start()
+    try:
+        out, lse = reference.forward(q, k, v, mask=Mask(), softmax_scale=0.125)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Keys, turned as well, and values of all heads in fp32 would be 37 MiB.
+    assert peak - out.nbytes - lse.nbytes < 8 * 2**20, f"peak {peak / 2**20:.1f} MiB"
+    assert len(pool.key_scratch._spare) <= 3
 
 
 TINY = {"b": 2, "h": 4, "hk": 2, "sq": 5, "sk": 7, "d": 3, "dv": 4}

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 WORTH = 2**18
 """Scores below which waking other threads takes longer than a call: half a millisecond on one core."""
 
-
 TINY = 2**11
 """Scores below which BLAS itself takes one thread: products of heads up to 128 are then below OpenBLAS's threshold."""
 
@@ -50,6 +49,29 @@ class Scratch:
         return buffer[:size].reshape(shape)
 
 
+class SpareScratch:
+    """Scratch that is not in use, whoever had it last.
+
+    It belongs to no thread: a call may come in the middle of another one of its thread, from a signal's handler.
+    """
+
+    def __init__(self) -> None:
+        self._spare: deque[Scratch] = deque(maxlen=256)
+
+    def borrow(self) -> Scratch:
+        """Some scratch that nobody else has."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return Scratch()
+
+    def give_back(self, scratch: Scratch) -> None:
+        """Let others have it."""
+        self._spare.append(scratch)
+
+
+tile_scratch, key_scratch = SpareScratch(), SpareScratch()
+
 Job = Callable[[Scratch], object]
 """Part of a call that touches no result of another part."""
 
@@ -64,10 +86,7 @@ def run(jobs: Iterable[Job], scores: int) -> None:
 
     def work() -> None:
         before = _limit(_libraries().own) if scores >= TINY else []
-        try:
-            scratch = _idle.pop()
-        except IndexError:
-            scratch = Scratch()
+        scratch = tile_scratch.borrow()
         try:
             # Threads do not inherit the caller's state; what a number beyond a type's range becomes is documented.
             with np.errstate(all="ignore"):
@@ -81,7 +100,7 @@ def run(jobs: Iterable[Job], scores: int) -> None:
             left.clear()
             raise
         finally:
-            _idle.append(scratch)
+            tile_scratch.give_back(scratch)
             _give_back(before)
 
     if scores < TINY:
@@ -187,8 +206,6 @@ def _set(library: LibController, number: int) -> None:
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _held = _HeldBlas()
-_idle: deque[Scratch] = deque(maxlen=256)
-"""What no worker uses now."""
 
 
 def _forget() -> None:

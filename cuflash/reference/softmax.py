@@ -80,21 +80,22 @@ class RowSoftmax:
 
 def row_sums(p: np.ndarray) -> np.ndarray:
     """Sums along the last axis, kept: of pieces by BLAS, in half the time of a reduction and as exactly."""
-    piece = gcd(p.shape[-1], 128)
+    piece = gcd(p.shape[-1], 256)
     if piece < 32 or p.size < 2**14:
         return p.sum(axis=-1, keepdims=True)
     pieces = p.reshape(-1, piece) @ np.ones(piece, p.dtype)
-    return pieces.reshape(*p.shape[:-1], -1).sum(axis=-1, keepdims=True)
+    pieces = pieces.reshape(*p.shape[:-1], -1)
+    return pieces if pieces.shape[-1] == 1 else pieces.sum(axis=-1, keepdims=True)
 
 
 def moderate(x: np.ndarray) -> bool:
-    """Whether all numbers are 0 or of MODERATE magnitude."""
-    x = np.abs(x)
-    return bool(x.max(initial=0) <= MODERATE[1]) and np.count_nonzero(x < MODERATE[0]) == np.count_nonzero(x == 0)
-
-    def state(self) -> np.ndarray:
-        """Every row's m and l, (..., rows, 2); lse, one number, rounds l away where m is large."""
-        return np.concatenate([self.m, self.l], axis=-1)
+    """Whether all numbers are 0 or of MODERATE magnitude; told by their bits, in a third of the time."""
+    word = np.dtype(f"u{x.itemsize}")
+    least, most = np.array(MODERATE, x.dtype).view(word)
+    bits = x.view(word) & word.type(2 ** (8 * x.itemsize - 1) - 1)
+    top = bits.max(initial=0)
+    bits -= word.type(1)  # 0 becomes the largest
+    return bool(top <= most and bits.min(initial=most) >= least - word.type(1))
 
 
 def normalizers(lse: np.ndarray, state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | float]:

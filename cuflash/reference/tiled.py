@@ -17,9 +17,9 @@ from cuflash.reference import tiles
 from cuflash.reference.dropout import KeepMask
 from cuflash.reference.features import Policies
 from cuflash.reference.paged import PagedRows
-from cuflash.reference.pool import Job, Scratch
+from cuflash.reference.pool import Job, Scratch, key_scratch
 from cuflash.reference.softmax import FEW_KEYS, SMALL_LOGIT, RowSoftmax, delta_of, moderate, normalizers, weights
-from cuflash.reference.tiles import KeyTiles, Tile, grouped, head_tiles, load, stacked, store
+from cuflash.reference.tiles import FEW_ROWS, KeyTiles, Tile, grouped, head_tiles, load, stacked, store
 
 ROW_TILES = 4
 """Of so many tiles of rows one job is made: some ten milliseconds with thousands of keys."""
@@ -44,14 +44,15 @@ def forward(
     group = q.shape[3]
     row_tiles = list(scores.row_tiles(group))
     every_key = scores.keys_of(slice(0, scores.len_q))
-    worth = scores.plain and scores.len_q * group * scores.len_kv >= tiles.SCORES // 2
+    worth = scores.plain and scores.len_q * group >= tiles.MANY_ROWS
 
     def job(keys: _Keys, batches: slice, heads: slice, row_tiles: list[slice]) -> Job:
         def run(scratch: Scratch) -> None:
-            k_columns, v_rows = keys.tiles()
+            _, k_columns, v_rows = keys.tiles(scratch)
             for rows in row_tiles:
                 at_q = batches, rows, heads
-                q_tile = load(q, at_q, real) * scores.unit
+                q_tile = load(q, at_q, real, scratch, "q")
+                np.multiply(q_tile, scores.unit, out=q_tile)
                 small = worth and scores.fewest_keys(rows) >= FEW_KEYS and keys.small_logits(q_tile)
                 softmax = RowSoftmax(q_tile.shape[:-1], v.shape[-1], real, scratch, small)
                 for tile, keep in scores.kv_tiles(batches, heads, rows):
@@ -68,8 +69,9 @@ def forward(
 
         return run
 
-    for batches, heads in head_tiles(q, scores.len_kv, 0):
-        keys = _Keys(k, v, batches, heads, every_key, real, readers=scores.len_q * group)
+    loaded = (k.shape[-1] + v.shape[-1]) * min(scores.len_kv, 2 * tiles.KEYS)
+    for batches, heads in head_tiles(q, scores.len_kv, loaded):
+        keys = _Keys(k, v, (batches, every_key, heads), real, readers=scores.len_q * group)
         # With a causal mask the last rows have the most keys: the longest jobs come first.
         for end in range(len(row_tiles), 0, -ROW_TILES):
             yield job(keys, batches, heads, row_tiles[max(end - ROW_TILES, 0) : end])
@@ -115,24 +117,32 @@ def backward(
 
     def job(batches: slice, heads: slice) -> Job:
         def run(scratch: Scratch) -> None:
-            k_columns, v_columns, k_rows = (
-                KeyTiles(x, batches, heads, every_key, real, readers=scores.len_q * group, turned=turned)
-                for x, turned in ((k, True), (v, True), (k, False))
-            )
+            every = batches, every_key, heads
+            keys = _Keys(k, v, every, real, scores.len_q * group)
+            k_rows, k_columns, v_rows = keys.tiles(scratch)
+            v_columns = v_rows.turned()
             shape = batches.stop - batches.start, heads.stop - heads.start, scores.len_kv
-            dk_sum, dv_sum = np.zeros((*shape, k.shape[-1]), real), np.zeros((*shape, v.shape[-1]), real)
+            dk_sum, dv_sum = (scratch(name, (*shape, x.shape[-1]), real) for name, x in (("dk sum", k), ("dv sum", v)))
+            dk_sum.fill(0)
+            dv_sum.fill(0)
             for rows in row_tiles:
                 at_q = batches, rows, heads
-                q_tile = load(q, at_q, real) * scores.unit
-                dout_tile, lse_tile = load(dout, at_q, real), load(lse, at_q, real)
-                dlse_tile = 0.0 if dlse is None else load(dlse, at_q, real)
-                delta = delta_of(dout_tile, load(out, at_q, real), lse_tile, dlse_tile)
-                shift, factor = normalizers(lse_tile, None if row_state is None else load(row_state, at_q, real))
-                dout_tile, delta = dout_tile * factor, delta * factor
+                q_tile, dout_tile, out_tile = (
+                    load(x, at_q, real, scratch, name) for x, name in ((q, "q"), (dout, "dout"), (out, "out"))
+                )
+                np.multiply(q_tile, scores.unit, out=q_tile)
+                lse_tile = load(lse, at_q, real, scratch, "lse")
+                dlse_tile = 0.0 if dlse is None else load(dlse, at_q, real, scratch, "dlse")
+                delta = delta_of(dout_tile, out_tile, lse_tile, dlse_tile)
+                state_tile = None if row_state is None else load(row_state, at_q, real, scratch, "state")
+                shift, factor = normalizers(lse_tile, state_tile)
+                np.multiply(dout_tile, factor, out=dout_tile)
+                delta = delta * factor
                 if sink is not None and dsink is not None:
                     share = weights(_sink_rows(sink[heads], lse_tile), shift)
                     dsink[batches, heads] -= stacked(share * delta, group).sum(axis=(3, 4))
-                dq_tile = np.zeros_like(q_tile)
+                dq_tile = scratch("dq sum", q_tile.shape, real)
+                dq_tile.fill(0)
                 for tile, keep in scores.kv_tiles(batches, heads, rows):
                     capped = scores.capped(_product("s", q_tile, k_columns[tile.keys], scratch))
                     slope = scores.slope(capped)
@@ -150,13 +160,13 @@ def backward(
                     dx = ds if slope is None else np.multiply(ds, slope, out=ds)
                     dq_tile += _product("dq", dx, k_rows[tile.keys], scratch)
                     dk_sum[:, :, tile.keys] += _product("dk", dx.mT, q_tile, scratch)
-                store(dq, at_q, dq_tile * scores.unit)
-            store(dk, (batches, every_key, heads), dk_sum)
-            store(dv, (batches, every_key, heads), dv_sum)
+                store(dq, at_q, np.multiply(dq_tile, scores.unit, out=dq_tile))
+            store(dk, every, dk_sum)
+            store(dv, every, dv_sum)
 
         return run
 
-    for batches, heads in head_tiles(q, scores.len_kv, k.shape[-1] + v.shape[-1], most_heads):
+    for batches, heads in head_tiles(q, scores.len_kv, 4 * (k.shape[-1] + v.shape[-1]) * scores.len_kv, most_heads):
         every_batch, every_head = (False, False) if dbias is None else (len(dbias) == 1, dbias.shape[1] == 1)
         yield (0 if every_batch else batches.start, 0 if every_head else heads.start), job(batches, heads)
 
@@ -168,25 +178,35 @@ class _Keys:
         self,
         k: np.ndarray | PagedRows,
         v: np.ndarray | PagedRows,
-        batches: slice,
-        heads: slice,
-        span: slice,
+        at: tuple[slice, slice, slice],
         real: np.dtype,
         readers: int,
     ) -> None:
-        self._make = lambda: tuple(
-            KeyTiles(x, batches, heads, span, real, readers=readers, turned=turned)
-            for x, turned in ((k, True), (v, False))
-        )
-        self._tiles: tuple[KeyTiles, ...] | None = None
+        self._k, self._v, self._at, self._real, self._readers = k, v, at, real, readers
+        self._scratch: Scratch | None = None
+        self._tiles: tuple[KeyTiles, KeyTiles, KeyTiles] | None = None
         self._lock = threading.Lock()
 
-    def tiles(self) -> tuple[KeyTiles, ...]:
-        """Keys, turned, and values."""
+    def __del__(self) -> None:
+        if self._scratch is not None:
+            key_scratch.give_back(self._scratch)
+
+    def tiles(self, scratch: Scratch) -> tuple[KeyTiles, KeyTiles, KeyTiles]:
+        """Keys, keys turned, and values; where they are read a tile at a time, into the scratch of the job."""
+        if self._readers < FEW_ROWS:
+            return self._made(scratch)
         with self._lock:
             if self._tiles is None:
-                self._tiles = self._make()
+                self._scratch = key_scratch.borrow()
+                self._tiles = self._made(self._scratch)
             return self._tiles
+
+    def _made(self, scratch: Scratch) -> tuple[KeyTiles, KeyTiles, KeyTiles]:
+        k, v = (
+            KeyTiles(x, self._at, self._real, scratch, name, self._readers)
+            for x, name in ((self._k, "k"), (self._v, "v"))
+        )
+        return k, k.turned(), v
 
     def small_logits(self, q_tile: np.ndarray) -> bool:
         """Whether products with these queries are at most SMALL_LOGIT, by Cauchy and Schwarz, and values moderate."""
@@ -194,12 +214,12 @@ class _Keys:
 
     @cached_property
     def _longest_key(self) -> float:
-        keys = self.tiles()[0].whole
+        keys = None if self._tiles is None else self._tiles[1].whole
         return np.inf if keys is None else _longest(keys)
 
     @cached_property
     def _moderate_values(self) -> bool:
-        values = self.tiles()[1].whole
+        values = None if self._tiles is None else self._tiles[2].whole
         return values is not None and moderate(values)
 
 

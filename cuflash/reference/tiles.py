@@ -7,11 +7,13 @@ never repeated and the gradients of shared keys are summed by the product itself
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
 
 from cuflash.reference.paged import PagedRows
+from cuflash.reference.pool import Scratch
 
 # A tile of scores, of one head or of several short ones, is 0.5 MiB in fp32: it stays in a core's second-level cache,
 # and is large enough that NumPy's cost per call does not show. OpenBLAS on Zen 4: 256 x 512 takes 3 % longer.
@@ -56,11 +58,11 @@ def stacked(s: np.ndarray, group: int) -> np.ndarray:
     return s.reshape(*s.shape[:2], group, -1, s.shape[-1], copy=False)
 
 
-def head_tiles(q: np.ndarray, len_kv: int, grad_dims: int, most_heads: int | None = None) -> list[tuple[slice, slice]]:
-    """Cut (batch, heads_kv) so that a tile's scores, and grad_dims numbers a key, fit SCORES where they can."""
+def head_tiles(q: np.ndarray, len_kv: int, kept: int, most_heads: int | None = None) -> list[tuple[slice, slice]]:
+    """Cut (batch, heads_kv) so that a tile's scores fit SCORES, and `kept` other numbers of each head some more."""
     batch, len_q, heads_kv, group, _ = q.shape
     scores = min(len_q * group, max(group, ROWS)) * len_kv
-    pairs = max(1, SCORES // max(1, scores, grad_dims * len_kv))
+    pairs = max(1, min(SCORES // max(1, scores), 4 * SCORES // max(1, kept)))
     num_heads = min(pairs, heads_kv if most_heads is None else most_heads)
     num_batches = max(1, pairs // max(1, heads_kv)) if num_heads == heads_kv else 1
     return [
@@ -70,10 +72,15 @@ def head_tiles(q: np.ndarray, len_kv: int, grad_dims: int, most_heads: int | Non
     ]
 
 
-def load(x: np.ndarray | PagedRows, tile: tuple[slice, slice, slice], real: np.dtype) -> np.ndarray:
-    """Read (batches, rows, heads) of a grouped view as a contiguous (batches, heads, group * rows, d)."""
-    loaded = x[tile].transpose(0, 2, 3, 1, 4).astype(real, order="C", copy=False)
-    return loaded.reshape(*loaded.shape[:2], -1, loaded.shape[-1])
+def load(
+    x: np.ndarray | PagedRows, tile: tuple[slice, slice, slice], real: np.dtype, scratch: Scratch, name: str
+) -> np.ndarray:
+    """Read (batches, rows, heads) of a grouped view into the contiguous scratch (batches, heads, group * rows, d)."""
+    found = x[tile].transpose(0, 2, 3, 1, 4)
+    batches, heads, group, rows, dim = found.shape
+    loaded = scratch(name, (batches, heads, group * rows, dim), real)
+    loaded.reshape(found.shape)[...] = found
+    return loaded
 
 
 def store(x: np.ndarray, tile: tuple[slice, slice, slice], rows: np.ndarray) -> None:
@@ -91,35 +98,39 @@ class KeyTiles:
     def __init__(
         self,
         x: np.ndarray | PagedRows,
-        batches: slice,
-        heads: slice,
-        span: slice,
+        at: tuple[slice, slice, slice],
         real: np.dtype,
-        *,
+        scratch: Scratch,
+        name: str,
         readers: int,
-        turned: bool,
     ) -> None:
-        """Of `span` keys that `readers` query rows read; with `turned` transposed, as BLAS multiplies with faster."""
-        self._x, self._batches, self._heads, self._real = x, batches, heads, real
-        self._first, self._turned = span.start, turned
-        self.whole: np.ndarray | None = None
-        if readers >= FEW_ROWS:
-            self.whole = load(x, (batches, span, heads), real)
-            if turned:
-                self.whole = _turned(self.whole) if readers >= MANY_ROWS else self.whole.mT
+        """Of the keys ``at`` (batches, keys, heads), which `readers` query rows read."""
+        self._x, self._real, self._scratch, self._name, self._readers = x, real, scratch, name, readers
+        self._batches, keys, self._heads = at
+        self._first, self._columns = keys.start, False
+        self.whole = load(x, at, real, scratch, name) if readers >= FEW_ROWS else None
+
+    def turned(self) -> KeyTiles:
+        """The same, transposed; by a copy where it pays, as BLAS multiplies with that faster."""
+        turned = copy(self)
+        turned._columns = True
+        if self.whole is not None:
+            many = self._readers >= MANY_ROWS
+            turned.whole = _turned(self.whole, self._scratch, self._name) if many else self.whole.mT
+        return turned
 
     def __getitem__(self, keys: slice) -> np.ndarray:
         """(batches, heads, keys, d), or (batches, heads, d, keys)."""
         if self.whole is None:
-            tile = load(self._x, (self._batches, keys, self._heads), self._real)
-            return tile.mT if self._turned else tile
+            tile = load(self._x, (self._batches, keys, self._heads), self._real, self._scratch, self._name)
+            return tile.mT if self._columns else tile
         keys = slice(keys.start - self._first, keys.stop - self._first)
-        return self.whole[..., keys] if self._turned else self.whole[..., keys, :]
+        return self.whole[..., keys] if self._columns else self.whole[..., keys, :]
 
 
-def _turned(rows: np.ndarray) -> np.ndarray:
+def _turned(rows: np.ndarray, scratch: Scratch, name: str) -> np.ndarray:
     """A copy of every matrix, transposed, whose lines are not a power of 2 apart: those would share cache sets."""
-    length = rows.shape[-2]
-    turned = np.empty((*rows.shape[:-2], rows.shape[-1], length + 16), rows.dtype)[..., :length]
+    *outer, length, dim = rows.shape
+    turned = scratch(f"{name} turned", (*outer, dim, length + 16), rows.dtype)[..., :length]
     turned[...] = rows.mT
     return turned
