@@ -38,7 +38,7 @@ from cuflash.problem import Direction
     GPU time is the median over rounds of replays of a captured graph, by CUDA events; host time the median of calls
     that do not wait. With --sustained a second pass lets each implementation run for a second before its slice, when
     clocks have sagged to what its power allows. The matrix product gemm in the rotation is the yardstick for the
-    card. Runs on the NumPy backend against naive NumPy attention where there is no GPU.""",
+    card. Where there is no GPU it runs on the NumPy backend, beside naive NumPy attention and torch's on the CPU.""",
 )
 @click.argument("problems", required=False)
 @click.option("--case", help="Only cases whose id contains this or matches it as a glob.")
