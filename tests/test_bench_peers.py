@@ -199,8 +199,9 @@ def test_torch_computes_the_case(make_peer: Callable[[], Torch], name):
         return  # what SDPA takes is on record below
     inputs = make(case, Normals(np))
     assert peer.why_not(case.problem) is None
-    out = peer.call(EagerTorch(), case, inputs)()
-    close(out.transpose(1, 2).reshape(inputs.dout.shape).numpy(), case, inputs)
+    [out] = peer.tensors(case, inputs, peer.call(EagerTorch(), case, inputs)())
+    assert out.shape == inputs.dout.shape
+    close(out.numpy(), case, inputs)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -210,9 +211,11 @@ def test_torch_computes_the_gradients_that_the_case_asks_for(name):
     case = CASES[name]
     case = replace(case, problem=replace(case.problem, direction="backward", bias_grad=case.problem.bias is not None))
     inputs = make(case, Normals(np))
-    grads = TorchSdpa("efficient").call(EagerTorch(), case, inputs)()
-    for i, (grad, expected) in enumerate(zip(grads, calls.of(case, inputs)(), strict=True)):
-        np.testing.assert_allclose((grad.transpose(1, 2) if i < 3 else grad).numpy(), expected, atol=1e-4)
+    peer = TorchSdpa("efficient")
+    results = peer.call(EagerTorch(), case, inputs)()
+    grads = [*peer.tensors(case, inputs, results), *results[3:]]
+    for grad, expected in zip(grads, calls.of(case, inputs)(), strict=True):
+        np.testing.assert_allclose(grad.numpy(), expected, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -290,6 +293,18 @@ def test_jax_takes_gradients_of_what_the_case_asks_for(jax, monkeypatch):
         close(out, case.turned("forward"), inputs)
 
 
+def test_what_jax_returns_is_widened(jax, monkeypatch):
+    case = replace(CASES["causal"], problem=replace(PROBLEMS["causal"], dtype=BF16))
+    inputs = make(case, Normals(np))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(get_current_stream=NullStream)))
+    fake = sys.modules["jax"]
+    fake.jit, fake.block_until_ready = lambda function: function, lambda x: x
+    runner = JaxCudnn().prepare(case, inputs)
+    [out] = runner.tensors(runner.call())
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(out, calls.of(case, inputs)()[0].astype(np.float32))
+
+
 class NullStream:
     def synchronize(self) -> None:
         pass
@@ -319,6 +334,7 @@ def test_a_row_of_the_product_tells_its_own_rate(everything_installed, installed
     assert product.why_not(PLAIN) == "no yardstick for fp32 and fp64"
     runner = product.of_product(Runner(product.name, product.family, print, print, "events", print))
     row = report.row(CASES["plain"], runner, Timing(gpu_us=1400.0, host_us=1.0))
+    assert runner.tensors is None
     assert row.tflops == pytest.approx(2 * 8192**3 / 1400e-6 * 1e-12, rel=1e-3)
     assert row.gbps == pytest.approx(3 * 8192**2 * 2 / 1400e-6 * 1e-9, rel=1e-3)
 

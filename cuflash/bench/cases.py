@@ -38,6 +38,8 @@ class Case:
     key_ramp: float = 1.0
     """How many times longer the first key is than the last, falling linearly: kernels that visit the last keys first
     then meet ever larger row maxima."""
+    qk_factor: float = 1.0
+    """What q and k are multiplied by: the larger, the more one key outweighs the rest of its row."""
 
     @property
     def sequences(self) -> list[tuple[int, int]]:

@@ -109,6 +109,8 @@ def make(case: Case, normals: Normals) -> Inputs:
     )
     if not problem.ascending:
         k, v = k[..., ::-1, :], v[..., ::-1, :]
+    if case.qk_factor != 1:
+        q, k = ((x.astype(problem.dtype.accumulator) * case.qk_factor).astype(problem.dtype.numpy) for x in (q, k))
     xp = normals.xp
     if case.key_ramp != 1:
         scale = np.linspace(case.key_ramp, 1, k.shape[-3], dtype=np.float32)[:, None, None]

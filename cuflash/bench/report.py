@@ -16,7 +16,9 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
+from cuflash.bench import deviations as deviations_of
 from cuflash.bench.cases import Case
+from cuflash.bench.deviations import Deviation
 from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.timing import Runner, Timing
 from cuflash.errors import InvalidArgument
@@ -100,6 +102,8 @@ class Report:
     sets: dict[str, list[str]] = field(default_factory=dict)
     """The ids of each set of cases, by its name."""
     rows: list[Row] = field(default_factory=list)
+    deviations: list[Deviation] = field(default_factory=list)
+    """How far results are from exact ones, where that was measured instead of times."""
     host: list[dict[str, object]] = field(default_factory=list)
     """Host microseconds a call on a tiny problem, by implementation and phase."""
     start: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -111,11 +115,12 @@ class Report:
         """Write JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = asdict(self)
-        rows = ",\n".join("    " + json.dumps(each) for each in content.pop("rows"))  # a line each: diffs stay readable
-        text = json.dumps(content, indent=2)
-        path.write_text(
-            f'{text[:-2]},\n  "rows": [\n{rows}\n  ]\n}}\n' if rows else f'{text[:-2]},\n  "rows": []\n}}\n'
-        )
+        lists = {name: content.pop(name) for name in ("deviations", "rows")}
+        text = json.dumps(content, indent=2)[:-2]
+        for name, rows in lists.items():
+            lines = ",\n".join("    " + json.dumps(each) for each in rows)  # a line each: diffs stay readable
+            text += f',\n  "{name}": [\n{lines}\n  ]' if rows else f',\n  "{name}": []'
+        path.write_text(text + "\n}\n")
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -130,7 +135,8 @@ class Report:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows = [Row(**{name: each[name] for name in known & each.keys()}) for each in content.pop("rows")]
-            return cls(**content, rows=rows)
+            deviations = [Deviation(**each) for each in content.pop("deviations", [])]
+            return cls(**content, rows=rows, deviations=deviations)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidArgument(f"{path} is not what `bench --json` writes ({error}); name such a file.") from error
 
@@ -139,6 +145,7 @@ class Report:
         return replace(
             self,
             rows=[row for row in self.rows if row.phase == phase],
+            deviations=[each for each in self.deviations if each.phase == phase],
             host=[each for each in self.host if each["phase"] == phase],
             start={name: times for name, times in self.start.items() if name.startswith(phase)},
         )
@@ -306,12 +313,13 @@ def _cell(row: Row | None, faster: float | None = None) -> str:
 
 def table(report: Report) -> Table:
     """The results for a terminal."""
-    header, lines = _cells(report)
-    result = Table(
-        title=f"{report.device}, {report.date}; beside a peer, how many times faster cuflash is",
-        title_justify="left",
-        box=box.SIMPLE,
-    )
+    title = f"{report.device}, {report.date}; beside a peer, how many times faster cuflash is"
+    return _on_screen(title, *_cells(report))
+
+
+def _on_screen(title: str, header: list[str], lines: list[list[str]]) -> Table:
+    """Two columns that stay whole, then numbers."""
+    result = Table(title=title, title_justify="left", box=box.SIMPLE)
     for i, name in enumerate(header):
         result.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2, overflow="fold")
     for line in lines:
@@ -319,8 +327,20 @@ def table(report: Report) -> Table:
     return result
 
 
+_DEVIATIONS = (
+    "Root mean square errors against float64, in units of rounding the exact result once; beside the best, how many "
+    "times the least error of the peers (torch-efficient and flex aside), or of FlashAttention on paper (model) where "
+    "none computes the case"
+)
+
+
+def deviations_table(report: Report) -> Table:
+    """How far results are from exact ones, for a terminal."""
+    return _on_screen(f"{report.device}, {report.date}\n{_DEVIATIONS}", *deviations_of.cells(report.deviations))
+
+
 def markdown(report: Report, name: str) -> str:
-    """The results for a page, with the file they are from: one table for each phase and mode, then host and start."""
+    """The results for a page, with the file they are from: a table for each phase and mode, errors, host and start."""
     header, lines = _cells(report)
     made_with = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     driver = f", driver {report.driver}" if report.driver else ""
@@ -329,6 +349,9 @@ def markdown(report: Report, name: str) -> str:
         own = [line[1:] for line in lines if line[0] == phase]
         parts.append(f"{phase.capitalize()}; in brackets beside a peer, how many times faster cuflash is.")
         parts.append(markdown_table(header[1:], own))
+    if report.deviations:
+        parts.append(f"{_DEVIATIONS}.")
+        parts.append(markdown_table(*deviations_of.cells(report.deviations)))
     if report.host:
         parts.append("Host time of a call on a tiny problem, µs.")
         parts.append(markdown_table(["impl", "phase", "µs"], [[str(x) for x in each.values()] for each in report.host]))

@@ -137,6 +137,36 @@ def cpu() -> list[Case]:
     ]
 
 
+def exactness() -> list[Case]:
+    """What shows in errors: both 16-bit types, dims, masks, inputs times 1, 3 and 10; then one feature at a time."""
+    plain = [
+        (f"{dtype}-d{dim}{'-causal' if mask.right == 0 else ''}", dtype, dim, {"mask": mask})
+        for dtype in ("bf16", "fp16")
+        for dim in (64, 128, 256)
+        for mask in (Mask(), _CAUSAL)
+    ]
+    changes = {
+        "gqa": {"heads_kv": 2},
+        "sink": {"sink": True},
+        "dropout": {"dropout": "byte"},
+        "dropout_word": {"dropout": "word"},
+    }
+    featured = [
+        (f"{dtype}-d{dim}-{feature}", dtype, dim, change)
+        for dtype, dim in (("bf16", 128), ("fp16", 64))
+        for feature, change in changes.items()
+    ]
+    return [
+        replace(
+            _dense(f"{name}-x{factor}", dtype, 1, 4, 1024, dim, **change),
+            qk_factor=float(factor),
+            dropout_p=0.1 if "dropout" in change else 0.0,
+        )
+        for name, dtype, dim, change in plain + featured
+        for factor in (1, 3, 10)
+    ]
+
+
 SETS: dict[str, Callable[[], list[Case]]] = {
     "prefill": prefill,
     "gqa": gqa,
@@ -147,6 +177,7 @@ SETS: dict[str, Callable[[], list[Case]]] = {
     "features": features,
     "latency": latency,
     "numpy": cpu,
+    "exactness": exactness,
 }
 """Name to cases; all are forward problems, the bench turns them round for the backward."""
 

@@ -43,6 +43,9 @@ class Runner:
     """Floating-point operations of a launch, where it does not compute the case itself."""
     nbytes: int | None = None
     """Bytes it must read and write, likewise."""
+    tensors: Callable[[Any], Sequence[Any]] | None = None
+    """Takes from what ``call`` returns out, or dq, dk, dv and perhaps more, shaped as the case is, in a type that
+    DLPack has a name for and that holds every value. None where a call does not compute the case."""
 
 
 @dataclass(frozen=True, slots=True)

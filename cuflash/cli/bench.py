@@ -1,4 +1,4 @@
-"""``bench``: time cuflash and every installed peer on a named problem set."""
+"""``bench``: time cuflash and every installed peer on a named problem set, or compare their results with exact ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 import click
 from rich.console import Console
 
-from cuflash.bench import report, sets, start
+from cuflash.bench import exactness, report, sets, start
 from cuflash.bench import standing as standings
 from cuflash.bench.cases import Case
 from cuflash.bench.peers import PEERS, find
@@ -19,6 +19,7 @@ from cuflash.bench.peers import chosen as chosen_peers
 from cuflash.bench.run import Bench
 from cuflash.cli.console import Seconds, bar, console, given, show
 from cuflash.cli.problem import has_gpu
+from cuflash.cli.soak import check_cublas, compile_all
 from cuflash.cli.support import FILE, write_between
 from cuflash.errors import InvalidArgument
 from cuflash.problem import Direction
@@ -30,6 +31,7 @@ from cuflash.problem import Direction
     help=f"""Time cuflash and its peers in one process, in rotated order, on the same inputs.
 
     PROBLEMS is one of {", ".join([*sets.SETS, *sets.UNIONS])}; if not given, prefill on a GPU and numpy elsewhere.
+    exactness times nothing: it compares what all of them compute with the same in float64, on a GPU by cuBLAS.
     Peers that --peers takes:
 
     \b
@@ -46,7 +48,7 @@ from cuflash.problem import Direction
 @click.option(
     "--peers",
     help="Some of the names above, with commas and without spaces, or torch, jax for all of these; '' for none, "
-    "all installed if not given.",
+    f"all installed if not given ({exactness.PEERS.replace(',', ', ')} for exactness).",
 )
 @click.option("--seconds", type=Seconds(min=0), default=240.0, help="Stop starting cases after this long.")
 @click.option("--quick", is_flag=True, help="Fewer and shorter rounds.")
@@ -103,8 +105,20 @@ def command(
     by_set = _matching(problems or ("prefill" if gpu else "numpy"), case)
     directions: list[Direction] = ["forward", "backward"] if phase == "both" else [phase]
     cases = [each.turned(direction) for direction in directions for chosen in by_set.values() for each in chosen]
-    found = find(chosen_peers(peers, gpu), gpu)
-    run = Bench(found.implementations, gpu, quick, sustained)
+    run: Bench
+    if problems == exactness.NAME:
+        timing = given("problems", "case", "phase", "peers", "seconds", "json")
+        if timing:
+            raise InvalidArgument(f"{timing[0]} is for timing, and {exactness.NAME} times nothing; drop one of them.")
+        processes = False
+        found = find(chosen_peers(exactness.PEERS if gpu and peers is None else peers, gpu), gpu)
+        if gpu:
+            check_cublas(exactness.NAME)
+            compile_all(exactness.steps(cases))
+        run = exactness.Exactness(found.implementations, gpu)
+    else:
+        found = find(chosen_peers(peers, gpu), gpu)
+        run = Bench(found.implementations, gpu, quick, sustained)
     run.report.sets = {name: [each.id for each in chosen] for name, chosen in by_set.items()}
     run.report.notes += found.notes
     with bar() as progress:
@@ -157,7 +171,7 @@ def _matching(problems: str, pattern: str | None) -> dict[str, list[Case]]:
 
 
 def _print(found: report.Report, screen: Console) -> None:
-    show(screen, report.table(found))
+    show(screen, report.deviations_table(found) if found.deviations else report.table(found))
     for each in found.host:
         screen.print(f"host, tiny problem: {each['impl']} {each['phase']} {each['host_us']} µs a call")
     for key, times in found.start.items():

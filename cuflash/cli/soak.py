@@ -11,6 +11,7 @@ from cuflash.bench.cases import CASES
 from cuflash.bench.soak import Job, Outcome, soak, steps_of
 from cuflash.cli.console import bar, console, followed
 from cuflash.errors import InvalidArgument
+from cuflash.plan import Step
 
 _MOST_FAILURES = 5
 """After so many wrong draws, more of them say nothing new."""
@@ -19,8 +20,8 @@ _MOST_FAILURES = 5
 def run(job: Job, seconds: float) -> bool:
     """Run the draws, print each that goes wrong with the command that repeats it; whether all went well."""
     if job.gpu:
-        _check_cublas()
-        _compile(job)
+        check_cublas("--soak on a GPU", ", or give --numpy")
+        compile_all(steps_of([CASES[case_id] for case_id in job.case_ids], device.current(0)))
     screen = console()
     started_s = time.perf_counter()
     failures, ran, variants, left_out = 0, 0, 0, Counter[str]()
@@ -45,7 +46,7 @@ def run(job: Job, seconds: float) -> bool:
     return failures == 0 and ran > 0
 
 
-def _check_cublas() -> None:
+def check_cublas(what: str, otherwise: str = "") -> None:
     """The exact answers are products of whole matrices on the GPU, which CuPy leaves to cuBLAS."""
     import cupy
 
@@ -53,16 +54,15 @@ def _check_cublas() -> None:
         _ = cupy.cuda.cublas  # loaded when asked for
     except ImportError as error:
         raise InvalidArgument(
-            f"--soak on a GPU needs cuBLAS, which CuPy does not find: {error}. "
-            "Install nvidia-cublas (nvidia-cublas-cu12 with CUDA 12), or give --numpy."
+            f"{what} needs cuBLAS, which CuPy does not find: {error}. "
+            f"Install nvidia-cublas (nvidia-cublas-cu12 with CUDA 12){otherwise}."
         ) from error
 
 
-def _compile(job: Job) -> None:
-    """Fill the kernel cache, on all cores; what does not compile will be said by the draws that need it."""
-    gpu = device.current(0)
-    steps = steps_of([CASES[case_id] for case_id in job.case_ids], gpu)
-    cubins = jit.compile_many([(step.kernel, step.config, step.params, gpu.arch) for step in steps], None)
+def compile_all(steps: list[Step]) -> None:
+    """Fill the kernel cache, on all cores; what does not compile will be said by what needs it."""
+    arch = device.current(0).arch
+    cubins = jit.compile_many([(step.kernel, step.config, step.params, arch) for step in steps], None)
     for _ in followed(cubins, "compiling", len(steps)):
         pass
 

@@ -43,23 +43,29 @@ class Jax:
         if problem.direction == "forward":
             compiled = jax.jit(function)
 
-            def call() -> None:
+            def call() -> Any:
                 last[0] = compiled(*tensors)
+                return last[0]
 
         else:
             leaves, rest = (tensors, []) if problem.bias_grad else (tensors[:3], tensors[3:])
             pullback = jax.jit(lambda leaves, rest: jax.vjp(lambda *x: function(*x, *rest), *leaves)[1])(leaves, rest)
             compiled, dout = jax.jit(lambda pullback, dout: pullback(dout)), self.array(inputs.dout)
 
-            def call() -> None:
+            def call() -> Any:
                 last[0] = compiled(pullback, dout)
+                return last[0]
 
         def wait() -> None:
             jax.block_until_ready(last[0])
 
+        def wide(results: Any) -> list[Any]:  # JAX has float64 only where it is switched on
+            results = results if isinstance(results, tuple) else (results,)
+            return jax.block_until_ready([x.astype(problem.dtype.accumulator) for x in results])
+
         call()
         wait()
-        return Runner(self.name, self.family, call, call, clock="wall", wait=wait)
+        return Runner(self.name, self.family, call, call, clock="wall", wait=wait, tensors=wide)
 
     def array(self, x: Any) -> Any:
         """The same memory as a JAX array."""

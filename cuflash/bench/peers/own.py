@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from cuflash.bench import calls
 from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Inputs
+from cuflash.bench.inputs import Array, Inputs
 from cuflash.bench.naive import Naive, visible
 from cuflash.bench.peers.implementation import beyond
 from cuflash.bench.timing import Runner
@@ -48,6 +52,7 @@ class CuflashGpu:
             clock="events",
             wait=stream.synchronize,
             keep=[pool, outputs, graph],
+            tensors=_wide,
         )
 
 
@@ -63,7 +68,7 @@ class CuflashCpu:
     def prepare(self, case: Case, inputs: Inputs) -> Runner:
         """Nothing to prepare but the forward's results, where the case is a backward."""
         call = calls.of(case, inputs)
-        return Runner(self.name, "reference", call, call, clock="wall", wait=lambda: None)
+        return Runner(self.name, "reference", call, call, clock="wall", wait=lambda: None, tensors=_wide)
 
 
 class NumpyNaive:
@@ -90,5 +95,13 @@ class NumpyNaive:
         def backward() -> object:
             return [naive.backward(dout, 0.0, q, k, v, keep) for q, k, v, dout in sequences]
 
+        def tensors(results: Any) -> list[Array]:
+            return [np.stack(each).swapaxes(1, 2) for each in zip(*(x[:3] for x in results), strict=True)]
+
         call = forward if problem.direction == "forward" else backward
-        return Runner(self.name, "naive", call, call, clock="wall", wait=lambda: None)
+        return Runner(self.name, "naive", call, call, clock="wall", wait=lambda: None, tensors=tensors)
+
+
+def _wide(results: tuple[Array, ...]) -> list[Array]:
+    """The first outputs of a call in float64; behind them are others, which no peer returns."""
+    return [x.astype(np.float64) for x in results[:3] if not isinstance(x, tuple)]

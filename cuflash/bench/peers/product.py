@@ -44,6 +44,7 @@ class Product:
     def of_product(self, runner: Runner) -> Runner:
         """The runner with the work of the product."""
         runner.flops = 2.0 * SIDE**3
+        runner.tensors = None
         runner.nbytes = 3 * SIDE**2 * self.dtype.itemsize
         return runner
 

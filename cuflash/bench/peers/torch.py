@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
 from typing import Any, Literal
 
@@ -41,14 +41,19 @@ class Torch:
             graph = self._capture(torch, call, stream)
         # Eager launches may leave the device waiting for the host, which a reader of the row has to know.
         launch, family = (call, f"{self.family}, eager") if graph is None else (graph.replay, self.family)
-        return Runner(self.name, family, call, launch, "events", stream.synchronize, scope, keep=[graph])
+        runner = Runner(self.name, family, call, launch, "events", stream.synchronize, scope, keep=[graph])
+        runner.tensors = partial(self.tensors, case, inputs)
+        return runner
 
     def scope(self, torch: Any) -> AbstractContextManager[object]:
         """The switches under which the function picks this implementation; none to set."""
         return torch.enable_grad()
 
     def view(self, x: Any) -> Any:
-        """A tensor of the inputs in the shape that the function takes: (b, s, h, d) or packed, as it is."""
+        """A tensor of the inputs in the shape that the function takes: (b, s, h, d) or packed, as it is.
+
+        Seen so once more it is as before, but for an axis of one.
+        """
         return x
 
     def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
@@ -69,6 +74,12 @@ class Torch:
         leaves += [bias] if problem.bias_grad else []
         dout = self.view(torch.from_dlpack(inputs.dout))
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+    def tensors(self, case: Case, inputs: Inputs, results: Any) -> list[Any]:
+        """What a call returned, in the shapes of the case and in float64, which holds every value exactly."""
+        forward = case.problem.direction == "forward"
+        results, shapes = ([results], (inputs.dout,)) if forward else (results, (inputs.q, inputs.k, inputs.v))
+        return [self.view(x).detach().double().reshape(like.shape) for x, like in zip(results, shapes, strict=False)]
 
     def _capture(self, torch: Any, call: Callable[[], object], stream: Any) -> Any | None:
         graph = torch.cuda.CUDAGraph()

@@ -1,0 +1,73 @@
+"""How far results are from exact ones: what the bench records of it, and the table of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cuflash.bench.peers.own import CuflashGpu
+
+MODEL = "model"
+"""What FlashAttention computes on paper (:mod:`cuflash.bench.flash`), a column of its own."""
+
+_OWN = CuflashGpu.name
+_NO_RIVALS = (_OWN, MODEL, "torch-efficient", "flex")
+"""Columns that cuflash is not held to: itself, kernels that are made for memory or generality, and the model where a
+rival computes the case."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """The errors of one output of one case."""
+
+    case: str
+    phase: str
+    """``forward`` or ``backward``."""
+    tensor: str
+    """``out``, ``dq``, ``dk`` or ``dv``."""
+    unit: float
+    """What rounding the exact result once to the element type makes of it: a root mean square over all elements."""
+    errors: dict[str, float]
+    """Root mean square differences from the exact result, in units, by implementation and of the model."""
+
+    @property
+    def rivals(self) -> dict[str, float]:
+        """The errors that cuflash is held to; the model's where no rival computes the case."""
+        rivals = {impl: error for impl, error in self.errors.items() if impl not in _NO_RIVALS}
+        return rivals or {MODEL: self.errors[MODEL]}
+
+    @property
+    def beside_the_best(self) -> float | None:
+        """How many times the least of those errors cuflash's is; None where cuflash did not compute the case."""
+        own = self.errors.get(_OWN)
+        return None if own is None else own / min(self.rivals.values())
+
+
+def cells(deviations: Iterable[Deviation]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table: a line for each case, in which the outputs follow each other, and the worst."""
+    cases: dict[str, list[Deviation]] = {}
+    for each in deviations:
+        cases.setdefault(each.case, []).append(each)
+    rows = [row for case in cases.values() for row in case]
+    impls = dict.fromkeys(impl for row in rows for impl in row.errors if impl not in (_OWN, MODEL))
+    lines = []
+    for case, group in cases.items():
+        beside = _joined(row.beside_the_best for row in group)
+        beside += " (model)" if any(MODEL in row.rivals for row in group) else ""
+        errors = [_joined(row.errors.get(impl) for row in group) for impl in (_OWN, *impls, MODEL)]
+        lines.append([case, "/".join(row.tensor for row in group), errors[0], beside, *errors[1:]])
+    for held_to, label in ((False, "worst"), (True, "worst beside the model")):
+        ratios = [(row.beside_the_best, row) for row in rows if (MODEL in row.rivals) == held_to]
+        known = [(ratio, f"{row.tensor} of {row.case}") for ratio, row in ratios if ratio is not None]
+        if known:  # the largest, or one that is not a number
+            ratio, of = max(known, key=lambda each: (each[0] != each[0], each[0]))
+            lines.append([label, "", "", f"{ratio:.3f}, {of}", *("" for _ in (*impls, MODEL))])
+    return ["case", "of", _OWN, "beside the best", *impls, MODEL], lines
+
+
+def _joined(numbers: Iterable[float | None]) -> str:
+    """Two decimals each; nothing after the last that is known."""
+    texts = ["–" if number is None else f"{number:.2f}" for number in numbers]
+    while len(texts) > 1 and texts[-1] == "–":
+        texts.pop()
+    return " / ".join(texts)
