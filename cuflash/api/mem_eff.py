@@ -474,8 +474,8 @@ def _dense_lengths(options: Options, q: Array, k: Array) -> Options:
     for name, x in (("max_seqlen_q", q), ("max_seqlen_k", k)):
         given = getattr(options, name)
         shape: tuple[int, ...] = getattr(x, "shape", ())
-        if given is not None and len(shape) == 4 and given != shape[1]:
-            raise InvalidArgument(f"{name} is {given} but the tensor has {shape[1]} rows; pass that, or None.")
+        if given is not None and len(shape) == 4 and integer(given) != shape[1]:
+            raise InvalidArgument(f"{name} is {shown(given)} but the tensor has {shape[1]} rows; pass that, or None.")
     return options._replace(max_seqlen_q=None, max_seqlen_k=None)
 
 

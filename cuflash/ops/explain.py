@@ -10,6 +10,7 @@ from cuflash import device as devices
 from cuflash import plan
 from cuflash.arrays import Guest, cupy_arrays, framework_of, numpy_arrays
 from cuflash.errors import InvalidArgument
+from cuflash.numbers import flag
 from cuflash.ops import check
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.options import Options, given
@@ -24,6 +25,7 @@ def explain(
 
     `others` are in the order of :data:`SHARED`; without a device it is the arrays' own.
     """
+    backward = flag("backward", backward)
     if isinstance(q, Problem):
         given_options = [*map(type, options)] != [*map(type, Options())] or options != Options()
         if given_options or backward or any(x is not None for x in (*others, block_table)):
