@@ -58,7 +58,10 @@ def test_finite_logits_of_any_size_are_weighed(backend: Backend, level: float) -
         np.testing.assert_allclose(lse, exact.lse, rtol=1e-6)
         np.testing.assert_allclose(dv.astype(FP64), exact.dv, atol=4 * CLOSE[dtype])
         assert_sums_to_one(dv, dout, dtype)
-        assert np.isfinite(dq.astype(FP64)).all() and np.isfinite(dk.astype(FP64)).all()
+        exact_dq = np.einsum("bhqk,bkgd->bqhd", exact.dbias, k.astype(FP64)) / 4
+        exact_dk = np.einsum("bhqk,bqhd->bkd", exact.dbias, q.astype(FP64))[:, :, None] / 4
+        np.testing.assert_allclose(dq.astype(FP64), exact_dq, atol=8 * CLOSE[dtype])
+        np.testing.assert_allclose(dk.astype(FP64), exact_dk, atol=8 * CLOSE[dtype])
 
 
 @pytest.mark.parametrize("feature", ["causal", "sink", "splits", "dropout", "packed", "mask", "bias-row"])
