@@ -124,6 +124,16 @@ def test_soft_caps_of_every_size(backend: Backend, softcap: float) -> None:  # n
             assert_right(found, arrays, softcap=softcap)
 
 
+def test_small_values_come_back(backend: Backend) -> None:  # noqa: F811
+    """A query that sees one key gets its value, bit for bit, down to four times the smallest normal number."""
+    for dtype in dtypes_of(backend):
+        least = dtype(4) * dtype(ml_dtypes.finfo(dtype).tiny)
+        v = np.tile(np.array([least, -least, 3 * least, 1], dtype), (1, 5, 1, 8))
+        q, k = random(1, 5, 1, 32, dtype=dtype), random(1, 5, 1, 32, seed=1, dtype=dtype)
+        out, _ = backend(q, k, v, window_size=(0, 0), num_splits=1)
+        assert out.tobytes() == v.tobytes(), dtype
+
+
 def test_one_log_sum_exp_says_what_it_can(backend: Backend) -> None:  # noqa: F811
     """Without the forward's state rows of P sum to 1 within the rounding of lse: here of 1/64 of exp(lse)."""
     (dtype, *_) = dtypes_of(backend)
