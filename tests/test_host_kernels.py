@@ -567,7 +567,7 @@ def run(case: Case, tensors: Tensors, direction: str, seed: int) -> None:
     assert run_plan_on_host(plan, tensors.arrays, seed, tensors.numbers) == 0, "ldmatrix met bank conflicts"
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_forward(case: Case, seed: int = 0) -> None:
     tensors = Tensors(case)
@@ -589,7 +589,7 @@ def test_forward(case: Case, seed: int = 0) -> None:
     tensors.assert_surroundings_untouched("out", "lse")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
 def test_backward(case: Case, seed: int = 0) -> None:
     tensors = Tensors(case)
