@@ -206,6 +206,9 @@ def flash_attn_func(
     memory and new arrays come from torch's allocator for torch and from CuPy's for all others; CuPy's does not know of
     graphs, so capture with a ``cupy.cuda.MemoryPool`` that lives as long as the graph.
 
+    Calls on NumPy arrays use as many threads as ``CUFLASH_NUM_THREADS`` says, all cores that the process may use by
+    default, and give the same bits with any number. While one runs, the BLAS of the process is held to one thread.
+
     Subclasses of ``numpy.ndarray`` are taken for the plain arrays that they hold, and masked arrays are refused.
 
     Examples
