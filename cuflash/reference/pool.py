@@ -49,25 +49,22 @@ class Scratch:
         return buffer[:size].reshape(shape)
 
 
-class SpareScratch:
-    """Scratch that is not in use, whoever had it last.
+class SpareScratch(threading.local):
+    """What a thread has for its next job: memory that it wrote last, and that is in its core's cache.
 
-    It belongs to no thread: a call may come in the middle of another one of its thread, from a signal's handler.
+    It has none in the middle of a job, as another call may begin there, in a signal's handler.
     """
 
-    def __init__(self) -> None:
-        self._spare: deque[Scratch] = deque(maxlen=256)
+    _spare: Scratch | None = None
 
     def borrow(self) -> Scratch:
-        """Some scratch that nobody else has."""
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return Scratch()
+        """Scratch that nobody else has."""
+        found, self._spare = self._spare, None
+        return Scratch() if found is None else found
 
     def give_back(self, scratch: Scratch) -> None:
-        """Let others have it."""
-        self._spare.append(scratch)
+        """Keep it for this thread's next job."""
+        self._spare = scratch
 
 
 tile_scratch, key_scratch = SpareScratch(), SpareScratch()
