@@ -110,8 +110,8 @@ def flash_attn_func(
 
     A NaN or infinity in a hidden key or value may reach queries that are in a tile with it, as 0 * NaN is NaN.
     Sums of weighted values, before their division by the sum of weights, must fit into float32 (float64 for float64).
-    On a GPU bfloat16 and float32 below 2^-125 may count as 0; on Hopper weights in bfloat16 rise to 2^32 before the
-    division and, where scores rise by more than 22, start at 2^-64: values above 2^95 or below 2^-62 may be lost.
+    On a GPU bfloat16 and float32 below 2^-125 may count as 0; on Hopper weights in 16 bits rise to 2^8 before the
+    division, so that values above 2^119 may overflow.
 
     Parameters
     ----------
