@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -44,24 +45,25 @@ class Deviation:
 
 
 def cells(deviations: Iterable[Deviation]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table: a line for each case, in which the outputs follow each other, and the worst."""
+    """Header and lines of the table: a line for each case, in which the outputs follow each other, then the worst."""
     cases: dict[str, list[Deviation]] = {}
     for each in deviations:
         cases.setdefault(each.case, []).append(each)
     rows = [row for case in cases.values() for row in case]
     impls = dict.fromkeys(impl for row in rows for impl in row.errors if impl not in (_OWN, MODEL))
-    lines = []
-    for case, group in cases.items():
+
+    def line(of: str, *group: Deviation) -> list[str]:
         beside = _joined(row.beside_the_best for row in group)
         beside += " (model)" if any(MODEL in row.rivals for row in group) else ""
-        errors = [_joined(row.errors.get(impl) for row in group) for impl in (_OWN, *impls, MODEL)]
-        lines.append([case, "/".join(row.tensor for row in group), errors[0], beside, *errors[1:]])
-    for held_to, label in ((False, "worst"), (True, "worst beside the model")):
-        ratios = [(row.beside_the_best, row) for row in rows if (MODEL in row.rivals) == held_to]
-        known = [(ratio, f"{row.tensor} of {row.case}") for ratio, row in ratios if ratio is not None]
+        own, *errors = (_joined(row.errors.get(impl) for row in group) for impl in (_OWN, *impls, MODEL))
+        return [group[0].case, of, own, beside, *errors]
+
+    lines = [line(" ".join(row.tensor for row in group), *group) for group in cases.values()]
+    for by_model in (False, True):
+        known = [(row.beside_the_best, row) for row in rows if (MODEL in row.rivals) == by_model and _OWN in row.errors]
         if known:  # the largest, or one that is not a number
-            ratio, of = max(known, key=lambda each: (each[0] != each[0], each[0]))
-            lines.append([label, "", "", f"{ratio:.3f}, {of}", *("" for _ in (*impls, MODEL))])
+            _, worst = max(known, key=lambda each: (math.isnan(each[0]), each[0]))
+            lines.append(line(f"worst: {worst.tensor}", worst))
     return ["case", "of", _OWN, "beside the best", *impls, MODEL], lines
 
 
@@ -70,4 +72,4 @@ def _joined(numbers: Iterable[float | None]) -> str:
     texts = ["–" if number is None else f"{number:.2f}" for number in numbers]
     while len(texts) > 1 and texts[-1] == "–":
         texts.pop()
-    return " / ".join(texts)
+    return " ".join(texts)

@@ -159,7 +159,8 @@ class TorchCpu(TorchSdpa):
 
         with scope():
             call = self.call(torch, case, inputs)
-        return Runner(self.name, self.family, call, call, clock="wall", wait=lambda: None, scope=scope)
+        tensors = partial(self.tensors, case, inputs)
+        return Runner(self.name, self.family, call, call, "wall", wait=lambda: None, scope=scope, tensors=tensors)
 
 
 class TorchVarlen(Torch):
