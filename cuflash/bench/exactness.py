@@ -7,6 +7,7 @@ models.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from cuflash.bench.run import Bench
 from cuflash.bench.timing import Runner
 from cuflash.bench.verify import dropout_of
 from cuflash.device import current
+from cuflash.dropout import Dropout
 from cuflash.dtypes import FP64, DType
 from cuflash.plan import Step, choose
 from cuflash.reference.dropout import KeepMask
@@ -99,10 +101,18 @@ def _dropped(case: Case, inputs: Inputs, xp: Any) -> Array | None:
     problem, dropout = case.problem, dropout_of(case)
     if dropout is None or inputs.rng_state is None:
         return None
-    heads = np.arange(problem.batch * problem.heads_q, dtype=np.uint64).reshape(problem.batch, problem.heads_q)
-    mask = KeepMask(dropout, *inputs.rng_state, heads, problem.len_kv, problem.len_q * problem.len_kv)
-    kept = mask.tile((slice(None),), slice(0, problem.len_q), slice(0, problem.len_kv))
+    kept = _kept(dropout, inputs.rng_state, problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
     return xp.asarray(kept) * dropout.keep_scale
+
+
+@lru_cache(maxsize=2)
+def _kept(
+    dropout: Dropout, rng_state: tuple[int, int], batch: int, heads_q: int, len_q: int, len_kv: int
+) -> np.ndarray:
+    """Which pairs survive, (b, heads_q, len_q, len_kv) booleans; of each scheme alike in all cases of the set."""
+    heads = np.arange(batch * heads_q, dtype=np.uint64).reshape(batch, heads_q)
+    mask = KeepMask(dropout, *rng_state, heads, len_kv, len_q * len_kv)
+    return mask.tile((slice(None),), slice(0, len_q), slice(0, len_kv))
 
 
 def steps(cases: list[Case]) -> list[Step]:
