@@ -404,6 +404,11 @@ CALLS: dict[str, Call] = {
         "max_seqlen_k is -1; expected an integer from 0, or None to read it from cu_seqlens.",
         {"max_seqlen_k": -1},
     ),
+    "longest-endless": Call(
+        varlen,
+        "max_seqlen_k is 2147483648; expected fewer than 2**31. Pass the longest length, or None.",
+        {"max_seqlen_k": 2**31},
+    ),
     "longest-short": Call(
         varlen,
         "max_seqlen_k is 6, but sequence 0 has 7 rows; pass at least that many, or None.",

@@ -77,6 +77,8 @@ def length(options: Options, name: str) -> int:
         raise InvalidArgument(
             f"{name} is {shown(given)}; expected an integer from 0, or None to read it from cu_seqlens."
         )
+    if value >= 2**31:
+        raise InvalidArgument(f"{name} is {shown(given)}; expected fewer than 2**31. Pass the longest length, or None.")
     return value
 
 
