@@ -236,7 +236,7 @@ def test_inputs_of_guests_go_when_their_kernels_are_done(monkeypatch: pytest.Mon
 def test_a_cubin_names_the_build_of_its_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
     monkeypatch.setattr(cache, "read", lambda folder: asked.append(folder))
-    monkeypatch.setattr(compile, "_check_arch", lambda arch: None)
+    monkeypatch.setattr(compile, "check_arch", lambda arch: None)
     monkeypatch.setattr(compile, "_nvrtc", lambda *_: (b"", ""))
     monkeypatch.setattr(cache, "publish", lambda folder, *_: folder)
     monkeypatch.setattr(compile, "version", lambda: (13, 0))
