@@ -623,12 +623,20 @@ def test_every_public_function_documents_every_argument() -> None:
 
 
 def test_import_is_quick() -> None:
-    code = "import time; start = time.process_time(); import cuflash; print(time.process_time() - start)"
+    code = """
+from time import process_time
+start = process_time()
+import ml_dtypes, numpy
+needed = process_time()
+import cuflash
+print((process_time() - needed) / (needed - start))
+"""
 
     def run() -> float:
         return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
-    assert any(run() < 0.3 for _ in range(10)), "other tests on the same cores may slow down some runs, not all"
+    # Beside what it needs, as machines differ by more than any change: 0.7 to 1.5 on an idle one.
+    assert any(run() < 3 for _ in range(10)), "other tests on the same cores may slow down some runs, not all"
 
 
 def test_bfloat16_arrays_stay_bfloat16() -> None:

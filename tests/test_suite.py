@@ -46,7 +46,7 @@ def has_gpu(suite: Path, why_not: str) -> None:
 def run(suite: Path, *arguments: str) -> tuple[str, str, set[str]]:
     """The header line, the last line, and what ran or was skipped."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments]
-    environment = os.environ | {"COLUMNS": "90"}
+    environment = os.environ | {"COLUMNS": "90", "PYTEST_ADDOPTS": ""}
     output = subprocess.run(command, cwd=suite, capture_output=True, text=True, env=environment).stdout
     (header,) = re.findall("^cuflash: .*", output, re.MULTILINE)
     names = re.findall(r"::(test_\w+(?:\[\d\])?)(?= ).*(?:PASSED|SKIPPED)|(?:PASSED|SKIPPED).*::(\S+)", output)
