@@ -35,11 +35,6 @@ struct alignas(2 * sizeof(Real)) RowState {
     return rescale;
   }
 
-  // Whether probabilities would pass 2^slack without an update; until then the maximum so far serves as well.
-  CF_DEVICE bool outgrown(Real tile_max, Real log2_unit, Real slack) const {
-    return (tile_max - m) * log2_unit > slack;
-  }
-
   // Takes in other scores of the row; returns the factor by which the output so far shrinks, and that of the other's.
   CF_DEVICE Real merge(const RowState& other, Real log2_unit, Real& other_rescale) {
     const Real rescale = update(other.m, log2_unit);
