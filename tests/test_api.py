@@ -629,14 +629,16 @@ start = process_time()
 import ml_dtypes, numpy
 needed = process_time()
 import cuflash
-print((process_time() - needed) / (needed - start))
+print(needed - start, process_time() - needed)
 """
 
-    def run() -> float:
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    def is_quick() -> bool:
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        needed, own = map(float, run.stdout.split())
+        # Where what it needs alone takes most of 0.3 s: on such machines its own part is 0.9 to 1.2 times that.
+        return needed + own < 0.3 or own < 1.5 * needed
 
-    # Beside what it needs, as machines differ by more than any change: 0.7 to 1.5 on an idle one.
-    assert any(run() < 3 for _ in range(10)), "other tests on the same cores may slow down some runs, not all"
+    assert any(is_quick() for _ in range(10)), "other tests on the same cores may slow down some runs, not all"
 
 
 def test_bfloat16_arrays_stay_bfloat16() -> None:
