@@ -2,19 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from cuflash.api.backend import preferred_backend
 from cuflash.api.explain import Explanation, explain
 from cuflash.api.flash import flash_attn_func, flash_attn_varlen_func
 from cuflash.api.gradients import Gradients, flash_attn_backward, flash_attn_vjp
 from cuflash.api.keywords import FlashOptions, VarlenOptions
-from cuflash.api.mem_eff import (
-    efficient_attention_backward,
-    efficient_attention_forward,
-    mem_eff_backward,
-    mem_eff_forward,
-)
-from cuflash.api.mha import mha_bwd, mha_fwd, mha_varlen_bwd, mha_varlen_fwd
-from cuflash.api.mha_ck import mha_bwd_ck, mha_fwd_ck, mha_varlen_bwd_ck, mha_varlen_fwd_ck
 from cuflash.api.packed import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -22,8 +13,17 @@ from cuflash.api.packed import (
     flash_attn_varlen_qkvpacked_func,
 )
 from cuflash.api.prepare import PreparedAttention, flash_attn_prepare
+from cuflash.api.pytorch.backend import preferred_backend
+from cuflash.api.pytorch.mem_eff import (
+    efficient_attention_backward,
+    efficient_attention_forward,
+    mem_eff_backward,
+    mem_eff_forward,
+)
+from cuflash.api.pytorch.mha import mha_bwd, mha_fwd, mha_varlen_bwd, mha_varlen_fwd
+from cuflash.api.pytorch.mha_ck import mha_bwd_ck, mha_fwd_ck, mha_varlen_bwd_ck, mha_varlen_fwd_ck
+from cuflash.api.pytorch.validators import check_aligned, check_contiguous, check_last_contiguous, check_range
 from cuflash.api.sdpa import scaled_dot_product_attention
-from cuflash.api.validators import check_aligned, check_contiguous, check_last_contiguous, check_range
 from cuflash.errors import CompileError, InvalidArgument, UnsupportedProblem
 from cuflash.generator import PhiloxGenerator, manual_seed
 from cuflash.masks import Mask

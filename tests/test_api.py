@@ -607,7 +607,7 @@ def test_explain_of_a_forward_does_not_depend_on_deterministic() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [f"cuflash.api.{name}" for name in ("flash", "gradients", "sdpa", "explain", "mha", "backend")],
+    [f"cuflash.api.{name}" for name in ("flash", "gradients", "sdpa", "explain", "pytorch.mha", "pytorch.backend")],
 )
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))

@@ -14,7 +14,7 @@ import pytest
 
 import cuflash
 from cuflash import InvalidArgument, UnsupportedProblem, device, plan
-from cuflash.api import backend
+from cuflash.api.pytorch import backend
 from cuflash.ops import Options
 from cuflash.problem import Problem
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import cuflash
 from cuflash import InvalidArgument, PhiloxGenerator
-from cuflash.api import backend
+from cuflash.api.pytorch import backend
 from cuflash.dtypes import DTYPES
 from cuflash.ops import Options
 

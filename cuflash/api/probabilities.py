@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from cuflash import ops
-from cuflash.api import backend
-from cuflash.api.layouts import Place, longest
+from cuflash.api.pytorch import backend
+from cuflash.api.pytorch.layouts import Place, longest
 from cuflash.arrays import Framework, Guest, framework_of
 from cuflash.ops import Options
 from cuflash.ops.lengths import check_readable

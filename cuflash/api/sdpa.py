@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, overload
 
 from cuflash import ops
-from cuflash.api import backend as backends
 from cuflash.api.keywords import Generator
+from cuflash.api.pytorch import backend as backends
 from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten

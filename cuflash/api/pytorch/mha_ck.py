@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.api import explicit
+from cuflash.api.pytorch import explicit
 from cuflash.errors import REFUSALS, shorten
 from cuflash.generator import PhiloxGenerator
 from cuflash.ops import Options

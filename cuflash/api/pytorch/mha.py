@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
-from cuflash.api import explicit
+from cuflash.api.pytorch import explicit
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import shown

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import ops
-from cuflash.api import backend
-from cuflash.api.layouts import Place, longest, unexpanded
 from cuflash.api.probabilities import check_drawn, random_values, signed_probabilities
+from cuflash.api.pytorch import backend
+from cuflash.api.pytorch.layouts import Place, longest, unexpanded
 from cuflash.arrays import framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator

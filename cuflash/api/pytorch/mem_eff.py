@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import ops
-from cuflash.api import backend as backends
-from cuflash.api import explicit
-from cuflash.api.layouts import Place, longest
+from cuflash.api.pytorch import backend as backends
+from cuflash.api.pytorch import explicit
+from cuflash.api.pytorch.layouts import Place, longest
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import flag, integer, is_array, shown

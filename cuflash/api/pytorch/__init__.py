@@ -1,0 +1,1 @@
+"""PyTorch's attention functions, with its names, argument orders and results."""
