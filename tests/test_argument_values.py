@@ -17,7 +17,7 @@ from test_launch import Launches, as_torch, launches, random  # noqa: F401
 import cuflash
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import finite, flag, integer, pair, shown
-from cuflash.ops.options import Options, asked
+from cuflash.ops.call import Options, asked
 
 ONE = [int, float, np.int8, np.uint64, np.float16, np.float32, np.longdouble, ml_dtypes.bfloat16, ml_dtypes.int4,
        ml_dtypes.float8_e4m3fn, np.array, Fraction, Decimal]  # fmt: skip

@@ -29,8 +29,8 @@ from cuflash.bench.verify import verify
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.ops import host as ops_host
-from cuflash.ops.options import ARGUMENTS
+from cuflash.ops import on_numpy
+from cuflash.ops.call import ARGUMENTS
 from cuflash.plan import FAMILIES, choose
 from cuflash.plan.families import FEATURES, needs
 
@@ -87,7 +87,7 @@ def test_the_arrays_of_a_case_are_its_problem(case):
     inputs = make(case, Normals(np))
     options = calls.options(case)
     given = calls.arrays(inputs)
-    problem = ops_host.checked("forward", options, [given.get(name) for name in ARGUMENTS["forward"]]).problem
+    problem = on_numpy.checked("forward", options, [given.get(name) for name in ARGUMENTS["forward"]]).problem
     assert problem == replace(case.turned("forward").problem, deterministic=False)
 
 

@@ -13,7 +13,7 @@ from test_reference import arrays
 from test_reference_features import DTYPES, FACTORS, features
 
 from cuflash import ops
-from cuflash.ops.options import SHARED
+from cuflash.ops.call import SHARED
 
 pytestmark = pytest.mark.gpu
 

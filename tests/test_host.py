@@ -10,7 +10,7 @@ import pytest
 
 import cuflash
 from cuflash.errors import InvalidArgument
-from cuflash.ops import check, host
+from cuflash.ops import check, on_numpy
 
 FP16, FP32 = np.float16, np.float32
 
@@ -29,7 +29,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return problem_of(direction, *rest)
 
     monkeypatch.setattr(check, "problem_of", counted)
-    monkeypatch.setattr(host, "_checked", {})
+    monkeypatch.setattr(on_numpy, "_checked", {})
     return seen
 
 

@@ -18,7 +18,7 @@ from test_launch import as_torch, launches, needs_compiler, to_numpy  # noqa: F4
 
 import cuflash
 from cuflash import device, jit, ops
-from cuflash.ops.options import SHARED
+from cuflash.ops.call import SHARED
 
 LIMITS: dict[str, list[str]] = {
     "no queries, no keys or no batch": [

@@ -31,8 +31,8 @@ from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.jit import kernel
 from cuflash.ops import launch
-from cuflash.ops.kept import KeptZeros
-from cuflash.ops.options import SHARED
+from cuflash.ops.call import SHARED
+from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Box, Config, Step
 from cuflash.problem import Problem
 

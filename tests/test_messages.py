@@ -14,7 +14,7 @@ import cuflash
 from cuflash.arrays import NumPy
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
-from cuflash.ops.options import Options
+from cuflash.ops.call import Options
 from cuflash.problem import Problem
 
 

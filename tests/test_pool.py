@@ -20,7 +20,7 @@ import cuflash
 from cuflash import settings
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.reference import pool, softmax, tiled, tiles
+from cuflash.reference import loops, pool, softmax, tiles
 from cuflash.reference.scores import Scores
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "ROWS", 8)
     monkeypatch.setattr(tiles, "KEYS", 16)
     monkeypatch.setattr(tiles, "SCORES", 256)
-    monkeypatch.setattr(tiled, "ROW_TILES", 2)
+    monkeypatch.setattr(loops, "ROW_TILES", 2)
     monkeypatch.setattr(pool, "WORTH", 0)
     monkeypatch.setattr(pool, "TINY", 0)
 

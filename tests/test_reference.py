@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cuflash import masks, reference
 from cuflash.dropout import Dropout
 from cuflash.masks import Mask
-from cuflash.reference import pool, tiled, tiles
+from cuflash.reference import loops, pool, tiles
 from cuflash.reference.scores import Scores
 
 FP16, BF16, FP32, FP64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
@@ -400,7 +400,7 @@ def test_heads_share_what_their_keys_are_copied_to(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUFLASH_NUM_THREADS", "2")
     shape = {"b": 1, "h": 48, "hk": 48, "sq": 1024, "sk": 1024, "d": 64, "dv": 64}
     q, k, v, *_ = arrays(shape, FP16)
-    monkeypatch.setattr(tiled, "key_scratch", pool.SpareScratch())
+    monkeypatch.setattr(loops, "key_scratch", pool.SpareScratch())
     tracemalloc.start()
     try:
         out, lse = reference.forward(q, k, v, mask=Mask(), softmax_scale=0.125)

@@ -27,8 +27,8 @@ from cuflash.bench.surroundings import Arena, Numbers, surround
 from cuflash.cli import app
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
-from cuflash.ops import host
-from cuflash.ops.options import ARGUMENTS, Options
+from cuflash.ops import on_numpy
+from cuflash.ops.call import ARGUMENTS, Options
 from cuflash.plan import choose
 
 IDS = tuple(CASES)
@@ -178,7 +178,9 @@ def test_arrays_make_the_problem_that_was_drawn(arena: Arena, numbers: Numbers):
             options = options._replace(deterministic=problem.deterministic, bias_grad=problem.bias_grad)
             given |= {"dout": arrays.inputs.dout, "lse": arrays.lse, "dlse": arrays.dlse}
             given["rng_state"] = np.array(drawn.rng_state, np.uint64) if problem.dropout else None
-        made = host.checked(problem.direction, options, [given.get(x) for x in ARGUMENTS[problem.direction]]).problem
+        made = on_numpy.checked(
+            problem.direction, options, [given.get(x) for x in ARGUMENTS[problem.direction]]
+        ).problem
         for field in problem.__dataclass_fields__:
             if field in ("len_q", "len_kv") and problem.layout == "varlen":  # never more than there are packed rows
                 assert getattr(made, field) <= getattr(problem, field)

@@ -13,8 +13,8 @@ from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
 from cuflash.ops import Options
+from cuflash.ops.call import Shared, asked
 from cuflash.ops.lengths import with_lengths
-from cuflash.ops.options import Shared, asked
 
 
 @overload

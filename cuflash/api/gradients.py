@@ -12,7 +12,7 @@ from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
 from cuflash.ops import Gradients
-from cuflash.ops.options import asked
+from cuflash.ops.call import asked
 
 
 @overload

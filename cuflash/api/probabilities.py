@@ -12,8 +12,8 @@ from cuflash.api.pytorch import backend
 from cuflash.api.pytorch.layouts import Place, longest
 from cuflash.arrays import Framework, Guest, framework_of
 from cuflash.ops import Options
+from cuflash.ops.call import SHARED
 from cuflash.ops.lengths import check_readable
-from cuflash.ops.options import SHARED
 
 MULTIPLE = 128
 """What both lengths are rounded up to where PyTorch's and flash-attn's are."""

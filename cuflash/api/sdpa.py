@@ -11,7 +11,7 @@ from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
 from cuflash.numbers import flag
-from cuflash.ops.options import asked
+from cuflash.ops.call import asked
 
 
 @overload

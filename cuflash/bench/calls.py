@@ -8,8 +8,8 @@ import cuflash
 from cuflash.bench.cases import Case
 from cuflash.bench.inputs import Array, Inputs
 from cuflash.ops import backward, forward
-from cuflash.ops.options import Options
-from cuflash.ops.options import results as results_of
+from cuflash.ops.call import Options
+from cuflash.ops.call import results as results_of
 
 Call = Callable[[], tuple[Array, ...]]
 

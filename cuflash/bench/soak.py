@@ -27,7 +27,7 @@ from cuflash.bench.verify import judge
 from cuflash.device import Device
 from cuflash.errors import UnsupportedProblem
 from cuflash.ops import backward, forward
-from cuflash.ops.options import results
+from cuflash.ops.call import results
 from cuflash.plan import Config, Step, choose
 
 _MORE_VARIANTS = 32

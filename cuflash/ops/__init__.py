@@ -1,9 +1,9 @@
 """From checked arrays to results: the only place that joins the NumPy backend, the planner and the compiler."""
 
 from cuflash.ops.backward import backward
+from cuflash.ops.call import Gradients, Options
 from cuflash.ops.explain import Explanation, explain
 from cuflash.ops.forward import forward
-from cuflash.ops.options import Gradients, Options
 from cuflash.ops.prepared import PreparedAttention
 from cuflash.ops.vjp import vjp
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from cuflash import reference
 from cuflash.arrays import NumPy, framework_of
-from cuflash.ops import host, launch
-from cuflash.ops.options import Gradients, Options
+from cuflash.ops import launch, on_numpy
+from cuflash.ops.call import Gradients, Options
 
 
 def backward(
@@ -51,18 +51,18 @@ def backward(
         return Gradients(dq, dk, dv, others[0] if options.bias_grad else None, None if sink is None else others[-1])
 
     places = dq, dk, dv  # of a subclass as they came
-    plain = host.plain(arrays)
+    plain = on_numpy.plain(arrays)
     q, k, v, _, cu_seqlens_q, cu_seqlens_k, *_, rng_state, out, dout, lse, dlse, row_state, _, _, _ = plain
-    checked = host.checked("backward", options, plain)
+    checked = on_numpy.checked("backward", options, plain)
     problem = checked.problem
     drawn = None if rng_state is None else np.ascontiguousarray(rng_state).view(np.uint64)
     keywords = {"dlse": dlse, "row_state": row_state, "bias_grad": problem.bias_grad}
-    keywords |= host.keywords(checked, plain, drawn)
+    keywords |= on_numpy.keywords(checked, plain, drawn)
     if problem.layout == "varlen":
         found = reference.backward_varlen(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **keywords)
     else:
         found = reference.backward(dout, q, k, v, out, lse, **keywords)
-    dq, dk, dv = (host.stored(x, given) for x, given in zip(found[:3], places, strict=True))
+    dq, dk, dv = (on_numpy.stored(x, given) for x, given in zip(found[:3], places, strict=True))
     if not problem.bias_grad and not problem.sink:
         return dq, dk, dv
     with np.errstate(all="ignore"):

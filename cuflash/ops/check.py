@@ -16,7 +16,7 @@ from cuflash.dtypes import DTYPES, DType
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Alignment, Mask, band
 from cuflash.numbers import finite, flag, integer, is_array, pair, scalar, shown
-from cuflash.ops.options import OUTPUTS, Options
+from cuflash.ops.call import OUTPUTS, Options
 from cuflash.ops.packed import is_packed, length
 from cuflash.problem import MAX_SPLITS, Direction, Layout, Problem
 

@@ -12,8 +12,8 @@ from cuflash.arrays import Guest, cupy_arrays, framework_of, numpy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import flag
 from cuflash.ops import check
+from cuflash.ops.call import Options, given
 from cuflash.ops.lengths import with_lengths
-from cuflash.ops.options import Options, given
 from cuflash.plan.choose import Explanation
 from cuflash.problem import Problem
 

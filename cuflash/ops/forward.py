@@ -9,8 +9,8 @@ import numpy as np
 
 from cuflash import reference
 from cuflash.arrays import NumPy, framework_of
-from cuflash.ops import draw, host, launch
-from cuflash.ops.options import Options
+from cuflash.ops import draw, launch, on_numpy
+from cuflash.ops.call import Options
 
 
 def forward(
@@ -51,14 +51,14 @@ def forward(
 def on_host(options: Options, arrays: Sequence[Any], generator: Any = None) -> tuple[Any, ...]:
     """The same of NumPy arrays, in the order of :data:`ARGUMENTS`."""
     place = arrays[-1]  # of a subclass as it came
-    q, k, v, _, cu_seqlens_q, cu_seqlens_k, _, seqused_k, *_, block_table, out = arrays = host.plain(arrays)
-    found = host.checked("forward", options, arrays)
+    q, k, v, _, cu_seqlens_q, cu_seqlens_k, _, seqused_k, *_, block_table, out = arrays = on_numpy.plain(arrays)
+    found = on_numpy.checked("forward", options, arrays)
     problem, shapes = found.problem, found.shapes
     if out is None:
         out = place = np.empty(shapes["out"], q.dtype)
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
     q, k, v = (x.swapaxes(1, 2) if options.sdpa else x for x in (q, k, v))
-    keywords = host.keywords(found, arrays, rng_state)
+    keywords = on_numpy.keywords(found, arrays, rng_state)
     keywords["out"] = out.swapaxes(1, 2) if options.sdpa else out
     row_state = np.empty(shapes["row_state"], problem.dtype.accumulator) if options.keep_state else None
     if problem.page_size:

@@ -21,9 +21,9 @@ from cuflash.arrays import CuPy, Guest, Torch, View, cupy_arrays
 from cuflash.dtypes import DType
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check, draw
-from cuflash.ops.kept import KeptZeros
+from cuflash.ops.call import ARGUMENTS, OUTPUTS, Options, given, results
 from cuflash.ops.lengths import with_lengths
-from cuflash.ops.options import ARGUMENTS, OUTPUTS, Options, given, results
+from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Box, Plan, Workspace, choose
 from cuflash.plan.tiles import heads_per_section
 from cuflash.problem import Direction, Problem

@@ -8,7 +8,7 @@ from typing import Any
 from cuflash.arrays import CuPy, Framework, Guest, Torch, cupy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check, packed
-from cuflash.ops.options import ARGUMENTS, Options, given
+from cuflash.ops.call import ARGUMENTS, Options, given
 from cuflash.problem import Direction
 
 _CU_SEQLENS = ARGUMENTS["forward"].index("cu_seqlens_q")

@@ -10,7 +10,7 @@ import numpy as np
 from cuflash.arrays import View
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import integer, shown
-from cuflash.ops.options import Options
+from cuflash.ops.call import Options
 
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 """The arguments that say where sequences lie."""

@@ -7,9 +7,9 @@ from typing import Any, Generic
 
 from cuflash.arrays import Array, ArrayT, CuPy, Guest, NumPy, Torch, View, framework_of
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
-from cuflash.ops import check, host, launch
+from cuflash.ops import check, launch, on_numpy
+from cuflash.ops.call import ARGUMENTS, Options, given
 from cuflash.ops.forward import on_host
-from cuflash.ops.options import ARGUMENTS, Options, given
 
 _NAMES = ("q", "k", "v", "out")
 _BETWEEN = (None,) * (len(ARGUMENTS["forward"]) - len(_NAMES))
@@ -37,7 +37,7 @@ class PreparedAttention(Generic[ArrayT]):
         self._prepared: Callable[[Sequence[Any], list[int], Any], tuple[Any, ...]]
         if isinstance(framework, NumPy):
             options = check.settled(options)
-            host.check_kind("forward", options, arguments)
+            on_numpy.check_kind("forward", options, arguments)
             self._prepared = lambda arrays, pointers, generator: on_host(options, arrays, generator)
         else:
             self._prepared = launch.prepare(framework, "forward", options, arguments)

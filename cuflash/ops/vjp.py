@@ -8,9 +8,9 @@ from typing import Any
 from cuflash.arrays import framework_of
 from cuflash.errors import REFUSALS, shorten
 from cuflash.ops.backward import backward
+from cuflash.ops.call import Gradients, Options, Shared
 from cuflash.ops.forward import forward
 from cuflash.ops.lengths import with_lengths
-from cuflash.ops.options import Gradients, Options, Shared
 
 
 def vjp(

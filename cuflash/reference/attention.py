@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import dtypes
-from cuflash.reference import pool, tiled
+from cuflash.reference import loops, pool
 from cuflash.reference.features import Features
 from cuflash.reference.paged import PagedRows
 from cuflash.reference.pool import Job, Scratch
@@ -76,7 +76,7 @@ def forward(
         out = np.empty((batch, len_q, heads_q, v.shape[-1]), q.dtype)
     lse = np.empty((batch, heads_q, len_q), _real(q))
     policies = Features(**features).policies(q.shape, k.shape)
-    pool.run(tiled.forward(q, k, v, out, lse, policies, row_state), lse.size * k.shape[1])
+    pool.run(loops.forward(q, k, v, out, lse, policies, row_state), lse.size * k.shape[1])
     return out, lse
 
 
@@ -103,7 +103,7 @@ def backward(
     sums = _Sums(rules, len(q), k.shape[-2], bias_grad, _real(q))
     policies = rules.policies(q.shape, k.shape)
     grads = {"dq": dq, "dk": dk, "dv": dv, **sums.of(0, len(q))}
-    sums.add(0, tiled.backward(dout, q, k, v, out, lse, dlse, policies, row_state=row_state, **grads))
+    sums.add(0, loops.backward(dout, q, k, v, out, lse, dlse, policies, row_state=row_state, **grads))
     return sums.run(dq, dk, dv, scores=lse.size * k.shape[1])
 
 
@@ -161,7 +161,7 @@ def forward_varlen(
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
         state = None if row_state is None else row_state[None, :, rows]
-        jobs.append(tiled.forward(q1, k1, v1, out[None, rows], lse[None, :, rows], policies, state))
+        jobs.append(loops.forward(q1, k1, v1, out[None, rows], lse[None, :, rows], policies, state))
         scores += heads_q * q1.shape[1] * k1.shape[1]
     pool.run(chain.from_iterable(jobs), scores)
     return out, lse
@@ -198,7 +198,7 @@ def backward_varlen(
         lse1, (dlse1, state) = lse[None, :, rows], (None if x is None else x[None, :, rows] for x in (dlse, row_state))
         grads = {"dq": dq[None, rows], "dk": dk[None, keys], "dv": dv[None, keys], **sums.of(b, 1)}
         of_one = dout[None, rows], q1, k1, v1, out[None, rows], lse1, dlse1, policies
-        sums.add(b, tiled.backward(*of_one, row_state=state, **grads))
+        sums.add(b, loops.backward(*of_one, row_state=state, **grads))
         scores += q.shape[-2] * q1.shape[1] * k1.shape[1]
     return sums.run(dq, dk, dv, scores=scores)
 
@@ -256,7 +256,7 @@ def forward_paged(
         length = min(length, k.shape[1] * len(table))
         q1, k1, v1 = q[element, rows], PagedRows(k, table, length), PagedRows(v, table, length)
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
-        jobs.append(tiled.forward(q1, k1, v1, out[element, rows], lse[element, :, rows], policies))
+        jobs.append(loops.forward(q1, k1, v1, out[element, rows], lse[element, :, rows], policies))
         scores += heads_q * q1.shape[1] * length
     pool.run(chain.from_iterable(jobs), scores)
     return out, lse
@@ -274,7 +274,7 @@ class _Sums:
         self._parts: dict[tuple[int, int], list[Job]] = {}
 
     def of(self, first: int, batch: int) -> dict[str, Any]:
-        """Views of what batch elements from `first` on add to, as `tiled.backward` takes them."""
+        """Views of what batch elements from `first` on add to, as `loops.backward` takes them."""
         dbias = None if self._dbias is None else grouped_pairs(self._dbias, self._heads_kv)
         # Sequences of different lengths that share a bias' gradient must be cut alike, to share whole parts of it.
         shared = dbias is not None and len(dbias) == 1

@@ -10,7 +10,7 @@ import numpy as np
 from cuflash.arrays import numpy_arrays
 from cuflash.dropout import Dropout
 from cuflash.ops import check, packed
-from cuflash.ops.options import ARGUMENTS, OUTPUTS, Options, given
+from cuflash.ops.call import ARGUMENTS, OUTPUTS, Options, given
 from cuflash.problem import Direction, Problem
 
 _CU_SEQLENS = ARGUMENTS["forward"].index("cu_seqlens_q")
