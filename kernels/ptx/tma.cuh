@@ -22,11 +22,26 @@ CF_DEVICE void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, u
                ::"l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(shared) : "memory");
 }
 
+// Starts the copy of neighbouring bytes, a multiple of 16 from such an address to such an address.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk
+CF_DEVICE void bulk_load(uint32 shared, const void* global, int bytes, uint32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// Starts to add neighbouring floats to others, likewise; part of the next group of stores.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-reduce-async-bulk
+CF_DEVICE void bulk_add(float* global, uint32 shared, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+               ::"l"(global), "r"(shared), "r"(bytes) : "memory");
+}
+
 // Closes the group of this thread's stores since the last commit.
 CF_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until this thread's stores have read their shared memory.
+// Waits until this thread's stores have read their shared memory; until they are done.
 CF_DEVICE void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+CF_DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Makes this thread's writes to shared memory visible to the copy engine and to wgmma.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-membar

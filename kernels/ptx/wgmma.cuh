@@ -43,15 +43,24 @@ CF_DEVICE uint64 wgmma_descriptor(uint32 shared, int chunk_bytes) {
 // Descriptor of the matrix that starts `bytes` later.
 CF_DEVICE uint64 advance_descriptor(uint64 descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
-// C += A B, or C = A B where `accumulate` is false. `wgmma_abt`: both operands in shared memory, contiguous along K.
-// `wgmma_ab`: A in registers, B contiguous along N.
+// C += A B, or C = A B where `accumulate` is false. A is in registers or, as B is, in shared memory. A name says what lies
+// there in rows: of `wgmma_abt` A and B^T, both contiguous along K; of `wgmma_ab` A and B, which is contiguous along N; of
+// `wgmma_atbt` A^T, contiguous along M, and B^T.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions-wgmma-mma-async
 template <class Element, int kN>
 struct Wgmma;
 
 template <class Element, int kBlocks>
 CF_DEVICE void wgmma_abt(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
-  Wgmma<Element, kBlocks * 8>::abt(c, a, b, accumulate);
+  Wgmma<Element, kBlocks * 8>::template shared<0, 0>(c, a, b, accumulate);
+}
+template <class Element, int kBlocks>
+CF_DEVICE void wgmma_ab(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
+  Wgmma<Element, kBlocks * 8>::template shared<0, 1>(c, a, b, accumulate);
+}
+template <class Element, int kBlocks>
+CF_DEVICE void wgmma_atbt(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
+  Wgmma<Element, kBlocks * 8>::template shared<1, 0>(c, a, b, accumulate);
 }
 template <class Element, int kBlocks>
 CF_DEVICE void wgmma_ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, bool accumulate) {
@@ -105,12 +114,13 @@ CF_DEVICE void wgmma_ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, 
 #define CF_WGMMA_OF(Element, type, kN, groups, o0, o1, o2, o3, o4, o5)                                                \
   template <>                                                                                                         \
   struct Wgmma<Element, kN> {                                                                                         \
-    template <int kBlocks>                                                                                            \
-    CF_DEVICE static void abt(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {                          \
+    template <int kTransposedA, int kTransposedB, int kBlocks>                                                        \
+    CF_DEVICE static void shared(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {                       \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2 ", 0;\n"                                                  \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" CF_NUMBERS_##groups "}, "    \
-                   "%" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                            \
-                   : CF_REGISTERS_##groups : "l"(a), "l"(b), "r"(int(accumulate)));                                   \
+                   "%" #o0 ", %" #o1 ", p, 1, 1, %" #o3 ", %" #o4 ";\n}"                                              \
+                   : CF_REGISTERS_##groups                                                                            \
+                   : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposedA), "n"(kTransposedB));                     \
     }                                                                                                                 \
     template <int kBlocks>                                                                                            \
     CF_DEVICE static void ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, bool accumulate) {               \
