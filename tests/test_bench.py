@@ -17,15 +17,14 @@ import oracle
 import pytest
 
 from cuflash import dtypes
-from cuflash.bench import calls, report, sets, timing
-from cuflash.bench.cases import CASES, SMOKE, Case, select, widest_copy
-from cuflash.bench.inputs import Normals, make
+from cuflash.bench import report, timing
 from cuflash.bench.meter import Meter, Reading
-from cuflash.bench.naive import Extras, Naive, visible
 from cuflash.bench.peers import PEERS, CuflashCpu, NumpyNaive, find
 from cuflash.bench.run import Bench
 from cuflash.bench.timing import Runner, Timing, interleave
-from cuflash.bench.verify import verify
+from cuflash.cases import calls, sets
+from cuflash.cases.inputs import Normals, make
+from cuflash.cases.table import CASES, SMOKE, Case, select, widest_copy
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
@@ -33,6 +32,8 @@ from cuflash.ops import on_numpy
 from cuflash.ops.call import ARGUMENTS
 from cuflash.plan import FAMILIES, choose
 from cuflash.plan.families import FEATURES, needs
+from cuflash.verify.naive import Extras, Naive, visible
+from cuflash.verify.verify import verify
 
 H100 = named("h100")
 ROW_KEYS = ["case", "phase", "impl", "family", "dtype", "d", "dv", "b", "h", "hk", "sq", "sk"]

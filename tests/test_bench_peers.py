@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash.bench import calls, report, sets
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Normals, make
+from cuflash.bench import report
 from cuflash.bench.peers import PEERS, chosen, find
 from cuflash.bench.peers.jax import JaxCudnn, JaxFlashAttention3
 from cuflash.bench.peers.product import CupyProduct, Product, TorchProduct
 from cuflash.bench.peers.torch import FlashAttention3, FlexAttention, Torch, TorchCpu, TorchSdpa, TorchVarlen
 from cuflash.bench.timing import Runner, Timing
+from cuflash.cases import calls, sets
+from cuflash.cases.inputs import Normals, make
+from cuflash.cases.table import Case
 from cuflash.dtypes import BF16, FP32
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask

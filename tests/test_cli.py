@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 import cuflash.cli.compile
 import cuflash.cli.explain
 from cuflash import jit, plan
-from cuflash.bench import calls
 from cuflash.bench.peers import PEERS
+from cuflash.cases import calls
 from cuflash.cli import app
 from cuflash.cli import check as check_command
 from cuflash.device import named

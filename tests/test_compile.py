@@ -8,10 +8,10 @@ import pytest
 from nvrtc import needs_nvrtc
 
 from cuflash import jit
-from cuflash.bench.cases import ARCHITECTURES, CASES, FULL, matrix, variants
-from cuflash.bench.resources import complaints
+from cuflash.cases.table import ARCHITECTURES, CASES, FULL, matrix, variants
 from cuflash.device import named
 from cuflash.plan import Step, choose
+from cuflash.verify.resources import complaints
 
 MOST_KERNELS = 580
 """Two cores compile about four a second."""

@@ -14,19 +14,20 @@ import pytest
 from click.testing import CliRunner
 
 from cuflash import dtypes
-from cuflash.bench import report, sets
-from cuflash.bench.cases import Case
-from cuflash.bench.deviations import Deviation, cells
+from cuflash.bench import report
 from cuflash.bench.exactness import Exactness, ideal, rms, rounding, steps
-from cuflash.bench.flash import Flash
-from cuflash.bench.inputs import Normals, make
-from cuflash.bench.naive import Extras, visible
 from cuflash.bench.peers import CuflashCpu, NumpyNaive
 from cuflash.bench.timing import Runner
+from cuflash.cases import sets
+from cuflash.cases.inputs import Normals, make
+from cuflash.cases.table import Case
 from cuflash.cli import app
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
+from cuflash.verify.deviations import Deviation, cells
+from cuflash.verify.flash import Flash
+from cuflash.verify.naive import Extras, visible
 
 CASES = {case.id: case for case in sets.exactness()}
 

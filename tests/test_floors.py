@@ -35,25 +35,28 @@ FLOORS = {
     "ops": DESCRIPTIONS | {"reference", "plan", "jit", "ops"},
     "api": DESCRIPTIONS | {"ops", "api"},
     "__init__": {"api", "errors", "generator", "masks", "problem"},
-    "bench": PARTS | {"bench"},
-    "cli": PARTS | {"bench", "cli"},
+    "cases": PARTS | {"cases"},
+    "verify": PARTS | {"cases", "verify"},
+    "bench": PARTS | {"cases", "verify", "bench"},
+    "cli": PARTS | {"cases", "verify", "bench", "cli"},
     "__main__": {"cli"},
 }
 """What each part of the package may import of it; ``__init__`` is ``import cuflash``. Only ``ops`` joins ``reference``
-with ``plan`` and ``jit``, for everything above it but the tools in ``bench`` and ``cli``."""
+with ``plan`` and ``jit``, for everything above it but the tools: ``cases``, ``verify``, ``bench`` and ``cli``."""
 
 LIBRARIES = {
     **{name: {"numpy"} for name in FLOORS},
     "settings": {"platformdirs"},
     "reference": {"numpy", "threadpoolctl"},
     "dtypes": {"numpy", "ml_dtypes"},
+    "verify": {"numpy", "ml_dtypes"},
     "bench": {"numpy", "ml_dtypes", "rich"},
     "cli": {"numpy", "rich", "click"},
 }
 """What each part may import from outside the standard library, at the top of a file."""
 
 MAY_USE_CUPY = {"device.py", "arrays.py", "generator.py", "jit/compile.py", "jit/kernel.py"}
-"""Files that import cupy, inside functions; bench and cli may as well."""
+"""Files that import cupy, inside functions; verify, bench and cli may as well."""
 
 
 class Import(NamedTuple):
@@ -106,7 +109,7 @@ def test_module_imports_its_libraries_only(name):
     for each in imports(name):
         library = each.name.split(".")[0]
         if library == "cupy":
-            here = name in MAY_USE_CUPY or part(name) in ("bench", "cli")
+            here = name in MAY_USE_CUPY or part(name) in ("verify", "bench", "cli")
             fine = here and each.in_function
         else:
             fine = library in {"cuflash", *sys.stdlib_module_names, *LIBRARIES[part(name)]}

@@ -10,9 +10,9 @@ import numpy as np
 import oracle
 import pytest
 
-from cuflash.bench import calls
-from cuflash.bench.cases import CASES, Case
-from cuflash.bench.inputs import Inputs, Normals, host, make, packed_kv
+from cuflash.cases import calls
+from cuflash.cases.inputs import Inputs, Normals, host, make, packed_kv
+from cuflash.cases.table import CASES, Case
 from cuflash.dtypes import BF16
 from cuflash.errors import UnsupportedProblem
 

@@ -13,8 +13,8 @@ from host.build import why_not
 from host.run import run_plan_on_host
 
 from cuflash.bench.exactness import ideal, rms
-from cuflash.bench.inputs import Normals, make
-from cuflash.bench.sets import exactness
+from cuflash.cases.inputs import Normals, make
+from cuflash.cases.sets import exactness
 from cuflash.device import named
 from cuflash.plan import choose
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cuflash.bench import report, sets, standing
+from cuflash.bench import report, standing
 from cuflash.bench.timing import Runner, Timing
+from cuflash.cases import sets
 from cuflash.cli import app
 from cuflash.errors import InvalidArgument
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cuflash.bench import resources
-from cuflash.bench.cases import CASES
-from cuflash.bench.resources import ALLOWANCES, Allowance, allowed_spills, complaints
+from cuflash.cases.table import CASES
 from cuflash.device import named
 from cuflash.jit import Cubin
 from cuflash.plan import choose
+from cuflash.verify import resources
+from cuflash.verify.resources import ALLOWANCES, Allowance, allowed_spills, complaints
 
 A100 = named("a100")
 CASE = CASES["fwd_sm80-bf16-d64"]

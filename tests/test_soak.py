@@ -18,18 +18,19 @@ from host import run as run_on_host
 from test_launch import Launches, as_torch, launches, needs_compiler, to_numpy  # noqa: F401, a fixture is among them
 
 from cuflash import device, jit
-from cuflash.bench import calls, soak
-from cuflash.bench.answers import Answers
-from cuflash.bench.cases import CASES
-from cuflash.bench.draws import GPU, HOST, Draw, Limits, draw
-from cuflash.bench.soak import Job, Outcome, Soaker
-from cuflash.bench.surroundings import Arena, Numbers, surround
+from cuflash.cases import calls
+from cuflash.cases.table import CASES
 from cuflash.cli import app
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.ops import on_numpy
 from cuflash.ops.call import ARGUMENTS, Options
 from cuflash.plan import choose
+from cuflash.verify import soak
+from cuflash.verify.answers import Answers
+from cuflash.verify.draws import GPU, HOST, Draw, Limits, draw
+from cuflash.verify.soak import Job, Outcome, Soaker
+from cuflash.verify.surroundings import Arena, Numbers, surround
 
 IDS = tuple(CASES)
 

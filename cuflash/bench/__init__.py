@@ -1,1 +1,1 @@
-"""What is run to be checked, compiled or measured: cases, their inputs, the peers and the clock."""
+"""How fast it is, beside its peers."""

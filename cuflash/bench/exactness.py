@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.bench.cases import Case
-from cuflash.bench.deviations import MODEL, Deviation
-from cuflash.bench.flash import Flash, rounded_once
-from cuflash.bench.inputs import Array, Inputs, make
-from cuflash.bench.naive import Extras, Naive, visible
 from cuflash.bench.peers.own import CuflashGpu
 from cuflash.bench.run import Bench
 from cuflash.bench.timing import Runner
-from cuflash.bench.verify import dropout_of
+from cuflash.cases.inputs import Array, Inputs, make
+from cuflash.cases.table import Case
 from cuflash.device import current
 from cuflash.dropout import Dropout
 from cuflash.dtypes import FP64, DType
 from cuflash.plan import Step, choose
 from cuflash.reference.dropout import KeepMask
+from cuflash.verify.deviations import MODEL, Deviation
+from cuflash.verify.flash import Flash, rounded_once
+from cuflash.verify.naive import Extras, Naive, visible
+from cuflash.verify.verify import dropout_of
 
 NAME = "exactness"
 """The problem set whose cases are compared rather than timed."""

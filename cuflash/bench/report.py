@@ -16,13 +16,13 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
-from cuflash.bench import deviations as deviations_of
-from cuflash.bench.cases import Case
-from cuflash.bench.deviations import Deviation
 from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.timing import Runner, Timing
+from cuflash.cases.table import Case
 from cuflash.errors import InvalidArgument
 from cuflash.plan.families import needs
+from cuflash.verify import deviations as deviations_of
+from cuflash.verify.deviations import OWN, Deviation
 
 Mode = Literal["burst", "sustained"]
 """How a row was timed: short slices, or longer ones after the implementation has heated the card itself."""
@@ -218,8 +218,6 @@ def _cpu_name() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
-
-OWN = "cuflash"
 
 Group = dict[str, Row]
 """The rows of one case in one phase and mode, by implementation."""

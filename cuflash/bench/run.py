@@ -11,13 +11,13 @@ from contextlib import nullcontext
 from typing import Any
 
 from cuflash.bench import report
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Normals, make
 from cuflash.bench.meter import Meter
 from cuflash.bench.peers.implementation import Implementation
 from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.report import Mode
 from cuflash.bench.timing import Runner, interleave
+from cuflash.cases.inputs import Normals, make
+from cuflash.cases.table import Case
 from cuflash.errors import UnsupportedProblem
 
 BURST = {"rounds": 7, "slice_us": 10_000.0}

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from cuflash.bench import sets
-from cuflash.bench.report import OWN, Report, beside_peers, by_case, geometric_mean, markdown_table, times
+from cuflash.bench.report import Report, beside_peers, by_case, geometric_mean, markdown_table, times
+from cuflash.cases import sets
 from cuflash.errors import InvalidArgument
+from cuflash.verify.deviations import OWN
 
 
 class Line(NamedTuple):

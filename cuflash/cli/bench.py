@@ -11,12 +11,13 @@ from typing import Literal
 import click
 from rich.console import Console
 
-from cuflash.bench import exactness, report, sets, start
+from cuflash.bench import exactness, report, start
 from cuflash.bench import standing as standings
-from cuflash.bench.cases import Case
 from cuflash.bench.peers import PEERS, find
 from cuflash.bench.peers import chosen as chosen_peers
 from cuflash.bench.run import Bench
+from cuflash.cases import sets
+from cuflash.cases.table import Case
 from cuflash.cli.console import Seconds, bar, console, given, show
 from cuflash.cli.problem import has_gpu
 from cuflash.cli.soak import check_cublas, compile_all

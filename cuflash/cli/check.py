@@ -12,14 +12,14 @@ from types import ModuleType
 import click
 import numpy as np
 
-from cuflash.bench.cases import Case, select
-from cuflash.bench.inputs import Normals, make
-from cuflash.bench.soak import Job
-from cuflash.bench.verify import verify
+from cuflash.cases.inputs import Normals, make
+from cuflash.cases.table import Case, select
 from cuflash.cli import soak as soaking
 from cuflash.cli.console import Seconds, console, followed, show, table
 from cuflash.cli.problem import has_gpu
 from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.verify.soak import Job
+from cuflash.verify.verify import verify
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 """Tools of compute-sanitizer that find errors of kernels."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from cuflash import jit
-from cuflash.bench.cases import ARCHITECTURES, matrix
-from cuflash.bench.resources import complaints
+from cuflash.cases.table import ARCHITECTURES, matrix
 from cuflash.cli.console import console, followed, show, table
 from cuflash.device import named
 from cuflash.errors import CompileError, InvalidArgument
 from cuflash.jit.compile import version
+from cuflash.verify.resources import complaints
 
 
 @click.command(

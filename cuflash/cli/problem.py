@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from cuflash.arrays import View
-from cuflash.bench.cases import CASES, select
+from cuflash.cases.table import CASES, select
 from cuflash.cli.console import given
 from cuflash.device import NAMED, Device, current, named
 from cuflash.dropout import Scheme

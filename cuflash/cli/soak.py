@@ -7,11 +7,11 @@ from collections import Counter
 from contextlib import closing
 
 from cuflash import device, jit
-from cuflash.bench.cases import CASES
-from cuflash.bench.soak import Job, Outcome, soak, steps_of
+from cuflash.cases.table import CASES
 from cuflash.cli.console import bar, console, followed
 from cuflash.errors import InvalidArgument
 from cuflash.plan import Step
+from cuflash.verify.soak import Job, Outcome, soak, steps_of
 
 _MOST_FAILURES = 5
 """After so many wrong draws, more of them say nothing new."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Inputs
 from cuflash.bench.timing import Runner
+from cuflash.cases.inputs import Inputs
+from cuflash.cases.table import Case
 from cuflash.plan.families import needs
 from cuflash.problem import Problem
 

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Inputs
 from cuflash.bench.peers.implementation import aligned_otherwise, beyond, window_size
 from cuflash.bench.timing import Runner
+from cuflash.cases.inputs import Inputs
+from cuflash.cases.table import Case
 from cuflash.problem import Problem
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.bench import calls
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Array, Inputs
-from cuflash.bench.naive import Naive, visible
 from cuflash.bench.peers.implementation import beyond
 from cuflash.bench.timing import Runner
+from cuflash.cases import calls
+from cuflash.cases.inputs import Array, Inputs
+from cuflash.cases.table import Case
 from cuflash.plan import choose
 from cuflash.problem import Problem
+from cuflash.verify.naive import Naive, visible
 
 
 class CuflashGpu:

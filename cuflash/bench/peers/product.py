@@ -6,10 +6,10 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Array, Inputs, Normals
 from cuflash.bench.peers.torch import Torch
 from cuflash.bench.timing import Runner
+from cuflash.cases.inputs import Array, Inputs, Normals
+from cuflash.cases.table import Case
 from cuflash.dtypes import BF16, FP16, DType
 from cuflash.problem import Problem
 

@@ -9,10 +9,10 @@ from functools import partial, reduce
 from operator import and_
 from typing import Any, Literal
 
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Inputs
 from cuflash.bench.peers.implementation import aligned_otherwise, beyond, window_size
 from cuflash.bench.timing import Runner
+from cuflash.cases.inputs import Inputs
+from cuflash.cases.table import Case
 from cuflash.problem import Problem
 
 

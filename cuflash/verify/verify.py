@@ -13,12 +13,12 @@ import ml_dtypes
 import numpy as np
 
 from cuflash import reference
-from cuflash.bench import calls
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Array, Inputs, host, packed_kv
-from cuflash.bench.naive import Extras, Naive, visible
+from cuflash.cases import calls
+from cuflash.cases.inputs import Array, Inputs, host, packed_kv
+from cuflash.cases.table import Case
 from cuflash.dropout import Dropout
 from cuflash.reference.dropout import KeepMask
+from cuflash.verify.naive import Extras, Naive, visible
 
 
 @dataclass(frozen=True, slots=True)

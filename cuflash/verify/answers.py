@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash.bench.draws import Draw
-from cuflash.bench.inputs import Array, places
-from cuflash.bench.naive import Extras, Naive
-from cuflash.bench.surroundings import Surrounded
+from cuflash.cases.inputs import Array, places
 from cuflash.dtypes import FP64, DType
 from cuflash.reference.dropout import philox_words
+from cuflash.verify.draws import Draw
+from cuflash.verify.naive import Extras, Naive
+from cuflash.verify.surroundings import Surrounded
 
 _LOW = 2**32 - 1
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cuflash.bench.peers.own import CuflashGpu
+OWN = "cuflash"
+"""The column of the library's own results."""
 
 MODEL = "model"
-"""What FlashAttention computes on paper (:mod:`cuflash.bench.flash`), a column of its own."""
+"""What FlashAttention computes on paper (:mod:`cuflash.verify.flash`), a column of its own."""
 
-_OWN = CuflashGpu.name
-_NO_RIVALS = (_OWN, MODEL, "torch-efficient", "flex")
+_NO_RIVALS = (OWN, MODEL, "torch-efficient", "flex")
 """Columns that cuflash is not held to: itself, kernels that are made for memory or generality, and the model where a
 rival computes the case."""
 
@@ -40,7 +40,7 @@ class Deviation:
     @property
     def beside_the_best(self) -> float | None:
         """How many times the least of those errors cuflash's is; None where cuflash did not compute the case."""
-        own = self.errors.get(_OWN)
+        own = self.errors.get(OWN)
         return None if own is None else own / min(self.rivals.values())
 
 
@@ -50,21 +50,21 @@ def cells(deviations: Iterable[Deviation]) -> tuple[list[str], list[list[str]]]:
     for each in deviations:
         cases.setdefault(each.case, []).append(each)
     rows = [row for case in cases.values() for row in case]
-    impls = dict.fromkeys(impl for row in rows for impl in row.errors if impl not in (_OWN, MODEL))
+    impls = dict.fromkeys(impl for row in rows for impl in row.errors if impl not in (OWN, MODEL))
 
     def line(of: str, *group: Deviation) -> list[str]:
         beside = _joined(row.beside_the_best for row in group)
         beside += " (model)" if any(MODEL in row.rivals for row in group) else ""
-        own, *errors = (_joined(row.errors.get(impl) for row in group) for impl in (_OWN, *impls, MODEL))
+        own, *errors = (_joined(row.errors.get(impl) for row in group) for impl in (OWN, *impls, MODEL))
         return [group[0].case, of, own, beside, *errors]
 
     lines = [line(" ".join(row.tensor for row in group), *group) for group in cases.values()]
     for by_model in (False, True):
-        known = [(row.beside_the_best, row) for row in rows if (MODEL in row.rivals) == by_model and _OWN in row.errors]
+        known = [(row.beside_the_best, row) for row in rows if (MODEL in row.rivals) == by_model and OWN in row.errors]
         if known:  # the largest, or one that is not a number
             _, worst = max(known, key=lambda each: (math.isnan(each[0]), each[0]))
             lines.append(line(f"worst: {worst.tensor}", worst))
-    return ["case", "of", _OWN, "beside the best", *impls, MODEL], lines
+    return ["case", "of", OWN, "beside the best", *impls, MODEL], lines
 
 
 def _joined(numbers: Iterable[float | None]) -> str:

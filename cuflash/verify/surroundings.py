@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.bench.draws import Draw, shapes
-from cuflash.bench.inputs import Array, Inputs
+from cuflash.cases.inputs import Array, Inputs
+from cuflash.verify.draws import Draw, shapes
 
 _GAP = 256
 """Bytes between any two arrays, and what every allocation is aligned to."""

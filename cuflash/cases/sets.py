@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cuflash.bench.cases import Case, widest_copy
+from cuflash.cases.table import Case, widest_copy
 from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask

@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 
 from cuflash import device
-from cuflash.bench import calls
-from cuflash.bench.answers import Answers
-from cuflash.bench.cases import CASES, Case, variants
-from cuflash.bench.draws import GPU, HOST, Draw, draw
-from cuflash.bench.inputs import Array, host
-from cuflash.bench.surroundings import Arena, Numbers, Surrounded, surround
-from cuflash.bench.verify import judge
+from cuflash.cases import calls
+from cuflash.cases.inputs import Array, host
+from cuflash.cases.table import CASES, Case, variants
 from cuflash.device import Device
 from cuflash.errors import UnsupportedProblem
 from cuflash.ops import backward, forward
 from cuflash.ops.call import results
 from cuflash.plan import Config, Step, choose
+from cuflash.verify.answers import Answers
+from cuflash.verify.draws import GPU, HOST, Draw, draw
+from cuflash.verify.surroundings import Arena, Numbers, Surrounded, surround
+from cuflash.verify.verify import judge
 
 _MORE_VARIANTS = 32
 """Kernels that draws may need beyond those of the cases, for other tiles; a draw that needs one more is left out."""

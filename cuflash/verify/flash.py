@@ -2,15 +2,15 @@
 
 Its forward keeps scores and sums wide and rounds each probability once, relative to the largest of its row, which is 1
 exactly; its backward rounds probabilities and the gradients of scores, and takes delta from the rounded output. Arrays
-are those of :mod:`cuflash.bench.naive`; there must be a key.
+are those of :mod:`cuflash.verify.naive`; there must be a key.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from cuflash.bench.naive import NOTHING, Extras, Gradients, Naive
 from cuflash.dtypes import FP64, DType
+from cuflash.verify.naive import NOTHING, Extras, Gradients, Naive
 
 
 class Flash(Naive):

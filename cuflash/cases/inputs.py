@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.bench.cases import Case
+from cuflash.cases.table import Case
 from cuflash.dtypes import DType
 
 Array = Any

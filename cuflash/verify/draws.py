@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import places
+from cuflash.cases.inputs import places
+from cuflash.cases.table import Case
 from cuflash.dropout import Dropout
 from cuflash.masks import Mask
 from cuflash.problem import MAX_SPLITS, Problem
@@ -49,7 +49,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One random problem; its arrays follow from the same seed and number (:mod:`cuflash.bench.surroundings`)."""
+    """One random problem; its arrays follow from the same seed and number (:mod:`cuflash.verify.surroundings`)."""
 
     seed: int
     number: int

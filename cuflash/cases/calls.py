@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import cuflash
-from cuflash.bench.cases import Case
-from cuflash.bench.inputs import Array, Inputs
+from cuflash.cases.inputs import Array, Inputs
+from cuflash.cases.table import Case
 from cuflash.ops import backward, forward
 from cuflash.ops.call import Options
 from cuflash.ops.call import results as results_of
