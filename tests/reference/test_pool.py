@@ -23,7 +23,7 @@ from cuflash.masks import Mask
 from cuflash.reference import loops, pool, softmax, tiles
 from cuflash.reference.scores import Scores
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

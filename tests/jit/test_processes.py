@@ -20,7 +20,7 @@ import pytest
 from cuflash import arrays, settings
 from cuflash.jit import cache, compile, sources
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
 

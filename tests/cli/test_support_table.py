@@ -32,7 +32,7 @@ from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.plan.families import FEATURES, needs
 
-PAGE = Path(__file__).parent.parent / "cuflash" / "README.md"
+PAGE = Path(__file__).parents[2] / "cuflash" / "README.md"
 IDS = [row.what for row in ROWS]
 PACKED = {FLASH, MHA, CK, MEM_EFF, EFFICIENT}
 """The groups with packed sequences, and with gradients."""

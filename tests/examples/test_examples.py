@@ -13,7 +13,7 @@ import pytest
 
 import cuflash
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 CLAIMS = {
     "01_quickstart.py": ["on numpy arrays: (2, 300, 4, 64) float32", "largest difference from softmax"],

@@ -1,6 +1,6 @@
 """The one generated header, and what a user sees when a kernel does not compile.
 
-``python tests/test_render.py`` writes the golden files and ``kernels/config.example.cuh`` anew.
+``PYTHONPATH=tests python tests/jit/test_render.py`` writes the golden files and ``kernels/config.example.cuh`` anew.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ RENDERED = {
 
 @pytest.mark.parametrize("path", RENDERED, ids=lambda path: path.name)
 def test_rendered_text_is_the_one_on_record(path):
-    assert RENDERED[path]() == path.read_text(), f"run python {Path(__file__).name}, and read what changes"
+    assert RENDERED[path]() == path.read_text(), f"run PYTHONPATH=tests python {Path(__file__)}, and read what changes"
 
 
 @pytest.mark.parametrize("config", [FORWARD, BACKWARD], ids=["forward", "backward"])
