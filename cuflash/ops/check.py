@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,11 +16,13 @@ from cuflash.errors import InvalidArgument
 from cuflash.masks import Alignment, Mask, band
 from cuflash.numbers import finite, flag, integer, is_array, pair, scalar, shown
 from cuflash.ops.call import OUTPUTS, Options
-from cuflash.ops.packed import is_packed, length
 from cuflash.problem import MAX_SPLITS, Direction, Layout, Problem
 
 MAX_LENGTH = 2**30
 """Rows of one sequence: positions and the distances between any two are 32-bit numbers in the kernels."""
+
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+"""The arguments that say where sequences lie."""
 
 _REQUIRED: dict[Direction, tuple[str, ...]] = {
     "forward": ("q", "k", "v"),
@@ -173,7 +174,7 @@ def layout_of(direction: Direction, options: Options, views: Mapping[str, View])
                 f"{view.name} is on {view.device} but {views['q'].name} is on {views['q'].device}; "
                 "all arrays of a call must be on one device. Move one of them."
             )
-    varlen = is_packed(options, views)
+    varlen = _is_packed(options, views)
     if flag("validate", options.validate) and not varlen:
         raise InvalidArgument("validate is True but no sequences are packed; there is nothing to check. Drop it.")
     for view, axes in ((views[name], axes) for name, axes in _axes(options, views).items()):
@@ -185,6 +186,72 @@ def layout_of(direction: Direction, options: Options, views: Mapping[str, View])
         if axes is _PAGES and view.shape[1] == 0:
             raise InvalidArgument(f"{view.name} has page size 0, shape {view.shape}; expected at least 1.")
     return "varlen" if varlen else "dense"
+
+
+def _is_packed(options: Options, views: Mapping[str, View]) -> bool:
+    """Whether the call is on packed sequences; checks that what says so is complete and can be read."""
+    starts = [views[name] for name in LENGTHS[:2] if name in views]
+    if not starts:
+        for name in (*LENGTHS[2:], "block_table", "max_seqlen_q", "max_seqlen_k"):
+            if name in views or getattr(options, name, None) is not None:
+                raise InvalidArgument(
+                    f"{options.name(name)} is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too."
+                )
+        return False
+    if len(starts) == 1:
+        missing = next(name for name in LENGTHS if name != starts[0].name)
+        raise InvalidArgument(f"{starts[0].name} is given but {missing} is not; packed sequences need both.")
+    for view in (views[name] for name in LENGTHS if name in views):
+        if view.dtype != "int32":
+            raise InvalidArgument(f"{view.name} is {view.dtype}; expected int32. Convert it.")
+        if len(view.shape) != 1:
+            raise InvalidArgument(f"{view.name} has shape {view.shape}; expected one dimension.")
+        if (view.shape[0] > 1 and view.strides[0] != view.itemsize) or view.pointer % view.itemsize:
+            raise InvalidArgument(f"{view.name} is not contiguous; pass a contiguous copy of it.")
+    counts = [view.shape[0] for view in starts]
+    if counts[0] == 0:
+        raise InvalidArgument("cu_seqlens_q is empty; expected batch + 1 numbers, the first of them 0.")
+    if counts[0] != counts[1]:
+        raise InvalidArgument(
+            f"cu_seqlens_k has {counts[1]} numbers but cu_seqlens_q has {counts[0]}; "
+            "both need batch + 1, with a sequence of keys for each sequence of queries."
+        )
+    for view in (views[name] for name in LENGTHS[2:] if name in views):
+        if view.shape[0] != counts[0] - 1:
+            raise InvalidArgument(
+                f"{view.name} has {view.shape[0]} numbers; expected one for each of the {counts[0] - 1} sequences."
+            )
+    if "block_table" in views:
+        _check_table(views["block_table"], counts[0] - 1)
+    return True
+
+
+def _check_table(table: View, batch: int) -> None:
+    """The numbers of every sequence's pages, by any strides."""
+    if table.dtype != "int32":
+        raise InvalidArgument(f"{table.name} is {table.dtype}; expected int32. Convert it.")
+    if len(table.shape) != 2:
+        raise InvalidArgument(f"{table.name} has shape {table.shape}; expected (b, max_pages).")
+    if table.shape[0] != batch:
+        raise InvalidArgument(
+            f"{table.name} has {table.shape[0]} rows; expected one for each of the {batch} sequences."
+        )
+    steps = [stride for n, stride in zip(table.shape, table.strides, strict=True) if n > 1]
+    if not table.empty and any(n % table.itemsize for n in (table.pointer, *steps)):
+        raise InvalidArgument(f"{table.name} is misaligned; pass a contiguous copy of it.")
+
+
+def length(options: Options, name: str) -> int:
+    """The value of max_seqlen_q or max_seqlen_k."""
+    given = getattr(options, name)
+    value = integer(given)
+    if value is None or value < 0:
+        raise InvalidArgument(
+            f"{name} is {shown(given)}; expected an integer from 0, or None to read it from cu_seqlens."
+        )
+    if value >= 2**31:
+        raise InvalidArgument(f"{name} is {shown(given)}; expected fewer than 2**31. Pass the longest length, or None.")
+    return value
 
 
 def _axes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[str, ...]]:
@@ -226,23 +293,6 @@ def pair_strides(view: View) -> tuple[int, int, int, int]:
     return batch, head, row, column
 
 
-class Extent(NamedTuple):
-    """Where the elements of an array lie, relative to its first one."""
-
-    name: str
-    first: int
-    """First byte of all, and their end."""
-    end: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    itemsize: int
-
-
-def extent(view: View) -> Extent:
-    """Where the elements of an array lie."""
-    return Extent(view.name, *view.extent(), view.shape, view.strides, view.itemsize)
-
-
 def check_output(view: View, like: View) -> None:
     """Check an output that has the shape, dtype and device of another array."""
     if view.device != like.device:
@@ -255,43 +305,6 @@ def check_output(view: View, like: View) -> None:
     _check_like(view, like.shape, like.dtype)
     _check_alignment(view)
     _check_writeable(view)
-
-
-def check_separate(extents: Sequence[Extent], pointers: Sequence[int], num_outputs: int) -> None:
-    """Refuse outputs that have bytes in common with an input or with each other; outputs are the last arrays.
-
-    Slices of one array that lie between each other have none in common.
-    """
-    spans = [(p + each.first, p + each.end) for p, each in zip(pointers, extents, strict=True)]
-    num_inputs = len(spans) - num_outputs
-    for i in range(num_inputs, len(spans)):
-        first, end = spans[i]
-        for j in range(i):
-            if first < spans[j][1] and spans[j][0] < end and _meet(extents[i], extents[j], pointers[j] - pointers[i]):
-                output, other = extents[i].name, extents[j].name
-                why = f"which is still read while {output} is written" if j < num_inputs else "which is written too"
-                raise InvalidArgument(f"{output} shares memory with {other}, {why}. Give {output} memory of its own.")
-
-
-@lru_cache(maxsize=1024)
-def _meet(a: Extent, b: Extent, distance: int) -> bool:
-    """Whether any byte belongs to both arrays, of which the second begins this far behind the first."""
-    middle = 2**62  # any address does: nothing is read
-    first, second = (np.asarray(_Memory(middle + start, each)) for start, each in ((0, a), (distance, b)))
-    try:
-        return np.shares_memory(first, second, max_work=10**6)  # type: ignore[arg-type]  # any integer is taken
-    except np.exceptions.TooHardError:  # no lattice of slices is
-        return True
-
-
-class _Memory:
-    """An extent at an address in words that NumPy understands."""
-
-    def __init__(self, pointer: int, extent: Extent) -> None:
-        self.__array_interface__ = {
-            "version": 3, "data": (pointer, False), "shape": extent.shape, "strides": extent.strides,
-            "typestr": f"|V{extent.itemsize}",
-        }  # fmt: skip
 
 
 def _show(view: View, axes: Sequence[str]) -> str:

@@ -1,14 +1,17 @@
-"""The longest lengths of packed sequences, read from cu_seqlens when the caller does not say them."""
+"""Where packed sequences and pages lie: the values of the arrays that say so, and the longest lengths by them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cuflash.arrays import CuPy, Framework, Guest, Torch, cupy_arrays
+import numpy as np
+
+from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays
 from cuflash.errors import InvalidArgument
-from cuflash.ops import check, packed
+from cuflash.ops import check
 from cuflash.ops.call import ARGUMENTS, Options, given
+from cuflash.ops.check import LENGTHS, length
 from cuflash.problem import Direction
 
 _CU_SEQLENS = ARGUMENTS["forward"].index("cu_seqlens_q")
@@ -35,7 +38,7 @@ def with_lengths(framework: Framework, direction: Direction, options: Options, a
     arguments = given(direction, arrays)
     views = {name: framework.view(options.name(name), x) for name, x in arguments.items()}
     check.layout_of(direction, options, views)
-    return packed.with_lengths(options, views, arguments)
+    return read(options, views, arguments)
 
 
 def check_readable(framework: Framework, what: str, remedy: str) -> None:
@@ -44,3 +47,88 @@ def check_readable(framework: Framework, what: str, remedy: str) -> None:
         raise InvalidArgument(
             f"{what} would be read from the GPU, which is not possible while a CUDA graph is captured. {remedy}"
         )
+
+
+def read(options: Options, views: Mapping[str, View], arrays: Mapping[str, Any]) -> Options:
+    """Read what says where sequences lie, check its values and fill in the longest lengths."""
+    values = {name: np.asarray(arrays[name].tolist(), np.int64) for name in LENGTHS if name in arrays}
+    paged = "block_table" in views
+    lengths_q = _lengths("cu_seqlens_q", values["cu_seqlens_q"], views["q"])
+    lengths_k = _lengths("cu_seqlens_k", values["cu_seqlens_k"], None if paged else views["k"])
+    for name, lengths, rows in (("seqused_q", lengths_q, "queries"), ("seqused_k", lengths_k, "keys")):
+        used = values.setdefault(name, lengths)
+        wrong = np.flatnonzero((used < 0) | (used > lengths))
+        if wrong.size:
+            at = wrong[0]
+            raise InvalidArgument(
+                f"{options.name(name)}[{at}] is {used[at]}, but sequence {at} has {lengths[at]} {rows}; "
+                "expected a number from 0 to those."
+            )
+    if paged:
+        _check_room(views, values["seqused_k"])
+        if options.validate or views["block_table"].device == "cpu":
+            _check_pages(views, arrays["block_table"], values["seqused_k"])
+    return options._replace(
+        max_seqlen_q=_longest(options, "max_seqlen_q", lengths_q, values["seqused_q"]),
+        max_seqlen_k=_longest(options, "max_seqlen_k", lengths_k, values["seqused_k"]),
+        validate=False,
+    )
+
+
+def _lengths(name: str, starts: np.ndarray, packed: View | None) -> np.ndarray:
+    """Rows of each sequence of a packed tensor; without one, the numbers say nothing but lengths."""
+    lengths = np.diff(starts)
+    if starts[0] != 0:
+        raise InvalidArgument(f"{name}[0] is {starts[0]}; expected 0, the first row of the first sequence.")
+    falls = np.flatnonzero(lengths < 0)
+    if falls.size:
+        at = falls[0] + 1
+        raise InvalidArgument(
+            f"{name}[{at}] is {starts[at]} after {starts[at - 1]}; "
+            "expected the first row of each sequence in rising order, and the end of the last."
+        )
+    if packed is not None and starts[-1] > packed.shape[0]:
+        at = np.flatnonzero(starts > packed.shape[0])[0]
+        raise InvalidArgument(
+            f"{name}[{at}] is {starts[at]}, but {packed.name} has {packed.shape[0]} rows; expected at most that many."
+        )
+    return lengths
+
+
+def _check_room(views: Mapping[str, View], lengths: np.ndarray) -> None:
+    """Every sequence must fit into the pages that its row of the table can name."""
+    table, (_, page_size, *_) = views["block_table"], views["k"].shape
+    over = np.flatnonzero(lengths > table.shape[1] * page_size)
+    if over.size:
+        raise InvalidArgument(
+            f"{table.name} has {table.shape[1]} pages of {page_size} rows a sequence, but sequence {over[0]} has "
+            f"{lengths[over[0]]} keys; pass more pages for each."
+        )
+
+
+def _check_pages(views: Mapping[str, View], block_table: Any, lengths: np.ndarray) -> None:
+    """Every key must be in a page that is there; numbers behind a sequence's last page may be anything."""
+    table, (num_pages, page_size, *_) = views["block_table"], views["k"].shape
+    if not isinstance(block_table, np.ndarray):
+        block_table = np.array(block_table.tolist(), np.int64).reshape(table.shape)
+    for b, rows in enumerate(lengths.tolist()):
+        used = block_table[b, : -(-rows // page_size)]
+        wrong = np.flatnonzero((used < 0) | (used >= num_pages))
+        if wrong.size:
+            at = wrong[0]
+            raise InvalidArgument(
+                f"{table.name}[{b}, {at}] is {used[at]}, but there are {num_pages} pages; "
+                "expected the number of one, from 0."
+            )
+
+
+def _longest(options: Options, name: str, lengths: np.ndarray, used: np.ndarray) -> int:
+    """The longest length as given, no shorter than what is in use of any sequence; all rows of the longest if None."""
+    if getattr(options, name) is None:
+        return int(lengths.max(initial=0))
+    allowed, longest = length(options, name), int(used.max(initial=0))
+    if allowed < longest:
+        at = used.argmax()
+        rows = f"has {longest} rows" if longest == lengths[at] else f"uses {longest} of its rows"
+        raise InvalidArgument(f"{name} is {allowed}, but sequence {at} {rows}; pass at least that many, or None.")
+    return allowed

@@ -9,7 +9,7 @@ import numpy as np
 
 from cuflash.arrays import numpy_arrays
 from cuflash.dropout import Dropout
-from cuflash.ops import check, packed
+from cuflash.ops import check, lengths, overlap
 from cuflash.ops.call import ARGUMENTS, OUTPUTS, Options, given
 from cuflash.problem import Direction, Problem
 
@@ -25,7 +25,7 @@ class Checked(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     """Of its results."""
     dropout: Dropout | None
-    extents: list[check.Extent]
+    extents: list[overlap.Extent]
     """Of every given array; empty when all results are allocated."""
     num_outputs: int
     """How many of the given arrays, the last ones, are written."""
@@ -46,7 +46,7 @@ def checked(direction: Direction, options: Options, arrays: Sequence[np.ndarray 
         arguments = given(direction, arrays)
         views = {name: numpy_arrays.view(options.name(name), x) for name, x in arguments.items()}
         if check.layout_of(direction, options, views) == "varlen":
-            options = packed.with_lengths(options, views, arguments)
+            options = lengths.read(options, views, arguments)
     pointers, described = numpy_arrays.describe(ARGUMENTS[direction], arrays)
     key: tuple[Any, ...] | None
     try:
@@ -66,7 +66,7 @@ def checked(direction: Direction, options: Options, arrays: Sequence[np.ndarray 
     if found.num_outputs:
         if not all(x is None or x.flags.writeable for x in arrays[-len(OUTPUTS[direction]) :]):
             check_kind(direction, options, given(direction, arrays))  # says which
-        check.check_separate(found.extents, pointers, found.num_outputs)
+        overlap.check_separate(found.extents, pointers, found.num_outputs)
     return found
 
 
@@ -76,7 +76,7 @@ def check_kind(direction: Direction, options: Options, arguments: Mapping[str, n
     check.layout_of(direction, options, views)
     problem = check.problem_of(direction, options, views)
     num_outputs = sum(name in views for name in OUTPUTS[direction])
-    extents = list(map(check.extent, views.values())) if num_outputs else []
+    extents = list(map(overlap.extent, views.values())) if num_outputs else []
     return Checked(problem, check.shapes(options, views), check.dropout_of(options), extents, num_outputs)
 
 

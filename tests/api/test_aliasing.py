@@ -15,7 +15,7 @@ import cuflash
 from cuflash import ops
 from cuflash.arrays import numpy_arrays
 from cuflash.errors import InvalidArgument
-from cuflash.ops import check
+from cuflash.ops import overlap
 
 PLACES = ["numpy", pytest.param("sm80", marks=needs_compiler), pytest.param("simt", marks=needs_compiler)]
 B, SQ, H, D = 2, 70, 2, 32
@@ -95,14 +95,14 @@ def test_what_meets_is_what_shares_memory(data: st.DataObject) -> None:
 
     a, b = one(data.draw(st.sampled_from([1, 2, 4]))), one(data.draw(st.sampled_from([1, 2, 4])))
     views = [numpy_arrays.view(name, x) for name, x in (("a", a), ("b", b))]
-    extents, pointers = [check.extent(view) for view in views], [view.pointer for view in views]
+    extents, pointers = [overlap.extent(view) for view in views], [view.pointer for view in views]
     shares = bool(np.shares_memory(a, b))
     assert shares is bool({*_bytes(a, memory)} & {*_bytes(b, memory)})
     if shares:
         with pytest.raises(InvalidArgument, match=r"^b shares memory with a"):
-            check.check_separate(extents, pointers, 1)
+            overlap.check_separate(extents, pointers, 1)
     else:
-        check.check_separate(extents, pointers, 1)
+        overlap.check_separate(extents, pointers, 1)
 
 
 def _bytes(x: np.ndarray, memory: np.ndarray) -> list[int]:

@@ -15,7 +15,7 @@ from test_host_kernels import CAUSAL, paged
 
 from cuflash.arrays import View
 from cuflash.jit import params
-from cuflash.ops import launch
+from cuflash.ops import block
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -73,7 +73,7 @@ def test_rows_are_where_the_table_says(size: int, data: st.DataObject) -> None:
         table[...] = 7
     view = View("table", table.shape, table.strides, "int32", 4, table.ctypes.data, "cpu")
     keys = View("k", (2**21, size, 1, 1), (1, 1, 1, 1), "int8", 1, 0, "cpu")
-    pages = launch._pages(keys, view)
+    pages = block.pages_of(keys, view)
     pages["table"] = table.ctypes.data
     assert pages.dtype == params.dtype("Pages")
 

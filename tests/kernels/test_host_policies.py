@@ -13,7 +13,7 @@ from host.build import build, why_not
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuflash.ops import launch
+from cuflash.ops.block import UNBOUNDED
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -302,7 +302,7 @@ def test_band_masks_exhaustively(kind: str) -> None:
 @pytest.mark.parametrize("len_kv", [1, 2**29, 2**30])
 def test_open_sides_of_the_longest_sequences(len_q: int, len_kv: int) -> None:
     for row, open_side, closed, top_left in itertools.product((0, 2**30 - 1), (0, 1), (0, 2**30 - 1), (0, 1)):
-        left, right = (launch._UNBOUNDED, closed) if open_side else (closed, launch._UNBOUNDED)
+        left, right = (UNBOUNDED, closed) if open_side else (closed, UNBOUNDED)
         got = np.empty(4, np.int32)
         policies().bounds(len_q, len_kv, left, right, top_left, row, pointer(got))
         off = 0 if top_left else len_kv - len_q

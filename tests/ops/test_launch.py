@@ -30,7 +30,7 @@ from cuflash import arrays, device, jit, ops
 from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.jit import kernel
-from cuflash.ops import launch
+from cuflash.ops import block, launch
 from cuflash.ops.call import SHARED
 from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Box, Config, Step
@@ -1081,7 +1081,7 @@ def test_blocks_of_the_last_pointers_are_kept_but_for_dropout(
         return lambda address: encoded.append(address) or run.encoder(tensor)(address)
 
     monkeypatch.setattr(jit.tensormap, "encoder", encoder)
-    monkeypatch.setattr(launch, "_MAX_BLOCKS", 2)
+    monkeypatch.setattr(block, "_MAX_BLOCKS", 2)
     q, *places = (as_torch(random(1, 64, 2, 32, seed=seed)) for seed in range(4))
     scratch = as_torch(np.zeros(4096, np.uint8))
     monkeypatch.setattr(Torch, "empty", lambda *_: scratch)

@@ -17,7 +17,7 @@ from cuflash.arrays import framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import flag, integer, is_array, shown
-from cuflash.ops import Options, check
+from cuflash.ops import Options, check, overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def _check_grad_bias(place: Place, options: Options, arrays: Mapping[str, Any], 
     views = {name: place.view(name, given[name]) for name in order}
     check.check_output(views["grad_bias"], views[options.name("attn_bias")])
     num_outputs = 1 + sum(arrays.get(name) is not None for name in outputs)
-    check.check_separate([*map(check.extent, views.values())], [x.pointer for x in views.values()], num_outputs)
+    overlap.check_separate([*map(overlap.extent, views.values())], [x.pointer for x in views.values()], num_outputs)
 
 
 def _stored(place: Place, dbias: Any, dtype: Any, grad_bias: Any) -> Any:

@@ -1,0 +1,142 @@
+"""The parameter block of a call: what it says of every call on arrays of a kind, and filling in pointers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from cuflash import jit
+from cuflash.arrays import View
+from cuflash.ops import check, draw
+from cuflash.ops.boxes import shape_and_steps
+from cuflash.ops.call import Options
+from cuflash.plan import Plan
+from cuflash.plan.tiles import heads_per_section
+
+UNBOUNDED = check.MAX_LENGTH - 1
+"""A window side that hides nothing: no two positions are further apart, and with it every bound is a 32-bit number."""
+
+_UNNUMBERED = 2**31 - 1
+"""More rows than cu_seqlens_k can count: with pages it numbers none."""
+
+_PARAMS_NAMES = {
+    "attn_mask": "mask", "cu_seqlens_k": "cu_seqlens_kv", "seqused_k": "seqused_kv", "alibi_slopes": "alibi",
+    "attn_bias": "bias", "block_table": "table",
+}  # fmt: skip
+"""Members of ``params.cuh`` that are not called like the argument."""
+
+_ARGUMENTS_OF_PARAMS = {member: argument for argument, member in _PARAMS_NAMES.items()}
+
+_PER_ROW = ("lse", "dlse", "delta")
+"""Arrays of one number for each head and query row."""
+
+_MAX_BLOCKS = 256
+"""Parameter blocks that are kept of a kind of call: arrays come back to the same memory, in a model layer by layer."""
+
+
+def template(
+    plan: Plan, options: Options, views: Mapping[str, View], shapes: Mapping[str, tuple[int, ...]]
+) -> np.ndarray:
+    """The parameter block of every call on arrays of this kind, with zeros for pointers."""
+    problem, params = plan.problem, jit.params.dtype(plan.steps[0].params)
+    varlen = problem.layout == "varlen"
+    block = np.zeros(1, params)
+    attention = block["attention"]
+    for name in ("softmax_scale", "softcap", "batch", "heads_q", "heads_kv", "len_q", "len_kv", "total_q", "total_kv"):
+        attention[name] = getattr(problem, name)
+    mask = problem.mask
+    attention["window_left"] = UNBOUNDED if mask.left is None else mask.left
+    attention["window_right"] = UNBOUNDED if mask.right is None else mask.right
+    attention["top_left"] = mask.alignment == "top-left"
+    for name, view in ((name, views[name]) for name in ("attn_mask", "attn_bias") if name in views):
+        for axis, stride in zip(("batch", "head", "row", "column"), check.pair_strides(view), strict=True):
+            attention[f"{_PARAMS_NAMES[name]}_{axis}"] = stride
+    if problem.alibi and len(views["alibi_slopes"].shape) == 2:
+        attention["alibi_batch"] = check.pair_strides(views["alibi_slopes"])[2]
+    dropout = check.dropout_of(options)
+    attention["keep_scale"] = dropout.keep_scale if dropout else 1.0
+    attention["dropout_p"] = dropout.p if dropout else 0.0
+    if problem.direction == "forward":
+        block["num_splits"] = plan.num_splits
+        block["heads_per_section"] = heads_per_section(problem)
+        if dropout:
+            block["increment"] = np.uint64(draw.increment(problem)).astype(np.int64)
+    if problem.bias_grad:
+        shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
+        for at, name in enumerate(("batch", "head", "row")):
+            block[f"dbias_{name}"] = prod(shape[at + 1 :]) if shape[at] > 1 else 0
+
+    if problem.page_size:
+        attention["total_kv"] = _UNNUMBERED
+        block["pages"] = pages_of(views["k"], views["block_table"])
+
+    for member in jit.params.members(params):
+        name = member.removesuffix("_stride")
+        if name == member or (name == "dlse" and name not in views):
+            continue
+        packed = varlen and not (problem.page_size and name in ("k", "v"))  # pages lie like batch elements
+        axes = options.row_axes(packed) if name in _PER_ROW else options.axes(packed)
+        found = zip(axes, shape_and_steps(name, views, shapes), strict=True)
+        steps = {axis: step if n > 1 else 0 for axis, (n, step) in found}
+        block[member]["batch"] = steps.get("b", 0)
+        block[member]["row"] = steps["total" if packed else "s"]
+        block[member]["head"] = steps["h"]
+    return block
+
+
+def pages_of(k: View, table: View) -> np.ndarray:
+    """The ``Pages`` struct without its pointer; keys lie like (b, s, h, d) tensors with a page for each b."""
+    pages = np.zeros((), jit.params.dtype("Pages"))
+    for axis, name in enumerate(("table_batch", "table_page")):
+        pages[name] = table.strides[axis] // table.itemsize if table.shape[axis] > 1 else 0
+    pages["count"], pages["size"] = k.shape[:2]
+    # Exact for keys below 2**30, as rounding up adds less than 2**(shift - 30) to multiplier * size: Granlund and
+    # Montgomery 1994, doi 10.1145/178243.178249.
+    shift = 30 + (k.shape[1] - 1).bit_length()
+    pages["multiplier"], pages["shift"] = -(-(2**shift) // k.shape[1]), shift
+    return pages
+
+
+def filler(
+    block: np.ndarray, pointers: Sequence[str], maps: Mapping[str, jit.tensormap.TensorMap], device: int, draws: bool
+) -> Callable[[tuple[int, ...]], ctypes.Array]:
+    """What fills a parameter block: :attr:`Prepared.params`."""
+    params, content, words = block.dtype, block.tobytes(), ctypes.c_uint64 * (block.nbytes // 8)
+    names = (*pointers, "generator", "seed", "offset") if draws else pointers
+    slots = [(_word(params, name), index) for index, name in enumerate(names)]
+    if draws:  # the kernels read the drawn seed and offset where the first one leaves them
+        slots.append((_inner_word(params, "attention", "rng_state"), names.index("rng_state")))
+    encoders = []
+    for name, tensor in maps.items():
+        first, argument = _word(params, f"{name}_map"), _ARGUMENTS_OF_PARAMS.get(name, name)
+        encoders.append((slice(first, first + 16), names.index(argument), jit.tensormap.encoder(tensor, device)))
+
+    def fill(numbers: tuple[int, ...]) -> ctypes.Array:
+        filled: Any = words.from_buffer_copy(content)
+        for word, index in slots:
+            filled[word] = numbers[index]
+        for place, index, encode in encoders:
+            filled[place] = encode(numbers[index])
+        return filled
+
+    return fill if draws else lru_cache(_MAX_BLOCKS)(fill)
+
+
+def _word(params: np.dtype, argument: str) -> int:
+    """Index of the first 8-byte word of a parameter block that is for an argument."""
+    name = _PARAMS_NAMES.get(argument, argument)
+    members = jit.params.members(params)
+    if name in members:
+        return members[name][1] // 8
+    return _inner_word(params, "pages" if argument == "block_table" else "attention", name)
+
+
+def _inner_word(params: np.dtype, struct: str, name: str) -> int:
+    """The same of a member of a struct inside."""
+    inner, offset = jit.params.members(params)[struct]
+    return (offset + jit.params.members(inner)[name][1]) // 8
