@@ -1088,7 +1088,7 @@ def test_blocks_of_the_last_pointers_are_kept_but_for_dropout(
     for place in (0, 0, 1, 0, 2, 0, 1):
         cuflash.flash_attn_func(q, q, q, out=places[place])
         params = hopper.params[-1][0]
-        assert (params["q"], block["out"]) == (q.data_ptr(), places[place].data_ptr())
+        assert (params["q"], params["out"]) == (q.data_ptr(), places[place].data_ptr())
         assert params["out_map"]["words"][0] == places[place].data_ptr()
     assert encoded[3::4] == [places[n].data_ptr() for n in (0, 1, 2, 1)], "of two blocks, the one used last stays"
     encoded.clear()
