@@ -80,6 +80,8 @@ struct FwdParams {
   int64 seed;
   int64 offset;
   int64 increment;            // Philox counters this call uses up
+  double empty_lse;           // lse of rows that see no key: -inf, or +inf as PyTorch has it
+  double tail_lse;            // the same of packed rows that take part in nothing
   Strides q_stride;
   Strides k_stride;
   Strides v_stride;

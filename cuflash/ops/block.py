@@ -64,6 +64,7 @@ def template(
     if problem.direction == "forward":
         block["num_splits"] = plan.num_splits
         block["heads_per_section"] = heads_per_section(problem)
+        block["empty_lse"], block["tail_lse"] = options.empty_lse, options.tail_lse
         if dropout:
             block["increment"] = np.uint64(draw.increment(problem)).astype(np.int64)
     if problem.bias_grad:

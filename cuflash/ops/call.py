@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import inf
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from cuflash.arrays import ArrayT
@@ -85,6 +86,10 @@ class Options(NamedTuple):
     """Forward only: blocks that share a row's keys; 0 leaves the number to the plan."""
     keep_state: bool = False
     """Forward only: also return `row_state`, what the backward needs beyond lse for rows of P to sum to 1."""
+    empty_lse: float = -inf
+    """Forward only: the log-sum-exp of rows that see no key."""
+    tail_lse: float = -inf
+    """Forward only: that of packed rows that take part in nothing: behind the last sequence, or not in use."""
     family: str | tuple[str, ...] | None = None
     """Hold the planner to one kernel family or to some, for checks of kernels that another is preferred to."""
 

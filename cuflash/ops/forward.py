@@ -58,9 +58,11 @@ def on_host(options: Options, arrays: Sequence[Any], generator: Any = None) -> t
         out = place = np.empty(shapes["out"], q.dtype)
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
     q, k, v = (x.swapaxes(1, 2) if options.sdpa else x for x in (q, k, v))
-    keywords = on_numpy.keywords(found, arrays, rng_state)
+    keywords = on_numpy.keywords(found, arrays, rng_state) | {"empty_lse": options.empty_lse}
     keywords["out"] = out.swapaxes(1, 2) if options.sdpa else out
     row_state = np.empty(shapes["row_state"], problem.dtype.accumulator) if options.keep_state else None
+    if problem.layout == "varlen":
+        keywords["tail_lse"] = options.tail_lse
     if problem.page_size:
         keywords["seqused_k"] = np.diff(cu_seqlens_k) if seqused_k is None else seqused_k
         _, lse = reference.forward_paged(q, k, v, block_table, cu_seqlens_q=cu_seqlens_q, **keywords)

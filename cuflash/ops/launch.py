@@ -24,9 +24,6 @@ from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Workspace, choose
 from cuflash.problem import Direction, Problem
 
-_EMPTY_VALUES = {"lse": -np.inf}
-"""What results hold where there is nothing to attend to; 0 when not listed."""
-
 _MAX_PREPARED = 1024
 _prepared: dict[tuple[Any, ...], Prepared] = {}
 
@@ -132,7 +129,9 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
     outputs = [name for name in OUTPUTS[direction] if name in views]
     # Without pairs there is still a seed to draw, and a sink alone decides lse and its own gradient.
     rows = min(problem.batch, problem.rows_q) > 0
-    whole = rows and (problem.rows_kv > 0 or problem.sink)
+    uneven = problem.layout == "varlen" and options.empty_lse != options.tail_lse  # so lse is no one number either
+    whole = rows and (problem.rows_kv > 0 or problem.sink or uneven)
+    fills = {"lse": options.empty_lse if rows else options.tail_lse}
     steps = [step for step in plan.steps if (whole or step.kernel == "fwd_rng") and step.num_blocks > 0]
     allocated = (*new.values(), *(plan.workspaces if whole else ()))
     pointers = (*views, *(w.name for w in allocated))
@@ -152,9 +151,7 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
         params=block.filler(template, pointers, maps, ordinal, draws="rng_state" in names),
         allocations=tuple((_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in allocated),
         results=itemgetter(*(places.index(name) for name in names)),
-        fills=tuple(
-            (places.index(name), _EMPTY_VALUES.get(name, 0.0)) for name in names if not whole and name != "rng_state"
-        ),
+        fills=tuple((places.index(name), fills.get(name, 0.0)) for name in names if not whole and name != "rng_state"),
         increment=draw.increment(problem) if "rng_state" in names else None,
         extents=tuple(map(overlap.extent, views.values())) if outputs else (),
         num_outputs=len(outputs),

@@ -6,8 +6,8 @@ With x_ij = softmax_scale * q_i.k_j, or softcap * tanh(x / softcap) of it,
     lse_i = log(exp(sink) + sum_j exp(s_ij))    P_ij = exp(s_ij - lse_i)    out_i = sum_j D_ij P_ij v_j
 
 over visible j; D_ij is 0 where dropout drops and 1 / (1 - p) elsewhere. Every term is there only if it was asked for.
-A row that sees no key has out 0, lse -inf, or the sink, and gradients 0. Query head h uses key/value head
-h // (heads_q // heads_kv).
+A row that sees no key has out 0, lse -inf or what the caller wants instead, or the sink, and gradients 0. Query head h
+uses key/value head h // (heads_q // heads_kv).
 
 16-bit and fp32 arrays are computed in fp32, fp64 in fp64.
 """
@@ -48,6 +48,7 @@ def forward(
     *,
     out: np.ndarray | None = None,
     row_state: np.ndarray | None = None,
+    empty_lse: float = -np.inf,
     **features: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of dense tensors.
@@ -61,6 +62,8 @@ def forward(
     row_state : ndarray, optional
         (b, heads_q, len_q, 2) in the accumulator dtype, filled with the largest logit of each row and the sum of
         exponentials relative to it: what `backward` needs beyond lse for rows of P to sum to 1 whatever their size.
+    empty_lse : float
+        The lse of queries that see no key.
     **features
         The fields of `Features`; `mask` and `softmax_scale` are needed.
 
@@ -69,14 +72,14 @@ def forward(
     out : ndarray
         (b, len_q, heads_q, dim_v), the dtype of `q`.
     lse : ndarray
-        (b, heads_q, len_q) natural logarithms in the accumulator dtype; -inf where a query sees no key.
+        (b, heads_q, len_q) natural logarithms in the accumulator dtype.
     """
     batch, len_q, heads_q, _ = q.shape
     if out is None:
         out = np.empty((batch, len_q, heads_q, v.shape[-1]), q.dtype)
     lse = np.empty((batch, heads_q, len_q), _real(q))
     policies = Features(**features).policies(q.shape, k.shape)
-    pool.run(loops.forward(q, k, v, out, lse, policies, row_state), lse.size * k.shape[1])
+    pool.run(loops.forward(q, k, v, out, lse, policies, row_state, empty_lse), lse.size * k.shape[1])
     return out, lse
 
 
@@ -120,6 +123,8 @@ def forward_varlen(
     max_seqlen_k: int | None = None,
     out: np.ndarray | None = None,
     row_state: np.ndarray | None = None,
+    empty_lse: float = -np.inf,
+    tail_lse: float = -np.inf,
     **features: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of packed sequences: `forward` for each of them, its mask aligned to its own lengths.
@@ -132,11 +137,13 @@ def forward_varlen(
         (b + 1,) first row of each sequence, and the end of the last.
     seqused_q, seqused_k : ndarray of int, optional
         (b,) queries and keys of each sequence that take part, from its first; the others are not read. They set the
-        mask's alignment. Rows of no sequence, and rows not used, get out 0 and lse -inf.
+        mask's alignment. Rows of no sequence, and rows not used, get out 0 and `tail_lse`.
     max_seqlen_q, max_seqlen_k : int, optional
         What dropout's ``word`` scheme numbers pairs by; None is the longest sequence of cu_seqlens.
     row_state : ndarray, optional
         (heads_q, total_q, 2), filled as by `forward`.
+    empty_lse, tail_lse : float
+        The lse of queries that see no key, and of rows that take part in nothing.
     **features
         The fields of `Features`.
 
@@ -150,7 +157,7 @@ def forward_varlen(
     total_q, heads_q, _ = q.shape
     if out is None:
         out = np.empty((total_q, heads_q, v.shape[-1]), q.dtype)
-    lse = np.full((heads_q, total_q), -np.inf, _real(q))
+    lse = np.full((heads_q, total_q), tail_lse, _real(q))
     out[...] = 0
     if row_state is not None:
         row_state[...] = 0
@@ -161,7 +168,7 @@ def forward_varlen(
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
         state = None if row_state is None else row_state[None, :, rows]
-        jobs.append(loops.forward(q1, k1, v1, out[None, rows], lse[None, :, rows], policies, state))
+        jobs.append(loops.forward(q1, k1, v1, out[None, rows], lse[None, :, rows], policies, state, empty_lse))
         scores += heads_q * q1.shape[1] * k1.shape[1]
     pool.run(chain.from_iterable(jobs), scores)
     return out, lse
@@ -215,6 +222,8 @@ def forward_paged(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     out: np.ndarray | None = None,
+    empty_lse: float = -np.inf,
+    tail_lse: float = -np.inf,
     **features: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention over keys and values in the pages of a cache.
@@ -241,7 +250,7 @@ def forward_paged(
     packed, heads_q = cu_seqlens_q is not None, q.shape[-2]
     if out is None:
         out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-    lse = np.full((heads_q, len(q)) if packed else (len(q), heads_q, q.shape[1]), -np.inf, _real(q))
+    lse = np.full((heads_q, len(q)) if packed else (len(q), heads_q, q.shape[1]), tail_lse, _real(q))
     out[...] = 0
     rules = Features(**features)
     len_q = q.shape[1] if cu_seqlens_q is None else _longest(cu_seqlens_q, max_seqlen_q)
@@ -256,7 +265,7 @@ def forward_paged(
         length = min(length, k.shape[1] * len(table))
         q1, k1, v1 = q[element, rows], PagedRows(k, table, length), PagedRows(v, table, length)
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
-        jobs.append(loops.forward(q1, k1, v1, out[element, rows], lse[element, :, rows], policies))
+        jobs.append(loops.forward(q1, k1, v1, out[element, rows], lse[element, :, rows], policies, empty_lse=empty_lse))
         scores += heads_q * q1.shape[1] * length
     pool.run(chain.from_iterable(jobs), scores)
     return out, lse

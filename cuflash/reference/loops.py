@@ -33,6 +33,7 @@ def forward(
     lse: np.ndarray,
     policies: Policies,
     row_state: np.ndarray | None = None,
+    empty_lse: float = -np.inf,
 ) -> Iterator[Job]:
     """Fill out (b, s, h, d), lse (b, h, s) and row_state (b, h, s, 2): FlashAttention-2, algorithm 1."""
     scores, sink, dropout = policies
@@ -61,7 +62,7 @@ def forward(
                     softmax.update(s, v_rows[tile.keys], None if dropout is None else _kept(dropout, tile))
                 if sink is not None:
                     softmax.add_sink(_sink_rows(sink[heads], softmax.l))
-                out_tile, lse_tile = softmax.finish()
+                out_tile, lse_tile = softmax.finish(empty_lse)
                 store(out, at_q, out_tile if dropout is None else out_tile * dropout.dropout.keep_scale)
                 store(lse, at_q, lse_tile)
                 if row_state is not None:

@@ -62,11 +62,12 @@ class RowSoftmax:
         self.m = m
         return shift
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the output rows acc / l (until the scratch is used again) and lse = m + log(l)."""
+    def finish(self, empty_lse: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the output rows acc / l (until the scratch is used again) and lse = m + log(l), or that of nothing."""
         if self._empty:
             self.acc.fill(0)
         lse = (self.m + np.log(self.l, dtype=np.float64)).astype(self.l.dtype)
+        lse[self.l == 0] = empty_lse
         return np.divide(self.acc, np.maximum(self.l, np.finfo(self.l.dtype).tiny), out=self.acc), lse
 
     def state(self, lse: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 // Online softmax of one row (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1). Every case of "nothing
-// visible" is decided here: such a row has m = kLowest, l = 0, and becomes output 0 with lse -inf. Only -inf hides: a
-// score of kLowest is a score, and a row of them has l = their number.
+// visible" is decided here: such a row has m = kLowest, l = 0, and becomes output 0 with the lse that the caller wants.
+// Only -inf hides: a score of kLowest is a score, and a row of them has l = their number.
 #pragma once
 
 #include "params.cuh"
@@ -53,8 +53,8 @@ struct alignas(2 * sizeof(Real)) RowState {
 
   CF_DEVICE Real inverse_sum() const { return l == Real(0) ? Real(0) : Real(1) / l; }
 
-  // Natural logarithm of sum(exp(logit)).
-  CF_DEVICE Real lse(Real unit) const { return l == Real(0) ? -infinity<Real>() : m * unit + log(l); }
+  // Natural logarithm of sum(exp(logit)); `empty` where there is no logit.
+  CF_DEVICE Real lse(Real unit, Real empty) const { return l == Real(0) ? empty : m * unit + log(l); }
 };
 
 // Whether a learnable logit per head takes its share of every row's probability.

@@ -34,7 +34,7 @@ struct WholeRows {
     return static_cast<Real*>(p.lse) + number(p, sequence, head, 0);
   }
   CF_DEVICE static void close(const FwdParams& p, int64 number, const RowState<Real>& row, Real unit) {
-    static_cast<Real*>(p.lse)[number] = row.lse(unit);
+    static_cast<Real*>(p.lse)[number] = row.lse(unit, static_cast<Real>(p.empty_lse));
     if (p.row_state) static_cast<RowState<Real>*>(p.row_state)[number] = row;
   }
   CF_DEVICE static const Strides& out_stride(const FwdParams& p) { return p.out_stride; }

@@ -66,7 +66,7 @@ struct ForwardSimt {
     const GlobalRows<Element> tail =
         GlobalRows<Element>{Whole::out(p, sequence, head, 0), p.out_stride.row, sequence.len_q}.from(sequence.len_q);
     zero_rows<Config::kDimV, kThreads>(tail.data, p.out_stride.row, sequence.tail_q);
-    fill<kThreads>(Whole::lse(p, sequence, head) + sequence.len_q, sequence.tail_q, -infinity<Real>());
+    fill<kThreads>(Whole::lse(p, sequence, head) + sequence.len_q, sequence.tail_q, static_cast<Real>(p.tail_lse));
   }
 
   CF_DEVICE static void run(const FwdParams& p) {

@@ -88,7 +88,7 @@ struct ForwardSm80 {
     using Whole = WholeRows<Config>;
     zero_rows<Config::kDimV, kThreads>(Whole::out(p, sequence, head, 0) + sequence.len_q * p.out_stride.row,
                                        p.out_stride.row, sequence.tail_q);
-    fill<kThreads>(Whole::lse(p, sequence, head) + sequence.len_q, sequence.tail_q, -infinity<float>());
+    fill<kThreads>(Whole::lse(p, sequence, head) + sequence.len_q, sequence.tail_q, static_cast<float>(p.tail_lse));
   }
 
   // Row number r of this lane times a factor. Whole rows go through Q's memory: the loop's last barrier came after

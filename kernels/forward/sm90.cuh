@@ -137,7 +137,7 @@ struct ForwardSm90 {
     float* lse = static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
     zero_rows<Config::kDimV, kConsumerThreads>(out + sequence.len_q * p.out_stride.row, p.out_stride.row,
                                                sequence.tail_q, thread);
-    fill<kConsumerThreads>(lse + sequence.len_q, sequence.tail_q, -infinity<float>(), thread);
+    fill<kConsumerThreads>(lse + sequence.len_q, sequence.tail_q, static_cast<float>(p.tail_lse), thread);
   }
 
   CF_DEVICE static void consume(const FwdParams& p, SmemPlan& smem, int consumer) {

@@ -162,10 +162,11 @@ def run_plan_on_host(
         workspaces[workspace.name] = inside.view(workspace.dtype).reshape(workspace.shape)
         surroundings[workspace.name] = buffer[:GUARD], buffer[GUARD + workspace.nbytes :]
 
+    numbers = {"empty_lse": -np.inf, "tail_lse": -np.inf} | dict(numbers or {})
     for step in plan.steps:
         params = np.zeros((), params_dtype(step.params))
         params["attention"] = attention_params(problem, arrays)
-        for name, number in (numbers or {}).items():
+        for name, number in numbers.items():
             for struct in params, params["attention"]:
                 if name in struct.dtype.names:
                     struct[name] = number

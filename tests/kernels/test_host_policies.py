@@ -94,7 +94,7 @@ void row(const double* x, const double* value, int tiles, int width, double unit
       sum += p * static_cast<Real>(value[tile * width + i]);
     }
   }
-  *lse = state.lse(static_cast<Real>(unit));
+  *lse = state.lse(static_cast<Real>(unit), -infinity<Real>());
   *out = sum * state.inverse_sum();
 }
 EXPORT void row_float(const double* x, const double* v, int tiles, int width, double unit, double* lse, double* out) {
@@ -116,7 +116,7 @@ void parts(const double* tops, const double* sums, const double* outs, int count
     const Real rescale = state.merge(part, static_cast<Real>(kLog2E), part_rescale);
     sum = sum * rescale + static_cast<Real>(outs[i]) * part.l * part_rescale;
   }
-  *lse = state.lse(Real(1));
+  *lse = state.lse(Real(1), -infinity<Real>());
   *out = sum * state.inverse_sum();
 }
 EXPORT void parts_float(const double* m, const double* l, const double* outs, int count, double* lse, double* out) {

@@ -121,7 +121,8 @@ def forward(
                 "Gather the pages into packed k and v."
             )
         check_drawn(framework_of([options.name("q")], [q]), options)
-    flag("zero_tensors", zero_tensors)
+    tail_lse = -np.inf if flag("zero_tensors", zero_tensors) else np.inf
+    options = options._replace(empty_lse=np.inf, tail_lse=tail_lse)
     starts_q, starts_k = arrays.get("cu_seqlens_q"), arrays.get("cu_seqlens_k")
     with drawing_from(generator) as source:
         out, lse, *drawn = backend.call(
@@ -141,9 +142,8 @@ def forward(
                 place, options, choice, rng_state, convention.multiple, q=q, k=k, v=v, **arrays
             )
             probabilities = random_values(place, probabilities) if random else probabilities
-        lse = place.with_infinity(lse)
-        if starts_q is not None:
-            lse = _packed_lse(place, convention, options, lse, starts_q, -np.inf if zero_tensors else np.inf)
+        if starts_q is not None and convention.padded:
+            lse = place.padded(lse, starts_q, longest(starts_q, options.max_seqlen_q), tail_lse)
         return Forward(out, q, k, v, lse, *_state(place, convention, rng_state), probabilities)
 
 
@@ -272,15 +272,6 @@ def _state(place: Place, convention: Convention, state: Any) -> tuple[Any, Any]:
     if convention.scalars:
         return scalars(place, state)
     return place.full((2,), 0, "uint64") if state is None else state, place.full((), 0, "uint64")
-
-
-def _packed_lse(place: Place, convention: Convention, options: Options, lse: Any, starts_q: Any, tail: float) -> Any:
-    """The log-sum-exp of packed sequences, with `tail` where there is no row."""
-    if convention.padded:
-        return place.padded(lse, starts_q, longest(starts_q, options.max_seqlen_q), tail)
-    outside = place.count(lse.shape[1]) >= place.starts(starts_q)[-1:]
-    lse[...] = place.xp.where(outside, tail, lse)
-    return lse
 
 
 def _without_padding(place: Place, options: Options, lse: Any, starts_q: Any, q: Any) -> Any:

@@ -134,11 +134,6 @@ class Place:
         ends = self.xp.concatenate([starts[1:], starts[:1]])
         return self.extended(x, 0.0)[:, self.xp.where(rows < ends[at], rows, total)]
 
-    def with_infinity(self, lse: Any) -> Any:
-        """+inf instead of -inf, in place: what PyTorch returns for rows that see no key."""
-        lse[...] = self.xp.where(lse == -np.inf, np.inf, lse)
-        return lse
-
     def row_sums(self, dout: Any, out: Any, factor: float) -> Any:
         """Factor times the sum of dout * out of each row, (b, h, s) or (h, total), in the accumulator dtype."""
         real = "float64" if "float64" in str(out.dtype) else "float32"

@@ -304,7 +304,6 @@ def efficient_attention_forward(
             lengths, batch = (q.shape[1], k.shape[1]), q.shape[0]
         with place.here:
             if compute_log_sumexp:
-                lse = place.with_infinity(lse)
                 rows = -(-lengths[0] // LSE_ROWS) * LSE_ROWS
                 lse = place.padded(lse, cu_seqlens_q, rows, np.inf) if packed else place.filled(lse, rows, np.inf)
             else:
@@ -448,6 +447,7 @@ def _options(
         softmax_scale=scale, causal=kind > 0, window_size=(keys - 1, -1),
         alignment="top-left" if kind == 1 else "bottom-right", dropout_p=p, dropout_scheme="word",
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, validate=validate, vocabulary="efficient",
+        empty_lse=np.inf, tail_lse=np.inf,
     )  # fmt: skip
 
 

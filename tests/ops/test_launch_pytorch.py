@@ -1,0 +1,68 @@
+"""What PyTorch's functions ask of the kernels: what an empty row's log-sum-exp is, with no pass over it afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from host import run
+from test_launch import Launches, as_torch, launches, needs_compiler, random, to_numpy  # noqa: F401
+
+from cuflash import device, jit, ops
+
+STARTS_Q, NO_KEYS = np.array([0, 30, 30, 75], np.int32), np.zeros(4, np.int32)
+STARTS_K, USED_Q = np.array([0, 10, 40, 60], np.int32), np.array([21, 0, 45], np.int32)
+PACKED = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "max_seqlen_q": 45, "max_seqlen_k": 30}
+LSE_CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "dense": ({"causal": True}, 40),
+    "split": ({"causal": True, "num_splits": 3}, 40),
+    "no-keys": ({}, 0),
+    "masked": ({"attn_mask": np.arange(70)[:, None] % 3 + np.zeros((1, 40)) > 0}, 40),
+    "packed": (PACKED | {"causal": True}, 62),
+    "packed-used": (PACKED | {"seqused_q": USED_Q, "seqused_k": np.array([10, 30, 0], np.int32)}, 62),
+    "packed-no-keys": (PACKED | {"cu_seqlens_k": NO_KEYS, "max_seqlen_k": 0}, 0),
+    "packed-split": (PACKED | {"causal": True, "num_splits": 2}, 62),
+    "no-sequences": (PACKED | {"cu_seqlens_q": NO_KEYS[:1], "cu_seqlens_k": NO_KEYS[:1]}, 62),
+}
+
+
+@pytest.fixture
+def families(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A GPU that runs the kernels of every family."""
+    monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
+    monkeypatch.setattr(jit.tensormap, "encoder", run.encoder)
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", ["numpy", "sm90", "sm80", "simt"])
+@pytest.mark.parametrize("name", LSE_CASES)
+def test_the_caller_says_what_the_lse_of_nothing_is(families: None, name: str, family: str) -> None:
+    given, rows_kv = LSE_CASES[name]
+    packed = "cu_seqlens_q" in given
+    q = random(*((80,) if packed else (2, 70)), 4, 64)
+    k, v = (random(*((rows_kv,) if packed else (2, rows_kv)), 2, 64, seed=seed) for seed in (1, 2))
+    wrap, unwrap = ((lambda x: x),) * 2 if family == "numpy" else (as_torch, to_numpy)
+    options = {n: x for n, x in given.items() if n in ops.Options._fields}
+    arrays = {n: wrap(x) for n, x in given.items() if n not in options}
+    if family != "numpy":
+        options["family"] = family
+    if family == "sm90":
+        options["num_splits"] = 1
+
+    def lse(**values: float) -> np.ndarray:
+        return unwrap(ops.forward(ops.Options(**options, **values), wrap(q), wrap(k), wrap(v), **arrays)[1])
+
+    plain = lse()
+    tail = np.zeros(plain.shape[-1], bool)
+    if packed:
+        starts, used = given["cu_seqlens_q"], given.get("seqused_q", np.diff(given["cu_seqlens_q"]))
+        tail[:] = True
+        for start, length in zip(starts, used, strict=False):
+            tail[start : start + length] = False
+    nothing = np.isneginf(plain)
+    assert nothing.any() and nothing[..., tail].all() and np.isfinite(plain[~nothing]).all()
+    np.testing.assert_array_equal(
+        lse(empty_lse=np.inf, tail_lse=-7.5), np.where(nothing, np.where(tail, -7.5, np.inf), plain)
+    )
+    np.testing.assert_array_equal(lse(empty_lse=3.0, tail_lse=3.0), np.where(nothing, 3, plain))
