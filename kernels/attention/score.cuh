@@ -1,7 +1,7 @@
 // Score: from the raw product q.k to the logit, and back for the gradient.
 //
 // apply(s, q, kv) is in units in which p = exp2(log2_unit * (x - max)), log2_unit = log2(e) * unit(). softmax_scale *
-// slope(s) is d(logit)/d(q.k); the constant factor is left to the end of the gradient products.
+// slope(s, q, kv) is d(logit)/d(q.k); the constant factor is left to the end of the gradient products.
 #pragma once
 
 #include "element.cuh"
@@ -22,7 +22,7 @@ struct ScaledScore {
       : softmax_scale(ptx::keep(static_cast<Real>(a.softmax_scale))) {}
   CF_DEVICE Real unit() const { return softmax_scale; }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return s; }
-  CF_DEVICE Real slope(Real /*s*/) const { return Real(1); }
+  CF_DEVICE Real slope(Real /*s*/, int /*q*/, int /*kv*/) const { return Real(1); }
 };
 
 // x = softmax_scale * s for a scale of any sign, zero included.
@@ -36,7 +36,7 @@ struct SignedScore {
       : softmax_scale(ptx::keep(static_cast<Real>(a.softmax_scale))) {}
   CF_DEVICE Real unit() const { return Real(1); }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return softmax_scale * s; }
-  CF_DEVICE Real slope(Real /*s*/) const { return Real(1); }
+  CF_DEVICE Real slope(Real /*s*/, int /*q*/, int /*kv*/) const { return Real(1); }
 };
 
 // x = softcap * tanh(softmax_scale * s / softcap), in units of softcap; slope = 1 - tanh^2.
@@ -55,7 +55,7 @@ struct SoftCapScore {
   // tanh(y) = 1 - 2 / (exp(2y) + 1): exact at both ends, and far closer than the hardware's tanh.approx.
   CF_DEVICE Real tanh(Real s) const { return fma(Real(-2), reciprocal(exp2(s * exponent) + Real(1)), Real(1)); }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return tanh(s); }
-  CF_DEVICE Real slope(Real s) const { return Real(1) - tanh(s) * tanh(s); }
+  CF_DEVICE Real slope(Real s, int /*q*/, int /*kv*/) const { return Real(1) - tanh(s) * tanh(s); }
 };
 
 // The same in natural logits, exact for caps and scores of every size. SoftCapScore errs by 2^-23 of the cap: too much
@@ -78,7 +78,7 @@ struct ExactSoftCapScore {
     const Real x = softmax_scale * s, y = x * inverse;
     return abs_of(y) < kLinear ? x : softcap * tanh(y);
   }
-  CF_DEVICE Real slope(Real s) const {
+  CF_DEVICE Real slope(Real s, int /*q*/, int /*kv*/) const {
     const Real t = tanh(softmax_scale * s * inverse);
     return Real(1) - t * t;
   }
@@ -94,7 +94,7 @@ struct NaturalScore {
   CF_DEVICE NaturalScore(const Attention& a, const Sequence& sequence, int head) : inner(a, sequence, head) {}
   CF_DEVICE Number unit() const { return Number(1); }
   CF_DEVICE Number apply(Number s, int q, int kv) const { return inner.unit() * inner.apply(s, q, kv); }
-  CF_DEVICE Number slope(Number s) const { return inner.slope(s); }
+  CF_DEVICE Number slope(Number s, int q, int kv) const { return inner.slope(s, q, kv); }
 };
 
 // The score of another policy plus a term that depends on the position only; natural logits.
@@ -111,7 +111,7 @@ struct Plus {
   CF_DEVICE Number apply(Number s, int q, int kv) const {
     return inner.unit() * inner.apply(s, q, kv) + term.template at<Number>(q, kv);
   }
-  CF_DEVICE Number slope(Number s) const { return inner.slope(s); }
+  CF_DEVICE Number slope(Number s, int q, int kv) const { return inner.slope(s, q, kv); }
 };
 
 // Attention with linear biases (Press et al. 2021, arXiv 2108.12409): -slope * distance from the diagonal. 0 for rows

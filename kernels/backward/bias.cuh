@@ -8,8 +8,7 @@
 // (bias_sm80.cuh, bias_simt.cuh).
 #pragma once
 
-#include "attention/dropout.cuh"
-#include "attention/softmax.cuh"
+#include "attention/gradient.cuh"
 #include "element.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/sync.cuh"
@@ -21,27 +20,6 @@ struct Axis {
   int begin, end;
 
   CF_DEVICE static Axis of(bool broadcast, int own, int all) { return broadcast ? Axis{0, all} : Axis{own, own + 1}; }
-};
-
-// The score gradient of one element, before the slope of a soft cap: what reaches the bias.
-template <class Config>
-struct BiasPolicies {
-  using Real = Accumulator<typename Config::Element>;
-  typename Config::Mask mask;
-  typename Config::Score score;
-  typename Config::Dropout dropout;
-  Real log2_unit;
-  int len_q;
-
-  CF_DEVICE BiasPolicies(const Attention& a, const typename Config::Sequence& sequence, int head)
-      : mask(a, sequence, head), score(a, sequence, head), dropout(a, sequence, head),
-        log2_unit(score.unit() * static_cast<Real>(kLog2E)), len_q(sequence.len_q) {}
-
-  // From q.k and d(loss)/d(weight), dropout's part in the latter already taken.
-  CF_DEVICE Real ds(Real s, Real dp, const RowShift<Real>& shift, Real delta, int q, int kv) const {
-    const bool visible = q < len_q && mask.keep(q, kv);
-    return visible ? shift.probability(score.apply(s, q, kv), log2_unit) * (dp - delta) : Real(0);
-  }
 };
 
 // Engine: Config -> a SmemPlan, a Total with for_each(f(element, row, column)), and add_tile(), which adds dS of one

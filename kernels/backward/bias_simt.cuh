@@ -39,8 +39,7 @@ struct BiasTileSimt {
     Block::template multiply<Config::kDimQk>(s, smem.operands, q, k);
     Block::template multiply<Config::kDimV>(dp, smem.operands, dout, v);
 
-    const BiasPolicies<Config> policies(a, sequence, head);
-    const Real keep_scale = static_cast<Real>(Config::Dropout::scale(a));
+    const ScoreGradient<Config> gradient(a, sequence, head);
     const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
     const RowShift<Real>* g_shift = static_cast<const RowShift<Real>*>(p.shift) + row_offset;
     const Real* g_delta = static_cast<const Real*>(p.delta) + row_offset;
@@ -52,8 +51,9 @@ struct BiasTileSimt {
 #pragma unroll
       for (int n = 0; n < Total::kN; ++n) {
         const int kv = kv_first + Total::col_of(n);
-        const Real grad = policies.dropout.keep(q_index, kv) ? dp.x[m][n] * keep_scale : Real(0);
-        total.x[m][n] += policies.ds(s.x[m][n], grad, shift, delta, q_index, kv);
+        if (q_index >= sequence.len_q) continue;
+        const Real weight = gradient.probability(s.x[m][n], shift, q_index, kv, false);
+        total.x[m][n] += gradient.of_logit(weight, dp.x[m][n], delta, gradient.dropout.keep(q_index, kv));
       }
     }
   }

@@ -58,10 +58,8 @@ struct BiasTileSm80 {
     dp.clear();
     gemm_abt<Element>(s, smem.q, warp_row, smem.k);
     gemm_abt<Element>(dp, smem.dout, warp_row, smem.v);
-    const BiasPolicies<Config> policies(a, sequence, head);
-    const float keep_scale = static_cast<float>(Config::Dropout::scale(a));
-    dp.for_each(lane, [&](float& x, int, int) { x *= keep_scale; });
-    for_each_dropped(policies.dropout, dp, q_first + warp_row, kv_first,
+    const ScoreGradient<Config> gradient(a, sequence, head);
+    for_each_dropped(gradient.dropout, dp, q_first + warp_row, kv_first,
                      [&](int m, int n, int i) { dp.x[m][n][i] = 0.f; });
 
     const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
@@ -77,7 +75,9 @@ struct BiasTileSm80 {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int kv = kv_first + n * 8 + lane % 4 * 2 + i;
-          total.at(r, n, i) += policies.ds(s.at(r, n, i), dp.at(r, n, i), shift, delta, q, kv);
+          if (q >= sequence.len_q) continue;
+          const float weight = gradient.probability(s.at(r, n, i), shift, q, kv, false);
+          total.at(r, n, i) += gradient.of_logit(weight, dp.at(r, n, i), delta, true);
         }
       }
     }

@@ -15,9 +15,8 @@
 // second. Recomputing P twice costs two products more than sharing it, and spares an accumulator for dq.
 #pragma once
 
-#include "attention/dropout.cuh"
+#include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
-#include "attention/softmax.cuh"
 #include "tile/gemm_simt.cuh"
 
 namespace cuflash {
@@ -89,27 +88,14 @@ struct BackwardSimt {
     zero_rows<kDim, kThreads>(rows.from(rows.count).data, rows.stride, tail);
   }
 
-  // What one head does to its scores.
-  struct Policies {
-    typename Config::Mask mask;
-    typename Config::Score score;
-    typename Config::Dropout dropout;
-    Real log2_unit, keep_scale;
-
-    CF_DEVICE Policies(const Attention& a, const Sequence& sequence, int head)
-        : mask(a, sequence, head), score(a, sequence, head), dropout(a, sequence, head),
-          log2_unit(score.unit() * static_cast<Real>(kLog2E)),
-          keep_scale(static_cast<Real>(Config::Dropout::scale(a))) {}
-
-    // One score and its gradient, from q.k and dout.v: s becomes the weight of v, exactly 0 where masked or dropped, and
-    // dp becomes ds.
-    CF_DEVICE void grad_s(Real& s, Real& dp, const RowShift<Real>& shift, Real delta, int q, int kv, bool full) const {
-      const Real p = full || mask.keep(q, kv) ? shift.probability(score.apply(s, q, kv), log2_unit) : Real(0);
-      const bool keep = dropout.keep(q, kv);
-      dp = p * ((keep ? dp * keep_scale : Real(0)) - delta) * score.slope(s);
-      s = keep ? p : Real(0);
-    }
-  };
+  // From q.k and dout.v: s becomes the weight of v, exactly 0 where masked or dropped, and dp becomes ds.
+  CF_DEVICE static void grad_s(const ScoreGradient<Config>& gradient, Real& s, Real& dp, const RowShift<Real>& shift,
+                               Real delta, int q, int kv, bool full) {
+    const Real weight = gradient.probability(s, shift, q, kv, full);
+    const bool kept = gradient.dropout.keep(q, kv);
+    dp = gradient.of_product(s, weight, dp, delta, kept, q, kv);
+    s = kept ? weight : Real(0);
+  }
 
   CF_DEVICE static void run_dkdv(const BwdParams& p) {
     using Block = BlockDkdv;
@@ -133,8 +119,8 @@ struct BackwardSimt {
 #pragma unroll 1
     for (int head = work.head * group; head < (work.head + 1) * group; ++head) {
       const Inputs& inputs = share_inputs(smem.inputs, p, sequence, head);
-      const Policies policies(a, sequence, head);
-      const Tiles tiles = policies.mask.q_tiles(kv_first, kTileKv, kTileQ);
+      const ScoreGradient<Config> gradient(a, sequence, head);
+      const Tiles tiles = gradient.mask.q_tiles(kv_first, kTileKv, kTileQ);
 #pragma unroll 1
       for (int tile = tiles.begin; tile < tiles.end; ++tile) {
         const int q_first = tile * kTileQ;
@@ -152,7 +138,7 @@ struct BackwardSimt {
           const Real delta = inputs.delta_of(q);
 #pragma unroll
           for (int m = 0; m < Block::Scores::kM; ++m) {
-            policies.grad_s(s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.row_of(m), full);
+            grad_s(gradient, s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.row_of(m), full);
           }
         }
         Block::template accumulate<kDimV>(dv, smem.products.weighted, s, inputs.dout.from(q_first));
@@ -176,8 +162,8 @@ struct BackwardSimt {
     if (q_first >= sequence.len_q) return;
 
     const Inputs& inputs = share_inputs(smem.inputs, p, sequence, work.head);
-    const Policies policies(a, sequence, work.head);
-    const Tiles tiles = policies.mask.kv_tiles(q_first, kTileQ, kTileKv);
+    const ScoreGradient<Config> gradient(a, sequence, work.head);
+    const Tiles tiles = gradient.mask.kv_tiles(q_first, kTileQ, kTileKv);
     typename Block::template Output<kDimQk> dq;
     dq.clear();
 
@@ -198,7 +184,7 @@ struct BackwardSimt {
         const Real delta = inputs.delta_of(q);
 #pragma unroll
         for (int n = 0; n < Block::Scores::kN; ++n) {
-          policies.grad_s(s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.col_of(n), full);
+          grad_s(gradient, s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.col_of(n), full);
         }
       }
       Block::template accumulate<kDimQk>(dq, smem.products.weighted, dp, inputs.k.from(kv_first));

@@ -17,8 +17,8 @@
 // the columns of one tile's dK, dV and dQ share, each recomputing the scores: what 256 columns need to fit in registers.
 #pragma once
 
+#include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
-#include "attention/softmax.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/dq_accum.cuh"
@@ -30,7 +30,6 @@ template <class Config>
 struct BackwardSm80 {
   using Element = typename Config::Element;
   using Sequence = typename Config::Sequence;
-  using Score = typename Config::Score;
   using Dropout = typename Config::Dropout;
   using Accum = DqAccum<Config>;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
@@ -142,11 +141,7 @@ struct BackwardSm80 {
       ptx::sync_threads();  // this stage is here, and every warp is done with the one before and with ds
       if (kStages > 1 && step + 1 < num_steps) load_step(step + 1);
 
-      const typename Config::Mask mask(a, sequence, head);
-      const Score score(a, sequence, head);
-      const Dropout dropout(a, sequence, head);
-      const float log2_unit = score.unit() * static_cast<float>(kLog2E);
-      const float keep_scale = static_cast<float>(Dropout::scale(a));
+      const ScoreGradient<Config> gradient(a, sequence, head);
       Scores s, dp;
       s.clear();
       dp.clear();
@@ -154,7 +149,7 @@ struct BackwardSm80 {
       gemm_abt<Element>(dp, smem.v, warp_row, stage.dout);
 
       BitSet<Scores::kM * Scores::kN * 4> kept;
-      for_each_dropped_transposed(dropout, s, q_first, kv_first + warp_row,
+      for_each_dropped_transposed(gradient.dropout, s, q_first, kv_first + warp_row,
                                   [&](int m, int n, int i) { kept.clear((m * Scores::kN + n) * 4 + i); });
 
       // s becomes p and dp becomes ds, both transposed: rows are keys, columns are queries.
@@ -170,12 +165,10 @@ struct BackwardSm80 {
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
             const int q = q_first + col, kv = kv_first + warp_row + r * 8 + lane / 4;
             const float raw = s.at(r, n, i);
-            const bool visible = full || mask.keep(q, kv);
-            const float p_value = visible ? shift.probability(score.apply(raw, q, kv), log2_unit) : 0.f;
+            const float weight = gradient.probability(raw, shift, q, kv, full);
             const bool keep = kept.has((r / 2 * Scores::kN + n) * 4 + r % 2 * 2 + i);
-            s.at(r, n, i) = keep ? p_value : 0.f;
-            const float dp_value = keep ? dp.at(r, n, i) * keep_scale : 0.f;
-            dp.at(r, n, i) = p_value * (dp_value - delta) * score.slope(raw);
+            s.at(r, n, i) = keep ? weight : 0.f;
+            dp.at(r, n, i) = gradient.of_product(raw, weight, dp.at(r, n, i), delta, keep, q, kv);
           }
         }
       }
@@ -189,7 +182,7 @@ struct BackwardSm80 {
       ptx::sync_threads();  // ds is complete, and with one stage every warp is done with q and dout
       if (kStages == 1 && step + 1 < num_steps) load_step(step + 1);
 
-      const Tiles kv_tiles = mask.kv_tiles(q_first, kTileQ, kTileKv);
+      const Tiles kv_tiles = gradient.mask.kv_tiles(q_first, kTileQ, kTileKv);
       if (kv_tiles.contains(work.tile)) {
         typename Accum::Share dq;
         dq.clear();

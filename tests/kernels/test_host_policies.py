@@ -18,6 +18,7 @@ from cuflash.ops.block import UNBOUNDED
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 UNIT = r"""
+#include "attention/gradient.cuh"
 #include "attention/heads.cuh"
 #include "attention/mask.cuh"
 #include "attention/schedule.cuh"
@@ -154,7 +155,7 @@ void score(double scale, double softcap, const double* s, int count, double* log
   for (int i = 0; i < count; ++i) {
     const Real x = static_cast<Real>(s[i]);
     logit[i] = score.unit() * score.apply(x, 0, 0);
-    slope[i] = score.slope(x) * static_cast<Real>(scale);
+    slope[i] = score.slope(x, 0, 0) * static_cast<Real>(scale);
   }
 }
 template <class Real>
@@ -168,6 +169,75 @@ EXPORT void scores(int kind, int is_double, double scale, double softcap, const 
                  : kind == 3 ? (is_double ? score<ExactSoftCapScore, double> : score<ExactSoftCapScore, float>)
                              : (is_double ? score<NaturalSoftCapScore, double> : score<NaturalSoftCapScore, float>);
   f(scale, softcap, s, count, logit, slope);
+}
+
+// A score and a dropout that differ from place to place.
+template <class Real>
+struct LopsidedScore {
+  Real softmax_scale;
+  template <class Sequence>
+  LopsidedScore(const Attention& a, const Sequence&, int) : softmax_scale(static_cast<Real>(a.softmax_scale)) {}
+  static Real factor(int q, int kv) { return Real(1) + Real(q) / 4 - Real(kv) / 8; }
+  Real unit() const { return softmax_scale; }
+  Real apply(Real s, int q, int kv) const { return factor(q, kv) * s; }
+  Real slope(Real, int q, int kv) const { return factor(q, kv); }
+};
+struct ChessboardDropout {
+  template <class Sequence>
+  ChessboardDropout(const Attention&, const Sequence&, int) {}
+  static bool keep(int q, int kv) { return (q + kv) % 2 == 0; }
+  static double scale(const Attention& a) { return a.keep_scale; }
+};
+
+template <class Real, class Mask_, class Score_, class Dropout_>
+struct GradientConfig {
+  using Element = Real;
+  using Mask = Mask_;
+  using Score = Score_;
+  using Dropout = Dropout_;
+};
+
+// Of every (query, key), from s and dp (len_q, len_kv): p, ds before and after the slope of the score.
+template <class Config>
+void gradients(const Attention& a, const Lengths& lengths, const double* s, const double* dp, const double* m,
+               const double* l, const double* delta, double* p, double* of_logit, double* of_product) {
+  using Real = typename Config::Element;
+  const ScoreGradient<Config> gradient(a, lengths, 0);
+  for (int q = 0; q < lengths.len_q; ++q) {
+    const auto shift = RowShift<Real>::of(RowState<Real>{static_cast<Real>(m[q]), static_cast<Real>(l[q])});
+    for (int kv = 0; kv < lengths.len_kv; ++kv) {
+      const int at = q * lengths.len_kv + kv;
+      const Real x = static_cast<Real>(s[at]), d = static_cast<Real>(dp[at]), row_delta = static_cast<Real>(delta[q]);
+      const bool full = gradient.mask.kv_tiles(q, 1, 1).is_full(kv), kept = gradient.dropout.keep(q, kv);
+      const Real weight = gradient.probability(x, shift, q, kv, full);
+      p[at] = weight;
+      of_logit[at] = gradient.of_logit(weight, d, row_delta, kept);
+      of_product[at] = gradient.of_product(x, weight, d, row_delta, kept, q, kv);
+    }
+  }
+}
+
+template <class Real>
+auto gradients_of(int score, bool drops) {
+  using Lopsided = LopsidedScore<Real>;
+  using Capped = ExactSoftCapScore<Real>;
+  return score == 0 ? drops ? gradients<GradientConfig<Real, CausalMask, ScaledScore<Real>, ChessboardDropout>>
+                            : gradients<GradientConfig<Real, CausalMask, ScaledScore<Real>, NoDropout>>
+         : score == 1 ? drops ? gradients<GradientConfig<Real, CausalMask, Capped, ChessboardDropout>>
+                              : gradients<GradientConfig<Real, CausalMask, Capped, NoDropout>>
+                      : drops ? gradients<GradientConfig<Real, CausalMask, Lopsided, ChessboardDropout>>
+                              : gradients<GradientConfig<Real, CausalMask, Lopsided, NoDropout>>;
+}
+
+EXPORT void score_gradients(int score, int drops, int is_double, int len_q, int len_kv, double scale, double softcap,
+                            double keep_scale, const double* s, const double* dp, const double* m, const double* l,
+                            const double* delta, double* p, double* of_logit, double* of_product) {
+  Attention a{};
+  a.softmax_scale = scale;
+  a.softcap = softcap;
+  a.keep_scale = keep_scale;
+  const auto f = is_double ? gradients_of<double>(score, drops) : gradients_of<float>(score, drops);
+  f(a, Lengths{len_q, len_kv, 0}, s, dp, m, l, delta, p, of_logit, of_product);
 }
 
 EXPORT int tiles_of(int longest, int tile) { return num_tiles(longest, tile); }
@@ -558,3 +628,47 @@ def test_soft_caps_of_every_size(softcap: float, scale: float, is_double: int) -
         exact_slope = scale * (1 - np.tanh(s * scale / softcap) ** 2)
     np.testing.assert_allclose(logit, exact, rtol=4 * eps, atol=2.0**-126)
     np.testing.assert_allclose(slope, exact_slope, rtol=4 * eps, atol=8 * eps * abs(scale))
+
+
+@pytest.mark.parametrize("is_double", [0, 1], ids=["float", "double"])
+@pytest.mark.parametrize("drops", [0, 1], ids=["whole", "dropout"])
+@pytest.mark.parametrize("score", ["scaled", "capped", "lopsided"])
+@pytest.mark.parametrize(("len_q", "len_kv"), [(7, 7), (5, 12), (9, 4)])
+def test_gradient_of_a_score(score: str, drops: int, is_double: int, len_q: int, len_kv: int) -> None:
+    """P and dS are what the Jacobian of the whole row says; 0 where masked and in rows that see nothing."""
+    rng = np.random.default_rng(len_q)
+    shape = len_q, len_kv
+    q, kv = np.indices(shape)
+    scale, softcap, keep_scale = 0.375, 5.0, 1.75 if drops else 1.0
+    s, dp = rng.standard_normal(shape) * 8, rng.standard_normal(shape)
+    factor = 1 + q / 4 - kv / 8
+    if score == "capped":
+        logits, slope = softcap * np.tanh(scale * s / softcap), 1 - np.tanh(scale * s / softcap) ** 2
+        unit = 1.0
+    else:
+        slope = factor if score == "lopsided" else np.ones(shape)
+        logits, unit = scale * slope * s, scale
+    visible = kv <= q + len_kv - len_q
+    kept = (q + kv) % 2 == 0 if drops else np.ones(shape, bool)
+    top = np.where(visible, logits, -np.inf).max(1, initial=-1e300)
+    weights = np.exp(np.where(visible, logits - top[:, None], -np.inf))
+    l = weights.sum(1)
+    exact_p = weights / np.where(l == 0, 1, l)[:, None]
+    # d(loss)/d(p) of each probability, and d(p)/d(logit) = diag(p) - p p^T of each row.
+    reaches = kept * keep_scale * dp
+    jacobians = np.einsum("qk,kn->qkn", exact_p, np.eye(len_kv)) - np.einsum("qk,qn->qkn", exact_p, exact_p)
+    exact_logit = np.einsum("qkn,qk->qn", jacobians, reaches)
+
+    p, of_logit, of_product = (np.full(shape, np.nan) for _ in range(3))
+    delta = (exact_p * reaches).sum(1)
+    policies().score_gradients(
+        *(["scaled", "capped", "lopsided"].index(score), drops, is_double, len_q, len_kv),
+        *map(c_double, (scale, softcap, keep_scale)),
+        *map(pointer, (s, dp, top / unit, l, delta, p, of_logit, of_product)),
+    )
+    tolerance = 200 * (2.0**-53 if is_double else 2.0**-24)
+    np.testing.assert_allclose(p, exact_p, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(of_logit, exact_logit, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(of_product, exact_logit * slope, rtol=tolerance, atol=tolerance)
+    for gradient in (p, of_logit, of_product):
+        assert (gradient[~visible] == 0).all()

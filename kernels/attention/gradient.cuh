@@ -1,0 +1,46 @@
+// Gradient of one score: its probability once more, and what of dP reaches the logit and the product q.k.
+//
+//   P = exp(logit - lse),   d(logit) = P * (dP - delta),   d(q.k) = softmax_scale * slope * d(logit)
+//
+// The constant factor is left to the end of the products with dS.
+#pragma once
+
+#include "attention/dropout.cuh"
+#include "attention/softmax.cuh"
+#include "element.cuh"
+
+namespace cuflash {
+
+// Of one head.
+template <class Config>
+struct ScoreGradient {
+  using Real = Accumulator<typename Config::Element>;
+
+  typename Config::Mask mask;
+  typename Config::Score score;
+  typename Config::Dropout dropout;
+  Real log2_unit, keep_scale;
+
+  template <class Sequence>
+  CF_DEVICE ScoreGradient(const Attention& a, const Sequence& sequence, int head)
+      : mask(a, sequence, head), score(a, sequence, head), dropout(a, sequence, head),
+        log2_unit(score.unit() * static_cast<Real>(kLog2E)),
+        keep_scale(static_cast<Real>(Config::Dropout::scale(a))) {}
+
+  // P, from s = q.k; exactly 0 where masked. Tiles that are visible whole (`full`) need no test.
+  CF_DEVICE Real probability(Real s, const RowShift<Real>& shift, int q, int kv, bool full) const {
+    return full || mask.keep(q, kv) ? shift.probability(score.apply(s, q, kv), log2_unit) : Real(0);
+  }
+
+  // d(logit), from dp = dout.v, which does not reach what dropout dropped; a bias has this gradient.
+  CF_DEVICE Real of_logit(Real p, Real dp, Real delta, bool kept) const {
+    return p * ((kept ? dp * keep_scale : Real(0)) - delta);
+  }
+
+  // d(q.k) but for softmax_scale: dS of dQ = scale * dS K and dK = scale * dS^T Q.
+  CF_DEVICE Real of_product(Real s, Real p, Real dp, Real delta, bool kept, int q, int kv) const {
+    return of_logit(p, dp, delta, kept) * score.slope(s, q, kv);
+  }
+};
+
+}  // namespace cuflash
