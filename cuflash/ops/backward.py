@@ -34,10 +34,10 @@ def backward(
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
-) -> Gradients[Any, Any, Any] | tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """(dq, dk, dv) as arrays of the same framework, all Gradients where a bias' or a sink's are among them.
 
-    dq, dk and dv are written where they are given.
+    dq, dk and dv are written where they are given. If the options keep delta, a pair of those gradients and delta.
     """
     arrays = (
         q, k, v, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, attn_bias, sink, rng_state,
@@ -46,9 +46,12 @@ def backward(
     framework = framework_of(options.names("backward"), arrays)
     if not isinstance(framework, NumPy):
         dq, dk, dv, *others = launch.run(framework, "backward", options, arrays)
-        if not others:
-            return dq, dk, dv
-        return Gradients(dq, dk, dv, others[0] if options.bias_grad else None, None if sink is None else others[-1])
+        delta = others.pop() if options.keep_delta else None
+        gradients: Any = dq, dk, dv
+        if others:
+            dbias, dsink = others[0] if options.bias_grad else None, None if sink is None else others[-1]
+            gradients = Gradients(dq, dk, dv, dbias, dsink)
+        return (gradients, delta) if options.keep_delta else gradients
 
     places = dq, dk, dv  # of a subclass as they came
     plain = on_numpy.plain(arrays)
@@ -56,15 +59,17 @@ def backward(
     checked = on_numpy.checked("backward", options, plain)
     problem = checked.problem
     drawn = None if rng_state is None else np.ascontiguousarray(rng_state).view(np.uint64)
-    keywords = {"dlse": dlse, "row_state": row_state, "bias_grad": problem.bias_grad}
+    delta = np.empty(checked.shapes["delta"], problem.dtype.accumulator) if options.keep_delta else None
+    keywords = {"dlse": dlse, "row_state": row_state, "bias_grad": problem.bias_grad, "delta": delta}
     keywords |= on_numpy.keywords(checked, plain, drawn)
     if problem.layout == "varlen":
         found = reference.backward_varlen(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **keywords)
     else:
         found = reference.backward(dout, q, k, v, out, lse, **keywords)
     dq, dk, dv = (on_numpy.stored(x, given) for x, given in zip(found[:3], places, strict=True))
-    if not problem.bias_grad and not problem.sink:
-        return dq, dk, dv
-    with np.errstate(all="ignore"):
-        dsink = None if found.dsink is None else found.dsink.astype(np.float32)
-    return Gradients(dq, dk, dv, found.dbias, dsink)
+    gradients = dq, dk, dv
+    if problem.bias_grad or problem.sink:
+        with np.errstate(all="ignore"):
+            dsink = None if found.dsink is None else found.dsink.astype(np.float32)
+        gradients = Gradients(dq, dk, dv, found.dbias, dsink)
+    return gradients if delta is None else (gradients, delta)

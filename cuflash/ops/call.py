@@ -86,6 +86,8 @@ class Options(NamedTuple):
     """Forward only: blocks that share a row's keys; 0 leaves the number to the plan."""
     keep_state: bool = False
     """Forward only: also return `row_state`, what the backward needs beyond lse for rows of P to sum to 1."""
+    keep_delta: bool = False
+    """Backward only: also return `delta`, the sum of dout * out of each row less its dlse."""
     empty_lse: float = -inf
     """Forward only: the log-sum-exp of rows that see no key."""
     tail_lse: float = -inf
@@ -200,12 +202,13 @@ class Gradients(NamedTuple, Generic[ArrayT, BiasGradT, SinkGradT]):
     dsink: SinkGradT = None  # type: ignore[assignment]
 
 
-def results(problem: Problem, keep_state: bool = False) -> tuple[str, ...]:
+def results(problem: Problem, keep_state: bool = False, keep_delta: bool = False) -> tuple[str, ...]:
     """What a call returns."""
     if problem.direction == "forward":
         extra = [name for name, wanted in (("row_state", keep_state), ("rng_state", problem.dropout)) if wanted]
         return ("out", "lse", *extra)
-    extra = [name for name, wanted in (("dbias", problem.bias_grad), ("dsink", problem.sink)) if wanted]
+    wanted = {"dbias": problem.bias_grad, "dsink": problem.sink, "delta": keep_delta}
+    extra = [name for name in wanted if wanted[name]]
     return ("dq", "dk", "dv", *extra)
 
 

@@ -123,7 +123,7 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
     plan = choose(problem, device.current(ordinal), options.family)
 
     shapes = check.shapes(options, views)
-    names = results(problem, options.keep_state)
+    names = results(problem, options.keep_state, options.keep_delta)
     new = {name: _result(name, problem, shapes[name]) for name in names if name not in views}
     places = [*(name if name in views else None for name in ARGUMENTS[direction]), *new]
     outputs = [name for name in OUTPUTS[direction] if name in views]
@@ -133,7 +133,8 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
     whole = rows and (problem.rows_kv > 0 or problem.sink or uneven)
     fills = {"lse": options.empty_lse if rows else options.tail_lse}
     steps = [step for step in plan.steps if (whole or step.kernel == "fwd_rng") and step.num_blocks > 0]
-    allocated = (*new.values(), *(plan.workspaces if whole else ()))
+    workspaces = [workspace for workspace in plan.workspaces if whole and workspace.name not in new]
+    allocated = (*new.values(), *workspaces)
     pointers = (*views, *(w.name for w in allocated))
     maps = {
         box.tensor: tensor
@@ -168,8 +169,8 @@ def _result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
     """A result to be allocated."""
     dtypes = {
         "lse": problem.dtype.accumulator, "row_state": problem.dtype.accumulator, "rng_state": np.dtype(np.uint64),
-        "dbias": problem.dtype.accumulator, "dsink": np.dtype(np.float32),
+        "dbias": problem.dtype.accumulator, "dsink": np.dtype(np.float32), "delta": problem.dtype.accumulator,
     }  # fmt: skip
-    # Kernels write dbias up to the packed rows there are, which may be fewer than max_seqlen.
-    zeroed = name == "dbias" and problem.layout == "varlen"
+    # Kernels write these up to the packed rows there are: fewer than max_seqlen perhaps, and those of no sequence.
+    zeroed = name in ("dbias", "delta") and problem.layout == "varlen"
     return Workspace(name, dtypes.get(name, problem.dtype.numpy), shape, zeroed)

@@ -93,20 +93,22 @@ def backward(
     *,
     dlse: np.ndarray | None = None,
     row_state: np.ndarray | None = None,
+    delta: np.ndarray | None = None,
     bias_grad: bool = False,
     **features: Any,
 ) -> Gradients:
     """Gradients of `forward` for the upstream gradients `dout` of out and `dlse` of lse (None: zero).
 
     `lse` may hold -inf or +inf for rows that see no key; with `row_state` it says no more than which those are. dq, dk
-    and dv are shaped and typed like q, k and v; `bias_grad` asks for the gradient of the bias.
+    and dv are shaped and typed like q, k and v; `bias_grad` asks for the gradient of the bias. `delta`, shaped and
+    typed like lse, is filled with the sum of dout * out of each row less its dlse, and 0 where it sees no key.
     """
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
     rules = Features(**features)
     sums = _Sums(rules, len(q), k.shape[-2], bias_grad, _real(q))
     policies = rules.policies(q.shape, k.shape)
     grads = {"dq": dq, "dk": dk, "dv": dv, **sums.of(0, len(q))}
-    sums.add(0, loops.backward(dout, q, k, v, out, lse, dlse, policies, row_state=row_state, **grads))
+    sums.add(0, loops.backward(dout, q, k, v, out, lse, dlse, policies, row_state=row_state, row_delta=delta, **grads))
     return sums.run(dq, dk, dv, scores=lse.size * k.shape[1])
 
 
@@ -190,11 +192,14 @@ def backward_varlen(
     max_seqlen_k: int | None = None,
     dlse: np.ndarray | None = None,
     row_state: np.ndarray | None = None,
+    delta: np.ndarray | None = None,
     bias_grad: bool = False,
     **features: Any,
 ) -> Gradients:
-    """Gradients of `forward_varlen`; rows and keys that take no part get 0."""
+    """Gradients of `forward_varlen`; rows and keys that take no part get 0, in `delta` too."""
     dq, dk, dv = (np.zeros(x.shape, x.dtype) for x in (q, k, v))
+    if delta is not None:
+        delta[...] = 0
     rules = Features(**features)
     sums = _Sums(rules, len(cu_seqlens_q) - 1, k.shape[-2], bias_grad, _real(q))
     longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
@@ -202,10 +207,11 @@ def backward_varlen(
     for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
-        lse1, (dlse1, state) = lse[None, :, rows], (None if x is None else x[None, :, rows] for x in (dlse, row_state))
+        lse1 = lse[None, :, rows]
+        dlse1, state, delta1 = (None if x is None else x[None, :, rows] for x in (dlse, row_state, delta))
         grads = {"dq": dq[None, rows], "dk": dk[None, keys], "dv": dv[None, keys], **sums.of(b, 1)}
         of_one = dout[None, rows], q1, k1, v1, out[None, rows], lse1, dlse1, policies
-        sums.add(b, loops.backward(*of_one, row_state=state, **grads))
+        sums.add(b, loops.backward(*of_one, row_state=state, row_delta=delta1, **grads))
         scores += q.shape[-2] * q1.shape[1] * k1.shape[1]
     return sums.run(dq, dk, dv, scores=scores)
 

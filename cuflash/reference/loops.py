@@ -89,6 +89,7 @@ def backward(
     policies: Policies,
     *,
     row_state: np.ndarray | None = None,
+    row_delta: np.ndarray | None = None,
     dq: np.ndarray,
     dk: np.ndarray,
     dv: np.ndarray,
@@ -96,7 +97,7 @@ def backward(
     dsink: np.ndarray | None = None,
     most_heads: int | None = None,
 ) -> Iterator[tuple[tuple[int, int], Job]]:
-    """Fill dq, dk and dv and add to dbias and dsink: FlashAttention-2, algorithm 2, with query tiles outside.
+    """Fill dq, dk, dv and row_delta and add to dbias and dsink: FlashAttention-2, algorithm 2, query tiles outside.
 
     delta_i = dout_i . out_i - dlse_i    dP = keep * keep_scale * dout v^T    dS = P * (dP - delta)    dX = dS * ds/dx
     dv = (keep * keep_scale * P)^T dout    dq = unit * dX k    dk = dX^T (unit * q)
@@ -112,6 +113,7 @@ def backward(
     lse = grouped(lse.transpose(0, 2, 1)[..., None], heads_kv)
     dlse = None if dlse is None else grouped(dlse.transpose(0, 2, 1)[..., None], heads_kv)
     row_state = None if row_state is None else grouped(row_state.swapaxes(1, 2), heads_kv)
+    row_delta = None if row_delta is None else grouped(row_delta.transpose(0, 2, 1)[..., None], heads_kv)
     group = q.shape[3]
     row_tiles = list(scores.row_tiles(group))
     every_key = slice(0, scores.len_kv)
@@ -135,6 +137,8 @@ def backward(
                 lse_tile = load(lse, at_q, real, scratch, "lse")
                 dlse_tile = 0.0 if dlse is None else load(dlse, at_q, real, scratch, "dlse")
                 delta = delta_of(dout_tile, out_tile, lse_tile, dlse_tile)
+                if row_delta is not None:
+                    store(row_delta, at_q, delta)
                 state_tile = None if row_state is None else load(row_state, at_q, real, scratch, "state")
                 shift, factor = normalizers(lse_tile, state_tile)
                 np.multiply(dout_tile, factor, out=dout_tile)

@@ -149,18 +149,20 @@ def forward(
 
 def backward(convention: Convention, options: Options, choice: str | None, **given: Any) -> Backward:
     """Run the backward and lay its results out; `given` is what `gradients` takes."""
-    dq, dk, dv, dbias = gradients(convention, options, choice, **given)
+    results = gradients(convention, options._replace(keep_delta=True), choice, **given)
     place, starts_q = Place(options.name("q"), given["q"]), given.get("cu_seqlens_q")
     with place.here:
-        sums = place.row_sums(given["dout"], given["out"], 1 - options.dropout_p)
+        softmax_d = results.softmax_d
+        if options.dropout_p:
+            softmax_d *= 1 - float(options.dropout_p)
         if starts_q is None:
-            softmax_d = place.rounded(sums, convention.multiple)
+            softmax_d = place.rounded(softmax_d, convention.multiple)
         elif convention.padded:
             length = longest(starts_q, options.max_seqlen_q)
-            softmax_d = place.rounded(place.padded(sums, starts_q, length, 0.0), convention.multiple)
+            softmax_d = place.padded(softmax_d, starts_q, length + -length % convention.multiple, 0.0)
         else:
-            softmax_d = place.spaced(sums, starts_q)
-    return Backward(dq, dk, dv, softmax_d, dbias)
+            softmax_d = place.spaced(softmax_d, starts_q)
+    return results._replace(softmax_d=softmax_d)
 
 
 def gradients(
@@ -174,8 +176,11 @@ def gradients(
     bias_requires_grad: bool = False,
     zero_tensors: bool = False,
     **arrays: Any,
-) -> tuple[Any, Any, Any, Any]:
-    """(dq, dk, dv, dbias); `arrays` are those of `ops.backward` that the caller has, with the convention's lse."""
+) -> Backward:
+    """Run the backward; `arrays` are those of `ops.backward` that the caller has, with the convention's lse.
+
+    If the options keep delta it is the result's softmax_d, None otherwise.
+    """
     place = Place(options.name("q"), arrays["q"])
     bias: Any = arrays.get("attn_bias")
     framework_of([*map(options.name, arrays), "grad_bias"], [*arrays.values(), grad_bias])
@@ -192,9 +197,11 @@ def gradients(
             arrays["rng_state"] = _rng_state(place, options, philox_seed, philox_offset)
         if convention.padded and arrays.get("cu_seqlens_q") is not None:
             arrays["lse"] = _without_padding(place, options, arrays["lse"], arrays["cu_seqlens_q"], arrays["q"])
-        found = backend.call(ops.backward, options, choice, **arrays)
-        dbias = _stored(place, found[3], bias.dtype, grad_bias) if options.bias_grad else None
-    return (*found[:3], dbias)
+        results = backend.call(ops.backward, options, choice, **arrays)
+        gradients, delta = results if options.keep_delta else (results, None)
+        dbias = _stored(place, gradients[3], bias.dtype, grad_bias) if options.bias_grad else None
+    dq, dk, dv = gradients[:3]
+    return Backward(dq, dk, dv, delta, dbias)
 
 
 def _differentiated(options: Options, bias: Any) -> Any:

@@ -134,12 +134,6 @@ class Place:
         ends = self.xp.concatenate([starts[1:], starts[:1]])
         return self.extended(x, 0.0)[:, self.xp.where(rows < ends[at], rows, total)]
 
-    def row_sums(self, dout: Any, out: Any, factor: float) -> Any:
-        """Factor times the sum of dout * out of each row, (b, h, s) or (h, total), in the accumulator dtype."""
-        real = "float64" if "float64" in str(out.dtype) else "float32"
-        sums = (self.cast(dout, real) * self.cast(out, real)).sum(-1) * factor
-        return sums.swapaxes(-1, -2)
-
 
 def longest(cu_seqlens: Any, max_seqlen: int | None) -> int:
     """The length of the longest sequence, unless it is given; reading it waits for a GPU."""

@@ -186,12 +186,13 @@ def mem_eff_backward(
         )  # fmt: skip
         if cu_seqlens_q is None:
             options = _dense_lengths(options, q, k)
-        return explicit.gradients(
+        dq, dk, dv, _, dbias = explicit.gradients(
             explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset, grad_bias=grad_bias,
             bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias, out=out, dout=dout, lse=softmax_lse,
             dq=dq_, dk=dk_, dv=dv_,
         )  # fmt: skip
+        return dq, dk, dv, dbias
     except REFUSALS as error:
         shorten(error)
         raise
@@ -399,7 +400,7 @@ def efficient_attention_backward(
                 shared = _shared(place, query, key, value)
             for i, name in enumerate(("dq", "dk", "dv")):
                 arrays[name] = shared[0, :, i] if packed else shared[:, :, i]
-        *gradients, grad_bias = explicit.gradients(
+        *gradients, _, grad_bias = explicit.gradients(
             explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
             bias_requires_grad=bias_requires_grad, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             seqused_k=seqlen_k, attn_bias=bias, lse=logsumexp, **arrays,
