@@ -1,17 +1,15 @@
 // Written by cuflash.jit.render for fwd_sm80. Do not edit.
 #pragma once
 
-#include "element.cuh"
 #include "params.cuh"
-#include "attention/dropout.cuh"
-#include "attention/heads.cuh"
+#include "element.cuh"
+#include "attention/sequence.cuh"
 #include "attention/mask.cuh"
 #include "attention/score.cuh"
-#include "attention/sequence.cuh"
+#include "attention/dropout.cuh"
 #include "attention/softmax.cuh"
+#include "attention/heads.cuh"
 #include "attention/split.cuh"
-#include "tile/bias.cuh"
-#include "tile/dq_accum.cuh"
 
 namespace cuflash {
 
@@ -20,26 +18,18 @@ struct Config {
   using Sequence = DenseSequence;
   using Mask = CausalMask;
   using Score = ScaledScore<float>;
-  using BiasCopies = NoBias;
   using Dropout = NoDropout;
   using Sink = NoSink;
   using Heads = OneHead;
   using Split = NoSplit;
-  using Reduction = AtomicReduction;
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kSmemBytes = 69632;
   static constexpr int kDimQk = 128;
   static constexpr int kDimV = 128;
-  static constexpr int kThreads = 128;
   static constexpr int kTileQ = 128;
   static constexpr int kTileKv = 64;
-  static constexpr int kStages = 1;
-  static constexpr int kDimSplits = 1;
   static constexpr int kCopyBytes = 16;
-  static constexpr int kBlocksPerSm = 2;
-  static constexpr bool kPingPong = false;
-  static constexpr int kRowBuffers = 1;
-  static constexpr int kProducerRegisters = 0;
-  static constexpr int kConsumerRegisters = 0;
-  static constexpr int kSmemBytes = 69632;
 };
 
 static_assert(sizeof(Strides) == 24, "host layout");

@@ -78,7 +78,7 @@ struct IsSame<T, T> { static constexpr bool value = true; };
 template <class T>
 CF_DEVICE T infinity() { return static_cast<T>(CF_INFINITY); }
 
-// A compile error here means that Python's shared-memory formula (plan/tiles.py) and the kernel's struct disagree.
+// A compile error here means that Python's shared-memory formula (plan/families/) and the kernel's struct disagree.
 template <int kActual, int kPlanned>
 struct SmemSizeCheck {
   static_assert(kActual == kPlanned, "sizeof(SmemPlan) != Config::kSmemBytes: first number kActual, second kPlanned");

@@ -21,7 +21,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 HEADERS = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cu*"))
 
 GROUND = {"errors", "numbers", "settings", "dtypes", "device", "arrays"}
-DESCRIPTIONS = GROUND | {"problem", "masks", "dropout", "generator"}
+DESCRIPTIONS = GROUND | {"problem", "masks", "dropout", "features", "generator"}
 PARTS = DESCRIPTIONS | {"reference", "plan", "jit", "ops", "api", "__init__"}
 FLOORS = {
     **dict.fromkeys(GROUND, GROUND),
@@ -29,6 +29,7 @@ FLOORS = {
     "dropout": GROUND,
     "generator": GROUND,
     "problem": GROUND | {"masks", "dropout"},
+    "features": GROUND | {"problem", "masks"},
     "reference": DESCRIPTIONS | {"reference"},
     "plan": DESCRIPTIONS | {"plan"},
     "jit": DESCRIPTIONS | {"jit", "plan"},
@@ -142,7 +143,8 @@ def test_one_module_only_knows(word, home):
 def test_jit_knows_the_types_of_a_plan_and_nothing_else_of_it():
     taken = {each.name for name in MODULES if part(name) == "jit" for each in imports(name)}
     assert {name for name in taken if name.startswith("cuflash.plan")} == {
-        "cuflash.plan.plan.Config",
+        "cuflash.plan.config.Config",
+        "cuflash.plan.config.HEADER",
         "cuflash.plan.plan.Step",
     }
 

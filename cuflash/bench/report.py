@@ -20,7 +20,7 @@ from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.timing import Runner, Timing
 from cuflash.cases.table import Case
 from cuflash.errors import InvalidArgument
-from cuflash.plan.families import needs
+from cuflash.features import needs
 from cuflash.verify import deviations as deviations_of
 from cuflash.verify.deviations import OWN, Deviation
 

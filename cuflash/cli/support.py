@@ -13,40 +13,15 @@ import click
 import cuflash
 from cuflash.bench.report import markdown_table
 from cuflash.device import NAMED, Device
-from cuflash.dtypes import BF16, DTYPES
+from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
+from cuflash.features import FEATURES, PLAIN
 from cuflash.masks import Mask
 from cuflash.plan import FAMILIES, Family
-from cuflash.plan.families import FEATURES
 from cuflash.problem import Direction, Problem
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 """A file that is there."""
-
-_PLAIN = Problem("forward", BF16, batch=1, heads_q=4, heads_kv=4, len_q=256, len_kv=256, dim_qk=64, dim_v=64)
-
-PROBES: dict[str, Problem] = {
-    "backward": replace(_PLAIN, direction="backward"),
-    "varlen": replace(_PLAIN, layout="varlen", total_q=256, total_kv=256),
-    "paged": replace(_PLAIN, layout="varlen", total_q=64, total_kv=64, page_size=16),
-    "causal": replace(_PLAIN, mask=Mask(right=0)),
-    "window": replace(_PLAIN, mask=Mask(left=8, right=0)),
-    "boolean mask": replace(_PLAIN, mask=Mask(tensor=True)),
-    "softcap": replace(_PLAIN, softcap=30.0),
-    "alibi": replace(_PLAIN, alibi=True),
-    "bias": replace(_PLAIN, bias=BF16),
-    "bias gradient": replace(_PLAIN, bias_grad=True),
-    "sink": replace(_PLAIN, sink=True),
-    "dropout": replace(_PLAIN, dropout="byte"),
-    "gqa": replace(_PLAIN, heads_kv=1),
-    "dim_v != dim_qk": replace(_PLAIN, dim_v=32),
-    "deterministic": replace(_PLAIN, deterministic=True),
-    "unaligned rows": replace(_PLAIN, copy_bytes=2),
-    "zero or negative strides": replace(_PLAIN, ascending=False),
-    "split keys": replace(_PLAIN, num_splits=4),
-}
-"""A problem that needs one feature and nothing else."""
-
 
 GROUPS: dict[str, tuple[Callable[..., Any], ...]] = {
     "flash_attn_*": (cuflash.flash_attn_func, cuflash.flash_attn_varlen_func, cuflash.flash_attn_backward),
@@ -77,8 +52,8 @@ class Row(NamedTuple):
     """Groups in which such an argument means something else."""
     instead: str = ""
     """What there is in place of an argument of ``flash_attn_*``, where these have none."""
-    problem: Problem = _PLAIN
-    """What kernel families are asked about, where :data:`PROBES` does not say."""
+    problem: Problem = PLAIN
+    """What kernel families are asked about, where :data:`FEATURES` does not say."""
     dtypes: tuple[str, ...] = ()
     """In which types; in each of its own when empty."""
     runs_on: Literal["both", "kernels"] = "both"
@@ -86,12 +61,12 @@ class Row(NamedTuple):
 
 FORWARD, BACKWARD, PACKED = (frozenset([word]) for word in ("forward", "backward", "packed"))
 _WINDOW = ("window_size", "window_size_left")
-_WIDE = replace(_PLAIN, dim_qk=1024, dim_v=1024)
+_WIDE = replace(PLAIN, dim_qk=1024, dim_v=1024)
 
 ROWS: tuple[Row, ...] = (
     Row("fp16 and bf16", always=ALL, dtypes=("fp16", "bf16")),
     Row("fp32 and fp64", always=ALL, dtypes=("fp32", "fp64")),
-    Row("every head dimension up to 256", always=ALL, problem=replace(_PLAIN, dim_qk=255, dim_v=255, copy_bytes=2)),
+    Row("every head dimension up to 256", always=ALL, problem=replace(PLAIN, dim_qk=255, dim_v=255, copy_bytes=2)),
     Row("head dimensions up to 1024", always=ALL, problem=_WIDE),
     Row("head dimensions above 1024", always=ALL, problem=replace(_WIDE, dim_qk=1025, dim_v=1025)),
     Row("dim_v != dim_qk", always=ALL),
@@ -103,17 +78,17 @@ ROWS: tuple[Row, ...] = (
     Row("masks aligned top-left", ("alignment", "custom_mask_type", "is_causal"), but=(MHA, CK, MEM_EFF)),
     Row("window", _WINDOW),
     Row("gradients of a window where len_q != len_kv", _WINDOW, BACKWARD, problem=replace(
-        _PLAIN, mask=Mask(left=8, right=0), len_q=40)),
+        PLAIN, mask=Mask(left=8, right=0), len_q=40)),
     Row("boolean mask", ("attn_mask",)),
     Row("softcap", ("softcap",)),
-    Row("soft cap and dropout together", ("softcap",), problem=replace(_PLAIN, softcap=30.0, dropout="byte")),
+    Row("soft cap and dropout together", ("softcap",), problem=replace(PLAIN, softcap=30.0, dropout="byte")),
     Row("alibi", ("alibi_slopes", "alibi_slopes_")),
     Row("bias", ("attn_bias", "attn_bias_", "bias", "attn_mask")),
     Row("bias gradient", ("bias_grad", "bias_requires_grad"), BACKWARD),
     Row("sink", ("sink",)),
     Row("dropout", ("dropout_p", "p_dropout")),
     Row("dropout by 32 bits, as PyTorch's memory-efficient kernels draw it", ("dropout_scheme",), always=(EFFICIENT,),
-        problem=replace(_PLAIN, dropout="word")),
+        problem=replace(PLAIN, dropout="word")),
     Row("dropout from a generator of your own", ("generator", "gen_"), FORWARD),
     Row("seed and offset returned", ("return_rng_state",), FORWARD, always=(MHA, CK, MEM_EFF, EFFICIENT)),
     Row("seed and offset given to the gradients", ("rng_state", "philox_seed"), BACKWARD),
@@ -139,7 +114,7 @@ ROWS: tuple[Row, ...] = (
     Row("number of key splits of the gradients", ("num_splits_key",), BACKWARD, instead="`deterministic` is one"),
     Row("split keys", ("num_splits",), FORWARD, always=(SDPA, MHA, CK, MEM_EFF, EFFICIENT), runs_on="kernels"),
     Row("query heads of one key head packed into a tile when queries are few", where=FORWARD, always=ALL,
-        problem=replace(_PLAIN, len_q=1, heads_kv=1), runs_on="kernels"),
+        problem=replace(PLAIN, len_q=1, heads_kv=1), runs_on="kernels"),
     Row("keys appended to a cache, rotary embedding, left padding", ("cache_seqlens", "rotary_cos", "cache_leftpad"),
         FORWARD, instead="no: write and rotate them before the call"),
     Row("kernels by preference", ("backend",), runs_on="kernels", instead="the planner chooses, `explain` says what"),
@@ -193,7 +168,7 @@ def taken(row: Row, group: str) -> dict[str, str | None]:
 
 
 def _words(row: Row) -> str:
-    return f"{row.what}: {FEATURES[row.what]}" if row.what in FEATURES else row.what
+    return f"{row.what}: {FEATURES[row.what].words}" if row.what in FEATURES else row.what
 
 
 def _described(family: Family) -> str:
@@ -206,7 +181,7 @@ def _described(family: Family) -> str:
 
 def _devices(family: Family) -> list[Device]:
     """The devices known by name that run a family, the oldest architecture first."""
-    plain = replace(_PLAIN, dtype=DTYPES[family.dtypes[0]])
+    plain = replace(PLAIN, dtype=DTYPES[family.dtypes[0]])
     found = [device for device in NAMED.values() if not family.why_not(plain, device)]
     return sorted(found, key=lambda device: device.capability)
 
@@ -223,7 +198,7 @@ def families_of(row: Row) -> str:
 
 def _runs(family: Family, row: Row) -> bool:
     """Whether a family runs a row in each of its directions that the row is about, on the newest of its devices."""
-    problem = PROBES.get(row.what, row.problem)
+    problem = FEATURES[row.what].example if row.what in FEATURES else row.problem
     asked = row.where & {"forward", "backward"} or {"forward", "backward"}
     has: tuple[Direction, ...] = ("backward", "forward") if family.backward else ("forward",)
     directions = [direction for direction in has if direction in asked]

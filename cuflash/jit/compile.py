@@ -8,7 +8,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cuflash.dtypes import DTYPES
 from cuflash.errors import HOW_TO_GET_CUPY, CompileError
 from cuflash.jit import cache, sources
 from cuflash.jit.render import config_header
-from cuflash.plan.plan import Config
+from cuflash.plan.config import Config
 
 _FLAGS = ("--std=c++17", "-ftz=true", "-prec-div=false", "-Xptxas=-v")
 _RESOURCES = {
@@ -31,7 +31,8 @@ _REMARK = re.compile(r"warning|\bC75\d\d\b")  # C75xx: the assembler serialised 
 _ELEMENTS = {dtype.cuda: dtype.name for dtype in DTYPES.values()}
 _SAMPLES = 64
 """Pages of the library that are looked at."""
-_POLICIES = ("sequence", "mask", "score", "reduction")
+_PLAIN = {"sequence": "DenseSequence", "mask": "NoMask", "score": "ScaledScore", "reduction": "AtomicReduction"}
+"""Policies that the name of a cache folder speaks of, where they are others than these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +251,14 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 def _title(kernel: str, config: Config) -> str:
     """The readable part of a cache folder's name, such as ``fwd_sm80-bf16-d128-causal``."""
-    plain = Config(config.element, config.dim_qk, config.dim_v, config.threads)
-    dims = f"d{config.dim_qk}" + (f"x{config.dim_v}" if config.dim_v != config.dim_qk else "")
-    policies = {name: getattr(config, name).split("<")[0] for name in _POLICIES}
-    words = [
-        policy.removesuffix(name.capitalize()).lower()
-        for name, policy in policies.items()
-        if policy != getattr(plain, name)
-    ]
-    return "-".join([kernel, _ELEMENTS[config.element], dims, *words])
+    members = {field.name: getattr(config, field.name) for field in fields(config)}
+    words = [kernel]
+    if "element" in members:
+        words.append(_ELEMENTS[members["element"]])
+    if dims := dict.fromkeys(str(members[name]) for name in ("dim_qk", "dim_v") if name in members):
+        words.append("d" + "x".join(dims))
+    for name, plain in _PLAIN.items():
+        policy = members.get(name, plain).split("<")[0]
+        if policy != plain:
+            words.append(policy.removesuffix(name.capitalize()).lower())
+    return "-".join(words)

@@ -10,7 +10,8 @@ from typing import Any
 from cuflash import device
 from cuflash.errors import UnsupportedProblem
 from cuflash.jit.compile import Cubin, compile_together
-from cuflash.plan.plan import Config, Step
+from cuflash.plan.config import Config
+from cuflash.plan.plan import Step
 
 MAX_BLOCKS = 2**31 - 1
 """The largest one-dimensional grid CUDA launches."""

@@ -5,34 +5,21 @@ from __future__ import annotations
 from dataclasses import fields
 
 from cuflash.jit import params as params_header
-from cuflash.plan.plan import Config
-
-_INCLUDES = (
-    "element.cuh",
-    "params.cuh",
-    "attention/dropout.cuh",
-    "attention/heads.cuh",
-    "attention/mask.cuh",
-    "attention/score.cuh",
-    "attention/sequence.cuh",
-    "attention/softmax.cuh",
-    "attention/split.cuh",
-    "tile/bias.cuh",
-    "tile/dq_accum.cuh",
-)
+from cuflash.plan.config import HEADER, Config
 
 
 def config_header(kernel: str, config: Config, params: str) -> str:
     """Render the header that makes ``entry/<kernel>.cu`` concrete.
 
-    Strings of the config become type aliases, the rest constants. The parameter struct's layout is asserted to be the
-    one the host fills.
+    Strings of the config become type aliases, declared in the headers that the config names, the rest constants. The
+    parameter struct's layout is asserted to be the one the host fills.
     """
-    types, constants = [], []
+    headers, types, constants = ["params.cuh"], [], []
     for field in fields(config):
         value = getattr(config, field.name)
         name = "".join(word.capitalize() for word in field.name.split("_"))
         if isinstance(value, str):
+            headers.append(field.metadata[HEADER])
             types.append(f"  using {name} = {value};")
         else:
             constants.append(f"  static constexpr {type(value).__name__} k{name} = {str(value).lower()};")
@@ -40,7 +27,7 @@ def config_header(kernel: str, config: Config, params: str) -> str:
         f"// Written by cuflash.jit.render for {kernel}. Do not edit.",
         "#pragma once",
         "",
-        *(f'#include "{name}"' for name in _INCLUDES),
+        *(f'#include "{name}"' for name in dict.fromkeys(headers)),
         "",
         "namespace cuflash {",
         "",

@@ -16,7 +16,7 @@ from cuflash.ops import check, draw
 from cuflash.ops.boxes import shape_and_steps
 from cuflash.ops.call import Options
 from cuflash.plan import Plan
-from cuflash.plan.tiles import heads_per_section
+from cuflash.plan.families.sm90 import heads_per_section
 
 UNBOUNDED = check.MAX_LENGTH - 1
 """A window side that hides nothing: no two positions are further apart, and with it every bound is a 32-bit number."""

@@ -2,64 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 
 import numpy as np
 
 from cuflash.device import Device
 from cuflash.plan.ceiling import Ceiling
+from cuflash.plan.config import Config
 from cuflash.problem import Problem
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """The compile-time choices of one kernel, member by member the ``struct Config`` of its ``config.cuh``.
-
-    Everything that does not change instructions or registers is a run-time field of ``kernels/params.cuh`` instead.
-    """
-
-    element: str
-    """``fp16``, ``bf16``, ``float`` or ``double`` (``kernels/element.cuh``)."""
-    dim_qk: int
-    dim_v: int
-    threads: int
-    sequence: str = "DenseSequence"
-    """``kernels/attention/sequence.cuh``: DenseSequence, VarlenSequence, PagedSequence."""
-    mask: str = "NoMask"
-    """``kernels/attention/mask.cuh``: NoMask, CausalMask, WindowMask, TensorMask."""
-    score: str = "ScaledScore<float>"
-    """``kernels/attention/score.cuh``: ScaledScore, SignedScore, (Exact)SoftCapScore, and what is made of them."""
-    bias_copies: str = "NoBias"
-    """``kernels/tile/bias.cuh``: NoBias, BiasTiles, BiasRow (``sm90``)."""
-    dropout: str = "NoDropout"
-    """``kernels/attention/dropout.cuh``: NoDropout, ByteDropout, WordDropout."""
-    sink: str = "NoSink"
-    """``kernels/attention/softmax.cuh``: NoSink, LearnableSink."""
-    heads: str = "OneHead"
-    """Whose rows a query tile of the forward holds (``kernels/attention/heads.cuh``): OneHead, HeadGroup."""
-    split: str = "NoSplit"
-    """Which of its keys a block of the forward walks (``kernels/attention/split.cuh``): NoSplit, KeySplits."""
-    reduction: str = "AtomicReduction"
-    """How blocks add to dq (``kernels/tile/dq_accum.cuh``): AtomicReduction, OrderedReduction."""
-    tile_q: int = 1
-    tile_kv: int = 1
-    stages: int = 1
-    """Query tiles in flight in the backward."""
-    dim_splits: int = 1
-    """Blocks that share the columns of one gradient tile."""
-    copy_bytes: int = 16
-    """Width of one global access; 2, 4, 8 or 16."""
-    blocks_per_sm: int = 1
-    ping_pong: bool = False
-    """Warpgroups take turns on the tensor cores (``sm90``)."""
-    row_buffers: int = 1
-    """Tiles of q that a consumer has room for; out takes the place of the one that is done (``sm90``)."""
-    producer_registers: int = 0
-    """Of a thread of the warpgroup that loads, and of those that compute; 0 where warpgroups have no roles."""
-    consumer_registers: int = 0
-    smem_bytes: int = 0
-    """Dynamic shared memory; the kernel asserts that it equals ``sizeof(SmemPlan)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +20,16 @@ class Box:
     tensor: str
     """``q``, ``k``, ``v``, ``out`` or ``bias``: the parameter block describes it to the engine in ``<tensor>_map``."""
     rows: int
+
+
+_SIZES: tuple[tuple[set[str], str], ...] = (
+    ({"threads"}, "{threads} threads"),
+    ({"tile_q", "tile_kv"}, "tile {tile_q} x {tile_kv}"),
+    ({"copy_bytes"}, "{copy_bytes}-byte accesses"),
+    ({"smem_bytes"}, "{smem_bytes:,} bytes of shared memory"),
+    ({"consumer_registers"}, "{consumer_registers} registers to compute"),
+)
+"""Members of a config, and how a step speaks of them where its kernel has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +47,9 @@ class Step:
     """The tensors that it copies in bulk (``jit/tensormap.py``)."""
 
     def __str__(self) -> str:
-        config = self.config
-        return (
-            f"{self.kernel}: {self.num_blocks:,} blocks of {config.threads} threads, "
-            f"tile {config.tile_q} x {config.tile_kv}, {config.copy_bytes}-byte accesses, "
-            f"{config.smem_bytes:,} bytes of shared memory"
-            + (f", {config.consumer_registers} registers to compute" if config.consumer_registers else "")
-        )
+        sizes = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        words = [words.format(**sizes) for names, words in _SIZES if sizes.keys() >= names]
+        return f"{self.kernel}: {self.num_blocks:,} blocks of {', '.join(words)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +80,7 @@ class Plan:
     steps: tuple[Step, ...]
     workspaces: tuple[Workspace, ...] = ()
     reason: str = ""
-    """Why these tiles, in words (``plan/tiles.py``)."""
+    """Why these tiles, in words."""
     ceiling: Ceiling | None = None
     """What the main kernel can reach at most; None where nobody has counted."""
     num_splits: int = 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cuflash.device import Device
-from cuflash.plan.tiles import Tile
+from cuflash.plan.config import ForwardConfig
 from cuflash.problem import MAX_SPLITS, Problem
 
 
@@ -28,19 +28,19 @@ class Division:
         return not self.grouped and self.num_splits == 1
 
 
-def divide(problem: Problem, device: Device, tile: Tile, small: Tile) -> Division:
-    """Choose for a family whose plain kernel has this tile, and a small one where rows are few or keys are split.
+def divide(problem: Problem, device: Device, whole: ForwardConfig, small: ForwardConfig) -> Division:
+    """Choose for a family whose plain kernel has one tile, and maybe a small one where rows are few or keys are split.
 
     ``Problem.num_splits`` of 1 is the plain kernel: nothing but a row's own sequence decides how it is computed.
     """
     if problem.num_splits == 1:
         return Division(False, 1, "asked for: a row's bits depend on its own sequence alone")
     group = problem.group
-    grouped = _efficiency(problem.len_q, tile.tile_q) < 0.9 * _efficiency(problem.len_q * group, tile.tile_q)
+    grouped = _efficiency(problem.len_q, whole.tile_q) < 0.9 * _efficiency(problem.len_q * group, whole.tile_q)
     rows, heads = (problem.len_q * group, problem.heads_kv) if grouped else (problem.len_q, problem.heads_q)
     together = f"{group} heads share a tile; " if grouped else ""
 
-    def blocks(of: Tile) -> int:
+    def blocks(of: ForwardConfig) -> int:
         return max(1, problem.batch * heads * -(-rows // of.tile_q))
 
     keys = -(-problem.len_kv // small.tile_kv)
@@ -48,7 +48,7 @@ def divide(problem: Problem, device: Device, tile: Tile, small: Tile) -> Divisio
         num_splits = max(1, min(problem.num_splits, keys))
         why = "asked for" if num_splits == problem.num_splits else f"of {problem.num_splits}: one for each tile of keys"
         return Division(grouped, num_splits, together + why)
-    whole = small if grouped else tile
+    whole = small if grouped else whole
     fill = f"{blocks(whole)} blocks for {device.num_sms} multiprocessors"
     if blocks(whole) >= 0.8 * device.num_sms:
         return Division(grouped, 1, together + fill)
@@ -63,12 +63,12 @@ def _efficiency(rows: int, tile: int) -> float:
     return rows / (-(-rows // tile) * tile) if rows else 1.0
 
 
-def _key_tiles(problem: Problem, tile: Tile) -> int:
+def _key_tiles(problem: Problem, config: ForwardConfig) -> int:
     """The most key tiles that one query tile sees."""
     keys, mask = problem.len_kv, problem.mask
     if mask.left is not None and mask.right is not None:  # and up to a tile more, where they straddle its edges
-        keys = min(keys, mask.left + mask.right + min(problem.len_q, tile.tile_q) + tile.tile_kv - 1)
-    return -(-keys // tile.tile_kv)
+        keys = min(keys, mask.left + mask.right + min(problem.len_q, config.tile_q) + config.tile_kv - 1)
+    return -(-keys // config.tile_kv)
 
 
 def _best(blocks: int, key_tiles: int, num_sms: int) -> int:

@@ -37,7 +37,7 @@ _WORK = "consumers keep what belongs to a work in memory; in the loops over tile
 _SCORES_90 = "the compiler keeps score terms, in the loops over tiles, for the rare branch that computes scores again"
 _EVERYTHING = "all score features at once: addresses of mask and bias and random numbers beside full accumulators"
 
-# Tiles and speeds are those of plan/tiles.py; the bytes are the most of any architecture and feature.
+# Tiles and speeds are those of plan/families/; the bytes are the most of any architecture and feature.
 ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("fwd_sm90", "*-d64*", 16, _WORK),
     Allowance("fwd_sm90", "*-d64-alibi", 336, _SCORES_90),

@@ -27,11 +27,11 @@ from cuflash.cases.inputs import Normals, make
 from cuflash.cases.table import CASES, SMOKE, Case, select, widest_copy
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
+from cuflash.features import FEATURES, needs
 from cuflash.masks import Mask
 from cuflash.ops import on_numpy
 from cuflash.ops.call import ARGUMENTS
 from cuflash.plan import FAMILIES, choose
-from cuflash.plan.families import FEATURES, needs
 from cuflash.verify.naive import Extras, Naive, visible
 from cuflash.verify.verify import verify
 

@@ -18,7 +18,6 @@ from cuflash.cli.support import (
     GROUPS,
     MEM_EFF,
     MHA,
-    PROBES,
     ROWS,
     SDPA,
     Row,
@@ -30,7 +29,7 @@ from cuflash.cli.support import (
 )
 from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
-from cuflash.plan.families import FEATURES, needs
+from cuflash.features import FEATURES, PLAIN, needs
 
 PAGE = Path(__file__).parents[2] / "cuflash" / "README.md"
 IDS = [row.what for row in ROWS]
@@ -75,8 +74,9 @@ def test_the_page_is_current() -> None:
     assert between == table(), "run `python -m cuflash support --write cuflash/README.md`"
 
 
-def test_every_feature_has_a_probe_that_needs_it_alone() -> None:
-    assert {feature: needs(problem) for feature, problem in PROBES.items()} == {f: [f] for f in FEATURES}
+def test_every_feature_has_an_example_that_needs_it_alone() -> None:
+    assert {name: needs(feature.example) for name, feature in FEATURES.items()} == {name: [name] for name in FEATURES}
+    assert needs(PLAIN) == []
 
 
 def test_every_feature_of_the_catalogue_has_a_row() -> None:
@@ -117,7 +117,7 @@ def test_what_a_family_does_not_run() -> None:
     assert lines["fp32 and fp64"] == lines["head dimensions up to 1024"] == "`simt`, NumPy"
     assert lines["head dimensions above 1024"] == "NumPy"
     assert lines["capture in a CUDA graph"] == "`sm90`, `sm80`, `simt`"
-    assert lines[f"split keys: {FEATURES['split keys']}"] == "`sm80`, `simt`"
+    assert lines[f"split keys: {FEATURES['split keys'].words}"] == "`sm80`, `simt`"
     assert lines["keys appended to a cache, rotary embedding, left padding"] == "–"
     assert "wgmma, fed by bulk copies; fp16 and bf16, head dimensions up to 256, sm_90a alone; forward only" in table()
     assert "tensor cores by mma.sync and cp.async; fp16 and bf16, head dimensions up to 256, sm_80 and newer" in table()

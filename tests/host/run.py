@@ -11,7 +11,7 @@ from cuflash.jit import tensormap
 from cuflash.jit.params import dtype as params_dtype
 from cuflash.jit.render import config_header
 from cuflash.plan import Box, Plan, Step
-from cuflash.plan.tiles import heads_per_section
+from cuflash.plan.families.sm90 import heads_per_section
 from cuflash.problem import Problem
 from host.build import build
 

@@ -20,11 +20,13 @@ import pytest
 from nvrtc import needs_nvrtc
 
 from cuflash import jit
+from cuflash.cases.table import matrix
 from cuflash.errors import CompileError
 from cuflash.jit import cache, compile, sources
-from cuflash.plan import Config
+from cuflash.plan.config import Config
+from cuflash.plan.steps import DeltaConfig
 
-DELTA = Config(element="float", dim_qk=1, dim_v=64, threads=128, score="ScaledScore<float>", tile_q=64)
+DELTA = DeltaConfig(element="float", dim_v=64, threads=128, tile_q=64, copy_bytes=16)
 """A config of ``bwd_delta``, the kernel that compiles fastest."""
 CUBIN = bytes(range(256)) * 40
 REPORT = {"kernel": "fwd_simt", "arch": "sm_80", "registers": 77, "warnings": []}
@@ -113,6 +115,20 @@ def test_key_depends_on_config_arch_entry_flags_and_nvrtc(nvrtc_13_5, monkeypatc
     monkeypatch.setattr(cache, "SCHEMA", cache.SCHEMA + 1)
     keys.append(key_of("bwd_delta", DELTA, "sm_80"))
     assert len(set(keys)) == len(keys)
+
+
+def test_key_depends_on_the_policies_that_a_kernel_has_and_no_others():
+    steps = {step.kernel: step for _, _, step in matrix()}
+    reached = {
+        kernel: set(sources.gather(kernel, jit.render.config_header(kernel, step.config, step.params)))
+        for kernel, step in steps.items()
+    }
+    for header, readers in {
+        "tile/bias.cuh": {"fwd_sm90"},
+        "tile/dq_accum.cuh": {"bwd_sm80", "bwd_convert"},
+        "attention/score.cuh": steps.keys() - {"fwd_rng", "bwd_delta", "bwd_convert"},
+    }.items():
+        assert {kernel for kernel, names in reached.items() if header in names} == readers, header
 
 
 def test_key_knows_where_one_file_ends():
@@ -459,7 +475,7 @@ def test_compile_once_then_find(cache_dir, monkeypatch):
     assert first.path.read_bytes().startswith(b"\x7fELF")
     assert first.registers > 0
     assert first.path.parent.parent == cache_dir
-    assert first.path.parent.name.startswith("bwd_delta-fp32-d1x64-")
+    assert first.path.parent.name.startswith("bwd_delta-fp32-d64-")
 
     def fail(*_):
         raise AssertionError("NVRTC was called for a kernel that is on disk")
@@ -508,12 +524,12 @@ def test_debug_is_another_kernel(monkeypatch):
 
 @needs_nvrtc
 def test_many_processes_compile_in_order_and_report_failures():
-    broken = replace(DELTA, score="NoSuchScore<float>")
+    broken = replace(DELTA, sequence="NoSuchSequence")
     jobs = [("bwd_delta", config, "BwdParams", "sm_80") for config in (DELTA, broken, replace(DELTA, dim_v=32))]
     results = list(jit.compile_many([*jobs, ("bwd_delta", DELTA, "BwdParams", "sm_1")], workers=2))
     assert [type(result) for result in results] == [jit.Cubin, CompileError, jit.Cubin, CompileError]
     assert results[0] == replace(jit.compile_kernel(*jobs[0]), cached=False)
-    assert "NoSuchScore" in str(results[1])
+    assert "NoSuchSequence" in str(results[1])
     assert "sm_1" in str(results[3])
 
 
@@ -522,7 +538,7 @@ def test_many_processes_from_a_script(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from cuflash import jit\n"
-        "from cuflash.plan import Config\n"
+        "from cuflash.plan.steps import DeltaConfig\n"
         f"config = {DELTA!r}\n"
         "if __name__ == '__main__':\n"
         "    (cubin,) = jit.compile_many([('bwd_delta', config, 'BwdParams', 'sm_80')])\n"
@@ -572,13 +588,13 @@ def test_one_kernel_starts_no_thread(threads):
 
 @needs_nvrtc
 def test_threads_fail_like_the_first_kernel_that_cannot_be_compiled():
-    first, second = (replace(DELTA, score=f"NoSuchScore{number}<float>") for number in range(2))
+    first, second = (replace(DELTA, sequence=f"NoSuchSequence{number}") for number in range(2))
     jobs = [("bwd_delta", config, "BwdParams", "sm_80") for config in (DELTA, first, second)]
     with pytest.raises(CompileError) as alone:
         jit.compile_kernel(*jobs[1])
     with pytest.raises(CompileError) as together:
         jit.compile_together(jobs)
-    assert "NoSuchScore0" in str(alone.value)
+    assert "NoSuchSequence0" in str(alone.value)
     before_folder = [str(error.value).partition("The sources are saved")[0] for error in (alone, together)]
     assert before_folder[0] == before_folder[1]
     assert jit.compile_kernel(*jobs[0]).cached
@@ -602,15 +618,15 @@ def test_what_is_compiled_is_said_once(caplog: pytest.LogCaptureFixture) -> None
         again = compile.compile_kernel("bwd_delta", DELTA, "BwdParams", "sm_80")
     assert not first.cached and again.cached
     said = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
-    assert said == [("cuflash", "INFO", f"compiled bwd_delta-fp32-d1x64-scaled for sm_80 in {first.seconds:.2f} s")]
+    assert said == [("cuflash", "INFO", f"compiled bwd_delta-fp32-d64 for sm_80 in {first.seconds:.2f} s")]
 
 
 @needs_nvrtc
 def test_nothing_is_printed_where_nobody_asked() -> None:
     script = """
 from cuflash import jit
-from cuflash.plan import Config
-config = Config(element="float", dim_qk=1, dim_v=64, threads=128, score="ScaledScore<float>", tile_q=64)
+from cuflash.plan.steps import DeltaConfig
+config = DeltaConfig(element="float", dim_v=64, threads=128, tile_q=64, copy_bytes=16)
 assert not jit.compile_kernel("bwd_delta", config, "BwdParams", "sm_80").cached
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -240,7 +240,7 @@ def test_a_cubin_names_the_build_of_its_compiler(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compile, "_nvrtc", lambda *_: (b"", ""))
     monkeypatch.setattr(cache, "publish", lambda folder, *_: folder)
     monkeypatch.setattr(compile, "version", lambda: (13, 0))
-    config = compile.Config("float", 1, 1, threads=32)
+    config = compile.Config(threads=32)
     for build in ("13.0.48", "13.0.88", "13.0.48"):
         monkeypatch.setattr(compile, "build", lambda build=build: build)
         compile.compile_kernel("fwd_rng", config, "FwdParams", "sm_80")

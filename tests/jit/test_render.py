@@ -21,25 +21,27 @@ from cuflash.dtypes import BF16
 from cuflash.errors import CompileError
 from cuflash.jit import compile, sources
 from cuflash.masks import Mask
-from cuflash.plan import Config
+from cuflash.plan.config import ForwardConfig
+from cuflash.plan.families.sm80 import BackwardConfig
+from cuflash.plan.steps import DeltaConfig
 from cuflash.problem import Problem
 
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLE = sources.root() / "config.example.cuh"
 
-FORWARD = Config(
+FORWARD = ForwardConfig(
     element="bf16",
     dim_qk=128,
     dim_v=128,
     threads=128,
     mask="CausalMask",
-    score="ScaledScore<float>",
     tile_q=128,
     tile_kv=64,
+    copy_bytes=16,
     blocks_per_sm=2,
     smem_bytes=69632,
 )
-BACKWARD = Config(
+BACKWARD = BackwardConfig(
     element="double",
     dim_qk=24,
     dim_v=40,
@@ -53,10 +55,9 @@ BACKWARD = Config(
     stages=2,
     dim_splits=3,
     copy_bytes=8,
-    row_buffers=2,
     smem_bytes=12345,
 )
-DELTA = Config(element="float", dim_qk=1, dim_v=64, threads=128, score="ScaledScore<float>", tile_q=64)
+DELTA = DeltaConfig(element="float", dim_v=64, threads=128, tile_q=64, copy_bytes=16)
 """A config of ``bwd_delta``, the kernel that compiles fastest."""
 
 
@@ -191,8 +192,8 @@ def test_an_error_shows_the_header_its_line_and_the_config(kernels):
 @needs_nvrtc
 def test_an_error_is_not_cached(kernels, tmp_path):
     for _ in range(2):
-        with pytest.raises(CompileError, match="NoSuchScore"):
-            compile_delta(score="NoSuchScore<float>")
+        with pytest.raises(CompileError, match="NoSuchSequence"):
+            compile_delta(sequence="NoSuchSequence")
     assert not (tmp_path / "cache").exists()
 
 

@@ -703,8 +703,8 @@ def test_cases_run_every_tile() -> None:
 
     def tile(plan: Plan) -> tuple:
         config = next(step.config for step in plan.steps if step.kernel.startswith(MAIN_KERNELS))
-        sizes = config.tile_q, config.tile_kv, config.threads, config.stages, config.row_buffers, config.dim_splits
-        return plan.family, plan.problem.direction, *sizes, config.ping_pong
+        names = ("tile_q", "tile_kv", "threads", "stages", "row_buffers", "dim_splits", "ping_pong")
+        return plan.family, plan.problem.direction, *(getattr(config, name, None) for name in names)
 
     run_here = {
         tile(choose(replace(case.problem, direction=direction), named(case.device), case.family))

@@ -577,7 +577,7 @@ def test_a_call_is_prepared_once_for_arrays_of_a_kind(launches: Launches, wrap: 
 def test_a_kernel_takes_the_address_of_its_parameters() -> None:
     from cupy.cuda.function import CPointer
 
-    config, calls = Config("fp16", 64, 64, threads=96, smem_bytes=1000), []
+    config, calls = Config(threads=96, smem_bytes=1000), []
     loaded = jit.Kernel("fwd_sm80", None, config, lambda *given, **named: calls.append((given, named)), CPointer)
     params = (ctypes.c_char * 1000)()
     loaded.launch(7, params)
@@ -598,7 +598,7 @@ def test_kernels_are_compiled_once_on_each_device(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernel, "_loaded", {})
     monkeypatch.setattr(device, "current", lambda ordinal: device.named(("a100", "h100")[ordinal]))
     delta, main, convert = (
-        Step(name, "BwdParams", Config("fp16", 64, 64, threads), num_blocks=7)
+        Step(name, "BwdParams", Config(threads=threads), num_blocks=7)
         for name, threads in (("bwd_delta", 128), ("bwd_sm80", 256), ("bwd_convert", 96))
     )
     assert jit.load([delta, main], 0) == [("bwd_delta", 128, 0), ("bwd_sm80", 256, 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from fractions import Fraction
 from itertools import product
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 
 from cuflash import dtypes
+from cuflash.cases.table import matrix
 from cuflash.device import NAMED, Device, named
 from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.features import FEATURES, needs
+from cuflash.jit import sources
 from cuflash.masks import Mask
 from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
-from cuflash.plan.families import FEATURES, needs
-from cuflash.plan.tiles import heads_per_section
+from cuflash.plan.families.sm90 import ForwardConfig, heads_per_section
 from cuflash.problem import Problem, visible_pairs
 
 BASE = Problem("forward", dtypes.BF16, 2, 8, 2, 500, 700, 64, 64, softmax_scale=0.125, num_splits=1)
@@ -81,8 +84,8 @@ def test_every_plan_fits_its_device(device: Device) -> None:
                 assert config.threads % 32 == 0 and 0 < config.threads <= 1024, where
                 assert config.blocks_per_sm * config.threads <= 2048, where
                 assert 0 < step.num_blocks < 2**31, where
-                assert config.copy_bytes % problem.dtype.itemsize == 0, where
-                assert (config.tile_q, config.tile_kv) > (0, 0), where
+                assert getattr(config, "copy_bytes", 16) % problem.dtype.itemsize == 0, where
+                assert min(getattr(config, "tile_q", 1), getattr(config, "tile_kv", 1)) > 0, where
 
 
 DIRECTIONS = [
@@ -104,7 +107,8 @@ def test_blocks_and_workspaces_cover_the_problem(family, direction: str) -> None
             rows = problem.rows_q * problem.heads_q
             main = plan.steps[0 if direction == "forward" else 1]
             along_q = -(-max(1, len_q) // main.config.tile_q) * problem.heads_q
-            along_kv = -(-max(1, len_kv) // main.config.tile_kv) * problem.heads_kv * main.config.dim_splits
+            along_kv = -(-max(1, len_kv) // main.config.tile_kv) * problem.heads_kv
+            along_kv *= getattr(main.config, "dim_splits", 1)
             expected = (along_q if direction == "forward" else along_kv) * problem.batch
             drawn = family.name == "sm90" and problem.layout == "varlen"  # as many tiles as there may be
             if drawn:
@@ -402,7 +406,7 @@ def test_one_split_walks_a_rows_keys_alike_whatever_else_is_in_the_call(dims: tu
             sizes = {"len_q": len_q, "batch": batch, "dim_qk": dims[0], "dim_v": dims[1], "num_splits": 1}
             plan = choose(replace(BASE, mask=mask, copy_bytes=widest_copy(2, dims), **sizes), named(device))
             config = next(step.config for step in plan.steps if step.kernel.startswith("fwd_s"))
-            found.add((plan.family, config.tile_kv, config.heads, config.split))
+            found.add((plan.family, config.tile_kv, *(getattr(config, name, None) for name in ("heads", "split"))))
     assert len(found) == 1
 
 
@@ -484,7 +488,7 @@ def test_gradients_know_nothing_of_splits() -> None:
     problem = replace(DECODE, direction="backward", len_q=3)
     plans = [choose(replace(problem, num_splits=n), named("h100")) for n in (0, 1, 5)]
     assert len({(plan.steps, plan.workspaces, plan.num_splits) for plan in plans}) == 1
-    assert all(step.config.heads == "OneHead" and step.config.split == "NoSplit" for step in plans[0].steps)
+    assert not any(hasattr(step.config, name) for step in plans[0].steps for name in ("heads", "split"))
     assert "splits" not in str(explain(problem, named("h100")))
 
 
@@ -523,8 +527,19 @@ def test_config_members_are_plain() -> None:
     """``jit.render`` writes strings as types and integers as constants; nothing else may appear."""
     for direction in ("forward", "backward"):
         for step in choose(replace(BASE, direction=direction), named("h100")).steps:
-            for field in fields(Config):
+            for field in fields(step.config):
                 assert type(getattr(step.config, field.name)) in (str, int, bool), field.name
+
+
+def test_a_config_has_what_its_kernel_reads_and_nothing_else() -> None:
+    """By name in the sources that its entry includes; the shared memory of a launch is read by the host as well."""
+    configs = {step.kernel: step.config for _, _, step in matrix()}
+    assert configs.keys() == {path.stem for path in (sources.root() / "entry").iterdir()}
+    for kernel, config in configs.items():
+        text = b"".join(sources.gather(kernel, "").values()).decode()
+        read = {name.removeprefix("k") for name in re.findall(r"\bConfig::(k?[A-Z]\w*)", text)}
+        members = {"".join(word.capitalize() for word in field.name.split("_")) for field in fields(config)}
+        assert members - read <= {"SmemBytes"} and read <= members, kernel
 
 
 # The Hopper forward
@@ -534,8 +549,10 @@ CAUSAL = MASKS["causal"]
 LONG = replace(BASE, len_q=4096, len_kv=4096)
 
 
-def hopper(**changes) -> Config:
-    return choose(replace(LONG, **changes), H100, "sm90").steps[-1].config
+def hopper(**changes) -> ForwardConfig:
+    config = choose(replace(LONG, **changes), H100, "sm90").steps[-1].config
+    assert isinstance(config, ForwardConfig)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -607,7 +624,7 @@ def test_hopper_stages(changes: dict, stages: int, row_buffers: int) -> None:
 
 
 def hopper_smem(
-    config: Config, dims: tuple[int, int], tile_kv: int, stages: int, row_buffers: int, bias_bytes: int = 0
+    config: ForwardConfig, dims: tuple[int, int], tile_kv: int, stages: int, row_buffers: int, bias_bytes: int = 0
 ) -> int:
     """Bytes that a Hopper forward uses, ``bias_bytes`` of them for each stage."""
     chunks = [-(-dim // 64) for dim in dims]
@@ -637,7 +654,7 @@ def test_hopper_tiles_of_any_size_fit() -> None:
 def test_hopper_tiles_with_a_bias_fit(bias: dtypes.DType, one_row: bool) -> None:
     broadcast = (True, False, one_row, False)
 
-    def bias_bytes(config: Config, tile_kv: int) -> int:
+    def bias_bytes(config: ForwardConfig, tile_kv: int) -> int:
         return (8 if one_row else config.tile_q) * -(-tile_kv * bias.itemsize // 128) * 128
 
     for dims in product(range(8, 257, 8), range(8, 257, 24)):
@@ -678,7 +695,7 @@ def test_other_families_read_a_bias_element_by_element() -> None:
     problem = replace(LONG, bias=dtypes.BF16)
     for direction, family in (("forward", "sm80"), ("backward", "sm80"), ("forward", "simt")):
         for step in choose(replace(problem, direction=direction), H100, family).steps:
-            assert step.config.bias_copies == "NoBias" and step.boxes == ()
+            assert not hasattr(step.config, "bias_copies") and step.boxes == ()
 
 
 def test_hopper_blocks_and_boxes() -> None:

@@ -149,7 +149,8 @@ def test_splits_reach_every_corner():
     chosen = {plan.num_splits for plan in plans}
     assert {1, 2, 3} < chosen and max(chosen) > 30
     assert sum(plan.num_splits > 1 for plan in plans) > len(plans) / 3
-    assert {(step.config.heads, step.config.split) for plan in plans for step in plan.steps} == {
+    main = {step.config for plan in plans for step in plan.steps if step.kernel in ("fwd_sm80", "fwd_simt")}
+    assert {(config.heads, config.split) for config in main} == {
         (heads, split) for heads in ("OneHead", "HeadGroup") for split in ("NoSplit", "KeySplits")
     }
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from cuflash.bench.timing import Runner
 from cuflash.cases.inputs import Inputs
 from cuflash.cases.table import Case
-from cuflash.plan.families import needs
+from cuflash.features import needs
 from cuflash.problem import Problem
 
 

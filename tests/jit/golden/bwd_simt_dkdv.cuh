@@ -1,16 +1,12 @@
 // Written by cuflash.jit.render for bwd_simt_dkdv. Do not edit.
 #pragma once
 
-#include "element.cuh"
 #include "params.cuh"
-#include "attention/dropout.cuh"
-#include "attention/heads.cuh"
+#include "element.cuh"
+#include "attention/sequence.cuh"
 #include "attention/mask.cuh"
 #include "attention/score.cuh"
-#include "attention/sequence.cuh"
-#include "attention/softmax.cuh"
-#include "attention/split.cuh"
-#include "tile/bias.cuh"
+#include "attention/dropout.cuh"
 #include "tile/dq_accum.cuh"
 
 namespace cuflash {
@@ -20,26 +16,18 @@ struct Config {
   using Sequence = VarlenSequence;
   using Mask = WindowMask;
   using Score = SoftCapScore<double>;
-  using BiasCopies = NoBias;
   using Dropout = NoDropout;
-  using Sink = NoSink;
-  using Heads = OneHead;
-  using Split = NoSplit;
   using Reduction = OrderedReduction;
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr int kSmemBytes = 12345;
   static constexpr int kDimQk = 24;
   static constexpr int kDimV = 40;
-  static constexpr int kThreads = 256;
   static constexpr int kTileQ = 64;
   static constexpr int kTileKv = 32;
+  static constexpr int kCopyBytes = 8;
   static constexpr int kStages = 2;
   static constexpr int kDimSplits = 3;
-  static constexpr int kCopyBytes = 8;
-  static constexpr int kBlocksPerSm = 1;
-  static constexpr bool kPingPong = false;
-  static constexpr int kRowBuffers = 2;
-  static constexpr int kProducerRegisters = 0;
-  static constexpr int kConsumerRegisters = 0;
-  static constexpr int kSmemBytes = 12345;
 };
 
 static_assert(sizeof(Strides) == 24, "host layout");

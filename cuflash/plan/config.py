@@ -1,0 +1,71 @@
+"""Config: the compile-time choices of one kernel. Each kernel has a class with what it reads and nothing else.
+
+Configs that several families share are here; a family's own are in its file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+HEADER = "header"
+"""Key of a field's metadata: the kernel header that declares the types its value names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What every launch takes; member by member the ``struct Config`` of a kernel's ``config.cuh``, as in subclasses.
+
+    Strings are names of types, the rest constants. Everything that does not change instructions or registers is a
+    run-time field of ``kernels/params.cuh`` instead.
+    """
+
+    threads: int
+    blocks_per_sm: int = 1
+    smem_bytes: int = 0
+    """Dynamic shared memory; a kernel that has any asserts that it equals ``sizeof(SmemPlan)``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceConfig(Config):
+    """Of a kernel that goes through the rows of sequences."""
+
+    element: str = field(metadata={HEADER: "element.cuh"})
+    """``fp16``, ``bf16``, ``float`` or ``double``."""
+    sequence: str = field(default="DenseSequence", metadata={HEADER: "attention/sequence.cuh"})
+    """DenseSequence, VarlenSequence, PagedSequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfig(SequenceConfig):
+    """Of a kernel that computes scores."""
+
+    dim_qk: int
+    dim_v: int
+    tile_q: int
+    tile_kv: int
+    mask: str = field(default="NoMask", metadata={HEADER: "attention/mask.cuh"})
+    """NoMask, CausalMask, WindowMask, TensorMask."""
+    score: str = field(default="ScaledScore<float>", metadata={HEADER: "attention/score.cuh"})
+    """ScaledScore, SignedScore, (Exact)SoftCapScore, and what is made of them."""
+    dropout: str = field(default="NoDropout", metadata={HEADER: "attention/dropout.cuh"})
+    """NoDropout, ByteDropout, WordDropout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyConfig(AttentionConfig):
+    """Of a kernel whose threads copy tiles themselves; enough for ``bwd_simt_*`` and ``bwd_bias_*``."""
+
+    copy_bytes: int
+    """Width of one global access; 2, 4, 8 or 16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardConfig(CopyConfig):
+    """``fwd_sm80`` and ``fwd_simt``."""
+
+    sink: str = field(default="NoSink", metadata={HEADER: "attention/softmax.cuh"})
+    """NoSink, LearnableSink."""
+    heads: str = field(default="OneHead", metadata={HEADER: "attention/heads.cuh"})
+    """Whose rows a query tile holds: OneHead, HeadGroup."""
+    split: str = field(default="NoSplit", metadata={HEADER: "attention/split.cuh"})
+    """Which of its keys a block walks: NoSplit, KeySplits."""

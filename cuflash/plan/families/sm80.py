@@ -1,0 +1,228 @@
+"""Ampere and later, on tensor cores by mma.sync, fed by cp.async: tiles, shared memory, configs, plans.
+
+The shared-memory formulas restate the kernels' ``SmemPlan`` structs; a kernel whose ``sizeof`` differs does not
+compile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cuflash.device import Device
+from cuflash.features import FEATURES
+from cuflash.plan import policies, steps
+from cuflash.plan.config import HEADER, CopyConfig, ForwardConfig, SequenceConfig
+from cuflash.plan.family import Family
+from cuflash.plan.plan import Plan, Step, Workspace
+from cuflash.plan.splits import Division, divide
+from cuflash.plan.tiles import key_blocks, query_blocks, resident, round_up
+from cuflash.problem import Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardConfig(CopyConfig):
+    """``bwd_sm80``."""
+
+    stages: int
+    """Query tiles in flight."""
+    dim_splits: int
+    """Blocks that share the columns of one gradient tile."""
+    reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
+    """How blocks add to dq: AtomicReduction, OrderedReduction."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig(SequenceConfig):
+    """``bwd_convert``, which reads ``bwd_sm80``'s fragments."""
+
+    dim_qk: int
+    tile_q: int
+    dim_splits: int
+    copy_bytes: int
+
+
+def _shared_tile(rows: int, cols: int) -> int:
+    """Bytes of a ``SharedTile`` (tile/shared.cuh): 16-bit elements, each row padded by eight."""
+    return rows * (cols + 8) * 2
+
+
+def _rounded(problem: Problem) -> tuple[int, int]:
+    """``dim_qk`` and ``dim_v`` in whole fragments."""
+    return round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
+
+
+def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
+    """The config of ``forward/sm80.cuh``, and why these tiles."""
+    widest = max(_rounded(problem))
+    # 32 rows a warp halve the shared-memory reads per product against 16; wide heads leave registers for 16 only.
+    if problem.mask.tensor or problem.bias is not None or problem.dropout == "word":
+        candidates = [(64, 64, 128, "16 rows a warp: the addresses of another tensor need the registers")]
+    elif problem.dropout is not None or (problem.alibi and widest <= 64):
+        candidates = [(128, 64, 128, "32 rows a warp, 64 keys")] if widest <= 128 else [(128, 64, 256, "")]
+    elif widest <= 64:
+        # H200, 8k, d 64: 316 TFLOP/s; with 64 keys 284 (two blocks an SM) and 298 (three).
+        candidates = [(128, 128, 128, "32 rows a warp, 128 keys: few barriers and row reductions a score")]
+    elif widest <= 128:
+        # H200, 8k, d 128: 349 TFLOP/s; 64 x 64 292, 128 x 32 306, 16 rows a warp 234.
+        candidates = [(128, 64, 128, "32 rows a warp, 64 keys: out and S fit in 255 registers, two blocks an SM")]
+    else:
+        candidates = [(128, 64, 256, "16 rows a warp: 256 columns of out take 128 registers")]
+    candidates += [(64, 64, 128, "the largest that fits")]
+    for *tile, reason in candidates:
+        config = _forward_of(problem, device, *tile)
+        if config.smem_bytes <= device.smem_per_block:
+            return config, reason
+    raise AssertionError(f"no forward tile of {problem} fits {device}")
+
+
+def _small_forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
+    """The config of ``forward/sm80.cuh`` where rows are few or keys are split, and why."""
+    return _forward_of(problem, device, 64, 64, 128), "the smallest: few rows, or few keys each"
+
+
+def _forward_of(problem: Problem, device: Device, tile_q: int, tile_kv: int, threads: int) -> ForwardConfig:
+    dim_qk, dim_v = _rounded(problem)
+    smem = _shared_tile(tile_q, max(dim_qk, dim_v)) + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v)
+    return ForwardConfig(
+        **policies.policies(problem),
+        tile_q=tile_q,
+        tile_kv=tile_kv,
+        threads=threads,
+        blocks_per_sm=resident(smem, threads, 255, device),
+        smem_bytes=smem,
+        copy_bytes=policies.copy_bytes(problem),
+        sink=policies.sink(problem),
+    )
+
+
+def forward_division(problem: Problem, device: Device) -> Division:
+    """How a forward deals rows and keys out to blocks."""
+    return divide(problem, device, _forward_config(problem, device)[0], _small_forward_config(problem, device)[0])
+
+
+def _forward(problem: Problem, device: Device) -> Plan:
+    return steps.forward(
+        problem, device, "sm80", _forward_config(problem, device), _small_forward_config(problem, device)
+    )
+
+
+def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, str]:
+    """The config of ``backward/sm80.cuh``, whose dq rows ``backward/convert.cuh`` shares; and why these tiles."""
+    widest = max(problem.dim_qk, problem.dim_v)
+    if widest <= 64:
+        # H200, 8k, d 64: 280 TFLOP/s; 16 key rows a warp 236, 64 keys 235; 64 queries 290, but they spill 350 bytes.
+        candidates = [(32, 128, 128, 2, 1, "32 key rows a warp halve the shared-memory reads per product against 16")]
+    elif widest <= 128:
+        # H200, 8k, d 128: 284 TFLOP/s; with two stages 266, 64 keys 264, 32 queries 238.
+        candidates = [
+            (64, 128, 256, 1, 1, "dk and dv take 128 registers, S and dP 64"),
+            (64, 64, 128, 1, 1, "the largest that fits"),
+        ]
+    else:
+        # H200, 8k, d 256: 198 TFLOP/s; 64 keys 149, and with 32 queries 172.
+        candidates = [
+            (64, 128, 256, 1, 2, "two blocks share the columns of dk and dv, which else overflow the registers"),
+            (64, 64, 128, 1, 2, "the largest that fits"),
+            (16, 64, 128, 1, 2, "16 query rows: what fits in 99 KB"),
+        ]
+    for tile_q, tile_kv, threads, stages, splits, reason in candidates:
+        smem = _backward_smem(problem, tile_q, tile_kv, threads, stages, splits)
+        if smem <= device.smem_per_block:
+            config = BackwardConfig(
+                **policies.policies(problem),
+                tile_q=tile_q,
+                tile_kv=tile_kv,
+                threads=threads,
+                smem_bytes=smem,
+                copy_bytes=policies.copy_bytes(problem),
+                stages=stages,
+                dim_splits=splits,
+                reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
+            )
+            return config, reason
+    raise AssertionError(f"no backward tile of {problem} fits {device}")
+
+
+def _dq_columns(dim_qk: int, tile_q: int, threads: int, splits: int) -> int:
+    """Columns of q and k in the backward's shared memory and in dq_accum (``DqAccum::kDimQk``)."""
+    warps = threads // 32
+    widest = 4 if dim_qk % (64 * splits) == 0 else 2
+    warps_across = warps // min(warps // widest, tile_q // 16)
+    return round_up(dim_qk, 16 * warps_across * splits)
+
+
+def _backward_smem(problem: Problem, tile_q: int, tile_kv: int, threads: int, stages: int, splits: int) -> int:
+    """Bytes of ``BackwardSm80::SmemPlan``."""
+    dim_qk = _dq_columns(problem.dim_qk, tile_q, threads, splits)
+    dim_v = round_up(problem.dim_v, 16 * splits)
+    stage = _shared_tile(tile_q, dim_qk) + _shared_tile(tile_q, dim_v) + 3 * 4 * tile_q
+    return _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v) + _shared_tile(tile_kv, tile_q) + stages * stage
+
+
+def _bias_config(problem: Problem) -> CopyConfig:
+    """The config of ``backward/bias.cuh``, which recomputes dS for each element of the bias.
+
+    Its tile is a square that fits every architecture.
+    """
+    dim_qk, dim_v = _rounded(problem)
+    edge = 64 if max(dim_qk, dim_v) <= 128 else 32
+    return CopyConfig(
+        **policies.policies(problem),
+        tile_q=edge,
+        tile_kv=edge,
+        threads=2 * edge,
+        smem_bytes=2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + edge * (edge + 1) * 4,
+        copy_bytes=policies.copy_bytes(problem),
+    )
+
+
+def _backward(problem: Problem, device: Device) -> Plan:
+    config, reason = _backward_config(problem, device)
+    columns = _dq_columns(problem.dim_qk, config.tile_q, config.threads, config.dim_splits)
+    convert = ConvertConfig(
+        element=config.element,
+        sequence=config.sequence,
+        dim_qk=config.dim_qk,
+        tile_q=config.tile_q,
+        threads=config.threads,
+        smem_bytes=_shared_tile(config.tile_q, columns),  # BackwardConvert::SmemPlan
+        dim_splits=config.dim_splits,
+        copy_bytes=config.copy_bytes,
+    )
+    blocks = key_blocks(problem, config.tile_kv) * config.dim_splits
+    launches = (
+        steps.delta_step(problem),
+        Step("bwd_sm80", "BwdParams", config, blocks),
+        Step("bwd_convert", "BwdParams", convert, query_blocks(problem, config.tile_q)),
+        *steps.bias_step(problem, "bwd_bias_sm80", _bias_config(problem)),
+        *steps.sink_step(problem),
+    )
+    return Plan(problem, device, "sm80", launches, _backward_workspaces(problem, config, columns), reason)
+
+
+def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int) -> tuple[Workspace, ...]:
+    """Row sums, dq in fp32, and whose turn it is to add to it."""
+    if problem.layout == "varlen":  # VarlenSequence::num_q_tiles
+        q_tiles = problem.total_q // config.tile_q + problem.batch
+    else:
+        q_tiles = problem.batch * -(-problem.len_q // config.tile_q)
+    shape = (problem.heads_q * q_tiles, config.tile_q, columns)
+    workspaces = (*steps.row_workspaces(problem), Workspace("dq_accum", np.dtype(np.float32), shape, zeroed=True))
+    if problem.deterministic:
+        turns = (problem.heads_q * q_tiles * config.dim_splits,)
+        workspaces += (Workspace("dq_turn", np.dtype(np.int32), turns, zeroed=True),)
+    return workspaces
+
+
+SM80 = Family(
+    name="sm80",
+    summary="tensor cores by mma.sync and cp.async",
+    min_capability=(8, 0),
+    dtypes=("fp16", "bf16"),
+    max_dim=256,
+    features=tuple(FEATURES),
+    forward=_forward,
+    backward=_backward,
+)

@@ -1,0 +1,83 @@
+"""Problem -> the policies of the kernels, by the names that they have in CUDA (``kernels/attention/``)."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import numpy as np
+
+from cuflash.problem import Problem
+
+_MASKS = {"none": "NoMask", "causal": "CausalMask", "window": "WindowMask"}
+_DROPOUTS = {None: "NoDropout", "byte": "ByteDropout", "word": "WordDropout"}
+
+
+class Policies(TypedDict):
+    """What an ``AttentionConfig`` takes from the problem alone."""
+
+    element: str
+    sequence: str
+    dim_qk: int
+    dim_v: int
+    mask: str
+    score: str
+    dropout: str
+
+
+def policies(problem: Problem) -> Policies:
+    """What every kernel that computes scores takes from the problem, whatever its tile."""
+    mask = _MASKS[problem.mask.kind]
+    return Policies(
+        element=problem.dtype.cuda,
+        sequence=sequence(problem),
+        dim_qk=problem.dim_qk,
+        dim_v=problem.dim_v,
+        mask=f"TensorMask<{mask}>" if problem.mask.tensor else mask,
+        score=score(problem),
+        dropout=_DROPOUTS[problem.dropout],
+    )
+
+
+def sequence(problem: Problem) -> str:
+    """The policy that says how long sequences are and where they lie."""
+    if problem.page_size:
+        return "PagedSequence"
+    return "VarlenSequence" if problem.layout == "varlen" else "DenseSequence"
+
+
+def sink(problem: Problem) -> str:
+    """The policy that closes a row's softmax."""
+    return "LearnableSink" if problem.sink else "NoSink"
+
+
+def score(problem: Problem) -> str:
+    """The score policy: a scale or a soft cap, plus a term for each additive bias."""
+    policy = f"{_base_score(problem)}<{_real(problem)}>"
+    for term in (["Alibi"] if problem.alibi else []) + ([f"Bias<{problem.bias.cuda}>"] if problem.bias else []):
+        policy = f"Plus<{policy}, {term}>"
+    return policy
+
+
+def unit_score(problem: Problem) -> str:
+    """A score policy with the unit of the problem's, for row-wise kernels that read rows' states."""
+    return f"{'SignedScore' if problem.alibi or problem.bias else _base_score(problem)}<{_real(problem)}>"
+
+
+def copy_bytes(problem: Problem) -> int:
+    """Width of one global access."""
+    return max(problem.copy_bytes, problem.dtype.itemsize)
+
+
+def _base_score(problem: Problem) -> str:
+    """The score policy of q.k alone, without its number type."""
+    # A scale below 1e-30 leaves nothing of a score anyway, and its inverse may be no float.
+    if not problem.softcap:
+        return "ScaledScore" if problem.softmax_scale > 1e-30 else "SignedScore"
+    # The fast tangent errs by 2^-23 of the cap: less than 16-bit results show of caps as models have them.
+    fast = problem.dtype.itemsize == 2 and 2**-8 <= problem.softcap <= 2**8 and abs(problem.softmax_scale) < 1e30
+    return "SoftCapScore" if fast else "ExactSoftCapScore"
+
+
+def _real(problem: Problem) -> str:
+    """The accumulator's type in CUDA."""
+    return "double" if problem.dtype.accumulator == np.float64 else "float"

@@ -1,0 +1,140 @@
+"""Launches that families share: dropout's seed, row sums, parts of split rows, gradients of sink and bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from cuflash.device import Device
+from cuflash.plan import policies
+from cuflash.plan.config import HEADER, Config, CopyConfig, ForwardConfig, SequenceConfig
+from cuflash.plan.plan import Plan, Step, Workspace
+from cuflash.plan.splits import divide
+from cuflash.plan.tiles import query_blocks, tiles
+from cuflash.problem import Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CombineConfig(SequenceConfig):
+    """``fwd_combine``."""
+
+    dim_v: int
+    tile_q: int
+    score: str = field(metadata={HEADER: "attention/score.cuh"})
+    """For its unit, which rows' states are in."""
+    sink: str = field(metadata={HEADER: "attention/softmax.cuh"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaConfig(SequenceConfig):
+    """``bwd_delta``."""
+
+    dim_v: int
+    tile_q: int
+    copy_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkConfig(SequenceConfig):
+    """``bwd_sink``."""
+
+    score: str = field(metadata={HEADER: "attention/score.cuh"})
+    """For its unit, which rows' states are in."""
+
+
+def forward(problem: Problem, device: Device, family: str, *tiled: tuple[ForwardConfig, str]) -> Plan:
+    """The plan of a forward by ``fwd_<family>``: with the first config, or the last where rows are few or keys split.
+
+    Beside each config stands why its tiles are as they are.
+    """
+    division = divide(problem, device, tiled[0][0], tiled[-1][0])
+    config, reason = tiled[0] if division.plain else tiled[-1]
+    rows, heads = problem.len_q, problem.heads_q
+    if division.grouped:
+        config, rows, heads = replace(config, heads="HeadGroup"), problem.len_q * problem.group, problem.heads_kv
+    kernel, blocks = f"fwd_{family}", tiles(rows, config.tile_q) * heads * problem.batch
+    steps = rng_step(problem)
+    workspaces: tuple[Workspace, ...] = ()
+    if division.num_splits == 1:
+        steps += (Step(kernel, "FwdParams", config, blocks),)
+    else:
+        config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
+        steps += (Step(kernel, "FwdParams", config, blocks * division.num_splits), _combine_step(problem))
+        workspaces = _part_workspaces(problem, division.num_splits)
+    return Plan(
+        problem, device, family, steps, workspaces, reason, num_splits=division.num_splits, division=division.reason
+    )
+
+
+def rng_step(problem: Problem) -> tuple[Step, ...]:
+    """The launch before a forward with dropout; one kernel for all."""
+    return () if problem.dropout is None else (Step("fwd_rng", "FwdParams", Config(threads=32), 1),)
+
+
+def _combine_step(problem: Problem) -> Step:
+    """The last launch of a forward whose keys are split."""
+    config = CombineConfig(
+        element=problem.dtype.cuda,
+        sequence=policies.sequence(problem),
+        dim_v=problem.dim_v,
+        threads=128,
+        tile_q=8,
+        score=policies.unit_score(problem),
+        sink=policies.sink(problem),
+    )
+    return Step("fwd_combine", "FwdParams", config, query_blocks(problem, config.tile_q))
+
+
+def _part_workspaces(problem: Problem, num_splits: int) -> tuple[Workspace, ...]:
+    """What the blocks of split rows leave: ``PartRows`` of ``attention/split.cuh``."""
+    rows = problem.rows_q + (problem.batch if problem.layout == "varlen" else 0)
+    shape = (num_splits, rows, problem.heads_q)
+    return (
+        Workspace("partial_out", problem.dtype.accumulator, (*shape, problem.dim_v)),
+        Workspace("partial_state", problem.dtype.accumulator, (*shape, 2)),
+    )
+
+
+def delta_step(problem: Problem) -> Step:
+    """The first launch of every backward."""
+    config = DeltaConfig(
+        element=problem.dtype.cuda,
+        sequence=policies.sequence(problem),
+        dim_v=problem.dim_v,
+        threads=128,
+        tile_q=64,
+        copy_bytes=policies.copy_bytes(problem),
+    )
+    return Step("bwd_delta", "BwdParams", config, query_blocks(problem, config.tile_q))
+
+
+def row_workspaces(problem: Problem) -> tuple[Workspace, ...]:
+    """What ``bwd_delta`` leaves of every query row: a delta and a ``RowShift``, laid out like the log-sum-exp."""
+    rows = problem.heads_q * problem.rows_q
+    return tuple(
+        Workspace(name, problem.dtype.accumulator, shape) for name, shape in (("delta", (rows,)), ("shift", (rows, 2)))
+    )
+
+
+def bias_step(problem: Problem, kernel: str, config: CopyConfig) -> tuple[Step, ...]:
+    """The launch for the gradient of the bias, where it is wanted."""
+    if not problem.bias_grad:
+        return ()
+    counts = (problem.batch, problem.heads_q, -(-problem.len_q // config.tile_q), -(-problem.len_kv // config.tile_kv))
+    blocks = prod(1 if one else n for n, one in zip(counts, problem.bias_broadcast, strict=True))
+    return (Step(kernel, "BwdParams", config, blocks),)
+
+
+def sink_step(problem: Problem) -> tuple[Step, ...]:
+    """The launch for the gradient of the sink logits, where there are any."""
+    if not problem.sink:
+        return ()
+    threads = 256
+    config = SinkConfig(
+        element=problem.dtype.cuda,
+        sequence=policies.sequence(problem),
+        threads=threads,
+        smem_bytes=threads * problem.dtype.accumulator.itemsize,
+        score=policies.unit_score(problem),
+    )
+    return (Step("bwd_sink", "BwdParams", config, problem.heads_q),)
