@@ -1,13 +1,17 @@
-"""What a run leaves out, and says so: cases of large groups, tests that need a GPU; and one hypothesis profile."""
+"""What a run leaves out, and says so: cases of large groups, tests that need a GPU; a hypothesis profile; a fixture."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from doubles.launch import Launches
 
 settings.register_profile("cuflash", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("cuflash")
@@ -49,6 +53,15 @@ def no_width() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COLUMNS", raising=False)
         yield
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """A GPU without one."""
+    from doubles.launch import on_the_cpu
+
+    with on_the_cpu(monkeypatch) as launches:
+        yield launches
 
 
 def pytest_report_header(config: pytest.Config) -> str:

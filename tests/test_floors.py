@@ -173,6 +173,29 @@ def test_import_brings_nothing_heavy():
     assert "cuflash" in modules and not heavy & modules
 
 
+# Tests
+
+TESTS = ROOT / "tests"
+TEST_FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", TEST_FILES)
+def test_no_test_file_is_imported(name):
+    """What several test files need is in a library: a file of another name, or a fixture in a conftest.py."""
+    nodes = [*ast.walk(ast.parse((TESTS / name).read_text()))]
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    words = {word for module in modules for word in module.split(".")}
+    assert not {word for word in words if word.startswith("test_") or word == "conftest"}
+
+
+def test_test_files_lie_in_rooms_like_those_of_the_source():
+    rooms = {name.split("/")[0] for name in TEST_FILES if "/" in name and "/test_" in name}
+    packages = {name.split("/")[0] for name in MODULES if "/" in name}
+    assert rooms - packages == {"kernels", "gpu", "examples"}
+    assert packages - rooms == {"cases"}, "the bench's tests say what is in the table"
+
+
 # Kernels
 
 POLICIES = {f"attention/{name}.cuh" for name in ("sequence", "heads", "schedule", "softmax", "dropout")}

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from doubles.arrays import as_torch
+from doubles.launch import Launches, needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
-from test_launch import Launches, as_torch, launches, needs_compiler, random  # noqa: F401
 
 import cuflash
 from cuflash import ops
@@ -29,7 +30,7 @@ def slices(rows: int = SQ) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("heads_first", [False, True], ids=["heads between", "rows between"])
-def test_slices_of_one_buffer(launches: Launches, place: str, heads_first: bool) -> None:  # noqa: F811
+def test_slices_of_one_buffer(launches: Launches, place: str, heads_first: bool) -> None:
     wrap = (lambda x: x) if place == "numpy" else as_torch
     options = ops.Options(causal=True, family=None if place == "numpy" else place)
     all_slices = slices()
@@ -52,7 +53,7 @@ def test_slices_of_one_buffer(launches: Launches, place: str, heads_first: bool)
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, as_torch], ids=["numpy", "torch"])
-def test_bytes_in_common(launches: Launches, wrap: Any) -> None:  # noqa: F811
+def test_bytes_in_common(launches: Launches, wrap: Any) -> None:
     q, k, v, dout, out, g, other, _ = slices()
     lse = np.zeros((B, H, SQ), np.float32)
     inputs = [wrap(x) for x in (dout, q, k, v, out, lse)]

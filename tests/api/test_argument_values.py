@@ -11,8 +11,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from doubles.arrays import as_torch
+from doubles.launch import Launches
 from host import run
-from test_launch import Launches, as_torch, launches, random  # noqa: F401
+from inputs import random
 
 import cuflash
 from cuflash.errors import InvalidArgument
@@ -78,7 +80,7 @@ def test_arrays_of_other_libraries_are_no_numbers() -> None:
 
 
 @pytest.fixture
-def silent(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:  # noqa: F811
+def silent(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """A GPU whose kernels do nothing."""
     monkeypatch.setattr(run, "launch", lambda *_: None)
     yield launches

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from doubles.arrays import as_cupy, needs_cupy
+from doubles.launch import Launches
 from host import run
-from test_launch import Launches, as_cupy, launches, needs_cupy, random  # noqa: F401
+from inputs import random
 
 import cuflash
 from cuflash.errors import InvalidArgument
@@ -65,7 +67,7 @@ def test_the_other_byte_order_on_numpy(call: str, name: str) -> None:
 
 @needs_cupy
 @pytest.mark.parametrize(("call", "name"), [each for each in EACH if each[0] not in ("measured", "mha")])
-def test_the_other_byte_order_on_cupy(launches: Launches, monkeypatch: Any, call: str, name: str) -> None:  # noqa: F811
+def test_the_other_byte_order_on_cupy(launches: Launches, monkeypatch: Any, call: str, name: str) -> None:
     monkeypatch.setattr(run, "launch", lambda *_: None)
     check_refused(call, name, as_cupy)
     assert launches.kernels == []

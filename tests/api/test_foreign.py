@@ -9,8 +9,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from doubles.arrays import FAKE_TORCH, FakeTensor, as_torch
+from doubles.launch import Launches
 from host import run
-from test_launch import FAKE_TORCH, FakeTensor, Launches, as_torch, launches, random  # noqa: F401
+from inputs import random
 
 import cuflash
 from cuflash import arrays
@@ -35,7 +37,7 @@ class Raising(Odd):
 
 @pytest.mark.parametrize("kind", [Odd, Raising])
 @pytest.mark.parametrize("prepared", [False, True])
-def test_tensors_without_memory(launches: Launches, monkeypatch: Any, kind: type, prepared: bool) -> None:  # noqa: F811
+def test_tensors_without_memory(launches: Launches, monkeypatch: Any, kind: type, prepared: bool) -> None:
     monkeypatch.setattr(run, "launch", lambda *_: None)
     x = random(1, 8, 2, 16)
     good = as_torch(x)
@@ -61,7 +63,7 @@ def test_tensors_without_memory(launches: Launches, monkeypatch: Any, kind: type
         cuflash.flash_attn_func(empty, empty, empty)
 
 
-def test_tangents_of_forward_mode(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_tangents_of_forward_mode(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "launch", lambda *_: None)
     x, v = as_torch(random(1, 8, 2, 16)), as_torch(random(1, 8, 2, 16))
     cuflash.flash_attn_func(x, x, v)
@@ -195,7 +197,7 @@ def test_explaining_arrays_in_host_memory(foreign: None) -> None:
         cuflash.explain(x, x, x)
 
 
-def test_explaining_tensors_in_host_memory(launches: Launches) -> None:  # noqa: F811
+def test_explaining_tensors_in_host_memory(launches: Launches) -> None:
     x = FakeTensor(random(1, 8, 2, 16), "cpu")
     assert cuflash.explain(x, x, x, device="h100").problem.dim_v == 16
     with pytest.raises(InvalidArgument, match=r"^device is None and the arrays are torch arrays on cpu"):

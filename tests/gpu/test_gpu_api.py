@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from inputs import BF16, FP16, FP32, random
+from libraries import LIBRARIES, Library, WithCuPy, WithJax, WithTorch
 
 import cuflash
 from cuflash import jit, ops
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 
 pytestmark = pytest.mark.gpu
-
-FP16, BF16, FP32 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 STARTS_Q, STARTS_K = np.array([0, 30, 30, 75], np.int32), np.array([0, 10, 40, 90], np.int32)
 SPIN = r"""
 extern "C" __global__ void spin(long long cycles) {
@@ -28,80 +26,6 @@ extern "C" __global__ void spin(long long cycles) {
   while (clock64() - start < cycles) {}
 }
 """
-
-
-class Library(Protocol):
-    """An array library on the GPU."""
-
-    def put(self, x: np.ndarray) -> Any: ...
-    def get(self, x: Any) -> np.ndarray: ...
-    def pointer(self, x: Any) -> int: ...
-    def owns(self, x: Any) -> bool: ...
-
-
-class WithCuPy:
-    def __init__(self) -> None:
-        import cupy
-
-        self.cupy = cupy
-
-    def put(self, x: np.ndarray) -> Any:
-        return self.cupy.asarray(x)
-
-    def get(self, x: Any) -> np.ndarray:
-        return x.get()
-
-    def pointer(self, x: Any) -> int:
-        return x.data.ptr
-
-    def owns(self, x: Any) -> bool:
-        return isinstance(x, self.cupy.ndarray)
-
-
-class WithTorch:
-    def __init__(self) -> None:
-        self.torch = pytest.importorskip("torch", reason="torch is not installed")
-        if not self.torch.cuda.is_available():
-            pytest.skip("torch sees no GPU")
-
-    def put(self, x: np.ndarray) -> Any:
-        if x.dtype == BF16:
-            return self.torch.from_numpy(np.ascontiguousarray(x).view(np.int16)).cuda().view(self.torch.bfloat16)
-        return self.torch.from_numpy(np.array(x)).cuda()
-
-    def get(self, x: Any) -> np.ndarray:
-        if x.dtype == self.torch.bfloat16:
-            return x.cpu().view(self.torch.int16).numpy().view(BF16)
-        return x.cpu().numpy()
-
-    def pointer(self, x: Any) -> int:
-        return x.data_ptr()
-
-    def owns(self, x: Any) -> bool:
-        return isinstance(x, self.torch.Tensor) and x.is_cuda
-
-
-class WithJax:
-    def __init__(self) -> None:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        self.jax = pytest.importorskip("jax", reason="JAX is not installed")
-        if self.jax.default_backend() != "gpu":
-            pytest.skip("JAX sees no GPU")
-
-    def put(self, x: np.ndarray) -> Any:
-        return self.jax.device_put(x)
-
-    def get(self, x: Any) -> np.ndarray:
-        return np.asarray(x)
-
-    def pointer(self, x: Any) -> int:
-        return x.unsafe_buffer_pointer()
-
-    def owns(self, x: Any) -> bool:
-        return isinstance(x, self.jax.Array)
-
-
-LIBRARIES = {"cupy": WithCuPy, "torch": WithTorch, "jax": WithJax}
 
 
 @pytest.fixture(params=LIBRARIES)
@@ -113,13 +37,6 @@ def library(request: pytest.FixtureRequest) -> Library:
 def writeable_library(request: pytest.FixtureRequest) -> Library:
     """One whose arrays can be written."""
     return LIBRARIES[request.param]()
-
-
-@pytest.fixture
-def cp() -> Any:
-    import cupy
-
-    return cupy
 
 
 @pytest.fixture
@@ -135,10 +52,6 @@ def params_of_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[s
 
     monkeypatch.setattr(jit.Kernel, "launch", recording)
     yield seen
-
-
-def random(*shape: int, dtype: np.dtype = FP16, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
 
 
 def inputs(dtype: np.dtype = FP16, packed: bool = False) -> list[np.ndarray]:
@@ -159,7 +72,7 @@ def assert_right(results: list[np.ndarray], arrays: list[np.ndarray], **options:
     oracle.assert_all_close(oracle.Attention(*results, *[None] * (5 - len(results))), exact, naive)
 
 
-@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_arrays_of_every_library(library: Library, params_of_launches: list, packed: bool, dtype: np.dtype) -> None:
     arrays = inputs(dtype, packed)
@@ -192,7 +105,7 @@ def test_lengths_are_validated_on_request(library: Library) -> None:
         cuflash.flash_attn_varlen_func(q, k, v, **given, validate=True)
 
 
-@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("page_size", [1, 16, 48, 256])
 def test_keys_in_pages(library: Library, params_of_launches: list, page_size: int, dtype: np.dtype) -> None:
     q, k, v, *_ = inputs(dtype, packed=True)

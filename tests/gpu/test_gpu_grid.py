@@ -9,8 +9,8 @@ import numpy as np
 import oracle
 import pytest
 from covering import every_pair
-from test_reference import arrays
-from test_reference_features import DTYPES, FACTORS, features
+from grid import DTYPES, FACTORS, features
+from inputs import arrays
 
 from cuflash import ops
 from cuflash.ops.call import SHARED

@@ -19,13 +19,6 @@ from cuflash.errors import UnsupportedProblem
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def cp() -> Any:
-    import cupy
-
-    return cupy
-
-
 def among_nans(cp: Any, x: Any) -> Any:
     """A view with the values of `x` in a larger buffer full of NaN, every axis but the last strided.
 

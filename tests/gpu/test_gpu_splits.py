@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from inputs import BF16, FP16, random
 
 import cuflash
 
 pytestmark = pytest.mark.gpu
-
-FP16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def cp() -> Any:
-    import cupy
-
-    return cupy
-
-
-def random(*shape: int, dtype: Any = FP16, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
 
 
 def inputs(len_q: int, len_kv: int, group: int, batch: int = 2, dim: int = 64, dtype: Any = FP16) -> list[np.ndarray]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from test_gpu_api import BF16, FP16, FP32, WithTorch
+from inputs import BF16, FP16, FP32
+from libraries import WithTorch
 
 import cuflash
 

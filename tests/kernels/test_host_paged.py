@@ -7,11 +7,10 @@ from functools import cache
 
 import numpy as np
 import pytest
-import test_host_kernels
 from host.build import build, why_not
+from host.cases import CAUSAL, check_forward, paged
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_host_kernels import CAUSAL, paged
 
 from cuflash.arrays import View
 from cuflash.jit import params
@@ -105,4 +104,4 @@ def test_any_page_size_and_lengths(family: str, dtype: str, data: st.DataObject)
     if data.draw(st.booleans(), "seqused"):
         more["seqused_kv"] = tuple(data.draw(st.integers(0, length)) for length in lens_kv)
     case = paged(dtype, page_size, (2, 1), lens_q, lens_kv, (16, 16), family=family, mask=CAUSAL, **more)
-    test_host_kernels.test_forward(case)
+    check_forward(case)

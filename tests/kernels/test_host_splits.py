@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import test_host_kernels
 from host.build import why_not
+from host.cases import CAUSAL, Case, Tensors, check_forward, dense, packed
 from host.run import run_plan_on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_host_kernels import CAUSAL, FP32, TOP_LEFT, Case, Tensors, dense, packed
 
 from cuflash.device import named
-from cuflash.dtypes import DTYPES
+from cuflash.dtypes import DTYPES, FP32
 from cuflash.masks import Mask
 from cuflash.plan import Plan, choose
 from cuflash.problem import Problem
@@ -22,6 +21,7 @@ from cuflash.problem import Problem
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 H100 = named("h100")
+TOP_LEFT = Mask(right=0, alignment="top-left")
 WINDOW = Mask(left=90, right=5)
 
 
@@ -116,7 +116,7 @@ CASES = {
 def test_forward_in_parts(case: Case, kind: tuple[str, str]) -> None:
     """Scratch memory starts as NaN, so a part that nobody wrote cannot be read unseen."""
     assert variant(plan_of(case)) == kind
-    test_host_kernels.test_forward(case)
+    check_forward(case)
 
 
 @settings(max_examples=60)
@@ -140,7 +140,7 @@ def test_any_lengths_groups_and_splits(family: str, dtype: str, data: st.DataObj
     else:
         lens = draw(lens_q), draw(lens_kv)
         case = dense(dtype, heads, lens, (16, 16), batch=draw(st.integers(1, 2)), **more)
-    test_host_kernels.test_forward(case)
+    check_forward(case)
 
 
 def forward(problem: Problem, arrays: dict[str, np.ndarray], family: str, seed: int = 0) -> tuple[bytes, bytes]:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_host_kernels
 from host import build
-from test_host_kernels import Case, dense
+from host.cases import Case, check_backward, check_forward, dense
 
 from cuflash.masks import Mask
 
@@ -90,10 +89,10 @@ def ordering_calls(kernel: str) -> list[int]:
 
 
 TESTS = {
-    "forward/sm80.cuh": (test_host_kernels.test_forward, "sm80"),
-    "backward/sm80.cuh": (test_host_kernels.test_backward, "sm80"),
-    "backward/convert.cuh": (test_host_kernels.test_backward, "sm80"),
-    "tile/gemm_simt.cuh": (test_host_kernels.test_forward, "simt"),
+    "forward/sm80.cuh": (check_forward, "sm80"),
+    "backward/sm80.cuh": (check_backward, "sm80"),
+    "backward/convert.cuh": (check_backward, "sm80"),
+    "tile/gemm_simt.cuh": (check_forward, "simt"),
 }
 CALLS = [(file, number) for file in TESTS for number in range(len(ordering_calls(file)))]
 

@@ -6,19 +6,15 @@ on every backend are in this file; kernels run on the CPU by `tests/host`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-from host import run
-from test_launch import as_torch, launches, needs_compiler, to_numpy  # noqa: F401, the fixture is asked for by name
+from backends import LEFT_BY_HOPPER, PLACES, Backend, assert_right
+from inputs import random
 
 import cuflash
-from cuflash import device, jit, ops
-from cuflash.ops.call import SHARED
+from cuflash import ops
 
 LIMITS: dict[str, list[str]] = {
     "no queries, no keys or no batch": [
@@ -183,81 +179,10 @@ def test_every_limit_has_tests(limit: str) -> None:
         assert (f"def {name}(" if name.startswith("test_") else f'"{name}": ') in text, test
 
 
-class Backend:
-    """Arrays go to one place, and are computed by one family."""
-
-    def __init__(
-        self, family: str | tuple[str, ...] | None, put: Callable[[np.ndarray], Any], get: Callable[[Any], np.ndarray]
-    ) -> None:
-        self.family, self.put, self.get = family, put, get
-
-    def __call__(
-        self, q: Any, k: Any, v: Any, dout: Any = None, generator: tuple[int, int] | None = None, **given: Any
-    ) -> list[np.ndarray]:
-        """(out, lse), and (dq, dk, dv) with `dout`, for NumPy arrays in the words of `ops`."""
-        options = ops.Options(**{n: x for n, x in given.items() if n in ops.Options._fields}, family=self.family)
-        arrays = [q, k, v, *(given.get(name) for name in SHARED[3:])]
-        out, lse, pullback = ops.vjp(options, [None if x is None else self.put(x) for x in arrays], generator)
-        found = (out, lse) if dout is None else (out, lse, *pullback(self.put(dout))[:3])
-        return [self.get(x) for x in found]
-
-
-FAMILIES = {"sm90": ("sm90", "sm80"), "sm80": "sm80", "simt": "simt"}
-"""What answers in a place: of a family without gradients another takes its results."""
-PLACES = [
-    "numpy",
-    *(pytest.param(f"{family}-on-the-cpu", marks=needs_compiler) for family in FAMILIES),
-    *(pytest.param(f"{family}-on-the-gpu", marks=pytest.mark.gpu) for family in FAMILIES),
-]
-
-
-LEFT_BY_HOPPER = [place for place in PLACES if "sm90" not in str(place)]
-"""Who serves what cannot be copied in bulk, rows off multiples of 16 bytes or expanded, and heads that share a tile."""
-
-
-@pytest.fixture(params=PLACES)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    family, _, place = request.param.partition("-on-the-")
-    if family == "numpy":
-        yield Backend(None, lambda x: x, lambda x: x)
-    elif place == "cpu":
-        seen = request.getfixturevalue("launches")
-        if family == "sm90":
-            monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
-            monkeypatch.setattr(jit.tensormap, "encoder", run.encoder)
-        yield Backend(FAMILIES[family], as_torch, to_numpy)
-        assert f"fwd_{family}" in seen.kernels
-    else:
-        yield Backend(FAMILIES[family], on_gpu, lambda x: x.get())
-
-
-def on_gpu(x: np.ndarray) -> Any:
-    """The same view of memory on the GPU, strides of 0 and the place between two vectors included."""
-    import cupy
-
-    first, end = np.lib.array_utils.byte_bounds(x)
-    memory = cupy.zeros(end - first + 256, np.uint8)
-    start = memory.data + first % 256 + (x.__array_interface__["data"][0] - first)
-    view = cupy.ndarray(x.shape, x.dtype, start, x.strides)
-    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)
-    view[once] = cupy.asarray(x[once])
-    return view
-
-
-def random(*shape: int, seed: int = 0, dtype: Any = np.float16) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
-
-
 def tensors(b: int = 2, sq: int = 70, sk: int = 90, h: int = 4, hk: int = 2, d: int = 64) -> list[np.ndarray]:
     """q, k, v, dout."""
     shapes = (b, sq, h, d), (b, sk, hk, d), (b, sk, hk, d), (b, sq, h, d)
     return [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-
-
-def assert_right(found: list[np.ndarray], arrays: list[np.ndarray], **options: Any) -> None:
-    """Compare (out, lse), or all five, with the oracle."""
-    exact, naive = oracle.attention(*arrays, **options), oracle.naive_in_dtype(*arrays, **options)
-    oracle.assert_all_close(oracle.Attention(*found, *[None] * (5 - len(found))), exact, naive)
 
 
 @pytest.mark.parametrize("backend", LEFT_BY_HOPPER, indirect=True)

@@ -1,29 +1,25 @@
-"""The whole path of a GPU call without a GPU: CuPy and torch arrays over host memory, the real kernels run on the CPU.
-
-What a GPU would do is replaced at its edges only: allocation, the current device, and the launch, which runs the kernel
-by `tests/host`. Checks, plans, parameter blocks and the cache of prepared calls are the real ones.
-"""
+"""The whole path of a GPU call without a GPU: arrays of CuPy and torch over host memory, real kernels on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
-import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from host import build, run
+from doubles.arrays import FAKE_TORCH, FakeTensor, as_cupy, as_torch, memory, needs_cupy, to_numpy
+from doubles.launch import Launches, needs_compiler
+from host import run
+from inputs import BF16, FP16, random
 
 import cuflash
 from cuflash import arrays, device, jit, ops
@@ -35,187 +31,6 @@ from cuflash.ops.call import SHARED
 from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Box, Config, Step
 from cuflash.problem import Problem
-
-FP16, BF16 = np.float16, ml_dtypes.bfloat16
-needs_cupy = pytest.mark.skipif(find_spec("cupy") is None, reason="CuPy is not installed")
-needs_compiler = pytest.mark.skipif(build.why_not() is not None, reason=build.why_not() or "")
-
-
-def memory(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The array at an address."""
-    steps = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
-    first, end = sum(min(s, 0) for s in steps), sum(max(s, 0) for s in steps) + dtype.itemsize
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    raw = np.frombuffer((ctypes.c_char * (end - first)).from_address(pointer + first), np.uint8)
-    return np.ndarray(shape, dtype, raw, -first, strides)
-
-
-@dataclass
-class Launches:
-    """Every launch since the last look."""
-
-    kernels: list[str] = field(default_factory=list)
-    params: list[np.ndarray] = field(default_factory=list)
-    loaded: list[tuple[str, int]] = field(default_factory=list)
-    allocated: list[np.ndarray] = field(default_factory=list)
-    repeated: tuple[Iterator[np.ndarray], Iterator[np.ndarray]] | None = None
-    """Parameter blocks and allocations that are to come again."""
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Run no kernel, but ask for the parameter blocks of the calls so far, in the memory that they were given."""
-        blocks, arrays = self.repeated = iter(self.params[:]), iter(self.allocated[:])
-        yield
-        assert not list(blocks) and not list(arrays), "these calls launched or allocated less"
-        self.repeated = None
-
-    def take(self) -> list[str]:
-        taken, self.kernels = self.kernels, []
-        return taken
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
-    """A GPU without one."""
-    seen = Launches()
-
-    def load(steps: Sequence[Step], ordinal: int) -> list[SimpleNamespace]:
-        return [load_one(step, ordinal) for step in steps]
-
-    def load_one(step: Step, ordinal: int) -> SimpleNamespace:
-        seen.loaded.append((step.kernel, ordinal))
-
-        def go(num_blocks: int, params: ctypes.Array) -> None:
-            (block,) = blocks = np.frombuffer(params, jit.params.dtype(step.params))
-            assert num_blocks == step.num_blocks
-            seen.kernels.append(step.kernel)
-            seen.params.append(blocks)
-            if seen.repeated is None:
-                run.launch(step, block)
-            else:
-                before = next(seen.repeated[0])
-                assert blocks.dtype == before.dtype and blocks.tobytes() == before.tobytes()
-
-        return SimpleNamespace(launch=go)
-
-    def allocate(byte: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        if seen.repeated is not None:
-            x = next(seen.repeated[1])
-            assert (x.shape, x.dtype) == (shape, dtype)
-            return x
-        x = np.full(math.prod(shape) * dtype.itemsize, byte, np.uint8).view(dtype).reshape(shape)
-        seen.allocated.append(x)
-        return x
-
-    monkeypatch.setattr(jit, "load", load)
-    monkeypatch.setattr(device, "current", lambda ordinal: device.named("a100"))
-    monkeypatch.setattr(launch, "_prepared", {})
-    for framework, wrap in ((CuPy, as_cupy), (Torch, as_torch)):
-        monkeypatch.setattr(framework, "context", lambda self, ordinal: nullcontext())
-        monkeypatch.setattr(framework, "is_capturing", lambda self: False)
-        for name, byte in (("empty", 0xFF), ("zeros", 0)):  # NaN, where a kernel leaves something unwritten
-            monkeypatch.setattr(
-                framework, name,
-                lambda self, shape, dtype, ordinal, byte=byte, wrap=wrap: wrap(
-                    allocate(byte, shape, to_numpy_dtype(dtype))
-                ),
-            )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "torch", FAKE_TORCH)
-    arrays._framework_of_type.cache_clear()
-    arrays._torch_tensors.cache_clear()
-    yield seen
-    arrays._framework_of_type.cache_clear()
-    arrays._torch_tensors.cache_clear()
-
-
-def as_cupy(x: np.ndarray, ordinal: int = 0) -> Any:
-    """A CuPy array over the memory of a NumPy array."""
-    import cupy
-
-    owner = cupy.cuda.UnownedMemory(x.ctypes.data, max(x.nbytes, 1), x, ordinal)
-    return cupy.ndarray(x.shape, x.dtype, cupy.cuda.MemoryPointer(owner, 0), x.strides)
-
-
-@dataclass(frozen=True)
-class FakeDtype:
-    """What ``torch.float16`` is."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return f"torch.{self.name}"
-
-
-def to_numpy_dtype(dtype: np.dtype | FakeDtype) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, dtype.name, dtype.name)) if isinstance(dtype, FakeDtype) else np.dtype(dtype)
-
-
-class FakeTensor:
-    """As much of a torch tensor as cuflash touches."""
-
-    layout, is_nested = "torch.strided", False
-
-    def __init__(
-        self, x: np.ndarray, where: str = "cuda:0", requires_grad: bool = False, negated: bool = False
-    ) -> None:
-        self.x, self.device, self.requires_grad, self.negated = x, FakeDevice(where), requires_grad, negated
-        self.shape, self.dtype = x.shape, FakeDtype(x.dtype.name)
-
-    def stride(self) -> tuple[int, ...]:
-        return tuple(stride // self.x.itemsize for stride in self.x.strides)
-
-    def data_ptr(self) -> int:
-        return self.x.ctypes.data
-
-    def element_size(self) -> int:
-        return self.x.itemsize
-
-    def is_neg(self) -> bool:
-        return self.negated
-
-    def tolist(self) -> list:
-        return self.x.tolist()
-
-    def __setitem__(self, index: Any, value: float) -> None:
-        self.x[index] = value
-
-
-@dataclass(frozen=True)
-class FakeDevice:
-    name: str
-
-    @property
-    def type(self) -> str:
-        return self.name.partition(":")[0]
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def as_torch(x: np.ndarray) -> FakeTensor:
-    return FakeTensor(x)
-
-
-FAKE_TORCH = ModuleType("torch")
-FAKE_TORCH.Tensor = FakeTensor
-FAKE_TORCH.is_grad_enabled = lambda: True
-FAKE_TORCH.strided = FakeTensor.layout
-FAKE_TORCH.autograd = SimpleNamespace(forward_ad=SimpleNamespace(_current_level=-1))
-for _name in ("float16", "bfloat16", "float32", "float64", "int32", "uint64", "bool"):
-    setattr(FAKE_TORCH, _name, FakeDtype(_name))
-
-
-def to_numpy(x: Any) -> np.ndarray:
-    """The values of a result."""
-    if isinstance(x, FakeTensor):
-        return x.x
-    return memory(x.data.ptr, x.shape, x.strides, x.dtype).copy(order="K")  # x may be its only owner
-
-
-def random(*shape: int, dtype: Any = FP16, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
-
 
 FRAMEWORKS = [pytest.param(as_cupy, marks=needs_cupy, id="cupy"), pytest.param(as_torch, id="torch")]
 

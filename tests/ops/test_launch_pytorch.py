@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from doubles.arrays import as_torch, to_numpy
+from doubles.launch import Launches, needs_compiler
 from host import run
-from test_launch import Launches, as_torch, launches, needs_compiler, random, to_numpy  # noqa: F401
+from inputs import random
 
 from cuflash import device, jit, ops
 from cuflash.dtypes import DTYPES
@@ -29,7 +31,7 @@ LSE_CASES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.fixture
-def families(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def families(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that runs the kernels of every family."""
     monkeypatch.setattr(device, "current", lambda ordinal: device.named("h100"))
     monkeypatch.setattr(jit.tensormap, "encoder", run.encoder)
@@ -84,7 +86,7 @@ DELTA_CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
 @needs_compiler
 @pytest.mark.parametrize("family", ["numpy", "sm80", "simt"])
 @pytest.mark.parametrize("name", DELTA_CASES)
-def test_delta_is_returned_where_it_is_asked_for(launches: Launches, name: str, family: str) -> None:  # noqa: F811
+def test_delta_is_returned_where_it_is_asked_for(launches: Launches, name: str, family: str) -> None:
     given, dtype, with_dlse = DELTA_CASES[name]
     if family == "sm80" and dtype == "fp64":
         pytest.skip("sm80 has no fp64")

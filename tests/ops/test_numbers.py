@@ -8,12 +8,11 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from test_known_limits import Backend, assert_right, backend, random  # noqa: F401, a fixture is asked for by name
-from test_launch import launches  # noqa: F401, asked for by the other
+from backends import Backend, assert_right
+from inputs import BF16, FP16, FP32, FP64, random
 
 from cuflash import ops
 
-FP16, BF16, FP32, FP64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
 LEAST = float(np.finfo(FP32).min)
 CLOSE = {FP16: 4e-3, BF16: 3e-2, FP32: 2e-5, FP64: 1e-9}
 """How far results may be off beside numbers of about 1."""
@@ -47,7 +46,7 @@ def assert_sums_to_one(dv: np.ndarray, dout: np.ndarray, dtype: type) -> None:
 
 
 @pytest.mark.parametrize("level", [-1e4, 2e5, -1e9, 1e10, -1e31, 2.4e38, LEAST])
-def test_finite_logits_of_any_size_are_weighed(backend: Backend, level: float) -> None:  # noqa: F811
+def test_finite_logits_of_any_size_are_weighed(backend: Backend, level: float) -> None:
     for dtype in dtypes_of(backend):
         q, k, v, dout = whole_numbers(dtype, 9, 70)
         bias = np.full((1, 1, 9, 70), level, FP32)
@@ -65,7 +64,7 @@ def test_finite_logits_of_any_size_are_weighed(backend: Backend, level: float) -
 
 
 @pytest.mark.parametrize("feature", ["causal", "sink", "splits", "dropout", "packed", "mask", "bias-row"])
-def test_large_logits_beside_everything_else(backend: Backend, feature: str) -> None:  # noqa: F811
+def test_large_logits_beside_everything_else(backend: Backend, feature: str) -> None:
     sq, sk, level = 70, 150, -1e9
     options: dict[str, Any] = {"num_splits": 3 if feature == "splits" and backend.family in ("sm80", "simt") else 1}
     known: dict[str, Any] = {}
@@ -100,7 +99,7 @@ def test_large_logits_beside_everything_else(backend: Backend, feature: str) -> 
         np.testing.assert_allclose(dv.astype(FP64), exact.dv, atol=8 * CLOSE[dtype])
 
 
-def test_products_far_beyond_the_numbers_of_exponents(backend: Backend) -> None:  # noqa: F811
+def test_products_far_beyond_the_numbers_of_exponents(backend: Backend) -> None:
     """Equal logits of 10^11: rows are means, their gradients those of means."""
     for dtype in (each for each in dtypes_of(backend) if each != FP16):
         q, k = np.full((1, 9, 2, 64), 133120, dtype), np.full((1, 300, 1, 64), 133120, dtype)
@@ -114,7 +113,7 @@ def test_products_far_beyond_the_numbers_of_exponents(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("softcap", [2.0**-126, 0.5, 50.0, 1e4, 1e9, 2.0**126])
-def test_soft_caps_of_every_size(backend: Backend, softcap: float) -> None:  # noqa: F811
+def test_soft_caps_of_every_size(backend: Backend, softcap: float) -> None:
     for dtype in dtypes_of(backend):
         arrays = [random(1, n, h, 32, seed=n, dtype=dtype) for n, h in ((9, 2), (70, 1))]
         arrays = [*(x * dtype(2) for x in arrays), random(1, 70, 1, 32, seed=3, dtype=dtype)]
@@ -124,7 +123,7 @@ def test_soft_caps_of_every_size(backend: Backend, softcap: float) -> None:  # n
             assert_right(found, arrays, softcap=softcap)
 
 
-def test_small_values_come_back(backend: Backend) -> None:  # noqa: F811
+def test_small_values_come_back(backend: Backend) -> None:
     """A query that sees one key gets its value, bit for bit, down to four times the smallest normal number."""
     for dtype in dtypes_of(backend):
         least = dtype(4) * dtype(ml_dtypes.finfo(dtype).tiny)
@@ -134,7 +133,7 @@ def test_small_values_come_back(backend: Backend) -> None:  # noqa: F811
         assert out.tobytes() == v.tobytes(), dtype
 
 
-def test_one_log_sum_exp_says_what_it_can(backend: Backend) -> None:  # noqa: F811
+def test_one_log_sum_exp_says_what_it_can(backend: Backend) -> None:
     """Without the forward's state rows of P sum to 1 within the rounding of lse: here of 1/64 of exp(lse)."""
     (dtype, *_) = dtypes_of(backend)
     q, k, v, dout = whole_numbers(dtype, 9, 70)

@@ -9,6 +9,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from problems import BASE, DIMS, MASKS, PROBLEMS, plans, widest_copy
 
 from cuflash import dtypes
 from cuflash.cases.table import matrix
@@ -21,50 +22,7 @@ from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
 from cuflash.plan.families.sm90 import ForwardConfig, heads_per_section
 from cuflash.problem import Problem, visible_pairs
 
-BASE = Problem("forward", dtypes.BF16, 2, 8, 2, 500, 700, 64, 64, softmax_scale=0.125, num_splits=1)
-
-MASKS = {
-    "full": Mask(),
-    "causal": Mask(right=0),
-    "window": Mask(left=100, right=20),
-    "tensor": Mask(tensor=True),
-}
-DIMS = [(16, 16), (40, 40), (64, 64), (72, 24), (96, 96), (128, 128), (160, 160), (192, 128), (256, 256)]
 DIMS += [(16, 256), (256, 1), (512, 512), (257, 64), (1024, 1024)]
-
-
-def widest_copy(itemsize: int, dims: tuple[int, int]) -> int:
-    return max(n for n in (2, 4, 8, 16) if all(dim * itemsize % n == 0 for dim in dims))
-
-
-def table() -> list[Problem]:
-    """Every direction, dtype, size, mask and layout."""
-    problems = []
-    for dtype in dtypes.DTYPES.values():
-        for dims in DIMS:
-            for mask in MASKS.values():
-                packed = [{}] if mask.tensor else [{}, {"layout": "varlen", "total_q": 900, "total_kv": 1300}]
-                for layout in packed:
-                    problem = replace(
-                        BASE,
-                        dtype=dtype,
-                        dim_qk=dims[0],
-                        dim_v=dims[1],
-                        mask=mask,
-                        copy_bytes=widest_copy(dtype.itemsize, dims),
-                        **layout,
-                    )
-                    problems += [problem, replace(problem, direction="backward")]
-                    problems.append(replace(problem, direction="backward", deterministic=True))
-    return problems
-
-
-PROBLEMS = table()
-
-
-def plans(problem: Problem, device: Device) -> list[Plan]:
-    """The plan of every family without a reason against the problem."""
-    return [choose(problem, device, name) for name, reasons in why_not(problem, device).items() if not reasons]
 
 
 @pytest.mark.parametrize("device", NAMED.values(), ids=NAMED.keys())

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import oracle
 import pytest
-from test_reference import BF16, FP16, FP32, FP64, arrays, check, run
+from inputs import BF16, FP16, FP32, FP64, arrays
+from numpy_backend import check, in_head_order, run
 
 from cuflash import reference
 from cuflash.masks import Mask, band
@@ -21,11 +22,6 @@ def floating_point_errors_raise() -> Iterator[None]:
     """A caller who turned every NumPy warning into an error gets results all the same."""
     with np.errstate(divide="raise", over="raise", invalid="raise"):
         yield
-
-
-def in_head_order(x: np.ndarray) -> np.ndarray:
-    """(b, s, h, d) as (b, h, s, d), the order of the LSE."""
-    return x.transpose(0, 2, 1, 3)
 
 
 NOTHING_SEEN = {

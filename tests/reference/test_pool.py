@@ -14,7 +14,8 @@ import numpy as np
 import oracle
 import pytest
 import threadpoolctl
-from test_reference import FP16, FP32, FP64, arrays, run
+from inputs import FP16, FP32, FP64, arrays
+from numpy_backend import run
 
 import cuflash
 from cuflash import settings

@@ -3,84 +3,21 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inputs import BF16, FP16, FP32, FP64, arrays
+from numpy_backend import check, run
 
 from cuflash import masks, reference
-from cuflash.dropout import Dropout
 from cuflash.masks import Mask
 from cuflash.reference import loops, pool, tiles
 from cuflash.reference.scores import Scores
 
-FP16, BF16, FP32, FP64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
 FIELDS = oracle.Attention._fields[:5]  # what every call gives
-
-
-def arrays(shape: dict, dtype: type, seed: int = 0) -> list[np.ndarray]:
-    """q, k, v, dout and dlse of a dense problem; `shape` has b, h, hk, sq, sk, d, dv."""
-    b, h, hk, sq, sk, d, dv = (shape[x] for x in ("b", "h", "hk", "sq", "sk", "d", "dv"))
-    rng = np.random.default_rng(seed)
-    shapes = (b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv), (b, sq, h, dv), (b, h, sq)
-    q, k, v, dout, dlse = (rng.standard_normal(s) for s in shapes)
-    return [*(x.astype(dtype) for x in (q, k, v, dout)), dlse.astype(FP64 if dtype is FP64 else FP32)]
-
-
-def run(q, k, v, dout, dlse, *, keep_state=False, causal=False, window=(-1, -1), alignment="bottom-right", scale=None,
-        mask=None, dropout_p=0.0, dropout_scheme="byte", dropout_unbiased=False, rng_state=(0, 0), cu_seqlens_q=None,
-        cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
-        **features) -> oracle.Attention:  # fmt: skip
-    """The backend's forward and backward, from the oracle's arguments."""
-    options = {
-        "mask": replace(masks.band(causal, window, alignment), tensor=mask is not None),
-        "mask_tensor": mask,
-        "softmax_scale": q.shape[-1] ** -0.5 if scale is None else scale,
-        "dropout": Dropout(dropout_p, dropout_scheme, dropout_unbiased) if dropout_p else None,
-        "rng_state": rng_state,
-        **features,
-    }
-    backward_only = {"dlse": dlse, "bias_grad": features.get("bias") is not None}
-    row_state = None
-    if keep_state:
-        real = FP64 if q.dtype == FP64 else FP32
-        shape = (*q.shape[1::-1], 2) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1], 2)
-        row_state = np.full(shape, np.nan, real)
-        backward_only["row_state"] = row_state
-    if cu_seqlens_q is None:
-        out, lse = reference.forward(q, k, v, row_state=row_state, **options)
-        return oracle.Attention(out, lse, *reference.backward(dout, q, k, v, out, lse, **backward_only, **options))
-    options |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
-    options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    cu = cu_seqlens_q, cu_seqlens_k
-    out, lse = reference.forward_varlen(q, k, v, *cu, row_state=row_state, **options)
-    gradients = reference.backward_varlen(dout, q, k, v, out, lse, *cu, **backward_only, **options)
-    return oracle.Attention(out, lse, *gradients)
-
-
-def check(inputs: list[np.ndarray], keep_state: bool = False, **options) -> oracle.Attention:
-    actual = run(*inputs, keep_state=keep_state, **options)
-    oracle.assert_all_close(
-        actual, oracle.attention(*inputs, **options), oracle.naive_in_dtype(*inputs, **options), str(options)
-    )
-    real = FP64 if inputs[0].dtype == FP64 else FP32
-    expected = [inputs[0].dtype, real, *(x.dtype for x in inputs[:3]), real, real]
-    assert [x.dtype for x in actual if x is not None] == [
-        dtype for x, dtype in zip(actual, expected, strict=True) if x is not None
-    ]
-    return actual
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 8 rows and 16 keys, two heads' worth at once, so that small problems have many of every kind."""
-    monkeypatch.setattr(tiles, "ROWS", 8)
-    monkeypatch.setattr(tiles, "KEYS", 16)
-    monkeypatch.setattr(tiles, "SCORES", 256)
 
 
 SHAPES = {

@@ -9,9 +9,11 @@ import numpy as np
 import oracle
 import pytest
 from covering import every_pair, pairs_of
+from grid import DTYPES, FACTORS, features
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reference import BF16, FP16, FP32, FP64, arrays, check, run
+from inputs import BF16, FP16, FP32, FP64, arrays
+from numpy_backend import check, in_head_order, run
 
 from cuflash import reference
 from cuflash.dropout import Dropout
@@ -19,7 +21,6 @@ from cuflash.masks import Mask
 from cuflash.reference import tiles
 
 NAN, INF = np.nan, np.inf
-DTYPES = {"fp16": FP16, "bf16": BF16, "fp32": FP32, "fp64": FP64}
 
 BANDS = {
     "full": {},
@@ -30,64 +31,12 @@ BANDS = {
 }
 DIMS = {"even": (8, 8), "longer-v": (16, 24), "odd": (5, 3)}
 HEADS = {"mha": (3, 3), "gqa": (6, 2), "mqa": (4, 1)}
-BIASES = ["none", "bhqk", "1hqk", "b1qk", "bh1k", "bhq1", "11qk", "b11k", "1hq1", "111k", "1111", "qk"]
 PACKED = {
     # Lengths, tails, used queries and used keys.
     "varlen": ([0, 17, 9, 22], [12, 20, 0, 30], (3, 5), None, None),
     "varlen-used": ([19, 4, 11, 8], [24, 10, 9, 31], (0, 2), [12, 4, 0, 7], [24, 3, 9, 17]),
 }
-FACTORS = {
-    "band": list(BANDS),
-    "alignment": ["bottom-right", "top-left"],
-    "mask": ["none", "bhqk", "b11k", "1hq1"],
-    "softcap": ["0", "1.5"],
-    "scale": ["default", "-0.6"],
-    "alibi": ["none", "h", "bh"],
-    "bias": BIASES,
-    "bias_dtype": ["same", "fp32", "bf16"],
-    "sink": ["none", "h"],
-    "dropout": ["none", "byte", "byte-unbiased", "word"],
-    "heads": list(HEADS),
-    "dims": list(DIMS),
-    "layout": ["dense", "more-queries", "decode", *PACKED],
-    "dtype": list(DTYPES),
-    "dlse": ["none", "given"],
-}
 CASES = every_pair(FACTORS)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 8 rows and 16 keys, two heads' worth at once, so that small problems have many of every kind."""
-    monkeypatch.setattr(tiles, "ROWS", 8)
-    monkeypatch.setattr(tiles, "KEYS", 16)
-    monkeypatch.setattr(tiles, "SCORES", 256)
-
-
-def features(
-    rng: np.random.Generator, dtype: type, sizes: dict[str, int], *, alibi: str, bias: str, mask: str, sink: str,
-    dropout: str,
-) -> dict:  # fmt: skip
-    """The oracle's arguments for patterns of axes, of which `sizes` says how long each is."""
-
-    def shape(axes: str) -> list[int]:
-        return [sizes[axis] for axis in axes]
-
-    result: dict = {}
-    if alibi != "none":
-        result["alibi_slopes"] = rng.uniform(0.02, 0.3, shape(alibi)).astype(FP32)
-    if bias != "none":
-        result["bias"] = rng.standard_normal(shape(bias)).astype(dtype)
-        result["bias"][rng.random(shape(bias)) < 0.1] = -INF
-    if mask != "none":
-        result["mask"] = rng.random(shape(mask)) < 0.7
-    if sink != "none":
-        result["sink"] = rng.standard_normal(shape(sink)).astype(FP32)
-    if dropout != "none":
-        scheme, _, unbiased = dropout.partition("-")
-        result |= {"dropout_p": 0.3, "dropout_scheme": scheme, "dropout_unbiased": bool(unbiased)}
-        result["rng_state"] = 0x9E3779B97F4A7C15, 2**32 - 64
-    return result
 
 
 def problem(case: dict) -> tuple[list[np.ndarray], dict]:
@@ -202,11 +151,6 @@ def test_gradients_are_finite_differences(pattern: str, options: dict) -> None:
             numeric[index] = (sides[0] - sides[1]) / (2 * step)
             np.testing.assert_allclose(exact[which][index], numeric[index], rtol=1e-6, atol=1e-8)
         np.testing.assert_allclose(actual[which], exact[which], rtol=1e-10, atol=1e-12)
-
-
-def in_head_order(x: np.ndarray) -> np.ndarray:
-    """(b, s, h, d) as (b, h, s, d), the order of the LSE."""
-    return x.transpose(0, 2, 1, 3)
 
 
 @pytest.mark.parametrize("dtype", [FP16, FP32, FP64])

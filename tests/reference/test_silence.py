@@ -8,10 +8,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from inputs import BF16, FP16, FP32, FP64
 
 import cuflash
 
-FP16, BF16, FP32, FP64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
 STARTS = np.array([0, 3, 3, 9], np.int32)
 SINK = np.array([0.5, -1, 1e30, -np.inf], FP32)
 SLOPES = np.array([0.5, 1e30, 0, -1], FP32)

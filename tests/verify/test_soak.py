@@ -14,8 +14,9 @@ import numpy as np
 import oracle
 import pytest
 from click.testing import CliRunner
+from doubles.arrays import as_torch, to_numpy
+from doubles.launch import Launches, needs_compiler
 from host import run as run_on_host
-from test_launch import Launches, as_torch, launches, needs_compiler, to_numpy  # noqa: F401, a fixture is among them
 
 from cuflash import device, jit
 from cuflash.cases import calls
@@ -392,7 +393,7 @@ def test_a_single_key_too_few_shows_in_lse(arena: Arena, numbers: Numbers):
 def test_draws_pass_with_the_kernels_themselves(
     case_id: str,
     kernels: set[str],
-    launches: Launches,  # noqa: F811
+    launches: Launches,
     monkeypatch: pytest.MonkeyPatch,
 ):
     """As on a GPU, but that the kernels run on the CPU."""

@@ -1,0 +1,1 @@
+"""Stand-ins for a GPU: arrays over host memory, and launches that run kernels by ``host``."""

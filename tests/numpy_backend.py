@@ -1,0 +1,61 @@
+"""The NumPy backend asked in the words of the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import oracle
+from inputs import FP32, FP64
+
+from cuflash import masks, reference
+from cuflash.dropout import Dropout
+
+
+def run(q, k, v, dout, dlse, *, keep_state=False, causal=False, window=(-1, -1), alignment="bottom-right", scale=None,
+        mask=None, dropout_p=0.0, dropout_scheme="byte", dropout_unbiased=False, rng_state=(0, 0), cu_seqlens_q=None,
+        cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        **features) -> oracle.Attention:  # fmt: skip
+    """The backend's forward and backward, from the oracle's arguments."""
+    options = {
+        "mask": replace(masks.band(causal, window, alignment), tensor=mask is not None),
+        "mask_tensor": mask,
+        "softmax_scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "dropout": Dropout(dropout_p, dropout_scheme, dropout_unbiased) if dropout_p else None,
+        "rng_state": rng_state,
+        **features,
+    }
+    backward_only = {"dlse": dlse, "bias_grad": features.get("bias") is not None}
+    row_state = None
+    if keep_state:
+        real = FP64 if q.dtype == FP64 else FP32
+        shape = (*q.shape[1::-1], 2) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1], 2)
+        row_state = np.full(shape, np.nan, real)
+        backward_only["row_state"] = row_state
+    if cu_seqlens_q is None:
+        out, lse = reference.forward(q, k, v, row_state=row_state, **options)
+        return oracle.Attention(out, lse, *reference.backward(dout, q, k, v, out, lse, **backward_only, **options))
+    options |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
+    options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    cu = cu_seqlens_q, cu_seqlens_k
+    out, lse = reference.forward_varlen(q, k, v, *cu, row_state=row_state, **options)
+    gradients = reference.backward_varlen(dout, q, k, v, out, lse, *cu, **backward_only, **options)
+    return oracle.Attention(out, lse, *gradients)
+
+
+def check(inputs: list[np.ndarray], keep_state: bool = False, **options) -> oracle.Attention:
+    actual = run(*inputs, keep_state=keep_state, **options)
+    oracle.assert_all_close(
+        actual, oracle.attention(*inputs, **options), oracle.naive_in_dtype(*inputs, **options), str(options)
+    )
+    real = FP64 if inputs[0].dtype == FP64 else FP32
+    expected = [inputs[0].dtype, real, *(x.dtype for x in inputs[:3]), real, real]
+    assert [x.dtype for x in actual if x is not None] == [
+        dtype for x, dtype in zip(actual, expected, strict=True) if x is not None
+    ]
+    return actual
+
+
+def in_head_order(x: np.ndarray) -> np.ndarray:
+    """(b, s, h, d) as (b, h, s, d), the order of the LSE."""
+    return x.transpose(0, 2, 1, 3)
