@@ -8,8 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from host.build import why_not
-from host.cases import CAUSAL, OFFSET, SEED, Case, Tensors, check_backward, check_forward, dense, packed, paged
-from numpy_backend import run
+from host.cases import CAUSAL, OFFSET, SEED, Case, Tensors, check_backward, check_forward, dense, packed, paged, run
 from problems import PROBLEMS, plans
 
 from cuflash import dtypes
