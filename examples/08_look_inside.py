@@ -31,10 +31,9 @@ for direction in ("forward", "backward"):
     print(plan.explain(problem, device), end="\n\n")
 
     for step in plan.choose(problem, device).steps:
-        # The only generated CUDA: everything else that is compiled is a file below kernels/. What follows the struct
+        # All that is generated of the kernel: what else is compiled is a file below kernels/, but for layout.cuh, which
         # asserts that NumPy and the compiler lay out the kernel's arguments alike.
-        header = jit.render.config_header(step.kernel, step.config, step.params)
-        print(header.partition("static_assert")[0].strip(), end="\n\n")
+        print(jit.render.config_header(step.kernel, step.config))
 
         try:
             cubin = jit.compile_kernel(step.kernel, step.config, step.params, device.arch)

@@ -8,10 +8,11 @@ from cuflash.device import Device
 
 
 def show(asked: Asked, device: Device) -> None:
-    """Print, for each kernel, the files it is made of and its rendered ``config.cuh``."""
+    """Print, for each kernel, the files it is made of and its rendered headers."""
     for step in plan.choose(asked.problem, device, asked.family).steps:
-        text = jit.render.config_header(step.kernel, step.config, step.params)
-        print(f"// {step.kernel}, made of config.cuh as below and of")
-        for name in sorted(set(jit.sources.gather(step.kernel, text)) - {jit.sources.CONFIG}):
+        rendered = jit.render.headers(step.kernel, step.config, step.params)
+        print(f"// {step.kernel}, made of {' and '.join(rendered)} as below and of")
+        for name in sorted(jit.sources.gather(step.kernel, rendered).keys() - rendered.keys()):
             print(str(jit.sources.root() / name))
-        print(f"\n{text}")
+        for text in rendered.values():
+            print(f"\n{text}")

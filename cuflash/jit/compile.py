@@ -17,7 +17,7 @@ from cuflash import settings
 from cuflash.dtypes import DTYPES
 from cuflash.errors import HOW_TO_GET_CUPY, CompileError
 from cuflash.jit import cache, sources
-from cuflash.jit.render import config_header
+from cuflash.jit.render import headers
 from cuflash.plan.config import Config
 
 _FLAGS = ("--std=c++17", "-ftz=true", "-prec-div=false", "-Xptxas=-v")
@@ -67,8 +67,8 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
     CompileError
         If NVRTC is missing, does not know the architecture, or refuses the sources.
     """
-    header = config_header(kernel, config, params)
-    files = sources.gather(kernel, header)
+    rendered = headers(kernel, config, params)
+    files = sources.gather(kernel, rendered)
     flags = flags_for(arch)
     folder = cache.folder(_title(kernel, config), cache.key(files, (*flags, *version(), build())))
     found = cache.read(folder)
@@ -87,7 +87,7 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
         "warnings": tuple(line for line in log.splitlines() if _REMARK.search(line)),
     }
     _logger().info("compiled %s for %s in %.2f s", _title(kernel, config), arch, report["seconds"])
-    return Cubin(path=cache.publish(folder, binary, report, header), **report)
+    return Cubin(path=cache.publish(folder, binary, report, rendered[sources.CONFIG]), **report)
 
 
 def compile_together(jobs: Sequence[tuple[str, Config, str, str]]) -> list[Cubin]:

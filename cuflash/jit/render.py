@@ -1,50 +1,39 @@
-"""Config -> ``config.cuh``, the only CUDA text that is generated."""
+"""Config -> ``config.cuh``, and the layout of parameters -> ``layout.cuh``: the only CUDA text that is generated."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 
 from cuflash.jit import params as params_header
+from cuflash.jit.sources import CONFIG, LAYOUT
 from cuflash.plan.config import HEADER, Config
 
 
-def config_header(kernel: str, config: Config, params: str) -> str:
+def headers(kernel: str, config: Config, params: str) -> dict[str, str]:
+    """The rendered headers of one variant, by name; ``params`` is the struct that the kernel takes."""
+    return {CONFIG: config_header(kernel, config), LAYOUT: layout_header(params)}
+
+
+def config_header(kernel: str, config: Config) -> str:
     """Render the header that makes ``entry/<kernel>.cu`` concrete.
 
-    Strings of the config become type aliases, declared in the headers that the config names, the rest constants. The
-    parameter struct's layout is asserted to be the one the host fills.
+    Strings of the config become type aliases, declared in the headers that the config names, the rest constants.
     """
-    headers, types, constants = ["params.cuh"], [], []
+    includes, types, constants = [LAYOUT], [], []
     for field in fields(config):
         value = getattr(config, field.name)
         name = "".join(word.capitalize() for word in field.name.split("_"))
         if isinstance(value, str):
-            headers.append(field.metadata[HEADER])
+            includes.append(field.metadata[HEADER])
             types.append(f"  using {name} = {value};")
         else:
             constants.append(f"  static constexpr {type(value).__name__} k{name} = {str(value).lower()};")
-    lines = [
-        f"// Written by cuflash.jit.render for {kernel}. Do not edit.",
-        "#pragma once",
-        "",
-        *(f'#include "{name}"' for name in dict.fromkeys(headers)),
-        "",
-        "namespace cuflash {",
-        "",
-        "struct Config {",
-        *types,
-        *constants,
-        "};",
-        "",
-        *_layout_assertions(params),
-        "",
-        "}  // namespace cuflash",
-    ]
-    return "\n".join(lines) + "\n"
+    return _header(kernel, includes, ["struct Config {", *types, *constants, "};"])
 
 
-def _layout_assertions(params: str) -> list[str]:
-    """The host's layout of the parameter struct and of those inside it, as static assertions."""
+def layout_header(params: str) -> str:
+    """Render the header that asserts that a parameter struct, and those in it, have the layout that the host fills."""
     lines = []
     for struct in ("Strides", "Attention", "Pages", "TensorMap", params):
         dtype = params_header.dtype(struct)
@@ -53,4 +42,20 @@ def _layout_assertions(params: str) -> list[str]:
             f'static_assert(CF_OFFSET({struct}, {name}) == {offset}, "host layout");'
             for name, (_, offset) in params_header.members(dtype).items()
         ]
-    return lines
+    return _header(params, ["params.cuh"], lines)
+
+
+def _header(subject: str, includes: Iterable[str], lines: Iterable[str]) -> str:
+    return "\n".join([
+        f"// Written by cuflash.jit.render for {subject}. Do not edit.",
+        "#pragma once",
+        "",
+        *(f'#include "{name}"' for name in dict.fromkeys(includes)),
+        "",
+        "namespace cuflash {",
+        "",
+        *lines,
+        "",
+        "}  // namespace cuflash",
+        "",
+    ])  # fmt: skip

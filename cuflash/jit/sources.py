@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from cuflash.errors import CompileError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
-CONFIG = "config.cuh"
-"""The one header that is rendered, not read."""
+CONFIG, LAYOUT = "config.cuh", "layout.cuh"
+"""The headers that are rendered, not read; the config includes the layout."""
 
 
 @cache
@@ -37,8 +38,8 @@ def entry_name(kernel: str) -> str:
     return f"entry/{kernel}.cu"
 
 
-def gather(kernel: str, config: str, kernels: Path | None = None) -> dict[str, bytes]:
-    """Read an entry, its rendered config and every header they include, by name relative to the root.
+def gather(kernel: str, rendered: Mapping[str, str], kernels: Path | None = None) -> dict[str, bytes]:
+    """Read an entry and every header it includes that is not among those rendered, by name relative to the root.
 
     Raises
     ------
@@ -50,18 +51,19 @@ def gather(kernel: str, config: str, kernels: Path | None = None) -> dict[str, b
     if not (kernels / entry).is_file():
         known = sorted(path.stem for path in kernels.glob(entry_name("*")))
         raise CompileError(f"there is no kernel {kernel} in {kernels / 'entry'}; there are: {', '.join(known)}.")
-    found: dict[str, bytes] = {CONFIG: config.encode()}
-    waiting = [(entry, ""), *((name, CONFIG) for name in _included(found[CONFIG]))]
+    texts = {name: text.encode() for name, text in rendered.items()}
+    waiting = [(entry, "")]
+    waiting += [(included, name) for name, text in texts.items() for included in _included(text)]
     while waiting:
         name, includer = waiting.pop()
-        if name in found:
+        if name in texts:
             continue
         path = kernels / name
         if not path.is_file():
             raise CompileError(f"{includer} includes {name}, which is not a file under {kernels}.")
-        found[name] = path.read_bytes()
-        waiting += [(included, name) for included in _included(found[name])]
-    return found
+        texts[name] = path.read_bytes()
+        waiting += [(included, name) for included in _included(texts[name])]
+    return texts
 
 
 def _included(text: bytes) -> list[str]:

@@ -31,11 +31,12 @@ def why_not() -> str | None:
     return None if shutil.which("g++") else "no g++ to compile kernels for the host with"
 
 
-def compile(*arguments: str | Path, config_header: str = "") -> None:
+def compile(*arguments: str | Path, rendered: Iterable[tuple[str, str]] = ()) -> None:
     """Run g++."""
     done = subprocess.run(["g++", *FLAGS, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"g++ refused:\n{done.stderr[:8000]}\nconfig.cuh:\n{config_header}")
+        headers = "".join(f"\n{name}:\n{text}" for name, text in rendered)
+        raise RuntimeError(f"g++ refused:\n{done.stderr[:8000]}{headers}")
 
 
 def forget_old() -> None:
@@ -102,18 +103,19 @@ def kernels_digest() -> str:
 
 
 @cache
-def build(source: str, config_header: str = "") -> ctypes.CDLL:
-    """Compile one translation unit, with ``config_header`` as its config.cuh, and load it."""
-    key = key_of(twin().name, kernels_digest(), source, config_header)
+def build(source: str, *rendered: tuple[str, str]) -> ctypes.CDLL:
+    """Compile one translation unit, with headers that are rendered, (name, text) each, and load it."""
+    key = key_of(twin().name, kernels_digest(), source, *(text for _, text in rendered))
     library = CACHE / f"{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            Path(folder, "config.cuh").write_text(config_header)
+            for name, text in rendered:
+                Path(folder, name).write_text(text)
             Path(folder, "unit.cpp").write_text(source)
             place(Path(folder), [path.relative_to(KERNELS) for path in KERNELS.rglob("*.cu*")])
             compile(
                 *UNIT_FLAGS, "-include", twin() / "prelude.hpp", f"-I{folder}", f"-I{HOST}", "-shared",
-                f"{folder}/unit.cpp", twin() / "libtwin.a", "-o", f"{folder}/unit.so", config_header=config_header,
+                f"{folder}/unit.cpp", twin() / "libtwin.a", "-o", f"{folder}/unit.so", rendered=rendered,
             )  # fmt: skip
             os.replace(f"{folder}/unit.so", library)
     return ctypes.CDLL(str(library))

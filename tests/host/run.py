@@ -9,7 +9,7 @@ import numpy as np
 
 from cuflash.jit import tensormap
 from cuflash.jit.params import dtype as params_dtype
-from cuflash.jit.render import config_header
+from cuflash.jit.render import headers
 from cuflash.plan import Box, Plan, Step
 from cuflash.plan.families.sm90 import heads_per_section
 from cuflash.problem import Problem
@@ -40,8 +40,8 @@ class LaunchFailed(RuntimeError):
 
 def launch(step: Step, params: np.ndarray, seed: int = 0) -> int:
     """Run one kernel to its end; ``seed`` decides in which order warps run. Returns its ldmatrix bank conflicts."""
-    header = config_header(step.kernel, step.config, step.params)
-    library = build(UNIT.format(kernel=step.kernel, params=step.params), header)
+    rendered = headers(step.kernel, step.config, step.params)
+    library = build(UNIT.format(kernel=step.kernel, params=step.params), *rendered.items())
     library.launch.restype = ctypes.c_char_p
     raw = aligned(params)
     config = step.config
@@ -53,7 +53,7 @@ def launch(step: Step, params: np.ndarray, seed: int = 0) -> int:
         ctypes.c_uint(seed),
     )
     if error is not None:
-        raise LaunchFailed(f"{step.kernel}: {error.decode()}\n{header}")
+        raise LaunchFailed(f"{step.kernel}: {error.decode()}\n{rendered['config.cuh']}")
     return library.bank_conflicts()
 
 

@@ -55,7 +55,7 @@ def stored() -> Path:
 
 def key_of(kernel: str, config: Config, arch: str, root: Path | None = None) -> str:
     """The key as compile_kernel makes it, over the sources below `root`."""
-    files = sources.gather(kernel, jit.render.config_header(kernel, config, "BwdParams"), root)
+    files = sources.gather(kernel, jit.render.headers(kernel, config, "BwdParams"), root)
     return cache.key(files, (*compile.flags_for(arch), *compile.version()))
 
 
@@ -76,8 +76,9 @@ def test_key_is_stable(nvrtc_13_5):
 
 def test_key_depends_on_every_byte_of_every_header_reached(nvrtc_13_5, kernels):
     before = key_of("bwd_delta", DELTA, "sm_80", kernels)
-    reached = set(sources.gather("bwd_delta", jit.render.config_header("bwd_delta", DELTA, "BwdParams"))) - {
-        "config.cuh"
+    reached = set(sources.gather("bwd_delta", jit.render.headers("bwd_delta", DELTA, "BwdParams"))) - {
+        "config.cuh",
+        "layout.cuh",
     }
     assert {"entry/bwd_delta.cu", "backward/delta.cuh", "std.cuh", "ptx/sync.cuh"} <= reached
     for name in reached:
@@ -120,7 +121,7 @@ def test_key_depends_on_config_arch_entry_flags_and_nvrtc(nvrtc_13_5, monkeypatc
 def test_key_depends_on_the_policies_that_a_kernel_has_and_no_others():
     steps = {step.kernel: step for _, _, step in matrix()}
     reached = {
-        kernel: set(sources.gather(kernel, jit.render.config_header(kernel, step.config, step.params)))
+        kernel: set(sources.gather(kernel, jit.render.headers(kernel, step.config, step.params)))
         for kernel, step in steps.items()
     }
     for header, readers in {

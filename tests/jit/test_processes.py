@@ -168,7 +168,7 @@ import cuflash
 from cuflash import jit
 x = np.ones((1, 5, 2, 8), np.float32)
 errors = []
-for call in (jit.sources.root, lambda: jit.params.dtype("FwdParams"), lambda: jit.sources.gather("fwd_sm80", "")):
+for call in (jit.sources.root, lambda: jit.params.dtype("FwdParams"), lambda: jit.sources.gather("fwd_sm80", {})):
     try:
         call()
     except cuflash.CompileError as error:

@@ -1,6 +1,6 @@
-"""The one generated header, and what a user sees when a kernel does not compile.
+"""The generated headers, and what a user sees when a kernel does not compile.
 
-``PYTHONPATH=tests python tests/jit/test_render.py`` writes the golden files and ``kernels/config.example.cuh`` anew.
+``PYTHONPATH=tests python tests/jit/test_render.py`` writes the golden files and the examples in ``kernels/`` anew.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cuflash.errors import CompileError
 from cuflash.jit import compile, sources
 from cuflash.masks import Mask
 from cuflash.plan.config import ForwardConfig
+from cuflash.plan.families import sm90
 from cuflash.plan.families.sm80 import BackwardConfig
 from cuflash.plan.steps import DeltaConfig
 from cuflash.problem import Problem
 
 GOLDEN = Path(__file__).parent / "golden"
-EXAMPLE = sources.root() / "config.example.cuh"
 
 FORWARD = ForwardConfig(
     element="bf16",
@@ -57,6 +57,21 @@ BACKWARD = BackwardConfig(
     copy_bytes=8,
     smem_bytes=12345,
 )
+HOPPER = sm90.ForwardConfig(
+    element="fp16",
+    dim_qk=64,
+    dim_v=64,
+    threads=384,
+    bias_copies="BiasRow<float>",
+    tile_q=128,
+    tile_kv=128,
+    stages=3,
+    ping_pong=True,
+    row_buffers=2,
+    producer_registers=24,
+    consumer_registers=240,
+    smem_bytes=54321,
+)
 DELTA = DeltaConfig(element="float", dim_v=64, threads=128, tile_q=64, copy_bytes=16)
 """A config of ``bwd_delta``, the kernel that compiles fastest."""
 
@@ -64,13 +79,13 @@ DELTA = DeltaConfig(element="float", dim_v=64, threads=128, tile_q=64, copy_byte
 def example() -> str:
     problem = Problem("forward", BF16, 1, 16, 16, 8192, 8192, 128, 128, mask=Mask(right=0))
     (step,) = plan.choose(problem, named("h100"), "sm80").steps
-    return jit.render.config_header(step.kernel, step.config, step.params)
+    return jit.render.config_header(step.kernel, step.config)
 
 
 RENDERED = {
-    GOLDEN / "fwd_sm80.cuh": lambda: jit.render.config_header("fwd_sm80", FORWARD, "FwdParams"),
-    GOLDEN / "bwd_simt_dkdv.cuh": lambda: jit.render.config_header("bwd_simt_dkdv", BACKWARD, "BwdParams"),
-    EXAMPLE: example,
+    sources.root() / "config.example.cuh": example,
+    sources.root() / "layout.example.cuh": lambda: jit.render.layout_header("FwdParams"),
+    GOLDEN / "bwd_sm80.cuh": lambda: jit.render.config_header("bwd_sm80", BACKWARD),
 }
 
 
@@ -79,9 +94,9 @@ def test_rendered_text_is_the_one_on_record(path):
     assert RENDERED[path]() == path.read_text(), f"run PYTHONPATH=tests python {Path(__file__)}, and read what changes"
 
 
-@pytest.mark.parametrize("config", [FORWARD, BACKWARD], ids=["forward", "backward"])
+@pytest.mark.parametrize("config", [FORWARD, BACKWARD, HOPPER, DELTA], ids=lambda config: type(config).__name__)
 def test_every_choice_appears_once(config):
-    text = jit.render.config_header("fwd_sm80", config, "FwdParams")
+    text = jit.render.config_header("fwd_sm80", config)
     struct = text.split("struct Config {")[1].split("};")[0]
     types = dict(re.findall(r"using (\w+) = (.+);", struct))
     numbers = {name: int(value) for name, value in re.findall(r"static constexpr int k(\w+) = (-?\d+);", struct)}
@@ -92,25 +107,25 @@ def test_every_choice_appears_once(config):
 
 
 def test_every_choice_changes_the_text():
-    seen = {jit.render.config_header("fwd_sm80", FORWARD, "FwdParams")}
-    for field in fields(FORWARD):
-        value = getattr(FORWARD, field.name)
+    seen = {jit.render.config_header("fwd_sm90", HOPPER)}
+    for field in fields(HOPPER):
+        value = getattr(HOPPER, field.name)
         changed = value + "x" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
-        other = replace(FORWARD, **{field.name: changed})
-        seen.add(jit.render.config_header("fwd_sm80", other, "FwdParams"))
-    seen.add(jit.render.config_header("fwd_simt", FORWARD, "FwdParams"))
-    seen.add(jit.render.config_header("fwd_sm80", FORWARD, "BwdParams"))
-    assert len(seen) == len(fields(FORWARD)) + 3
+        other = replace(HOPPER, **{field.name: changed})
+        seen.add(jit.render.config_header("fwd_sm90", other))
+    seen.add(jit.render.config_header("fwd_sm80", HOPPER))
+    assert len(seen) == len(fields(HOPPER)) + 2
+    assert jit.render.layout_header("FwdParams") != jit.render.layout_header("BwdParams")
 
 
 def test_text_is_deterministic():
-    texts = {jit.render.config_header("bwd_sm80", replace(BACKWARD), "BwdParams") for _ in range(3)}
+    texts = {jit.render.config_header("bwd_sm80", replace(BACKWARD)) for _ in range(3)}
     assert len(texts) == 1
 
 
 @pytest.mark.parametrize("params", ["FwdParams", "BwdParams"])
 def test_layout_of_every_member_is_asserted(params):
-    text = jit.render.config_header("fwd_sm80", FORWARD, params)
+    text = jit.render.layout_header(params)
     for struct in ("Strides", "Attention", "TensorMap", params):
         dtype = jit.params.dtype(struct)
         assert f"static_assert(sizeof({struct}) == {dtype.itemsize}," in text
@@ -119,10 +134,16 @@ def test_layout_of_every_member_is_asserted(params):
 
 
 def test_includes_exist():
-    text = jit.render.config_header("fwd_sm80", FORWARD, "FwdParams")
-    included = re.findall(r'#include "(.+)"', text)
-    assert len(included) >= 6
-    assert all((sources.root() / name).is_file() for name in included)
+    rendered = jit.render.headers("fwd_sm80", FORWARD, "FwdParams")
+    included = {name for text in rendered.values() for name in re.findall(r'#include "(.+)"', text)}
+    assert len(included) >= 6 and "layout.cuh" in included
+    assert all((sources.root() / name).is_file() for name in included - rendered.keys())
+
+
+def test_the_example_is_a_config_and_no_layout():
+    """So that it is worth opening: a line for each choice, and where it is declared."""
+    text = example()
+    assert "static_assert" not in text and len(text.splitlines()) < 45
 
 
 # What a user sees when it fails
@@ -146,7 +167,7 @@ def compile_delta(arch: str = "sm_80", **changes) -> jit.Cubin:
 def test_a_missing_header_names_who_includes_it(kernels):
     (kernels / "ptx" / "sync.cuh").unlink()
     with pytest.raises(CompileError) as caught:
-        sources.gather("bwd_delta", jit.render.config_header("bwd_delta", DELTA, "BwdParams"))
+        sources.gather("bwd_delta", jit.render.headers("bwd_delta", DELTA, "BwdParams"))
     assert re.fullmatch(
         rf"\S+\.cuh includes ptx/sync.cuh, which is not a file under {re.escape(str(kernels))}\.", str(caught.value)
     )
@@ -154,7 +175,7 @@ def test_a_missing_header_names_who_includes_it(kernels):
 
 def test_a_missing_entry_lists_the_kernels_there_are(kernels):
     with pytest.raises(CompileError) as caught:
-        sources.gather("fwd_sm70", "")
+        sources.gather("fwd_sm70", {})
     names = sorted(path.stem for path in (kernels / "entry").iterdir())
     assert str(caught.value) == f"there is no kernel fwd_sm70 in {kernels / 'entry'}; there are: {', '.join(names)}."
 
@@ -162,7 +183,7 @@ def test_a_missing_entry_lists_the_kernels_there_are(kernels):
 def test_gather_takes_what_is_included_and_nothing_else(kernels):
     (kernels / "new.cuh").write_text('  #  include "std.cuh"\n// #include "nowhere.cuh"\n#include <cuda_fp16.h>\n')
     (kernels / "entry" / "new.cu").write_text('#include "config.cuh"\n#include "new.cuh"\n')
-    found = sources.gather("new", "// a config")
+    found = sources.gather("new", {"config.cuh": "// a config"})
     assert found.keys() == {"config.cuh", "entry/new.cu", "new.cuh", "std.cuh"}
     assert found["config.cuh"] == b"// a config"
     assert found["std.cuh"] == (kernels / "std.cuh").read_bytes()
@@ -181,11 +202,11 @@ def test_an_error_shows_the_header_its_line_and_the_config(kernels):
     assert message.startswith(f"NVRTC {'.'.join(map(str, compile.version()))} refused entry/bwd_delta.cu")
     assert "-arch=sm_80" in message
     assert re.search(rf"delta\.cuh\({number}\): error: .*this_is_not_declared", message)
-    assert jit.render.config_header("bwd_delta", DELTA, "BwdParams") in message
+    assert jit.render.config_header("bwd_delta", DELTA) in message
     saved = Path(re.search(r"saved under (\S+)\.$", message)[1])
     assert saved.is_relative_to(tempfile.gettempdir())
     assert (saved / "backward" / "delta.cuh").read_text() == header.read_text()
-    assert (saved / "config.cuh").is_file()
+    assert (saved / "config.cuh").is_file() and (saved / "layout.cuh").is_file()
     assert (saved / "entry" / "bwd_delta.cu").is_file()
 
 
@@ -203,7 +224,7 @@ def test_a_layout_that_differs_is_an_error(kernels, monkeypatch):
     jit.params.dtype("BwdParams")
     header = kernels / "params.cuh"
     header.write_text(header.read_text().replace("  void* dq; ", "  int extra;\n  void* dq; "))
-    with pytest.raises(CompileError, match=r"config\.cuh\(\d+\): error: static assertion failed.*host layout"):
+    with pytest.raises(CompileError, match=r"layout\.cuh\(\d+\): error: static assertion failed.*host layout"):
         compile_delta()
 
 

@@ -1,36 +1,9 @@
-// Written by cuflash.jit.render for fwd_sm80. Do not edit.
+// Written by cuflash.jit.render for FwdParams. Do not edit.
 #pragma once
 
 #include "params.cuh"
-#include "element.cuh"
-#include "attention/sequence.cuh"
-#include "attention/mask.cuh"
-#include "attention/score.cuh"
-#include "attention/dropout.cuh"
-#include "attention/softmax.cuh"
-#include "attention/heads.cuh"
-#include "attention/split.cuh"
 
 namespace cuflash {
-
-struct Config {
-  using Element = bf16;
-  using Sequence = DenseSequence;
-  using Mask = CausalMask;
-  using Score = ScaledScore<float>;
-  using Dropout = NoDropout;
-  using Sink = NoSink;
-  using Heads = OneHead;
-  using Split = NoSplit;
-  static constexpr int kThreads = 128;
-  static constexpr int kBlocksPerSm = 2;
-  static constexpr int kSmemBytes = 69632;
-  static constexpr int kDimQk = 128;
-  static constexpr int kDimV = 128;
-  static constexpr int kTileQ = 128;
-  static constexpr int kTileKv = 64;
-  static constexpr int kCopyBytes = 16;
-};
 
 static_assert(sizeof(Strides) == 24, "host layout");
 static_assert(CF_OFFSET(Strides, batch) == 0, "host layout");
