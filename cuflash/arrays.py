@@ -55,10 +55,46 @@ class View(NamedTuple):
         return sum(min(s, 0) for s in steps), sum(max(s, 0) for s in steps) + self.itemsize
 
 
-class NumPy:
+class Library:
+    """Whole arrays by the functions of their own library, which NumPy, CuPy and torch name alike."""
+
+    xp: Any
+    """The module of those functions."""
+
+    def arithmetic(self, x: Any) -> AbstractContextManager[Any]:
+        """Where those functions take arrays that are beside `x`, and do not warn."""
+        return nullcontext()
+
+    def full(self, shape: Sequence[int], value: float, dtype: Any, beside: Any) -> Any:
+        """A new array on the device of another, in a dtype of the library."""
+        return self.xp.full(tuple(shape), value, dtype=dtype, **self._beside(beside))
+
+    def arange(self, n: int, beside: Any) -> Any:
+        """0 to n - 1 in int64 on the device of an array."""
+        return self.xp.arange(n, dtype=self.xp.int64, **self._beside(beside))
+
+    def moved(self, x: np.ndarray, beside: Any) -> Any:
+        """A copy of an array in host memory on the device of another."""
+        return self.xp.asarray(x, **self._beside(beside))
+
+    def cast(self, x: Any, dtype: Any) -> Any:
+        """The array in another dtype of the library; itself if it has that one."""
+        return x.astype(dtype, copy=False)
+
+    def _beside(self, x: Any) -> dict[str, Any]:
+        """The keywords that put a new array on the device of another."""
+        return {}
+
+
+class NumPy(Library):
     """Arrays in host memory."""
 
     name = "NumPy"
+    xp = np
+
+    def arithmetic(self, x: Any) -> AbstractContextManager[Any]:
+        """Where NumPy does not warn of the range of numbers."""
+        return np.errstate(all="ignore")
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and all else but whether they may be written as a key."""
@@ -78,8 +114,20 @@ class NumPy:
         pointer = x.__array_interface__["data"][0]
         return View(name, x.shape, x.strides, _name(x.dtype), x.itemsize, pointer, "cpu", x.flags.writeable)
 
+    def ordinal(self, x: np.ndarray) -> int:
+        """Number of the one device."""
+        return 0
 
-class CuPy:
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate."""
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate and clear."""
+        return np.zeros(shape, dtype)
+
+
+class CuPy(Library):
     """CuPy arrays, on the current CuPy stream of their device."""
 
     name = "CuPy"
@@ -87,7 +135,7 @@ class CuPy:
     def __init__(self) -> None:
         import cupy
 
-        self._cupy = cupy
+        self.xp = self._cupy = cupy
         self._ndarray = cupy.ndarray
         self._current_device = cupy.cuda.runtime.getDevice
         self._here = nullcontext()
@@ -110,6 +158,14 @@ class CuPy:
         """Spell the array out."""
         device = f"cuda:{x.data.device_id}"
         return View(name, x.shape, x.strides, _name(x.dtype), x.dtype.itemsize, x.data.ptr, device)
+
+    def ordinal(self, x: Any) -> int:
+        """Number of the array's device."""
+        return x.data.device_id
+
+    def arithmetic(self, x: Any) -> AbstractContextManager[Any]:
+        """Where CuPy computes on the array's device."""
+        return self.context(x.data.device_id)
 
     def context(self, device: int) -> AbstractContextManager[Any]:
         """Where launches and allocations for the device belong."""
@@ -146,7 +202,7 @@ class CuPy:
         return x.data.ptr
 
 
-class Torch:
+class Torch(Library):
     """Tensors on CUDA devices, on torch's current stream of their device; memory comes from torch's allocator.
 
     Torch's allocator knows which stream a block belongs to and which blocks a captured graph owns, so nothing here has
@@ -156,7 +212,7 @@ class Torch:
     name = "torch"
 
     def __init__(self) -> None:
-        self._torch = sys.modules["torch"]
+        self.xp = self._torch = sys.modules["torch"]
         self._forward_ad = self._torch.autograd.forward_ad
         self._here = nullcontext()
 
@@ -195,6 +251,17 @@ class Torch:
             return View(name, tuple(x.shape), strides, dtype, itemsize, x.data_ptr(), str(x.device))
         except RuntimeError as error:
             raise self._without_memory(name, x) from error
+
+    def ordinal(self, x: Any) -> int:
+        """Number of the tensor's device."""
+        return x.device.index
+
+    def cast(self, x: Any, dtype: Any) -> Any:
+        """The tensor in another dtype; itself if it has that one."""
+        return x.to(dtype)
+
+    def _beside(self, x: Any) -> dict[str, Any]:
+        return {"device": x.device}
 
     def _refuse_tangents(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
         for name, x in zip(names, arrays, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import ops
+from cuflash.api.padding import extended, longest, padded, sequences_and_rows, unpadded
 from cuflash.api.probabilities import check_drawn, random_values, signed_probabilities
 from cuflash.api.pytorch import backend
-from cuflash.api.pytorch.layouts import Place, longest, unexpanded
-from cuflash.arrays import framework_of
+from cuflash.arrays import CuPy, Guest, Library, NumPy, Torch, framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import flag, integer, is_array, shown
@@ -41,6 +41,9 @@ CONVENTIONS = {
     "aotriton": Convention(("softcap",)),
 }
 CK = Convention()
+
+GAP = 128
+"""Columns between the row sums of two packed sequences: the longest tile of PyTorch's kernels."""
 
 
 class Forward(NamedTuple):
@@ -98,6 +101,17 @@ def drawing_from(generator: Any) -> Iterator[Any]:
     generator.set_state(moved)
 
 
+def library_of(name: str, x: Any) -> NumPy | CuPy | Torch:
+    """The library of an array, which is one of those whose arrays these functions take."""
+    framework = framework_of([name], [x])
+    if isinstance(framework, Guest):
+        raise InvalidArgument(
+            f"{name} is a {framework.name} array; this function takes NumPy, CuPy and torch arrays. "
+            "Pass cupy.from_dlpack of it, or call flash_attn_func."
+        )
+    return framework
+
+
 def forward(
     convention: Convention,
     options: Options,
@@ -113,14 +127,14 @@ def forward(
     **arrays: Any,
 ) -> Forward:
     """Run the forward and lay its results out; `arrays` are those of `ops.forward` that the caller has."""
-    place = Place(options.name("q"), q)
+    library = library_of(options.name("q"), q)
     if flag("return_softmax", return_softmax):
         if block_table is not None:
             raise InvalidArgument(
                 "return_softmax is True and block_table_ is given; probabilities of keys in pages are not returned. "
                 "Gather the pages into packed k and v."
             )
-        check_drawn(framework_of([options.name("q")], [q]), options)
+        check_drawn(library, options)
     tail_lse = -np.inf if flag("zero_tensors", zero_tensors) else np.inf
     options = options._replace(empty_lse=np.inf, tail_lse=tail_lse)
     starts_q, starts_k = arrays.get("cu_seqlens_q"), arrays.get("cu_seqlens_k")
@@ -129,40 +143,62 @@ def forward(
             ops.forward, options, choice, q=q, k=k, v=v, block_table=block_table, generator=source, **arrays
         )
     rng_state = drawn[0] if drawn else None
-    options = options._replace(validate=False)  # once is enough
 
-    if starts_q is not None and (convention.padded or return_softmax):
+    padded_lse = starts_q is not None and convention.padded
+    if starts_q is not None and (padded_lse or return_softmax):
         lengths = longest(starts_q, options.max_seqlen_q), longest(starts_k, options.max_seqlen_k)
         options = options._replace(max_seqlen_q=lengths[0], max_seqlen_k=lengths[1])
-    with place.here:
-        probabilities = place.full((0,), 0, "uint8" if random else q.dtype)
-        if return_softmax:
-            arrays.pop("out", None)
+        if padded_lse:
+            with library.arithmetic(q):
+                lse = padded(library, lse, starts_q, lengths[0], tail_lse)
+    if return_softmax:
+        arrays.pop("out", None)
+        with library.arithmetic(q):
             probabilities = signed_probabilities(
-                place, options, choice, rng_state, convention.multiple, q=q, k=k, v=v, **arrays
-            )
-            probabilities = random_values(place, probabilities) if random else probabilities
-        if starts_q is not None and convention.padded:
-            lse = place.padded(lse, starts_q, longest(starts_q, options.max_seqlen_q), tail_lse)
-        return Forward(out, q, k, v, lse, *_state(place, convention, rng_state), probabilities)
+                library, _preferred(choice), options._replace(validate=False), rng_state, convention.multiple,
+                q=q, k=k, v=v, **arrays,
+            )  # fmt: skip
+            probabilities = random_values(library, probabilities) if random else probabilities
+    else:
+        probabilities = library.empty((0,), library.xp.uint8 if random else q.dtype, library.ordinal(q))
+    return Forward(out, q, k, v, lse, *_state(library, convention, rng_state, q), probabilities)
 
 
-def backward(convention: Convention, options: Options, choice: str | None, **given: Any) -> Backward:
-    """Run the backward and lay its results out; `given` is what `gradients` takes."""
-    results = gradients(convention, options._replace(keep_delta=True), choice, **given)
-    place, starts_q = Place(options.name("q"), given["q"]), given.get("cu_seqlens_q")
-    with place.here:
-        softmax_d = results.softmax_d
+def _preferred(choice: str | None) -> Callable[..., tuple[Any, ...]]:
+    """`ops.forward` on the kernels that are preferred."""
+    return lambda options, **arrays: backend.call(ops.forward, options, choice, **arrays)
+
+
+def backward(convention: Convention, options: Options, choice: str | None, **arrays: Any) -> Backward:
+    """Run the backward and lay its results out; `arrays` is what `gradients` takes."""
+    results = gradients(convention, options._replace(keep_delta=True), choice, **arrays)
+    library, starts_q = library_of(options.name("q"), arrays["q"]), arrays.get("cu_seqlens_q")
+    softmax_d = results.softmax_d
+    with library.arithmetic(softmax_d):
         if options.dropout_p:
             softmax_d *= 1 - float(options.dropout_p)
         if starts_q is None:
-            softmax_d = place.rounded(softmax_d, convention.multiple)
+            softmax_d = extended(library, softmax_d, _rounded(softmax_d.shape[-1], convention), 0.0)
         elif convention.padded:
-            length = longest(starts_q, options.max_seqlen_q)
-            softmax_d = place.padded(softmax_d, starts_q, length + -length % convention.multiple, 0.0)
+            length = _rounded(longest(starts_q, options.max_seqlen_q), convention)
+            softmax_d = padded(library, softmax_d, starts_q, length, 0.0)
         else:
-            softmax_d = place.spaced(softmax_d, starts_q)
+            softmax_d = _spaced(library, softmax_d, starts_q)
     return results._replace(softmax_d=softmax_d)
+
+
+def _rounded(length: int, convention: Convention) -> int:
+    """A length of row sums."""
+    return length + -length % convention.multiple
+
+
+def _spaced(library: Library, sums: Any, starts_q: Any) -> Any:
+    """(h, total) to (h, total + GAP * b), sequence e starting at column starts_q[e] + GAP * e; zeros between."""
+    heads, total = sums.shape
+    spaced = library.full((heads, total + GAP * (len(starts_q) - 1)), 0, sums.dtype, sums)
+    sequences, _ = sequences_and_rows(library, starts_q, total)
+    spaced[:, library.arange(total, sums) + GAP * sequences] = sums
+    return spaced
 
 
 def gradients(
@@ -181,7 +217,7 @@ def gradients(
 
     If the options keep delta it is the result's softmax_d, None otherwise.
     """
-    place = Place(options.name("q"), arrays["q"])
+    library, q, starts_q = library_of(options.name("q"), arrays["q"]), arrays["q"], arrays.get("cu_seqlens_q")
     bias: Any = arrays.get("attn_bias")
     framework_of([*map(options.name, arrays), "grad_bias"], [*arrays.values(), grad_bias])
     flag("zero_tensors", zero_tensors)
@@ -189,17 +225,17 @@ def gradients(
         arrays["attn_bias"] = _differentiated(options, bias)
         options = options._replace(bias_grad=True)
         if grad_bias is not None:
-            _check_grad_bias(place, options, arrays, grad_bias)
+            _check_grad_bias(library, options, arrays, grad_bias)
     elif grad_bias is not None:
         raise InvalidArgument("grad_bias is given but bias_requires_grad is False; pass True to have it filled.")
-    with place.here:
+    with library.arithmetic(q):
         if check.dropout_of(options):
-            arrays["rng_state"] = _rng_state(place, options, philox_seed, philox_offset)
-        if convention.padded and arrays.get("cu_seqlens_q") is not None:
-            arrays["lse"] = _without_padding(place, options, arrays["lse"], arrays["cu_seqlens_q"], arrays["q"])
+            arrays["rng_state"] = _rng_state(library, options, philox_seed, philox_offset, q)
+        if convention.padded and starts_q is not None:
+            arrays["lse"] = _without_padding(library, options, arrays["lse"], starts_q, q)
         results = backend.call(ops.backward, options, choice, **arrays)
         gradients, delta = results if options.keep_delta else (results, None)
-        dbias = _stored(place, gradients[3], bias.dtype, grad_bias) if options.bias_grad else None
+        dbias = _stored(library, gradients[3], bias.dtype, grad_bias) if options.bias_grad else None
     dq, dk, dv = gradients[:3]
     return Backward(dq, dk, dv, delta, dbias)
 
@@ -209,29 +245,35 @@ def _differentiated(options: Options, bias: Any) -> Any:
     name = options.name("attn_bias")
     if bias is None:
         raise InvalidArgument(f"bias_requires_grad is True but {name} is None; pass the bias whose gradient is wanted.")
-    return unexpanded(bias)
+    strides = bias.stride() if callable(getattr(bias, "stride", None)) else bias.strides
+    sizes = zip(bias.shape, strides, strict=True)
+    return bias[tuple(slice(0, 1) if n > 1 and stride == 0 else slice(None) for n, stride in sizes)]
 
 
-def _check_grad_bias(place: Place, options: Options, arrays: Mapping[str, Any], grad_bias: Any) -> None:
+def _check_grad_bias(
+    library: NumPy | CuPy | Torch, options: Options, arrays: Mapping[str, Any], grad_bias: Any
+) -> None:
     """The caller's array for the gradient of the bias is an output like the others."""
-    given = {options.name(name): x for name, x in arrays.items() if x is not None} | {"grad_bias": grad_bias}
+    by_name = {options.name(name): x for name, x in arrays.items() if x is not None} | {"grad_bias": grad_bias}
     outputs = ("dq", "dk", "dv")
-    order = sorted(given, key=lambda name: name in [*map(options.name, outputs), "grad_bias"])
-    views = {name: place.view(name, given[name]) for name in order}
+    outputs_last = sorted(by_name, key=lambda name: name in [*map(options.name, outputs), "grad_bias"])
+    views = {name: library.view(name, by_name[name]) for name in outputs_last}
     check.check_output(views["grad_bias"], views[options.name("attn_bias")])
     num_outputs = 1 + sum(arrays.get(name) is not None for name in outputs)
     overlap.check_separate([*map(overlap.extent, views.values())], [x.pointer for x in views.values()], num_outputs)
 
 
-def _stored(place: Place, dbias: Any, dtype: Any, grad_bias: Any) -> Any:
+def _stored(library: Library, dbias: Any, dtype: Any, grad_bias: Any) -> Any:
     """The gradient of the bias in the dtype of the bias, in the caller's array if there is one."""
     if grad_bias is None:
-        return place.cast(dbias, dtype)
-    grad_bias[...] = place.cast(dbias, grad_bias.dtype)
+        return library.cast(dbias, dtype)
+    grad_bias[...] = library.cast(dbias, grad_bias.dtype)
     return grad_bias
 
 
-def _rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: Any) -> Any:
+def _rng_state(
+    library: NumPy | CuPy | Torch, options: Options, philox_seed: Any, philox_offset: Any, beside: Any
+) -> Any:
     """Seed and offset as `ops.backward` takes them: of a pair, of two numbers, or of two arrays of one number."""
     if philox_seed is None:
         raise InvalidArgument(
@@ -247,15 +289,15 @@ def _rng_state(place: Place, options: Options, philox_seed: Any, philox_offset: 
         return philox_seed
     if philox_offset is None:
         raise InvalidArgument("philox_offset is None and philox_seed is one number; pass what the forward returned.")
-    given = {"philox_seed": philox_seed, "philox_offset": philox_offset}
-    if all(is_array(x) and "cpu" not in str(getattr(x, "device", "cpu")) for x in given.values()):
-        for name, x in given.items():
-            dtype = place.view(name, x).dtype
+    halves = {"philox_seed": philox_seed, "philox_offset": philox_offset}
+    if all(is_array(x) and "cpu" not in str(getattr(x, "device", "cpu")) for x in halves.values()):
+        for name, x in halves.items():
+            dtype = library.view(name, x).dtype
             if dtype not in ("int64", "uint64") or np.prod(x.shape) != 1:
                 raise InvalidArgument(f"{name} is {dtype} of shape {tuple(x.shape)}; expected one int64.")
-        return place.xp.concatenate([place.cast(x.reshape(1), "int64") for x in given.values()])
-    seed, offset = (_number(name, x) for name, x in given.items())
-    return place.pair(seed, offset)
+        return library.xp.concatenate([library.cast(x.reshape(1), library.xp.int64) for x in halves.values()])
+    numbers = [_number(name, x) % 2**64 for name, x in halves.items()]
+    return library.moved(np.array(numbers, np.uint64).view(np.int64), beside)
 
 
 def _number(name: str, x: Any) -> int:
@@ -266,29 +308,31 @@ def _number(name: str, x: Any) -> int:
     return number
 
 
-def scalars(place: Place, state: Any) -> tuple[Any, Any]:
+def scalars(library: NumPy | CuPy | Torch, state: Any, beside: Any) -> tuple[Any, Any]:
     """Seed and offset, int64 without dimensions; empty without dropout."""
     if state is None:
-        return place.full((0,), 0, "int64"), place.full((0,), 0, "int64")
-    numbers = state.view(place.dtype("int64"))
+        seed, offset = (library.empty((0,), library.xp.int64, library.ordinal(beside)) for _ in range(2))
+        return seed, offset
+    numbers = state.view(library.xp.int64)
     return numbers[0:1].reshape(()), numbers[1:2].reshape(())
 
 
-def _state(place: Place, convention: Convention, state: Any) -> tuple[Any, Any]:
+def _state(library: NumPy | CuPy | Torch, convention: Convention, state: Any, beside: Any) -> tuple[Any, Any]:
     """The two results that hold the random state."""
     if convention.scalars:
-        return scalars(place, state)
-    return place.full((2,), 0, "uint64") if state is None else state, place.full((), 0, "uint64")
+        return scalars(library, state, beside)
+    zeros = library.zeros((3 if state is None else 1,), library.xp.uint64, library.ordinal(beside))
+    return zeros[:2] if state is None else state, zeros[-1:].reshape(())
 
 
-def _without_padding(place: Place, options: Options, lse: Any, starts_q: Any, q: Any) -> Any:
+def _without_padding(library: NumPy | CuPy | Torch, options: Options, lse: Any, starts_q: Any, q: Any) -> Any:
     """A log-sum-exp that is padded to (b, h, at least max_seqlen_q), without its padding."""
     name = options.name("lse")
     if lse is None:
         raise InvalidArgument(f"{name} is None; expected an array.")
     if len(q.shape) != 3 or len(starts_q.shape) != 1:
         return lse  # what is wrong with those is said where all arrays are checked
-    dtype = place.view(name, lse).dtype
+    dtype = library.view(name, lse).dtype
     if dtype not in ("float32", "float64"):
         raise InvalidArgument(f"{name} is {dtype}; expected float32, or float64 for float64 tensors.")
     heads, length = q.shape[-2], longest(starts_q, options.max_seqlen_q)
@@ -297,4 +341,4 @@ def _without_padding(place: Place, options: Options, lse: Any, starts_q: Any, q:
         raise InvalidArgument(
             f"{name} has shape {shape}; expected (b, heads_q, max_seqlen_q) = {(len(starts_q) - 1, heads, length)}."
         )
-    return place.packed(lse, starts_q, q.shape[0], np.inf)
+    return unpadded(library, lse, starts_q, q.shape[0])

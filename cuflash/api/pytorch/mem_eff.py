@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import ops
+from cuflash.api.padding import extended, longest, padded
 from cuflash.api.pytorch import backend as backends
 from cuflash.api.pytorch import explicit
-from cuflash.api.pytorch.layouts import Place, longest
+from cuflash.arrays import Library
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import flag, integer, is_array, shown
@@ -282,7 +283,7 @@ def efficient_attention_forward(
         As `mha_fwd`.
     """
     try:
-        place = Place("query", query)
+        library = explicit.library_of("query", query)
         packed = _starts(cu_seqlens_q, cu_seqlens_k)
         flag("compute_log_sumexp", compute_log_sumexp)
         options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
@@ -303,13 +304,17 @@ def efficient_attention_forward(
             batch, out = len(cu_seqlens_q) - 1, out[None]
         else:
             lengths, batch = (q.shape[1], k.shape[1]), q.shape[0]
-        with place.here:
-            if compute_log_sumexp:
-                rows = -(-lengths[0] // LSE_ROWS) * LSE_ROWS
-                lse = place.padded(lse, cu_seqlens_q, rows, np.inf) if packed else place.filled(lse, rows, np.inf)
-            else:
-                lse = place.full((batch, heads, 0), 0, lse.dtype)
-            return Efficient(out, lse, *explicit.scalars(place, drawn[0] if drawn else None), *lengths)
+        if compute_log_sumexp:
+            rows = -(-lengths[0] // LSE_ROWS) * LSE_ROWS
+            with library.arithmetic(query):
+                if packed:
+                    lse = padded(library, lse, cu_seqlens_q, rows, np.inf)
+                else:
+                    lse = extended(library, lse, rows, np.inf)
+        else:
+            lse = library.empty((batch, heads, 0), lse.dtype, library.ordinal(query))
+        seed, offset = explicit.scalars(library, drawn[0] if drawn else None, query)
+        return Efficient(out, lse, seed, offset, *lengths)
     except REFUSALS as error:
         shorten(error)
         raise
@@ -383,7 +388,7 @@ def efficient_attention_backward(
         As `mha_fwd`.
     """
     try:
-        place = Place("query", query)
+        library = explicit.library_of("query", query)
         packed = _starts(cu_seqlens_q, cu_seqlens_k)
         ordered = _ordered(num_splits_key, flag("deterministic", deterministic))
         options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
@@ -396,8 +401,8 @@ def efficient_attention_backward(
             if len(query.shape) == 4 and is_array(logsumexp) and len(logsumexp.shape) == 3:  # others are refused later
                 logsumexp = logsumexp[..., : query.shape[1]]
         if flag("shared_storage_dqdkdv", shared_storage_dqdkdv):
-            with place.here:
-                shared = _shared(place, query, key, value)
+            with library.arithmetic(query):
+                shared = _shared(library, query, key, value)
             for i, name in enumerate(("dq", "dk", "dv")):
                 arrays[name] = shared[0, :, i] if packed else shared[:, :, i]
         *gradients, _, grad_bias = explicit.gradients(
@@ -494,7 +499,7 @@ def _ordered(num_splits_key: int | None, deterministic: bool) -> bool:
     return splits == 1
 
 
-def _shared(place: Place, query: Array, key: Array, value: Array) -> Array:
+def _shared(library: Library, query: Array, key: Array, value: Array) -> Array:
     """One array for three gradients."""
     shapes = [tuple(getattr(x, "shape", ())) for x in (query, key, value)]
     if len(set(shapes)) > 1:
@@ -505,4 +510,4 @@ def _shared(place: Place, query: Array, key: Array, value: Array) -> Array:
     if len(shapes[0]) != 4:
         raise InvalidArgument(f"query has shape {shapes[0]}; expected (b, s, h, d).")
     batch, rows, heads, dim = shapes[0]
-    return place.full((batch, rows, 3, heads, dim), 0, query.dtype)
+    return library.full((batch, rows, 3, heads, dim), 0, query.dtype, query)
