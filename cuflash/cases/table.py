@@ -90,7 +90,7 @@ _SEQUSED_KV = (100, 40, 0, 0, 256)
 # New queries after caches of very different lengths, one of them empty.
 _DECODE_Q, _DECODE_KV, _DECODE_USED_KV = (1, 0, 3, 17, 1, 1), (5000, 40, 700, 300, 1, 64), (5000, 40, 450, 300, 1, 0)
 
-FEATURES: dict[str, str] = {
+VARIATIONS: dict[str, str] = {
     "causal": "bottom-right causal mask",
     "top_left": "top-left causal mask",
     "window": "window of 64 keys left and 17 right of the diagonal",
@@ -180,7 +180,7 @@ _CHANGES["varlen_everything"] = _CHANGES["everything"]
 _CHANGES["paged_everything"] = _CHANGES["everything"] | {"page_size": 48}
 _CHANGES |= {f"paged{size}": _CHANGES["gqa"] | {"page_size": size} for size in (1, 16, 48, 256)}
 _BACKWARD_ONLY = ("deterministic", "dbias", "dbias_row")
-_FORWARD_ONLY = tuple(feature for feature in FEATURES if feature.startswith(("decode", "paged")))
+_FORWARD_ONLY = tuple(feature for feature in VARIATIONS if feature.startswith(("decode", "paged")))
 _DROPOUT_P = 0.3
 
 
@@ -240,7 +240,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "sm90": [
         *(("bf16", dims, ("",)) for dims in ("32", "40", "80")),
         *(("bf16", dims, ("", "causal", "window")) for dims in ("96", "192", "256", "192x128")),
-        ("bf16", "64", ("", *(f for f in FEATURES if not f.startswith(("copy", "reversed", "paged", "decode"))))),
+        ("bf16", "64", ("", *(f for f in VARIATIONS if not f.startswith(("copy", "reversed", "paged", "decode"))))),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "long", "long_causal")),
         ("bf16", "128", ("bias", "dropout", "everything")),
         ("bf16", "96", ("long", "long_causal")),
@@ -251,7 +251,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "sm80": [
         *(("bf16", dims, ("",)) for dims in ("32", "40", "80", "96")),
         *(("bf16", dims, ("", "causal")) for dims in ("192", "256", "192x128")),
-        ("bf16", "64", ("", *(f for f in FEATURES if "long" not in f))),
+        ("bf16", "64", ("", *(f for f in VARIATIONS if "long" not in f))),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "deterministic", "copy2")),
         ("bf16", "128", ("bias", "dbias", "dropout", "everything", "paged48", "decode")),
         ("bf16", "256", ("varlen_causal", "deterministic", "everything", "decode")),
@@ -260,7 +260,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     ],
     "simt": [
         *(("fp32", dims, ("",)) for dims in ("16", "33", "128", "256", "512", "64x128", "1024")),
-        ("fp32", "64", ("", *(f for f in FEATURES if f not in ("copy2", "mask_causal", "decode_window", *_LONG)))),
+        ("fp32", "64", ("", *(f for f in VARIATIONS if f not in ("copy2", "mask_causal", "decode_window", *_LONG)))),
         ("fp32", "256", ("causal",)),
         ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything", "paged48", "decode")),
         ("fp64", "256", ("",)),

@@ -131,9 +131,9 @@ def _temporary() -> Path:
 def entries() -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """(folder, bytes, report) of every sound kernel in the cache."""
     for folder in _folders(_NAME):
-        found = read(folder)
-        if found is not None:
-            yield folder, sum(path.stat().st_size for path in folder.iterdir()), found[1]
+        kernel = read(folder)
+        if kernel is not None:
+            yield folder, sum(path.stat().st_size for path in folder.iterdir()), kernel[1]
 
 
 def clear() -> int:

@@ -71,15 +71,15 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
     files = sources.gather(kernel, rendered)
     flags = flags_for(arch)
     folder = cache.folder(_title(kernel, config), cache.key(files, (*flags, *version(), build())))
-    found = cache.read(folder)
-    if found is not None:
-        path, kept = found
-        return Cubin(path=path, cached=True, **{**kept, "warnings": tuple(kept["warnings"])})
+    cached = cache.read(folder)
+    if cached is not None:
+        path, report = cached
+        return Cubin(path=path, cached=True, **{**report, "warnings": tuple(report["warnings"])})
 
     check_arch(arch)
     start = time.perf_counter()
     binary, log = _nvrtc(sources.entry_name(kernel), files, flags)
-    report: dict[str, Any] = {
+    report = {
         "kernel": kernel,
         "arch": arch,
         **{name: _largest(pattern, log) for name, pattern in _RESOURCES.items()},

@@ -68,7 +68,7 @@ class Explanation:
                 lines.append(("at most", str(self.plan.ceiling)))
             if self.plan.division:
                 lines.append(("splits", f"{self.plan.num_splits}: {self.plan.division}"))
-            scratch = ", ".join(f"{each.name} {each.nbytes:,}" for each in self.plan.workspaces)
+            scratch = ", ".join(f"{array.name} {array.nbytes:,}" for array in self.plan.workspaces)
             lines.append(("workspace", f"{self.plan.workspace_bytes:,} bytes" + (f" ({scratch})" if scratch else "")))
             lines += [("kernel", str(step)) for step in self.plan.steps]
         preferred = True  # to the family that was chosen

@@ -29,7 +29,7 @@ from cuflash.cli.support import (
 )
 from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
-from cuflash.features import FEATURES, PLAIN, needs
+from cuflash.features import FEATURES
 
 PAGE = Path(__file__).parents[2] / "cuflash" / "README.md"
 IDS = [row.what for row in ROWS]
@@ -72,11 +72,6 @@ def test_the_page_is_current() -> None:
     text = PAGE.read_text(encoding="utf-8")
     between = text.partition("<!-- support-table:begin -->\n")[2].partition("<!-- support-table:end -->")[0]
     assert between == table(), "run `python -m cuflash support --write cuflash/README.md`"
-
-
-def test_every_feature_has_an_example_that_needs_it_alone() -> None:
-    assert {name: needs(feature.example) for name, feature in FEATURES.items()} == {name: [name] for name in FEATURES}
-    assert needs(PLAIN) == []
 
 
 def test_every_feature_of_the_catalogue_has_a_row() -> None:
@@ -179,10 +174,10 @@ def gradients(group: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.
         out, lse, seed, offset, *lengths = cuflash.efficient_attention_forward(
             q, k, v, None, None, None, None, None, p, 2, True, **gen
         )
-        found = cuflash.efficient_attention_backward(
+        results = cuflash.efficient_attention_backward(
             dout, q, k, v, None, out, None, None, *lengths, lse, p, seed, offset, 2, False
         )
-        return out, lse[..., : q.shape[1]], seed, *found[:3]
+        return out, lse[..., : q.shape[1]], seed, *results[:3]
     functions: dict[str, tuple[Callable, Callable]] = {
         MHA: (cuflash.mha_fwd, cuflash.mha_bwd),
         CK: (cuflash.mha_fwd_ck, cuflash.mha_bwd_ck),
@@ -192,9 +187,9 @@ def gradients(group: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.
     out, _, _, _, lse, seed, offset, _ = forward(q, k, v, is_causal=True, **p_dropout, **gen)
     state = {"philox_seed": seed, "philox_offset": offset}
     nothing = {"dq_": None, "dk_": None, "dv_": None}
-    found = backward(dout, q, k, v, out, lse, **nothing, is_causal=True, **p_dropout, **state)
-    assert len(found) == {MHA: 4, CK: 5, MEM_EFF: 4}[group]
-    return out, lse, seed, *found[:3]
+    results = backward(dout, q, k, v, out, lse, **nothing, is_causal=True, **p_dropout, **state)
+    assert len(results) == {MHA: 4, CK: 5, MEM_EFF: 4}[group]
+    return out, lse, seed, *results[:3]
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -203,8 +198,8 @@ def test_every_function_takes_what_the_rows_of_shapes_and_types_say(name: str) -
     dout = random(*q.shape[:3], v.shape[3]).astype(q.dtype)
     expected = gradients(FLASH, *map(np.ascontiguousarray, (q, k, v)), dout)
     for group in PACKED:
-        out, lse, _, *found = gradients(group, q, k, v, dout)
-        for one, other in zip((out, *found), (expected[0], *expected[3:]), strict=True):
+        out, lse, _, *results = gradients(group, q, k, v, dout)
+        for one, other in zip((out, *results), (expected[0], *expected[3:]), strict=True):
             np.testing.assert_array_equal(one, other, err_msg=group)
         np.testing.assert_array_equal(np.isfinite(lse), np.isfinite(expected[1]), err_msg=group)
     in_heads = [x.swapaxes(1, 2) for x in (q, k, v)]

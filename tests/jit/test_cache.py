@@ -280,7 +280,7 @@ def test_threads_publish_at_once(cache_dir):
         return results
 
     with ThreadPoolExecutor(3) as pool:
-        results = [result for found in pool.map(publish_all, range(3)) for result in found]
+        results = [result for run in pool.map(publish_all, range(3)) for result in run]
     assert results == [(True, CUBIN)] * (3 * len(folders))
     assert sorted(os.listdir(cache_dir)) == [folder.name for folder in folders]
 
@@ -437,10 +437,10 @@ def test_other_users_can_read_what_the_umask_allows(stored):
 
 
 def test_entries_have_sizes_and_reports(stored):
-    (found,) = cache.entries()
-    assert found[0] == stored
-    assert found[1] == sum(len((stored / name).read_bytes()) for name in os.listdir(stored)) > len(CUBIN)
-    assert found[2] == REPORT
+    ((folder, size, report),) = cache.entries()
+    assert folder == stored
+    assert size == sum(len((stored / name).read_bytes()) for name in os.listdir(stored)) > len(CUBIN)
+    assert report == REPORT
 
 
 def test_no_cache_has_no_entries():
@@ -485,9 +485,9 @@ def test_compile_once_then_find(cache_dir, monkeypatch):
     seconds = []
     for _ in range(3):
         start = time.process_time()
-        found = jit.compile_kernel("bwd_delta", DELTA, "BwdParams", "sm_80")
+        again = jit.compile_kernel("bwd_delta", DELTA, "BwdParams", "sm_80")
         seconds.append(time.process_time() - start)
-        assert found == replace(first, cached=True)
+        assert again == replace(first, cached=True)
     assert min(seconds) < 0.005
 
 

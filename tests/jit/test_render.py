@@ -102,8 +102,8 @@ def test_every_choice_appears_once(config):
     numbers = {name: int(value) for name, value in re.findall(r"static constexpr int k(\w+) = (-?\d+);", struct)}
     truths = {name: value == "true" for name, value in re.findall(r"constexpr bool k(\w+) = (true|false);", struct)}
     assert len(types) + len(numbers) + len(truths) == struct.count(";") == len(fields(config))
-    found = {name.lower(): value for name, value in (types | numbers | truths).items()}
-    assert found == {field.name.replace("_", ""): getattr(config, field.name) for field in fields(config)}
+    members = {name.lower(): value for name, value in (types | numbers | truths).items()}
+    assert members == {field.name.replace("_", ""): getattr(config, field.name) for field in fields(config)}
 
 
 def test_every_choice_changes_the_text():
@@ -183,10 +183,10 @@ def test_a_missing_entry_lists_the_kernels_there_are(kernels):
 def test_gather_takes_what_is_included_and_nothing_else(kernels):
     (kernels / "new.cuh").write_text('  #  include "std.cuh"\n// #include "nowhere.cuh"\n#include <cuda_fp16.h>\n')
     (kernels / "entry" / "new.cu").write_text('#include "config.cuh"\n#include "new.cuh"\n')
-    found = sources.gather("new", {"config.cuh": "// a config"})
-    assert found.keys() == {"config.cuh", "entry/new.cu", "new.cuh", "std.cuh"}
-    assert found["config.cuh"] == b"// a config"
-    assert found["std.cuh"] == (kernels / "std.cuh").read_bytes()
+    texts = sources.gather("new", {"config.cuh": "// a config"})
+    assert texts.keys() == {"config.cuh", "entry/new.cu", "new.cuh", "std.cuh"}
+    assert texts["config.cuh"] == b"// a config"
+    assert texts["std.cuh"] == (kernels / "std.cuh").read_bytes()
 
 
 @needs_nvrtc

@@ -15,7 +15,7 @@ from cuflash import dtypes
 from cuflash.cases.table import matrix
 from cuflash.device import NAMED, Device, named
 from cuflash.errors import InvalidArgument, UnsupportedProblem
-from cuflash.features import FEATURES, needs
+from cuflash.features import FEATURES
 from cuflash.jit import sources
 from cuflash.masks import Mask
 from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
@@ -206,31 +206,6 @@ def test_a_feature_that_a_family_lacks_is_a_reason() -> None:
     assert family.why_not(problem, named("h100")) == ["no window", "no softcap", "no gqa"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "feature"),
-    [
-        ({"direction": "backward"}, "backward"),
-        ({"layout": "varlen"}, "varlen"),
-        ({"layout": "varlen", "page_size": 16}, "paged"),
-        ({"mask": MASKS["causal"]}, "causal"),
-        ({"mask": MASKS["window"]}, "window"),
-        ({"mask": MASKS["tensor"]}, "boolean mask"),
-        ({"softcap": 5.0}, "softcap"),
-        ({"heads_kv": 4}, "gqa"),
-        ({"dim_v": 32}, "dim_v != dim_qk"),
-        ({"deterministic": True}, "deterministic"),
-        ({"copy_bytes": 4}, "unaligned rows"),
-        ({"ascending": False}, "zero or negative strides"),
-        ({"num_splits": 2}, "split keys"),
-    ],
-)
-def test_needs(changes: dict, feature: str) -> None:
-    plain = replace(BASE, heads_kv=BASE.heads_q)
-    assert needs(plain) == []
-    assert needs(replace(plain, **changes)) == [feature]
-    assert feature in FEATURES
-
-
 def test_families_declare_known_features() -> None:
     for family in FAMILIES:
         assert set(family.features) <= set(FEATURES)
@@ -358,14 +333,14 @@ def test_splits_fill_the_device(family: str, changes: dict, expected: tuple[str,
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_one_split_walks_a_rows_keys_alike_whatever_else_is_in_the_call(dims: tuple[int, int], device: str) -> None:
     """The longest sequences decide the lengths of a call, and whether a causal mask hides anything in it."""
-    found = set()
+    kernels = set()
     for len_q, batch in ((1, 1), (1, 300), (70, 2), (1024, 1), (5000, 7)):
         for mask in (Mask(), Mask(right=0).clipped(len_q, 700)):
             sizes = {"len_q": len_q, "batch": batch, "dim_qk": dims[0], "dim_v": dims[1], "num_splits": 1}
             plan = choose(replace(BASE, mask=mask, copy_bytes=widest_copy(2, dims), **sizes), named(device))
             config = next(step.config for step in plan.steps if step.kernel.startswith("fwd_s"))
-            found.add((plan.family, config.tile_kv, *(getattr(config, name, None) for name in ("heads", "split"))))
-    assert len(found) == 1
+            kernels.add((plan.family, config.tile_kv, *(getattr(config, name, None) for name in ("heads", "split"))))
+    assert len(kernels) == 1
 
 
 def test_the_number_of_splits_is_the_smallest_near_the_best() -> None:
