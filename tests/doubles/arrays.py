@@ -76,6 +76,12 @@ class FakeTensor:
     def __setitem__(self, index: Any, value: float) -> None:
         self.x[index] = value
 
+    def __getitem__(self, index: Any) -> FakeTensor:
+        return FakeTensor(self.x[index])
+
+    def reshape(self, *shape: Any) -> FakeTensor:
+        return FakeTensor(self.x.reshape(*shape))
+
 
 @dataclass(frozen=True)
 class FakeDevice:
@@ -84,6 +90,10 @@ class FakeDevice:
     @property
     def type(self) -> str:
         return self.name.partition(":")[0]
+
+    @property
+    def index(self) -> int:
+        return int(self.name.partition(":")[2])
 
     def __str__(self) -> str:
         return self.name
@@ -98,7 +108,7 @@ FAKE_TORCH.Tensor = FakeTensor
 FAKE_TORCH.is_grad_enabled = lambda: True
 FAKE_TORCH.strided = FakeTensor.layout
 FAKE_TORCH.autograd = SimpleNamespace(forward_ad=SimpleNamespace(_current_level=-1))
-for _name in ("float16", "bfloat16", "float32", "float64", "int32", "uint64", "bool"):
+for _name in ("float16", "bfloat16", "float32", "float64", "uint8", "int32", "int64", "uint64", "bool"):
     setattr(FAKE_TORCH, _name, FakeDtype(_name))
 
 
