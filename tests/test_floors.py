@@ -149,6 +149,23 @@ def test_jit_knows_the_types_of_a_plan_and_nothing_else_of_it():
     }
 
 
+CONVENTIONS = "cuflash.api.pytorch"
+"""The room of PyTorch's functions: what they are to the rest of ``api`` is one more user of the same calls."""
+
+
+def test_conventions_of_pytorch_are_known_in_their_room_alone():
+    users = {name: [x.name for x in imports(name) if x.name.startswith(CONVENTIONS)] for name in MODULES}
+    outside = {name: names for name, names in users.items() if names and not name.startswith("api/pytorch/")}
+    assert set(outside) == {"__init__.py", "api/sdpa.py"}
+    assert outside["api/sdpa.py"] == [f"{CONVENTIONS}.backend"], "whose kernels are preferred for it as well"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("api/pytorch/")])
+def test_conventions_of_pytorch_stand_on_what_is_nobodys(name):
+    of_api = {x.name.split(".")[2] for x in imports(name) if x.name.startswith("cuflash.api.")}
+    assert of_api <= {"pytorch", "padding", "probabilities"}
+
+
 def test_every_part_of_the_package_has_a_floor():
     assert {part(name) for name in MODULES} == FLOORS.keys()
 

@@ -459,11 +459,11 @@ def _options(
 
 def _starts(cu_seqlens_q: Array | None, cu_seqlens_k: Array | None) -> bool:
     """Whether sequences are packed."""
-    given = {"cu_seqlens_q": cu_seqlens_q is not None, "cu_seqlens_k": cu_seqlens_k is not None}
-    if sum(given.values()) == 1:
-        one, other = sorted(given, key=given.__getitem__, reverse=True)
+    is_there = {"cu_seqlens_q": cu_seqlens_q is not None, "cu_seqlens_k": cu_seqlens_k is not None}
+    if sum(is_there.values()) == 1:
+        one, other = sorted(is_there, key=is_there.__getitem__, reverse=True)
         raise InvalidArgument(f"{one} is given but {other} is not; packed sequences need both.")
-    return given["cu_seqlens_q"]
+    return is_there["cu_seqlens_q"]
 
 
 def _unbatched(name: str, x: Array) -> Array:
@@ -478,10 +478,10 @@ def _unbatched(name: str, x: Array) -> Array:
 def _dense_lengths(options: Options, q: Array, k: Array) -> Options:
     """Check longest lengths of dense tensors, which are their lengths, and drop them."""
     for name, x in (("max_seqlen_q", q), ("max_seqlen_k", k)):
-        given = getattr(options, name)
+        length = getattr(options, name)
         shape: tuple[int, ...] = getattr(x, "shape", ())
-        if given is not None and len(shape) == 4 and integer(given) != shape[1]:
-            raise InvalidArgument(f"{name} is {shown(given)} but the tensor has {shape[1]} rows; pass that, or None.")
+        if length is not None and len(shape) == 4 and integer(length) != shape[1]:
+            raise InvalidArgument(f"{name} is {shown(length)} but the tensor has {shape[1]} rows; pass that, or None.")
     return options._replace(max_seqlen_q=None, max_seqlen_k=None)
 
 

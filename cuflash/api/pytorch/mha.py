@@ -45,8 +45,8 @@ def _conventional(function: Callable[Parameters, Results]) -> Callable[Parameter
                     f"{function.__name__}() takes at most {len(positional)} positional arguments in convention "
                     f"{convention!r}, but {len(arguments)} were given"
                 )
-            given = dict(zip(positional, arguments, strict=False))
-            return inner(**given, **keywords, convention=convention)
+            named = dict(zip(positional, arguments, strict=False))
+            return inner(**named, **keywords, convention=convention)
         except REFUSALS as error:
             shorten(error)
             raise
@@ -308,11 +308,11 @@ def mha_bwd(
         softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
         softcap=softcap, dropout_p=p_dropout, deterministic=deterministic, vocabulary="mha_bwd",
     )  # fmt: skip
-    found = explicit.backward(
+    gradients = explicit.backward(
         explicit.CONVENTIONS[convention], options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
         q=q, k=k, v=v, alibi_slopes=alibi_slopes_, out=out, dout=dout, lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
     )  # fmt: skip
-    return found[:4]
+    return gradients[:4]
 
 
 @_conventional
@@ -393,9 +393,9 @@ def mha_varlen_bwd(
         max_seqlen_k=max_seqlen_k, vocabulary="mha_bwd", validate=validate,
     )  # fmt: skip
     explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    found = explicit.backward(
+    gradients = explicit.backward(
         explicit.CONVENTIONS[convention], options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
         zero_tensors=zero_tensors, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         seqused_k=seqused_k, alibi_slopes=alibi_slopes_, out=out, dout=dout, lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
     )  # fmt: skip
-    return found[:4]
+    return gradients[:4]
