@@ -81,4 +81,20 @@ struct PagedSequence : VarlenSequence {
   CF_DEVICE int64 kv_offset(const Strides&) const { return 0; }
 };
 
+// Elements from the base of a tensor of queries, or of anything that is numbered like them, to a head's row 0 of a sequence.
+template <class Sequence>
+CF_DEVICE int64 query_offset(const Strides& stride, const Sequence& sequence, int head) {
+  return sequence.q_offset(stride) + head * stride.head;
+}
+
+// That row itself, and the one in a tensor of keys.
+template <class T, class Tensor, class Sequence>
+CF_DEVICE T* first_query(Tensor* tensor, const Strides& stride, const Sequence& sequence, int head) {
+  return static_cast<T*>(tensor) + sequence.q_offset(stride) + head * stride.head;
+}
+template <class T, class Tensor, class Sequence>
+CF_DEVICE T* first_key(Tensor* tensor, const Strides& stride, const Sequence& sequence, int head) {
+  return static_cast<T*>(tensor) + sequence.kv_offset(stride) + head * stride.head;
+}
+
 }  // namespace cuflash

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "attention/mask.cuh"
+#include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
 #include "element.cuh"
 
@@ -24,14 +25,11 @@ struct WholeRows {
   using Sequence = typename Config::Sequence;
 
   CF_DEVICE static Element* out(const FwdParams& p, const Sequence& sequence, int head, int /*split*/) {
-    return static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + head * p.out_stride.head;
+    return first_query<Element>(p.out, p.out_stride, sequence, head);
   }
   // Number of query 0 among all rows of lse.
   CF_DEVICE static int64 number(const FwdParams& p, const Sequence& sequence, int head, int /*split*/) {
-    return sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
-  }
-  CF_DEVICE static Real* lse(const FwdParams& p, const Sequence& sequence, int head) {
-    return static_cast<Real*>(p.lse) + number(p, sequence, head, 0);
+    return query_offset(p.lse_stride, sequence, head);
   }
   CF_DEVICE static void close(const FwdParams& p, int64 number, const RowState<Real>& row, Real unit) {
     static_cast<Real*>(p.lse)[number] = row.lse(unit, static_cast<Real>(p.empty_lse));

@@ -19,20 +19,15 @@ struct BiasTileSimt {
     typename Block::Operands operands;
   };
 
-  CF_DEVICE static Rows rows_of(const void* pointer, const Strides& stride, int64 offset, int head, int first,
-                                int count) {
-    return Rows{static_cast<const Element*>(pointer) + offset + head * stride.head, stride.row, count}.from(first);
-  }
-
   // Adds dS of one tile of one head to `total`.
   CF_DEVICE static void add_tile(SmemPlan& smem, const BwdParams& p, const Sequence& sequence, int head, int q_first,
                                  int kv_first, Total& total) {
     const Attention& a = p.attention;
     const int head_kv = head / (a.heads_q / a.heads_kv);
-    const Rows q = rows_of(p.q, p.q_stride, sequence.q_offset(p.q_stride), head, q_first, sequence.len_q);
-    const Rows dout = rows_of(p.dout, p.dout_stride, sequence.q_offset(p.dout_stride), head, q_first, sequence.len_q);
-    const Rows k = rows_of(p.k, p.k_stride, sequence.kv_offset(p.k_stride), head_kv, kv_first, sequence.len_kv);
-    const Rows v = rows_of(p.v, p.v_stride, sequence.kv_offset(p.v_stride), head_kv, kv_first, sequence.len_kv);
+    const Rows q = query_rows<const Element>(p.q, p.q_stride, sequence, head).from(q_first);
+    const Rows dout = query_rows<const Element>(p.dout, p.dout_stride, sequence, head).from(q_first);
+    const Rows k = key_rows<const Element>(p.k, p.k_stride, sequence, head_kv).from(kv_first);
+    const Rows v = key_rows<const Element>(p.v, p.v_stride, sequence, head_kv).from(kv_first);
     Total s, dp;
     s.clear();
     dp.clear();
@@ -40,9 +35,8 @@ struct BiasTileSimt {
     Block::template multiply<Config::kDimV>(dp, smem.operands, dout, v);
 
     const ScoreGradient<Config> gradient(a, sequence, head);
-    const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
-    const RowShift<Real>* g_shift = static_cast<const RowShift<Real>*>(p.shift) + row_offset;
-    const Real* g_delta = static_cast<const Real*>(p.delta) + row_offset;
+    const auto* g_shift = first_query<const RowShift<Real>>(p.shift, p.delta_stride, sequence, head);
+    const Real* g_delta = first_query<const Real>(p.delta, p.delta_stride, sequence, head);
 #pragma unroll
     for (int m = 0; m < Total::kM; ++m) {
       const int q_index = q_first + Total::row_of(m), row = min_of(q_index, sequence.len_q - 1);

@@ -26,14 +26,6 @@ struct BiasTileSm80 {
     SharedTile<Element, kTileKv, kDimV> v;
   };
 
-  // Starts the copy of rows [first, rows) of one head, as many as the tile takes.
-  template <int kDim, class Tile>
-  CF_DEVICE static void load(Tile& tile, const void* base, const Strides& stride, int64 offset, int head, int first,
-                             int rows) {
-    const Element* global = static_cast<const Element*>(base) + offset + head * stride.head + first * stride.row;
-    load_tile_async<kDim, kBytes, kThreads>(tile, global, stride.row, rows - first);
-  }
-
   // Adds dS of one tile of one head to `total`.
   CF_DEVICE static void add_tile(SmemPlan& smem, const BwdParams& p, const Sequence& sequence, int head, int q_first,
                                  int kv_first, Total& total) {
@@ -41,14 +33,14 @@ struct BiasTileSm80 {
     const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
     const int head_kv = head / (a.heads_q / a.heads_kv);
     ptx::sync_threads();  // every warp is done with the tiles before
-    load<Config::kDimQk>(smem.q, p.q, p.q_stride, sequence.q_offset(p.q_stride), head, q_first,
-                         sequence.len_q);
-    load<Config::kDimV>(smem.dout, p.dout, p.dout_stride, sequence.q_offset(p.dout_stride), head, q_first,
-                         sequence.len_q);
-    load<Config::kDimQk>(smem.k, p.k, p.k_stride, sequence.kv_offset(p.k_stride), head_kv, kv_first,
-                         sequence.len_kv);
-    load<Config::kDimV>(smem.v, p.v, p.v_stride, sequence.kv_offset(p.v_stride), head_kv, kv_first,
-                         sequence.len_kv);
+    const auto q_rows = query_rows<const Element>(p.q, p.q_stride, sequence, head).from(q_first);
+    const auto dout_rows = query_rows<const Element>(p.dout, p.dout_stride, sequence, head).from(q_first);
+    const auto k_rows = key_rows<const Element>(p.k, p.k_stride, sequence, head_kv).from(kv_first);
+    const auto v_rows = key_rows<const Element>(p.v, p.v_stride, sequence, head_kv).from(kv_first);
+    load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q, q_rows);
+    load_tile_async<Config::kDimV, kBytes, kThreads>(smem.dout, dout_rows);
+    load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k_rows);
+    load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v_rows);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     ptx::sync_threads();
@@ -62,9 +54,8 @@ struct BiasTileSm80 {
     for_each_dropped(gradient.dropout, dp, q_first + warp_row, kv_first,
                      [&](int m, int n, int i) { dp.x[m][n][i] = 0.f; });
 
-    const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
-    const RowShift<float>* g_shift = static_cast<const RowShift<float>*>(p.shift) + row_offset;
-    const float* g_delta = static_cast<const float*>(p.delta) + row_offset;
+    const auto* g_shift = first_query<const RowShift<float>>(p.shift, p.delta_stride, sequence, head);
+    const float* g_delta = first_query<const float>(p.delta, p.delta_stride, sequence, head);
 #pragma unroll
     for (int r = 0; r < Scores::kRowsPerLane; ++r) {
       const int q = q_first + warp_row + r * 8 + lane / 4, row = min_of(q, sequence.len_q - 1);

@@ -4,6 +4,7 @@
 #include "attention/schedule.cuh"
 #include "tile/copy.cuh"
 #include "tile/dq_accum.cuh"
+#include "tile/tail.cuh"
 
 namespace cuflash {
 
@@ -21,13 +22,9 @@ struct BackwardConvert {
     const Attention& a = p.attention;
     const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, Config::kTileQ), a.heads_q);
     const typename Config::Sequence sequence(a, work.batch);
-    Element* g_dq = static_cast<Element*>(p.dq) + sequence.q_offset(p.dq_stride) + work.head * p.dq_stride.head;
-    if (work.tile == 0) {
-      zero_rows<Config::kDimQk, Config::kThreads>(g_dq + sequence.len_q * p.dq_stride.row, p.dq_stride.row,
-                                                  sequence.tail_q);
-    }
-    const int first = work.tile * Config::kTileQ, rows = sequence.len_q - first;
-    if (rows <= 0) return;
+    if (work.tile == 0) store_query_tail<Config, Config::kThreads>(p, sequence, work.head);
+    const auto rows = query_rows<Element>(p.dq, p.dq_stride, sequence, work.head).from(work.tile * Config::kTileQ);
+    if (rows.count <= 0) return;
 
     const float scale = static_cast<float>(a.softmax_scale);
     for (int split = 0; split < Config::kDimSplits; ++split) {
@@ -41,7 +38,7 @@ struct BackwardConvert {
     }
     ptx::sync_threads();
     store_tile<Config::kTileQ, Accum::kDimQk, Config::kCopyBytes, Config::kThreads>(
-        g_dq + first * p.dq_stride.row, p.dq_stride.row, rows, Config::kDimQk, smem.dq, 0, ptx::thread_index());
+        rows, Config::kDimQk, smem.dq, 0, ptx::thread_index());
   }
 };
 

@@ -23,17 +23,13 @@ CF_DEVICE void backward_delta(const BwdParams& p) {
   const Attention& a = p.attention;
   const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, Config::kTileQ), a.heads_q);
   const typename Config::Sequence sequence(a, work.batch);
-  const Element* g_out = static_cast<const Element*>(p.out) + sequence.q_offset(p.out_stride) +
-                         work.head * p.out_stride.head;
-  const Element* g_dout = static_cast<const Element*>(p.dout) + sequence.q_offset(p.dout_stride) +
-                          work.head * p.dout_stride.head;
-  const Real* g_lse = static_cast<const Real*>(p.lse) + sequence.q_offset(p.lse_stride) + work.head * p.lse_stride.head;
-  const Real* g_dlse = static_cast<const Real*>(p.dlse) + sequence.q_offset(p.dlse_stride) +
-                       work.head * p.dlse_stride.head;
-  const int64 row_offset = sequence.q_offset(p.delta_stride) + work.head * p.delta_stride.head;
-  Real* g_delta = static_cast<Real*>(p.delta) + row_offset;
-  const RowState<Real>* g_state = static_cast<const RowState<Real>*>(p.row_state) + row_offset;
-  RowShift<Real>* g_shift = static_cast<RowShift<Real>*>(p.shift) + row_offset;
+  const Element* g_out = first_query<const Element>(p.out, p.out_stride, sequence, work.head);
+  const Element* g_dout = first_query<const Element>(p.dout, p.dout_stride, sequence, work.head);
+  const Real* g_lse = first_query<const Real>(p.lse, p.lse_stride, sequence, work.head);
+  const Real* g_dlse = first_query<const Real>(p.dlse, p.dlse_stride, sequence, work.head);
+  const auto* g_state = first_query<const RowState<Real>>(p.row_state, p.delta_stride, sequence, work.head);
+  Real* g_delta = first_query<Real>(p.delta, p.delta_stride, sequence, work.head);
+  RowShift<Real>* g_shift = first_query<RowShift<Real>>(p.shift, p.delta_stride, sequence, work.head);
 
   const int lane = ptx::thread_index() % kLanes;
   const int first = work.tile * Config::kTileQ, end = min_of(first + Config::kTileQ, sequence.len_q);

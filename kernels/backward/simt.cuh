@@ -18,6 +18,7 @@
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "tile/gemm_simt.cuh"
+#include "tile/tail.cuh"
 
 namespace cuflash {
 
@@ -29,12 +30,6 @@ struct BackwardSimt {
   static constexpr int kThreads = Config::kThreads, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
   static constexpr int kDimQk = Config::kDimQk, kDimV = Config::kDimV;
 
-  // Rows of one head, from `offset` elements after the tensor's base on.
-  template <class T, class Pointer>
-  CF_DEVICE static GlobalRows<T> rows_of(Pointer pointer, const Strides& stride, int64 offset, int head, int count) {
-    return {static_cast<T*>(pointer) + offset + head * stride.head, stride.row, count};
-  }
-
   // What one query head reads. It lies in shared memory: in registers, the compiler would keep a row address of every
   // operand besides over the whole kernel.
   struct Inputs {
@@ -44,13 +39,12 @@ struct BackwardSimt {
 
     CF_DEVICE Inputs(const BwdParams& p, const Sequence& sequence, int head) {
       const int head_kv = head / (p.attention.heads_q / p.attention.heads_kv);
-      q = rows_of<const Element>(p.q, p.q_stride, sequence.q_offset(p.q_stride), head, sequence.len_q);
-      k = rows_of<const Element>(p.k, p.k_stride, sequence.kv_offset(p.k_stride), head_kv, sequence.len_kv);
-      v = rows_of<const Element>(p.v, p.v_stride, sequence.kv_offset(p.v_stride), head_kv, sequence.len_kv);
-      dout = rows_of<const Element>(p.dout, p.dout_stride, sequence.q_offset(p.dout_stride), head, sequence.len_q);
-      const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
-      shift = static_cast<const RowShift<Real>*>(p.shift) + row_offset;
-      delta = static_cast<const Real*>(p.delta) + row_offset;
+      q = query_rows<const Element>(p.q, p.q_stride, sequence, head);
+      k = key_rows<const Element>(p.k, p.k_stride, sequence, head_kv);
+      v = key_rows<const Element>(p.v, p.v_stride, sequence, head_kv);
+      dout = query_rows<const Element>(p.dout, p.dout_stride, sequence, head);
+      shift = first_query<const RowShift<Real>>(p.shift, p.delta_stride, sequence, head);
+      delta = first_query<const Real>(p.delta, p.delta_stride, sequence, head);
     }
 
     // Rows past the end are empty rows.
@@ -66,26 +60,10 @@ struct BackwardSimt {
   using BlockDkdv = SimtBlock<Config, kTileKv, kTileQ>;
   using BlockDq = SimtBlock<Config, kTileQ, kTileKv>;
 
-  CF_DEVICE static GlobalRows<Element> dq_of(const BwdParams& p, const Sequence& sequence, int head) {
-    return rows_of<Element>(p.dq, p.dq_stride, sequence.q_offset(p.dq_stride), head, sequence.len_q);
-  }
-  CF_DEVICE static GlobalRows<Element> dk_of(const BwdParams& p, const Sequence& sequence, int head) {
-    return rows_of<Element>(p.dk, p.dk_stride, sequence.kv_offset(p.dk_stride), head, sequence.len_kv);
-  }
-  CF_DEVICE static GlobalRows<Element> dv_of(const BwdParams& p, const Sequence& sequence, int head) {
-    return rows_of<Element>(p.dv, p.dv_stride, sequence.kv_offset(p.dv_stride), head, sequence.len_kv);
-  }
-
   CF_DEVICE static const Inputs& share_inputs(Inputs& inputs, const BwdParams& p, const Sequence& sequence, int head) {
     if (ptx::thread_index() == 0) inputs = Inputs(p, sequence, head);
     ptx::sync_threads();
     return inputs;
-  }
-
-  // Packed rows that take part in nothing have no gradient.
-  template <int kDim>
-  CF_DEVICE static void zero_tail(const GlobalRows<Element>& rows, int tail) {
-    zero_rows<kDim, kThreads>(rows.from(rows.count).data, rows.stride, tail);
   }
 
   // From q.k and dout.v: s becomes the weight of v, exactly 0 where masked or dropped, and dp becomes ds.
@@ -103,10 +81,7 @@ struct BackwardSimt {
     const Attention& a = p.attention;
     const Work work = key_work(ptx::block_index(), num_tiles(a.len_kv, kTileKv), a.heads_kv);
     const Sequence sequence(a, work.batch);
-    if (work.tile == 0) {
-      zero_tail<kDimQk>(dk_of(p, sequence, work.head), sequence.tail_kv);
-      zero_tail<kDimV>(dv_of(p, sequence, work.head), sequence.tail_kv);
-    }
+    if (work.tile == 0) store_key_tail<Config, kThreads>(p, sequence, work.head);
     const int kv_first = work.tile * kTileKv;
     if (kv_first >= sequence.len_kv) return;
 
@@ -146,8 +121,10 @@ struct BackwardSimt {
       }
     }
     const Real scale = static_cast<Real>(a.softmax_scale);
-    Block::template store<kDimQk>(dk_of(p, sequence, work.head).from(kv_first), dk, [&](int) { return scale; });
-    Block::template store<kDimV>(dv_of(p, sequence, work.head).from(kv_first), dv,
+    const auto g_dk = key_rows<Element>(p.dk, p.dk_stride, sequence, work.head).from(kv_first);
+    const auto g_dv = key_rows<Element>(p.dv, p.dv_stride, sequence, work.head).from(kv_first);
+    Block::template store<kDimQk>(g_dk, dk, [&](int) { return scale; });
+    Block::template store<kDimV>(g_dv, dv,
                                  [&](int) { return static_cast<Real>(Config::Dropout::scale(a)); });
   }
 
@@ -157,7 +134,7 @@ struct BackwardSimt {
     const Attention& a = p.attention;
     const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, kTileQ), a.heads_q);
     const Sequence sequence(a, work.batch);
-    if (work.tile == 0) zero_tail<kDimQk>(dq_of(p, sequence, work.head), sequence.tail_q);
+    if (work.tile == 0) store_query_tail<Config, kThreads>(p, sequence, work.head);
     const int q_first = work.tile * kTileQ;
     if (q_first >= sequence.len_q) return;
 
@@ -190,7 +167,8 @@ struct BackwardSimt {
       Block::template accumulate<kDimQk>(dq, smem.products.weighted, dp, inputs.k.from(kv_first));
     }
     const Real scale = static_cast<Real>(a.softmax_scale);
-    Block::template store<kDimQk>(dq_of(p, sequence, work.head).from(q_first), dq, [&](int) { return scale; });
+    const auto g_dq = query_rows<Element>(p.dq, p.dq_stride, sequence, work.head).from(q_first);
+    Block::template store<kDimQk>(g_dq, dq, [&](int) { return scale; });
   }
 };
 

@@ -2,6 +2,7 @@
 // order.
 #pragma once
 
+#include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
 #include "element.cuh"
 #include "ptx/memory.cuh"
@@ -24,9 +25,8 @@ struct BackwardSink {
     Real sum = 0;
     for (int batch = 0; batch < a.batch; ++batch) {
       const typename Config::Sequence sequence(a, batch);
-      const int64 offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head;
-      const Real* delta = static_cast<const Real*>(p.delta) + offset;
-      const RowShift<Real>* shift = static_cast<const RowShift<Real>*>(p.shift) + offset;
+      const Real* delta = first_query<const Real>(p.delta, p.delta_stride, sequence, head);
+      const auto* shift = first_query<const RowShift<Real>>(p.shift, p.delta_stride, sequence, head);
       const Real unit = typename Config::Score(a, sequence, head).unit();
       const Real x = static_cast<Real>(a.sink[head]) / unit, log2_unit = unit * static_cast<Real>(kLog2E);
       for (int row = thread; row < sequence.len_q; row += Config::kThreads) {

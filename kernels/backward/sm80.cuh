@@ -23,6 +23,7 @@
 #include "tile/dropout.cuh"
 #include "tile/dq_accum.cuh"
 #include "tile/gemm_sm80.cuh"
+#include "tile/tail.cuh"
 
 namespace cuflash {
 
@@ -56,20 +57,18 @@ struct BackwardSm80 {
 
   // Starts the copy of one q tile with its dout, shifts and delta.
   CF_DEVICE static void load_q(Stage& stage, const BwdParams& p, const Sequence& sequence, int head, int q_first) {
-    const int rows = sequence.len_q - q_first;
-    const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) + head * p.q_stride.head +
-                         q_first * p.q_stride.row;
-    const Element* g_dout = static_cast<const Element*>(p.dout) + sequence.q_offset(p.dout_stride) +
-                            head * p.dout_stride.head + q_first * p.dout_stride.row;
-    const int64 row_offset = sequence.q_offset(p.delta_stride) + head * p.delta_stride.head + q_first;
-    load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.q, g_q, p.q_stride.row, rows);
-    load_tile_async<Config::kDimV, kBytes, kThreads>(stage.dout, g_dout, p.dout_stride.row, rows);
+    const auto q = query_rows<const Element>(p.q, p.q_stride, sequence, head).from(q_first);
+    const auto dout = query_rows<const Element>(p.dout, p.dout_stride, sequence, head).from(q_first);
+    const int64 row_offset = query_offset(p.delta_stride, sequence, head) + q_first;
+    load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.q, q);
+    load_tile_async<Config::kDimV, kBytes, kThreads>(stage.dout, dout);
 #pragma unroll 1
     for (int row = ptx::thread_index(); row < kTileQ; row += kThreads) {
-      const int64 source = row_offset + (row < rows ? row : 0);
+      const bool valid = row < q.count;
+      const int64 source = row_offset + (valid ? row : 0);
       const auto* g_shift = static_cast<const RowShift<float>*>(p.shift) + source;
-      ptx::cp_async<8>(ptx::smem_u32(stage.shift + row), g_shift, row < rows);
-      ptx::cp_async<4>(ptx::smem_u32(stage.delta + row), static_cast<const float*>(p.delta) + source, row < rows);
+      ptx::cp_async<8>(ptx::smem_u32(stage.shift + row), g_shift, valid);
+      ptx::cp_async<4>(ptx::smem_u32(stage.delta + row), static_cast<const float*>(p.delta) + source, valid);
     }
     ptx::cp_async_commit();
   }
@@ -84,17 +83,9 @@ struct BackwardSm80 {
     pack_operand<Element>(packed, grad);
     store_operand(tile, warp_row, ptx::lane_index(), packed);
     ptx::sync_warp();
-    Element* global = static_cast<Element*>(pointer) + sequence.kv_offset(stride) + head * stride.head +
-                      row * stride.row + first_col;
-    store_tile<kWarpRows, kCols, kBytes, 32>(global, stride.row, sequence.len_kv - row, kDim - first_col, tile,
-                                             warp_row, ptx::lane_index());
-  }
-
-  CF_DEVICE static void zero_tail(const BwdParams& p, const Sequence& sequence, int head) {
-    Element* g_dk = static_cast<Element*>(p.dk) + sequence.kv_offset(p.dk_stride) + head * p.dk_stride.head;
-    Element* g_dv = static_cast<Element*>(p.dv) + sequence.kv_offset(p.dv_stride) + head * p.dv_stride.head;
-    zero_rows<Config::kDimQk, kThreads>(g_dk + sequence.len_kv * p.dk_stride.row, p.dk_stride.row, sequence.tail_kv);
-    zero_rows<Config::kDimV, kThreads>(g_dv + sequence.len_kv * p.dv_stride.row, p.dv_stride.row, sequence.tail_kv);
+    auto rows = key_rows<Element>(pointer, stride, sequence, head).from(row);
+    rows.data += first_col;
+    store_tile<kWarpRows, kCols, kBytes, 32>(rows, kDim - first_col, tile, warp_row, ptx::lane_index());
   }
 
   CF_DEVICE static void run(const BwdParams& p) {
@@ -107,7 +98,7 @@ struct BackwardSm80 {
     Work work = key_work(ptx::block_index() / Config::kDimSplits, kv_tiles_longest, a.heads_kv);
     work.tile = Config::Reduction::key_tile(work.tile, kv_tiles_longest);
     const Sequence sequence(a, work.batch);
-    if (work.tile == 0 && split == 0) zero_tail(p, sequence, work.head);
+    if (work.tile == 0 && split == 0) store_key_tail<Config, kThreads>(p, sequence, work.head);
     const int kv_first = work.tile * kTileKv;
     if (kv_first >= sequence.len_kv) return;
 
@@ -125,12 +116,10 @@ struct BackwardSm80 {
     dv.clear();
 
     if (num_steps > 0) {
-      const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) +
-                           work.head * p.k_stride.head + kv_first * p.k_stride.row;
-      const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) +
-                           work.head * p.v_stride.head + kv_first * p.v_stride.row;
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, g_k, p.k_stride.row, sequence.len_kv - kv_first);
-      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, g_v, p.v_stride.row, sequence.len_kv - kv_first);
+      const auto k = key_rows<const Element>(p.k, p.k_stride, sequence, work.head).from(kv_first);
+      const auto v = key_rows<const Element>(p.v, p.v_stride, sequence, work.head).from(kv_first);
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k);
+      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v);
       load_step(0);
     }
     for (int step = 0; step < num_steps; ++step) {

@@ -16,11 +16,10 @@
 #pragma once
 
 #include "attention/dropout.cuh"
-#include "attention/heads.cuh"
-#include "attention/schedule.cuh"
+#include "attention/query_tile.cuh"
 #include "attention/softmax.cuh"
-#include "attention/split.cuh"
 #include "tile/gemm_simt.cuh"
+#include "tile/tail.cuh"
 
 namespace cuflash {
 
@@ -60,37 +59,26 @@ struct ForwardSimt {
     }
   }
 
-  // Packed rows that belong to no sequence are empty rows.
-  CF_DEVICE static void store_tail(const FwdParams& p, const Sequence& sequence, int head) {
-    using Whole = WholeRows<Config>;
-    const GlobalRows<Element> tail =
-        GlobalRows<Element>{Whole::out(p, sequence, head, 0), p.out_stride.row, sequence.len_q}.from(sequence.len_q);
-    zero_rows<Config::kDimV, kThreads>(tail.data, p.out_stride.row, sequence.tail_q);
-    fill<kThreads>(Whole::lse(p, sequence, head) + sequence.len_q, sequence.tail_q, static_cast<Real>(p.tail_lse));
-  }
-
   CF_DEVICE static void run(const FwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
 
-    const Split split(p, ptx::block_index());
-    const Work work = query_work(split.block, num_tiles(Heads::rows(a, a.len_q), kTileQ), Heads::count(a));
-    const Sequence sequence(a, work.batch);
-    const Heads heads(a, work.head);
-    if (work.tile == 0 && split.index == 0) heads.for_each([&](int head) { store_tail(p, sequence, head); });
-    const int q_first = work.tile * kTileQ, q_rows = Heads::rows(a, sequence.len_q) - q_first;
+    const QueryTile<Config> own(p, ptx::block_index());
+    const Split& split = own.split;
+    const Sequence& sequence = own.sequence;
+    const Heads& heads = own.heads;
+    if (own.has_tail()) heads.for_each([&](int head) { store_tail<Config, kThreads>(p, sequence, head); });
+    const int q_first = own.first, q_rows = own.rows;
     if (q_rows <= 0) return;
 
-    const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) +
-                         heads.first * p.q_stride.head;
-    const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + heads.kv * p.k_stride.head;
-    const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + heads.kv * p.v_stride.head;
+    const Element* g_q = first_query<const Element>(p.q, p.q_stride, sequence, heads.first);
+    const auto k = kv_rows<const Element>(p, p.k, p.k_stride, sequence, heads.kv);
+    const auto v = kv_rows<const Element>(p, p.v, p.v_stride, sequence, heads.kv);
     const auto q = rows_of(heads, g_q, p.q_stride, q_first, q_rows);
-    const auto k = kv_rows(p, sequence, g_k, p.k_stride, 0), v = kv_rows(p, sequence, g_v, p.v_stride, 0);
 
-    const auto mask = heads.template bind<typename Config::Mask>(a, sequence);
-    const auto score = heads.template bind<typename Config::Score>(a, sequence);
-    const auto dropout = heads.template bind<typename Config::Dropout>(a, sequence);
+    const auto mask = own.template bind<typename Config::Mask>(a);
+    const auto score = own.template bind<typename Config::Score>(a);
+    const auto dropout = own.template bind<typename Config::Dropout>(a);
     const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
     const Tiles tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
 

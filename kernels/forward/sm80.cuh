@@ -14,13 +14,12 @@
 // K and V have one buffer each: V's copy runs under S = Q K^T, the next K's under P V.
 #pragma once
 
-#include "attention/heads.cuh"
-#include "attention/schedule.cuh"
+#include "attention/query_tile.cuh"
 #include "attention/softmax.cuh"
-#include "attention/split.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
+#include "tile/tail.cuh"
 
 namespace cuflash {
 
@@ -31,7 +30,6 @@ struct ForwardSm80 {
   using Heads = typename Config::Heads;
   using Split = typename Config::Split;
   using Results = typename Split::template Rows<Config>;
-  using Score = typename Config::Score;
   using Dropout = typename Config::Dropout;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileQ / kWarps;
@@ -83,14 +81,6 @@ struct ForwardSm80 {
     }
   }
 
-  // Packed rows that belong to no sequence are empty rows.
-  CF_DEVICE static void store_tail(const FwdParams& p, const Sequence& sequence, int head) {
-    using Whole = WholeRows<Config>;
-    zero_rows<Config::kDimV, kThreads>(Whole::out(p, sequence, head, 0) + sequence.len_q * p.out_stride.row,
-                                       p.out_stride.row, sequence.tail_q);
-    fill<kThreads>(Whole::lse(p, sequence, head) + sequence.len_q, sequence.tail_q, static_cast<float>(p.tail_lse));
-  }
-
   // Row number r of this lane times a factor. Whole rows go through Q's memory: the loop's last barrier came after
   // every warp's last Q K^T. Parts of rows, which are floats, stay where they are.
   CF_DEVICE static void scale_row(const Element*, SmemPlan& smem, int row, Output& out, int r, float factor) {
@@ -125,32 +115,30 @@ struct ForwardSm80 {
     const Attention& a = p.attention;
     const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
 
-    const Split split(p, ptx::block_index());
-    const Work work = query_work(split.block, num_tiles(Heads::rows(a, a.len_q), kTileQ), Heads::count(a));
-    const Sequence sequence(a, work.batch);
-    const Heads heads(a, work.head);
-    if (work.tile == 0 && split.index == 0) heads.for_each([&](int head) { store_tail(p, sequence, head); });
-    const int q_first = work.tile * kTileQ, q_rows = Heads::rows(a, sequence.len_q) - q_first;
+    const QueryTile<Config> own(p, ptx::block_index());
+    const Split& split = own.split;
+    const Sequence& sequence = own.sequence;
+    const Heads& heads = own.heads;
+    if (own.has_tail()) heads.for_each([&](int head) { store_tail<Config, kThreads>(p, sequence, head); });
+    const int q_first = own.first, q_rows = own.rows;
     if (q_rows <= 0) return;
 
-    const Element* g_q = static_cast<const Element*>(p.q) + sequence.q_offset(p.q_stride) +
-                         heads.first * p.q_stride.head + heads.offset(q_first, p.q_stride);
-    const Element* g_k = static_cast<const Element*>(p.k) + sequence.kv_offset(p.k_stride) + heads.kv * p.k_stride.head;
-    const Element* g_v = static_cast<const Element*>(p.v) + sequence.kv_offset(p.v_stride) + heads.kv * p.v_stride.head;
+    const Element* g_q = first_query<const Element>(p.q, p.q_stride, sequence, heads.first);
+    const auto q = rows_of(heads, g_q, p.q_stride, q_first, q_rows);
+    const auto k = kv_rows<const Element>(p, p.k, p.k_stride, sequence, heads.kv);
+    const auto v = kv_rows<const Element>(p, p.v, p.v_stride, sequence, heads.kv);
     const auto load_k = [&](int tile) {
-      const auto k = kv_rows(p, sequence, g_k, p.k_stride, tile * kTileKv);
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k);
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k.from(tile * kTileKv));
       ptx::cp_async_commit();
     };
     const auto load_v = [&](int tile) {
-      const auto v = kv_rows(p, sequence, g_v, p.v_stride, tile * kTileKv);
-      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v);
+      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v.from(tile * kTileKv));
       ptx::cp_async_commit();
     };
 
-    const auto mask = heads.template bind<typename Config::Mask>(a, sequence);
-    const auto score = heads.template bind<Score>(a, sequence);
-    const auto dropout = heads.template bind<Dropout>(a, sequence);
+    const auto mask = own.template bind<typename Config::Mask>(a);
+    const auto score = own.template bind<typename Config::Score>(a);
+    const auto dropout = own.template bind<Dropout>(a);
     const float log2_unit = score.unit() * static_cast<float>(kLog2E);
     const Tiles tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
 
@@ -161,7 +149,7 @@ struct ForwardSm80 {
     for (int r = 0; r < kRowsPerLane; ++r) rows[r].init();
 
     if (tiles.begin < tiles.end) {
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q, rows_at(heads, g_q, p.q_stride, q_first, q_rows));
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q, q);
       load_k(tiles.begin);
     }
     for (int tile = tiles.begin; tile < tiles.end; ++tile) {

@@ -32,6 +32,7 @@
 #include "tile/gemm_sm90.cuh"
 #include "tile/ring.cuh"
 #include "tile/softmax.cuh"
+#include "tile/tail.cuh"
 
 namespace cuflash {
 
@@ -131,15 +132,6 @@ struct ForwardSm90 {
     }
   }
 
-  // Packed rows that belong to no sequence are empty rows.
-  CF_DEVICE static void store_tail(const FwdParams& p, const Sequence& sequence, int head, int thread) {
-    Element* out = static_cast<Element*>(p.out) + sequence.q_offset(p.out_stride) + head * p.out_stride.head;
-    float* lse = static_cast<float*>(p.lse) + sequence.q_offset(p.lse_stride) + head * p.lse_stride.head;
-    zero_rows<Config::kDimV, kConsumerThreads>(out + sequence.len_q * p.out_stride.row, p.out_stride.row,
-                                               sequence.tail_q, thread);
-    fill<kConsumerThreads>(lse + sequence.len_q, sequence.tail_q, static_cast<float>(p.tail_lse), thread);
-  }
-
   CF_DEVICE static void consume(const FwdParams& p, SmemPlan& smem, int consumer) {
     const Attention& a = p.attention;
     const int thread = ptx::thread_index() % ptx::kWarpgroupThreads, lane = ptx::lane_index();
@@ -157,7 +149,9 @@ struct ForwardSm90 {
       work_at = work_at.next();
       if (work.tile < 0) break;
       const Sequence sequence(a, work.batch);
-      if (work.tile == 0) store_tail(p, sequence, work.head, consumer * ptx::kWarpgroupThreads + thread);
+      if (work.tile == 0) {
+        store_tail<Config, kConsumerThreads>(p, sequence, work.head, consumer * ptx::kWarpgroupThreads + thread);
+      }
       const int q_first = work.tile * kTileQ;
       if (q_first >= sequence.len_q) continue;
       const Mask mask(a, sequence, work.head);

@@ -51,12 +51,6 @@ CF_DEVICE void load_tile_async(Tile& tile, const Rows<const Element>& rows) {
   }
 }
 
-// The same of `valid_rows` rows that lie `row_stride` apart.
-template <int kDim, int kBytes, int kThreads, class Tile, class Element>
-CF_DEVICE void load_tile_async(Tile& tile, const Element* global, int64 row_stride, int valid_rows) {
-  load_tile_async<kDim, kBytes, kThreads>(tile, GlobalRows<const Element>{global, row_stride, valid_rows});
-}
-
 // Writes a kRows x kCols region of `tile`, from `first_row` on, to the rows' first valid_cols columns, by kThreads
 // threads of which this is number `thread`.
 template <int kRows, int kCols, int kBytes, int kThreads, class Tile, class Rows>
@@ -72,31 +66,6 @@ CF_DEVICE void store_tile(const Rows& rows, int valid_cols, Tile& tile, int firs
           *reinterpret_cast<const Vector*>(tile.at(first_row + row, col));
     }
   }
-}
-
-// The same to `valid_rows` rows that lie `row_stride` apart.
-template <int kRows, int kCols, int kBytes, int kThreads, class Tile, class Element>
-CF_DEVICE void store_tile(Element* global, int64 row_stride, int valid_rows, int valid_cols, Tile& tile, int first_row,
-                          int thread) {
-  const GlobalRows<Element> rows{global, row_stride, valid_rows};
-  store_tile<kRows, kCols, kBytes, kThreads>(rows, valid_cols, tile, first_row, thread);
-}
-
-// Zeroes rows [0, rows) x [0, kDim) of one head: outputs that no key or query reaches are defined all the same.
-template <int kDim, int kThreads, class Element>
-CF_DEVICE void zero_rows(Element* global, int64 row_stride, int rows, int thread = ptx::thread_index()) {
-  if (rows == 0) return;  // known of dense sequences
-#pragma unroll 1
-  for (int64 index = thread; index < int64(rows) * kDim; index += kThreads) {
-    global[index / kDim * row_stride + index % kDim] = Element(0.f);
-  }
-}
-
-template <int kThreads, class T>
-CF_DEVICE void fill(T* global, int count, T value, int thread = ptx::thread_index()) {
-  if (count == 0) return;
-#pragma unroll 1
-  for (int index = thread; index < count; index += kThreads) global[index] = value;
 }
 
 }  // namespace cuflash

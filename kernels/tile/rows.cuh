@@ -45,17 +45,27 @@ struct PagedRows {
   CF_DEVICE Element* below(Element* /*place*/, int row, int col, int rows) const { return at(row + rows, 0, col); }
 };
 
-// Keys or values from number `first` on, of the head whose row 0 is at `data`.
-template <class Element, class Sequence>
-CF_DEVICE GlobalRows<const Element> kv_rows(const FwdParams&, const Sequence& sequence, const Element* data,
-                                            const Strides& stride, int first) {
-  return {data + first * stride.row, stride.row, sequence.len_kv - first};
+// Rows of one head of a sequence in a tensor of queries, or of anything that is numbered like them, and in one of keys.
+template <class T, class Tensor, class Sequence>
+CF_DEVICE GlobalRows<T> query_rows(Tensor* tensor, const Strides& stride, const Sequence& sequence, int head) {
+  return {first_query<T>(tensor, stride, sequence, head), stride.row, sequence.len_q};
 }
-template <class Element>
-CF_DEVICE PagedRows<const Element> kv_rows(const FwdParams& p, const PagedSequence& sequence, const Element* data,
-                                           const Strides& stride, int first) {
+template <class T, class Tensor, class Sequence>
+CF_DEVICE GlobalRows<T> key_rows(Tensor* tensor, const Strides& stride, const Sequence& sequence, int head) {
+  return {first_key<T>(tensor, stride, sequence, head), stride.row, sequence.len_kv};
+}
+
+// Keys or values as a forward reads them, in pages or not.
+template <class T, class Sequence>
+CF_DEVICE GlobalRows<T> kv_rows(const FwdParams&, const void* tensor, const Strides& stride, const Sequence& sequence,
+                                int head) {
+  return key_rows<T>(tensor, stride, sequence, head);
+}
+template <class T>
+CF_DEVICE PagedRows<T> kv_rows(const FwdParams& p, const void* tensor, const Strides& stride,
+                               const PagedSequence& sequence, int head) {
   const int* table = p.pages.table + sequence.batch * p.pages.table_batch;
-  return {data, stride, p.pages, table, first, sequence.len_kv - first};
+  return {first_key<T>(tensor, stride, sequence, head), stride, p.pages, table, 0, sequence.len_kv};
 }
 
 // Rows lie where the query and the head of each do.

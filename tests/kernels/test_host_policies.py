@@ -21,6 +21,7 @@ UNIT = r"""
 #include "attention/gradient.cuh"
 #include "attention/heads.cuh"
 #include "attention/mask.cuh"
+#include "attention/query_tile.cuh"
 #include "attention/schedule.cuh"
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
@@ -248,11 +249,15 @@ EXPORT void schedule(int keys, int64 block, int tiles, int heads, int* out) {
   out[2] = work.batch;
 }
 
+const char* const kBase = reinterpret_cast<const char*>(1ll << 60);
+
 template <class Sequence>
 void describe(const Attention& a, int batch, int tile, const Strides& stride, int64* out) {
   const Sequence s(a, batch);
   const int64 values[] = {s.len_q, s.len_kv, s.tail_q, s.tail_kv, s.q_offset(stride), s.kv_offset(stride),
-                          s.first_q_tile(tile), Sequence::num_q_tiles(a, tile)};
+                          s.first_q_tile(tile), Sequence::num_q_tiles(a, tile),
+                          first_query<const char>(kBase, stride, s, 3) - kBase,
+                          first_key<const char>(kBase, stride, s, 3) - kBase};
   for (int64 value : values) *out++ = value;
 }
 EXPORT void varlen(const int* cu_q, const int* cu_kv, const int* used_q, const int* used, int batches, int total_q,
@@ -273,6 +278,45 @@ EXPORT void dense(int batches, int len_q, int len_kv, int batch, int tile, const
   a.len_q = len_q;
   a.len_kv = len_kv;
   describe<DenseSequence>(a, batch, tile, *stride, out);
+}
+
+template <class Sequence_, class Heads_, class Split_>
+struct TileConfig {
+  using Sequence = Sequence_;
+  using Heads = Heads_;
+  using Split = Split_;
+  static constexpr int kTileQ = 16;
+};
+
+// Counts the blocks that work on each (split, batch, head, query), and those that have the tail of each (batch, head).
+template <class Sequence, class Heads, class Split>
+void query_tiles(const FwdParams& p, int blocks, int* worked_on, int* tails) {
+  const Attention& a = p.attention;
+  for (int block = 0; block < blocks; ++block) {
+    const QueryTile<TileConfig<Sequence, Heads, Split>> own(p, block);
+    own.heads.for_each([&](int head) { tails[own.sequence.batch * a.heads_q + head] += own.has_tail(); });
+    for (int row = own.first; row < own.first + min_of(own.rows, 16); ++row) {
+      const int query = static_cast<int>(own.heads.offset(row, Strides{0, 1, 0})), head = own.heads.head(row);
+      ++worked_on[((own.split.index * a.batch + own.sequence.batch) * a.heads_q + head) * a.len_q + query];
+    }
+  }
+}
+EXPORT void cover(int packed, int grouped, int num_splits, int batch, int heads_q, int heads_kv, int len_q,
+                  const int* cu_q, const int* cu_kv, int blocks, int* worked_on, int* tails) {
+  FwdParams p{};
+  p.num_splits = num_splits;
+  p.attention.batch = batch;
+  p.attention.heads_q = heads_q;
+  p.attention.heads_kv = heads_kv;
+  p.attention.len_q = len_q;
+  p.attention.cu_seqlens_q = cu_q;
+  p.attention.cu_seqlens_kv = cu_kv;
+  const auto f = packed ? grouped ? query_tiles<VarlenSequence, HeadGroup, KeySplits>
+                                  : query_tiles<VarlenSequence, OneHead, KeySplits>
+                 : grouped ? query_tiles<DenseSequence, HeadGroup, KeySplits>
+                 : num_splits > 1 ? query_tiles<DenseSequence, OneHead, KeySplits>
+                                  : query_tiles<DenseSequence, OneHead, NoSplit>;
+  f(p, blocks, worked_on, tails);
 }
 
 // p of a score by a row's state, and by its lse alone.
@@ -545,6 +589,7 @@ def test_number_of_tiles() -> None:
 
 STRIDES = np.array([2**33, 2**20, 7], np.int64)  # batch, row, head
 FIELDS = ("len_q", "len_kv", "tail_q", "tail_kv", "q_offset", "kv_offset", "first_q_tile", "num_q_tiles")
+FIELDS += ("first_query", "first_key")  # of head 3
 
 
 @given(
@@ -579,6 +624,8 @@ def test_varlen_sequence(lens: list, tails: tuple[int, int], tile: int, seqused:
             "tail_kv": rows_kv[b] - got["len_kv"] + tails[1] * last,
             "q_offset": int(cu_q[b]) * 2**20,
             "kv_offset": int(cu_kv[b]) * 2**20,
+            "first_query": int(cu_q[b]) * 2**20 + 3 * 7,
+            "first_key": int(cu_kv[b]) * 2**20 + 3 * 7,
         }
 
 
@@ -586,7 +633,35 @@ def test_dense_sequence() -> None:
     for b in range(3):
         values = np.empty(len(FIELDS), np.int64)
         policies().dense(3, 130, 70, b, 64, pointer(STRIDES), pointer(values))
-        assert values.tolist() == [130, 70, 0, 0, b * 2**33, b * 2**33, b * 3, 9]
+        assert values.tolist() == [130, 70, 0, 0, b * 2**33, b * 2**33, b * 3, 9, *[b * 2**33 + 3 * 7] * 2]
+
+
+@given(
+    lens=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    packed=st.booleans(),
+    grouped=st.booleans(),
+    group=st.integers(1, 3),
+    num_splits=st.integers(1, 3),
+)
+def test_query_tiles_cover_every_query_once(
+    lens: list[int], packed: bool, grouped: bool, group: int, num_splits: int
+) -> None:
+    """Every split has every query of every head, and of the blocks of a head one fills its tail."""
+    if not packed:
+        lens = lens[:1] * len(lens)
+    batch, heads_kv, longest = len(lens), 2, max(lens)
+    heads = heads_kv * group
+    tiles = max(1, -(-longest * (group if grouped else 1) // 16))
+    blocks = num_splits * batch * tiles * (heads_kv if grouped else heads)
+    cu = np.cumsum([0, *lens], dtype=np.int32)
+    worked_on, tails = np.zeros((num_splits, batch, heads, longest), np.int32), np.zeros((batch, heads), np.int32)
+    policies().cover(
+        *(packed, grouped, num_splits, batch, heads, heads_kv, longest, pointer(cu), pointer(cu), blocks),
+        *(pointer(worked_on), pointer(tails)),
+    )
+    there = np.arange(longest) < np.array(lens)[:, None, None]
+    np.testing.assert_array_equal(worked_on, np.broadcast_to(there, worked_on.shape))
+    assert (tails == 1).all()
 
 
 @pytest.mark.parametrize("unit", [0.125, 1.0])
