@@ -51,21 +51,20 @@ struct BiasTileSm80 {
     gemm_abt<Element>(s, smem.q, warp_row, smem.k);
     gemm_abt<Element>(dp, smem.dout, warp_row, smem.v);
     const ScoreGradient<Config> gradient(a, sequence, head);
-    for_each_dropped(gradient.dropout, dp, q_first + warp_row, kv_first,
-                     [&](int m, int n, int i) { dp.x[m][n][i] = 0.f; });
+    drop(gradient.dropout, dp, q_first + warp_row, kv_first);
 
     const auto* g_shift = first_query<const RowShift<float>>(p.shift, p.delta_stride, sequence, head);
     const float* g_delta = first_query<const float>(p.delta, p.delta_stride, sequence, head);
 #pragma unroll
     for (int r = 0; r < Scores::kRowsPerLane; ++r) {
-      const int q = q_first + warp_row + r * 8 + lane / 4, row = min_of(q, sequence.len_q - 1);
+      const int q = q_first + warp_row + row_of(lane, r), row = min_of(q, sequence.len_q - 1);
       const RowShift<float> shift = g_shift[row];
       const float delta = g_delta[row];
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int kv = kv_first + n * 8 + lane % 4 * 2 + i;
+          const int kv = kv_first + col_of(lane, n, i);
           if (q >= sequence.len_q) continue;
           const float weight = gradient.probability(s.at(r, n, i), shift, q, kv, false);
           total.at(r, n, i) += gradient.of_logit(weight, dp.at(r, n, i), delta, true);

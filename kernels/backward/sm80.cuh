@@ -78,7 +78,7 @@ struct BackwardSm80 {
   CF_DEVICE static void store_grad(Tile& tile, Grad& grad, float scale, void* pointer, const Strides& stride,
                                    const Sequence& sequence, int head, int kv_first, int first_col) {
     const int warp_row = ptx::warp_index() * kWarpRows, row = kv_first + warp_row;
-    grad.for_each(0, [&](float& x, int, int) { x *= scale; });
+    grad.for_each([&](float& x) { x *= scale; });
     Operand<kWarpRows, kCols> packed;
     pack_operand<Element>(packed, grad);
     store_operand(tile, warp_row, ptx::lane_index(), packed);
@@ -137,9 +137,7 @@ struct BackwardSm80 {
       gemm_abt<Element>(s, smem.k, warp_row, stage.q);
       gemm_abt<Element>(dp, smem.v, warp_row, stage.dout);
 
-      BitSet<Scores::kM * Scores::kN * 4> kept;
-      for_each_dropped_transposed(gradient.dropout, s, q_first, kv_first + warp_row,
-                                  [&](int m, int n, int i) { kept.clear((m * Scores::kN + n) * 4 + i); });
+      const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first + warp_row);
 
       // s becomes p and dp becomes ds, both transposed: rows are keys, columns are queries.
       const bool full = tiles.is_full(tile);
@@ -147,15 +145,15 @@ struct BackwardSm80 {
       for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int col = n * 8 + lane % 4 * 2 + i;
+          const int col = col_of(lane, n, i);
           const RowShift<float> shift = stage.shift[col];
           const float delta = stage.delta[col];
 #pragma unroll
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
-            const int q = q_first + col, kv = kv_first + warp_row + r * 8 + lane / 4;
+            const int q = q_first + col, kv = kv_first + warp_row + row_of(lane, r);
             const float raw = s.at(r, n, i);
             const float weight = gradient.probability(raw, shift, q, kv, full);
-            const bool keep = kept.has((r / 2 * Scores::kN + n) * 4 + r % 2 * 2 + i);
+            const bool keep = kept.has(r, n, i);
             s.at(r, n, i) = keep ? weight : 0.f;
             dp.at(r, n, i) = gradient.of_product(raw, weight, dp.at(r, n, i), delta, keep, q, kv);
           }

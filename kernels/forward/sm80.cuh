@@ -169,8 +169,7 @@ struct ForwardSm80 {
         });
       }
       softmax_tile(s, rows, out, log2_unit);
-      for_each_dropped(dropout, s, q_first + warp_row, tile * kTileKv,
-                       [&](int m, int n, int i) { s.x[m][n][i] = 0.f; });
+      drop(dropout, s, q_first + warp_row, tile * kTileKv);
 
       ptx::cp_async_wait<0>();
       ptx::sync_threads();  // V is here, and every warp is done with K
@@ -190,10 +189,10 @@ struct ForwardSm80 {
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       rows[r].l = row_sum(rows[r].l);
-      const int head = heads.head(q_first + warp_row + r * 8 + lane / 4);
+      const int head = heads.head(q_first + warp_row + row_of(lane, r));
       const float rescale = Config::Sink::close(rows[r], a, head, score.unit());
       const float factor = rescale * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a));
-      const int row = warp_row + r * 8 + lane / 4;
+      const int row = warp_row + row_of(lane, r);
       scale_row(g_out, smem, row, out, r, factor);
       if (lane % 4 == 0 && row < q_rows) {
         Results::close(p, first_number + numbers.offset(row), rows[r], score.unit());

@@ -31,7 +31,7 @@
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm90.cuh"
 #include "tile/ring.cuh"
-#include "tile/softmax.cuh"
+#include "tile/softmax_sm90.cuh"
 #include "tile/tail.cuh"
 
 namespace cuflash {
@@ -218,8 +218,7 @@ struct ForwardSm90 {
           smem.k_ring.release(at);
           smem.bias.release(at);
         }
-        for_each_dropped(dropout, s, q_first + first_row, tile * kTileKv,
-                         [&](int m, int n, int i) { s.x[m][n][i] = 0.f; });
+        drop(dropout, s, q_first + first_row, tile * kTileKv);
         if (!Config::kPingPong) finish_before();
         pack_operand<Element>(weights, s);
         if (grew && !first) rescale_output(out, softmax.rescale);

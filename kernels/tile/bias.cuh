@@ -36,7 +36,7 @@ CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<Element, kRows, kCo
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const Element* pair = reinterpret_cast<const Element*>(&pairs[i / 2]);
-      s.x[0][n + i / 4][i % 4] += to_accumulator(pair[i % 2]);
+      s.at(i / 2 % 2, n + i / 4, i % 2) += to_accumulator(pair[i % 2]);
     }
   }
 }
@@ -47,11 +47,11 @@ CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<float, kRows, kCols
 #pragma unroll
   for (int n = 0; n < kCols / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const int my_row = row + (kOneRow ? 0 : row_of(lane, i));
-      const Pair pair = *reinterpret_cast<const Pair*>(tile.at(my_row, n * 8 + col_of(lane, 0)));
-      s.x[0][n][i] += pair.x[0];
-      s.x[0][n][i + 1] += pair.x[1];
+    for (int r = 0; r < 2; ++r) {
+      const int my_row = row + (kOneRow ? 0 : row_of(lane, r));
+      const Pair pair = *reinterpret_cast<const Pair*>(tile.at(my_row, col_of(lane, n, 0)));
+      s.at(r, n, 0) += pair.x[0];
+      s.at(r, n, 1) += pair.x[1];
     }
   }
 }

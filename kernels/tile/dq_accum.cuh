@@ -38,7 +38,7 @@ struct DqAccum {
   template <class F>
   CF_DEVICE static void for_each(Share& share, float* tile, F&& f) {
     float* address = tile + ptx::thread_index();
-    share.for_each(0, [&](float& x, int, int) {
+    share.for_each([&](float& x) {
       f(x, address);
       address += kThreads;
     });

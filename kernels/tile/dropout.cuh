@@ -7,41 +7,38 @@
 
 namespace cuflash {
 
-// f(m, n, i) for every element of a fragment for which keep(row, column) is false. 32 decisions are made in a loop and
+// f(r, n, i) for every element of a fragment for which keep(row, column) is false. 32 decisions are made in a loop and
 // applied after it: their random numbers in line for every element would take longer to compile than all the rest.
 template <class Fragment, class Keep, class F>
-CF_DEVICE void for_each_not_kept(Fragment&, const Keep& keep, F&& f) {
+CF_DEVICE void for_each_not_kept(const Keep& keep, F&& f) {
   const int lane = ptx::lane_index();
-  constexpr int kElements = Fragment::kM * Fragment::kN * 4;
 #pragma unroll
-  for (int first = 0; first < kElements; first += 32) {
+  for (int first = 0; first < Fragment::kElements; first += 32) {
     uint32 kept = 0;
 #pragma unroll 1
-    for (int e = first; e < min_of(first + 32, kElements); ++e) {
-      const int m = e / 4 / Fragment::kN, n = e / 4 % Fragment::kN;
-      kept |= static_cast<uint32>(keep(m * 16 + row_of(lane, e % 4), n * 8 + col_of(lane, e % 4))) << e % 32;
+    for (int e = first; e < min_of(first + 32, Fragment::kElements); ++e) {
+      const int r = Fragment::row_number(e), n = Fragment::block_number(e);
+      kept |= static_cast<uint32>(keep(row_of(lane, r), col_of(lane, n, e % 2))) << e % 32;
     }
 #pragma unroll
-    for (int e = first; e < min_of(first + 32, kElements); ++e) {
-      if (!(kept >> e % 32 & 1u)) f(e / 4 / Fragment::kN, e / 4 % Fragment::kN, e % 4);
+    for (int e = first; e < min_of(first + 32, Fragment::kElements); ++e) {
+      if (!(kept >> e % 32 & 1u)) f(Fragment::row_number(e), Fragment::block_number(e), e % 2);
     }
   }
 }
 
-// f(m, n, i) for every dropped element of a fragment whose rows are queries from q on and columns are keys from kv on.
-template <class Dropout, class Fragment, class F>
-CF_DEVICE void for_each_dropped(const Dropout& dropout, Fragment& fragment, int q, int kv, F&& f) {
-  for_each_not_kept(fragment, [&](int row, int col) { return dropout.keep(q + row, kv + col); }, f);
+// Zeroes every dropped element of a fragment whose rows are queries from q on and columns are keys from kv on.
+template <class Dropout, class Fragment>
+CF_DEVICE void drop(const Dropout& dropout, Fragment& fragment, int q, int kv) {
+  for_each_not_kept<Fragment>([&](int row, int col) { return dropout.keep(q + row, kv + col); },
+                              [&](int r, int n, int i) { fragment.at(r, n, i) = 0.f; });
 }
-
-template <class Fragment, class F>
-CF_DEVICE void for_each_dropped(const NoDropout&, Fragment&, int, int, F&&) {}
-template <class Fragment, class F>
-CF_DEVICE void for_each_dropped_transposed(const NoDropout&, Fragment&, int, int, F&&) {}
+template <class Fragment>
+CF_DEVICE void drop(const NoDropout&, Fragment&, int, int) {}
 
 // ByteDropout was made for this layout: the lane's own call decides its 16 elements of 16 rows x 32 columns.
-template <class Fragment, class F>
-CF_DEVICE void for_each_dropped(const ByteDropout& dropout, Fragment&, int q, int kv, F&& f) {
+template <class Fragment>
+CF_DEVICE void drop(const ByteDropout& dropout, Fragment& fragment, int q, int kv) {
   static_assert(Fragment::kN % 4 == 0);
 #pragma unroll
   for (int m = 0; m < Fragment::kM; ++m) {
@@ -51,24 +48,30 @@ CF_DEVICE void for_each_dropped(const ByteDropout& dropout, Fragment&, int q, in
 #pragma unroll
       for (int block = 0; block < 4; ++block) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (!dropout.keeps(random.word[block], i)) f(m, n + block, i);
+        for (int byte = 0; byte < 4; ++byte) {
+          if (!dropout.keeps(random.word[block], byte)) fragment.at(m * 2 + byte / 2, n + block, byte % 2) = 0.f;
         }
       }
     }
   }
 }
 
-// The same for a transposed fragment, whose rows are keys and columns are queries.
-template <class Dropout, class Fragment, class F>
-CF_DEVICE void for_each_dropped_transposed(const Dropout& dropout, Fragment& fragment, int q, int kv, F&& f) {
-  for_each_not_kept(fragment, [&](int row, int col) { return dropout.keep(q + col, kv + row); }, f);
+// The elements that are kept of a transposed fragment, whose rows are keys from kv on and columns are queries from q on.
+template <class Fragment, class Dropout>
+CF_DEVICE ElementSet<Fragment> kept_transposed(const Dropout& dropout, int q, int kv) {
+  ElementSet<Fragment> kept;
+  for_each_not_kept<Fragment>([&](int row, int col) { return dropout.keep(q + col, kv + row); },
+                              [&](int r, int n, int i) { kept.remove(r, n, i); });
+  return kept;
 }
+template <class Fragment>
+CF_DEVICE ElementSet<Fragment> kept_transposed(const NoDropout&, int, int) { return {}; }
 
 // Each lane draws the call of its own number and fetches what its transposed elements need from eight others.
-template <class Fragment, class F>
-CF_DEVICE void for_each_dropped_transposed(const ByteDropout& dropout, Fragment&, int q, int kv, F&& f) {
+template <class Fragment>
+CF_DEVICE ElementSet<Fragment> kept_transposed(const ByteDropout& dropout, int q, int kv) {
   const int lane = ptx::lane_index();
+  ElementSet<Fragment> kept;
 #pragma unroll
   for (int m = 0; m < Fragment::kM; ++m) {
     const int half = (kv / 16 + m) % 2;  // of the 32 keys that share calls
@@ -76,16 +79,19 @@ CF_DEVICE void for_each_dropped_transposed(const ByteDropout& dropout, Fragment&
     for (int n = 0; n < Fragment::kN; n += 2) {
       const Philox random = dropout.draw(q + n * 8, kv + m * 16, lane);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32 word = random.at(2 * half + i / 2);
-        const uint32 fetched = ptx::shuffle(word, lane % 4 * 8 + i % 2 * 4 + lane / 8);
+      for (int corner = 0; corner < 4; ++corner) {
+        const uint32 word = random.at(2 * half + corner / 2);
+        const uint32 fetched = ptx::shuffle(word, lane % 4 * 8 + corner % 2 * 4 + lane / 8);
 #pragma unroll
         for (int q_half = 0; q_half < 2; ++q_half) {
-          if (!dropout.keeps(fetched, 2 * q_half + lane / 4 % 2)) f(m, n + q_half, i);
+          if (!dropout.keeps(fetched, 2 * q_half + lane / 4 % 2)) {
+            kept.remove(m * 2 + corner / 2, n + q_half, corner % 2);
+          }
         }
       }
     }
   }
+  return kept;
 }
 
 }  // namespace cuflash

@@ -66,7 +66,7 @@ CF_DEVICE void store_operand(Tile& tile, int first_row, int lane, const Operand<
     for (int k = 0; k < kK / 16; ++k) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = first_row + m * 16 + row_of(lane, i % 2 * 2), col = k * 16 + i / 2 * 8 + col_of(lane, 0);
+        const int row = first_row + row_of(lane, m * 2 + i % 2), col = col_of(lane, k * 2 + i / 2, 0);
         *reinterpret_cast<uint32*>(tile.at(row, col)) = operand.x[m][k][i];
       }
     }

@@ -21,8 +21,9 @@ UNIT = r"""
 #define EXPORT extern "C" __attribute__((visibility("default")))
 using namespace cuflash;
 
-EXPORT int row(int lane, int i) { return row_of(lane, i); }
-EXPORT int col(int lane, int i) { return col_of(lane, i); }
+// Of element i of a lane's registers.
+EXPORT int row(int lane, int i) { return row_of(lane, i / 2); }
+EXPORT int col(int lane, int i) { return col_of(lane, 0, i % 2); }
 
 enum Product { kAbt, kAb, kAtb, kAbtUnpadded };
 
@@ -120,6 +121,26 @@ void round_trip(const void* params) {
   for (int i = lane; i < 32 * 64; i += 32) out.stored[i] = *tile.at(16 + i / 64, i % 64);
 }
 
+// Of lane 0's elements in order: (r, n, i), where `at` has them among the registers, their numbers, and r and n of those.
+// Returns how often a set of elements is wrong about one.
+EXPORT int element_numbers(int* out) {
+  using F = Fragment<32, 48>;
+  F f;
+  int wrong = 0;
+  F::for_each_index([&](int r, int n, int i) {
+    const int number = F::number_of(r, n, i);
+    const int values[] = {r, n, i, static_cast<int>(&f.at(r, n, i) - f.x[0][0]), number, F::row_number(number),
+                          F::block_number(number)};
+    for (int value : values) *out++ = value;
+    ElementSet<F> others;
+    others.remove(r, n, i);
+    F::for_each_index([&](int r2, int n2, int i2) {
+      wrong += others.has(r2, n2, i2) == (r2 == r && n2 == n && i2 == i);
+    });
+  });
+  return wrong;
+}
+
 EXPORT const char* fragment_round_trip(float* by_at, fp16* stored) {
   const RoundTrip arguments{by_at, stored};
   return host::launch(round_trip, &arguments, 1, 32, 48 * 72 * 2, 0);
@@ -156,6 +177,17 @@ def test_fragment_views_agree() -> None:
     expected = np.arange(32 * 64).reshape(32, 64)
     np.testing.assert_array_equal(by_at, expected)
     np.testing.assert_array_equal(stored, expected)
+
+
+def test_elements_are_numbered_as_registers_are() -> None:
+    numbers = np.full((48, 7), -1, np.int32)
+    assert unit().element_numbers(pointer(numbers)) == 0
+    r, n, i, register, number, row_number, block_number = numbers.T
+    assert set(zip(r.tolist(), n.tolist(), i.tolist(), strict=True)) == set(np.ndindex(4, 6, 2))
+    for same in (register, number):
+        np.testing.assert_array_equal(same, np.arange(48))
+    np.testing.assert_array_equal(row_number, r)
+    np.testing.assert_array_equal(block_number, n)
 
 
 def multiply(kind: int, cols: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
