@@ -20,6 +20,7 @@ namespace cuflash {
 // Where rows of a head of a sequence go: query 0, and the strides to other queries and heads.
 template <class Config>
 struct WholeRows {
+  static constexpr bool kWhole = true;
   using Element = typename Config::Element;
   using Real = Accumulator<Element>;
   using Sequence = typename Config::Sequence;
@@ -43,6 +44,7 @@ struct WholeRows {
 // like query tiles of one row. Each split writes every query of its sequence; where l is 0, out is of no use.
 template <class Config>
 struct PartRows {
+  static constexpr bool kWhole = false;
   using Real = Accumulator<typename Config::Element>;
   using Sequence = typename Config::Sequence;
 

@@ -73,38 +73,35 @@ struct ForwardSm80 {
           rows[r].l += p;
         }
       }
-#pragma unroll
-      for (int n = 0; n < Output::kN; ++n) {
-        out.at(r, n, 0) *= rescale;
-        out.at(r, n, 1) *= rescale;
-      }
+      scale_row(out, r, rescale);
     }
   }
 
-  // Row number r of this lane times a factor. Whole rows go through Q's memory: the loop's last barrier came after
-  // every warp's last Q K^T. Parts of rows, which are floats, stay where they are.
-  CF_DEVICE static void scale_row(const Element*, SmemPlan& smem, int row, Output& out, int r, float factor) {
+  // Whole rows leave through Q's memory, in the element type: the loop's last barrier came after every warp's last
+  // Q K^T. Row number r of this lane, which is `row` of the tile, times a factor; then the warp's rows, all of them there.
+  CF_DEVICE static void stage_row(SmemPlan& smem, int row, Output& out, int r, float factor) {
 #pragma unroll
     for (int n = 0; n < Output::kN; ++n) {
-      *reinterpret_cast<uint32*>(smem.out.at(row, n * 8 + ptx::lane_index() % 4 * 2)) =
+      *reinterpret_cast<uint32*>(smem.out.at(row, col_of(ptx::lane_index(), n, 0))) =
           ptx::pack<Element>(out.at(r, n, 0) * factor, out.at(r, n, 1) * factor);
     }
   }
-  CF_DEVICE static void scale_row(const float*, SmemPlan&, int /*row*/, Output& out, int r, float factor) {
+  template <class OutRows>
+  CF_DEVICE static void store_staged(const OutRows& rows, SmemPlan& smem, int warp_row) {
+    ptx::sync_warp();
+    store_tile<kWarpRows, kDimV, kBytes, 32>(rows, Config::kDimV, smem.out, warp_row, ptx::lane_index());
+  }
+
+  // Parts of rows, which are floats, go from the registers.
+  CF_DEVICE static void scale_row(Output& out, int r, float factor) {
 #pragma unroll
     for (int n = 0; n < Output::kN; ++n) {
       out.at(r, n, 0) *= factor;
       out.at(r, n, 1) *= factor;
     }
   }
-
-  // A warp's scaled rows to global memory.
-  template <template <class> class To>
-  CF_DEVICE static void store_rows(const To<Element>& rows, SmemPlan& smem, int warp_row, Output&) {
-    store_tile<kWarpRows, kDimV, kBytes, 32>(rows, Config::kDimV, smem.out, warp_row, ptx::lane_index());
-  }
-  template <template <class> class To>
-  CF_DEVICE static void store_rows(const To<float>& rows, SmemPlan&, int /*warp_row*/, Output& out) {
+  template <class OutRows>
+  CF_DEVICE static void store_parts(const OutRows& rows, Output& out) {
     out.for_each(ptx::lane_index(), [&](float x, int row, int col) {
       if (row < rows.count && col < Config::kDimV) rows.data[rows.offset(row) + col] = x;
     });
@@ -193,14 +190,21 @@ struct ForwardSm80 {
       const float rescale = Config::Sink::close(rows[r], a, head, score.unit());
       const float factor = rescale * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a));
       const int row = warp_row + row_of(lane, r);
-      scale_row(g_out, smem, row, out, r, factor);
+      if constexpr (Results::kWhole) {
+        stage_row(smem, row, out, r, factor);
+      } else {
+        scale_row(out, r, factor);
+      }
       if (lane % 4 == 0 && row < q_rows) {
         Results::close(p, first_number + numbers.offset(row), rows[r], score.unit());
       }
     }
-    ptx::sync_warp();
-    store_rows(rows_at(heads, g_out, Results::out_stride(p), q_first + warp_row, q_rows - warp_row), smem, warp_row,
-               out);
+    const auto rows_out = rows_at(heads, g_out, Results::out_stride(p), q_first + warp_row, q_rows - warp_row);
+    if constexpr (Results::kWhole) {
+      store_staged(rows_out, smem, warp_row);
+    } else {
+      store_parts(rows_out, out);
+    }
   }
 };
 

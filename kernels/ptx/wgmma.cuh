@@ -1,4 +1,4 @@
-// wgmma: the tensor-core product of a warpgroup, C (64 x kN, float) += A (64 x 16) * B (16 x kN), asynchronous.
+// wgmma: the tensor-core product of a warpgroup, C (64 x kN, float) += A (64 x kWgmmaDepth) B, asynchronous.
 //
 // Registers hold C as the 16-row accumulators of four warps one below the other, blocks of 8 columns side by side
 // (tile/fragment.cuh). Operands in shared memory lie in swizzled rows of 128 bytes (tile/shared.cuh) and are named by
@@ -9,6 +9,10 @@
 #include "element.cuh"
 
 namespace cuflash::ptx {
+
+// Columns of A, and rows of B, that a product takes: as many as 32 bytes have elements.
+template <class Element>
+constexpr int kWgmmaDepth = 32 / sizeof(Element);
 
 // Orders this warpgroup's register accesses before its next products.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions-wgmma-fence

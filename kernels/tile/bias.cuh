@@ -62,7 +62,7 @@ struct LoadedBias {
   struct Buffers {
     using Tile = SwizzledTile<Element, kOneRow ? 8 : kTileQ, kTileKv>;
     using Cursor = RingCursor<kStages>;
-    static constexpr int kBytes = Tile::kChunks * (kOneRow ? 1 : kTileQ) * 128;
+    static constexpr int kBytes = Tile::kChunks * (kOneRow ? 1 : kTileQ) * Tile::kRowBytes;
 
     Tile tiles[kStages];
     Ring<kStages> ring;

@@ -1,4 +1,4 @@
-// Copies of whole tiles by TMA, one box for every chunk of 64 columns. Called by one thread.
+// Copies of whole tiles by TMA, one box for every chunk of columns. Called by one thread.
 //
 // Part of a box may lie outside its tensor, but not all of it: for such a box an H200 touches the first element of the map,
 // which for a ragged map is nobody's memory, and faults.
@@ -16,7 +16,7 @@ template <class Tile>
 CF_DEVICE void load_boxes(Tile& tile, const TensorMap& map, const BoxOrigin& at, uint32 barrier) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    ptx::tma_load(tile.base() + chunk * Tile::kChunkBytes, map, chunk * 64, at.x1, at.x2, at.x3, barrier);
+    ptx::tma_load(tile.base() + chunk * Tile::kChunkBytes, map, chunk * Tile::kChunkCols, at.x1, at.x2, at.x3, barrier);
   }
 }
 
@@ -24,7 +24,7 @@ template <class Tile>
 CF_DEVICE void store_boxes(const TensorMap& map, const BoxOrigin& at, Tile& tile) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    ptx::tma_store(map, chunk * 64, at.x1, at.x2, at.x3, tile.base() + chunk * Tile::kChunkBytes);
+    ptx::tma_store(map, chunk * Tile::kChunkCols, at.x1, at.x2, at.x3, tile.base() + chunk * Tile::kChunkBytes);
   }
 }
 

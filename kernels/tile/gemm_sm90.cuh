@@ -20,9 +20,9 @@ CF_DEVICE void issue_abt(Fragment<16, kN>& c, TileA& a, TileB* tiles, int number
   static_assert(TileA::kRows == 64 && TileB::kRows == kN && TileA::kCols == TileB::kCols);
   const uint64 a_descriptor = ptx::wgmma_descriptor(a.base(), 0), b_descriptor = tile_descriptor(tiles, number, 0);
 #pragma unroll
-  for (int k = 0; k < TileA::kCols; k += 16) {
-    ptx::wgmma_abt<Element>(c.x[0], ptx::advance_descriptor(a_descriptor, k / 64 * TileA::kChunkBytes + k % 64 * 2),
-                            ptx::advance_descriptor(b_descriptor, k / 64 * TileB::kChunkBytes + k % 64 * 2), k > 0);
+  for (int k = 0; k < TileA::kCols; k += ptx::kWgmmaDepth<Element>) {
+    ptx::wgmma_abt<Element>(c.x[0], ptx::advance_descriptor(a_descriptor, TileA::bytes_to_col(k)),
+                            ptx::advance_descriptor(b_descriptor, TileB::bytes_to_col(k)), k > 0);
   }
 }
 
@@ -30,10 +30,12 @@ CF_DEVICE void issue_abt(Fragment<16, kN>& c, TileA& a, TileB* tiles, int number
 template <class Element, int kN, int kK, class TileB>
 CF_DEVICE void issue_ab(Fragment<16, kN>& c, const Operand<16, kK>& a, TileB* tiles, int number) {
   static_assert(TileB::kRows == kK && TileB::kCols == kN);
+  constexpr int kDepth = ptx::kWgmmaDepth<Element>;
   const uint64 b_descriptor = tile_descriptor(tiles, number, TileB::kChunkBytes);
 #pragma unroll
-  for (int k = 0; k < kK; k += 16) {
-    ptx::wgmma_ab<Element>(c.x[0], a.x[0][k / 16], ptx::advance_descriptor(b_descriptor, k * 128), true);
+  for (int k = 0; k < kK; k += kDepth) {
+    ptx::wgmma_ab<Element>(c.x[0], a.x[0][k / kDepth], ptx::advance_descriptor(b_descriptor, TileB::bytes_to_row(k)),
+                           true);
   }
 }
 

@@ -27,12 +27,20 @@ template <class Element, int kRows_, int kCols_>
 struct alignas(1024) SwizzledTile {
   static_assert(kRows_ % 8 == 0 && kCols_ % 16 == 0);
   static constexpr int kRows = kRows_, kCols = kCols_;
-  static constexpr int kUnit = 16 / sizeof(Element), kChunkCols = 8 * kUnit;
-  static constexpr int kChunks = cdiv(kCols, kChunkCols), kChunkBytes = kRows * 128;
+  static constexpr int kUnit = 16 / sizeof(Element), kChunkCols = 8 * kUnit, kRowBytes = 128;
+  static constexpr int kChunks = cdiv(kCols, kChunkCols), kChunkBytes = kRows * kRowBytes;
 
   Element data[kChunks * kRows * kChunkCols];
 
   CF_DEVICE uint32 base() { return ptx::smem_u32(data); }
+
+  // Bytes from the base to where the matrix of rows from `row` on, or of columns from `col` on, begins for wgmma, which
+  // permutes by address; col is a multiple of what a product takes.
+  CF_DEVICE static constexpr int bytes_to_row(int row) { return row * kRowBytes; }
+  CF_DEVICE static constexpr int bytes_to_col(int col) {
+    return col / kChunkCols * kChunkBytes + col % kChunkCols * int(sizeof(Element));
+  }
+
   CF_DEVICE uint32 address(int row, int col) { return behind(base(), row, col); }
   CF_DEVICE Element* at(int row, int col) {
     return reinterpret_cast<Element*>(reinterpret_cast<char*>(data) + behind(0, row, col));
@@ -40,7 +48,7 @@ struct alignas(1024) SwizzledTile {
 
  private:
   CF_DEVICE static uint32 behind(uint32 start, int row, int col) {
-    return start + col / kChunkCols * kChunkBytes + row * 128 + (col % kChunkCols / kUnit ^ row % 8) * 16 +
+    return start + col / kChunkCols * kChunkBytes + row * kRowBytes + (col % kChunkCols / kUnit ^ row % 8) * 16 +
            col % kUnit * sizeof(Element);
   }
 };

@@ -121,7 +121,7 @@ void round_trip(const void* params) {
   for (int i = lane; i < 32 * 64; i += 32) out.stored[i] = *tile.at(16 + i / 64, i % 64);
 }
 
-// Of lane 0's elements in order: (r, n, i), where `at` has them among the registers, their numbers, and r and n of those.
+// Of lane 0's elements in order: (r, n, i), where `at` has them among the registers, their numbers, r and n of those.
 // Returns how often a set of elements is wrong about one.
 EXPORT int element_numbers(int* out) {
   using F = Fragment<32, 48>;

@@ -39,6 +39,9 @@ void wait_for_products(void* const* lanes, int pending);
 
 namespace cuflash::ptx {
 
+template <class Element>
+constexpr int kWgmmaDepth = 32 / sizeof(Element);
+
 void wgmma_fence();
 void wgmma_commit();
 
