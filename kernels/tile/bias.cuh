@@ -65,7 +65,7 @@ struct LoadedBias {
     static constexpr int kBytes = Tile::kChunks * (kOneRow ? 1 : kTileQ) * Tile::kRowBytes;
 
     Tile tiles[kStages];
-    Ring<kStages> ring;
+    Ring<kStages> ring;  // the writer is one thread, the readers are warps
 
     CF_DEVICE void init(int warps) { ring.init(warps); }
 

@@ -29,9 +29,10 @@ template <int kStages>
 struct Ring {
   using Cursor = RingCursor<kStages>;
 
-  uint64 full[kStages];   // phase completes when a buffer's bytes have come
-  uint64 empty[kStages];  // phase completes when all readers are done with it
+  uint64 full[kStages];   // 1 arrives, the writer, and the bytes that it announced: the buffer may be read
+  uint64 empty[kStages];  // `readers` arrive, each once it is done with the buffer: it may be written
 
+  // Readers are warps or warpgroups, one thread of each arriving for it. Called by one thread.
   CF_DEVICE void init(int readers) {
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(ptx::smem_u32(&full[stage]), 1);
@@ -68,7 +69,7 @@ struct WorkRing {
   using Slots = Ring<2>;
   using Cursor = Slots::Cursor;
 
-  Slots ring;
+  Slots ring;  // the writer is one thread, the readers are warps
   Work works[2];
 
   CF_DEVICE void put(const Cursor& at, const Work& work) {
