@@ -153,6 +153,120 @@ EXPORT const char* multiply(bool half, bool transposed, int n, const uint64* a_m
 }
 """
 
+SHARED_PRODUCTS = r"""
+// One warpgroup: C [64 x kN] = A [64 x 64] B (64 x kN), both in shared memory, twice.
+template <class Element, int kN>
+struct SharedProductSmem {
+  SwizzledTile<Element, 64, 64> a;
+  SwizzledTile<Element, 64, kN> b;
+  uint64 barrier;
+};
+
+template <class Element, int kN>
+void shared_product(const void* params) {
+  const ProductArguments& p = *static_cast<const ProductArguments*>(params);
+  using Smem = SharedProductSmem<Element, kN>;
+  Smem& smem = *reinterpret_cast<Smem*>(ptx::dynamic_smem());
+  const int lane = ptx::lane_index(), first_row = ptx::warp_index() * 16;
+  const uint32 barrier = ptx::smem_u32(&smem.barrier);
+  if (ptx::thread_index() == 0) {
+    ptx::mbarrier_init(barrier, 1);
+    ptx::fence_mbarrier_init();
+    ptx::mbarrier_arrive_expect_tx(barrier, sizeof smem.a + sizeof smem.b);
+    load_boxes(smem.a, p.a, BoxOrigin{0, 0, 0}, barrier);
+    load_boxes(smem.b, p.b, BoxOrigin{0, 0, 0}, barrier);
+  }
+  ptx::sync_threads();
+  ptx::mbarrier_wait(barrier, 0);
+  const uint64 a = ptx::wgmma_descriptor(smem.a.base(), 0);
+  const uint64 b = ptx::wgmma_descriptor(smem.b.base(), smem.b.kChunkBytes);
+  Fragment<16, kN> c;
+  ptx::wgmma_fence();
+  for (int time = 0; time < 2; ++time) {
+    for (int k = 0; k < 64; k += ptx::kWgmmaDepth<Element>) {
+      ptx::wgmma_ab<Element>(c.x[0], ptx::advance_descriptor(a, smem.a.bytes_to_col(k)),
+                             ptx::advance_descriptor(b, smem.b.bytes_to_row(k)), time > 0 || k > 0);
+    }
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  c.for_each(lane, [&](float x, int row, int col) { p.c[(first_row + row) * kN + col] = x; });
+}
+
+template <class Element>
+const char* multiply_shared_as(int n, const ProductArguments& p, unsigned seed) {
+  switch (n) {
+#define SHARED_CASE(kN)                                                                                          \
+  case kN: return host::launch(shared_product<Element, kN>, &p, 1, 128, sizeof(SharedProductSmem<Element, kN>), seed);
+    SHARED_CASE(16) SHARED_CASE(64) SHARED_CASE(80) SHARED_CASE(128)
+  }
+  return "no such kN";
+}
+
+EXPORT const char* multiply_shared(bool half, int n, const uint64* a_map, const uint64* b_map, float* c,
+                                   unsigned seed) {
+  const ProductArguments p{map_of(a_map), map_of(b_map), nullptr, c};
+  return half ? multiply_shared_as<fp16>(n, p, seed) : multiply_shared_as<bf16>(n, p, seed);
+}
+"""
+
+STORES = r"""
+// One warp: a 16 x 16 accumulator to a tile, as it is or transposed.
+struct StoredArguments { bool transposed; uint16* stored; };
+
+void store_matrices(const void* params) {
+  const StoredArguments& p = *static_cast<const StoredArguments*>(params);
+  using Tile = SharedTile<fp16, 16, 16>;
+  Tile& tile = *reinterpret_cast<Tile*>(ptx::dynamic_smem());
+  const int lane = ptx::lane_index();
+  uint32 packed[4];
+  for (int i = 0; i < 4; ++i) {
+    const int number = row_of(lane, i % 2) * 16 + col_of(lane, i / 2, 0);
+    packed[i] = number | number + 1 << 16;
+  }
+  if (p.transposed) {
+    ptx::stmatrix_x4_trans(tile.address(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8), packed);
+  } else {
+    ptx::stmatrix_x4(tile.address(lane % 16, lane / 16 * 8), packed);
+  }
+  ptx::sync_warp();
+  for (int i = lane; i < 256; i += 32) p.stored[i] = tile.at(i / 16, i % 16)->bits;
+}
+
+EXPORT const char* stored_matrices(bool transposed, uint16* stored, int* conflicts) {
+  const StoredArguments p{transposed, stored};
+  const char* error = host::launch(store_matrices, &p, 1, 32, sizeof(SharedTile<fp16, 16, 16>), 0);
+  *conflicts = static_cast<int>(host::block.bank_conflicts);
+  return error;
+}
+
+// 64 threads: neighbouring floats by a bulk copy, and each added four to a sum.
+struct SumArguments { const float* in; int count; float* sum; };
+
+void sum_bulk(const void* params) {
+  const SumArguments& p = *static_cast<const SumArguments*>(params);
+  char* const smem = ptx::dynamic_smem();
+  float* const values = reinterpret_cast<float*>(smem + 16);
+  const uint32 barrier = ptx::smem_u32(smem);
+  if (ptx::thread_index() == 0) {
+    ptx::mbarrier_init(barrier, 1);
+    ptx::fence_mbarrier_init();
+    ptx::mbarrier_arrive_expect_tx(barrier, p.count * 4);
+    ptx::bulk_load(ptx::smem_u32(values), p.in, p.count * 4, barrier);
+  }
+  ptx::sync_threads();
+  ptx::mbarrier_wait(barrier, 0);
+  for (int i = ptx::thread_index() * 4; i < p.count; i += 256) {
+    ptx::red_add_x4(p.sum + i, {values[i], values[i + 1], values[i + 2], values[i + 3]});
+  }
+}
+
+EXPORT const char* sum_of_bulk(const float* in, int count, float* sum, unsigned seed) {
+  const SumArguments p{in, count, sum};
+  return host::launch(sum_bulk, &p, 2, 64, 16 + count * 4, seed);
+}
+"""
+
 STEPS = (
     "init_fence", "init_barrier", "lower", "raise", "wait_empty", "expect", "load", "wait_full", "turn", "wgmma_fence",
     "commit", "commit_last", "wgmma_wait", "wgmma_wait_last", "pass_turn", "release", "wait_read", "barrier_before_out",
@@ -301,6 +415,22 @@ FAULTS = {
     "the lanes of a warp come to named barriers [12] and [12]": "ptx::sync_named(1 + thread % 2, 128);",
     "lower_registers of thread [0-9]+: from 24 to 32": "ptx::lower_registers<24>(); ptx::lower_registers<32>();",
     "the warps of warpgroup 0 have unequal registers": "if (thread < 64) ptx::lower_registers<40>();",
+    "bulk_load: mbarrier 8192 lacks fence_mbarrier_init": (
+        "if (thread == 0) ptx::mbarrier_init(barrier, 1), ptx::bulk_load(0, &p, 16, barrier);"
+    ),
+    "bulk_load: shared 8 is not a multiple of 16": (
+        "init(1); if (thread == 0) ptx::bulk_load(8, reinterpret_cast<void*>(64), 16, barrier);"
+    ),
+    "bulk_load of 24 bytes": "init(1); if (thread == 0) ptx::bulk_load(0, &p, 24, barrier);",
+    "bulk_load: an address is not a multiple of 16": (
+        "init(1); if (thread == 0) ptx::bulk_load(0, reinterpret_cast<void*>(72), 16, barrier);"
+    ),
+    "bulk_load of 8208 bytes at 16: beyond shared memory": (
+        "init(1); if (thread == 0) ptx::bulk_load(16, reinterpret_cast<void*>(64), 8208, barrier);"
+    ),
+    "red_add_x4: an address is not a multiple of 16": (
+        "float sums[8] = {}; ptx::red_add_x4(sums + (reinterpret_cast<size_t>(sums) % 16 == 0), {1.f, 1.f, 1.f, 1.f});"
+    ),
     "stmatrix: row address 8 is not a multiple of 16": "uint32 r[4] = {}; ptx::stmatrix_x4(8 + lane * 16, r);",
     "wgmma meets bytes at [0-9]+ that lack their writer's fence_proxy_async": (
         "uint32 r[4] = {}; ptx::stmatrix_x4(lane * 16, r); ptx::sync_threads(); multiply(); ptx::wgmma_wait<0>();"
@@ -367,8 +497,11 @@ EXPORT const char* run_faulty(const uint64* map, int number, unsigned seed) {
 
 @cache
 def unit() -> ctypes.CDLL:
-    library = build("".join((INCLUDES, COPIES, PRODUCTS, PIPELINE, FAULTY)))
-    for name in ("load_box", "store_box", "multiply", "run_pipeline", "run_faulty"):
+    library = build("".join((INCLUDES, COPIES, PRODUCTS, SHARED_PRODUCTS, STORES, PIPELINE, FAULTY)))
+    for name in (
+        *("load_box", "store_box", "multiply", "multiply_shared", "stored_matrices", "sum_of_bulk"),
+        *("run_pipeline", "run_faulty"),
+    ):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 
@@ -477,6 +610,44 @@ def test_products(dtype: type, transposed: bool, n: int) -> None:
         error = unit().multiply(dtype is np.float16, transposed, n, *map(pointer, maps), pointer(a), pointer(c), seed)
         assert error is None, error
         np.testing.assert_allclose(c, exact, rtol=0, atol=1e-6 * np.abs(exact).max() * 16)
+
+
+@pytest.mark.parametrize("n", [16, 64, 80, 128])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["fp16", "bf16"])
+def test_products_of_operands_in_shared_memory(dtype: type, n: int) -> None:
+    rng = np.random.default_rng(n)
+    a, b = rng.standard_normal((64, 64)).astype(dtype), rng.standard_normal((64, n)).astype(dtype)
+    exact = 2 * a.astype(np.float64) @ b.astype(np.float64)
+    maps = [map_of(x, (64, 64)) for x in (a, b)]
+    for seed in range(4):
+        c = np.full((64, n), np.nan, np.float32)
+        error = unit().multiply_shared(dtype is np.float16, n, *map(pointer, maps), pointer(c), seed)
+        assert error is None, error
+        np.testing.assert_allclose(c, exact, rtol=0, atol=1e-6 * np.abs(exact).max() * 16)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_are_stored_as_they_are_or_transposed(transposed: bool) -> None:
+    stored, conflicts = np.full((16, 16), 2**16 - 1, np.uint16), c_int()
+    assert unit().stored_matrices(transposed, pointer(stored), ctypes.byref(conflicts)) is None
+    expected = np.arange(256).reshape(16, 16)
+    np.testing.assert_array_equal(stored, expected.T if transposed else expected)
+    assert conflicts.value == 0
+
+
+@pytest.mark.parametrize("count", [4, 252, 256, 1000])
+def test_bulk_loads_and_sums_of_four(count: int) -> None:
+    rng = np.random.default_rng(count)
+    memory = rng.integers(-99, 99, 2 * count + 8).astype(np.float32)  # every sum is exact
+    start = -memory.ctypes.data // 4 % 4  # floats to a multiple of 16 bytes
+    values, sums = memory[start : start + count], memory[start + count : start + 2 * count]
+    expected = memory.copy()
+    expected[start + count : start + 2 * count] += 2 * values  # by each of two blocks
+    for seed in range(4):
+        before = sums.copy()
+        assert unit().sum_of_bulk(pointer(values), count, pointer(sums), seed) is None
+        np.testing.assert_array_equal(memory, expected)
+        sums[...] = before
 
 
 ITEMS = 9

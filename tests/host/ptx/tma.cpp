@@ -1,5 +1,7 @@
 #include "ptx/tma.cuh"
 
+#include <functional>
+
 #include "async_proxy.hpp"
 #include "block.hpp"
 #include "ptx/mbarrier.cuh"
@@ -31,16 +33,11 @@ struct Tensor {
   int box_bytes() const { return static_cast<int>(128 * box[1] * box[2] * box[3]); }
 };
 
-// A box under way.
-struct Transfer {
-  int thread;         // that started it
-  Mbarrier* barrier;  // that a load completes; null: a store
-  bool committed;     // a store in a group
+// A box of a tensor, and where it lies in shared memory.
+struct Box {
   Tensor tensor;
-  int at[4];          // coordinates of the box
+  int at[4];
   uint32 shared;
-
-  const char* name() const { return barrier ? "tma_load" : "tma_store"; }
 
   // For such a box hardware touches the map's first element, be it there or not.
   bool misses() const {
@@ -50,20 +47,19 @@ struct Transfer {
     return false;
   }
 
-  void run() const {
+  void copy(bool to_shared) const {
     char row[128];
     uint32 row_address = shared;
     for_each_row([&](char* global, size_t first, size_t bytes) {
       memset(row, 0, 128);
-      if (barrier) memcpy(row + first, global, bytes);
+      if (to_shared) memcpy(row + first, global, bytes);
       for (int unit = 0; unit < 128; unit += 16) {
         char* const place = block.smem + swizzled(row_address + unit);
-        barrier ? memcpy(place, row + unit, 16) : memcpy(row + unit, place, 16);
+        to_shared ? memcpy(place, row + unit, 16) : memcpy(row + unit, place, 16);
       }
-      if (!barrier) memcpy(global, row + first, bytes);
+      if (!to_shared) memcpy(global, row + first, bytes);
       row_address += 128;
     });
-    if (barrier) barrier->complete(tensor.box_bytes());
   }
 
  private:
@@ -86,6 +82,22 @@ struct Transfer {
   bool has(int axis, int64 x) const { return x >= 0 && x < tensor.dim[axis]; }
 };
 
+// A copy under way.
+struct Transfer {
+  const char* name;
+  int thread;         // that started it
+  Mbarrier* barrier;  // that a load completes; null: a store
+  bool committed;     // a store in a group
+  uint32 shared;
+  int bytes, alignment;
+  std::function<void()> copy;
+
+  void run() const {
+    copy();
+    if (barrier) barrier->complete(bytes);
+  }
+};
+
 struct CopyEngine {
   struct Stores {
     int started, committed;  // that the thread has not waited for
@@ -102,23 +114,26 @@ struct CopyEngine {
   }
 
   void add(const Transfer& transfer) {
-    const int64 bytes = transfer.tensor.box_bytes(), first = transfer.shared;
-    const char* const name = transfer.name();
-    if (first % Block::kSmemAlignment != 0) fail("%s: shared %lld is not a multiple of 1024", name, first);
+    const int64 bytes = transfer.bytes, first = transfer.shared;
+    const char* const name = transfer.name;
+    if (first % transfer.alignment != 0) fail("%s: shared %lld is not a multiple of %d", name, first, transfer.alignment);
     if (first + bytes > block.smem_bytes) fail("%s of %lld bytes at %lld: beyond shared memory", name, bytes, first);
     for (int64 address = first; address < first + bytes; address += 16) async_proxy.check(name, address);
-    if (transfer.misses()) fail("%s: the box lies wholly outside the tensor", name);
     if (transfer.barrier) {
       for (const Transfer& other : transfers) {
-        if (first < other.shared + other.tensor.box_bytes() && other.shared < first + bytes) {
-          fail("tma_load by thread %d to %lld, where a %s by thread %d is under way", transfer.thread, first,
-               other.name(), other.thread);
+        if (first < other.shared + other.bytes && other.shared < first + bytes) {
+          fail("%s by thread %d to %lld, where a %s by thread %d is under way", name, transfer.thread, first, other.name,
+               other.thread);
         }
       }
       memset(block.smem + first, 0xff, bytes);
     }
     transfers.push_back(transfer);
     pause();
+  }
+  void add(const char* name, Mbarrier* barrier, const Box& box) {
+    add({name, block.current->index, barrier, false, box.shared, box.tensor.box_bytes(), Block::kSmemAlignment,
+         [=] { box.copy(barrier != nullptr); }});
   }
 
   bool work() {
@@ -139,7 +154,7 @@ struct CopyEngine {
   // Nothing may touch the shared memory of a block that has ended.
   void end() const {
     for (const Transfer& transfer : transfers) {
-      if (transfer.barrier) fail("the block ended while a tma_load by thread %d was under way", transfer.thread);
+      if (transfer.barrier) fail("the block ended while a %s by thread %d was under way", transfer.name, transfer.thread);
     }
     for (const Thread& thread : block.threads) {
       const Stores& left = stores[thread.index];
@@ -158,17 +173,35 @@ static const Register kCopyEngine{
 
 namespace cuflash::ptx {
 
+static host::Mbarrier& barrier_of_load(const char* who, uint32 barrier) {
+  host::Mbarrier& known = host::mbarrier_at(who, barrier);
+  if (!known.fenced) host::fail("%s: mbarrier %u lacks fence_mbarrier_init", who, barrier);
+  return known;
+}
+
+static host::Box box_of(const char* who, const TensorMap& map, const int (&at)[4], uint32 shared) {
+  const host::Box box{host::Tensor(who, map), {at[0], at[1], at[2], at[3]}, shared};
+  if (box.misses()) host::fail("%s: the box lies wholly outside the tensor", who);
+  return box;
+}
+
 void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier) {
-  host::Mbarrier& known = host::mbarrier_at("tma_load", barrier);
-  if (!known.fenced) host::fail("tma_load: mbarrier %u lacks fence_mbarrier_init", barrier);
-  const int thread = host::block.current->index;
-  host::copy_engine.add({thread, &known, false, host::Tensor("tma_load", map), {x0, x1, x2, x3}, shared});
+  host::Mbarrier& known = barrier_of_load("tma_load", barrier);
+  host::copy_engine.add("tma_load", &known, box_of("tma_load", map, {x0, x1, x2, x3}, shared));
+}
+
+void bulk_load(uint32 shared, const void* global, int bytes, uint32 barrier) {
+  host::Mbarrier& known = barrier_of_load("bulk_load", barrier);
+  if (bytes <= 0 || bytes % 16 != 0) host::fail("bulk_load of %d bytes", bytes);
+  if (reinterpret_cast<size_t>(global) % 16 != 0) host::fail("bulk_load: an address is not a multiple of 16");
+  const auto copy = [=] { memcpy(host::block.smem + shared, global, bytes); };
+  host::copy_engine.add({"bulk_load", host::block.current->index, &known, false, shared, bytes, 16, copy});
 }
 
 void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, uint32 shared) {
-  const int thread = host::block.current->index;
-  ++host::copy_engine.stores[thread].started;
-  host::copy_engine.add({thread, nullptr, false, host::Tensor("tma_store", map), {x0, x1, x2, x3}, shared});
+  const host::Box box = box_of("tma_store", map, {x0, x1, x2, x3}, shared);
+  ++host::copy_engine.stores[host::block.current->index].started;
+  host::copy_engine.add("tma_store", nullptr, box);
 }
 
 void tma_store_commit() {

@@ -11,6 +11,7 @@
 namespace cuflash::ptx {
 
 void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier);
+void bulk_load(uint32 shared, const void* global, int bytes, uint32 barrier);
 void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, uint32 shared);
 void tma_store_commit();
 void tma_store_wait_read();

@@ -216,24 +216,28 @@ void multiply(const Product& product) {
   constexpr int kRowBytes = 128, kChunk = 64, kMostColumns = 256;  // columns of a row, of a product
   const int n = product.whole.n;
   float a[16][16], b[16][kMostColumns];
-  if constexpr (kForm == Form::kAbt) {
-    const Descriptor a_matrix(product.whole.a, 32), b_matrix(product.whole.b, 32);
-    for (int row = 0; row < 16; ++row) {
-      const uint32 address = a_matrix.start + (product.quarter * 16 + row) * kRowBytes;
-      for (int k = 0; k < 16; k += 8) read_eight<Element>(&a[row][k], 1, address + k * 2);
-    }
-    for (int col = 0; col < n; ++col) {
-      const uint32 address = b_matrix.start + col * kRowBytes;
-      for (int k = 0; k < 16; k += 8) read_eight<Element>(&b[k][col], kMostColumns, address + k * 2);
-    }
-  } else {
-    const Descriptor b_matrix(product.whole.b, 128);
+  if constexpr (kForm == Form::kAbFromRegisters) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 8; ++i) {
         const uint32 bits = product.a_values[lane][i / 2] >> i % 2 * 16 & 0xffff;
         a[row_of(lane, i)][col_of(lane, i)] = ptx::floats<Element>()[bits];
       }
     }
+  } else {
+    const Descriptor a_matrix(product.whole.a, 32);
+    for (int row = 0; row < 16; ++row) {
+      const uint32 address = a_matrix.start + (product.quarter * 16 + row) * kRowBytes;
+      for (int k = 0; k < 16; k += 8) read_eight<Element>(&a[row][k], 1, address + k * 2);
+    }
+  }
+  if constexpr (kForm == Form::kAbt) {
+    const Descriptor b_matrix(product.whole.b, 32);
+    for (int col = 0; col < n; ++col) {
+      const uint32 address = b_matrix.start + col * kRowBytes;
+      for (int k = 0; k < 16; k += 8) read_eight<Element>(&b[k][col], kMostColumns, address + k * 2);
+    }
+  } else {
+    const Descriptor b_matrix(product.whole.b, 128);
     for (int k = 0; k < 16; ++k) {
       for (int col = 0; col < n; col += 8) {
         const uint32 address = b_matrix.start + col / kChunk * b_matrix.chunk_bytes + k * kRowBytes;
@@ -252,8 +256,10 @@ void multiply(const Product& product) {
 
 template void multiply<fp16, Form::kAbt>(const Product&);
 template void multiply<fp16, Form::kAb>(const Product&);
+template void multiply<fp16, Form::kAbFromRegisters>(const Product&);
 template void multiply<bf16, Form::kAbt>(const Product&);
 template void multiply<bf16, Form::kAb>(const Product&);
+template void multiply<bf16, Form::kAbFromRegisters>(const Product&);
 
 void issue(void* const* lanes, void (*multiply)(const Product&), int n) {
   const WgmmaOperands& first = *static_cast<const WgmmaOperands*>(lanes[0]);

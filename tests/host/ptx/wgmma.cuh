@@ -10,7 +10,8 @@
 
 namespace cuflash::host {
 
-enum class Form { kAbt, kAb };
+// Which operand lies where, by the name of the product: A and B^T in rows of shared memory, A and B, or B alone.
+enum class Form { kAbt, kAb, kAbFromRegisters };
 
 // What a lane brings to a product.
 struct WgmmaOperands {
@@ -26,8 +27,10 @@ template <class Element, Form kForm>
 void multiply(const struct Product& product);
 extern template void multiply<fp16, Form::kAbt>(const Product&);
 extern template void multiply<fp16, Form::kAb>(const Product&);
+extern template void multiply<fp16, Form::kAbFromRegisters>(const Product&);
 extern template void multiply<bf16, Form::kAbt>(const Product&);
 extern template void multiply<bf16, Form::kAb>(const Product&);
+extern template void multiply<bf16, Form::kAbFromRegisters>(const Product&);
 
 // Starts a warp's part of a product with n columns.
 void issue(void* const* lanes, void (*multiply)(const Product&), int n);
@@ -81,9 +84,15 @@ void wgmma_abt(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
 }
 
 template <class Element, int kBlocks>
+void wgmma_ab(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
+  host::WgmmaOperands operands{c[0], a, nullptr, b, accumulate};
+  host::execute(Wgmma<Element, kBlocks * 8, host::Form::kAb>::kInstruction, &operands);
+}
+
+template <class Element, int kBlocks>
 void wgmma_ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, bool accumulate) {
   host::WgmmaOperands operands{c[0], 0, a, b, accumulate};
-  host::execute(Wgmma<Element, kBlocks * 8, host::Form::kAb>::kInstruction, &operands);
+  host::execute(Wgmma<Element, kBlocks * 8, host::Form::kAbFromRegisters>::kInstruction, &operands);
 }
 
 }  // namespace cuflash::ptx
