@@ -127,6 +127,14 @@ def test_row_kernels_are_shared_between_variants() -> None:
     assert len(seen["bwd_simt_dq"]) == len(seen["bwd_simt_dkdv"]) == 4 * 3
 
 
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+def test_a_sink_is_a_kernel_more_and_changes_no_other_gradient(family: str) -> None:
+    problem = replace(BASE, direction="backward", bias=dtypes.BF16, bias_grad=True)
+    plain, sink = (choose(replace(problem, sink=sink), named("h100"), family).steps for sink in (False, True))
+    assert sink[: len(plain)] == plain
+    assert [step.kernel for step in sink[len(plain) :]] == ["bwd_sink"]
+
+
 def test_number_of_variants() -> None:
     """What one dtype and head size can compile to in all, over every mask, score, layout and reduction."""
     variants = set()
