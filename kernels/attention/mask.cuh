@@ -31,8 +31,8 @@ struct Tiles {
 // Query q sees keys [q + off - left, q + off + right], cut to the sequence; an unbounded side costs nothing.
 template <bool kLeft, bool kRight>
 struct BandMask {
-  // Whether kv_tiles begins at 0 with tiles that need no test, whether it ends with one alone that may need it, and whether
-  // none can do without.
+  // Whether kv_tiles begins at 0 with tiles that need no test, whether it ends with one alone that may need it, and
+  // whether none can do without.
   static constexpr bool kFullFromStart = !kLeft;
   static constexpr bool kFullToEnd = !kRight;
   static constexpr bool kNoneFull = false;

@@ -38,8 +38,8 @@ CF_DEVICE Work section_work(int index, int tiles, int heads, int num_heads, int 
 
 constexpr Work kNoWork{-1, 0, 0};
 
-// The work with a number, which must not fall from call to call: packed sequences come one after the other, each with as
-// many tiles as it is long.
+// The work with a number, which must not fall from call to call: packed sequences come one after the other, each with
+// as many tiles as it is long.
 template <class Sequence>
 struct Works {
   int batch = 0;

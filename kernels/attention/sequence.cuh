@@ -59,8 +59,9 @@ struct VarlenSequence {
   CF_DEVICE int64 q_offset(const Strides& stride) const { return start_q * stride.row; }
   CF_DEVICE int64 kv_offset(const Strides& stride) const { return start_kv * stride.row; }
 
-  // The same in a ragged TensorMap (dim, row, end, head), whose rows lie `total` before the tensor's: row r of a sequence
-  // that ends at `end` and takes part with `len` rows is (total - len + r, end), and rows past `len` are outside.
+  // The same in a ragged TensorMap (dim, row, end, head), whose rows lie `total` before the tensor's: row r of a
+  // sequence that ends at `end` and takes part with `len` rows is (total - len + r, end), and rows past `len` are
+  // outside.
   CF_DEVICE BoxOrigin q_box(const Attention& a, int row, int head) const {
     return {a.total_q - len_q + row, start_q + len_q, head};
   }
@@ -81,7 +82,8 @@ struct PagedSequence : VarlenSequence {
   CF_DEVICE int64 kv_offset(const Strides&) const { return 0; }
 };
 
-// Elements from the base of a tensor of queries, or of anything that is numbered like them, to a head's row 0 of a sequence.
+// Elements from the base of a tensor of queries, or of anything that is numbered like them, to a head's row 0 of a
+// sequence.
 template <class Sequence>
 CF_DEVICE int64 query_offset(const Strides& stride, const Sequence& sequence, int head) {
   return sequence.q_offset(stride) + head * stride.head;

@@ -21,8 +21,8 @@ struct alignas(2 * sizeof(Real)) RowState {
   // p of a score, exact for the largest whatever its size.
   CF_DEVICE Real weight(Real x, Real log2_unit) const { return exp2((x - m) * log2_unit); }
 
-  // The same in one multiply-add a score, exp2(x * log2_unit - shift), errs by what rounding the shift does. Of a far row
-  // m must be taken off the scores first, and the shift is 0: there that would show, or the shift is no float.
+  // The same in one multiply-add a score, exp2(x * log2_unit - shift), errs by what rounding the shift does. Of a far
+  // row m must be taken off the scores first, and the shift is 0: there that would show, or the shift is no float.
   CF_DEVICE Real shift(Real log2_unit) const { return m * log2_unit; }
   CF_DEVICE static bool is_far(Real shift) { return !(abs_of(shift) <= Real(1024)); }
 

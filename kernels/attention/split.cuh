@@ -2,8 +2,8 @@
 //
 //              kv tiles ->
 //           +----+----+----+----+----+    NoSplit: one block walks all of them and writes out and lse.
-//    q tile |    0    |    1    | 2  |    KeySplits: as many blocks as there are splits share the query tile. Each walks
-//           +----+----+----+----+----+    neighbours, near-equal numbers of them, and finds a part of each row;
+//    q tile |    0    |    1    | 2  |    KeySplits: as many blocks as there are splits share the query tile. Each
+//           +----+----+----+----+----+    walks neighbours, near-equal numbers of them, and finds a part of each row;
 //                                         forward/combine.cuh merges the parts in the order of the splits.
 //
 // A part is what the row would be if its keys were all there are: out divided by its own sum, and its RowState to merge
@@ -40,8 +40,8 @@ struct WholeRows {
   CF_DEVICE static Strides lse_stride(const FwdParams& p) { return {0, 1, p.lse_stride.head}; }
 };
 
-// Where parts of rows go: [num_splits, rows, heads_q] of dim_v numbers and a RowState, in accumulator type, rows numbered
-// like query tiles of one row. Each split writes every query of its sequence; where l is 0, out is of no use.
+// Where parts of rows go: [num_splits, rows, heads_q] of dim_v numbers and a RowState, in accumulator type, rows
+// numbered like query tiles of one row. Each split writes every query of its sequence; where l is 0, out is of no use.
 template <class Config>
 struct PartRows {
   static constexpr bool kWhole = false;

@@ -1,5 +1,5 @@
-// Gradient of the sink logits: dsink = -sum over rows of p * delta, p = exp(sink - lse). A block sums one head in a fixed
-// order.
+// Gradient of the sink logits: dsink = -sum over rows of p * delta, p = exp(sink - lse). A block sums one head in a
+// fixed order.
 #pragma once
 
 #include "attention/sequence.cuh"

@@ -4,9 +4,9 @@
 //   dV = P^T dO,   dK = scale * dS^T Q,   dQ = scale * dS K
 //
 //              q tiles of every head of the group ->
-//            +----+----+----+     One block owns one kv tile of one kv head and walks the q tiles that can see it. Scores
-//   kv tile  |####|####|##\ |     are computed transposed, S^T = K Q^T: each warp owns whole key rows, so P^T and dS^T
-//            +----+----+----+     are already the A operands of dV and dK and never leave the registers.
+//            +----+----+----+     One block owns one kv tile of one kv head and walks the q tiles that can see it.
+//   kv tile  |####|####|##\ |     Scores are computed transposed, S^T = K Q^T: each warp owns whole key rows, so P^T
+//            +----+----+----+     and dS^T are already the A operands of dV and dK and never leave the registers.
 //
 //   load_kv, load_q(first)
 //   for each q tile:   load_q(next) | S^T = K Q^T | dP^T = V dO^T | P, dS | dV += P^T dO | dK += dS^T Q | reduce_dq
@@ -14,7 +14,8 @@
 //
 // Only dQ mixes key rows of different warps: dS^T passes through shared memory, and the block adds its share to an fp32
 // accumulator in global memory. A group's query heads are summed here in fp32. With kDimSplits > 1 several blocks share
-// the columns of one tile's dK, dV and dQ share, each recomputing the scores: what 256 columns need to fit in registers.
+// the columns of one tile's dK, dV and dQ share, each recomputing the scores: what 256 columns need to fit in
+// registers.
 #pragma once
 
 #include "attention/gradient.cuh"

@@ -3,8 +3,8 @@
 //   out = softmax(score(Q K^T)) V,   lse = log sum exp
 //
 //              kv tiles ->
-//           +----+----+----+      One block owns one q tile of one head and walks the kv tiles its mask can let through,
-//    q tile |####|####|##\ |      keeping Q in shared memory and S, P and out in registers. Each warp owns
+//           +----+----+----+      One block owns one q tile of one head and walks the kv tiles its mask can let
+//    q tile |####|####|##\ |      through, keeping Q in shared memory and S, P and out in registers. Each warp owns
 //           +----+----+----+      kTileQ / kWarps whole rows, so softmax needs shuffles inside four lanes only.
 //
 //   load_q, load_k(first)
@@ -78,7 +78,8 @@ struct ForwardSm80 {
   }
 
   // Whole rows leave through Q's memory, in the element type: the loop's last barrier came after every warp's last
-  // Q K^T. Row number r of this lane, which is `row` of the tile, times a factor; then the warp's rows, all of them there.
+  // Q K^T. Row number r of this lane, which is `row` of the tile, times a factor; then the warp's rows, once all are
+  // there.
   CF_DEVICE static void stage_row(SmemPlan& smem, int row, Output& out, int r, float factor) {
 #pragma unroll
     for (int n = 0; n < Output::kN; ++n) {

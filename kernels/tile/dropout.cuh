@@ -56,7 +56,7 @@ CF_DEVICE void drop(const ByteDropout& dropout, Fragment& fragment, int q, int k
   }
 }
 
-// The elements that are kept of a transposed fragment, whose rows are keys from kv on and columns are queries from q on.
+// The elements that are kept of a transposed fragment, whose rows are keys from kv on and columns queries from q on.
 template <class Fragment, class Dropout>
 CF_DEVICE ElementSet<Fragment> kept_transposed(const Dropout& dropout, int q, int kv) {
   ElementSet<Fragment> kept;

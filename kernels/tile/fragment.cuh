@@ -6,8 +6,8 @@
 //     row g + 8    x[2]  x[3]                                 rows 0-7   [0]     [2]
 //                                                             rows 8-15  [1]     [3]
 //
-// An element is number (r, n, i) of its lane: the lane's row number r, every eighth row of the fragment; block n of eight
-// columns; and i of the two neighbours in it. Only products and what feeds them see the registers themselves.
+// An element is number (r, n, i) of its lane: the lane's row number r, every eighth row of the fragment; block n of
+// eight columns; and i of the two neighbours in it. Only products and what feeds them see the registers themselves.
 //
 // Two accumulators side by side are one A operand after packing: probabilities never leave the registers.
 #pragma once

@@ -8,10 +8,11 @@
 
 namespace cuflash {
 
-// Row and column of the 8x8 block whose row address this lane supplies to ldmatrix, for the two orders in use.
-CF_DEVICE int down_first_row() { return ptx::lane_index() % 16; }      // blocks (0,0) (8,0) (0,8) (8,8)
+// Row and column of the 8x8 block whose row address this lane supplies to ldmatrix, for the two orders in use: blocks
+// (0,0) (8,0) (0,8) (8,8), and (0,0) (0,8) (8,0) (8,8).
+CF_DEVICE int down_first_row() { return ptx::lane_index() % 16; }
 CF_DEVICE int down_first_col() { return ptx::lane_index() / 16 * 8; }
-CF_DEVICE int across_first_row() { return ptx::lane_index() / 16 * 8 + ptx::lane_index() % 8; }  // (0,0) (0,8) (8,0) (8,8)
+CF_DEVICE int across_first_row() { return ptx::lane_index() / 16 * 8 + ptx::lane_index() % 8; }
 CF_DEVICE int across_first_col() { return ptx::lane_index() / 8 % 2 * 8; }
 
 // C += A B^T with A [M x K] and B [N x K], both row-major in shared memory; A starts at row `a_row`, B at row `b_row`.

@@ -1,11 +1,11 @@
 // Online softmax of a warp's 16 rows in registers that takes exponentials first and looks afterwards.
 //
 // Algorithm 1 of Dao et al. 2022 looks for the largest score of a tile, then takes exponentials relative to it. Any
-// reference serves as long as nothing overflows and the probabilities that matter do not round: a key that outweighs the
-// rest of its row must have probability 1, which 16 bits hold exactly. So this takes exponentials relative to a reference
-// from tiles before, and looks at their sums, which are needed anyway: in most tiles nothing else is to be done. A tile
-// that outweighs what its row has so far makes its own largest score the reference. If probabilities are infinite, the
-// tile's scores are computed again and looked at first.
+// reference serves as long as nothing overflows and the probabilities that matter do not round: a key that outweighs
+// the rest of its row must have probability 1, which 16 bits hold exactly. So this takes exponentials relative to a
+// reference from tiles before, and looks at their sums, which are needed anyway: in most tiles nothing else is to be
+// done. A tile that outweighs what its row has so far makes its own largest score the reference. If probabilities are
+// infinite, the tile's scores are computed again and looked at first.
 #pragma once
 
 #include "attention/softmax.cuh"
@@ -60,8 +60,8 @@ struct WarpSoftmax {
     return grew;
   }
 
-  // The same for rows that have one, the answer in `grew`. False if probabilities overflowed, or rows are far: the scores
-  // must be computed again and looked at first.
+  // The same for rows that have one, the answer in `grew`. False if probabilities overflowed, or rows are far: the
+  // scores must be computed again and looked at first.
   template <int kCols>
   CF_DEVICE bool look_after(Fragment<16, kCols>& s, bool& grew) {
     float sum[2];

@@ -21,7 +21,8 @@ struct Stmatrix {
         if (address % 16 != 0) host::fail("stmatrix: row address %u is not a multiple of 16", address);
         if (int64(address) + 16 > host::block.smem_bytes) host::fail("stmatrix beyond shared memory");
         for (int col = 0; col < 8; ++col) {
-          const int holder = kTransposed ? col * 4 + row / 2 : row * 4 + col / 2, half = kTransposed ? row % 2 : col % 2;
+          const int holder = kTransposed ? col * 4 + row / 2 : row * 4 + col / 2;
+          const int half = (kTransposed ? row : col) % 2;
           const uint16 element = static_cast<uint16>(at(holder).r[matrix] >> half * 16);
           memcpy(host::block.smem + address + col * 2, &element, 2);
           host::async_proxy.note_write(host::executing_warp() * 32 + holder, address);

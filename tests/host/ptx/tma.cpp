@@ -116,14 +116,16 @@ struct CopyEngine {
   void add(const Transfer& transfer) {
     const int64 bytes = transfer.bytes, first = transfer.shared;
     const char* const name = transfer.name;
-    if (first % transfer.alignment != 0) fail("%s: shared %lld is not a multiple of %d", name, first, transfer.alignment);
+    if (first % transfer.alignment != 0) {
+      fail("%s: shared %lld is not a multiple of %d", name, first, transfer.alignment);
+    }
     if (first + bytes > block.smem_bytes) fail("%s of %lld bytes at %lld: beyond shared memory", name, bytes, first);
     for (int64 address = first; address < first + bytes; address += 16) async_proxy.check(name, address);
     if (transfer.barrier) {
       for (const Transfer& other : transfers) {
         if (first < other.shared + other.bytes && other.shared < first + bytes) {
-          fail("%s by thread %d to %lld, where a %s by thread %d is under way", name, transfer.thread, first, other.name,
-               other.thread);
+          fail("%s by thread %d to %lld, where a %s by thread %d is under way", name, transfer.thread, first,
+               other.name, other.thread);
         }
       }
       memset(block.smem + first, 0xff, bytes);
@@ -154,7 +156,8 @@ struct CopyEngine {
   // Nothing may touch the shared memory of a block that has ended.
   void end() const {
     for (const Transfer& transfer : transfers) {
-      if (transfer.barrier) fail("the block ended while a %s by thread %d was under way", transfer.name, transfer.thread);
+      if (!transfer.barrier) continue;
+      fail("the block ended while a %s by thread %d was under way", transfer.name, transfer.thread);
     }
     for (const Thread& thread : block.threads) {
       const Stores& left = stores[thread.index];
