@@ -84,10 +84,10 @@ def _operands(problem: Problem, rows: int, cols: int) -> int:
     return (rows + cols) * (staged_cols + 16 // size) * size
 
 
-def _bias_config(problem: Problem) -> CopyConfig:
-    """The config of ``backward/bias_simt.cuh``, which recomputes dS for each element of the bias."""
+def _bias_step(problem: Problem) -> tuple[Step, ...]:
+    """The launch of ``backward/bias_simt.cuh``, which recomputes dS for each element of the bias, where wanted."""
     edge, size = 64, problem.dtype.accumulator.itemsize
-    return CopyConfig(
+    config = CopyConfig(
         **policies.policies(problem),
         tile_q=edge,
         tile_kv=edge,
@@ -95,6 +95,7 @@ def _bias_config(problem: Problem) -> CopyConfig:
         smem_bytes=_operands(problem, edge, edge) + edge * (edge + 1) * size,
         copy_bytes=policies.copy_bytes(problem),
     )
+    return steps.bias_step(problem, "bwd_bias_simt", config)
 
 
 def _forward(problem: Problem, device: Device) -> Plan:
@@ -117,7 +118,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         steps.delta_step(problem),
         Step("bwd_simt_dkdv", "BwdParams", dkdv, key_blocks(problem, dkdv.tile_kv)),
         Step("bwd_simt_dq", "BwdParams", dq, query_blocks(problem, dq.tile_q)),
-        *steps.bias_step(problem, "bwd_bias_simt", _bias_config(problem)),
+        *_bias_step(problem),
         *steps.sink_step(problem),
     )
     return Plan(problem, device, "simt", launches, steps.row_workspaces(problem), reason)

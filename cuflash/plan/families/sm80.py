@@ -161,14 +161,14 @@ def _backward_smem(problem: Problem, tile_q: int, tile_kv: int, threads: int, st
     return _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v) + _shared_tile(tile_kv, tile_q) + stages * stage
 
 
-def _bias_config(problem: Problem) -> CopyConfig:
-    """The config of ``backward/bias.cuh``, which recomputes dS for each element of the bias.
+def bias_step(problem: Problem) -> tuple[Step, ...]:
+    """The launch of ``backward/bias.cuh``, which recomputes dS for each element of the bias, where that is wanted.
 
     Its tile is a square that fits every architecture.
     """
     dim_qk, dim_v = _rounded(problem)
     edge = 64 if max(dim_qk, dim_v) <= 128 else 32
-    return CopyConfig(
+    config = CopyConfig(
         **policies.policies(problem),
         tile_q=edge,
         tile_kv=edge,
@@ -176,6 +176,7 @@ def _bias_config(problem: Problem) -> CopyConfig:
         smem_bytes=2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + edge * (edge + 1) * 4,
         copy_bytes=policies.copy_bytes(problem),
     )
+    return steps.bias_step(problem, "bwd_bias_sm80", config)
 
 
 def _backward(problem: Problem, device: Device) -> Plan:
@@ -196,7 +197,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         steps.delta_step(problem),
         Step("bwd_sm80", "BwdParams", config, blocks),
         Step("bwd_convert", "BwdParams", convert, query_blocks(problem, config.tile_q)),
-        *steps.bias_step(problem, "bwd_bias_sm80", _bias_config(problem)),
+        *bias_step(problem),
         *steps.sink_step(problem),
     )
     return Plan(problem, device, "sm80", launches, _backward_workspaces(problem, config, columns), reason)
