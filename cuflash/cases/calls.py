@@ -19,8 +19,8 @@ def of(case: Case, inputs: Inputs) -> Call:
     run_forward, run_backward = _held_to_family(case, inputs) if case.family else _public(case, inputs)
     if case.problem.direction == "forward":
         return run_forward
-    found = dict(zip(("out", "lse", "rng_state"), run_forward(), strict=False))
-    return lambda: run_backward(dout=inputs.dout, **found)
+    computed = dict(zip(("out", "lse", "rng_state"), run_forward(), strict=False))
+    return lambda: run_backward(dout=inputs.dout, dlse=inputs.dlse, **computed)
 
 
 def results(case: Case) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tup
     gradients = chosen._replace(deterministic=case.problem.deterministic, bias_grad=case.problem.bias_grad)
     return (
         lambda: forward(chosen, **shared, generator=inputs.rng_state),
-        lambda **given: _given(backward(gradients, **shared, **given)),
+        lambda **computed: _without_none(backward(gradients, **shared, **computed)),
     )
 
 
@@ -95,10 +95,10 @@ def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array
     gradients = {"deterministic": problem.deterministic, "bias_grad": problem.bias_grad}
     return (
         lambda: function(**shared, **drawn, return_lse=True),
-        lambda **given: _given(cuflash.flash_attn_backward(**shared, **gradients, **given)),
+        lambda **computed: _without_none(cuflash.flash_attn_backward(**shared, **gradients, **computed)),
     )
 
 
-def _given(gradients: tuple[Array | None, ...]) -> tuple[Array, ...]:
+def _without_none(gradients: tuple[Array | None, ...]) -> tuple[Array, ...]:
     """Without the gradients that were not asked for."""
     return tuple(x for x in gradients if x is not None)

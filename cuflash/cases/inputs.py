@@ -41,6 +41,8 @@ class Inputs:
     """Philox seed and offset of dropout."""
     block_table: Array | None = None
     """(b, max_pages) int32: the pages of each sequence, and behind them numbers of none."""
+    dlse: Array | None = None
+    """Upstream gradient of the log-sum-exp, in its shape; None where it has none."""
 
 
 class Normals:
@@ -161,6 +163,25 @@ def places(case: Case, table: np.ndarray) -> Iterator[tuple[slice, tuple[np.ndar
         yield slice(start, start + len_kv), (table[b, page], row)
 
 
+def taking_part(case: Case, side: str, table: np.ndarray | None) -> np.ndarray:
+    """Which rows of "q" or "kv" belong to a sequence that uses them: (total,), or (page, row), booleans."""
+    problem = case.problem
+    if side == "kv" and table is not None:
+        live = np.zeros((problem.total_kv // problem.page_size, problem.page_size), bool)
+        for _, at in places(case, table):
+            live[at] = True
+        return live
+    lens, used, total = (
+        (case.lens_q, case.seqused_q, problem.total_q)
+        if side == "q"
+        else (case.lens_kv, case.seqused_kv, problem.total_kv)
+    )
+    live = np.zeros(total, bool)
+    for start, count in zip(accumulate(lens, initial=0), used or lens, strict=False):
+        live[start : start + count] = True
+    return live
+
+
 def _paged(case: Case, table: np.ndarray, packed: np.ndarray) -> np.ndarray:
     """Packed keys or values in pages, with NaN in every row that holds none."""
     size = case.problem.page_size
@@ -168,18 +189,6 @@ def _paged(case: Case, table: np.ndarray, packed: np.ndarray) -> np.ndarray:
     for rows, at in places(case, table):
         pages[at] = packed[rows]
     return pages
-
-
-def packed_kv(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values in host memory, dense or packed: those in pages gathered."""
-    k, v = host(inputs.k), host(inputs.v)
-    if not case.problem.page_size:
-        return k, v
-    gathered = [np.zeros((sum(case.lens_kv), *pages.shape[2:]), pages.dtype) for pages in (k, v)]
-    for rows, at in places(case, host(inputs.block_table)):
-        for packed, pages in zip(gathered, (k, v), strict=True):
-            packed[rows] = pages[at]
-    return gathered[0], gathered[1]
 
 
 def host(x: Array | None) -> np.ndarray | None:

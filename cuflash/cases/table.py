@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from cuflash.device import Device, named
+from cuflash.dropout import Dropout
 from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
@@ -52,6 +53,11 @@ class Case:
     def pages(self) -> list[int]:
         """How many pages each sequence's keys take."""
         return [-(-len_kv // self.problem.page_size) for _, len_kv in self.sequences]
+
+    def dropout(self, unbiased: bool = False) -> Dropout | None:
+        """What happens to probabilities after the softmax."""
+        scheme = self.problem.dropout
+        return Dropout(self.dropout_p, scheme, unbiased) if scheme else None
 
     def turned(self, direction: Direction) -> Case:
         """The same case in the other direction; the forward of a backward case does not split keys."""

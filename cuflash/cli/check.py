@@ -19,7 +19,7 @@ from cuflash.cli.console import Seconds, console, followed, show, table
 from cuflash.cli.problem import has_gpu
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.verify.soak import Job
-from cuflash.verify.verify import verify
+from cuflash.verify.verdict import verdicts
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 """Tools of compute-sanitizer that find errors of kernels."""
@@ -28,7 +28,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 @click.command(
     "check",
     short_help="Run cases and compare every result with exact attention.",
-    help="""Run cases and compare every output with the same computation in float64; status 1 if one is too far off.
+    help="""Run cases and compare every output with naive attention in float64; status 1 if one is too far off.
 
     CASE is an id, a part of ids, a glob, or 'smoke'; all cases if not given. A result may be twice as far from the
     exact answer as the naive formula in the same element type, plus a few roundings. Runs the kernels where there is a
@@ -94,7 +94,7 @@ def command(
 def _lines(case: Case, normals: Normals) -> list[tuple[tuple[str, ...], bool]]:
     """Table lines of a case, each with whether it passed."""
     try:
-        verdicts = verify(case, make(case, normals))
+        judged = verdicts(case, make(case, normals))
     except UnsupportedProblem as error:
         return [((case.id, "", "", "", "", f"not run: {str(error).splitlines()[0]}"), True)]
     return [
@@ -109,7 +109,7 @@ def _lines(case: Case, normals: Normals) -> list[tuple[tuple[str, ...], bool]]:
             ),
             v.passed,
         )
-        for v in verdicts
+        for v in judged
     ]
 
 

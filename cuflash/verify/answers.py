@@ -1,4 +1,4 @@
-"""What a draw should give: the naive formula on all sequences at once, padded to the longest; on NumPy or CuPy."""
+"""What a case should give: the naive formula on all sequences at once, padded to the longest; on NumPy or CuPy."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash.cases.inputs import Array, places
-from cuflash.dtypes import FP64, DType
+from cuflash.cases.inputs import Array, Inputs, host, places, taking_part
+from cuflash.cases.table import Case
+from cuflash.dropout import Dropout
+from cuflash.dtypes import FP64
 from cuflash.reference.dropout import philox_words
-from cuflash.verify.draws import Draw
-from cuflash.verify.naive import Extras, Naive
-from cuflash.verify.surroundings import Surrounded
+from cuflash.verify.naive import Extras, Naive, within
 
 _LOW = 2**32 - 1
 
@@ -38,6 +38,33 @@ class Answer(NamedTuple):
     """What no error may exceed, whatever the naive one is."""
 
 
+class Computed(NamedTuple):
+    """What a formula makes of a case."""
+
+    outputs: dict[str, Array]
+    """By name, shaped as calls return them."""
+    terms: dict[str, Array]
+    """Of ``dbias`` and ``dsink``, which are sums over pairs or rows, by name: the addends."""
+
+
+class _Part(NamedTuple):
+    """Sequences that are computed at once, and how much of their padding is."""
+
+    batch: slice
+    len_q: int
+    len_kv: int
+
+    def of(self, x: Array, *lengths: int) -> Array:
+        """The part's own of a (batch, heads, ...) array whose next axes have these lengths; size 1 stands for all."""
+        slices = self.batch, slice(None), *map(slice, lengths)
+        return x[tuple(slice(None) if size == 1 else own for size, own in zip(x.shape, slices, strict=False))]
+
+    def lengths(self, result: str) -> tuple[int, ...]:
+        """How long a result is behind its axes of batch and heads, as far as that depends on the part."""
+        keys = (self.len_kv,)
+        return {"dk": keys, "dv": keys, "ds": (self.len_q, self.len_kv)}.get(result, (self.len_q,))
+
+
 class _Rows(NamedTuple):
     """Where padded rows are in a tensor, and the other way round."""
 
@@ -54,32 +81,39 @@ class _Rows(NamedTuple):
 
 
 class Answers:
-    """The results of a draw in any element type, on the device that its arrays are on.
+    """The results of a case in any element type, on the device that its arrays are on.
 
+    What rows and pages of no sequence hold, NaN too, is not looked at. A GPU computes all sequences at once, the host
+    one after the other, each as long as it is.
     Padded tensors are (batch, heads, rows, dim); what the padding holds is 0, and no pair with it is visible. There is
     at least one row and one key, as CuPy has no maximum of nothing.
     """
 
-    def __init__(self, draw: Draw, arrays: Surrounded, xp: Any) -> None:
-        self._draw, self._problem, self._arrays, self._xp = draw, draw.case.problem, arrays, xp
-        case, problem = draw.case, draw.case.problem
+    def __init__(self, case: Case, inputs: Inputs, xp: Any, unbiased_dropout: bool = False) -> None:
+        self._case, self._problem, self._inputs, self._xp = case, case.problem, inputs, xp
+        problem = case.problem
+        self._table = host(inputs.block_table)
         lens = np.array(case.sequences, np.int64).reshape(problem.batch, 2)
         self._len_q, self._len_kv = max(problem.len_q, 1), max(problem.len_kv, 1)
+        self._whole = _Part(slice(0, problem.batch), self._len_q, self._len_kv)
+        single = [_Part(slice(b, b + 1), *map(int, np.maximum(lengths, 1))) for b, lengths in enumerate(lens)]
+        self._parts = single if xp is np and problem.batch else [self._whole]
         i, j = np.arange(self._len_q), np.arange(self._len_kv)
         live_q, live_kv = i < lens[:, :1], j < lens[:, 1:]
         self._rows_q = self._rows("q", problem.len_q, case.lens_q, live_q)
         self._rows_kv = self._rows("kv", problem.len_kv, case.lens_kv, live_kv)
 
-        inputs = arrays.inputs
         self._q = self._padded(inputs.q, self._rows_q)
         self._k, self._v = (self._padded(x, self._rows_kv) for x in (inputs.k, inputs.v))
-        diagonals = i + [[problem.mask.offset(*each)] for each in lens.tolist()]
-        keep = xp.asarray(live_q)[:, None, :, None] & xp.asarray(live_kv)[:, None, None, :]
+        self._dout, self._dlse = None, None
+        if problem.direction == "backward":
+            self._dout = self._padded(inputs.dout, self._rows_q)
+            if inputs.dlse is not None:
+                self._dlse = self._padded(inputs.dlse.swapaxes(-1, -2)[..., None], self._rows_q)[..., 0]
+        diagonals = i + [[problem.mask.offset(len_q, len_kv)] for len_q, len_kv in lens.tolist()]
         distance = xp.asarray(j) - xp.asarray(diagonals)[:, None, :, None]
-        if problem.mask.left is not None:
-            keep &= distance >= -problem.mask.left
-        if problem.mask.right is not None:
-            keep &= distance <= problem.mask.right
+        live = xp.asarray(live_q)[:, None, :, None] & xp.asarray(live_kv)[:, None, None, :]
+        keep = live & within(problem.mask, distance)
         pairs = problem.len_q > 0 and problem.len_kv > 0
         if inputs.mask_tensor is not None and pairs:
             keep = keep & inputs.mask_tensor
@@ -89,7 +123,8 @@ class Answers:
         if inputs.bias is not None and pairs:
             bias = inputs.bias.astype(problem.dtype.accumulator)
             added = bias if added is None else added + bias
-        dropped = self._dropped(i, j, lens[:, 1]) if problem.dropout else None
+        dropout = case.dropout(unbiased_dropout)
+        dropped = self._dropped(dropout, i, j, lens[:, 1]) if dropout else None
         # The axes of the terms that some gradients are sums of, and the shapes of those.
         self._summed, self._shapes = {}, {}
         if problem.bias_grad:
@@ -101,59 +136,83 @@ class Answers:
 
     def answers(self) -> dict[str, Answer]:
         """Every output by name."""
-        (exact, exact_terms), (naive, naive_terms) = (self._results(each) for each in (FP64, self._problem.dtype))
-        real = self._problem.dtype.accumulator
+        problem = self._problem
+        (exact, exact_terms), (naive, naive_terms) = (
+            self.computed(Naive(dtype, problem.softmax_scale, problem.softcap)) for dtype in (FP64, problem.dtype)
+        )
+        real = problem.dtype.accumulator
         # In fp64 the exact answer is the naive one, so that its own roundings are not seen.
         unseen = _ROUNDINGS * float(np.finfo(real).eps)
-        found = {}
+        answers = {}
         for name, x in exact.items():
             size = float(self._xp.where(self._xp.isfinite(x), abs(x), 0).max()) if x.size else 0.0
             spread = unseen * max(size, 1.0) if real == np.float64 else 0.0
             most = _LSE_PART * max(size, 1.0) if name == "lse" else math.inf
-            found[name] = Answer(x, naive[name], spread, most)
+            answers[name] = Answer(x, naive[name], spread, most)
         for name, axes in self._summed.items():
             e, n = exact_terms[name], naive_terms[name]
             *sums, off, size = (x.sum(axis=axes, keepdims=True) if axes else x for x in (e, n, (n - e) ** 2, e**2))
             shape = self._shapes[name]
             sums = [x.reshape(shape) if 0 not in shape else self._xp.zeros(shape) for x in sums]
             spread = float(off.max()) ** 0.5 + unseen * max(float(size.max()) ** 0.5, 1.0)
-            found[name] = Answer(*sums, spread)
-        return found
+            answers[name] = Answer(*sums, spread)
+        return answers
 
-    def _results(self, dtype: DType) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Outputs by name, and terms of those that are sums over pairs or rows."""
-        problem, arrays, xp = self._problem, self._arrays, self._xp
-        naive = Naive(dtype, problem.softmax_scale, problem.softcap)
-        out, lse = naive.forward(self._q, self._k, self._v, self._keep, self._extras)
-        packed_lse = self._unpadded(lse[..., None], self._rows_q, -np.inf)[..., 0].swapaxes(-1, -2)
-        found = {"out": self._unpadded(out, self._rows_q), "lse": packed_lse}
-        if problem.direction == "forward":
-            return found, {}
-        dlse = 0.0
-        if arrays.dlse is not None:
-            dlse = self._padded(arrays.dlse.swapaxes(-1, -2)[..., None], self._rows_q)[..., 0]
-            dlse = xp.where(lse == -np.inf, 0, dlse)
-        dout = self._padded(arrays.inputs.dout, self._rows_q)
-        grads = naive.backward(dout, dlse, self._q, self._k, self._v, self._keep, self._extras)
-        for name, rows in (("dq", self._rows_q), ("dk", self._rows_kv), ("dv", self._rows_kv)):
-            found[name] = self._unpadded(getattr(grads, name), rows)
+    def computed(self, formula: Naive) -> Computed:
+        """What a formula makes of the arrays; a backward has the outputs of its forward, too."""
+        padded = self._padded_results(formula)
+        rows = {"out": self._rows_q, "dq": self._rows_q, "dk": self._rows_kv, "dv": self._rows_kv}
+        outputs = {name: self._unpadded(padded[name], rows[name]) for name in rows if name in padded}
+        lse = self._unpadded(padded["lse"][..., None], self._rows_q, -np.inf)
+        outputs["lse"] = lse[..., 0].swapaxes(-1, -2)
+        if self._problem.direction == "forward":
+            return Computed(outputs, {})
         # Errors of a row are one error, that of its delta; those of different rows are independent.
-        ds = grads.ds.sum(axis=-1, keepdims=True) if 3 in self._summed.get("dbias", ()) else grads.ds
-        return found, {"dbias": ds, "dsink": grads.sink_rows}
+        ds = padded["ds"]
+        ds = ds.sum(axis=-1, keepdims=True) if 3 in self._summed.get("dbias", ()) else ds
+        return Computed(outputs, {"dbias": ds, "dsink": padded["sink_rows"]})
+
+    def _padded_results(self, formula: Naive) -> dict[str, Array]:
+        """What a formula returns, by name, (batch, heads, rows, ...)."""
+        if self._parts == [self._whole]:
+            return self._results_of(self._whole, formula)
+        padded: dict[str, Array] = {}
+        for part in self._parts:
+            for name, x in self._results_of(part, formula).items():
+                if name not in padded:
+                    sizes = self._problem.batch, x.shape[1], *self._whole.lengths(name)
+                    padded[name] = self._xp.zeros((*sizes, *x.shape[len(sizes) :]), x.dtype)
+                part.of(padded[name], *part.lengths(name))[...] = x
+        return padded
+
+    def _results_of(self, part: _Part, formula: Naive) -> dict[str, Array]:
+        """What a formula returns of some of the sequences, by name."""
+        q = part.of(self._q, part.len_q)
+        k, v = (part.of(x, part.len_kv) for x in (self._k, self._v))
+        added, dropped, keep = (
+            None if x is None else part.of(x, part.len_q, part.len_kv)
+            for x in (self._extras.added, self._extras.dropped, self._keep)
+        )
+        extras = Extras(added, self._extras.sink, dropped)
+        if self._problem.direction == "forward":
+            return dict(zip(("out", "lse"), formula.forward(q, k, v, keep, extras), strict=True))
+        dout, dlse = part.of(self._dout, part.len_q), self._dlse
+        dlse = 0.0 if dlse is None else part.of(dlse, part.len_q)
+        return formula.backward(dout, dlse, q, k, v, keep, extras)._asdict()
 
     def _rows(self, side: str, length: int, lens: tuple[int, ...], live: np.ndarray) -> _Rows:
         if self._problem.layout == "dense":
             return _Rows(self._xp.asarray(live), length)
         if side == "kv" and self._problem.page_size:
             pages, rows = np.zeros((2, *live.shape), np.int64)
-            for b, (_, at) in enumerate(places(self._draw.case, self._draw.block_table())):
+            for b, (_, at) in enumerate(places(self._case, self._table)):
                 pages[b, live[b]], rows[b, live[b]] = at
             return _Rows(self._xp.asarray(live), length, (self._xp.asarray(pages), self._xp.asarray(rows)))
         packed = np.array([*accumulate(lens, initial=0)][:-1])[:, None] + np.arange(live.shape[1])
-        taking_part = self._draw.taking_part(side)
-        padded = np.zeros(len(taking_part), np.int64)
-        padded[taking_part] = np.flatnonzero(live)
-        live, *others = (self._xp.asarray(x) for x in (live, np.where(live, packed, 0), padded, taking_part))
+        used = taking_part(self._case, side, None)
+        padded = np.zeros(len(used), np.int64)
+        padded[used] = np.flatnonzero(live)
+        live, *others = (self._xp.asarray(x) for x in (live, np.where(live, packed, 0), padded, used))
         return _Rows(live, length, *others)
 
     def _padded(self, x: Array, rows: _Rows) -> Array:
@@ -171,10 +230,10 @@ class Answers:
         x = x.reshape(-1, *x.shape[2:])[rows.padded]
         return self._xp.where(rows.taking_part[:, None, None], x, empty)
 
-    def _dropped(self, i: np.ndarray, j: np.ndarray, lens_kv: np.ndarray) -> Array:
+    def _dropped(self, dropout: Dropout, i: np.ndarray, j: np.ndarray, lens_kv: np.ndarray) -> Array:
         """What probabilities are multiplied by, from the definition of the schemes: a call of Philox for each pair."""
-        problem, xp, dropout = self._problem, self._xp, self._draw.dropout
-        seed, offset = self._draw.rng_state
+        problem, xp = self._problem, self._xp
+        seed, offset = self._inputs.rng_state
         heads = np.arange(problem.batch * problem.heads_q, dtype=np.uint64).reshape(problem.batch, -1, 1, 1)
         i, j = i.astype(np.uint64)[:, None], j.astype(np.uint64)
         if dropout.scheme == "byte":

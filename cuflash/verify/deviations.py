@@ -1,10 +1,23 @@
-"""How far results are from exact ones: what the bench records of it, and the table of it."""
+"""How far results are from exact ones on average: what they are compared with, what is recorded of it, and its table.
+
+The unit is the error of rounding the exact result once to the element type.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cuflash.cases.inputs import Array, Inputs
+from cuflash.cases.table import Case
+from cuflash.dtypes import FP64, DType
+from cuflash.verify.answers import Answers
+from cuflash.verify.flash import Flash, rounded_once
+from cuflash.verify.naive import Naive
 
 OWN = "cuflash"
 """The column of the library's own results."""
@@ -15,6 +28,34 @@ MODEL = "model"
 _NO_RIVALS = (OWN, MODEL, "torch-efficient", "flex")
 """Columns that cuflash is not held to: itself, kernels that are made for memory or generality, and the model where a
 rival computes the case."""
+
+
+OUTPUTS = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
+"""What is compared, in the order that calls return it."""
+
+
+def ideal(case: Case, inputs: Inputs, xp: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The exact outputs of a case, and those of FlashAttention on paper; float64 arrays by name.
+
+    On a GPU it needs cuBLAS.
+    """
+    problem, answers = case.problem, Answers(case, inputs, xp)
+    terms = problem.softmax_scale, problem.softcap
+    exact, model = (
+        answers.computed(formula).outputs for formula in (Naive(FP64, *terms), Flash(problem.dtype, *terms))
+    )
+    names = OUTPUTS[problem.direction]
+    return {name: exact[name] for name in names}, {name: model[name] for name in names}
+
+
+def rms(x: Array) -> float:
+    """The root of the mean square of all elements."""
+    return float((x**2).mean()) ** 0.5
+
+
+def rounding(exact: Array, dtype: DType) -> float:
+    """The unit: the root mean square error of rounding the exact result once."""
+    return max(rms(rounded_once(exact, dtype) - exact), float(np.finfo(np.float64).tiny))
 
 
 @dataclass(frozen=True, slots=True)

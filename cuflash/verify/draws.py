@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash.cases.inputs import places
+from cuflash.cases.inputs import taking_part
 from cuflash.cases.table import Case
 from cuflash.dropout import Dropout
 from cuflash.masks import Mask
@@ -72,26 +72,11 @@ class Draw:
     @property
     def dropout(self) -> Dropout | None:
         """What happens to probabilities after the softmax."""
-        scheme = self.case.problem.dropout
-        return Dropout(self.case.dropout_p, scheme, self.unbiased) if scheme else None
+        return self.case.dropout(self.unbiased)
 
     def taking_part(self, side: str) -> np.ndarray:
         """Which rows of "q" or "kv" belong to a sequence that uses them: (total,), or (page, row), booleans."""
-        problem = self.case.problem
-        if side == "kv" and problem.page_size:
-            live = np.zeros((problem.total_kv // problem.page_size, problem.page_size), bool)
-            for _, at in places(self.case, self.block_table()):
-                live[at] = True
-            return live
-        lens, used, total = (
-            (self.case.lens_q, self.case.seqused_q, problem.total_q)
-            if side == "q"
-            else (self.case.lens_kv, self.case.seqused_kv, problem.total_kv)
-        )
-        live = np.zeros(total, bool)
-        for start, n in zip(accumulate(lens, initial=0), used or lens, strict=False):
-            live[start : start + n] = True
-        return live
+        return taking_part(self.case, side, self.block_table() if self.case.problem.page_size else None)
 
     def block_table(self) -> np.ndarray:
         """The pages of each sequence, (batch, max_pages) int32, with numbers of none behind the last."""

@@ -41,9 +41,10 @@ class Flash(Naive):
         """All gradients; query heads of a group are summed into their kv head before anything is rounded."""
         heads_q, heads_kv = q.shape[-3], k.shape[-3]
         q, k, v, dout = (self._wide(x, heads_q) for x in (q, k, v, dout))
-        s, p, p_sink, _ = self._probabilities(q, k, keep, extras)
-        delta = (dout * self._output(p, v, extras)).sum(axis=-1, keepdims=True)
-        delta -= dlse[..., None] if np.ndim(dlse) else dlse
+        s, p, p_sink, lse = self._probabilities(q, k, keep, extras)
+        out = self._output(p, v, extras)
+        dlse = np.where(lse == -np.inf, 0, dlse)[..., None] if np.ndim(dlse) else dlse
+        delta = (dout * out).sum(axis=-1, keepdims=True) - dlse
         ds = dx = p * (self._dropped(dout @ v.swapaxes(-1, -2), extras) - delta)
         if self._softcap:
             dx = dx * (1 - (s / self._softcap) ** 2)
@@ -51,7 +52,7 @@ class Flash(Naive):
         dq = dx @ k * self._scale
         dk, dv = dx.swapaxes(-1, -2) @ q * self._scale, p.swapaxes(-1, -2) @ dout
         dk, dv = (x.reshape(*x.shape[:-3], heads_kv, heads_q // heads_kv, *x.shape[-2:]).sum(axis=-3) for x in (dk, dv))
-        return Gradients(*(self._once(x) for x in (dq, dk, dv)), ds, -(p_sink * delta)[..., 0])
+        return Gradients(*(self._once(x) for x in (dq, dk, dv)), ds, -(p_sink * delta)[..., 0], out, lse)
 
     def _output(self, p: np.ndarray, v: np.ndarray, extras: Extras) -> np.ndarray:
         """The product of the probabilities that dropout leaves, rounded relative to each row's largest, with v."""

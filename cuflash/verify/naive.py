@@ -1,4 +1,4 @@
-"""Naive attention that writes down the whole score matrix: the peer on the CPU and the yardstick of ``check``.
+"""Naive attention that writes down the whole score matrix: the yardstick of every check, and the peer on the CPU.
 
 Every product and every stage is rounded to the element type, as the same formula written with arrays of that type is;
 products accumulate wide. Arrays are (heads, len, dim), with more axes in front or none; NumPy's or CuPy's alike.
@@ -16,10 +16,14 @@ from cuflash.masks import Mask
 
 def visible(mask: Mask, len_q: int, len_kv: int) -> np.ndarray | None:
     """The boolean (len_q, len_kv) matrix of a band mask, True = take part; None when it hides nothing."""
-    if mask.left is None and mask.right is None:
+    if mask.kind == "none":
         return None
-    distance = np.arange(len_kv) - np.arange(len_q)[:, None] - mask.offset(len_q, len_kv)
-    keep = np.ones((len_q, len_kv), bool)
+    return within(mask, np.arange(len_kv) - np.arange(len_q)[:, None] - mask.offset(len_q, len_kv))
+
+
+def within(mask: Mask, distance: np.ndarray) -> np.ndarray:
+    """Whether keys so far right of the diagonal are inside a band mask; on NumPy or CuPy."""
+    keep = distance == distance
     if mask.left is not None:
         keep &= distance >= -mask.left
     if mask.right is not None:
@@ -51,6 +55,9 @@ class Gradients(NamedTuple):
     """(heads_q, len_q, len_kv), of the logits after everything has been added to them."""
     sink_rows: np.ndarray
     """(heads_q, len_q), what each row adds to the gradient of its head's sink; 0 without one."""
+    out: np.ndarray
+    lse: np.ndarray
+    """What the forward returns, which the gradients are made of."""
 
     @property
     def dsink(self) -> np.ndarray:
@@ -84,21 +91,23 @@ class Naive:
         keep: np.ndarray | None,
         extras: Extras = NOTHING,
     ) -> Gradients:
-        """All gradients; query heads of a group are summed into their kv head."""
+        """All gradients; query heads of a group are summed into their kv head, and empty rows have no dlse."""
         heads_q, heads_kv = q.shape[-3], k.shape[-3]
         k, v = self._wide(k, heads_q), self._wide(v, heads_q)
         q, dout = self._wide(q, heads_q), self._wide(dout, heads_q)
-        s, p, p_sink, _ = self._probabilities(q, k, keep, extras)
+        s, p, p_sink, lse = self._probabilities(q, k, keep, extras)
         dp = self._dropped(self._rounded(dout @ _turned(v)), extras)
         out = self._rounded(self._dropped(p, extras) @ v)
-        delta = (dout * out).sum(axis=-1, keepdims=True) - (dlse[..., None] if np.ndim(dlse) else dlse)
+        dlse = np.where(lse == -np.inf, 0, dlse)[..., None] if np.ndim(dlse) else dlse
+        delta = (dout * out).sum(axis=-1, keepdims=True) - dlse
         ds = dx = self._rounded(p * (dp - delta))
         if self._softcap:
             dx = self._rounded(dx * (1 - (s / self._softcap) ** 2))
         dx = self._rounded(dx * self._scale)
         dq, dk, dv = dx @ k, _turned(dx) @ q, _turned(self._dropped(p, extras)) @ dout
         dk, dv = (x.reshape(*x.shape[:-3], heads_kv, heads_q // heads_kv, *x.shape[-2:]).sum(axis=-3) for x in (dk, dv))
-        return Gradients(self._rounded(dq), self._rounded(dk), self._rounded(dv), ds, -(p_sink * delta)[..., 0])
+        dq, dk, dv = (self._rounded(x) for x in (dq, dk, dv))
+        return Gradients(dq, dk, dv, ds, -(p_sink * delta)[..., 0], out, lse)
 
     def _probabilities(
         self, q: np.ndarray, k: np.ndarray, keep: np.ndarray | None, extras: Extras

@@ -28,7 +28,7 @@ from cuflash.plan import Config, Step, choose
 from cuflash.verify.answers import Answers
 from cuflash.verify.draws import GPU, HOST, Draw, draw
 from cuflash.verify.surroundings import Arena, Numbers, Surrounded, surround
-from cuflash.verify.verify import judge
+from cuflash.verify.verdict import judge
 
 _MORE_VARIANTS = 32
 """Kernels that draws may need beyond those of the cases, for other tiles; a draw that needs one more is left out."""
@@ -145,7 +145,8 @@ def _heard(process: BaseProcess, connection: Connection, job: Job, number: int) 
 
 def steps_of(cases: Sequence[Case], gpu: Device) -> list[Step]:
     """The distinct kernels of the cases, and of the forward that a backward needs first."""
-    return [step for _, step in variants([each for case in cases for each in (case.turned("forward"), case)], gpu)]
+    both = [direction for case in cases for direction in (case.turned("forward"), case)]
+    return [step for _, step in variants(both, gpu)]
 
 
 class Soaker:
@@ -187,7 +188,8 @@ class Soaker:
         if self._device is None:
             return ""
         directions = {drawn.case.turned("forward").problem, drawn.case.problem}
-        steps = [step for each in directions for step in choose(each, self._device, drawn.case.family).steps]
+        plans = [choose(problem, self._device, drawn.case.family) for problem in directions]
+        steps = [step for plan in plans for step in plan.steps]
         needed = self._loaded | {(step.kernel, step.config) for step in steps}
         if len(needed - self._expected) > _MORE_VARIANTS:
             return f"would compile more than {_MORE_VARIANTS} variants beyond those of the cases"
@@ -197,43 +199,41 @@ class Soaker:
     def _complaints(self, drawn: Draw) -> list[str]:
         self._arena.clear()
         arrays = surround(drawn, self._arena, self._numbers, self._xp)
-        answers = Answers(drawn, arrays, self._xp).answers()
-        found, complaints = self._forward(drawn, arrays)
+        answers = Answers(drawn.case, arrays.inputs, self._xp, drawn.unbiased).answers()
+        outputs, complaints = self._forward(drawn, arrays)
         if drawn.case.problem.direction == "backward":
-            more, further = self._backward(drawn, arrays, found)
-            found, complaints = found | more, complaints + further
-        if drawn.rng_state and tuple(host(found.pop("rng_state")).tolist()) != drawn.rng_state:
+            gradients, further = self._backward(drawn, arrays, outputs)
+            outputs, complaints = outputs | gradients, complaints + further
+        if drawn.rng_state and tuple(host(outputs.pop("rng_state")).tolist()) != drawn.rng_state:
             complaints.append("rng_state is not the one that was given")
-        for name, result in found.items():
-            answer = answers[name]
-            verdict = judge(name, result, answer.exact, answer.naive, drawn.case, answer.spread)
-            allowed = min(verdict.allowed, answer.most)
-            if not verdict.error <= allowed:
-                complaints.append(f"{name} is {verdict.error:.3g} off, {allowed:.3g} is allowed; {verdict.worst}")
-        return complaints
+        verdicts = [judge(name, result, answers[name], drawn.case) for name, result in outputs.items()]
+        return complaints + [str(verdict) for verdict in verdicts if not verdict.passed]
 
     def _forward(self, drawn: Draw, arrays: Surrounded) -> tuple[dict[str, Array], list[str]]:
         problem, out = drawn.case.turned("forward").problem, arrays.outputs["out"]
         options = calls.options(drawn.case)._replace(unbiased_dropout=drawn.unbiased)
-        given = {**calls.arrays(arrays.inputs), "generator": drawn.rng_state, "out": out}
-        return self._watched(lambda: forward(options, **given), results(problem), [out], lambda name: True)
+        arguments = {**calls.arrays(arrays.inputs), "generator": drawn.rng_state, "out": out}
+        return self._watched(lambda: forward(options, **arguments), results(problem), [out], lambda name: True)
 
-    def _backward(self, drawn: Draw, arrays: Surrounded, found: dict[str, Array]) -> tuple[dict[str, Array], list[str]]:
+    def _backward(
+        self, drawn: Draw, arrays: Surrounded, computed: dict[str, Array]
+    ) -> tuple[dict[str, Array], list[str]]:
         case, problem, where = drawn.case, drawn.case.problem, self._xp.where
-        arrays.outputs["out"][...] = found["out"]
-        empty = found["lse"] == -np.inf
-        arrays.lse[...] = where(empty, drawn.empty_lse, found["lse"])
-        if arrays.dlse is not None:  # of a constant
-            arrays.dlse[...] = where(empty, np.nan, arrays.dlse)
+        inputs, outputs = arrays.inputs, arrays.outputs
+        outputs["out"][...] = computed["out"]
+        empty = computed["lse"] == -np.inf
+        arrays.lse[...] = where(empty, drawn.empty_lse, computed["lse"])
+        if inputs.dlse is not None:  # of a constant
+            inputs.dlse[...] = where(empty, np.nan, inputs.dlse)
         options = calls.options(case)._replace(
             unbiased_dropout=drawn.unbiased, deterministic=problem.deterministic, bias_grad=problem.bias_grad
         )
-        given = calls.arrays(arrays.inputs) | arrays.outputs | {"dout": arrays.inputs.dout}
-        given |= {"lse": arrays.lse, "dlse": arrays.dlse, "rng_state": found.get("rng_state")}
-        written = [arrays.outputs[name] for name in ("dq", "dk", "dv")]
+        arguments = calls.arrays(inputs) | outputs | {"dout": inputs.dout, "dlse": inputs.dlse}
+        arguments |= {"lse": arrays.lse, "rng_state": computed.get("rng_state")}
+        written = [outputs[name] for name in ("dq", "dk", "dv")]
 
         def call() -> list[Array]:
-            return [x for x in backward(options, **given) if x is not None]
+            return [x for x in backward(options, **arguments) if x is not None]
 
         # No simt kernel adds to what another block writes, nor does the one for the bias.
         repeats = problem.deterministic or case.family == "simt"
@@ -254,9 +254,9 @@ class Soaker:
         for watched in (False, True, True) if self._job.gpu else (True, True):
             before = self._arena.snapshot()
             with self._arena.allocations() if watched else nullcontext():
-                found = call()
-            rounds.append({name: x.copy() for name, x in zip(names, found, strict=True)})
-            del found
+                outputs = call()
+            rounds.append({name: x.copy() for name, x in zip(names, outputs, strict=True)})
+            del outputs
             if change := self._arena.change(before, written):
                 complaints.append(f"writes outside of its outputs: {change}")
         *_, first, second = rounds

@@ -147,7 +147,6 @@ class Surrounded:
     """By argument: out, and of a backward dq, dk and dv."""
     lse: Array | None = None
     """Backward: room for the forward's, in other strides."""
-    dlse: Array | None = None
 
 
 def surround(draw: Draw, arena: Arena, numbers: Numbers, xp: Any) -> Surrounded:
@@ -202,8 +201,8 @@ class _Surroundings:
             rows = (*(() if varlen else (problem.batch,)), problem.heads_q, *rows)
             made.lse = self._any_order("lse", rows, self._real)
             if self._draw.dlse:
-                made.dlse = self._any_order("dlse", rows, self._real)
-                made.dlse[...] = self._numbers.take(rows, self._real)
+                inputs.dlse = self._any_order("dlse", rows, self._real)
+                inputs.dlse[...] = self._numbers.take(rows, self._real)
         return made
 
     def _tensors(self, *names: str) -> dict[str, Array]:

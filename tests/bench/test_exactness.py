@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from cuflash import dtypes
 from cuflash.bench import report
-from cuflash.bench.exactness import Exactness, ideal, rms, rounding, steps
+from cuflash.bench.exactness import Exactness, steps
 from cuflash.bench.peers import CuflashCpu, NumpyNaive
 from cuflash.bench.timing import Runner
 from cuflash.cases import sets
@@ -25,7 +25,7 @@ from cuflash.cli import app
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.verify.deviations import Deviation, cells
+from cuflash.verify.deviations import Deviation, cells, ideal, rms, rounding
 from cuflash.verify.flash import Flash
 from cuflash.verify.naive import Extras, visible
 

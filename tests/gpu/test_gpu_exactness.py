@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash.bench.exactness import OUTPUTS, ideal, rms
 from cuflash.cases import calls, sets
 from cuflash.cases.inputs import Normals, host, make
+from cuflash.verify.deviations import OUTPUTS, ideal, rms
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 from cuflash.cases import calls
-from cuflash.cases.inputs import Inputs, Normals, host, make, packed_kv
+from cuflash.cases.inputs import Inputs, Normals, host, make, places
 from cuflash.cases.table import CASES, Case
 from cuflash.dtypes import BF16
 from cuflash.errors import UnsupportedProblem
@@ -32,6 +32,19 @@ def among_nans(cp: Any, x: Any) -> Any:
     view = grown[(*(slice(1, 1 + n) for n in x.shape[:-1]), slice(pad, pad + x.shape[-1]))]
     view[...] = x
     return view
+
+
+def packed_kv(case: Case, inputs: Inputs) -> list[np.ndarray]:
+    """Keys and values in host memory, dense or packed: those in pages gathered."""
+    if not case.problem.page_size:
+        return [host(inputs.k), host(inputs.v)]
+    gathered = []
+    for pages in (host(inputs.k), host(inputs.v)):
+        packed = np.zeros((sum(case.lens_kv), *pages.shape[2:]), pages.dtype)
+        for rows, at in places(case, host(inputs.block_table)):
+            packed[rows] = pages[at]
+        gathered.append(packed)
+    return gathered
 
 
 def expected(case: Case, inputs: Inputs, *, naive: bool = False) -> oracle.Attention:

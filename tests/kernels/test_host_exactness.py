@@ -12,11 +12,11 @@ import pytest
 from host.build import why_not
 from host.run import run_plan_on_host
 
-from cuflash.bench.exactness import ideal, rms
 from cuflash.cases.inputs import Normals, make
 from cuflash.cases.sets import exactness
 from cuflash.device import named
 from cuflash.plan import choose
+from cuflash.verify.deviations import ideal, rms
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 

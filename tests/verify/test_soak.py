@@ -179,7 +179,7 @@ def test_arrays_make_the_problem_that_was_drawn(arena: Arena, numbers: Numbers):
         options = calls.options(case)
         if problem.direction == "backward":
             options = options._replace(deterministic=problem.deterministic, bias_grad=problem.bias_grad)
-            given |= {"dout": arrays.inputs.dout, "lse": arrays.lse, "dlse": arrays.dlse}
+            given |= {"dout": arrays.inputs.dout, "lse": arrays.lse, "dlse": arrays.inputs.dlse}
             given["rng_state"] = np.array(drawn.rng_state, np.uint64) if problem.dropout else None
         made = on_numpy.checked(
             problem.direction, options, [given.get(x) for x in ARGUMENTS[problem.direction]]
@@ -283,36 +283,48 @@ FEATURES = (
 )  # fmt: skip
 
 
+class AllAtOnce:
+    """NumPy, but not by identity: all sequences are computed at once, as on a GPU."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(np, name)
+
+
+XP = [pytest.param(np, id="one by one"), pytest.param(AllAtOnce(), id="all at once")]
+
+
+@pytest.mark.parametrize("xp", XP)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_exact_answers_are_the_oracles(feature: str, arena: Arena, numbers: Numbers):
+def test_exact_answers_are_the_oracles(feature: str, xp: object, arena: Arena, numbers: Numbers):
     case = CASES["bwd_simt-fp32-d64" + (feature and f"-{feature}")]
     for number in range(8):
-        found = compared_answers(draw([case], 5, number, Limits(2**13, 2**14, 200)), arena, numbers)
-        assert found >= {"out", "lse", "dq", "dk", "dv"}
+        names = compared_answers(draw([case], 5, number, Limits(2**13, 2**14, 200)), arena, numbers, xp)
+        assert names >= {"out", "lse", "dq", "dk", "dv"}
 
 
+@pytest.mark.parametrize("xp", XP)
 @pytest.mark.parametrize("feature", ["paged48", "paged_everything", "decode_varlen"])
-def test_exact_answers_without_gradients_are_the_oracles(feature: str, arena: Arena, numbers: Numbers):
+def test_exact_answers_without_gradients_are_the_oracles(feature: str, xp: object, arena: Arena, numbers: Numbers):
     for number in range(12):
         drawn = draw([CASES[f"fwd_simt-fp32-d64-{feature}"]], 5, number, Limits(2**13, 2**14, 200))
-        assert compared_answers(drawn, arena, numbers) == {"out", "lse"}
+        assert compared_answers(drawn, arena, numbers, xp) == {"out", "lse"}
 
 
-def compared_answers(drawn: Draw, arena: Arena, numbers: Numbers) -> set[str]:
+def compared_answers(drawn: Draw, arena: Arena, numbers: Numbers, xp: object) -> set[str]:
     """The names of the answers, once they are what they should be."""
     arena.clear()
     arrays = surround(drawn, arena, numbers, np)
-    lse = Answers(drawn, arrays, np).answers()["lse"].exact
-    if arrays.dlse is not None:
-        arrays.dlse[np.isneginf(lse)] = np.nan
-    found = Answers(drawn, arrays, np).answers()
+    lse = Answers(drawn.case, arrays.inputs, xp, drawn.unbiased).answers()["lse"].exact
+    if arrays.inputs.dlse is not None:
+        arrays.inputs.dlse[np.isneginf(lse)] = np.nan
+    answers = Answers(drawn.case, arrays.inputs, xp, drawn.unbiased).answers()
     exact = expected(drawn, arrays)
-    for name, answer in found.items():
+    for name, answer in answers.items():
         wanted = getattr(exact, name)
         assert answer.exact.shape == wanted.shape
         scale = np.abs(wanted[np.isfinite(wanted)]).max(initial=1.0)
         np.testing.assert_allclose(answer.exact, wanted, rtol=0, atol=1e-12 * scale, err_msg=f"{name} {drawn}")
-    return set(found)
+    return set(answers)
 
 
 def expected(drawn: Draw, arrays: object) -> oracle.Attention:
@@ -332,7 +344,7 @@ def expected(drawn: Draw, arrays: object) -> oracle.Attention:
         }
     return oracle.attention(
         *(None if x is None else np.nan_to_num(x.astype(np.float64)) for x in tensors.values()),
-        None if arrays.dlse is None else arrays.dlse.astype(np.float64),
+        None if arrays.inputs.dlse is None else arrays.inputs.dlse.astype(np.float64),
         window=tuple(-1 if side is None else side for side in (mask.left, mask.right)),
         alignment=mask.alignment,
         softcap=problem.softcap,
@@ -364,7 +376,7 @@ def test_a_single_key_too_few_shows_in_lse(arena: Arena, numbers: Numbers):
     drawn = next(d for d in map(job("fwd_sm80-bf16-d64").draw, range(200)) if d.case.problem.len_kv > 250)
     arena.clear()
     arrays = surround(drawn, arena, numbers, np)
-    answer = Answers(drawn, arrays, np).answers()["lse"]
+    answer = Answers(drawn.case, arrays.inputs, np, drawn.unbiased).answers()["lse"]
     arrays.inputs.k = arrays.inputs.k[:, :-1]
     arrays.inputs.v = arrays.inputs.v[:, :-1]
     p = drawn.case.problem
