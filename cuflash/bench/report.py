@@ -164,6 +164,8 @@ _PACKAGES = (
     "nvidia-cudnn-cu13",
     "fa3-fwd",
     "flash-attn-3",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "jax",
     "flash-attn3-jax",
     "nvidia-ml-py",

@@ -20,9 +20,10 @@ import pytest
 import cuflash
 from cuflash.bench import report
 from cuflash.bench.peers import PEERS, chosen, find
+from cuflash.bench.peers.flash_attention import FlashAttention3, FlashAttention4
 from cuflash.bench.peers.jax import JaxCudnn, JaxFlashAttention3
 from cuflash.bench.peers.product import CupyProduct, Product, TorchProduct
-from cuflash.bench.peers.torch import FlashAttention3, FlexAttention, Torch, TorchCpu, TorchSdpa, TorchVarlen
+from cuflash.bench.peers.torch import FlexAttention, Torch, TorchCpu, TorchSdpa, TorchVarlen
 from cuflash.bench.timing import Runner, Timing
 from cuflash.cases import calls, sets
 from cuflash.cases.inputs import Normals, make
@@ -118,6 +119,121 @@ def test_flash_attention_3_says_what_its_build_left_out(installed, monkeypatch):
     assert peer.why_not(PROBLEMS["alibi"]) == "no alibi"
     top_left = replace(CAUSAL, alignment="top-left")
     assert peer.why_not(replace(PROBLEMS["causal_wide"], mask=top_left)) == "its masks are aligned bottom-right"
+
+
+def flash_attn_4(
+    q, k, v, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
+    deterministic=False, **packed,
+):  # fmt: skip
+    """As the real one, an open side of a window is None, and what is returned is out and lse."""
+    assert all(side is None or side >= 0 for side in window_size)
+    assert {q.dtype, k.dtype, v.dtype} == {BF16.numpy}
+    function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
+    return function(
+        q, k, v, softmax_scale=softmax_scale, causal=causal, softcap=softcap, sink=learnable_sink, return_lse=True,
+        window_size=tuple(-1 if side is None else side for side in window_size), **packed,
+    )  # fmt: skip
+
+
+def flash_attn_4_varlen(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
+    seqused_q=None, seqused_k=None, **options,
+):  # fmt: skip
+    assert (qv, min_seqlen_k) == (None, None)
+    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+    packed |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "seqused_q": seqused_q}
+    return flash_attn_4(q, k, v, **packed, **options)
+
+
+@pytest.fixture
+def fa4(installed) -> FlashAttention4:
+    functions = {"flash_attn_func": flash_attn_4, "flash_attn_varlen_func": flash_attn_4_varlen}
+    installed("flash_attn", cute=module("flash_attn.cute", **functions))
+    installed("flash_attn.cute", **functions)
+    return FlashAttention4()
+
+
+FOR_4: dict[str, Problem] = {
+    name: replace(PROBLEMS[name], dtype=BF16)
+    for name in ("plain", "causal_wide", "gqa", "window", "window_both", "softcap", "varlen", "varlen_causal")
+} | {
+    "window_left": replace(PLAIN, dtype=BF16, mask=Mask(left=20)),
+    "window_right": replace(PLAIN, dtype=BF16, mask=Mask(right=7)),
+    "wide": replace(PLAIN, dtype=BF16, dim_qk=192, dim_v=128, softmax_scale=0.1, mask=CAUSAL),
+    "sink": replace(PLAIN, dtype=BF16, sink=True, mask=CAUSAL),
+    "deterministic": replace(PLAIN, dtype=BF16, deterministic=True, mask=CAUSAL),
+}
+
+
+@pytest.mark.parametrize("name", FOR_4)
+def test_flash_attention_4_is_asked_for_the_case(fa4, name):
+    case = replace(CASES.get(name, CASES["plain"]), id=name, problem=FOR_4[name])
+    inputs = make(case, Normals(np))
+    for direction in ("forward", "backward"):
+        assert fa4.why_not(case.turned(direction).problem) is None
+    out, expected = fa4.call(TORCH, case, inputs)(), calls.of(case, inputs)()[0]
+    np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
+
+
+def test_flash_attention_4_knows_which_rows_are_used(fa4):
+    case = replace(CASES["varlen"], problem=FOR_4["varlen"], seqused_q=(28, 3, 0), seqused_kv=(80, 0, 64))
+    inputs = make(case, Normals(np))
+    close(fa4.call(TORCH, case, inputs)().astype(np.float32), case, inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["causal", "varlen_causal"])
+def test_flash_attention_4_is_asked_for_gradients(installed, name):
+    """By autograd, which gets dout and hands back what the package computes; all of it with one forward before."""
+    torch = pytest.importorskip("torch", reason="its autograd is asked where torch is installed")
+    case = CASES[name].turned("backward")
+    inputs = make(case, Normals(np))
+    forwards = []
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, options):
+            forwards.append(options)
+            ctx.arrays = [x.detach().numpy() for x in (q, k, v)]
+            ctx.options = options
+            function = cuflash.flash_attn_varlen_func if "cu_seqlens_q" in options else cuflash.flash_attn_func
+            ctx.out, ctx.lse = function(*ctx.arrays, **options, return_lse=True)
+            return torch.from_numpy(ctx.out), torch.from_numpy(ctx.lse)
+
+        @staticmethod
+        def backward(ctx, dout, dlse):
+            gradients = cuflash.flash_attn_backward(dout.numpy(), *ctx.arrays, ctx.out, ctx.lse, **ctx.options)
+            return *(torch.from_numpy(x) for x in gradients[:3]), None
+
+    def flash_attn(q, k, v, **options):
+        arrays = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        return Function.apply(q, k, v, arrays)
+
+    installed("flash_attn")
+    installed("flash_attn.cute", flash_attn_func=flash_attn, flash_attn_varlen_func=flash_attn)
+    peer = FlashAttention4()
+    call = peer.call(torch, case, inputs)
+    for _ in range(2):
+        gradients = peer.tensors(case, inputs, call())
+        for gradient, expected in zip(gradients, calls.of(case, inputs)(), strict=True):
+            np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-5)
+    assert len(forwards) == 1
+
+
+def test_flash_attention_4_says_what_it_lacks(fa4):
+    plain = FOR_4["plain"]
+    assert fa4.why_not(PLAIN) == "fp16 and bf16 only"
+    assert fa4.why_not(replace(plain, dim_v=260)) == "head dimensions are multiples of 8 up to 256"
+    assert fa4.why_not(replace(plain, dim_qk=36)) == "head dimensions are multiples of 8 up to 256"
+    for name, change in {
+        "alibi": {"alibi": True}, "bias": {"bias": BF16}, "dropout": {"dropout": "byte"},
+        "boolean mask": {"mask": Mask(tensor=True)},
+    }.items():  # fmt: skip
+        assert fa4.why_not(replace(plain, **change)) == f"no {name}"
+    top_left = replace(FOR_4["causal_wide"], mask=replace(CAUSAL, alignment="top-left"))
+    assert fa4.why_not(top_left) == "its masks are aligned bottom-right"
+    paged = replace(FOR_4["varlen"], page_size=16)
+    assert fa4.why_not(paged) == "no paged"
 
 
 @pytest.mark.parametrize("name", ["varlen", "varlen_causal"])
@@ -235,7 +351,7 @@ def test_torch_computes_the_same_on_the_cpu(case, direction):
 
 
 @pytest.fixture
-def everything_installed(jax, fa3, installed) -> None:
+def everything_installed(jax, fa3, fa4, installed) -> None:
     contents = {"varlen_attn": None, "SDPBackend": None}
     for name in ("torch", "torch.nn", "torch.nn.attention", "torch.nn.attention.varlen"):
         installed(name, **contents)
@@ -243,16 +359,16 @@ def everything_installed(jax, fa3, installed) -> None:
 
 
 ON_CPU = ["numpy-naive", "torch-cpu"]
-ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "flex", "jax-cudnn", "jax-fa3", "gemm"]
+ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "fa4", "flex", "jax-cudnn", "jax-fa3", "gemm"]
 
 
 @pytest.mark.parametrize(
     ("name", "takers"),
     [
         ("gqa-d128-causal-s2048", ALL_BUT_PACKED),
-        ("window1024-d128-s8192", ["fa3", "flex", "jax-cudnn", "jax-fa3", "gemm"]),
-        ("varlen-d128-causal", ["torch-varlen", "fa3", "flex", "jax-fa3", "gemm"]),
-        ("softcap30-d128-s8192", ["fa3", "flex", "gemm"]),
+        ("window1024-d128-s8192", ["fa3", "fa4", "flex", "jax-cudnn", "jax-fa3", "gemm"]),
+        ("varlen-d128-causal", ["torch-varlen", "fa3", "fa4", "flex", "jax-fa3", "gemm"]),
+        ("softcap30-d128-s8192", ["fa3", "fa4", "flex", "gemm"]),
         ("alibi-d128-s8192", ["flex", "gemm"]),
         ("bias-d64-s4096", ["torch-efficient", "torch-cudnn", "flex", "jax-cudnn", "gemm"]),
         ("dropout0.1-d128-s8192", ["torch-flash", "torch-efficient", "torch-cudnn", "gemm"]),
@@ -319,6 +435,7 @@ def test_sdpa_takes_one_mask_at_a_time(everything_installed):
 
 def test_peers_are_named_one_by_one_or_by_their_framework():
     assert chosen("fa3, jax", gpu=True) == ["fa3", "jax-cudnn", "jax-fa3"]
+    assert chosen("fa4", gpu=True) == ["fa4"]
     assert chosen("torch-cudnn,gemm", gpu=True) == ["torch-cudnn", "gemm"]
     assert chosen("numpy", gpu=False) == ["numpy-naive"]
     assert chosen(None, gpu=False) == ON_CPU and not set(ON_CPU) & set(chosen(None, gpu=True))

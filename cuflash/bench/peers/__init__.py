@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cuflash.bench.peers.flash_attention import FlashAttention3, FlashAttention4
 from cuflash.bench.peers.implementation import Implementation
 from cuflash.bench.peers.jax import JaxCudnn, JaxFlashAttention3
 from cuflash.bench.peers.own import CuflashCpu, CuflashGpu, NumpyNaive
 from cuflash.bench.peers.product import product
-from cuflash.bench.peers.torch import FlashAttention3, FlexAttention, TorchCpu, TorchSdpa, TorchVarlen
+from cuflash.bench.peers.torch import FlexAttention, TorchCpu, TorchSdpa, TorchVarlen
 from cuflash.errors import InvalidArgument
 
 PEERS: dict[str, Callable[[], Implementation]] = {
@@ -21,6 +22,7 @@ PEERS: dict[str, Callable[[], Implementation]] = {
     "torch-cudnn": lambda: TorchSdpa("cudnn"),
     "torch-varlen": TorchVarlen,
     "fa3": FlashAttention3,
+    "fa4": FlashAttention4,
     "flex": FlexAttention,
     "jax-cudnn": JaxCudnn,
     "jax-fa3": JaxFlashAttention3,

@@ -1,4 +1,4 @@
-"""Peers on PyTorch: its own attention functions, and FlashAttention-3."""
+"""Peers on PyTorch: its own attention functions."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class TorchVarlen(Torch):
     def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
         """One call of the function."""
         problem = case.problem
-        lengths = (*_cu_seqlens(torch, inputs), problem.len_q, problem.len_kv)
+        lengths = (*cu_seqlens(torch, inputs), problem.len_q, problem.len_kv)
         options: dict[str, object] = {"scale": problem.softmax_scale, "window_size": window_size(problem)}
         if problem.group > 1:
             options["enable_gqa"] = True
@@ -239,7 +239,7 @@ class FlexAttention(Torch):
         if problem.layout == "dense":
             offset = problem.mask.offset(problem.len_q, problem.len_kv)
             return lambda row: row + offset, None, None
-        starts_q, starts_kv = (starts.long() for starts in _cu_seqlens(torch, inputs))
+        starts_q, starts_kv = (starts.long() for starts in cu_seqlens(torch, inputs))
         numbers = torch.arange(len(case.lens_q), device=starts_q.device)
         document_q, document_kv = (numbers.repeat_interleave(starts.diff()) for starts in (starts_q, starts_kv))
         lens = zip(starts_q.diff().tolist(), starts_kv.diff().tolist(), strict=True)
@@ -288,64 +288,6 @@ def _score_mod(
     return score_mod if softcap or slopes is not None or bias is not None else None
 
 
-class FlashAttention3(Torch):
-    """FlashAttention-3's own functions: the full package, or the forward-only build ``fa3-fwd``."""
-
-    name = "fa3"
-    family = "fa3"
-
-    def __init__(self) -> None:
-        for module, config in (("flash_attn_interface", "flash_attn_config"), ("fa3_fwd_interface", "fa3_fwd_config")):
-            try:
-                self._module = importlib.import_module(module)
-            except ImportError:
-                continue
-            self._left_out = _left_out(config)
-            return
-        raise ImportError("neither flash_attn_interface nor fa3_fwd_interface is installed")
-
-    def why_not(self, problem: Problem) -> str | None:
-        """No score features but the soft cap; a build may have left out more."""
-        built = [x for x in ("window", "softcap", "varlen") if x not in self._left_out]
-        if problem.direction in self._left_out:
-            return f"built without {problem.direction}"
-        return beyond(problem, "causal", "deterministic", *built) or aligned_otherwise(problem, "bottom-right")
-
-    def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
-        """One call of the function."""
-        problem = case.problem
-        options: dict[str, object] = {
-            "softmax_scale": problem.softmax_scale,
-            "causal": problem.mask.kind == "causal",
-            "softcap": problem.softcap,
-        }
-        if problem.deterministic:
-            options["deterministic"] = True
-        if problem.mask.kind == "window":
-            options["window_size"] = window_size(problem)
-        function = self._module.flash_attn_func
-        if problem.layout == "varlen":
-            function = self._module.flash_attn_varlen_func
-            names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-            options |= zip(names, (*_cu_seqlens(torch, inputs), problem.len_q, problem.len_kv), strict=True)
-
-        def out_only() -> Any:
-            result = function(q, k, v, **options)
-            return result[0] if isinstance(result, tuple) else result  # older builds return (out, lse)
-
-        return out_only
-
-
-def _left_out(config: str) -> set[str]:
-    """What a build of FlashAttention-3 says it was made without; a build that says nothing has everything."""
-    try:
-        flags = importlib.import_module(config).CONFIG["build_flags"]
-    except ImportError:
-        return set()
-    words = {"LOCAL": "window", "SOFTCAP": "softcap", "VARLEN": "varlen", "BACKWARD": "backward"}
-    return {word for flag, word in words.items() if flags.get(f"FLASHATTENTION_DISABLE_{flag}")}
-
-
-def _cu_seqlens(torch: Any, inputs: Inputs) -> tuple[Any, Any]:
+def cu_seqlens(torch: Any, inputs: Inputs) -> tuple[Any, Any]:
     """Where packed query and key sequences start."""
     return torch.from_dlpack(inputs.cu_seqlens_q), torch.from_dlpack(inputs.cu_seqlens_kv)
