@@ -154,18 +154,18 @@ EXPORT const char* multiply(bool half, bool transposed, int n, const uint64* a_m
 """
 
 SHARED_PRODUCTS = r"""
-// One warpgroup: C [64 x kN] = A [64 x 64] B (64 x kN), both in shared memory, twice.
-template <class Element, int kN>
+// One warpgroup: C [64 x kN] = A [64 x 64] B (64 x kN), both in shared memory, or A^T and B^T, twice.
+template <class Element, int kN, bool kTransposed>
 struct SharedProductSmem {
   SwizzledTile<Element, 64, 64> a;
-  SwizzledTile<Element, 64, kN> b;
+  SwizzledTile<Element, kTransposed ? kN : 64, kTransposed ? 64 : kN> b;
   uint64 barrier;
 };
 
-template <class Element, int kN>
+template <class Element, int kN, bool kTransposed>
 void shared_product(const void* params) {
   const ProductArguments& p = *static_cast<const ProductArguments*>(params);
-  using Smem = SharedProductSmem<Element, kN>;
+  using Smem = SharedProductSmem<Element, kN, kTransposed>;
   Smem& smem = *reinterpret_cast<Smem*>(ptx::dynamic_smem());
   const int lane = ptx::lane_index(), first_row = ptx::warp_index() * 16;
   const uint32 barrier = ptx::smem_u32(&smem.barrier);
@@ -184,8 +184,14 @@ void shared_product(const void* params) {
   ptx::wgmma_fence();
   for (int time = 0; time < 2; ++time) {
     for (int k = 0; k < 64; k += ptx::kWgmmaDepth<Element>) {
-      ptx::wgmma_ab<Element>(c.x[0], ptx::advance_descriptor(a, smem.a.bytes_to_col(k)),
-                             ptx::advance_descriptor(b, smem.b.bytes_to_row(k)), time > 0 || k > 0);
+      const bool accumulate = time > 0 || k > 0;
+      if (kTransposed) {
+        ptx::wgmma_atbt<Element>(c.x[0], ptx::advance_descriptor(a, smem.a.bytes_to_row(k)),
+                                 ptx::advance_descriptor(b, smem.b.bytes_to_col(k)), accumulate);
+      } else {
+        ptx::wgmma_ab<Element>(c.x[0], ptx::advance_descriptor(a, smem.a.bytes_to_col(k)),
+                               ptx::advance_descriptor(b, smem.b.bytes_to_row(k)), accumulate);
+      }
     }
   }
   ptx::wgmma_commit();
@@ -193,20 +199,23 @@ void shared_product(const void* params) {
   c.for_each(lane, [&](float x, int row, int col) { p.c[(first_row + row) * kN + col] = x; });
 }
 
-template <class Element>
+template <class Element, bool kTransposed>
 const char* multiply_shared_as(int n, const ProductArguments& p, unsigned seed) {
   switch (n) {
-#define SHARED_CASE(kN)                                                                                          \
-  case kN: return host::launch(shared_product<Element, kN>, &p, 1, 128, sizeof(SharedProductSmem<Element, kN>), seed);
+#define SHARED_CASE(kN)                                                             \
+  case kN:                                                                          \
+    return host::launch(shared_product<Element, kN, kTransposed>, &p, 1, 128,       \
+                        sizeof(SharedProductSmem<Element, kN, kTransposed>), seed);
     SHARED_CASE(16) SHARED_CASE(64) SHARED_CASE(80) SHARED_CASE(128)
   }
   return "no such kN";
 }
 
-EXPORT const char* multiply_shared(bool half, int n, const uint64* a_map, const uint64* b_map, float* c,
-                                   unsigned seed) {
+EXPORT const char* multiply_shared(bool half, bool transposed, int n, const uint64* a_map, const uint64* b_map,
+                                   float* c, unsigned seed) {
   const ProductArguments p{map_of(a_map), map_of(b_map), nullptr, c};
-  return half ? multiply_shared_as<fp16>(n, p, seed) : multiply_shared_as<bf16>(n, p, seed);
+  if (transposed) return half ? multiply_shared_as<fp16, true>(n, p, seed) : multiply_shared_as<bf16, true>(n, p, seed);
+  return half ? multiply_shared_as<fp16, false>(n, p, seed) : multiply_shared_as<bf16, false>(n, p, seed);
 }
 """
 
@@ -240,8 +249,8 @@ EXPORT const char* stored_matrices(bool transposed, uint16* stored, int* conflic
   return error;
 }
 
-// 64 threads: neighbouring floats by a bulk copy, and each added four to a sum.
-struct SumArguments { const float* in; int count; float* sum; };
+// 64 threads: neighbouring floats by a bulk copy, and added to a sum by another, or four by every thread.
+struct SumArguments { const float* in; int count; bool in_bulk; float* sum; };
 
 void sum_bulk(const void* params) {
   const SumArguments& p = *static_cast<const SumArguments*>(params);
@@ -256,13 +265,21 @@ void sum_bulk(const void* params) {
   }
   ptx::sync_threads();
   ptx::mbarrier_wait(barrier, 0);
+  if (p.in_bulk) {
+    if (ptx::thread_index() != 0) return;
+    ptx::bulk_add(p.sum, ptx::smem_u32(values), p.count * 4);
+    ptx::tma_store_commit();
+    ptx::tma_store_wait();
+    memset(values, 0, p.count * 4);
+    return;
+  }
   for (int i = ptx::thread_index() * 4; i < p.count; i += 256) {
     ptx::red_add_x4(p.sum + i, {values[i], values[i + 1], values[i + 2], values[i + 3]});
   }
 }
 
-EXPORT const char* sum_of_bulk(const float* in, int count, float* sum, unsigned seed) {
-  const SumArguments p{in, count, sum};
+EXPORT const char* sum_of_bulk(const float* in, int count, bool in_bulk, float* sum, unsigned seed) {
+  const SumArguments p{in, count, in_bulk, sum};
   return host::launch(sum_bulk, &p, 2, 64, 16 + count * 4, seed);
 }
 """
@@ -427,6 +444,16 @@ FAULTS = {
     ),
     "bulk_load of 8208 bytes at 16: beyond shared memory": (
         "init(1); if (thread == 0) ptx::bulk_load(16, reinterpret_cast<void*>(64), 8208, barrier);"
+    ),
+    "bulk_add of 40 bytes": "if (thread == 0) ptx::bulk_add(reinterpret_cast<float*>(64), 0, 40);",
+    "bulk_add: an address is not a multiple of 16": (
+        "if (thread == 0) ptx::bulk_add(reinterpret_cast<float*>(72), 0, 16);"
+    ),
+    "bulk_add: shared 8 is not a multiple of 16": (
+        "if (thread == 0) ptx::bulk_add(reinterpret_cast<float*>(64), 8, 16);"
+    ),
+    "thread 7 returned before its tma_store had read shared memory": (
+        "alignas(16) static float sums[4]; if (thread == 7) ptx::bulk_add(sums, 0, 16), ptx::tma_store_wait();"
     ),
     "red_add_x4: an address is not a multiple of 16": (
         "float sums[8] = {}; ptx::red_add_x4(sums + (reinterpret_cast<size_t>(sums) % 16 == 0), {1.f, 1.f, 1.f, 1.f});"
@@ -614,14 +641,16 @@ def test_products(dtype: type, transposed: bool, n: int) -> None:
 
 @pytest.mark.parametrize("n", [16, 64, 80, 128])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["fp16", "bf16"])
-def test_products_of_operands_in_shared_memory(dtype: type, n: int) -> None:
+@pytest.mark.parametrize("transposed", [True, False], ids=["atbt", "ab"])
+def test_products_of_operands_in_shared_memory(transposed: bool, dtype: type, n: int) -> None:
     rng = np.random.default_rng(n)
     a, b = rng.standard_normal((64, 64)).astype(dtype), rng.standard_normal((64, n)).astype(dtype)
     exact = 2 * a.astype(np.float64) @ b.astype(np.float64)
-    maps = [map_of(x, (64, 64)) for x in (a, b)]
+    in_rows = [x.T.copy() if transposed else x for x in (a, b)]
+    maps = [map_of(x, (64, len(x))) for x in in_rows]
     for seed in range(4):
         c = np.full((64, n), np.nan, np.float32)
-        error = unit().multiply_shared(dtype is np.float16, n, *map(pointer, maps), pointer(c), seed)
+        error = unit().multiply_shared(dtype is np.float16, transposed, n, *map(pointer, maps), pointer(c), seed)
         assert error is None, error
         np.testing.assert_allclose(c, exact, rtol=0, atol=1e-6 * np.abs(exact).max() * 16)
 
@@ -636,7 +665,8 @@ def test_matrices_are_stored_as_they_are_or_transposed(transposed: bool) -> None
 
 
 @pytest.mark.parametrize("count", [4, 252, 256, 1000])
-def test_bulk_loads_and_sums_of_four(count: int) -> None:
+@pytest.mark.parametrize("in_bulk", [False, True], ids=["four", "bulk"])
+def test_bulk_loads_and_sums(in_bulk: bool, count: int) -> None:
     rng = np.random.default_rng(count)
     memory = rng.integers(-99, 99, 2 * count + 8).astype(np.float32)  # every sum is exact
     start = -memory.ctypes.data // 4 % 4  # floats to a multiple of 16 bytes
@@ -645,7 +675,7 @@ def test_bulk_loads_and_sums_of_four(count: int) -> None:
     expected[start + count : start + 2 * count] += 2 * values  # by each of two blocks
     for seed in range(4):
         before = sums.copy()
-        assert unit().sum_of_bulk(pointer(values), count, pointer(sums), seed) is None
+        assert unit().sum_of_bulk(pointer(values), count, in_bulk, pointer(sums), seed) is None
         np.testing.assert_array_equal(memory, expected)
         sums[...] = before
 

@@ -35,6 +35,17 @@ extern "C" __attribute__((visibility("default"))) const char* launch(float* out)
 """
 
 
+PTX = sorted((build.KERNELS / "ptx").glob("*.cuh"))
+
+
+@pytest.mark.parametrize("header", PTX, ids=[path.stem for path in PTX])
+def test_every_instruction_has_a_twin(header: Path) -> None:
+    instructions = set(re.findall(r"^CF_DEVICE .*?(\w+)\(", header.read_text(), flags=re.MULTILINE))
+    assert instructions
+    twin = (build.HOST / "ptx" / header.name).read_text()
+    assert {name for name in instructions if not re.search(rf"\b{name}(<\w+>)?\(", twin)} == set()
+
+
 def launch(body: str) -> tuple[str | None, np.ndarray]:
     """Run a kernel body with two blocks of 64 threads and 1024 bytes of shared memory; its error and ``out[64]``."""
     library = build.build(UNIT.format(body=body))

@@ -193,12 +193,29 @@ void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x
   host::copy_engine.add("tma_load", &known, box_of("tma_load", map, {x0, x1, x2, x3}, shared));
 }
 
+static void check_bulk(const char* who, const void* global, int bytes) {
+  if (bytes <= 0 || bytes % 16 != 0) host::fail("%s of %d bytes", who, bytes);
+  if (reinterpret_cast<size_t>(global) % 16 != 0) host::fail("%s: an address is not a multiple of 16", who);
+}
+
 void bulk_load(uint32 shared, const void* global, int bytes, uint32 barrier) {
   host::Mbarrier& known = barrier_of_load("bulk_load", barrier);
-  if (bytes <= 0 || bytes % 16 != 0) host::fail("bulk_load of %d bytes", bytes);
-  if (reinterpret_cast<size_t>(global) % 16 != 0) host::fail("bulk_load: an address is not a multiple of 16");
+  check_bulk("bulk_load", global, bytes);
   const auto copy = [=] { memcpy(host::block.smem + shared, global, bytes); };
   host::copy_engine.add({"bulk_load", host::block.current->index, &known, false, shared, bytes, 16, copy});
+}
+
+void bulk_add(float* global, uint32 shared, int bytes) {
+  check_bulk("bulk_add", global, bytes);
+  const auto add = [=] {
+    for (int i = 0; i < bytes / 4; ++i) {
+      float x;
+      memcpy(&x, host::block.smem + shared + i * 4, 4);
+      global[i] += x;
+    }
+  };
+  ++host::copy_engine.stores[host::block.current->index].started;
+  host::copy_engine.add({"bulk_add", host::block.current->index, nullptr, false, shared, bytes, 16, add});
 }
 
 void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, uint32 shared) {
@@ -224,6 +241,8 @@ void tma_store_wait_read() {
     if (transfer.committed && transfer.thread == thread) host::copy_engine.finish(number);
   }
 }
+
+void tma_store_wait() { tma_store_wait_read(); }
 
 void fence_proxy_async() { host::async_proxy.fence(host::block.current->index); }
 

@@ -1,5 +1,5 @@
 // The host twin of kernels/ptx/tma.cuh: a copy happens at any time after its start, in any order, the destination being
-// NaN until then. Stores happen at the latest when their thread waits for them.
+// NaN until then. Stores happen at the latest when their thread waits for them, were it for their reading alone.
 //
 // The words of a TensorMap are what the driver was told: address, 4 dims, 3 strides in bytes (of dims 1 to 3), 4 sizes
 // of a box, bytes of an element. Boxes are in 128-byte swizzle, rows of 128 bytes.
@@ -12,9 +12,11 @@ namespace cuflash::ptx {
 
 void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier);
 void bulk_load(uint32 shared, const void* global, int bytes, uint32 barrier);
+void bulk_add(float* global, uint32 shared, int bytes);
 void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, uint32 shared);
 void tma_store_commit();
 void tma_store_wait_read();
+void tma_store_wait();
 void fence_proxy_async();
 
 }  // namespace cuflash::ptx

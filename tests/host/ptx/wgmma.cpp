@@ -223,6 +223,12 @@ void multiply(const Product& product) {
         a[row_of(lane, i)][col_of(lane, i)] = ptx::floats<Element>()[bits];
       }
     }
+  } else if constexpr (kForm == Form::kAtbt) {
+    const Descriptor a_matrix(product.whole.a, 128);
+    for (int k = 0; k < 16; ++k) {
+      const uint32 address = a_matrix.start + k * kRowBytes + product.quarter * 32;
+      for (int row = 0; row < 16; row += 8) read_eight<Element>(&a[row][k], 16, address + row * 2);
+    }
   } else {
     const Descriptor a_matrix(product.whole.a, 32);
     for (int row = 0; row < 16; ++row) {
@@ -230,7 +236,7 @@ void multiply(const Product& product) {
       for (int k = 0; k < 16; k += 8) read_eight<Element>(&a[row][k], 1, address + k * 2);
     }
   }
-  if constexpr (kForm == Form::kAbt) {
+  if constexpr (kForm == Form::kAbt || kForm == Form::kAtbt) {
     const Descriptor b_matrix(product.whole.b, 32);
     for (int col = 0; col < n; ++col) {
       const uint32 address = b_matrix.start + col * kRowBytes;
@@ -256,9 +262,11 @@ void multiply(const Product& product) {
 
 template void multiply<fp16, Form::kAbt>(const Product&);
 template void multiply<fp16, Form::kAb>(const Product&);
+template void multiply<fp16, Form::kAtbt>(const Product&);
 template void multiply<fp16, Form::kAbFromRegisters>(const Product&);
 template void multiply<bf16, Form::kAbt>(const Product&);
 template void multiply<bf16, Form::kAb>(const Product&);
+template void multiply<bf16, Form::kAtbt>(const Product&);
 template void multiply<bf16, Form::kAbFromRegisters>(const Product&);
 
 void issue(void* const* lanes, void (*multiply)(const Product&), int n) {

@@ -10,8 +10,8 @@
 
 namespace cuflash::host {
 
-// Which operand lies where, by the name of the product: A and B^T in rows of shared memory, A and B, or B alone.
-enum class Form { kAbt, kAb, kAbFromRegisters };
+// What lies in rows of shared memory, by the name of the product: A and B^T, A and B, A^T and B^T, or B alone.
+enum class Form { kAbt, kAb, kAtbt, kAbFromRegisters };
 
 // What a lane brings to a product.
 struct WgmmaOperands {
@@ -27,9 +27,11 @@ template <class Element, Form kForm>
 void multiply(const struct Product& product);
 extern template void multiply<fp16, Form::kAbt>(const Product&);
 extern template void multiply<fp16, Form::kAb>(const Product&);
+extern template void multiply<fp16, Form::kAtbt>(const Product&);
 extern template void multiply<fp16, Form::kAbFromRegisters>(const Product&);
 extern template void multiply<bf16, Form::kAbt>(const Product&);
 extern template void multiply<bf16, Form::kAb>(const Product&);
+extern template void multiply<bf16, Form::kAtbt>(const Product&);
 extern template void multiply<bf16, Form::kAbFromRegisters>(const Product&);
 
 // Starts a warp's part of a product with n columns.
@@ -74,7 +76,10 @@ struct Wgmma {
   static_assert(kN % 16 == 0 && kN >= 16 && kN <= 256);
 
   static void run(void* const* lanes) { host::issue(lanes, host::multiply<Element, kForm>, kN); }
-  static constexpr host::Instruction kInstruction{kForm == host::Form::kAbt ? "wgmma_abt" : "wgmma_ab", run};
+  static constexpr const char* kName = kForm == host::Form::kAbt    ? "wgmma_abt"
+                                       : kForm == host::Form::kAtbt ? "wgmma_atbt"
+                                                                    : "wgmma_ab";
+  static constexpr host::Instruction kInstruction{kName, run};
 };
 
 template <class Element, int kBlocks>
@@ -87,6 +92,12 @@ template <class Element, int kBlocks>
 void wgmma_ab(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
   host::WgmmaOperands operands{c[0], a, nullptr, b, accumulate};
   host::execute(Wgmma<Element, kBlocks * 8, host::Form::kAb>::kInstruction, &operands);
+}
+
+template <class Element, int kBlocks>
+void wgmma_atbt(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate) {
+  host::WgmmaOperands operands{c[0], a, nullptr, b, accumulate};
+  host::execute(Wgmma<Element, kBlocks * 8, host::Form::kAtbt>::kInstruction, &operands);
 }
 
 template <class Element, int kBlocks>
