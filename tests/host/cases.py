@@ -6,6 +6,7 @@ worst alignment its case allows; outputs start as NaN and nothing outside them m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,8 +14,8 @@ import oracle
 
 from cuflash import dtypes
 from cuflash.device import named
-from cuflash.dropout import Dropout
 from cuflash.masks import Mask
+from cuflash.ops.call import Options
 from cuflash.plan import choose
 from cuflash.problem import Problem
 from host.run import run_plan_on_host
@@ -158,12 +159,13 @@ class Tensors:
             self.arrays["alibi"] = self.options["alibi_slopes"] = slopes
         if p.sink:
             self.arrays["sink"] = self.options["sink"] = self.rng.standard_normal(p.heads_q, np.float32) + 2
-        self.numbers = {}
         if p.dropout:
-            dropout = Dropout(case.dropout_p, p.dropout, case.unbiased)
-            self.numbers = {"dropout_p": dropout.p, "keep_scale": dropout.keep_scale, "seed": SEED, "offset": OFFSET}
             self.arrays["rng_state"] = np.array([SEED, OFFSET], np.uint64)
-            self.options |= {"dropout_p": dropout.p, "dropout_scheme": p.dropout, "dropout_unbiased": case.unbiased}
+            self.options |= {
+                "dropout_p": case.dropout_p,
+                "dropout_scheme": p.dropout,
+                "dropout_unbiased": case.unbiased,
+            }
             self.options["rng_state"] = (SEED, OFFSET)
         if p.bias is not None:
             kept = self.pairs(case.bias_axes)
@@ -285,12 +287,18 @@ def exact_and_naive(tensors: Tensors, *extra: str) -> tuple[oracle.Attention, or
     return oracle.attention(*inputs, **tensors.options), oracle.naive_in_dtype(*inputs, **tensors.options)
 
 
-def run(case: Case, tensors: Tensors, direction: str, seed: int) -> None:
+def run(case: Case, tensors: Tensors, direction: str, seed: int, draw: Sequence[int] = (0, SEED, OFFSET)) -> None:
     backward = direction == "backward"
     problem = replace(case.problem, direction=direction, bias_grad=backward and case.problem.bias is not None)
     device = named(case.device)
     plan = choose(problem, replace(device, num_sms=case.num_sms or device.num_sms), case.family)
-    assert run_plan_on_host(plan, tensors.arrays, seed, tensors.numbers) == 0, "ldmatrix met bank conflicts"
+    options = Options(empty_lse=EMPTY_LSE, tail_lse=TAIL_LSE)
+    if problem.dropout:
+        options = options._replace(
+            dropout_p=case.dropout_p, dropout_scheme=problem.dropout, unbiased_dropout=case.unbiased
+        )
+    conflicts = run_plan_on_host(plan, tensors.arrays, seed, options, draw)
+    assert conflicts == 0, "ldmatrix met bank conflicts"
 
 
 def check_forward(case: Case, seed: int = 0) -> None:
@@ -304,7 +312,6 @@ def check_forward(case: Case, seed: int = 0) -> None:
     exact, naive = exact_and_naive(tensors)
     if case.problem.dropout:
         tensors.place_flat("rng_state", (2,), np.uint64)
-    tensors.numbers |= {"empty_lse": EMPTY_LSE, "tail_lse": TAIL_LSE}
     run(case, tensors, "forward", seed)
     if case.problem.dropout:
         assert tensors.arrays["rng_state"].tolist() == [SEED, OFFSET]

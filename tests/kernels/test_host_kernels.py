@@ -375,10 +375,9 @@ def test_a_generator_on_the_device_moves_on() -> None:
     for name in ("q", "k", "v"):
         tensors.random(name)
     tensors.place("out"), tensors.place("lse")
-    generator = tensors.arrays["generator"] = np.array([7, 2**63 + 8], np.uint64)
-    tensors.numbers["increment"] = 256
+    generator = np.array([7, 2**63 + 8], np.uint64)
     for draw in range(2):
-        run(case, tensors, "forward", 0)
+        run(case, tensors, "forward", 0, (generator.ctypes.data, 0, 0))
         assert tensors.arrays["rng_state"].tolist() == [7, 2**63 + 8 + 256 * draw]
     assert generator.tolist() == [7, 2**63 + 8 + 512]
 

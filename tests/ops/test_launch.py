@@ -29,8 +29,7 @@ from cuflash.jit import kernel
 from cuflash.ops import block, launch
 from cuflash.ops.call import SHARED
 from cuflash.ops.scratch import KeptZeros
-from cuflash.plan import Box, Config, Step
-from cuflash.problem import Problem
+from cuflash.plan import Config, Step
 
 FRAMEWORKS = [pytest.param(as_cupy, marks=needs_cupy, id="cupy"), pytest.param(as_torch, id="torch")]
 
@@ -744,10 +743,6 @@ def test_maps_of_dense_tensors(hopper: Launches, wrap: Any) -> None:
             "out": [0, 24, 70, 4, 2, *strides, 64, 64, 1, 1, 2],
         }
         assert params["heads_per_section"][0] == 2, "those that share keys"
-    problem = Problem("forward", cuflash.dtypes.FP16, 2, 4, 2, 70, 45, 32, 24)
-    for name, x in (("q", q), ("k", k), ("v", v), ("out", place)):
-        on_host = run.box_map(problem, x, Box(name, 64)).tolist()
-        assert [on_host[0] - x.ctypes.data, *on_host[1:13]] == maps(params)[name], "the host twin's is the same"
 
 
 @pytest.mark.parametrize(("framework", "wrap"), [(CuPy, as_cupy), (Torch, as_torch)])
@@ -817,10 +812,6 @@ def test_maps_of_packed_tensors(hopper: Launches, wrap: Any) -> None:
         "v": [-backs["v"], 24, 95, 96, 2, 96, 96, 48, 64, 64, 1, 1, 2],
         "out": [-backs["out"], 24, 80, 81, 4, 192, 192, 48, 64, 64, 1, 1, 2],
     }
-    problem = Problem("forward", cuflash.dtypes.FP16, 3, 4, 2, 45, 50, 32, 24, "varlen", 80, 95)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        on_host = run.box_map(problem, x, Box(name, 64)).tolist()
-        assert [on_host[0] - x.ctypes.data, *on_host[1:13]] == maps(params)[name]
 
 
 WIDE = np.pad(BIAS, [(0, 0), (0, 0), (0, 0), (0, 1)])
