@@ -118,7 +118,7 @@ class Report:
         lists = {name: content.pop(name) for name in ("deviations", "rows")}
         text = json.dumps(content, indent=2)[:-2]
         for name, rows in lists.items():
-            lines = ",\n".join("    " + json.dumps(each) for each in rows)  # a line each: diffs stay readable
+            lines = ",\n".join("    " + json.dumps(row) for row in rows)  # a line each: diffs stay readable
             text += f',\n  "{name}": [\n{lines}\n  ]' if rows else f',\n  "{name}": []'
         path.write_text(text + "\n}\n")
 
@@ -134,8 +134,8 @@ class Report:
         known = {f.name for f in fields(Row)}
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            rows = [Row(**{name: each[name] for name in known & each.keys()}) for each in content.pop("rows")]
-            deviations = [Deviation(**each) for each in content.pop("deviations", [])]
+            rows = [Row(**{name: row[name] for name in known & row.keys()}) for row in content.pop("rows")]
+            deviations = [Deviation(**deviation) for deviation in content.pop("deviations", [])]
             return cls(**content, rows=rows, deviations=deviations)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidArgument(f"{path} is not what `bench --json` writes ({error}); name such a file.") from error
@@ -145,8 +145,8 @@ class Report:
         return replace(
             self,
             rows=[row for row in self.rows if row.phase == phase],
-            deviations=[each for each in self.deviations if each.phase == phase],
-            host=[each for each in self.host if each["phase"] == phase],
+            deviations=[deviation for deviation in self.deviations if deviation.phase == phase],
+            host=[cost for cost in self.host if cost["phase"] == phase],
             start={name: times for name, times in self.start.items() if name.startswith(phase)},
         )
 
@@ -174,13 +174,13 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that bear on a measurement."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def new(gpu: bool) -> Report:
@@ -228,8 +228,8 @@ Group = dict[str, Row]
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Group]]:
     """(phase, mode) -> case -> its rows, in the order measured."""
     groups: dict[tuple[str, str], dict[str, Group]] = {}
-    for each in rows:
-        groups.setdefault((each.phase, each.mode), {}).setdefault(each.case, {})[each.impl] = each
+    for row in rows:
+        groups.setdefault((row.phase, row.mode), {}).setdefault(row.case, {})[row.impl] = row
     return groups
 
 
@@ -238,7 +238,7 @@ def beside_peers(group: Group) -> dict[str, float]:
     own = group.get(OWN)
     if own is None:
         return {}
-    return {impl: each.gpu_us / own.gpu_us for impl, each in group.items() if impl not in (OWN, PRODUCT)}
+    return {impl: row.gpu_us / own.gpu_us for impl, row in group.items() if impl not in (OWN, PRODUCT)}
 
 
 def _share(group: Group) -> float | None:
@@ -254,7 +254,7 @@ def _short(tflops: float) -> str:
 
 def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the result table: cuflash, its place beside product and best peer, then each peer."""
-    impls = list(dict.fromkeys(each.impl for each in report.rows if each.impl != OWN))
+    impls = list(dict.fromkeys(row.impl for row in report.rows if row.impl != OWN))
     products = [impl for impl in impls if impl == PRODUCT]
     peers = [impl for impl in impls if impl != PRODUCT]
     header = ["phase", "case", f"{OWN} TFLOP/s", *(f"of {impl}" for impl in products)]
@@ -281,13 +281,13 @@ def _means(name: str, groups: list[Group], peers: list[str], products: list[str]
     """The last line of a set: geometric means over the cases that have the ratio, and the least beside the best."""
     ratios = [beside_peers(group) for group in groups]
     shares = [share for group in groups if (share := _share(group)) is not None]
-    best = [min(each.values()) for each in ratios if each]
+    best = [min(of_peers.values()) for of_peers in ratios if of_peers]
     return [
         f"{name or 'all'}: geometric mean",
         "",
         *(times(geometric_mean(shares), "") for _ in products),
         f"{times(geometric_mean(best))}, least {times(min(best))}" if best else "–",
-        *(times(geometric_mean([each[impl] for each in ratios if impl in each])) for impl in peers),
+        *(times(geometric_mean([of_peers[impl] for of_peers in ratios if impl in of_peers])) for impl in peers),
         *("" for _ in products),
     ]
 
@@ -354,7 +354,7 @@ def markdown(report: Report, name: str) -> str:
         parts.append(markdown_table(*deviations_of.cells(report.deviations)))
     if report.host:
         parts.append("Host time of a call on a tiny problem, µs.")
-        parts.append(markdown_table(["impl", "phase", "µs"], [[str(x) for x in each.values()] for each in report.host]))
+        parts.append(markdown_table(["impl", "phase", "µs"], [[str(x) for x in cost.values()] for cost in report.host]))
     if report.start:
         names = list(next(iter(report.start.values())))
         parts.append("A new process, seconds.")

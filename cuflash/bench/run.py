@@ -55,12 +55,12 @@ class Bench:
             for i, case in enumerate(cases):
                 left_s = deadline_s - time.perf_counter()
                 if left_s <= 0:
-                    self._left_out["out of time (--seconds)"] += [self._label(each) for each in cases[i:]]
+                    self._left_out["out of time (--seconds)"] += [self._label(left) for left in cases[i:]]
                     break
                 try:
                     self._case(case, left_s / (len(cases) - i))
                 except Exception as error:  # not an implementation's own: the device itself no longer answers
-                    self._left_out[f"stopped by {_reason(error)}"] += [self._label(each) for each in cases[i:]]
+                    self._left_out[f"stopped by {_reason(error)}"] += [self._label(left) for left in cases[i:]]
                     break
                 done(case)
         self.report.notes += [f"{reason}: {_listed(names)}" for reason, names in self._left_out.items()]
@@ -80,12 +80,12 @@ class Bench:
     def _case(self, case: Case, seconds: float) -> None:
         inputs = make(case, self._normals)
         deadline_s = time.perf_counter() + seconds
-        prepared = (self._prepared(each, case, inputs) for each in self._implementations)
+        prepared = (self._prepared(implementation, case, inputs) for implementation in self._implementations)
         runners = {runner.impl: runner for runner in prepared if runner}
         for i, (mode, protocol) in enumerate(self._modes.items()):
             share_s = (deadline_s - time.perf_counter()) / (len(self._modes) - i)
             timings = interleave(list(runners.values()), share_s, failed=self._failed(case), **protocol)
-            self.report.rows += [report.row(case, runners[impl], each, mode) for impl, each in timings.items()]
+            self.report.rows += [report.row(case, runners[impl], timing, mode) for impl, timing in timings.items()]
             runners = {impl: runners[impl] for impl in timings}
         runners.clear()
         self._release()

@@ -53,7 +53,7 @@ def recorded(folder: Path) -> list[Recorded]:
 
 def markdown(runs: Sequence[Recorded]) -> str:
     """The table; a line of which nothing is recorded is left out."""
-    lines = [line for each in LINES if (line := _compared(each, runs)) is not None]
+    lines = [cells for line in LINES if (cells := _compared(line, runs)) is not None]
     lines += [line for phase in ("forward", "backward") if (line := _host(phase, runs)) is not None]
     lines += [line for line in [_start(runs)] if line is not None]
     header = ["", "of the fastest peer", "where least", "recorded in"]
@@ -84,7 +84,7 @@ def _compared(line: Line, runs: Sequence[Recorded]) -> list[str] | None:
 def _host(phase: str, runs: Sequence[Recorded]) -> list[str] | None:
     """What a call on a tiny problem costs the host, beside the peer that costs it least."""
     for name, report in runs:
-        costs = {str(each["impl"]): float(str(each["host_us"])) for each in report.host if each["phase"] == phase}
+        costs = {str(cost["impl"]): float(str(cost["host_us"])) for cost in report.host if cost["phase"] == phase}
         own = costs.pop(OWN, None)
         if own is not None and costs:
             least = min(costs, key=costs.__getitem__)

@@ -196,4 +196,4 @@ def of(name: str) -> dict[str, list[Case]]:
     if name not in SETS and name not in UNIONS:
         known = ", ".join([*SETS, *UNIONS])
         raise InvalidArgument(f"problem set {name!r} is not known; expected one of: {known}.")
-    return {each: SETS[each]() for each in UNIONS.get(name, (name,))}
+    return {member: SETS[member]() for member in UNIONS.get(name, (name,))}

@@ -334,14 +334,14 @@ def select(pattern: str | None = None) -> list[Case]:
         return [CASES[case_id] for case_id in SMOKE]
     if pattern in CASES:
         return [CASES[pattern]]
-    found = [case for case in CASES.values() if pattern in case.id or fnmatchcase(case.id, pattern)]
-    if not found:
+    matching = [case for case in CASES.values() if pattern in case.id or fnmatchcase(case.id, pattern)]
+    if not matching:
         some = ", ".join(list(CASES)[:3])
         raise InvalidArgument(
             f"case {pattern!r} matches none of the {len(CASES)} ids; expected an id, a part of one, a glob or 'smoke', "
             f"for example {some}."
         )
-    return found
+    return matching
 
 
 def variants(cases: Iterable[Case], device: Device) -> list[tuple[str, Step]]:
@@ -349,13 +349,13 @@ def variants(cases: Iterable[Case], device: Device) -> list[tuple[str, Step]]:
 
     A case whose family does not run on the device (too old an architecture) needs none.
     """
-    found: dict[tuple[object, ...], tuple[str, Step]] = {}
+    kernels: dict[tuple[object, ...], tuple[str, Step]] = {}
     for case in cases:
         if why_not(case.problem, device)[case.family]:
             continue
         for step in choose(case.problem, device, case.family).steps:
-            found.setdefault((step.kernel, step.params, step.config), (case.id, step))
-    return list(found.values())
+            kernels.setdefault((step.kernel, step.params, step.config), (case.id, step))
+    return list(kernels.values())
 
 
 ARCHITECTURES: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")

@@ -18,7 +18,7 @@ from cuflash.bench.peers import chosen as chosen_peers
 from cuflash.bench.run import Bench
 from cuflash.cases import sets
 from cuflash.cases.table import Case
-from cuflash.cli.console import Seconds, bar, console, given, show
+from cuflash.cli.console import Seconds, bar, console, options_written, show
 from cuflash.cli.problem import has_gpu
 from cuflash.cli.soak import check_cublas, compile_all
 from cuflash.cli.support import FILE, write_between
@@ -91,11 +91,11 @@ def command(
     if standing is not None:
         if render is not None:
             raise InvalidArgument("--standing and --render exclude each other; drop one of them.")
-        _refuse_others("--standing", given("standing", "write", "marker"))
+        _refuse_others("--standing", options_written("standing", "write", "marker"))
         _put(standings.markdown(standings.recorded(standing)), marker or "standing", write)
         return
     if render is not None:
-        _refuse_others("--render", given("render", "write", "marker", "phase"))
+        _refuse_others("--render", options_written("render", "write", "marker", "phase"))
         whole = report.Report.read(render)
         text = report.markdown(whole if phase == "both" else whole.of(phase), render.name)
         _put(text, marker or ("measurements" if phase == "both" else f"measurements-{phase}"), write)
@@ -105,28 +105,28 @@ def command(
     gpu = has_gpu()
     by_set = _matching(problems or ("prefill" if gpu else "numpy"), case)
     directions: list[Direction] = ["forward", "backward"] if phase == "both" else [phase]
-    cases = [each.turned(direction) for direction in directions for chosen in by_set.values() for each in chosen]
+    cases = [one.turned(direction) for direction in directions for chosen in by_set.values() for one in chosen]
     run: Bench
     if problems == exactness.NAME:
-        timing = given("problems", "case", "phase", "peers", "seconds", "json")
+        timing = options_written("problems", "case", "phase", "peers", "seconds", "json")
         if timing:
             raise InvalidArgument(f"{timing[0]} is for timing, and {exactness.NAME} times nothing; drop one of them.")
         processes = False
-        found = find(chosen_peers(exactness.PEERS if gpu and peers is None else peers, gpu), gpu)
+        peers_here = find(chosen_peers(exactness.PEERS if gpu and peers is None else peers, gpu), gpu)
         if gpu:
             check_cublas(exactness.NAME)
             compile_all(exactness.steps(cases))
-        run = exactness.Exactness(found.implementations, gpu)
+        run = exactness.Exactness(peers_here.implementations, gpu)
     else:
-        found = find(chosen_peers(peers, gpu), gpu)
-        run = Bench(found.implementations, gpu, quick, sustained)
-    run.report.sets = {name: [each.id for each in chosen] for name, chosen in by_set.items()}
-    run.report.notes += found.notes
+        peers_here = find(chosen_peers(peers, gpu), gpu)
+        run = Bench(peers_here.implementations, gpu, quick, sustained)
+    run.report.sets = {name: [one.id for one in chosen] for name, chosen in by_set.items()}
+    run.report.notes += peers_here.notes
     with bar() as progress:
         task = progress.add_task("", total=len(cases))
 
-        def done(each: Case) -> None:
-            progress.update(task, advance=1, description=f"{each.problem.direction} {each.id}")
+        def done(measured: Case) -> None:
+            progress.update(task, advance=1, description=f"{measured.problem.direction} {measured.id}")
 
         run.run(cases, seconds, done)
     if gpu:
@@ -161,21 +161,21 @@ def _matching(problems: str, pattern: str | None) -> dict[str, list[Case]]:
     known = sets.of(problems)
     if pattern is None:
         return known
-    found = {
-        name: [each for each in cases if pattern in each.id or fnmatchcase(each.id, pattern)]
+    matching = {
+        name: [case for case in cases if pattern in case.id or fnmatchcase(case.id, pattern)]
         for name, cases in known.items()
     }
-    if not any(found.values()):
-        ids = ", ".join(each.id for cases in known.values() for each in cases)
+    if not any(matching.values()):
+        ids = ", ".join(case.id for cases in known.values() for case in cases)
         raise InvalidArgument(f"--case {pattern!r} matches nothing in {problems}; it has: {ids}.")
-    return {name: cases for name, cases in found.items() if cases}
+    return {name: cases for name, cases in matching.items() if cases}
 
 
-def _print(found: report.Report, screen: Console) -> None:
-    show(screen, report.deviations_table(found) if found.deviations else report.table(found))
-    for each in found.host:
-        screen.print(f"host, tiny problem: {each['impl']} {each['phase']} {each['host_us']} µs a call")
-    for key, times in found.start.items():
+def _print(measured: report.Report, screen: Console) -> None:
+    show(screen, report.deviations_table(measured) if measured.deviations else report.table(measured))
+    for cost in measured.host:
+        screen.print(f"host, tiny problem: {cost['impl']} {cost['phase']} {cost['host_us']} µs a call")
+    for key, times in measured.start.items():
         screen.print(f"new process, {key}: " + ", ".join(f"{name} {value:.3f}" for name, value in times.items()))
-    for note in found.notes:
+    for note in measured.notes:
         screen.print(f"left out: {note}", style="dim")

@@ -70,7 +70,7 @@ def command(
     if not (pool or on_gpu):
         raise InvalidArgument("--no-pool is for a GPU, and this check runs on the NumPy backend; drop it.")
     if soak is not None:
-        ids = tuple(each.id for each in cases)
+        ids = tuple(chosen.id for chosen in cases)
         job = Job(ids, seed, first or 0, soak, gpu=on_gpu, pool=pool, patience_s=patience or 60.0)
         raise click.exceptions.Exit(not soaking.run(job, math.inf if seconds is None else seconds))
     _refuse_without_soak(seconds, first, patience)
@@ -80,8 +80,8 @@ def command(
     lines = table(f"{len(cases)} cases on {where}", "case", "tensor", *numbers, "", right=numbers)
     failures = 0
     normals = Normals(xp, seed)
-    for each in followed(cases, "checking"):
-        for line, passed in _lines(each, normals):
+    for chosen in followed(cases, "checking"):
+        for line, passed in _lines(chosen, normals):
             lines.add_row(*line, style=None if passed else "bold red")
             failures += not passed
     screen = console()

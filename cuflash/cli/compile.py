@@ -43,8 +43,8 @@ def command(case: str | None, everything: bool, arch: tuple[str, ...], jobs: int
             first = str(cubin).splitlines()
             lines.add_row(target, case_id, step.kernel, *[""] * 5, "\n".join(first[:4]), style="bold red")
             continue
-        found = complaints(case_id, step, cubin, named(target))
-        wrong += bool(found)
+        faults = complaints(case_id, step, cubin, named(target))
+        wrong += bool(faults)
         lines.add_row(
             target,
             case_id,
@@ -54,8 +54,8 @@ def command(case: str | None, everything: bool, arch: tuple[str, ...], jobs: int
             str(cubin.spill_stores + cubin.spill_loads),
             f"{step.config.smem_bytes:,}",
             "cached" if cubin.cached else f"{cubin.seconds:.2f}",
-            "\n".join(found),
-            style="bold red" if found else None,
+            "\n".join(faults),
+            style="bold red" if faults else None,
         )
     screen = console()
     show(screen, lines)

@@ -116,7 +116,7 @@ def say(screen: Console, label: str, text: str, style: str | None = None) -> Non
     )
 
 
-def given(*but: str) -> list[str]:
+def options_written(*but: str) -> list[str]:
     """The arguments and options of the command that were written, without those named."""
     context = click.get_current_context()
     written = [

@@ -12,7 +12,7 @@ import numpy as np
 
 from cuflash.arrays import View
 from cuflash.cases.table import CASES, select
-from cuflash.cli.console import given
+from cuflash.cli.console import options_written
 from cuflash.device import NAMED, Device, current, named
 from cuflash.dropout import Scheme
 from cuflash.dtypes import DTYPES
@@ -72,7 +72,9 @@ _PARAMS: tuple[click.Parameter, ...] = (
     ),
     click.Option(["--reversed"], is_flag=True, help="Heads of keys and values lie in memory in reverse order."),
     click.Option(
-        ["--family"], type=click.Choice([each.name for each in FAMILIES]), help="Hold the planner to one kernel family."
+        ["--family"],
+        type=click.Choice([family.name for family in FAMILIES]),
+        help="Hold the planner to one kernel family.",
     ),
     click.Option(
         ["--device"], help=f"{', '.join(NAMED)} or sm_86 ...; this machine's GPU if not given, or an h100 without one."
@@ -88,7 +90,7 @@ def command(name: str, show: Callable[[Asked, Device], None], text: str) -> clic
         if case is None:
             show(_of_options(family, _Options(**values)), target)
         else:
-            show(_of_case(case, given("case", "device")), target)
+            show(_of_case(case, options_written("case", "device")), target)
 
     more = f"{text}\n\nThe problem is that of a CASE of `check`, by its id, or has what the options say."
     return click.Command(name, params=list(_PARAMS), callback=run, short_help=text, help=more)
@@ -97,7 +99,7 @@ def command(name: str, show: Callable[[Asked, Device], None], text: str) -> clic
 def _of_case(case_id: str, options: list[str]) -> Asked:
     """The problem of an id."""
     if case_id not in CASES:
-        near = ", ".join(each.id for each in select(case_id)[:5])
+        near = ", ".join(case.id for case in select(case_id)[:5])
         raise InvalidArgument(f"case {case_id!r} is not an id; expected one id, for example: {near}.")
     if options:
         raise InvalidArgument(f"{options[0]} is given beside a case, which says everything but --device; drop one.")
@@ -182,7 +184,7 @@ def _refuse_idle(asked: _Options, banded: bool, heads_kv: int, len_kv: int) -> N
         (heads_kv > 1, ["--reversed"], "several heads"),
         (len_kv > 1 and "k" in bias, ["--bias-apart"], "a --bias along several keys"),
     ):
-        if not acts and (idle := [option for option in given() if option in options]):
+        if not acts and (idle := [option for option in options_written() if option in options]):
             raise InvalidArgument(f"{idle[0]} does nothing here; it goes with {goes_with}.")
 
 

@@ -147,8 +147,8 @@ def table() -> str:
 
 def cell(row: Row, group: str) -> str:
     """How the functions of a group take a row: the argument's name in the first of them, or that they need none."""
-    if found := [name for name in taken(row, group).values() if name]:
-        return f"`{found[0]}`"
+    if names := [name for name in taken(row, group).values() if name]:
+        return f"`{names[0]}`"
     if group in row.always:
         return "✓"
     return row.instead if group == FLASH and row.instead else "–"
@@ -156,15 +156,15 @@ def cell(row: Row, group: str) -> str:
 
 def taken(row: Row, group: str) -> dict[str, str | None]:
     """What every function of a group that a row is about calls the argument; None where it has none."""
-    found = {}
+    arguments = {}
     for function in GROUPS[group]:
         parameters = inspect.signature(function).parameters
         kinds = {"backward" if {"dout", "grad_out_"} & parameters.keys() else "forward"}
         kinds |= {"packed"} if "cu_seqlens_q" in parameters else set()
         if row.where <= kinds:
             names = [] if group in row.but else [name for name in row.arguments if name in parameters]
-            found[function.__name__] = names[0] if names else None
-    return found
+            arguments[function.__name__] = names[0] if names else None
+    return arguments
 
 
 def _words(row: Row) -> str:
@@ -182,8 +182,8 @@ def _described(family: Family) -> str:
 def _devices(family: Family) -> list[Device]:
     """The devices known by name that run a family, the oldest architecture first."""
     plain = replace(PLAIN, dtype=DTYPES[family.dtypes[0]])
-    found = [device for device in NAMED.values() if not family.why_not(plain, device)]
-    return sorted(found, key=lambda device: device.capability)
+    devices = [device for device in NAMED.values() if not family.why_not(plain, device)]
+    return sorted(devices, key=lambda device: device.capability)
 
 
 def families_of(row: Row) -> str:

@@ -88,8 +88,8 @@ class Deviation:
 def cells(deviations: Iterable[Deviation]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the table: a line for each case, in which the outputs follow each other, then the worst."""
     cases: dict[str, list[Deviation]] = {}
-    for each in deviations:
-        cases.setdefault(each.case, []).append(each)
+    for deviation in deviations:
+        cases.setdefault(deviation.case, []).append(deviation)
     rows = [row for case in cases.values() for row in case]
     impls = dict.fromkeys(impl for row in rows for impl in row.errors if impl not in (OWN, MODEL))
 
@@ -103,7 +103,7 @@ def cells(deviations: Iterable[Deviation]) -> tuple[list[str], list[list[str]]]:
     for by_model in (False, True):
         known = [(row.beside_the_best, row) for row in rows if (MODEL in row.rivals) == by_model and OWN in row.errors]
         if known:  # the largest, or one that is not a number
-            _, worst = max(known, key=lambda each: (math.isnan(each[0]), each[0]))
+            _, worst = max(known, key=lambda ratio_and_row: (math.isnan(ratio_and_row[0]), ratio_and_row[0]))
             lines.append(line(f"worst: {worst.tensor}", worst))
     return ["case", "of", OWN, "beside the best", *impls, MODEL], lines
 

@@ -179,14 +179,14 @@ def _packed(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
     sizes, lens, used = {}, [], []
     most_tail = limits.elements // (heads_q * max(case.problem.dim_qk, case.problem.dim_v))
     for side, longest in zip(("q", "kv"), _two_lengths(case, rng, limits, (batch, heads_q, heads_kv)), strict=True):
-        each = [0 if rng.random() < 0.15 else _length(rng, longest) for _ in range(batch)]
+        counts = [0 if rng.random() < 0.15 else _length(rng, longest) for _ in range(batch)]
         tail = min(int(rng.choice([0, 0, 1, rng.integers(100)])), most_tail)
-        room = int(rng.choice([0, 0, longest - max(each)]))  # max_seqlen may be more than the longest
-        lens.append(tuple(each))
-        some = tuple(int(rng.choice([0, n, rng.integers(n + 1)], p=(0.1, 0.3, 0.6))) for n in each)
-        used.append(some if rng.random() < 0.4 else ())
-        most = max(used[-1] or each) if rng.random() < 0.5 else max(each)  # or the longest that is used
-        sizes |= {f"len_{side}": most + room, f"total_{side}": sum(each) + tail}
+        room = int(rng.choice([0, 0, longest - max(counts)]))  # max_seqlen may be more than the longest
+        lens.append(tuple(counts))
+        part = tuple(int(rng.choice([0, n, rng.integers(n + 1)], p=(0.1, 0.3, 0.6))) for n in counts)
+        used.append(part if rng.random() < 0.4 else ())
+        most = max(used[-1] or counts) if rng.random() < 0.5 else max(counts)  # or the longest that is used
+        sizes |= {f"len_{side}": most + room, f"total_{side}": sum(counts) + tail}
     problem = replace(case.problem, batch=batch, heads_q=heads_q, heads_kv=heads_kv, **sizes)
     drawn = Case(case.id, case.family, problem, *lens, *used)
     return _in_pages(drawn, rng, limits) if problem.page_size else drawn

@@ -64,21 +64,21 @@ ALLOWANCES: tuple[Allowance, ...] = (
 def complaints(case_id: str, step: Step, cubin: Cubin, device: Device) -> list[str]:
     """What is wrong with the resources of a compiled kernel; empty when nothing is."""
     config = step.config
-    found = [warning for warning in cubin.warnings if "C75" in warning]  # the assembler serialised what should overlap
+    wrong = [warning for warning in cubin.warnings if "C75" in warning]  # the assembler serialised what should overlap
     if not cubin.registers:
-        found.append("the assembler reported no registers")
+        wrong.append("the assembler reported no registers")
     spills, allowed = cubin.spill_stores + cubin.spill_loads, allowed_spills(case_id, step.kernel)
     if spills > allowed:
-        found.append(f"spills {spills} bytes, {allowed} are allowed")
+        wrong.append(f"spills {spills} bytes, {allowed} are allowed")
     registers = cubin.registers * config.threads * config.blocks_per_sm
     if registers > _REGISTERS:
-        found.append(f"{config.blocks_per_sm} blocks need {registers} registers of {_REGISTERS}")
+        wrong.append(f"{config.blocks_per_sm} blocks need {registers} registers of {_REGISTERS}")
     if config.smem_bytes > device.smem_per_block:
-        found.append(f"a block needs {config.smem_bytes} bytes of shared memory of {device.smem_per_block}")
+        wrong.append(f"a block needs {config.smem_bytes} bytes of shared memory of {device.smem_per_block}")
     smem = (config.smem_bytes + _RESERVED_SMEM) * config.blocks_per_sm
     if smem > device.smem_per_sm:
-        found.append(f"{config.blocks_per_sm} blocks need {smem} bytes of shared memory of {device.smem_per_sm}")
-    return found
+        wrong.append(f"{config.blocks_per_sm} blocks need {smem} bytes of shared memory of {device.smem_per_sm}")
+    return wrong
 
 
 def allowed_spills(case_id: str, kernel: str) -> int:

@@ -88,16 +88,16 @@ class Arena:
         self._allocated.clear()
         changed = self._bytes[: self._end + _BEHIND] != 0xFF
         changed[: len(before)] = self._bytes[: len(before)] != before
-        found = ""
+        place = ""
         if changed.any():
             at = int(changed.argmax())
             start, name = self._places[max(bisect_right([start for start, _ in self._places], at) - 1, 0)]
-            found = f"byte {at - start} from the start of {name}"
+            place = f"byte {at - start} from the start of {name}"
             self._bytes[len(before) : self._end + _BEHIND] = 0xFF
         self._end = len(before)
         while self._places and self._places[-1][0] >= self._end:
             self._places.pop()
-        return found
+        return place
 
     def _reserve(self, name: str, nbytes: int) -> int:
         start, self._end = self._end, self._end + -(-nbytes // _GAP) * _GAP + _GAP
@@ -219,11 +219,13 @@ class _Surroundings:
         shape = list(shape_of[several[0]])
         shape[axis] = sum(sizes)
         whole = self._arena.cut(" and ".join(several), shape, dtype, unit, rng)
-        found = {name: self._arena.cut(name, shape_of[name], dtype, unit, rng) for name in names if name not in several}
+        tensors = {
+            name: self._arena.cut(name, shape_of[name], dtype, unit, rng) for name in names if name not in several
+        }
         for name, end, size in zip(several, accumulate(sizes), sizes, strict=True):
             part = slice(end - size, end)
-            found[name] = whole[..., part, :] if axis == -2 else whole[..., part]
-        return found
+            tensors[name] = whole[..., part, :] if axis == -2 else whole[..., part]
+        return tensors
 
     def _filled(self, name: str, x: Array) -> Array:
         """Values in the rows that take part, NaN in the others."""
@@ -300,6 +302,6 @@ class _Surroundings:
         """Hide a block of pairs, which may hold whole tiles, and everything from one row."""
         if max(pairs.shape[-2:]) > 1 and self._rng.random() < 0.5:
             ends = [sorted(self._rng.integers(n + 1, size=2).tolist()) if n > 1 else (0, n) for n in pairs.shape[-2:]]
-            pairs[(..., *(slice(*each) for each in ends))] = value
+            pairs[(..., *(slice(*pair) for pair in ends))] = value
         if pairs.shape[-2] > 1 and self._rng.random() < 0.3:
             pairs[..., int(self._rng.integers(pairs.shape[-2])), :] = value

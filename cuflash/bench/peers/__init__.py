@@ -57,7 +57,7 @@ def _names(word: str, name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Installed:
     """The implementations of this machine."""
 
     implementations: list[Implementation]
@@ -65,15 +65,15 @@ class Found:
     """Why others are missing."""
 
 
-def find(names: list[str], gpu: bool) -> Found:
+def find(names: list[str], gpu: bool) -> Installed:
     """Cuflash and those of the named peers that run on the device and can be imported."""
-    found = Found([CuflashGpu() if gpu else CuflashCpu()], [])
+    peers = Installed([CuflashGpu() if gpu else CuflashCpu()], [])
     for name in names:
         if gpu == (name in _ON_CPU):
-            found.notes.append(f"{name}: runs {'without' if gpu else 'only with'} a GPU")
+            peers.notes.append(f"{name}: runs {'without' if gpu else 'only with'} a GPU")
             continue
         try:
-            found.implementations.append(PEERS[name]())
+            peers.implementations.append(PEERS[name]())
         except (ImportError, AttributeError, OSError, RuntimeError) as error:
-            found.notes.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-    return found
+            peers.notes.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    return peers

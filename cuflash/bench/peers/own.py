@@ -96,7 +96,7 @@ class NumpyNaive:
             return [naive.backward(dout, 0.0, q, k, v, keep) for q, k, v, dout in sequences]
 
         def tensors(results: Any) -> list[Array]:
-            return [np.stack(each).swapaxes(1, 2) for each in zip(*(x[:3] for x in results), strict=True)]
+            return [np.stack(output).swapaxes(1, 2) for output in zip(*(x[:3] for x in results), strict=True)]
 
         call = forward if problem.direction == "forward" else backward
         return Runner(self.name, "naive", call, call, clock="wall", wait=lambda: None, tensors=tensors)

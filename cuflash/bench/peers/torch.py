@@ -243,7 +243,7 @@ class FlexAttention(Torch):
         numbers = torch.arange(len(case.lens_q), device=starts_q.device)
         document_q, document_kv = (numbers.repeat_interleave(starts.diff()) for starts in (starts_q, starts_kv))
         lens = zip(starts_q.diff().tolist(), starts_kv.diff().tolist(), strict=True)
-        offsets = torch.tensor([problem.mask.offset(*each) for each in lens], device=starts_q.device)
+        offsets = torch.tensor([problem.mask.offset(len_q, len_kv) for len_q, len_kv in lens], device=starts_q.device)
         shift = starts_kv[:-1] + offsets - starts_q[:-1]
         diagonals = torch.arange(len(document_q), device=starts_q.device) + shift[document_q]
         return lambda row: diagonals[row], document_q, document_kv
