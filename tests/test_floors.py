@@ -190,6 +190,53 @@ def test_import_brings_nothing_heavy():
     assert "cuflash" in modules and not heavy & modules
 
 
+# The tour in cuflash/README.md
+
+TOUR = (PACKAGE / "README.md").read_text(encoding="utf-8")
+TOOLS = {"cases", "verify", "bench", "cli"}
+
+
+def rows(header: str) -> list[list[str]]:
+    """The cells of a table."""
+    _, _, rest = TOUR.partition(f"| {header} |")
+    lines = rest.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_the_tour_shows_every_room_and_file_of_the_ground():
+    rooms = {room.strip("/") for names, *_ in rows("room") for room in re.findall("`(.*?)`", names)}
+    assert FLOORS.keys() - {"__init__", "__main__"} <= rooms
+    for names, _, _, first in rows("room"):
+        for room in re.findall("`(.*?)`", names):
+            home = PACKAGE / room if room.endswith("/") else PACKAGE / f"{room}.py"
+            assert home.exists(), room
+        assert (home / first.strip("`") if home.is_dir() else PACKAGE / first.strip("`")).exists(), first
+
+
+@pytest.mark.parametrize("row", rows("room"), ids=lambda row: row[0])
+def test_the_tour_says_who_imports_a_room(row):
+    names, _, told, _ = row
+    rooms = {room.strip("/") for room in re.findall("`(.*?)`", names)}
+    if told == "as `api/`":
+        assert rooms == {"api/pytorch"}
+        return
+    importers = {part for part, allowed in FLOORS.items() if allowed & rooms} - rooms
+    named = set(re.findall("`(.*?)`", told)) | (TOOLS if "the tools" in told else set())
+    if told.startswith("all"):
+        below = [cells[0] for cells in rows("room")]
+        below = below[below.index(names) + 1 :]
+        named = {room for cells in below for room in re.findall(r"`(\w+)/?`", cells)} | {"__init__"}
+    assert importers == named
+
+
+def test_a_stranger_finds_what_the_tour_names():
+    assert len(rows("looking for")) >= 7
+    for _, places in rows("looking for"):
+        paths = [name for name in re.findall("`(.*?)`", places) if "/" in name]
+        assert paths or "python -m" in places
+        assert not [path for path in paths if not (ROOT / path).exists()]
+
+
 # Tests
 
 TESTS = ROOT / "tests"
