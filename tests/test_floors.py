@@ -256,8 +256,7 @@ def test_no_test_file_is_imported(name):
 def test_test_files_lie_in_rooms_like_those_of_the_source():
     rooms = {name.split("/")[0] for name in TEST_FILES if "/" in name and "/test_" in name}
     packages = {name.split("/")[0] for name in MODULES if "/" in name}
-    assert rooms - packages == {"kernels", "gpu", "examples"}
-    assert packages - rooms == {"cases"}, "the bench's tests say what is in the table"
+    assert rooms == packages | {"kernels", "gpu", "examples"}
 
 
 # Kernels

@@ -1,227 +1,32 @@
-"""The case table, its inputs, the clock, the report: everything of the bench that needs no GPU."""
+"""The clock, the meter, the report: everything of the bench that needs no GPU."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby, pairwise
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
-import oracle
 import pytest
 
-from cuflash import dtypes, reference
 from cuflash.bench import report, timing
 from cuflash.bench.meter import Meter, Reading
 from cuflash.bench.peers import PEERS, CuflashCpu, NumpyNaive, find
 from cuflash.bench.run import Bench
 from cuflash.bench.timing import Runner, Timing, interleave
-from cuflash.cases import calls, sets
+from cuflash.cases import sets
 from cuflash.cases.inputs import Normals, make
-from cuflash.cases.table import CASES, SMOKE, Case, select, widest_copy
-from cuflash.device import named
-from cuflash.errors import InvalidArgument
-from cuflash.features import FEATURES, needs
-from cuflash.masks import Mask
-from cuflash.ops import on_numpy
-from cuflash.ops.call import ARGUMENTS
-from cuflash.plan import FAMILIES, choose
-from cuflash.verify.naive import Extras, Naive, visible
+from cuflash.cases.table import CASES, Case
+from cuflash.features import FEATURES
 from cuflash.verify.verdict import verdicts
 
-H100 = named("h100")
 ROW_KEYS = ["case", "phase", "impl", "family", "dtype", "d", "dv", "b", "h", "hk", "sq", "sk"]
 ROW_KEYS += ["causal", "features", "gpu_us", "host_us", "tflops", "gbps", "mode", "sm_mhz", "watts"]
-
-
-def test_the_id_names_the_kernel_that_runs_the_case():
-    for case in CASES.values():
-        kernel = case.id.partition("-")[0]
-        steps = choose(case.problem, H100, case.family).steps
-        assert any(step.kernel.startswith(kernel) for step in steps), case.id
-
-
-def test_the_table_covers_every_family_dtype_and_feature():
-    seen = Counter()
-    for case in CASES.values():
-        for feature in ("", *needs(case.problem)):
-            seen[case.family, case.problem.dtype.name, feature] += 1
-    for family in FAMILIES:
-        for dtype in family.dtypes:
-            assert seen[family.name, dtype, ""], (family.name, dtype)
-        for feature in family.features:
-            assert any(seen[family.name, dtype, feature] for dtype in family.dtypes), (family.name, feature)
-
-
-def test_smoke_touches_every_kernel():
-    def kernels(cases: list[Case]) -> set[str]:
-        return {step.kernel for case in cases for step in choose(case.problem, H100, case.family).steps}
-
-    assert kernels(select("smoke")) == kernels(select()) == kernels([CASES[case_id] for case_id in SMOKE])
-
-
-def test_select_by_id_part_and_glob():
-    assert [case.id for case in select("fwd_sm80-bf16-d64")] == ["fwd_sm80-bf16-d64"]
-    assert {case.id for case in select("sm80-bf16-d64-window")} == {f"{x}wd_sm80-bf16-d64-window" for x in "fb"}
-    assert all(case.id.startswith("bwd_simt") for case in select("bwd_simt*"))
-    with pytest.raises(InvalidArgument, match="'nothing-like-it' matches none"):
-        select("nothing-like-it")
-
-
-@pytest.mark.parametrize(
-    ("itemsize", "dims", "at_most", "expected"),
-    [(2, (64, 64), 16, 16), (2, (33, 33), 16, 2), (2, (40, 36), 16, 8), (4, (64,), 8, 8)],
-)
-def test_widest_copy(itemsize, dims, at_most, expected):
-    assert widest_copy(itemsize, dims, at_most) == expected
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_arrays_of_a_case_are_its_problem(case):
-    """What the library derives from the arrays is what the table says, so that a check runs the variant it names."""
-    inputs = make(case, Normals(np))
-    options = calls.options(case)
-    given = calls.arrays(inputs)
-    problem = on_numpy.checked("forward", options, [given.get(name) for name in ARGUMENTS["forward"]]).problem
-    assert problem == replace(case.turned("forward").problem, deterministic=False)
-
-
-def test_tensors_lie_apart_and_are_aligned_exactly_as_asked():
-    numbers = Normals(np)
-    for align in (2, 4, 8, 16):
-        tensors = numbers.tensors(dtypes.BF16, [(3, 7), (5, 11), (1,)], align)
-        addresses = sorted((x.__array_interface__["data"][0], x.nbytes) for x in tensors)
-        assert all(start + size <= after for (start, size), (after, _) in pairwise(addresses))
-        assert all(start % 16 == align % 16 for start, _ in addresses)
-
-
-@pytest.mark.parametrize(
-    ("mask", "softcap", "heads_kv", "options"),
-    [
-        (Mask(), 0.0, 4, {}),
-        (Mask(right=0), 0.0, 2, {"causal": True}),
-        (Mask(left=3, right=2), 1.5, 1, {"window": (3, 2), "softcap": 1.5}),
-        (Mask(right=0, alignment="top-left"), 0.0, 4, {"causal": True, "alignment": "top-left"}),
-    ],
-)
-def test_naive_attention_is_attention(mask, softcap, heads_kv, options):
-    rng = np.random.default_rng(0)
-    q, k, v, dout = (
-        rng.standard_normal(shape) for shape in [(9, 4, 8), (13, heads_kv, 8), (13, heads_kv, 5), (9, 4, 5)]
-    )
-    dlse = rng.standard_normal((4, 9))
-    exact = oracle.attention(q[None], k[None], v[None], dout[None], dlse[None], scale=0.3, **options)
-    naive = Naive(dtypes.FP64, 0.3, softcap)
-    q, k, v, dout = (x.swapaxes(0, 1) for x in (q, k, v, dout))
-    keep = visible(mask, 9, 13)
-    out, lse = naive.forward(q, k, v, keep)
-    grads = naive.backward(dout, dlse, q, k, v, keep)[:3]
-    np.testing.assert_allclose(out.swapaxes(0, 1), exact.out[0], atol=1e-13)
-    np.testing.assert_allclose(lse, exact.lse[0], atol=1e-13)
-    for grad, expected in zip(grads, (exact.dq, exact.dk, exact.dv), strict=True):
-        np.testing.assert_allclose(grad.swapaxes(0, 1), expected[0], atol=1e-12)
-
-
-def test_naive_attention_knows_every_score_feature():
-    rng = np.random.default_rng(0)
-    q, k, v, dout = (rng.standard_normal((n, 4, d)) for n, d in [(9, 8), (13, 8), (13, 5), (9, 5)])
-    bias, sink = rng.standard_normal((1, 4, 9, 13)), rng.standard_normal(4)
-    kept = np.array([oracle.flash_keep(3, 8, 0.3, 0, h, 4, np.arange(9)[:, None], np.arange(13)) for h in range(4)])
-    exact = oracle.attention(
-        q[None], k[None], v[None], dout[None],
-        scale=0.3, causal=True, bias=bias, sink=sink, dropout_p=0.3, rng_state=(3, 8),
-    )  # fmt: skip
-    extras = Extras(bias[0], sink, kept / 0.7)
-    q, k, v, dout = (x.swapaxes(0, 1) for x in (q, k, v, dout))
-    naive, keep = Naive(dtypes.FP64, 0.3, 0.0), visible(Mask(right=0), 9, 13)
-    out, lse = naive.forward(q, k, v, keep, extras)
-    grads = naive.backward(dout, 0.0, q, k, v, keep, extras)
-    np.testing.assert_allclose(out.swapaxes(0, 1), exact.out[0], atol=1e-13)
-    np.testing.assert_allclose(lse, exact.lse[0], atol=1e-13)
-    for grad, expected in zip(grads[:3], (exact.dq, exact.dk, exact.dv), strict=True):
-        np.testing.assert_allclose(grad.swapaxes(0, 1), expected[0], atol=1e-12)
-    np.testing.assert_allclose(grads.ds, exact.dbias[0], atol=1e-12)
-    np.testing.assert_allclose(grads.dsink, exact.dsink, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "case_id",
-    [
-        "fwd_sm80-bf16-d64-causal",
-        "bwd_sm80-bf16-d64-softcap",
-        "fwd_simt-fp32-d64-seqused",
-        "bwd_simt-fp32-d64-varlen_causal",
-        "fwd_simt-fp32-d64-mask",
-        "fwd_simt-fp32-d64-window",
-        "fwd_sm80-bf16-d64-everything",
-        "bwd_sm80-bf16-d64-dbias_row",
-        "bwd_sm80-bf16-d64-varlen_everything",
-        "bwd_simt-fp64-d64-everything",
-        "bwd_simt-fp32-d64-dropout_word",
-        "bwd_sm80-bf16-d64-gqa",
-    ],
-)
-def test_a_case_passes_on_numpy(case_id):
-    case = CASES[case_id]
-    judged = verdicts(case, make(case, Normals(np)))
-    expected = ["out", "lse"] if case_id.startswith("fwd") else ["dq", "dk", "dv"]
-    if case_id.startswith("bwd"):
-        expected += ["dbias"] * ("dbias" in case_id or "everything" in case_id) + ["dsink"] * ("everything" in case_id)
-    assert [v.tensor for v in judged] == expected
-    for verdict in judged:
-        assert verdict.passed, verdict
-
-
-@pytest.mark.parametrize("damage", [lambda x: x * 1.05, lambda x: np.where(x > 0.5, np.nan, x), lambda x: x[::-1]])
-def test_a_wrong_result_does_not_pass(monkeypatch, damage):
-    case = CASES["fwd_simt-fp32-d64-causal"]
-    real = calls.of
-
-    def damaged(*arguments):
-        call = real(*arguments)
-        return lambda: (damage(call()[0]), call()[1])
-
-    monkeypatch.setattr(calls, "of", damaged)
-    out, lse = verdicts(case, make(case, Normals(np)))
-    assert not out.passed
-    assert lse.passed
-
-
-def test_an_error_of_the_numpy_backend_itself_does_not_pass(monkeypatch):
-    """What the NumPy backend is compared with is not its own, in whatever precision."""
-    case = CASES["fwd_simt-fp32-d64-causal"]
-    inputs, right = make(case, Normals(np)), reference.forward
-
-    def wrong(*arguments, softmax_scale, **others):
-        return right(*arguments, softmax_scale=1.01 * softmax_scale, **others)
-
-    monkeypatch.setattr(reference, "forward", wrong)
-    assert not any(verdict.passed for verdict in verdicts(case, inputs))
-
-
-def test_a_single_key_too_few_does_not_pass(monkeypatch):
-    """Of 331 random keys one hardly shows in a bf16 output, but in a log-sum-exp, as in the soak."""
-    case = replace(CASES["fwd_sm80-bf16-d64"], family=None)
-    inputs, real = make(case, Normals(np)), calls.of
-    monkeypatch.setattr(calls, "of", lambda *_: real(case, replace(inputs, k=inputs.k[:, :-1], v=inputs.v[:, :-1])))
-    _, lse = verdicts(case, inputs)
-    assert not lse.passed
-
-
-def test_a_gradient_of_the_log_sum_exp_is_taken_in():
-    case = CASES["bwd_simt-fp32-d64-mask"]
-    inputs = make(case, Normals(np))
-    inputs.dlse = np.random.default_rng(4).standard_normal((2, 2, 203), np.float32)
-    inputs.dlse[:, :, 3] = np.nan  # of a row that sees nothing
-    assert all(verdict.passed for verdict in verdicts(case, inputs))
-    without = calls.of(case, replace(inputs, dlse=None))()
-    assert not any(np.allclose(x, y, atol=1e-3) for x, y in zip(calls.of(case, inputs)()[:2], without[:2], strict=True))
 
 
 class Clock:
@@ -351,40 +156,6 @@ def test_calls_are_made_inside_the_scope():
     assert all(seen)
 
 
-def test_prefill_is_the_protocol():
-    cases = sets.prefill()
-    assert len({case.id for case in cases}) == len(cases) == 3 * 2 * 6
-    for case in cases:
-        problem = case.problem
-        assert (problem.batch * problem.len_q, problem.heads_q * problem.dim_qk) == (16_384, 2_048)
-        square = 4.0 * problem.batch * problem.heads_q * problem.len_q**2 * problem.dim_qk
-        rows_seen = (problem.len_q + 1) / 2 / problem.len_q if problem.mask.right == 0 else 1
-        assert case.flops() == square * rows_seen
-        assert case.turned("backward").flops() == 2.5 * case.flops()
-        assert case.nbytes() == 4 * 16_384 * 2_048 * 2
-
-
-def test_a_union_of_sets_is_its_sets():
-    found = sets.of("hopper")
-    assert list(found) == ["gqa", "window", "varlen", "scores", "ramp"]
-    ids = [case.id for cases in found.values() for case in cases]
-    assert len(set(ids)) == len(ids) == 16
-    assert sets.of("prefill") == {"prefill": sets.prefill()}
-    with pytest.raises(InvalidArgument, match="problem set 'hopper9' is not known; expected one of: prefill, "):
-        sets.of("hopper9")
-
-
-def test_lengths_are_log_uniform_and_always_the_same():
-    (case,) = sets.varlen()
-    assert case == sets.varlen()[0]
-    assert len(case.lens_q) == 32
-    assert case.lens_q == case.lens_kv
-    assert all(64 <= n <= 8192 for n in case.lens_q)
-    octaves = Counter(int(np.log2(n / 64)) for n in case.lens_q)
-    assert all(octaves[i] for i in range(7))
-    assert case.problem.total_q == sum(case.lens_q)
-
-
 def test_a_ramp_scales_keys_along_the_sequence_and_nothing_else():
     plain = replace(CASES["fwd_simt-fp32-d64"])
     ramped = replace(plain, key_ramp=16.0)
@@ -395,37 +166,6 @@ def test_a_ramp_scales_keys_along_the_sequence_and_nothing_else():
         np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
     assert report.row(ramped, sleeper("a", []), Timing(1.0, 1.0)).features == ["key ramp 16"]
     assert all(verdict.passed for verdict in verdicts(ramped, after))
-
-
-def test_a_bias_is_drawn_once_for_cases_that_share_it():
-    normals = Normals(np)
-    bias = normals.bias(dtypes.FP32, (1, 2, 5, 8), apart=False)
-    assert normals.bias(dtypes.FP32, (1, 2, 5, 8), apart=False) is bias
-    assert np.isneginf(bias[:, :, 3, 4:]).all()
-    assert np.isfinite(bias[:, :, :3]).all()
-    assert normals.bias(dtypes.FP32, (1, 2, 5, 4), apart=False).shape == (1, 2, 5, 4)
-
-
-@pytest.mark.parametrize("dtype", [dtypes.BF16, dtypes.FP32])
-def test_rows_of_a_bias_are_aligned_unless_its_keys_lie_apart(dtype):
-    bias, apart = (Normals(np).bias(dtype, (1, 2, 6, 9), apart) for apart in (False, True))
-    assert bias.shape == apart.shape == (1, 2, 6, 9)
-    assert not any(stride % 16 for stride in bias.strides[:3])
-    assert bias.strides[3] == apart.strides[2] == dtype.itemsize < apart.strides[3]
-    assert np.isneginf(bias[:, :, 3, 4:]).all() and np.isneginf(apart[:, :, 3, 4:]).all()
-
-
-def test_flops_of_packed_sequences_count_their_own_lengths():
-    case = next(case for case in sets.features() if case.problem.layout == "varlen")
-    pairs = sum(n * (n + 1) // 2 for n in case.lens_q)
-    assert case.flops() == 4 * 16 * 128 * pairs
-
-
-@pytest.mark.parametrize("name", sets.SETS)
-def test_every_set_has_a_plan_in_both_directions(name):
-    for case in sets.SETS[name]():
-        for direction in ("forward", "backward"):
-            assert choose(case.turned(direction).problem, H100).steps
 
 
 def test_peers_that_are_not_here_are_noted_by_name():

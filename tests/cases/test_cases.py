@@ -1,0 +1,149 @@
+"""The case table, its sets, and the arrays of a case."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from cuflash import dtypes
+from cuflash.cases import calls, sets
+from cuflash.cases.inputs import Normals, make
+from cuflash.cases.table import CASES, SMOKE, Case, select, widest_copy
+from cuflash.device import named
+from cuflash.errors import InvalidArgument
+from cuflash.features import needs
+from cuflash.ops import on_numpy
+from cuflash.ops.call import ARGUMENTS
+from cuflash.plan import FAMILIES, choose
+
+H100 = named("h100")
+
+
+def test_the_id_names_the_kernel_that_runs_the_case():
+    for case in CASES.values():
+        kernel = case.id.partition("-")[0]
+        steps = choose(case.problem, H100, case.family).steps
+        assert any(step.kernel.startswith(kernel) for step in steps), case.id
+
+
+def test_the_table_covers_every_family_dtype_and_feature():
+    seen = Counter()
+    for case in CASES.values():
+        for feature in ("", *needs(case.problem)):
+            seen[case.family, case.problem.dtype.name, feature] += 1
+    for family in FAMILIES:
+        for dtype in family.dtypes:
+            assert seen[family.name, dtype, ""], (family.name, dtype)
+        for feature in family.features:
+            assert any(seen[family.name, dtype, feature] for dtype in family.dtypes), (family.name, feature)
+
+
+def test_smoke_touches_every_kernel():
+    def kernels(cases: list[Case]) -> set[str]:
+        return {step.kernel for case in cases for step in choose(case.problem, H100, case.family).steps}
+
+    assert kernels(select("smoke")) == kernels(select()) == kernels([CASES[case_id] for case_id in SMOKE])
+
+
+def test_select_by_id_part_and_glob():
+    assert [case.id for case in select("fwd_sm80-bf16-d64")] == ["fwd_sm80-bf16-d64"]
+    assert {case.id for case in select("sm80-bf16-d64-window")} == {f"{x}wd_sm80-bf16-d64-window" for x in "fb"}
+    assert all(case.id.startswith("bwd_simt") for case in select("bwd_simt*"))
+    with pytest.raises(InvalidArgument, match="'nothing-like-it' matches none"):
+        select("nothing-like-it")
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "dims", "at_most", "expected"),
+    [(2, (64, 64), 16, 16), (2, (33, 33), 16, 2), (2, (40, 36), 16, 8), (4, (64,), 8, 8)],
+)
+def test_widest_copy(itemsize, dims, at_most, expected):
+    assert widest_copy(itemsize, dims, at_most) == expected
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_arrays_of_a_case_are_its_problem(case):
+    """What the library derives from the arrays is what the table says, so that a check runs the variant it names."""
+    inputs = make(case, Normals(np))
+    options = calls.options(case)
+    given = calls.arrays(inputs)
+    problem = on_numpy.checked("forward", options, [given.get(name) for name in ARGUMENTS["forward"]]).problem
+    assert problem == replace(case.turned("forward").problem, deterministic=False)
+
+
+def test_tensors_lie_apart_and_are_aligned_exactly_as_asked():
+    numbers = Normals(np)
+    for align in (2, 4, 8, 16):
+        tensors = numbers.tensors(dtypes.BF16, [(3, 7), (5, 11), (1,)], align)
+        addresses = sorted((x.__array_interface__["data"][0], x.nbytes) for x in tensors)
+        assert all(start + size <= after for (start, size), (after, _) in pairwise(addresses))
+        assert all(start % 16 == align % 16 for start, _ in addresses)
+
+
+def test_prefill_is_the_protocol():
+    cases = sets.prefill()
+    assert len({case.id for case in cases}) == len(cases) == 3 * 2 * 6
+    for case in cases:
+        problem = case.problem
+        assert (problem.batch * problem.len_q, problem.heads_q * problem.dim_qk) == (16_384, 2_048)
+        square = 4.0 * problem.batch * problem.heads_q * problem.len_q**2 * problem.dim_qk
+        rows_seen = (problem.len_q + 1) / 2 / problem.len_q if problem.mask.right == 0 else 1
+        assert case.flops() == square * rows_seen
+        assert case.turned("backward").flops() == 2.5 * case.flops()
+        assert case.nbytes() == 4 * 16_384 * 2_048 * 2
+
+
+def test_a_union_of_sets_is_its_sets():
+    found = sets.of("hopper")
+    assert list(found) == ["gqa", "window", "varlen", "scores", "ramp"]
+    ids = [case.id for cases in found.values() for case in cases]
+    assert len(set(ids)) == len(ids) == 16
+    assert sets.of("prefill") == {"prefill": sets.prefill()}
+    with pytest.raises(InvalidArgument, match="problem set 'hopper9' is not known; expected one of: prefill, "):
+        sets.of("hopper9")
+
+
+def test_lengths_are_log_uniform_and_always_the_same():
+    (case,) = sets.varlen()
+    assert case == sets.varlen()[0]
+    assert len(case.lens_q) == 32
+    assert case.lens_q == case.lens_kv
+    assert all(64 <= n <= 8192 for n in case.lens_q)
+    octaves = Counter(int(np.log2(n / 64)) for n in case.lens_q)
+    assert all(octaves[i] for i in range(7))
+    assert case.problem.total_q == sum(case.lens_q)
+
+
+def test_a_bias_is_drawn_once_for_cases_that_share_it():
+    normals = Normals(np)
+    bias = normals.bias(dtypes.FP32, (1, 2, 5, 8), apart=False)
+    assert normals.bias(dtypes.FP32, (1, 2, 5, 8), apart=False) is bias
+    assert np.isneginf(bias[:, :, 3, 4:]).all()
+    assert np.isfinite(bias[:, :, :3]).all()
+    assert normals.bias(dtypes.FP32, (1, 2, 5, 4), apart=False).shape == (1, 2, 5, 4)
+
+
+@pytest.mark.parametrize("dtype", [dtypes.BF16, dtypes.FP32])
+def test_rows_of_a_bias_are_aligned_unless_its_keys_lie_apart(dtype):
+    bias, apart = (Normals(np).bias(dtype, (1, 2, 6, 9), apart) for apart in (False, True))
+    assert bias.shape == apart.shape == (1, 2, 6, 9)
+    assert not any(stride % 16 for stride in bias.strides[:3])
+    assert bias.strides[3] == apart.strides[2] == dtype.itemsize < apart.strides[3]
+    assert np.isneginf(bias[:, :, 3, 4:]).all() and np.isneginf(apart[:, :, 3, 4:]).all()
+
+
+def test_flops_of_packed_sequences_count_their_own_lengths():
+    case = next(case for case in sets.features() if case.problem.layout == "varlen")
+    pairs = sum(n * (n + 1) // 2 for n in case.lens_q)
+    assert case.flops() == 4 * 16 * 128 * pairs
+
+
+@pytest.mark.parametrize("name", sets.SETS)
+def test_every_set_has_a_plan_in_both_directions(name):
+    for case in sets.SETS[name]():
+        for direction in ("forward", "backward"):
+            assert choose(case.turned(direction).problem, H100).steps
