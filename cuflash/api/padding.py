@@ -57,14 +57,18 @@ def unpadded(library: Library, x: Any, cu_seqlens: Any, total: int) -> Any:
 
 def sequences_and_rows(library: Library, cu_seqlens: Any, total: int) -> tuple[Any, Any]:
     """The sequence of each packed row and its number there, as if rows of no sequence were the last one's."""
-    starts, rows = library.cast(cu_seqlens, library.xp.int64), library.arange(total, cu_seqlens)
-    sequences = library.xp.searchsorted(starts[1:-1], rows, side="right")
-    return sequences, rows - starts[sequences]
+    rows = library.arange(total, cu_seqlens)
+    sequences = sequences_of(library, cu_seqlens, rows)
+    return sequences, rows - cu_seqlens[sequences]
+
+
+def sequences_of(library: Library, cu_seqlens: Any, rows: Any) -> Any:
+    """The sequence of each of these packed rows, as if rows of no sequence were the last one's."""
+    return library.xp.searchsorted(library.cast(cu_seqlens[1:-1], library.xp.int64), rows, side="right")
 
 
 def _padded_rows(library: Library, cu_seqlens: Any, length: int) -> tuple[Any, Any]:
     """(b, length) numbers of packed rows, and whether they are the sequence's; 0 where not."""
-    starts = library.cast(cu_seqlens, library.xp.int64)
-    rows = starts[:-1, None] + library.arange(length, cu_seqlens)
-    inside = rows < starts[1:, None]
+    rows = library.arange(length, cu_seqlens) + cu_seqlens[:-1, None]
+    inside = rows < cu_seqlens[1:, None]
     return library.xp.where(inside, rows, 0), inside

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import ops
-from cuflash.api.padding import extended, longest, padded, sequences_and_rows, unpadded
+from cuflash.api.padding import extended, longest, padded, sequences_of, unpadded
 from cuflash.api.probabilities import check_drawn, random_values, signed_probabilities
 from cuflash.api.pytorch import backend
 from cuflash.arrays import CuPy, Guest, Library, NumPy, Torch, framework_of
@@ -196,8 +196,8 @@ def _spaced(library: Library, sums: Any, starts_q: Any) -> Any:
     """(h, total) to (h, total + GAP * b), sequence e starting at column starts_q[e] + GAP * e; zeros between."""
     heads, total = sums.shape
     spaced = library.full((heads, total + GAP * (len(starts_q) - 1)), 0, sums.dtype, sums)
-    sequences, _ = sequences_and_rows(library, starts_q, total)
-    spaced[:, library.arange(total, sums) + GAP * sequences] = sums
+    rows = library.arange(total, sums)
+    spaced[:, rows + GAP * sequences_of(library, starts_q, rows)] = sums
     return spaced
 
 
