@@ -59,7 +59,7 @@ def assert_close(actual: Array, exact: Array, naive: Array, name: str, dtype: np
     so few that chance decides between them and the naive ones are given the `dtype` of their addends, if coarser.
     """
     assert actual.shape == exact.shape == naive.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
-    ulp = max(float(ml_dtypes.finfo(each).eps) for each in (actual.dtype, dtype or actual.dtype))
+    ulp = max(float(ml_dtypes.finfo(kind).eps) for kind in (actual.dtype, dtype or actual.dtype))
     dtype = actual.dtype
     actual, exact, naive = (np.asarray(x, np.float64) for x in (actual, exact, naive))
     for kind in (np.isnan, np.isposinf, np.isneginf):
@@ -148,8 +148,8 @@ def _attention(
         max_q, max_kv = q.shape[1], k.shape[1]
     else:
         max_q, max_kv = (
-            np.diff(starts).max(initial=0) if given is None else given
-            for starts, given in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k))
+            np.diff(starts).max(initial=0) if longest is None else longest
+            for starts, longest in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k))
         )
 
     for b in range(q.shape[0] if dense else len(cu_seqlens_q) - 1):

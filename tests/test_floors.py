@@ -97,9 +97,9 @@ def imported_part(name: str) -> str:
 def test_module_imports_floors_below_only(name):
     allowed = FLOORS[part(name)]
     wrong = [
-        f"{name}:{each.line} imports {each.name}"
-        for each in imports(name)
-        if each.name.split(".")[0] == "cuflash" and imported_part(each.name) not in allowed
+        f"{name}:{imported.line} imports {imported.name}"
+        for imported in imports(name)
+        if imported.name.split(".")[0] == "cuflash" and imported_part(imported.name) not in allowed
     ]
     assert not wrong
 
@@ -107,15 +107,15 @@ def test_module_imports_floors_below_only(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_module_imports_its_libraries_only(name):
     wrong = []
-    for each in imports(name):
-        library = each.name.split(".")[0]
+    for imported in imports(name):
+        library = imported.name.split(".")[0]
         if library == "cupy":
             here = name in MAY_USE_CUPY or part(name) in ("verify", "bench", "cli")
-            fine = here and each.in_function
+            fine = here and imported.in_function
         else:
             fine = library in {"cuflash", *sys.stdlib_module_names, *LIBRARIES[part(name)]}
         if not fine:
-            wrong.append(f"{name}:{each.line} imports {each.name}")
+            wrong.append(f"{name}:{imported.line} imports {imported.name}")
     assert not wrong
 
 
@@ -124,7 +124,7 @@ def words(name: str) -> set[str]:
     nodes = list(ast.walk(ast.parse((PACKAGE / name).read_text())))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    return used | {word for each in imports(name) for word in each.name.split(".")}
+    return used | {word for imported in imports(name) for word in imported.name.split(".")}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_one_module_only_knows(word, home):
 
 
 def test_jit_knows_the_types_of_a_plan_and_nothing_else_of_it():
-    taken = {each.name for name in MODULES if part(name) == "jit" for each in imports(name)}
+    taken = {imported.name for name in MODULES if part(name) == "jit" for imported in imports(name)}
     assert {name for name in taken if name.startswith("cuflash.plan")} == {
         "cuflash.plan.config.Config",
         "cuflash.plan.config.HEADER",
@@ -303,8 +303,9 @@ def test_every_kernel_file_has_a_floor():
 @pytest.mark.parametrize("name", FLOOR_HEADERS)
 def test_header_includes_floors_below_only(name):
     allowed = KERNEL_FLOORS[name.split("/")[0]]
-    assert not [each for each in included(name) if each not in allowed and each.split("/")[0] not in allowed]
-    assert all((KERNELS / each).is_file() for each in included(name))
+    headers = included(name)
+    assert not [header for header in headers if header not in allowed and header.split("/")[0] not in allowed]
+    assert all((KERNELS / header).is_file() for header in headers)
 
 
 @pytest.mark.parametrize("name", HEADERS)

@@ -50,15 +50,15 @@ def explanation(**changes: int) -> cuflash.Explanation:
 
 
 def test_explanation_is_short_as_a_value_and_whole_when_shown() -> None:
-    found = explanation()
-    assert len(str(found)) > 3 * len(repr(found))
+    report = explanation()
+    assert len(str(report)) > 3 * len(repr(report))
     assert (
-        repr(found) == "<Explanation: forward bf16 b1 h8/2 s1024x1024 d64 causal on NVIDIA H100 (sm_90a), family sm90>"
+        repr(report) == "<Explanation: forward bf16 b1 h8/2 s1024x1024 d64 causal on NVIDIA H100 (sm_90a), family sm90>"
     )
-    assert found.plan is not None and found.plan.steps[0].kernel in str(found)
-    assert html.unescape(found._repr_html_()) == f"<pre>{found}</pre>"
+    assert report.plan is not None and report.plan.steps[0].kernel in str(report)
+    assert html.unescape(report._repr_html_()) == f"<pre>{report}</pre>"
 
 
 def test_explanation_of_what_no_kernel_runs() -> None:
-    found = explanation(dim_qk=5000, dim_v=5000)
-    assert found.plan is None and repr(found).endswith(", no kernel family>") and all(found.why_not.values())
+    report = explanation(dim_qk=5000, dim_v=5000)
+    assert report.plan is None and repr(report).endswith(", no kernel family>") and all(report.why_not.values())

@@ -99,8 +99,8 @@ print(jit.sources.root())
 def test_every_dependency_has_a_lowest_version_that_ci_can_install():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *(each for extra in extras.values() for each in extra)]
-    without = [each for each in requirements if not re.fullmatch(r"[\w-]+>=[\d.]+(,<\d+)?|cuflash\[\w+\]", each)]
+    requirements = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    without = [line for line in requirements if not re.fullmatch(r"[\w-]+>=[\d.]+(,<\d+)?|cuflash\[\w+\]", line)]
     assert not without
 
 
@@ -108,7 +108,7 @@ def test_the_console_script_is_the_command_line():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, function = project["scripts"]["cuflash"].partition(":")
     assert getattr(importlib.import_module(module), function) is cuflash.cli.main
-    assert not {"typer", "pydantic"} & {re.split("[>=]", each)[0] for each in project["dependencies"]}
+    assert not {"typer", "pydantic"} & {re.split("[>=]", line)[0] for line in project["dependencies"]}
 
 
 def test_an_editable_install_copies_nothing(tmp_path):

@@ -50,9 +50,9 @@ def test_the_exact_answer_is_that_of_the_oracle(case_id):
         inputs.q, inputs.k, inputs.v, inputs.dout, causal=problem.mask.right == 0, sink=inputs.sink,
         dropout_p=case.dropout_p, dropout_scheme=problem.dropout or "byte", rng_state=inputs.rng_state or (0, 0),
     )  # fmt: skip
-    found = ideal(case, inputs, np)[0] | ideal(case.turned("forward"), inputs, np)[0]
-    assert list(found) == ["dq", "dk", "dv", "out"]
-    for name, x in found.items():
+    answers = ideal(case, inputs, np)[0] | ideal(case.turned("forward"), inputs, np)[0]
+    assert list(answers) == ["dq", "dk", "dv", "out"]
+    for name, x in answers.items():
         np.testing.assert_allclose(x, getattr(expected, name), rtol=1e-9, atol=1e-11)
 
 
@@ -106,7 +106,7 @@ def test_the_model_rounds_what_flash_attention_rounds(case_id):
 def test_a_key_that_outweighs_its_row_is_exact():
     """Its probability is 1 in the model, so that out is the exact one, rounded once."""
     case = replace(small("bf16-d64-x1"), qk_factor=100.0)
-    exact, model = (each["out"] for each in ideal(case, make(case, Normals(np)), np))
+    exact, model = (answers["out"] for answers in ideal(case, make(case, Normals(np)), np))
     assert rms(model - exact) == pytest.approx(rounding(exact, case.problem.dtype), rel=1e-3)
 
 
@@ -171,20 +171,20 @@ def test_errors_are_in_units_of_rounding_once():
     done = []
     bench.run(cases, 60.0, done.append)
     assert done == cases
-    found = {(each.case, each.tensor): each for each in bench.report.deviations}
-    assert list(found) == [
+    deviations = {(deviation.case, deviation.tensor): deviation for deviation in bench.report.deviations}
+    assert list(deviations) == [
         ("bf16-d64-x3", "out"), ("bf16-d64-x3", "dq"), ("bf16-d64-x3", "dk"), ("bf16-d64-x3", "dv"),
         ("fp16-d64-dropout-x1", "out"), ("bf16-d128-sink-x1", "out"),
     ]  # fmt: skip
-    for (case_id, tensor), each in found.items():
+    for (case_id, tensor), deviation in deviations.items():
         plain = case_id == "bf16-d64-x3"
-        assert list(each.errors) == ["model", "cuflash", *(["numpy-naive", "once"] if plain else [])]
-        assert 1 <= each.errors["model"] < 4
-        assert 0.99 < each.errors["cuflash"] < each.errors["model"] * 1.06
+        assert list(deviation.errors) == ["model", "cuflash", *(["numpy-naive", "once"] if plain else [])]
+        assert 1 <= deviation.errors["model"] < 4
+        assert 0.99 < deviation.errors["cuflash"] < deviation.errors["model"] * 1.06
         if plain:
-            assert each.errors["once"] == pytest.approx(1)
-            assert each.errors["numpy-naive"] > 2
-            assert each.phase == ("forward" if tensor == "out" else "backward")
+            assert deviation.errors["once"] == pytest.approx(1)
+            assert deviation.errors["numpy-naive"] > 2
+            assert deviation.phase == ("forward" if tensor == "out" else "backward")
     both = "forward bf16-d64-x3, backward bf16-d64-x3"
     drops = "forward fp16-d64-dropout-x1"
     assert set(bench.report.notes) == {
@@ -237,14 +237,14 @@ def test_the_table_holds_cuflash_to_the_best_that_computes_the_case():
 
 
 def test_a_report_keeps_errors_and_renders_them(tmp_path):
-    found = report.new(gpu=False)
-    found.deviations = RECORDED
-    found.write(tmp_path / "out.json")
-    assert report.Report.read(tmp_path / "out.json") == found
+    recorded = report.new(gpu=False)
+    recorded.deviations = RECORDED
+    recorded.write(tmp_path / "out.json")
+    assert report.Report.read(tmp_path / "out.json") == recorded
     text = (tmp_path / "out.json").read_text()
     assert sum("torch-efficient" in line for line in text.splitlines()) == 1
-    assert "| sink | out | 1.05 | 1.05 (model) |" in report.markdown(found, "out.json")
-    assert "| a | dq dk |" in report.markdown(found.of("backward"), "out.json")
+    assert "| sink | out | 1.05 | 1.05 (model) |" in report.markdown(recorded, "out.json")
+    assert "| a | dq dk |" in report.markdown(recorded.of("backward"), "out.json")
     assert "| case |" not in report.markdown(report.new(gpu=False), "out.json")
 
 
@@ -263,7 +263,7 @@ def test_bench_compares_with_exact_results_and_renders_that(tmp_path, monkeypatc
     assert printed.count("worst: ") == 2 and "(model)" in printed
     content = json.loads(out.read_text())
     assert content["rows"] == content["host"] == [] and content["start"] == {}
-    assert [(each["case"], each["tensor"]) for each in content["deviations"]] == [
+    assert [(deviation["case"], deviation["tensor"]) for deviation in content["deviations"]] == [
         *(("fp16-d64-x10" if i % 2 == 0 else "fp16-d64-sink-x1", "out") for i in range(2)),
         *((case_id, name) for case_id in ("fp16-d64-x10", "fp16-d64-sink-x1") for name in ("dq", "dk", "dv")),
     ]

@@ -30,10 +30,12 @@ def test_lengths_groups_and_splits(cp: Any, group: int, dtype: Any) -> None:
             causal, left = bool(rng.integers(2)), int(rng.choice([-1, 0, 40, 700]))
             options = {"causal": causal, "window_size": (left, -1)}
             arrays = inputs(len_q, len_kv, group, dtype=dtype)
-            found = cuflash.flash_attn_func(*map(cp.asarray, arrays), **options, num_splits=num_splits, return_lse=True)
+            results = cuflash.flash_attn_func(
+                *map(cp.asarray, arrays), **options, num_splits=num_splits, return_lse=True
+            )
             expected = {"causal": causal, "window": (left, -1)}
             exact, naive = oracle.attention(*arrays, **expected), oracle.naive_in_dtype(*arrays, **expected)
-            oracle.assert_all_close(oracle.Attention(*(x.get() for x in found)), exact, naive)
+            oracle.assert_all_close(oracle.Attention(*(x.get() for x in results)), exact, naive)
 
 
 @pytest.mark.parametrize("num_splits", [0, 1, 3, 128])
@@ -42,14 +44,14 @@ def test_packed_sequences(cp: Any, num_splits: int) -> None:
     starts = [np.cumsum((0, *lens), dtype=np.int32) for lens in (lens_q, lens_kv)]
     used = np.array([4900, 40, 0, 64, 64], np.int32)
     q, k, v = random(25, 8, 64), random(starts[1][-1], 2, 64, seed=1), random(starts[1][-1], 2, 64, seed=2)
-    given = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "seqused_k": used}
-    found = cuflash.flash_attn_varlen_func(
-        *map(cp.asarray, (q, k, v)), **{name: cp.asarray(x) for name, x in given.items()}, causal=True,
+    lengths = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "seqused_k": used}
+    results = cuflash.flash_attn_varlen_func(
+        *map(cp.asarray, (q, k, v)), **{name: cp.asarray(x) for name, x in lengths.items()}, causal=True,
         num_splits=num_splits, return_lse=True,
     )  # fmt: skip
-    exact, naive = (f(q, k, v, **given, causal=True) for f in (oracle.attention, oracle.naive_in_dtype))
-    oracle.assert_all_close(oracle.Attention(*(x.get() for x in found)), exact, naive)
-    out, lse = (x.get() for x in found)
+    exact, naive = (f(q, k, v, **lengths, causal=True) for f in (oracle.attention, oracle.naive_in_dtype))
+    oracle.assert_all_close(oracle.Attention(*(x.get() for x in results)), exact, naive)
+    out, lse = (x.get() for x in results)
     assert not out[22:].any() and np.isneginf(lse[:, 22:]).all(), "rows of no sequence"
 
 
@@ -90,8 +92,8 @@ def test_every_number_of_splits_serves_the_gradients(cp: Any) -> None:
     for num_splits in (0, 1, 6):
         out, lse = cuflash.flash_attn_func(q, k, v, causal=True, num_splits=num_splits, return_lse=True)
         grads = cuflash.flash_attn_backward(cp.asarray(dout), q, k, v, out, lse, causal=True, deterministic=True)
-        found = oracle.Attention(*(x.get() for x in (out, lse, *grads)))
-        oracle.assert_all_close(found, exact, naive)
+        results = oracle.Attention(*(x.get() for x in (out, lse, *grads)))
+        oracle.assert_all_close(results, exact, naive)
 
 
 def test_capture_with_scratch_memory(cp: Any) -> None:

@@ -30,20 +30,20 @@ def tensors() -> list[Any]:
 
 def in_thread(work: Callable[[], Any]) -> Any:
     """A thread of its own."""
-    found: list[Any] = []
+    results: list[Any] = []
 
     def run() -> None:
         try:
-            found.append(work())
+            results.append(work())
         except BaseException as error:
-            found.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    return found[0]
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
 
 
 def in_pool(work: Callable[[], Any]) -> Any:
@@ -89,9 +89,9 @@ def test_a_thread_without_a_context(tensors: list[Any], name: str, warm: bool, w
         call(mine)
         mine = [x.copy() for x in mine]  # at other addresses
     cupy.cuda.Device().synchronize()
-    found = where(lambda: call(mine))
+    results = where(lambda: call(mine))
     expected = call([x.copy() for x in mine])
-    for x, y in zip(*(z if isinstance(z, list) else [z] for z in (found, expected)), strict=True):
+    for x, y in zip(*(z if isinstance(z, list) else [z] for z in (results, expected)), strict=True):
         np.testing.assert_allclose(x.get().astype(np.float32), y.get().astype(np.float32), atol=2e-2)
 
 
@@ -102,18 +102,18 @@ def test_streams_that_come_and_go(tensors: list[Any]) -> None:
     long = [cupy.asarray(np.concatenate(8 * [random(seed)], 1)) for seed in range(3)]
     expected = cuflash.flash_attn_func(*long, causal=True)
     cupy.cuda.Device().synchronize()
-    found = []
+    results = []
     for _ in range(200):
         with cupy.cuda.Stream(non_blocking=True):
-            found.append(cuflash.flash_attn_func(*long, causal=True, out=cupy.full_like(expected, cupy.nan)))
+            results.append(cuflash.flash_attn_func(*long, causal=True, out=cupy.full_like(expected, cupy.nan)))
     cupy.cuda.Device().synchronize()
-    assert all(bool((x == expected).all()) for x in found)
+    assert all(bool((x == expected).all()) for x in results)
 
 
 def test_what_threads_compute_at_once(tensors: list[Any]) -> None:
     q, k, v, _ = (x.get() for x in tensors)
     exact, naive = oracle.attention(q, k, v, causal=True), oracle.naive_in_dtype(q, k, v, causal=True)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: cuflash.flash_attn_func(*tensors[:3], causal=True), range(64)))
-    for x in found:
+        results = list(pool.map(lambda _: cuflash.flash_attn_func(*tensors[:3], causal=True), range(64)))
+    for x in results:
         oracle.assert_close(x.get(), exact.out, naive.out, "out")

@@ -114,11 +114,11 @@ def test_padding_and_nesting():
     };
     }  // namespace cuflash
     """
-    found = params.parse(text)
-    assert list(found) == ["Inner", "Outer"]
-    assert [found["Inner"].fields[name][1] for name in "abc"] == [0, 8, 16]
-    assert found["Inner"].itemsize == 24
-    offsets = {name: offset for name, (_, offset) in found["Outer"].fields.items()}
+    structs = params.parse(text)
+    assert list(structs) == ["Inner", "Outer"]
+    assert [structs["Inner"].fields[name][1] for name in "abc"] == [0, 8, 16]
+    assert structs["Inner"].itemsize == 24
+    offsets = {name: offset for name, (_, offset) in structs["Outer"].fields.items()}
     assert offsets == {"first": 0, "inner": 8, "pointer": 32, "other": 40, "last": 48}
 
 
@@ -138,12 +138,12 @@ def test_stated_alignment_holds_for_all_that_is_around_it():
       int after;
     };
     """
-    found = params.parse(text)
-    assert found["Map"].itemsize == 64 and found["Map"]["words"] == np.dtype(("u8", (3,)))
-    holder = found["Holder"]
+    structs = params.parse(text)
+    assert structs["Map"].itemsize == 64 and structs["Map"]["words"] == np.dtype(("u8", (3,)))
+    holder = structs["Holder"]
     assert {n: at for n, (_, at) in holder.fields.items()} == {"first": 0, "map": 64, "last": 128, "end": 152}
-    assert (holder.itemsize, found["Outer"].fields["after"][1], found["Outer"].itemsize) == (192, 192, 256)
-    block = np.zeros(1, found["Outer"])
+    assert (holder.itemsize, structs["Outer"].fields["after"][1], structs["Outer"].itemsize) == (192, 192, 256)
+    block = np.zeros(1, structs["Outer"])
     block["holder"]["map"]["words"][0, 2] = 7
     assert np.flatnonzero(block.view(np.uint64)).tolist() == [64 // 8 + 2]
 

@@ -68,13 +68,13 @@ FEATURES = {
 def test_any_number_of_threads_gives_the_same_bits(
     features: dict, dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    results = []
     for threads in ("1", "2", "5"):
         monkeypatch.setenv("CUFLASH_NUM_THREADS", threads)
         for _ in range(3 if threads != "1" else 1):
-            found.append(run(*arrays(SHAPE, dtype), **features))
-    for other in found[1:]:
-        for name, a, b in zip(oracle.Attention._fields, found[0], other, strict=True):
+            results.append(run(*arrays(SHAPE, dtype), **features))
+    for other in results[1:]:
+        for name, a, b in zip(oracle.Attention._fields, results[0], other, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
@@ -88,16 +88,16 @@ def test_packed_sequences_give_the_same_bits_on_any_number_of_threads(
     options = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "causal": True}
     if bias is not None:
         options["bias"] = RNG.standard_normal(bias, FP32)
-    found = []
+    results = []
     for threads in ("1", "2", "5"):
         monkeypatch.setenv("CUFLASH_NUM_THREADS", threads)
-        found.append(run(q, k, v, dout, dlse, **options))
+        results.append(run(q, k, v, dout, dlse, **options))
     exact = oracle.attention(q, k, v, dout, dlse, **options)
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(a, b)
     if bias is not None:
-        np.testing.assert_allclose(found[0].dbias, exact.dbias, atol=1e-4)
+        np.testing.assert_allclose(results[0].dbias, exact.dbias, atol=1e-4)
 
 
 @pytest.mark.usefixtures("two_blas_threads", "many_jobs")
@@ -181,8 +181,8 @@ def test_calls_from_many_threads_neither_wait_for_each_other_nor_differ() -> Non
     q, k, v = (x.astype(FP32) for x in np.random.default_rng(0).standard_normal((3, 1, 600, 4, 32)))
     expected, before = cuflash.flash_attn_func(q, k, v, causal=True), blas_threads()
     with ThreadPoolExecutor(12) as callers:
-        for found in callers.map(lambda _: cuflash.flash_attn_func(q, k, v, causal=True), range(36), timeout=300):
-            np.testing.assert_array_equal(found, expected)
+        for result in callers.map(lambda _: cuflash.flash_attn_func(q, k, v, causal=True), range(36), timeout=300):
+            np.testing.assert_array_equal(result, expected)
     assert blas_threads() == before
 
 
@@ -286,10 +286,10 @@ def test_keys_and_values_are_read_once_a_head(dtype: type, monkeypatch: pytest.M
     read, load = [], tiles.load
 
     def counted(x: np.ndarray, *rest: object) -> np.ndarray:
-        found = load(x, *rest)
+        tile = load(x, *rest)
         if x.shape[1] == 1200:  # keys' rows
-            read.append(found.shape[0] * found.shape[1] * found.shape[2])
-        return found
+            read.append(tile.shape[0] * tile.shape[1] * tile.shape[2])
+        return tile
 
     monkeypatch.setattr(tiles, "load", counted)
     monkeypatch.setenv("CUFLASH_NUM_THREADS", "3")

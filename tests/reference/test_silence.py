@@ -39,37 +39,37 @@ def calls(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, bias: np.n
         return cuflash.flash_attn_backward(g, q, k, v, out, lse, dq=np.empty_like(q))
 
     def mha() -> list[Any]:
-        found = cuflash.mha_fwd(q, k, v, p_dropout=0.5, gen_=(1, 4), return_softmax=True)
+        results = cuflash.mha_fwd(q, k, v, p_dropout=0.5, gen_=(1, 4), return_softmax=True)
         return [
-            *found,
+            *results,
             *cuflash.mha_bwd(
-                g, q, k, v, found[0], found[4], p_dropout=0.5, philox_seed=found[5], philox_offset=found[6]
+                g, q, k, v, results[0], results[4], p_dropout=0.5, philox_seed=results[5], philox_offset=results[6]
             ),
         ]
 
     def mha_ck() -> list[Any]:
-        found = cuflash.mha_fwd_ck(q, k, v, attn_bias_=bias)
-        return [*found, *cuflash.mha_bwd_ck(g, q, k, v, found[0], found[4], None, None, None, bias, True)]
+        results = cuflash.mha_fwd_ck(q, k, v, attn_bias_=bias)
+        return [*results, *cuflash.mha_bwd_ck(g, q, k, v, results[0], results[4], None, None, None, bias, True)]
 
     def mha_varlen(forward: Any, backward: Any) -> list[Any]:
-        found = forward(*packed, None, STARTS, STARTS)
-        return [*found, *backward(g[0], *packed, found[0], found[4], None, None, None, STARTS, STARTS)]
+        results = forward(*packed, None, STARTS, STARTS)
+        return [*results, *backward(g[0], *packed, results[0], results[4], None, None, None, STARTS, STARTS)]
 
     def mem_eff() -> list[Any]:
-        found = cuflash.mem_eff_forward(q, k, v, attn_bias_=bias)
+        results = cuflash.mem_eff_forward(q, k, v, attn_bias_=bias)
         return [
-            *found,
+            *results,
             *cuflash.mem_eff_backward(
-                g, q, k, v, found[0], found[4], None, None, None, attn_bias=bias, bias_requires_grad=True
+                g, q, k, v, results[0], results[4], None, None, None, attn_bias=bias, bias_requires_grad=True
             ),
         ]
 
     def efficient() -> list[Any]:
-        found = cuflash.efficient_attention_forward(q, wide_k, wide_v, bias, compute_log_sumexp=True)
+        results = cuflash.efficient_attention_forward(q, wide_k, wide_v, bias, compute_log_sumexp=True)
         return [
-            *found,
+            *results,
             *cuflash.efficient_attention_backward(
-                g, q, wide_k, wide_v, bias, found[0], None, None, None, None, found[1], 0.0, None, None, 0, True
+                g, q, wide_k, wide_v, bias, results[0], None, None, None, None, results[1], 0.0, None, None, 0, True
             ),
         ]
 
@@ -122,13 +122,13 @@ def test_no_function_depends_on_the_error_state(dtype: Any, numbers: str) -> Non
         }[numbers]
         bent = {name: bent(x).astype(dtype) for name, x in draw.items()}
     for changed in ({"g"}, {"v"}, {"q", "bias"}, set(draw)):
-        given = {name: bent[name] if name in changed else x for name, x in draw.items()}
-        for name, call in calls(**given).items():
+        arguments = {name: bent[name] if name in changed else x for name, x in draw.items()}
+        for name, call in calls(**arguments).items():
             with np.errstate(all="ignore"):
                 expected = list(call())
             with np.errstate(all="raise"):
-                found = list(call())
-            for one, other in zip(found, expected, strict=True):
+                results = list(call())
+            for one, other in zip(results, expected, strict=True):
                 if one is not None:
                     one, other = (x.astype(FP32) if getattr(x, "dtype", None) == BF16 else x for x in (one, other))
                     np.testing.assert_array_equal(one, other, err_msg=f"{name} of {numbers} {sorted(changed)}")

@@ -29,39 +29,39 @@ def no_allowances(monkeypatch):
     monkeypatch.setattr(resources, "ALLOWANCES", ())
 
 
-def found(step=STEP, cubin=CUBIN) -> list[str]:
+def said(step=STEP, cubin=CUBIN) -> list[str]:
     return complaints(CASE.id, step, cubin, A100)
 
 
 def test_nothing_is_wrong_with_a_kernel_that_fits():
-    assert found() == []
+    assert said() == []
 
 
 def test_spills_count_in_both_directions():
-    assert found(cubin=replace(CUBIN, spill_stores=8, spill_loads=12)) == ["spills 20 bytes, 0 are allowed"]
+    assert said(cubin=replace(CUBIN, spill_stores=8, spill_loads=12)) == ["spills 20 bytes, 0 are allowed"]
 
 
 def test_a_missing_report_counts():
-    assert found(cubin=replace(CUBIN, registers=0)) == ["the assembler reported no registers"]
+    assert said(cubin=replace(CUBIN, registers=0)) == ["the assembler reported no registers"]
 
 
 def test_registers_of_all_resident_blocks_count():
-    assert found(replace(STEP, config=replace(STEP.config, threads=129))) == ["2 blocks need 65790 registers of 65536"]
+    assert said(replace(STEP, config=replace(STEP.config, threads=129))) == ["2 blocks need 65790 registers of 65536"]
 
 
 def test_shared_memory_of_a_block_and_of_all_resident_ones_counts():
     one = replace(STEP, config=replace(STEP.config, smem_bytes=164 * 1024, blocks_per_sm=1))
-    assert found(one) == [
+    assert said(one) == [
         "a block needs 167936 bytes of shared memory of 166912",
         "1 blocks need 168960 bytes of shared memory of 167936",
     ]
     two = replace(STEP, config=replace(STEP.config, smem_bytes=82 * 1024))
-    assert found(two) == ["2 blocks need 169984 bytes of shared memory of 167936"]
+    assert said(two) == ["2 blocks need 169984 bytes of shared memory of 167936"]
 
 
 def test_the_assembler_saying_it_serialised_something_counts_and_other_remarks_do_not():
     remarks = ("info : (C7510) wgmma is serialised", "warning #177-D: x was declared but never referenced")
-    assert found(cubin=replace(CUBIN, warnings=remarks)) == [remarks[0]]
+    assert said(cubin=replace(CUBIN, warnings=remarks)) == [remarks[0]]
 
 
 def test_an_allowance_holds_for_its_kernel_and_cases_up_to_its_bytes(monkeypatch):
@@ -69,8 +69,8 @@ def test_an_allowance_holds_for_its_kernel_and_cases_up_to_its_bytes(monkeypatch
     assert allowed_spills("fwd_sm80-bf16-d64-causal", "fwd_sm80") == 64
     assert allowed_spills("fwd_sm80-bf16-d128", "fwd_sm80") == 0
     assert allowed_spills("bwd_sm80-bf16-d64", "bwd_sm80") == 0
-    assert found(cubin=replace(CUBIN, spill_loads=64)) == []
-    assert found(cubin=replace(CUBIN, spill_loads=68)) == ["spills 68 bytes, 64 are allowed"]
+    assert said(cubin=replace(CUBIN, spill_loads=64)) == []
+    assert said(cubin=replace(CUBIN, spill_loads=68)) == ["spills 68 bytes, 64 are allowed"]
 
 
 @pytest.mark.parametrize("allowance", ALLOWANCES, ids=lambda a: f"{a.kernel} {a.case}")
