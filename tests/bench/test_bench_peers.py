@@ -1,8 +1,4 @@
-"""The peers of the bench compute what cuflash computes: their options and layouts, on stand-ins or on the CPU.
-
-Packages that are not installed are replaced by modules whose functions are cuflash's own, under the names and with the
-signatures of the real ones.
-"""
+"""The peers of the bench compute what cuflash computes: their options and layouts, on stand-ins or on the CPU."""
 
 from __future__ import annotations
 
@@ -11,11 +7,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from doubles.peers import (
+    TORCH,
+    EagerTorch,
+    flash_attn_3,
+    flash_attn_3_varlen,
+    flash_attn_4,
+    flash_attn_4_varlen,
+    module,
+)
 
 import cuflash
 from cuflash.bench import report
@@ -60,12 +65,6 @@ CASES = {
 }
 
 
-def module(name: str, **contents: object) -> ModuleType:
-    made = ModuleType(name)
-    vars(made).update(contents)
-    return made
-
-
 @pytest.fixture
 def installed(monkeypatch) -> Callable[..., None]:
     def install(name: str, **contents: object) -> None:
@@ -76,20 +75,6 @@ def installed(monkeypatch) -> Callable[..., None]:
 
 def close(got: Any, case: Case, inputs: Any) -> None:
     np.testing.assert_allclose(got, calls.of(case, inputs)()[0], atol=1e-5)
-
-
-TORCH = SimpleNamespace(from_dlpack=lambda x: x, matmul=np.matmul, empty_like=np.empty_like)
-"""Of torch what peers need whose functions take the inputs as they are."""
-
-
-def flash_attn_3(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False):
-    return cuflash.flash_attn_func(
-        q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
-    )
-
-
-def flash_attn_3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
-    return cuflash.flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options), 0
 
 
 @pytest.fixture
@@ -119,30 +104,6 @@ def test_flash_attention_3_says_what_its_build_left_out(installed, monkeypatch):
     assert peer.why_not(PROBLEMS["alibi"]) == "no alibi"
     top_left = replace(CAUSAL, alignment="top-left")
     assert peer.why_not(replace(PROBLEMS["causal_wide"], mask=top_left)) == "its masks are aligned bottom-right"
-
-
-def flash_attn_4(
-    q, k, v, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
-    deterministic=False, **packed,
-):  # fmt: skip
-    """As the real one, an open side of a window is None, and what is returned is out and lse."""
-    assert all(side is None or side >= 0 for side in window_size)
-    assert {q.dtype, k.dtype, v.dtype} == {BF16.numpy}
-    function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
-    return function(
-        q, k, v, softmax_scale=softmax_scale, causal=causal, softcap=softcap, sink=learnable_sink, return_lse=True,
-        window_size=tuple(-1 if side is None else side for side in window_size), **packed,
-    )  # fmt: skip
-
-
-def flash_attn_4_varlen(
-    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
-    seqused_q=None, seqused_k=None, **options,
-):  # fmt: skip
-    assert (qv, min_seqlen_k) == (None, None)
-    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
-    packed |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "seqused_q": seqused_q}
-    return flash_attn_4(q, k, v, **packed, **options)
 
 
 @pytest.fixture
@@ -294,16 +255,6 @@ def test_jax_is_asked_for_the_case(jax, make_peer, names):
         assert peer.why_not(case.problem) is None
         tensors = [x for x in (inputs.q, inputs.k, inputs.v, inputs.bias) if x is not None]
         close(peer.function(case.problem, inputs)(*tensors), case, inputs)
-
-
-class EagerTorch:
-    """torch, whose ``compile`` leaves a function as it is."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module("torch"), name)
-
-    def compile(self, function: Callable[..., Any], **options: object) -> Callable[..., Any]:
-        return function
 
 
 @pytest.mark.filterwarnings("ignore")

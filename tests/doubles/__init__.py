@@ -1,1 +1,1 @@
-"""Stand-ins for a GPU: arrays over host memory, and launches that run kernels by ``host``."""
+"""Stand-ins for what may be missing: arrays and launches of a GPU, and the peers of the bench."""
