@@ -141,13 +141,22 @@ class CuPy(Library):
         self._here = nullcontext()
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
-        """Pointers of the arrays that are given, and everything else about all of them as a key."""
+        """Pointers of the arrays that are given, and everything else about all of them as a key.
+
+        Raises
+        ------
+        InvalidArgument
+            If one is not of CuPy, as the first is.
+        """
+        kind = type(arrays[0])
         pointers: list[int] = []
         key: list[Any] = []
         for x in arrays:
             if x is None:
                 key.append(None)
                 continue
+            if type(x) is not kind:
+                framework_of(names, arrays)
             data = x.data
             pointer = data.ptr
             pointers.append(pointer)
@@ -217,9 +226,17 @@ class Torch(Library):
         self._here = nullcontext()
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
-        """Pointers of the arrays that are given, and everything else about all of them as a key."""
+        """Pointers of the arrays that are given, and everything else about all of them as a key.
+
+        Raises
+        ------
+        InvalidArgument, UnsupportedProblem
+            If one is not of torch, as the first is, or is no plain tensor in memory.
+        """
+        kind = type(arrays[0])
         grad = self._torch.is_grad_enabled()
         if self._forward_ad._current_level >= 0:
+            framework_of(names, arrays)
             self._refuse_tangents(names, arrays)
         pointers: list[int] = []
         key: list[Any] = []
@@ -227,6 +244,8 @@ class Torch(Library):
             if x is None:
                 key.append(None)
                 continue
+            if type(x) is not kind:
+                framework_of(names, arrays)
             if grad and x.requires_grad:
                 raise self._on_tape(name, x)
             try:
@@ -419,6 +438,8 @@ class Guest:
 
 
 Framework = NumPy | CuPy | Torch | Guest
+ON_GPU = (CuPy, Torch)
+"""Frameworks whose `describe` holds all arrays to that of the first one."""
 
 numpy_arrays: NumPy = NumPy()
 
@@ -442,14 +463,14 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
     """
     kinds: set[type] = set(map(type, arrays))
     kinds.discard(type(None))
-    if len(kinds) == 1 and (framework := _framework_of_type(*kinds)) is not None:
+    if len(kinds) == 1 and (framework := framework_of_type(*kinds)) is not None:
         return framework
     first, first_name, first_type = None, "", None
     for name, x in zip(names, arrays, strict=True):
         kind: type = type(x)
         if x is None or kind is first_type:
             continue
-        framework = _framework_of_type(kind)
+        framework = framework_of_type(kind)
         if isinstance(x, np.ma.MaskedArray):
             raise InvalidArgument(
                 f"{name} is a masked array, whose mask no arithmetic of attention follows. "
@@ -473,7 +494,7 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
 
 
 @lru_cache(maxsize=256)
-def _framework_of_type(kind: type) -> Framework | None:
+def framework_of_type(kind: type) -> Framework | None:
     """The framework an array type belongs to; None when it is not an array type."""
     if issubclass(kind, np.ndarray):
         return None if issubclass(kind, np.ma.MaskedArray) else numpy_arrays

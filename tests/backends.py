@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flash_words
 import numpy as np
 import oracle
 import pytest
 from doubles.launch import needs_compiler
 
 from cuflash import ops
-from cuflash.ops.call import SHARED
 
 
 class Backend:
@@ -25,10 +25,9 @@ class Backend:
     def __call__(
         self, q: Any, k: Any, v: Any, dout: Any = None, generator: tuple[int, int] | None = None, **given: Any
     ) -> list[np.ndarray]:
-        """(out, lse), and (dq, dk, dv) with `dout`, for NumPy arrays in the words of `ops`."""
-        options = ops.Options(**{n: x for n, x in given.items() if n in ops.Options._fields}, family=self.family)
-        arrays = [q, k, v, *(given.get(name) for name in SHARED[3:])]
-        out, lse, pullback = ops.vjp(options, [None if x is None else self.put(x) for x in arrays], generator)
+        """(out, lse), and (dq, dk, dv) with `dout`, for NumPy arrays in the words of the flash functions."""
+        options = flash_words.options(given, family=self.family)
+        out, lse, pullback = ops.vjp(options, flash_words.arrays(given, self.put, q=q, k=k, v=v), generator)
         found = (out, lse) if dout is None else (out, lse, *pullback(self.put(dout))[:3])
         return [self.get(x) for x in found]
 

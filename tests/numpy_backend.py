@@ -12,17 +12,20 @@ from cuflash import masks, reference
 from cuflash.dropout import Dropout
 
 
-def run(q, k, v, dout, dlse, *, keep_state=False, causal=False, window=(-1, -1), alignment="bottom-right", scale=None,
-        mask=None, dropout_p=0.0, dropout_scheme="byte", dropout_unbiased=False, rng_state=(0, 0), cu_seqlens_q=None,
-        cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
-        **features) -> oracle.Attention:  # fmt: skip
+def run(
+    q, k, v, dout, dlse, *, keep_state=False, causal=False, window=(-1, -1), alignment="bottom-right", scale=None,
+    mask=None, alibi_slopes=None, dropout_p=0.0, dropout_scheme="byte", dropout_unbiased=False, rng_state=(0, 0),
+    cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    **features,
+) -> oracle.Attention:  # fmt: skip
     """The backend's forward and backward, from the oracle's arguments."""
     options = {
-        "mask": replace(masks.band(causal, window, alignment), tensor=mask is not None),
-        "mask_tensor": mask,
+        "band": replace(masks.band(causal, window, alignment), tensor=mask is not None),
+        "mask": mask,
         "softmax_scale": q.shape[-1] ** -0.5 if scale is None else scale,
         "dropout": Dropout(dropout_p, dropout_scheme, dropout_unbiased) if dropout_p else None,
         "rng_state": rng_state,
+        "alibi": alibi_slopes,
         **features,
     }
     backward_only = {"dlse": dlse, "bias_grad": features.get("bias") is not None}
@@ -35,8 +38,7 @@ def run(q, k, v, dout, dlse, *, keep_state=False, causal=False, window=(-1, -1),
     if cu_seqlens_q is None:
         out, lse = reference.forward(q, k, v, row_state=row_state, **options)
         return oracle.Attention(out, lse, *reference.backward(dout, q, k, v, out, lse, **backward_only, **options))
-    options |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
-    options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    options |= {"seqused_q": seqused_q, "seqused_kv": seqused_k, "len_q": max_seqlen_q, "len_kv": max_seqlen_k}
     cu = cu_seqlens_q, cu_seqlens_k
     out, lse = reference.forward_varlen(q, k, v, *cu, row_state=row_state, **options)
     gradients = reference.backward_varlen(dout, q, k, v, out, lse, *cu, **backward_only, **options)

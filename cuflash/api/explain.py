@@ -7,7 +7,7 @@ from cuflash.arrays import Array
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
-from cuflash.ops import Explanation, Options
+from cuflash.ops import Arrays, Explanation, asked
 from cuflash.problem import Problem
 
 
@@ -83,14 +83,16 @@ def explain(
     ...
     """
     try:
-        dropout = dropout_p, dropout_scheme, False
-        options = Options(
-            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic=deterministic,
-            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, bias_grad=bias_grad, num_splits=num_splits,
+        options = asked(
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
+            dropout_p=dropout_p, dropout_scheme=dropout_scheme, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+            num_splits=num_splits, deterministic=deterministic, bias_grad=bias_grad,
         )  # fmt: skip
-        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-        arrays = (k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
-        return ops.explain(q, arrays, block_table, options, device, backward)
+        arrays = Arrays(
+            q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k, table=block_table,
+        )  # fmt: skip
+        return ops.explain(options, arrays, device, backward)
     except REFUSALS as error:
         shorten(error)
         raise

@@ -12,8 +12,7 @@ from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
-from cuflash.ops import Options
-from cuflash.ops.call import Shared, asked
+from cuflash.ops import Arrays, Options, asked, new
 from cuflash.ops.lengths import with_lengths
 
 
@@ -221,13 +220,13 @@ def flash_attn_func(
     (1, 3, 2, 5)
     """
     try:
-        dropout = dropout_p, dropout_scheme, unbiased_dropout
         options = asked(
-            softmax_scale, causal, window_size, softcap, alignment, *dropout, deterministic, num_splits=num_splits
-        )
-        arrays = (q, k, v, attn_mask, None, None, None, None, alibi_slopes, attn_bias, sink)
-        wanted = return_attn_probs, return_lse, return_rng_state
-        return _forward(options, arrays, out, generator, None, *wanted)
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
+            dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
+            num_splits=num_splits, deterministic=deterministic,
+        )  # fmt: skip
+        arrays = new(Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, out=out)
+        return _forward(options, arrays, generator, return_attn_probs, return_lse, return_rng_state)
     except REFUSALS as error:
         shorten(error)
         raise
@@ -389,15 +388,18 @@ def flash_attn_varlen_func(
     """
     try:
         _require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-        dropout = dropout_p, dropout_scheme, unbiased_dropout
-        packed = deterministic, max_seqlen_q, max_seqlen_k, False, validate
         options = asked(
-            softmax_scale, causal, window_size, softcap, alignment, *dropout, *packed, num_splits=num_splits
-        )
-        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-        arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
-        wanted = return_attn_probs, return_lse, return_rng_state
-        return _forward(options, arrays, out, generator, block_table, *wanted)
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
+            dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, num_splits=num_splits, deterministic=deterministic,
+            validate=validate,
+        )  # fmt: skip
+        arrays = new(
+            Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
+            table=block_table, out=out,
+        )  # fmt: skip
+        return _forward(options, arrays, generator, return_attn_probs, return_lse, return_rng_state)
     except REFUSALS as error:
         shorten(error)
         raise
@@ -405,42 +407,38 @@ def flash_attn_varlen_func(
 
 def _forward(
     options: Options,
-    arrays: Shared,
-    out: Array | None,
+    arrays: Arrays,
     generator: Generator,
-    block_table: Array | None,
     return_attn_probs: bool,
     return_lse: bool,
     return_rng_state: bool,
 ) -> Array | tuple[Array | None, ...]:
-    """Of out, lse, probabilities and rng_state, what the caller asks for; `arrays` in the order of ``SHARED``."""
+    """Of out, lse, probabilities and rng_state, what the caller asks for."""
     if not (type(return_attn_probs) is type(return_lse) is type(return_rng_state) is bool):
         return_attn_probs = flag("return_attn_probs", return_attn_probs)
         return_lse = flag("return_lse", return_lse)
         return_rng_state = flag("return_rng_state", return_rng_state)
     if return_attn_probs:
-        options = _countable(options, arrays, block_table)
-    found = ops.forward(options, *arrays, block_table, out, generator)
-    rng_state = found[2] if len(found) == 3 else None
-    results = found[:2] if return_lse or return_attn_probs else found[:1]
+        options = _countable(options, arrays)
+    out, lse, *drawn = ops.forward(options, arrays, generator)
+    if not (return_lse or return_attn_probs or return_rng_state):
+        return out
+    rng_state = drawn[0] if drawn else None
+    results = (out, lse) if return_lse or return_attn_probs else (out,)
     if return_attn_probs:
         results = (*results, probabilities(options, arrays, rng_state))
-    if return_rng_state:
-        results = (*results, rng_state)
-    return results if len(results) > 1 else results[0]
+    return (*results, rng_state) if return_rng_state else results
 
 
-def _countable(options: Options, arrays: Shared, block_table: Array | None) -> Options:
+def _countable(options: Options, arrays: Arrays) -> Options:
     """The options of a call that returns probabilities, with the longest lengths in them."""
-    if block_table is not None:
+    if arrays.table is not None:
         raise InvalidArgument(
             "return_attn_probs is True and block_table is given; probabilities of keys in pages are not returned. "
             "Gather the pages into packed k and v."
         )
-    every = (*arrays, block_table, None)
-    framework = framework_of(options.names("forward"), every)
-    check_drawn(framework, options)
-    return with_lengths(framework, "forward", options, every)
+    check_drawn(framework_of(options.manner.names, arrays), options)
+    return with_lengths("forward", options, arrays)
 
 
 def _require(**arrays: Array | None) -> None:

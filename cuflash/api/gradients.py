@@ -11,8 +11,7 @@ from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
-from cuflash.ops import Gradients
-from cuflash.ops.call import asked
+from cuflash.ops import Arrays, Gradients, asked, new
 
 
 @overload
@@ -119,12 +118,18 @@ def flash_attn_backward(
         As `flash_attn_func`.
     """
     try:
-        dropout = dropout_p, dropout_scheme, unbiased_dropout
-        packed = deterministic, max_seqlen_q, max_seqlen_k, bias_grad, validate
-        options = asked(softmax_scale, causal, window_size, softcap, alignment, *dropout, *packed)
-        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-        features = alibi_slopes, attn_bias, sink, rng_state
-        return ops.backward(options, q, k, v, attn_mask, *lengths, *features, out, dout, lse, dlse, None, dq, dk, dv)
+        options = asked(
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
+            dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, deterministic=deterministic, bias_grad=bias_grad,
+            validate=validate,
+        )  # fmt: skip
+        arrays = new(  # the first by position: more than 15 keywords would go through a dictionary
+            Arrays, q, k, v, attn_mask, attn_bias, alibi_slopes, sink,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
+            rng_state=rng_state, dout=dout, lse=lse, dlse=dlse, out=out, dq=dq, dk=dk, dv=dv,
+        )  # fmt: skip
+        return ops.backward(options, arrays)
     except REFUSALS as error:
         shorten(error)
         raise
@@ -252,13 +257,16 @@ def flash_attn_vjp(
     >>> dq, dk, dv = pullback(np.ones_like(out))
     """
     try:
-        dropout = dropout_p, dropout_scheme, unbiased_dropout
-        packed = deterministic, max_seqlen_q, max_seqlen_k, bias_grad, validate
         options = asked(
-            softmax_scale, causal, window_size, softcap, alignment, *dropout, *packed, num_splits=num_splits
-        )
-        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-        arrays = (q, k, v, attn_mask, *lengths, alibi_slopes, attn_bias, sink)
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
+            dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, num_splits=num_splits, deterministic=deterministic,
+            bias_grad=bias_grad, validate=validate,
+        )  # fmt: skip
+        arrays = new(
+            Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
+        )  # fmt: skip
         return_lse = flag("return_lse", return_lse)
         out, lse, pullback = ops.vjp(options, arrays, generator)
         return ((out, lse) if return_lse else out), pullback

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cuflash.arrays import ArrayT
 from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
-from cuflash.ops import Options, PreparedAttention
+from cuflash.ops import PreparedAttention, asked
 
 
 def flash_attn_prepare(
@@ -61,7 +61,10 @@ def flash_attn_prepare(
             x, lse = attend(*layer.project(x))
     """
     try:
-        options = Options(softmax_scale, causal, window_size, softcap, alignment, num_splits=num_splits)
+        options = asked(
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
+            num_splits=num_splits,
+        )  # fmt: skip
         return PreparedAttention(options, q, k, v, out)
     except REFUSALS as error:
         shorten(error)

@@ -11,7 +11,7 @@ from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
 from cuflash.numbers import flag
-from cuflash.ops.call import asked
+from cuflash.ops import Arrays, asked, new
 
 
 @overload
@@ -113,15 +113,16 @@ def scaled_dot_product_attention(
     """
     try:
         return_lse = flag("return_lse", return_lse)
-        dropout, plain = (dropout_p, dropout_scheme, unbiased_dropout), (False, None, None, False, False)
-        options = asked(scale, is_causal, (-1, -1), 0.0, "top-left", *dropout, *plain, enable_gqa, True)
-        numbers = "float" in str(getattr(attn_mask, "dtype", ""))
-        mask, bias = (None, attn_mask) if numbers else (attn_mask, None)
-        found = backends.call(
-            ops.forward, options, backend, q=query, k=key, v=value, attn_mask=mask, attn_bias=bias, out=out,
-            generator=generator,
+        options = asked(
+            softmax_scale=scale, causal=is_causal, alignment="top-left", dropout_p=dropout_p,
+            dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout, enable_gqa=enable_gqa, layout="bhsd",
+            vocabulary="sdpa",
         )  # fmt: skip
-        return found[:2] if return_lse else found[0]
+        numbers = attn_mask is not None and "float" in str(getattr(attn_mask, "dtype", ""))
+        mask, bias = (None, attn_mask) if numbers else (attn_mask, None)
+        arrays = new(Arrays, q=query, k=key, v=value, mask=mask, bias=bias, out=out)
+        results = backends.call(ops.forward, options, backend, arrays, generator)
+        return results[:2] if return_lse else results[0]
     except REFUSALS as error:
         shorten(error)
         raise

@@ -8,7 +8,7 @@ import cuflash
 from cuflash.cases.inputs import Array, Inputs
 from cuflash.cases.table import Case
 from cuflash.ops import backward, forward
-from cuflash.ops.call import Options
+from cuflash.ops.call import VOCABULARIES, Arrays, Options, asked
 from cuflash.ops.call import results as results_of
 
 Call = Callable[[], tuple[Array, ...]]
@@ -53,41 +53,32 @@ def lengths(case: Case) -> dict[str, object]:
 def options(case: Case) -> Options:
     """The same for the floor below."""
     num_splits = case.turned("forward").problem.num_splits
-    return Options(**keywords(case), **lengths(case), num_splits=num_splits, family=case.family)
+    return asked(**keywords(case), **lengths(case), num_splits=num_splits, family=case.family)
 
 
-def arrays(inputs: Inputs) -> dict[str, Array]:
-    """The arrays that are read, by the names the functions know them as; the forward alone knows pages."""
-    named = {
-        "q": inputs.q,
-        "k": inputs.k,
-        "v": inputs.v,
-        "attn_mask": inputs.mask_tensor,
-        "cu_seqlens_q": inputs.cu_seqlens_q,
-        "cu_seqlens_k": inputs.cu_seqlens_kv,
-        "seqused_q": inputs.seqused_q,
-        "seqused_k": inputs.seqused_kv,
-        "alibi_slopes": inputs.alibi_slopes,
-        "attn_bias": inputs.bias,
-        "sink": inputs.sink,
-        "block_table": inputs.block_table,
-    }
-    return {name: x for name, x in named.items() if x is not None}
+def arrays(inputs: Inputs) -> Arrays:
+    """The arrays that are read; the forward alone knows pages."""
+    return Arrays(
+        q=inputs.q, k=inputs.k, v=inputs.v, mask=inputs.mask_tensor, bias=inputs.bias, alibi=inputs.alibi_slopes,
+        sink=inputs.sink, cu_seqlens_q=inputs.cu_seqlens_q, cu_seqlens_kv=inputs.cu_seqlens_kv,
+        seqused_q=inputs.seqused_q, seqused_kv=inputs.seqused_kv, table=inputs.block_table,
+    )  # fmt: skip
 
 
 def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:
     chosen = options(case)
     shared = arrays(inputs)
-    gradients = chosen._replace(deterministic=case.problem.deterministic, bias_grad=case.problem.bias_grad)
+    gradients = chosen.replace(deterministic=case.problem.deterministic, bias_grad=case.problem.bias_grad)
     return (
-        lambda: forward(chosen, **shared, generator=inputs.rng_state),
-        lambda **computed: _without_none(backward(gradients, **shared, **computed)),
+        lambda: forward(chosen, shared, inputs.rng_state),
+        lambda **computed: _without_none(backward(gradients, shared._replace(**computed))),
     )
 
 
 def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:
     chosen = keywords(case)
-    shared = arrays(inputs) | lengths(case) | chosen
+    words = VOCABULARIES["flash"]
+    shared = {words.get(name, name): x for name, x in arrays(inputs).given().items()} | lengths(case) | chosen
     problem = case.problem
     function = cuflash.flash_attn_func if problem.layout == "dense" else cuflash.flash_attn_varlen_func
     drawn = {"generator": inputs.rng_state, "return_rng_state": True} if problem.dropout else {}

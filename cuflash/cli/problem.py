@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import click
 import numpy as np
 
+from cuflash import ops
 from cuflash.arrays import View
 from cuflash.cases.table import CASES, select
 from cuflash.cli.console import options_written
@@ -152,7 +153,7 @@ def _of_options(family: str | None, asked: _Options) -> Asked:
     q = (asked.batch, len_q, heads_q, dim_qk)
     k, v = ((asked.batch, len_kv, heads_kv, dim) for dim in (dim_qk, dim_v))
     direction: Direction = "backward" if asked.backward else "forward"
-    options = Options(
+    options = ops.asked(
         softmax_scale=asked.scale,
         causal=asked.causal,
         window_size=window,
@@ -200,22 +201,23 @@ def _views(
     if asked.page_size is not None:
         pages = -(-k[1] // asked.page_size)
         k, v = ((batch * pages, asked.page_size, *shape[2:]) for shape in (k, v))
-        views["block_table"] = place("block_table", (batch, pages), int32)
+        views["table"] = place("block_table", (batch, pages), int32)
     elif asked.varlen:
         k, v = ((batch * shape[1], *shape[2:]) for shape in (k, v))
     if asked.varlen:
         q = (batch * len_q, *q[2:])
-        views |= {name: place(name, (batch + 1,), int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+        lengths = {"cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_kv": "cu_seqlens_k"}
+        views |= {name: place(word, (batch + 1,), int32) for name, word in lengths.items()}
     views |= {name: place(name, shape, dtype.numpy) for name, shape in (("q", q), ("k", k), ("v", v))}
     if asked.reversed:
         views |= {name: _turned(views[name]) for name in ("k", "v")}
     if asked.mask:
-        views["attn_mask"] = place("attn_mask", scores, np.dtype(bool))
+        views["mask"] = place("attn_mask", scores, np.dtype(bool))
     if asked.alibi:
-        views["alibi_slopes"] = place("alibi_slopes", (heads_q,), fp32)
+        views["alibi"] = place("alibi_slopes", (heads_q,), fp32)
     if asked.bias is not None:
         bias = place("attn_bias", _along(asked.bias, scores), DTYPES[asked.bias_dtype or asked.dtype].numpy)
-        views["attn_bias"] = _spread(bias) if asked.bias_apart else bias
+        views["bias"] = _spread(bias) if asked.bias_apart else bias
     if asked.sink:
         views["sink"] = place("sink", (heads_q,), fp32)
     if asked.backward:

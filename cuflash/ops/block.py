@@ -22,15 +22,7 @@ UNBOUNDED = check.MAX_LENGTH - 1
 """A window side that hides nothing: no two positions are further apart, and with it every bound is a 32-bit number."""
 
 _UNNUMBERED = 2**31 - 1
-"""More rows than cu_seqlens_k can count: with pages it numbers none."""
-
-_PARAMS_NAMES = {
-    "attn_mask": "mask", "cu_seqlens_k": "cu_seqlens_kv", "seqused_k": "seqused_kv", "alibi_slopes": "alibi",
-    "attn_bias": "bias", "block_table": "table",
-}  # fmt: skip
-"""Members of ``params.cuh`` that are not called like the argument."""
-
-_ARGUMENTS_OF_PARAMS = {member: argument for argument, member in _PARAMS_NAMES.items()}
+"""More rows than cu_seqlens_kv can count: with pages it numbers none."""
 
 _PER_ROW = ("lse", "dlse", "delta")
 """Arrays of one number for each head and query row."""
@@ -53,11 +45,11 @@ def template(
     attention["window_left"] = UNBOUNDED if mask.left is None else mask.left
     attention["window_right"] = UNBOUNDED if mask.right is None else mask.right
     attention["top_left"] = mask.alignment == "top-left"
-    for name, view in ((name, views[name]) for name in ("attn_mask", "attn_bias") if name in views):
+    for name, view in ((name, views[name]) for name in ("mask", "bias") if name in views):
         for axis, stride in zip(("batch", "head", "row", "column"), check.pair_strides(view), strict=True):
-            attention[f"{_PARAMS_NAMES[name]}_{axis}"] = stride
-    if problem.alibi and len(views["alibi_slopes"].shape) == 2:
-        attention["alibi_batch"] = check.pair_strides(views["alibi_slopes"])[2]
+            attention[f"{name}_{axis}"] = stride
+    if problem.alibi and len(views["alibi"].shape) == 2:
+        attention["alibi_batch"] = check.pair_strides(views["alibi"])[2]
     dropout = check.dropout_of(options)
     attention["keep_scale"] = dropout.keep_scale if dropout else 1.0
     attention["dropout_p"] = dropout.p if dropout else 0.0
@@ -74,7 +66,7 @@ def template(
 
     if problem.page_size:
         attention["total_kv"] = _UNNUMBERED
-        block["pages"] = pages_of(views["k"], views["block_table"])
+        block["pages"] = pages_of(views["k"], views["table"])
 
     for member in jit.params.members(params):
         name = member.removesuffix("_stride")
@@ -82,8 +74,8 @@ def template(
             continue
         packed = varlen and not (problem.page_size and name in ("k", "v"))  # pages lie like batch elements
         axes = options.row_axes(packed) if name in _PER_ROW else options.axes(packed)
-        found = zip(axes, shape_and_steps(name, views, shapes), strict=True)
-        steps = {axis: step if n > 1 else 0 for axis, (n, step) in found}
+        shape_and_step = zip(axes, shape_and_steps(name, views, shapes), strict=True)
+        steps = {axis: step if n > 1 else 0 for axis, (n, step) in shape_and_step}
         block[member]["batch"] = steps.get("b", 0)
         block[member]["row"] = steps["total" if packed else "s"]
         block[member]["head"] = steps["h"]
@@ -114,8 +106,8 @@ def filler(
         slots.append((_inner_word(params, "attention", "rng_state"), names.index("rng_state")))
     encoders = []
     for name, tensor in maps.items():
-        first, argument = _word(params, f"{name}_map"), _ARGUMENTS_OF_PARAMS.get(name, name)
-        encoders.append((slice(first, first + 16), names.index(argument), jit.tensormap.encoder(tensor, device)))
+        first = _word(params, f"{name}_map")
+        encoders.append((slice(first, first + 16), names.index(name), jit.tensormap.encoder(tensor, device)))
 
     def fill(numbers: tuple[int, ...]) -> ctypes.Array:
         filled: Any = words.from_buffer_copy(content)
@@ -128,13 +120,12 @@ def filler(
     return fill if draws else lru_cache(_MAX_BLOCKS)(fill)
 
 
-def _word(params: np.dtype, argument: str) -> int:
-    """Index of the first 8-byte word of a parameter block that is for an argument."""
-    name = _PARAMS_NAMES.get(argument, argument)
+def _word(params: np.dtype, name: str) -> int:
+    """Index of the first 8-byte word of a member of a parameter block or of a struct in it."""
     members = jit.params.members(params)
     if name in members:
         return members[name][1] // 8
-    return _inner_word(params, "pages" if argument == "block_table" else "attention", name)
+    return _inner_word(params, "pages" if name == "table" else "attention", name)
 
 
 def _inner_word(params: np.dtype, struct: str, name: str) -> int:

@@ -23,12 +23,12 @@ def tensor_map(
 ) -> jit.tensormap.TensorMap | None:
     """The map of a tensor but for its address; None without elements, when there is no box to copy."""
     if problem.bias and box.tensor == "bias":
-        return _bias_map(box, problem.bias, views["attn_bias"])
+        return _bias_map(box, problem.bias, views["bias"])
     varlen = problem.layout == "varlen"
-    found = dict(zip(options.axes(varlen), shape_and_steps(box.tensor, views, shapes), strict=True))
-    dim, _ = found.pop("d")
-    sizes = {axis: n for axis, (n, _) in found.items()}
-    strides = {axis: step * problem.dtype.itemsize for axis, (_, step) in found.items()}
+    axes = dict(zip(options.axes(varlen), shape_and_steps(box.tensor, views, shapes), strict=True))
+    dim, _ = axes.pop("d")
+    sizes = {axis: n for axis, (n, _) in axes.items()}
+    strides = {axis: step * problem.dtype.itemsize for axis, (_, step) in axes.items()}
     if 0 in sizes.values():
         return None
     if varlen:

@@ -1,67 +1,113 @@
-"""What a call consists of: its keywords as one value, and the names and order of its arrays."""
+"""What a call consists of: its arrays, what it asks for, and in whose words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from math import inf
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from cuflash.arrays import ArrayT
+from cuflash.arrays import ArrayT, CuPy, NumPy, Torch, View
 from cuflash.dropout import Scheme
 from cuflash.masks import Alignment
 from cuflash.problem import Direction, Problem
 
-SHARED = (
-    "q", "k", "v", "attn_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "attn_bias",
-    "sink",
-)  # fmt: skip
-"""The arrays that both directions read."""
 
-Shared = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
-"""Those arrays in that order."""
+class Arrays(NamedTuple):
+    """The arrays of a call by the names of ``params.cuh``, outputs last; None where one is left out."""
 
-ARGUMENTS: dict[Direction, tuple[str, ...]] = {
-    "forward": (*SHARED, "block_table", "out"),
-    "backward": (*SHARED, "rng_state", "out", "dout", "lse", "dlse", "row_state", "dq", "dk", "dv"),
-}
-"""The arrays of a call in the order in which they are handed down; one that was left out is None."""
+    q: Any
+    k: Any
+    v: Any
+    mask: Any = None
+    bias: Any = None
+    alibi: Any = None
+    sink: Any = None
+    cu_seqlens_q: Any = None
+    cu_seqlens_kv: Any = None
+    seqused_q: Any = None
+    seqused_kv: Any = None
+    table: Any = None
+    rng_state: Any = None
+    """Backward only, like the next four."""
+    dout: Any = None
+    lse: Any = None
+    dlse: Any = None
+    row_state: Any = None
+    out: Any = None
+    """Written by the forward, read by the backward."""
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that were not left out, by name."""
+        return {name: x for name, x in zip(self._fields, self, strict=True) if x is not None}
+
+    def outputs(self, direction: Direction) -> tuple[Any, ...]:
+        """Those that a call writes where they are given; it allocates the others."""
+        return (self.out,) if direction == "forward" else self[-3:]
+
+
+new = Arrays.__new__
+"""``new(Arrays, q=q, ...)`` is ``Arrays(q=q, ...)`` in half the time: it makes no dictionary of the keywords first."""
 
 OUTPUTS: dict[Direction, tuple[str, ...]] = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
-"""The last arguments: written when given, allocated when not."""
+"""The names of :meth:`Arrays.outputs`."""
 
-_MHA = {
-    "dropout_p": "p_dropout", "causal": "is_causal", "alibi_slopes": "alibi_slopes_", "attn_bias": "attn_bias_",
-    "lse": "softmax_lse", "rng_state": "philox_seed", "dq": "dq_", "dk": "dk_", "dv": "dv_",
-    "block_table": "block_table_",
+_FLASH = {
+    "mask": "attn_mask", "bias": "attn_bias", "alibi": "alibi_slopes", "cu_seqlens_kv": "cu_seqlens_k",
+    "seqused_kv": "seqused_k", "table": "block_table",
 }  # fmt: skip
-_VOCABULARIES: dict[str, dict[str, str]] = {
-    "flash": {},
-    "sdpa": {
-        "q": "query", "k": "key", "v": "value", "causal": "is_causal", "softmax_scale": "scale",
-        "attn_bias": "attn_mask",
+_MHA = _FLASH | {
+    "dropout_p": "p_dropout", "causal": "is_causal", "alibi": "alibi_slopes_", "bias": "attn_bias_",
+    "lse": "softmax_lse", "rng_state": "philox_seed", "dq": "dq_", "dk": "dk_", "dv": "dv_", "table": "block_table_",
+}  # fmt: skip
+VOCABULARIES: dict[str, dict[str, str]] = {
+    "flash": _FLASH,
+    "sdpa": _FLASH | {
+        "q": "query", "k": "key", "v": "value", "causal": "is_causal", "softmax_scale": "scale", "bias": "attn_mask",
     },
     "mha_fwd": _MHA | {"out": "out_"},
     "mha_bwd": _MHA,
-    "mem_eff_forward": _MHA | {"out": "out_", "softmax_scale": "scale", "seqused_k": "seqused_k_"},
-    "mem_eff_backward": _MHA | {"softmax_scale": "scale", "attn_bias": "attn_bias"},
-    "efficient": {
-        "q": "query", "k": "key", "v": "value", "softmax_scale": "scale", "attn_bias": "bias", "seqused_k": "seqlen_k",
+    "mem_eff_forward": _MHA | {"out": "out_", "softmax_scale": "scale", "seqused_kv": "seqused_k_"},
+    "mem_eff_backward": _MHA | {"softmax_scale": "scale", "bias": "attn_bias"},
+    "efficient": _FLASH | {
+        "q": "query", "k": "key", "v": "value", "softmax_scale": "scale", "bias": "bias", "seqused_kv": "seqlen_k",
         "lse": "logsumexp", "rng_state": "philox_seed", "dout": "grad_out_",
     },
 }  # fmt: skip
-"""What callers know arguments as, by function, where it is something else."""
-
+"""What callers know arrays and options as, by function, where it is something else."""
 
 _NAMES = {
-    (direction, vocabulary): tuple(words.get(argument, argument) for argument in arguments)
-    for direction, arguments in ARGUMENTS.items()
-    for vocabulary, words in _VOCABULARIES.items()
+    vocabulary: tuple(words.get(name, name) for name in Arrays._fields) for vocabulary, words in VOCABULARIES.items()
 }
 
 
-class Options(NamedTuple):
-    """The keywords of a call, as given."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Manner:
+    """How a call is put, which changes none of its results."""
+
+    vocabulary: str = "flash"
+    """Whose names messages use."""
+    layout: Literal["bshd", "bhsd"] = "bshd"
+    """The axes of dense tensors."""
+    enable_gqa: bool = True
+    """Query heads may share key/value heads."""
+    validate: bool = False
+    """Read and check where packed sequences lie on a GPU too, once; NumPy arrays are always checked."""
+    family: str | tuple[str, ...] | None = None
+    """Hold the planner to one kernel family or to some, for checks of kernels that another is preferred to."""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What the caller knows the fields of `Arrays` as."""
+        return _NAMES[self.vocabulary]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """What a call asks for besides its arrays, as given and of any type; made by `asked`."""
 
     softmax_scale: float | None = None
     causal: bool = False
@@ -71,110 +117,130 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     dropout_scheme: Scheme = "byte"
     unbiased_dropout: bool = False
-    deterministic: bool = False
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
-    bias_grad: bool = False
-    validate: bool = False
-    """Read and check where packed sequences lie on a GPU too, once; NumPy arrays are always checked."""
-    enable_gqa: bool = True
-    sdpa: bool = False
-    """Called as ``scaled_dot_product_attention``: (b, h, s, d) tensors and PyTorch's argument names."""
-    vocabulary: str = "flash"
-    """Whose argument names messages use."""
     num_splits: int = 0
     """Forward only: blocks that share a row's keys; 0 leaves the number to the plan."""
     keep_state: bool = False
     """Forward only: also return `row_state`, what the backward needs beyond lse for rows of P to sum to 1."""
-    keep_delta: bool = False
-    """Backward only: also return `delta`, the sum of dout * out of each row less its dlse."""
     empty_lse: float = -inf
     """Forward only: the log-sum-exp of rows that see no key."""
     tail_lse: float = -inf
     """Forward only: that of packed rows that take part in nothing: behind the last sequence, or not in use."""
-    family: str | tuple[str, ...] | None = None
-    """Hold the planner to one kernel family or to some, for checks of kernels that another is preferred to."""
+    deterministic: bool = False
+    """Backward only."""
+    bias_grad: bool = False
+    """Backward only."""
+    keep_delta: bool = False
+    """Backward only: also return `delta`, the sum of dout * out of each row less its dlse."""
+    manner: Manner = Manner()
+    is_kind: bool = False
+    """There are no other options of these values and types, so the object stands for them in a key."""
 
     def name(self, argument: str) -> str:
-        """What the caller knows an argument as."""
-        return _VOCABULARIES["sdpa" if self.sdpa else self.vocabulary].get(argument, argument)
+        """What the caller knows an array or an option as."""
+        return VOCABULARIES[self.manner.vocabulary].get(argument, argument)
 
-    def names(self, direction: Direction) -> Sequence[str]:
-        """What the caller knows :data:`ARGUMENTS` as."""
-        return _NAMES[direction, "sdpa" if self.sdpa else self.vocabulary]
-
-    def kind(self) -> tuple[Any, ...]:
-        """What tells options apart also where they are equal, as 1, 1.0 and True are, of which not all are right.
-
-        Raises
-        ------
-        TypeError
-            If `window_size` has no elements.
-        """
-        return self, (*map(type, self), *map(type, self.window_size))
+    def views(self, framework: NumPy | CuPy | Torch, arrays: Arrays) -> dict[str, View]:
+        """The arrays that are given, spelled out under the caller's names."""
+        return {name: framework.view(self.name(name), x) for name, x in arrays.given().items()}
 
     def axes(self, varlen: bool) -> tuple[str, ...]:
         """The axes of q, k, v and every array with heads of elements."""
-        return ("total", "h", "d") if varlen else ("b", "h", "s", "d") if self.sdpa else ("b", "s", "h", "d")
+        return ("total", "h", "d") if varlen else tuple(self.manner.layout)
 
     def row_axes(self, varlen: bool) -> tuple[str, ...]:
         """The axes of lse and every array with one number for each head and query row."""
         return ("h", "total") if varlen else ("b", "h", "s")
 
+    def values(self) -> dict[str, Any]:
+        """All that was asked for and how, by name."""
+        return {name: getattr(self.manner if name in _MANNER else self, name) for name in _DEFAULTS}
 
-class _Token:
-    """What stands for options in a key."""
-
-    options: _Interned
-
-
-class _Interned(Options):
-    """Options that are one object wherever the same values of the same types are asked for."""
-
-    token: _Token
-
-    def kind(self) -> Any:
-        """As of any options."""
-        return self.token
-
-    def _replace(self, **changes: Any) -> _Interned:
-        return _replaced(self.token, **changes)
+    def replace(self, **changes: Any) -> Options:
+        """The same but for some values, of the manner too."""
+        if self.is_kind and "window_size" not in changes:  # whose sides' types the cache would not see
+            try:
+                return _replaced(self, **changes)
+            except TypeError:  # a value that cannot be hashed
+                pass
+        return _made(**self.values() | changes)
 
 
-def asked(softmax_scale: Any, causal: Any, window_size: Any, *others: Any, num_splits: Any = 0) -> Options:
-    """`Options` of these values, whose kind need not be put together and hashed in every call."""
-    if type(window_size) is tuple and len(window_size) == 2:
-        try:
-            return _interned(num_splits, *window_size, softmax_scale, causal, *others)
-        except TypeError:  # one that cannot be hashed
-            pass
-    return Options(**_fields(softmax_scale, causal, window_size, *others), num_splits=num_splits)
+_MANNER = {field.name: field.default for field in fields(Manner)}
+_DEFAULTS = {f.name: f.default for f in fields(Options) if f.name not in ("manner", "is_kind")} | _MANNER
+
+
+def asked(
+    *,
+    softmax_scale: Any = None,
+    causal: Any = False,
+    window_size: Any = (-1, -1),
+    softcap: Any = 0.0,
+    alignment: Any = "bottom-right",
+    dropout_p: Any = 0.0,
+    dropout_scheme: Any = "byte",
+    unbiased_dropout: Any = False,
+    num_splits: Any = 0,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    deterministic: Any = False,
+    bias_grad: Any = False,
+    validate: Any = False,
+    enable_gqa: Any = True,
+    layout: Literal["bshd", "bhsd"] = "bshd",
+    vocabulary: str = "flash",
+    **others: Any,
+) -> Options:
+    """The options of these values, and of `others`, which are further fields of `Options` and `Manner`.
+
+    They are one object wherever the same values of the same types are asked for: of a call that comes again nothing is
+    put together, and the object is a key without being hashed value by value.
+    """
+    # The cache does not see the types of what a tuple holds.
+    left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else (None, None)
+    values = (
+        softmax_scale, causal, window_size, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout, num_splits,
+        max_seqlen_q, max_seqlen_k, deterministic, bias_grad, validate, enable_gqa, layout, vocabulary, left, right,
+    )  # fmt: skip
+    try:
+        return _asked(*values, **others) if others else _asked(*values)
+    except TypeError:  # a value that cannot be hashed
+        return _asked.__wrapped__(*values, **others)
+
+
+_ASKED = tuple(asked.__kwdefaults__ or ())
 
 
 @lru_cache(maxsize=4096, typed=True)
-def _interned(num_splits: Any, left: Any, right: Any, softmax_scale: Any, causal: Any, *others: Any) -> _Interned:
-    fields = _fields(softmax_scale, causal, (left, right), *others)
-    return _the_one(left, right, *Options(**fields, num_splits=num_splits))
+def _asked(*values: Any, **others: Any) -> Options:
+    return _made(**dict(zip(_ASKED, values, strict=False)), **others)
 
 
 @lru_cache(maxsize=4096, typed=True)
-def _replaced(token: _Token, **changes: Any) -> _Interned:
-    options = Options(**{**token.options._asdict(), **changes})
-    return _the_one(*options.window_size, *options)
+def _replaced(options: Options, **changes: Any) -> Options:
+    return _made(**options.values() | changes)
+
+
+def _made(**values: Any) -> Options:
+    """The only options of these values and types, or options of their own where a value cannot be hashed."""
+    values = _DEFAULTS | values
+    window = values["window_size"]
+    try:
+        return _only(*(window if isinstance(window, tuple) else ()), **values)
+    except TypeError:
+        return _put_together(values, is_kind=False)
 
 
 @lru_cache(maxsize=4096, typed=True)
-def _the_one(left: Any, right: Any, *values: Any) -> _Interned:
-    """The options of all fields, and the sides of the window, whose types tuples do not show."""
-    options = _Interned(*values)
-    options.token = _Token()
-    options.token.options = options
-    return options
+def _only(*sides: Any, **values: Any) -> Options:
+    return _put_together(values, is_kind=True)
 
 
-def _fields(*values: Any) -> dict[str, Any]:
-    """The first fields of options by name."""
-    return dict(zip(Options._fields, values, strict=False))
+def _put_together(values: dict[str, Any], is_kind: bool) -> Options:
+    manner = Manner(**{name: value for name, value in values.items() if name in _MANNER})
+    others = {name: value for name, value in values.items() if name not in _MANNER}
+    return Options(**others, manner=manner, is_kind=is_kind)
 
 
 BiasGradT = TypeVar("BiasGradT")
@@ -210,8 +276,3 @@ def results(problem: Problem, keep_state: bool = False, keep_delta: bool = False
     wanted = {"dbias": problem.bias_grad, "dsink": problem.sink, "delta": keep_delta}
     extra = [name for name in wanted if wanted[name]]
     return ("dq", "dk", "dv", *extra)
-
-
-def given(direction: Direction, arrays: Sequence[Any]) -> dict[str, Any]:
-    """The arrays that were not left out, by argument."""
-    return {name: x for name, x in zip(ARGUMENTS[direction], arrays, strict=True) if x is not None}

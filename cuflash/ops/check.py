@@ -21,8 +21,8 @@ from cuflash.problem import MAX_SPLITS, Direction, Layout, Problem
 MAX_LENGTH = 2**30
 """Rows of one sequence: positions and the distances between any two are 32-bit numbers in the kernels."""
 
-LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-"""The arguments that say where sequences lie."""
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv")
+"""The arrays that say where sequences lie."""
 
 _REQUIRED: dict[Direction, tuple[str, ...]] = {
     "forward": ("q", "k", "v"),
@@ -59,7 +59,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
     page_size, total_q, total_kv = k.get("page_size", 0), q.get("total", 0), k.get("total", 0)
     most_kv = total_kv
     if page_size:
-        total_kv, most_kv = k["num_pages"] * page_size, views["block_table"].shape[1] * page_size
+        total_kv, most_kv = k["num_pages"] * page_size, views["table"].shape[1] * page_size
     if varlen:
         batch = views["cu_seqlens_q"].shape[0] - 1
         len_q, len_kv = length(options, "max_seqlen_q"), length(options, "max_seqlen_k")
@@ -92,8 +92,8 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
     if varlen:  # the lengths as given, which a tensor of pairs has been made for
         scores = (batch, q["h"], length(options, "max_seqlen_q"), length(options, "max_seqlen_k"))
     bias, broadcast, bias_boxes = _bias(options, views, dtype, scores)
-    if "alibi_slopes" in views:
-        _check_alibi(views["alibi_slopes"], batch, q["h"])
+    if "alibi" in views:
+        _check_alibi(views["alibi"], batch, q["h"])
     if "sink" in views:
         _check_like(views["sink"], (q["h"],), "float32")
         _check_rows(views["sink"])
@@ -125,7 +125,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         mask=_mask(options, views, scores).clipped(len_q, len_kv),
         softcap=softcap,
         softmax_scale=q["d"] ** -0.5 if scale is None else scale,
-        alibi="alibi_slopes" in views,
+        alibi="alibi" in views,
         bias=bias,
         bias_broadcast=broadcast,
         bias_boxes=bias_boxes,
@@ -146,14 +146,14 @@ def settled(options: Options) -> Options:
     """
     changes: dict[str, Any] = {
         name: scalar(value)
-        for name, value in zip(options._fields, options, strict=True)
+        for name, value in options.values().items()
         if name != "window_size" and isinstance(value, np.ndarray) and not value.shape
     }
     window = options.window_size
     if not isinstance(window, tuple) or any(map(is_array, window)):
-        found = pair(window)
-        changes |= {} if found is None else {"window_size": found}
-    return options._replace(**changes) if changes else options
+        sides = pair(window)
+        changes |= {} if sides is None else {"window_size": sides}
+    return options.replace(**changes) if changes else options
 
 
 def check_on_cuda(library: str, views: Mapping[str, View]) -> None:
@@ -175,7 +175,7 @@ def layout_of(direction: Direction, options: Options, views: Mapping[str, View])
                 "all arrays of a call must be on one device. Move one of them."
             )
     varlen = _is_packed(options, views)
-    if flag("validate", options.validate) and not varlen:
+    if flag("validate", options.manner.validate) and not varlen:
         raise InvalidArgument("validate is True but no sequences are packed; there is nothing to check. Drop it.")
     for view, axes in ((views[name], axes) for name, axes in _axes(options, views).items()):
         if len(view.shape) != len(axes):
@@ -192,14 +192,14 @@ def _is_packed(options: Options, views: Mapping[str, View]) -> bool:
     """Whether the call is on packed sequences; checks that what says so is complete and can be read."""
     starts = [views[name] for name in LENGTHS[:2] if name in views]
     if not starts:
-        for name in (*LENGTHS[2:], "block_table", "max_seqlen_q", "max_seqlen_k"):
+        for name in (*LENGTHS[2:], "table", "max_seqlen_q", "max_seqlen_k"):
             if name in views or getattr(options, name, None) is not None:
                 raise InvalidArgument(
                     f"{options.name(name)} is for packed sequences; pass cu_seqlens_q and cu_seqlens_k too."
                 )
         return False
     if len(starts) == 1:
-        missing = next(name for name in LENGTHS if name != starts[0].name)
+        missing = options.name(next(name for name in LENGTHS if name not in views))
         raise InvalidArgument(f"{starts[0].name} is given but {missing} is not; packed sequences need both.")
     for view in (views[name] for name in LENGTHS if name in views):
         if view.dtype != "int32":
@@ -221,8 +221,8 @@ def _is_packed(options: Options, views: Mapping[str, View]) -> bool:
             raise InvalidArgument(
                 f"{view.name} has {view.shape[0]} numbers; expected one for each of the {counts[0] - 1} sequences."
             )
-    if "block_table" in views:
-        _check_table(views["block_table"], counts[0] - 1)
+    if "table" in views:
+        _check_table(views["table"], counts[0] - 1)
     return True
 
 
@@ -243,21 +243,23 @@ def _check_table(table: View, batch: int) -> None:
 
 def length(options: Options, name: str) -> int:
     """The value of max_seqlen_q or max_seqlen_k."""
-    given = getattr(options, name)
-    value = integer(given)
+    longest = getattr(options, name)
+    value = integer(longest)
     if value is None or value < 0:
         raise InvalidArgument(
-            f"{name} is {shown(given)}; expected an integer from 0, or None to read it from cu_seqlens."
+            f"{name} is {shown(longest)}; expected an integer from 0, or None to read it from cu_seqlens."
         )
     if value >= 2**31:
-        raise InvalidArgument(f"{name} is {shown(given)}; expected fewer than 2**31. Pass the longest length, or None.")
+        raise InvalidArgument(
+            f"{name} is {shown(longest)}; expected fewer than 2**31. Pass the longest length, or None."
+        )
     return value
 
 
 def _axes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[str, ...]]:
     """The axes of q, k and v."""
     axes = options.axes(varlen="cu_seqlens_q" in views)
-    return {"q": axes} | dict.fromkeys(("k", "v"), _PAGES if "block_table" in views else axes)
+    return {"q": axes} | dict.fromkeys(("k", "v"), _PAGES if "table" in views else axes)
 
 
 def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, ...]]:
@@ -267,7 +269,7 @@ def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, 
     sizes = dict(zip(options.axes(varlen), q, strict=True))
     rows = tuple(sizes[axis] for axis in options.row_axes(varlen))
     out = (*q[:-1], v[-1])
-    bias = views["attn_bias"].shape if "attn_bias" in views else ()
+    bias = views["bias"].shape if "bias" in views else ()
     return {
         "out": out, "dout": out, "lse": rows, "dlse": rows, "delta": rows, "row_state": (*rows, 2), "rng_state": (2,),
         "dq": q, "dk": k, "dv": v, "dbias": bias, "dsink": (sizes["h"],),
@@ -350,7 +352,7 @@ def _check_sizes(options: Options, views: Mapping[str, View]) -> None:
     drawn = f"\n  {shown['q']}    {shown['k']}"
     if heads_q % heads_kv:
         raise InvalidArgument(f"{both}; heads_q must be a multiple of heads_kv.{drawn}")
-    if heads_q != heads_kv and not flag("enable_gqa", options.enable_gqa):
+    if heads_q != heads_kv and not flag("enable_gqa", options.manner.enable_gqa):
         raise InvalidArgument(f"{both}; pass enable_gqa=True to let query heads share key/value heads.{drawn}")
 
 
@@ -438,7 +440,7 @@ def _mask(options: Options, views: Mapping[str, View], scores: tuple[int, int, i
     if not all(-1 <= bound < 2**31 for bound in window):
         raise InvalidArgument(f"window_size is {window}; expected bounds from 0 to 2**31 - 1, or -1 for unbounded.")
     mask = band(causal, window, options.alignment)
-    view = views.get("attn_mask")
+    view = views.get("mask")
     if view is None:
         return mask
     if view.dtype != "bool":
@@ -452,10 +454,10 @@ def _bias(
 ) -> tuple[DType | None, tuple[bool, bool, bool, bool], bool]:
     """The members of Problem that speak of the additive tensor but for its gradient, in their order."""
     wants_gradient = flag("bias_grad", options.bias_grad)
-    view = views.get("attn_bias")
+    view = views.get("bias")
     if view is None:
         if wants_gradient:
-            name = options.name("attn_bias")
+            name = options.name("bias")
             raise InvalidArgument(f"bias_grad is True but {name} is None; pass the bias whose gradient is wanted.")
         return None, (False, False, False, False), True
     allowed = [dtype.numpy.name] + (["float32"] if dtype.numpy.name != "float32" else [])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from cuflash import device as devices
 from cuflash import plan
@@ -12,38 +10,34 @@ from cuflash.arrays import Guest, cupy_arrays, framework_of, numpy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import flag
 from cuflash.ops import check
-from cuflash.ops.call import Options, given
+from cuflash.ops.call import Arrays, Options, asked
 from cuflash.ops.lengths import with_lengths
 from cuflash.plan.choose import Explanation
 from cuflash.problem import Problem
 
 
-def explain(
-    q: Any, others: Sequence[Any], block_table: Any, options: Options, device: str | None, backward: bool
-) -> Explanation:
-    """The choice for q and the other arrays of a forward call, or for a Problem, on a device.
+def explain(options: Options, arrays: Arrays, device: str | None, backward: bool) -> Explanation:
+    """The choice for the arrays of a forward call, or for a Problem in place of q, on a device.
 
-    `others` are in the order of :data:`SHARED`; without a device it is the arrays' own.
+    Without a device it is the arrays' own.
     """
     backward = flag("backward", backward)
-    if isinstance(q, Problem):
-        given_options = [*map(type, options)] != [*map(type, Options())] or options != Options()
-        if given_options or backward or any(x is not None for x in (*others, block_table)):
+    if isinstance(arrays.q, Problem):
+        if options is not asked() or backward or any(x is not None for x in arrays[1:]):
             raise InvalidArgument("explain takes only a device next to a Problem, which says everything else itself.")
         if device is None:
             raise InvalidArgument("device is None; name the one to explain a Problem for, for example device='h100'.")
-        return plan.explain(q, devices.named(device))
+        return plan.explain(arrays.q, devices.named(device))
 
-    arrays: Sequence[Any] = (q, *others, block_table, None)
-    names = options.names("forward")
+    names = options.manner.names
     framework = framework_of(names, arrays)
     library = framework.name
     if isinstance(framework, Guest):
         on_cuda = framework.is_on_cuda(names[0], next(x for x in arrays if x is not None))
-        arrays = framework.borrow(names, arrays) if on_cuda else framework.on_host(names, arrays)
+        arrays = Arrays(*(framework.borrow(names, arrays) if on_cuda else framework.on_host(names, arrays)))
         framework = cupy_arrays() if on_cuda else numpy_arrays
-    options = with_lengths(framework, "forward", options, arrays)
-    views = {name: framework.view(options.name(name), x) for name, x in given("forward", arrays).items()}
+    options = with_lengths("forward", options, arrays)
+    views = options.views(framework, arrays)
     problem = check.problem_of("forward", options, views)
     if backward:
         wanted = bool(options.deterministic), bool(options.bias_grad)

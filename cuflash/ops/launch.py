@@ -7,7 +7,7 @@ fill their pointers into its parameter block and launch.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -18,7 +18,7 @@ from cuflash import device, jit
 from cuflash.arrays import CuPy, Guest, Torch, cupy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.ops import block, boxes, check, draw, overlap
-from cuflash.ops.call import ARGUMENTS, OUTPUTS, Options, given, results
+from cuflash.ops.call import OUTPUTS, Arrays, Options, results
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Workspace, choose
@@ -29,45 +29,42 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
 def run(
-    framework: CuPy | Torch | Guest,
-    direction: Direction,
-    options: Options,
-    arrays: Sequence[Any],
-    generator: Any = None,
+    framework: CuPy | Torch | Guest, direction: Direction, options: Options, arrays: Arrays, generator: Any = None
 ) -> tuple[Any, ...]:
-    """Answer a call on arrays that live on a GPU; `arrays` in the order of :data:`ARGUMENTS`."""
-    names = options.names(direction)
+    """Answer a call on arrays that live on a GPU."""
     if isinstance(framework, Guest):
-        for name in OUTPUTS[direction]:
-            if name in given(direction, arrays):
-                raise InvalidArgument(
-                    f"{name} is a {framework.name} array, and cuflash does not write to those. "
-                    f"Drop {name} and use the array that is returned."
-                )
-        borrowed = framework.borrow(names, arrays)
-        found = run(cupy_arrays(), direction, options, borrowed, generator)
-        if direction == "forward":  # rng_state: JAX has no 64-bit integers by default
-            found = tuple(x.view(np.uint32) if x.dtype == np.uint64 else x for x in found)
-        return framework.lend(found, borrowed)
-
-    options = with_lengths(framework, direction, options, arrays)
-    pointers, described = framework.describe(names, arrays)
-    key: tuple[Any, ...] | None
-    try:
-        key = direction, options.kind(), described
-        prepared = _prepared.get(key)
-    except TypeError:  # an option that cannot be part of a key
-        key = prepared = None
+        return _run_for_guest(framework, direction, options, arrays, generator)
+    options = with_lengths(direction, options, arrays)
+    pointers, described = framework.describe(options.manner.names, arrays)
+    key = direction, options, described
+    prepared = _prepared.get(key)
     if prepared is None:
         settled = check.settled(options)
         if settled is not options:
             return run(framework, direction, settled, arrays, generator)
-        prepared = prepare(framework, direction, options, given(direction, arrays))
+        prepared = prepare(framework, direction, options, arrays)
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
-        if key is not None:
+        if options.is_kind:
             _prepared[key] = prepared
-    return prepared(arrays, pointers, generator)
+    return prepared(arrays.outputs(direction), pointers, generator)
+
+
+def _run_for_guest(
+    framework: Guest, direction: Direction, options: Options, arrays: Arrays, generator: Any
+) -> tuple[Any, ...]:
+    """The same of arrays that CuPy borrows, whose results go back to their library."""
+    for name, x in zip(OUTPUTS[direction], arrays.outputs(direction), strict=True):
+        if x is not None:
+            raise InvalidArgument(
+                f"{name} is a {framework.name} array, and cuflash does not write to those. "
+                f"Drop {name} and use the array that is returned."
+            )
+    borrowed = Arrays(*framework.borrow(options.manner.names, arrays))
+    results = run(cupy_arrays(), direction, options, borrowed, generator)
+    if direction == "forward":  # rng_state: JAX has no 64-bit integers by default
+        results = tuple(x.view(np.uint32) if x.dtype == np.uint64 else x for x in results)
+    return framework.lend(results, borrowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ class Prepared:
     allocations: tuple[tuple[Any, tuple[int, ...], Any], ...]
     """(allocator, shape, the framework's dtype) of the results that are not given, and of the workspaces."""
     results: Callable[[Sequence[Any]], tuple[Any, ...]]
-    """Takes the results out of arguments and allocations."""
+    """Takes the results out of the given outputs and the allocations."""
     fills: tuple[tuple[int, float], ...]
     """Where those are that no kernel writes, as there is nothing to attend to, and what they hold."""
     increment: int | None
@@ -94,8 +91,11 @@ class Prepared:
     num_outputs: int
     """How many of the given arrays, the last ones, are written."""
 
-    def __call__(self, arrays: Sequence[Any], pointers: list[int], generator: Any) -> tuple[Any, ...]:
-        """Allocate, launch and return the results; `pointers` are those of the arrays that are not None."""
+    def __call__(self, outputs: tuple[Any, ...], pointers: list[int], generator: Any) -> tuple[Any, ...]:
+        """Allocate, launch and return the results.
+
+        `outputs` are those of the arrays, None where one is allocated, and `pointers` are of all arrays that are given.
+        """
         if self.extents:
             overlap.check_separate(self.extents, pointers, self.num_outputs)
         framework = self.framework
@@ -104,29 +104,29 @@ class Prepared:
             if self.increment is not None:
                 drawn = draw.on_device(generator, self.increment, framework, self.device)
             allocated = [allocate(shape, dtype, self.device) for allocate, shape, dtype in self.allocations]
-            everything = [*arrays, *allocated]
+            written = (*outputs, *allocated)
             if self.launches:
                 params = self.params((*pointers, *[framework.pointer(x) for x in allocated], *drawn))
                 for kernel, num_blocks in self.launches:
                     kernel.launch(num_blocks, params)
             for index, value in self.fills:
-                everything[index][...] = value
-        return self.results(everything)
+                written[index][...] = value
+        return self.results(written)
 
 
-def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arguments: Mapping[str, Any]) -> Prepared:
+def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arrays: Arrays) -> Prepared:
     """Check a call on arrays of this kind, plan it and load its kernels."""
-    views = {name: framework.view(options.name(name), x) for name, x in arguments.items()}
+    views = options.views(framework, arrays)
     check.check_on_cuda(framework.name, views)
     problem = check.problem_of(direction, options, views)
     ordinal = int(views["q"].device.removeprefix("cuda:"))
-    plan = choose(problem, device.current(ordinal), options.family)
+    plan = choose(problem, device.current(ordinal), options.manner.family)
 
     shapes = check.shapes(options, views)
     names = results(problem, options.keep_state, options.keep_delta)
     new = {name: _result(name, problem, shapes[name]) for name in names if name not in views}
-    places = [*(name if name in views else None for name in ARGUMENTS[direction]), *new]
-    outputs = [name for name in OUTPUTS[direction] if name in views]
+    places = [*(name if name in views else None for name in OUTPUTS[direction]), *new]
+    num_outputs = sum(name in views for name in OUTPUTS[direction])
     # Without pairs there is still a seed to draw, and a sink alone decides lse and its own gradient.
     rows = min(problem.batch, problem.rows_q) > 0
     uneven = problem.layout == "varlen" and options.empty_lse != options.tail_lse  # so lse is no one number either
@@ -154,8 +154,8 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arg
         results=itemgetter(*(places.index(name) for name in names)),
         fills=tuple((places.index(name), fills.get(name, 0.0)) for name in names if not whole and name != "rng_state"),
         increment=draw.increment(problem) if "rng_state" in names else None,
-        extents=tuple(map(overlap.extent, views.values())) if outputs else (),
-        num_outputs=len(outputs),
+        extents=tuple(map(overlap.extent, views.values())) if num_outputs else (),
+        num_outputs=num_outputs,
     )
 
 

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays
+from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays, framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
-from cuflash.ops.call import ARGUMENTS, Options, given
+from cuflash.ops.call import Arrays, Options
 from cuflash.ops.check import LENGTHS, length
 from cuflash.problem import Direction
 
-_CU_SEQLENS = ARGUMENTS["forward"].index("cu_seqlens_q")
 
-
-def with_lengths(framework: Framework, direction: Direction, options: Options, arrays: Sequence[Any]) -> Options:
+def with_lengths(direction: Direction, options: Options, arrays: Arrays) -> Options:
     """The options with the longest lengths in them and nothing left to validate.
 
     Where that needs the values of cu_seqlens and seqused, reading them waits for a GPU, and checks them all. Page
     numbers are read only to be validated.
     """
-    if arrays[_CU_SEQLENS] is None:
+    if arrays.cu_seqlens_q is None:
         return options
     derived = options.max_seqlen_q is None or options.max_seqlen_k is None
-    if not (derived or options.validate):
+    if not (derived or options.manner.validate):
         return options
     if derived:
         what, remedy = "max_seqlen_q or max_seqlen_k is None and", "Pass both."
     else:
         what, remedy = "validate is True:", "Validate before capturing."
+    framework = framework_of(options.manner.names, arrays)
     check_readable(framework, f"{what} cu_seqlens", remedy)
     if isinstance(framework, Guest):
-        arrays, framework = framework.borrow(options.names(direction), arrays), cupy_arrays()
-    arguments = given(direction, arrays)
-    views = {name: framework.view(options.name(name), x) for name, x in arguments.items()}
+        arrays, framework = Arrays(*framework.borrow(options.manner.names, arrays)), cupy_arrays()
+    views = options.views(framework, arrays)
     check.layout_of(direction, options, views)
-    return read(options, views, arguments)
+    return read(options, views, arrays)
 
 
 def check_readable(framework: Framework, what: str, remedy: str) -> None:
@@ -49,13 +47,13 @@ def check_readable(framework: Framework, what: str, remedy: str) -> None:
         )
 
 
-def read(options: Options, views: Mapping[str, View], arrays: Mapping[str, Any]) -> Options:
+def read(options: Options, views: Mapping[str, View], arrays: Arrays) -> Options:
     """Read what says where sequences lie, check its values and fill in the longest lengths."""
-    values = {name: np.asarray(arrays[name].tolist(), np.int64) for name in LENGTHS if name in arrays}
-    paged = "block_table" in views
-    lengths_q = _lengths("cu_seqlens_q", values["cu_seqlens_q"], views["q"])
-    lengths_k = _lengths("cu_seqlens_k", values["cu_seqlens_k"], None if paged else views["k"])
-    for name, lengths, rows in (("seqused_q", lengths_q, "queries"), ("seqused_k", lengths_k, "keys")):
+    values = {name: np.asarray(getattr(arrays, name).tolist(), np.int64) for name in LENGTHS if name in views}
+    paged = "table" in views
+    lengths_q = _lengths(views["cu_seqlens_q"].name, values["cu_seqlens_q"], views["q"])
+    lengths_kv = _lengths(views["cu_seqlens_kv"].name, values["cu_seqlens_kv"], None if paged else views["k"])
+    for name, lengths, rows in (("seqused_q", lengths_q, "queries"), ("seqused_kv", lengths_kv, "keys")):
         used = values.setdefault(name, lengths)
         wrong = np.flatnonzero((used < 0) | (used > lengths))
         if wrong.size:
@@ -65,12 +63,12 @@ def read(options: Options, views: Mapping[str, View], arrays: Mapping[str, Any])
                 "expected a number from 0 to those."
             )
     if paged:
-        _check_room(views, values["seqused_k"])
-        if options.validate or views["block_table"].device == "cpu":
-            _check_pages(views, arrays["block_table"], values["seqused_k"])
-    return options._replace(
+        _check_room(views, values["seqused_kv"])
+        if options.manner.validate or views["table"].device == "cpu":
+            _check_pages(views, arrays.table, values["seqused_kv"])
+    return options.replace(
         max_seqlen_q=_longest(options, "max_seqlen_q", lengths_q, values["seqused_q"]),
-        max_seqlen_k=_longest(options, "max_seqlen_k", lengths_k, values["seqused_k"]),
+        max_seqlen_k=_longest(options, "max_seqlen_k", lengths_kv, values["seqused_kv"]),
         validate=False,
     )
 
@@ -97,7 +95,7 @@ def _lengths(name: str, starts: np.ndarray, packed: View | None) -> np.ndarray:
 
 def _check_room(views: Mapping[str, View], lengths: np.ndarray) -> None:
     """Every sequence must fit into the pages that its row of the table can name."""
-    table, (_, page_size, *_) = views["block_table"], views["k"].shape
+    table, (_, page_size, *_) = views["table"], views["k"].shape
     over = np.flatnonzero(lengths > table.shape[1] * page_size)
     if over.size:
         raise InvalidArgument(
@@ -106,13 +104,13 @@ def _check_room(views: Mapping[str, View], lengths: np.ndarray) -> None:
         )
 
 
-def _check_pages(views: Mapping[str, View], block_table: Any, lengths: np.ndarray) -> None:
+def _check_pages(views: Mapping[str, View], pages: Any, lengths: np.ndarray) -> None:
     """Every key must be in a page that is there; numbers behind a sequence's last page may be anything."""
-    table, (num_pages, page_size, *_) = views["block_table"], views["k"].shape
-    if not isinstance(block_table, np.ndarray):
-        block_table = np.array(block_table.tolist(), np.int64).reshape(table.shape)
+    table, (num_pages, page_size, *_) = views["table"], views["k"].shape
+    if not isinstance(pages, np.ndarray):
+        pages = np.array(pages.tolist(), np.int64).reshape(table.shape)
     for b, rows in enumerate(lengths.tolist()):
-        used = block_table[b, : -(-rows // page_size)]
+        used = pages[b, : -(-rows // page_size)]
         wrong = np.flatnonzero((used < 0) | (used >= num_pages))
         if wrong.size:
             at = wrong[0]

@@ -1,19 +1,19 @@
-"""What both directions need to call the NumPy backend."""
+"""One call on NumPy arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash.arrays import numpy_arrays
+from cuflash import reference
+from cuflash.arrays import View, numpy_arrays
 from cuflash.dropout import Dropout
-from cuflash.ops import check, lengths, overlap
-from cuflash.ops.call import ARGUMENTS, OUTPUTS, Options, given
+from cuflash.ops import check, draw, lengths, overlap
+from cuflash.ops.call import OUTPUTS, Arrays, Options
 from cuflash.problem import Direction, Problem
 
-_CU_SEQLENS = ARGUMENTS["forward"].index("cu_seqlens_q")
 _MAX_CHECKED = 1024
 _checked: dict[tuple[Any, ...], Checked] = {}
 
@@ -31,48 +31,87 @@ class Checked(NamedTuple):
     """How many of the given arrays, the last ones, are written."""
 
 
-def plain(arrays: Sequence[Any]) -> tuple[Any, ...]:
+def forward(options: Options, arrays: Arrays, generator: Any = None) -> tuple[Any, ...]:
+    """(out, lse), row_state if the options keep it, and rng_state with dropout."""
+    place = arrays.out  # of a subclass as it came
+    arrays = _plain(arrays)
+    kind = checked("forward", options, arrays)
+    problem, shapes = kind.problem, kind.shapes
+    if place is None:
+        place = np.empty(shapes["out"], arrays.q.dtype)
+        arrays = arrays._replace(out=place)
+    row_state = np.empty(shapes["row_state"], problem.dtype.accumulator) if options.keep_state else None
+    rng_state = draw.on_host(generator, problem) if problem.dropout else None
+    keywords = arrays._replace(row_state=row_state, rng_state=rng_state).given() | _features(kind)
+    keywords["empty_lse"] = options.empty_lse
+    if problem.layout == "varlen":
+        keywords["tail_lse"] = options.tail_lse
+    elif options.manner.layout == "bhsd":
+        keywords |= {name: keywords[name].swapaxes(1, 2) for name in ("q", "k", "v", "out")}
+    if problem.page_size:
+        _, lse = reference.forward_paged(**keywords)
+    elif problem.layout == "varlen":
+        _, lse = reference.forward_varlen(**keywords)
+    else:
+        _, lse = reference.forward(**keywords)
+    return (place, lse, *(x for x in (row_state, rng_state) if x is not None))
+
+
+def backward(options: Options, arrays: Arrays) -> tuple[Any, ...]:
+    """(dq, dk, dv), and of dbias, dsink and delta those that are asked for."""
+    places = arrays.outputs("backward")  # of a subclass as they came
+    arrays = _plain(arrays)
+    kind = checked("backward", options, arrays)
+    problem = kind.problem
+    keywords = arrays._replace(dq=None, dk=None, dv=None).given() | _features(kind)
+    if "rng_state" in keywords:
+        keywords["rng_state"] = np.ascontiguousarray(keywords["rng_state"]).view(np.uint64)
+    delta = np.empty(kind.shapes["delta"], problem.dtype.accumulator) if options.keep_delta else None
+    run = reference.backward_varlen if problem.layout == "varlen" else reference.backward
+    *gradients, dbias, dsink = run(**keywords, bias_grad=problem.bias_grad, delta=delta)
+    with np.errstate(all="ignore"):
+        dsink = None if dsink is None else dsink.astype(np.float32)
+    stored = (_stored(result, place) for result, place in zip(gradients, places, strict=True))
+    return (*stored, *(x for x in (dbias, dsink, delta) if x is not None))
+
+
+def _plain(arrays: Arrays) -> Arrays:
     """The arrays without the arithmetic of subclasses, whose ``*`` may be another product or know of units."""
-    return tuple(None if x is None else np.asarray(x) for x in arrays)
+    return Arrays(*(None if x is None else np.asarray(x) for x in arrays))
 
 
-def checked(direction: Direction, options: Options, arrays: Sequence[np.ndarray | None]) -> Checked:
+def checked(direction: Direction, options: Options, arrays: Arrays) -> Checked:
     """Check a call on NumPy arrays, or look up what was found for one of its kind.
 
     The values of cu_seqlens, and whether outputs may be written where they are, are no part of a kind: they are checked
     in every call.
     """
-    if arrays[_CU_SEQLENS] is not None:
-        arguments = given(direction, arrays)
-        views = {name: numpy_arrays.view(options.name(name), x) for name, x in arguments.items()}
+    if arrays.cu_seqlens_q is not None:
+        views = options.views(numpy_arrays, arrays)
         if check.layout_of(direction, options, views) == "varlen":
-            options = lengths.read(options, views, arguments)
-    pointers, described = numpy_arrays.describe(ARGUMENTS[direction], arrays)
-    key: tuple[Any, ...] | None
-    try:
-        key = direction, options.kind(), described
-        found = _checked.get(key)
-    except TypeError:  # an option that cannot be part of a key
-        key = found = None
-    if found is None:
+            options = lengths.read(options, views, arrays)
+    pointers, described = numpy_arrays.describe(Arrays._fields, arrays)
+    key = direction, options, described
+    kind = _checked.get(key)
+    if kind is None:
         settled = check.settled(options)
         if settled is not options:
             return checked(direction, settled, arrays)
-        found = check_kind(direction, options, given(direction, arrays))
+        kind = check_kind(direction, options, arrays)
         if len(_checked) >= _MAX_CHECKED:
             _checked.clear()
-        if key is not None:
-            _checked[key] = found
-    if found.num_outputs:
-        if not all(x is None or x.flags.writeable for x in arrays[-len(OUTPUTS[direction]) :]):
-            check_kind(direction, options, given(direction, arrays))  # says which
-        overlap.check_separate(found.extents, pointers, found.num_outputs)
-    return found
+        if options.is_kind:
+            _checked[key] = kind
+    if kind.num_outputs:
+        if not all(x is None or x.flags.writeable for x in arrays.outputs(direction)):
+            check_kind(direction, options, arrays)  # says which
+        overlap.check_separate(kind.extents, pointers, kind.num_outputs)
+    return kind
 
 
-def check_kind(direction: Direction, options: Options, arguments: Mapping[str, np.ndarray]) -> Checked:
+def check_kind(direction: Direction, options: Options, arrays: Arrays) -> Checked:
     """Check a call on arrays of this kind."""
-    views = {name: numpy_arrays.view(options.name(name), x) for name, x in arguments.items()}
+    views: Mapping[str, View] = options.views(numpy_arrays, arrays)
     check.layout_of(direction, options, views)
     problem = check.problem_of(direction, options, views)
     num_outputs = sum(name in views for name in OUTPUTS[direction])
@@ -80,28 +119,19 @@ def check_kind(direction: Direction, options: Options, arguments: Mapping[str, n
     return Checked(problem, check.shapes(options, views), check.dropout_of(options), extents, num_outputs)
 
 
-def keywords(found: Checked, arrays: Sequence[np.ndarray | None], rng_state: np.ndarray | None) -> dict[str, Any]:
-    """The keywords of every function of the backend."""
-    problem = found.problem
-    arguments = dict(zip(ARGUMENTS[problem.direction], arrays, strict=True))
-    shared = {
-        "mask": problem.mask,
-        "softmax_scale": problem.softmax_scale,
-        "softcap": problem.softcap,
-        "mask_tensor": arguments["attn_mask"],
-        "alibi_slopes": arguments["alibi_slopes"],
-        "bias": arguments["attn_bias"],
-        "sink": arguments["sink"],
-        "dropout": found.dropout,
-        "rng_state": rng_state,
-    }
+def _features(kind: Checked) -> dict[str, Any]:
+    """The keywords of every function of the backend that are no arrays."""
+    problem = kind.problem
+    features = {
+        "band": problem.mask, "softmax_scale": problem.softmax_scale, "softcap": problem.softcap,
+        "dropout": kind.dropout,
+    }  # fmt: skip
     if problem.layout == "dense":
-        return shared
-    lengths = {"max_seqlen_q": problem.len_q, "max_seqlen_k": problem.len_kv}
-    return shared | lengths | {name: arguments[name] for name in ("seqused_q", "seqused_k")}
+        return features
+    return features | {"len_q": problem.len_q, "len_kv": problem.len_kv}
 
 
-def stored(result: np.ndarray, output: np.ndarray | None) -> np.ndarray:
+def _stored(result: np.ndarray, output: np.ndarray | None) -> np.ndarray:
     """The result, in the caller's array if there is one."""
     if output is None:
         return result

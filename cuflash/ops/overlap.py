@@ -49,7 +49,7 @@ def check_separate(extents: Sequence[Extent], pointers: Sequence[int], num_outpu
 def _meet(a: Extent, b: Extent, distance: int) -> bool:
     """Whether any byte belongs to both arrays, of which the second begins this far behind the first."""
     middle = 2**62  # any address does: nothing is read
-    first, second = (np.asarray(_Memory(middle + start, each)) for start, each in ((0, a), (distance, b)))
+    first, second = (np.asarray(_Memory(middle + start, x)) for start, x in ((0, a), (distance, b)))
     try:
         return np.shares_memory(first, second, max_work=10**6)  # type: ignore[arg-type]  # any integer is taken
     except np.exceptions.TooHardError:  # no lattice of slices is

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic
 
-from cuflash.arrays import Array, ArrayT, CuPy, Guest, NumPy, Torch, View, framework_of
+from cuflash.arrays import ON_GPU, Array, ArrayT, CuPy, Guest, NumPy, Torch, View, framework_of, framework_of_type
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.ops import check, launch, on_numpy
-from cuflash.ops.call import ARGUMENTS, Options, given
-from cuflash.ops.forward import on_host
+from cuflash.ops.call import Arrays, Options
 
 _NAMES = ("q", "k", "v", "out")
-_BETWEEN = (None,) * (len(ARGUMENTS["forward"]) - len(_NAMES))
-"""The arguments of a forward from v to out, all left out."""
 
 
 class PreparedAttention(Generic[ArrayT]):
@@ -33,14 +30,12 @@ class PreparedAttention(Generic[ArrayT]):
         _, self._kind = framework.describe(_NAMES, arrays)
         self._framework = framework
         self._views = _views(framework, arrays)
-        arguments = given("forward", (q, k, v, *_BETWEEN, out))
-        self._prepared: Callable[[Sequence[Any], list[int], Any], tuple[Any, ...]]
+        self._options = check.settled(options)
+        self._prepared = None  # on NumPy arrays nothing but the checks can be done before a call
         if isinstance(framework, NumPy):
-            options = check.settled(options)
-            on_numpy.check_kind("forward", options, arguments)
-            self._prepared = lambda arrays, pointers, generator: on_host(options, arrays, generator)
+            on_numpy.check_kind("forward", self._options, Arrays(q=q, k=k, v=v, out=out))
         else:
-            self._prepared = launch.prepare(framework, "forward", options, arguments)
+            self._prepared = launch.prepare(framework, "forward", self._options, Arrays(q=q, k=k, v=v, out=out))
 
     def __call__(self, q: ArrayT, k: ArrayT, v: ArrayT, out: ArrayT | None = None) -> tuple[ArrayT, Array]:
         """Attend with arrays like those that the call was prepared for.
@@ -68,17 +63,23 @@ class PreparedAttention(Generic[ArrayT]):
         """
         try:
             arrays = q, k, v, out
-            framework = framework_of(_NAMES, arrays)
+            kind: type = type(q)
+            framework = framework_of_type(kind)
+            if not isinstance(framework, ON_GPU):
+                framework = framework_of(_NAMES, arrays)
             if framework is not self._framework:
                 raise InvalidArgument(
                     f"q is a {framework.name} array, but the call was prepared for {self._framework.name} arrays. "
                     "Prepare another for it."
                 )
-            pointers, kind = framework.describe(_NAMES, arrays)
-            if kind != self._kind:
+            pointers, described = framework.describe(_NAMES, arrays)
+            if described != self._kind:
                 raise _unlike(_views(framework, arrays), self._views)
-            found, lse = self._prepared((q, k, v, *_BETWEEN, out), pointers, None)
-            return found, lse
+            if self._prepared is None:
+                result, lse = on_numpy.forward(self._options, Arrays(q=q, k=k, v=v, out=out))
+            else:
+                result, lse = self._prepared((out,), pointers, None)
+            return result, lse
         except REFUSALS as error:
             shorten(error)
             raise
@@ -88,10 +89,10 @@ def _views(framework: NumPy | CuPy | Torch, arrays: Sequence[Any]) -> list[View 
     return [None if x is None else framework.view(name, x) for name, x in zip(_NAMES, arrays, strict=True)]
 
 
-def _unlike(found: Sequence[View | None], expected: Sequence[View | None]) -> InvalidArgument:
+def _unlike(views: Sequence[View | None], expected: Sequence[View | None]) -> InvalidArgument:
     """What is wrong with arrays that a call was not prepared for."""
-    shown = ((name, _show(x), _show(y)) for name, x, y in zip(_NAMES, found, expected, strict=True))
-    name, is_now, was = next(each for each in shown if each[1] != each[2])
+    shown = ((name, _show(x), _show(y)) for name, x, y in zip(_NAMES, views, expected, strict=True))
+    name, is_now, was = next((name, is_now, was) for name, is_now, was in shown if is_now != was)
     return InvalidArgument(f"{name} is {is_now}; expected {was}, which the call was prepared for. Prepare another.")
 
 

@@ -37,8 +37,8 @@ class KeptZeros:
             return framework.zeros(shape, dtype, device)
         handle, stream = framework.stream()
         key = handle if handle != _PER_THREAD else (handle, _thread_number())
-        found = self._kept.get(key)
-        return self._keep(key, stream, framework.zeros(shape, dtype, device)) if found is None else found[1]
+        kept = self._kept.get(key)
+        return self._keep(key, stream, framework.zeros(shape, dtype, device)) if kept is None else kept[1]
 
     def _keep(self, key: Any, stream: Any, array: Any) -> Any:
         """The array, kept for the next call if there is room and its stream can be kept with it."""

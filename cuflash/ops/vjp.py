@@ -5,31 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cuflash.arrays import framework_of
 from cuflash.errors import REFUSALS, shorten
 from cuflash.ops.backward import backward
-from cuflash.ops.call import Gradients, Options, Shared
+from cuflash.ops.call import Arrays, Options
 from cuflash.ops.forward import forward
 from cuflash.ops.lengths import with_lengths
 
 
-def vjp(
-    options: Options, arrays: Shared, generator: Any = None
-) -> tuple[Any, Any, Callable[..., Gradients[Any, Any, Any] | tuple[Any, Any, Any]]]:
-    """(out, lse, pullback) for the arrays in the order of :data:`SHARED`.
+def vjp(options: Options, arrays: Arrays, generator: Any = None) -> tuple[Any, Any, Callable[..., tuple[Any, ...]]]:
+    """(out, lse, pullback) for the arrays that both directions read.
 
     How long packed sequences are is read once for both directions, and both draw the same random numbers.
     """
-    every = (*arrays, None, None)
-    options = with_lengths(framework_of(options.names("forward"), every), "forward", options, every)
-    forward_options = options._replace(keep_state=True)
-    out, lse, row_state, *drawn = forward(forward_options, *arrays, generator=generator)
+    options = with_lengths("forward", options, arrays)
+    out, lse, row_state, *drawn = forward(options.replace(keep_state=True), arrays, generator)
     rng_state = drawn[0] if drawn else None
 
-    def pullback(dout: Any, dlse: Any = None) -> Gradients[Any, Any, Any] | tuple[Any, Any, Any]:
+    def pullback(dout: Any, dlse: Any = None) -> tuple[Any, ...]:
         """Gradients of the inputs for those of out and lse (None: zero)."""
         try:
-            return backward(options._replace(num_splits=0), *arrays, rng_state, out, dout, lse, dlse, row_state)
+            state = {"rng_state": rng_state, "out": out, "lse": lse, "row_state": row_state}
+            return backward(options.replace(num_splits=0), arrays._replace(**state, dout=dout, dlse=dlse))
         except REFUSALS as error:
             shorten(error)
             raise

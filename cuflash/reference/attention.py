@@ -65,7 +65,7 @@ def forward(
     empty_lse : float
         The lse of queries that see no key.
     **features
-        The fields of `Features`; `mask` and `softmax_scale` are needed.
+        The fields of `Features`; `band` and `softmax_scale` are needed.
 
     Returns
     -------
@@ -117,12 +117,12 @@ def forward_varlen(
     k: np.ndarray,
     v: np.ndarray,
     cu_seqlens_q: np.ndarray,
-    cu_seqlens_k: np.ndarray,
+    cu_seqlens_kv: np.ndarray,
     *,
     seqused_q: np.ndarray | None = None,
-    seqused_k: np.ndarray | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    seqused_kv: np.ndarray | None = None,
+    len_q: int | None = None,
+    len_kv: int | None = None,
     out: np.ndarray | None = None,
     row_state: np.ndarray | None = None,
     empty_lse: float = -np.inf,
@@ -135,12 +135,12 @@ def forward_varlen(
     ----------
     q, k, v : ndarray
         (total_q, heads_q, dim_qk), (total_kv, heads_kv, dim_qk) and (total_kv, heads_kv, dim_v), any strides.
-    cu_seqlens_q, cu_seqlens_k : ndarray of int
+    cu_seqlens_q, cu_seqlens_kv : ndarray of int
         (b + 1,) first row of each sequence, and the end of the last.
-    seqused_q, seqused_k : ndarray of int, optional
+    seqused_q, seqused_kv : ndarray of int, optional
         (b,) queries and keys of each sequence that take part, from its first; the others are not read. They set the
         mask's alignment. Rows of no sequence, and rows not used, get out 0 and `tail_lse`.
-    max_seqlen_q, max_seqlen_k : int, optional
+    len_q, len_kv : int, optional
         What dropout's ``word`` scheme numbers pairs by; None is the longest sequence of cu_seqlens.
     row_state : ndarray, optional
         (heads_q, total_q, 2), filled as by `forward`.
@@ -164,9 +164,9 @@ def forward_varlen(
     if row_state is not None:
         row_state[...] = 0
     rules = Features(**features)
-    longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
+    longest = _longest(cu_seqlens_q, len_q), _longest(cu_seqlens_kv, len_kv)
     jobs, scores = [], 0
-    for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+    for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv):
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
         state = None if row_state is None else row_state[None, :, rows]
@@ -184,12 +184,12 @@ def backward_varlen(
     out: np.ndarray,
     lse: np.ndarray,
     cu_seqlens_q: np.ndarray,
-    cu_seqlens_k: np.ndarray,
+    cu_seqlens_kv: np.ndarray,
     *,
     seqused_q: np.ndarray | None = None,
-    seqused_k: np.ndarray | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    seqused_kv: np.ndarray | None = None,
+    len_q: int | None = None,
+    len_kv: int | None = None,
     dlse: np.ndarray | None = None,
     row_state: np.ndarray | None = None,
     delta: np.ndarray | None = None,
@@ -202,9 +202,9 @@ def backward_varlen(
         delta[...] = 0
     rules = Features(**features)
     sums = _Sums(rules, len(cu_seqlens_q) - 1, k.shape[-2], bias_grad, _real(q))
-    longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
+    longest = _longest(cu_seqlens_q, len_q), _longest(cu_seqlens_kv, len_kv)
     scores = 0
-    for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+    for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv):
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
         lse1 = lse[None, :, rows]
@@ -220,13 +220,14 @@ def forward_paged(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
-    block_table: np.ndarray,
-    seqused_k: np.ndarray,
+    table: np.ndarray,
+    seqused_kv: np.ndarray | None = None,
     *,
     cu_seqlens_q: np.ndarray | None = None,
+    cu_seqlens_kv: np.ndarray | None = None,
     seqused_q: np.ndarray | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    len_q: int | None = None,
+    len_kv: int | None = None,
     out: np.ndarray | None = None,
     empty_lse: float = -np.inf,
     tail_lse: float = -np.inf,
@@ -234,8 +235,8 @@ def forward_paged(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention over keys and values in the pages of a cache.
 
-    Key j of sequence b is row ``j % page_size`` of page ``block_table[b, j // page_size]``. A cache without pages,
-    (b, len, heads_kv, d), is one of b pages with ``block_table = arange(b)[:, None]``.
+    Key j of sequence b is row ``j % page_size`` of page ``table[b, j // page_size]``. A cache without pages,
+    (b, len, heads_kv, d), is one of b pages with ``table = arange(b)[:, None]``.
 
     Parameters
     ----------
@@ -243,10 +244,10 @@ def forward_paged(
         (b, len_q, heads_q, dim_qk), or (total_q, heads_q, dim_qk) with `cu_seqlens_q`.
     k, v : ndarray
         (num_pages, page_size, heads_kv, dim_qk) and (num_pages, page_size, heads_kv, dim_v), any page size and strides.
-    block_table : ndarray of int
+    table : ndarray of int
         (b, max_pages) page numbers; those behind a sequence's last page are not read.
-    seqused_k : ndarray of int
-        (b,) keys of each sequence.
+    seqused_kv : ndarray of int
+        (b,) keys of each sequence; None takes the differences of `cu_seqlens_kv`.
 
     Returns
     -------
@@ -254,22 +255,25 @@ def forward_paged(
         As `forward` for dense queries and as `forward_varlen` for packed ones, whose other keywords are these.
     """
     packed, heads_q = cu_seqlens_q is not None, q.shape[-2]
+    if seqused_kv is None:
+        assert cu_seqlens_kv is not None
+        seqused_kv = np.diff(cu_seqlens_kv)
     if out is None:
         out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
     lse = np.full((heads_q, len(q)) if packed else (len(q), heads_q, q.shape[1]), tail_lse, _real(q))
     out[...] = 0
     rules = Features(**features)
-    len_q = q.shape[1] if cu_seqlens_q is None else _longest(cu_seqlens_q, max_seqlen_q)
-    longest = len_q, int(seqused_k.max(initial=0)) if max_seqlen_k is None else max_seqlen_k
+    len_q = q.shape[1] if cu_seqlens_q is None else _longest(cu_seqlens_q, len_q)
+    longest = len_q, int(seqused_kv.max(initial=0)) if len_kv is None else len_kv
     jobs, scores = [], 0
-    for b, (table, length) in enumerate(zip(block_table, seqused_k.tolist(), strict=True)):
+    for b, (pages, length) in enumerate(zip(table, seqused_kv.tolist(), strict=True)):
         begin, end = (0, q.shape[1]) if cu_seqlens_q is None else cu_seqlens_q[b : b + 2].tolist()
         rows = slice(begin, end if seqused_q is None else min(begin + int(seqused_q[b]), end))
         if rows.start == rows.stop:
             continue
         element = None if packed else slice(b, b + 1)
-        length = min(length, k.shape[1] * len(table))
-        q1, k1, v1 = q[element, rows], PagedRows(k, table, length), PagedRows(v, table, length)
+        length = min(length, k.shape[1] * len(pages))
+        q1, k1, v1 = q[element, rows], PagedRows(k, pages, length), PagedRows(v, pages, length)
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
         jobs.append(loops.forward(q1, k1, v1, out[element, rows], lse[element, :, rows], policies, empty_lse=empty_lse))
         scores += heads_q * q1.shape[1] * length
@@ -333,10 +337,10 @@ def _longest(cu_seqlens: np.ndarray, max_seqlen: int | None) -> int:
 
 
 def _sequences(
-    cu_seqlens_q: np.ndarray, cu_seqlens_k: np.ndarray, seqused_q: np.ndarray | None, seqused_k: np.ndarray | None
+    cu_seqlens_q: np.ndarray, cu_seqlens_kv: np.ndarray, seqused_q: np.ndarray | None, seqused_kv: np.ndarray | None
 ) -> Iterator[tuple[int, slice, slice]]:
     """Number, packed query rows in use and packed keys in use of every sequence that has queries."""
-    spans_q, spans_k = _spans(cu_seqlens_q, seqused_q), _spans(cu_seqlens_k, seqused_k)
+    spans_q, spans_k = _spans(cu_seqlens_q, seqused_q), _spans(cu_seqlens_kv, seqused_kv)
     for b, (rows, keys) in enumerate(zip(spans_q, spans_k, strict=True)):
         if rows.start < rows.stop:
             yield b, rows, keys

@@ -30,16 +30,16 @@ class Features:
     in every sequence.
     """
 
-    mask: Mask
-    """Which keys a query sees."""
+    band: Mask
+    """Which keys a query sees by its position."""
     softmax_scale: float
     """Factor of q.k, of any sign."""
     softcap: float = 0.0
     """Logits become ``softcap * tanh(logit / softcap)``; 0 leaves them alone."""
-    mask_tensor: np.ndarray | None = None
+    mask: np.ndarray | None = None
     """bool, broadcastable to (b, heads_q, len_q, len_kv); True lets a pair take part that the band lets through too."""
-    alibi_slopes: np.ndarray | None = None
-    """(heads_q,) or (b, heads_q) fp32; ``slope * |i + off - j|`` is taken off, ``i + off`` on the mask's diagonal."""
+    alibi: np.ndarray | None = None
+    """(heads_q,) or (b, heads_q) fp32; ``slope * |i + off - j|`` is taken off, ``i + off`` on the band's diagonal."""
     bias: np.ndarray | None = None
     """Added to the logits, any float dtype, broadcastable to (b, heads_q, len_q, len_kv); -inf hides a pair."""
     sink: np.ndarray | None = None
@@ -71,9 +71,9 @@ class Features:
             return x[here] if len(x) > 1 else x
 
         # (h,) and (b, h) slopes are pairs that broadcast along rows and keys.
-        slopes = None if self.alibi_slopes is None else pairs(self.alibi_slopes[..., None, None])
+        slopes = None if self.alibi is None else pairs(self.alibi[..., None, None])
         unit, softcap = float(self.softmax_scale), float(self.softcap)
-        scores = Scores(self.mask, len_q, len_kv, unit, softcap, pairs(self.mask_tensor), slopes, pairs(self.bias))
+        scores = Scores(self.band, len_q, len_kv, unit, softcap, pairs(self.mask), slopes, pairs(self.bias))
         sink = None if self.sink is None else self.sink.reshape(heads_kv, group)
         if self.dropout is None or not self.dropout.p:
             return Policies(scores, sink, None)

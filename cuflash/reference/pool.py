@@ -59,8 +59,8 @@ class SpareScratch(threading.local):
 
     def borrow(self) -> Scratch:
         """Scratch that nobody else has."""
-        found, self._spare = self._spare, None
-        return Scratch() if found is None else found
+        spare, self._spare = self._spare, None
+        return Scratch() if spare is None else spare
 
     def give_back(self, scratch: Scratch) -> None:
         """Keep it for this thread's next job."""

@@ -16,7 +16,7 @@ from cuflash.reference.tiles import Tile, stacked
 class Scores:
     """The logits of one dense problem, s = softcap * tanh(x / softcap) - slope * |distance| + bias."""
 
-    mask: Mask
+    band: Mask
     len_q: int
     len_kv: int
     unit: float  # x = unit * q.k
@@ -36,9 +36,9 @@ class Scores:
         What a tile computes beyond the edge is wasted: half a tile's height for each of its rows.
         """
         rows = tiles.ROWS
-        if self.mask.left is not None:
+        if self.band.left is not None:
             rows //= 4
-        elif self.mask.right is not None:
+        elif self.band.right is not None:
             rows = max(rows // 4, min(rows // 2, self.len_q // 4))
         step = max(1, rows // max(1, group))
         for start in range(0, self.len_q, step):
@@ -78,9 +78,9 @@ class Scores:
 
     def _band(self) -> tuple[int, int]:
         """Row i sees keys from i + the first number to before i + the second."""
-        off, unbounded = self.mask.offset(self.len_q, self.len_kv), self.len_q + self.len_kv
-        first = -unbounded if self.mask.left is None else off - self.mask.left
-        return first, unbounded if self.mask.right is None else off + self.mask.right + 1
+        off, unbounded = self.band.offset(self.len_q, self.len_kv), self.len_q + self.len_kv
+        first = -unbounded if self.band.left is None else off - self.band.left
+        return first, unbounded if self.band.right is None else off + self.band.right + 1
 
     def capped(self, x: np.ndarray) -> np.ndarray:
         """Apply softcap * tanh(x / softcap) in place."""
@@ -98,7 +98,7 @@ class Scores:
             return capped
         s = stacked(capped, group)
         if self.slopes is not None:
-            off = self.mask.offset(self.len_q, self.len_kv)
+            off = self.band.offset(self.len_q, self.len_kv)
             distance = np.abs(_distances(tile) - off).astype(s.dtype)
             s -= tile.of(self.slopes) * _along_diagonals(tile, distance)
         if self.bias is not None:

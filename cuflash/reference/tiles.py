@@ -76,10 +76,10 @@ def load(
     x: np.ndarray | PagedRows, tile: tuple[slice, slice, slice], real: np.dtype, scratch: Scratch, name: str
 ) -> np.ndarray:
     """Read (batches, rows, heads) of a grouped view into the contiguous scratch (batches, heads, group * rows, d)."""
-    found = x[tile].transpose(0, 2, 3, 1, 4)
-    batches, heads, group, rows, dim = found.shape
+    source = x[tile].transpose(0, 2, 3, 1, 4)
+    batches, heads, group, rows, dim = source.shape
     loaded = scratch(name, (batches, heads, group * rows, dim), real)
-    loaded.reshape(found.shape)[...] = found
+    loaded.reshape(source.shape)[...] = source
     return loaded
 
 

@@ -211,9 +211,13 @@ class Soaker:
 
     def _forward(self, drawn: Draw, arrays: Surrounded) -> tuple[dict[str, Array], list[str]]:
         problem, out = drawn.case.turned("forward").problem, arrays.outputs["out"]
-        options = calls.options(drawn.case)._replace(unbiased_dropout=drawn.unbiased)
-        arguments = {**calls.arrays(arrays.inputs), "generator": drawn.rng_state, "out": out}
-        return self._watched(lambda: forward(options, **arguments), results(problem), [out], lambda name: True)
+        options = calls.options(drawn.case).replace(unbiased_dropout=drawn.unbiased)
+        arguments = calls.arrays(arrays.inputs)._replace(out=out)
+
+        def call() -> Sequence[Array]:
+            return forward(options, arguments, drawn.rng_state)
+
+        return self._watched(call, results(problem), [out], lambda name: True)
 
     def _backward(
         self, drawn: Draw, arrays: Surrounded, computed: dict[str, Array]
@@ -225,15 +229,15 @@ class Soaker:
         arrays.lse[...] = where(empty, drawn.empty_lse, computed["lse"])
         if inputs.dlse is not None:  # of a constant
             inputs.dlse[...] = where(empty, np.nan, inputs.dlse)
-        options = calls.options(case)._replace(
+        options = calls.options(case).replace(
             unbiased_dropout=drawn.unbiased, deterministic=problem.deterministic, bias_grad=problem.bias_grad
         )
-        arguments = calls.arrays(inputs) | outputs | {"dout": inputs.dout, "dlse": inputs.dlse}
-        arguments |= {"lse": arrays.lse, "rng_state": computed.get("rng_state")}
+        upstream = {"dout": inputs.dout, "lse": arrays.lse, "dlse": inputs.dlse}
+        arguments = calls.arrays(inputs)._replace(**outputs, **upstream, rng_state=computed.get("rng_state"))
         written = [outputs[name] for name in ("dq", "dk", "dv")]
 
         def call() -> list[Array]:
-            return [x for x in backward(options, **arguments) if x is not None]
+            return [x for x in backward(options, arguments) if x is not None]
 
         # No simt kernel adds to what another block writes, nor does the one for the bias.
         repeats = problem.deterministic or case.family == "simt"

@@ -32,7 +32,7 @@ def slices(rows: int = SQ) -> list[np.ndarray]:
 @pytest.mark.parametrize("heads_first", [False, True], ids=["heads between", "rows between"])
 def test_slices_of_one_buffer(launches: Launches, place: str, heads_first: bool) -> None:
     wrap = (lambda x: x) if place == "numpy" else as_torch
-    options = ops.Options(causal=True, family=None if place == "numpy" else place)
+    options = ops.asked(causal=True, family=None if place == "numpy" else place)
     all_slices = slices()
     if heads_first:
         whole = np.random.default_rng(1).standard_normal((B, SQ, 8, H, D)).astype(np.float16)
@@ -42,9 +42,10 @@ def test_slices_of_one_buffer(launches: Launches, place: str, heads_first: bool)
     for x in (out, dq, dk, dv):
         x[...] = np.nan
     wrapped = [wrap(x) for x in all_slices]
-    _, lse = ops.forward(options, *wrapped[:3], out=wrapped[4])
+    arrays = ops.Arrays(*wrapped[:3], out=wrapped[4])
+    _, lse = ops.forward(options, arrays)
     gradients = dict(zip(("dq", "dk", "dv"), wrapped[5:], strict=True))
-    ops.backward(options, *wrapped[:3], out=wrapped[4], dout=wrapped[3], lse=lse, **gradients)
+    ops.backward(options, arrays._replace(dout=wrapped[3], lse=lse, **gradients))
     for x, before in zip((q, k, v, dout), inputs, strict=True):
         np.testing.assert_array_equal(x, before)
     exact, naive = (f(*inputs, causal=True) for f in (oracle.attention, oracle.naive_in_dtype))

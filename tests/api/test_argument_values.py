@@ -146,15 +146,39 @@ def test_numbers_on_numpy() -> None:
 
 
 def test_options_are_one_object_for_values_of_the_same_types() -> None:
-    first = asked(1.0, True, (3, 0), 2.0, num_splits=2)
-    assert asked(1.0, True, (3, 0), 2.0, num_splits=2) is first and isinstance(first, Options)
-    assert first == Options(1.0, True, (3, 0), 2.0, num_splits=2)
-    others = [asked(1, True, (3, 0), 2.0, num_splits=2), asked(1.0, 1, (3, 0), 2.0, num_splits=2),
-              asked(1.0, True, (3.0, 0), 2.0, num_splits=2), asked(1.0, True, (3, False), 2.0, num_splits=2),
-              asked(1.0, True, (3, 0), 2.0, num_splits=2.0), first._replace(num_splits=0)]  # fmt: skip
-    assert others[-1].num_splits == 0 and others[-1] is first._replace(num_splits=0)
-    assert others[-1]._replace(num_splits=2) is first is others[-1]._replace(num_splits=0)._replace(num_splits=2)
-    kinds = [first.kind(), *(each.kind() for each in others)]
-    assert len({*kinds}) == len(kinds)
-    assert asked(np.array(1.0), True, (3, 0)) == Options(np.array(1.0), True, (3, 0))
-    assert asked(1.0, True, [3, 0]).window_size == [3, 0] and asked(1.0, True, 3).window_size == 3
+    values = {"softmax_scale": 1.0, "causal": True, "window_size": (3, 0), "softcap": 2.0, "num_splits": 2}
+    first = asked(**values)
+    assert asked(**values) is first and isinstance(first, Options) and first.is_kind
+    changes = {"softmax_scale": 1, "causal": 1, "num_splits": 2.0, "validate": 0, "enable_gqa": 1, "vocabulary": "sdpa"}
+    others = [asked(**values | {name: value}) for name, value in changes.items()]
+    others += [asked(**values | {"window_size": window}) for window in ((3.0, 0), (3, False))]
+    others += [first.replace(num_splits=0), first.replace(family="simt"), first.replace(validate=0.0)]
+    assert len({first, *others}) == 1 + len(others) and all(options.is_kind for options in others)
+    assert first.replace(num_splits=0).num_splits == 0 and first.replace(family="simt").manner.family == "simt"
+    for options in others:
+        assert options.replace(**options.values()) is options is first.replace(**options.values())
+        assert options.replace(**first.values()) is first
+    assert asked(**values, family=None) is asked(**values, keep_state=False) is first, "however it was put"
+
+
+@pytest.mark.parametrize("value", [np.array(1.0), [3, 0], {}], ids=str)
+def test_options_that_no_cache_can_know_are_kept_as_given(value: Any) -> None:
+    for name in ("softmax_scale", "window_size", "family", "empty_lse"):
+        options = asked(causal=True, **{name: value})
+        assert options.values() == asked(causal=True).values() | {name: value}
+        for again in (options, options.replace(softcap=2.0), asked(causal=True).replace(**{name: value})):
+            assert again.values()[name] is value and again.causal is True and not again.is_kind
+        assert options.replace(**{name: None}) is asked(causal=True, **{name: None})
+
+
+def test_every_keyword_asks_for_what_it_says() -> None:
+    values = {name: float(number) for number, name in enumerate(asked().values()) if name != "vocabulary"}
+    for name, value in values.items():
+        assert asked(**{name: value}).values() == asked().values() | {name: value}
+    assert asked(**values).values() == asked().values() | values
+    with pytest.raises(TypeError, match="positional"):
+        asked(0.5)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        Options(0.5)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="scale"):
+        asked(scale=0.5)

@@ -15,7 +15,7 @@ import pytest
 import cuflash
 from cuflash import InvalidArgument, UnsupportedProblem, device, plan
 from cuflash.api.pytorch import backend
-from cuflash.ops import Options
+from cuflash.ops import Options, asked
 from cuflash.problem import Problem
 
 HERE = "CUFLASH_ATTENTION_BACKEND"
@@ -33,9 +33,9 @@ def planned(problem: Problem, preference: str | None = None, name: str = "a100")
     """The family that runs a call."""
 
     def operation(options: Options) -> tuple[str]:
-        return (plan.choose(problem, device.named(name), options.family).family,)
+        return (plan.choose(problem, device.named(name), options.manner.family).family,)
 
-    (family,) = backend.call(operation, Options(), preference)
+    (family,) = backend.call(operation, asked(), preference)
     return family
 
 

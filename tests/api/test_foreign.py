@@ -170,7 +170,7 @@ class Borrowed:
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays, "_framework_of_type", lambda kind: GUEST if kind is Borrowed else None)
+    monkeypatch.setattr(arrays, "framework_of_type", lambda kind: GUEST if kind is Borrowed else None)
     monkeypatch.setattr(arrays, "_cupy", lambda: pytest.fail("nobody needs CuPy to look at host memory"))
 
 

@@ -243,7 +243,7 @@ def test_one_split_asks_for_a_fixed_order(
     splits: int | None, deterministic: bool, ordered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(cuflash.ops, "backward", lambda options, **arrays: asked.append(options) or (None,) * 3)
+    monkeypatch.setattr(cuflash.ops, "backward", lambda options, arrays: asked.append(options) or (None,) * 3)
     x = np.zeros((B, SQ, H, D), np.float32)
     lse = np.zeros((B, H, 32), np.float32)
     cuflash.efficient_attention_backward(

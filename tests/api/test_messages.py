@@ -14,7 +14,7 @@ import cuflash
 from cuflash.arrays import NumPy
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
-from cuflash.ops.call import Options
+from cuflash.ops.call import asked
 from cuflash.problem import Problem
 
 
@@ -697,9 +697,9 @@ def test_copy_bytes_is_the_widest_access_that_all_rows_allow(shape, strides, cop
     views = {name: numpy.view(name, full(*shape))._replace(pointer=4096) for name in ("q", "k", "v")}
     if strides is not None:
         views["k"] = views["k"]._replace(strides=strides)
-    assert check.problem_of("forward", Options(), views).copy_bytes == copy_bytes
+    assert check.problem_of("forward", asked(), views).copy_bytes == copy_bytes
     views["v"] = views["v"]._replace(pointer=4096 + copy_bytes // 2) if copy_bytes > 2 else views["v"]
-    assert check.problem_of("forward", Options(), views).copy_bytes == max(2, copy_bytes // 2)
+    assert check.problem_of("forward", asked(), views).copy_bytes == max(2, copy_bytes // 2)
 
 
 @pytest.mark.parametrize(
@@ -719,9 +719,9 @@ def test_copy_bytes_is_the_widest_access_that_all_rows_allow(shape, strides, cop
 )
 def test_which_bias_the_copy_engine_can_read(shape, strides, pointer, boxes) -> None:
     q, k = full(2, 6, 2, 8), full(2, 8, 2, 8)
-    views = {name: NumPy().view(name, x) for name, x in (("q", q), ("k", k), ("v", k), ("attn_bias", full(*shape)))}
-    views["attn_bias"] = views["attn_bias"]._replace(strides=strides, pointer=pointer)
-    assert check.problem_of("forward", Options(), views).bias_boxes is boxes
+    views = {name: NumPy().view(name, x) for name, x in (("q", q), ("k", k), ("v", k), ("bias", full(*shape)))}
+    views["bias"] = views["bias"]._replace(strides=strides, pointer=pointer)
+    assert check.problem_of("forward", asked(), views).bias_boxes is boxes
 
 
 @pytest.mark.parametrize(
@@ -740,4 +740,4 @@ def test_which_bias_the_copy_engine_can_read(shape, strides, pointer, boxes) -> 
 def test_strides_ascend_unless_an_axis_is_reversed_or_expanded(shape, strides, ascending) -> None:
     views = {name: NumPy().view(name, full(*shape)) for name in ("q", "k", "v")}
     views["k"] = views["k"]._replace(strides=strides)
-    assert check.problem_of("forward", Options(), views).ascending is ascending
+    assert check.problem_of("forward", asked(), views).ascending is ascending

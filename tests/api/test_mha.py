@@ -636,7 +636,7 @@ def test_every_function_of_packed_sequences_hands_validate_on(monkeypatch: pytes
         pass
 
     def operation(_: Callable, options: Options, *__: object, **___: object) -> None:
-        raise Asked(options.validate)
+        raise Asked(options.manner.validate)
 
     q, k, v = inputs(packed=True)
     starts = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}

@@ -17,7 +17,6 @@ from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.features import needs
 from cuflash.ops import on_numpy
-from cuflash.ops.call import ARGUMENTS
 from cuflash.plan import FAMILIES, choose
 
 H100 = named("h100")
@@ -70,8 +69,7 @@ def test_the_arrays_of_a_case_are_its_problem(case):
     """What the library derives from the arrays is what the table says, so that a check runs the variant it names."""
     inputs = make(case, Normals(np))
     options = calls.options(case)
-    given = calls.arrays(inputs)
-    problem = on_numpy.checked("forward", options, [given.get(name) for name in ARGUMENTS["forward"]]).problem
+    problem = on_numpy.checked("forward", options, calls.arrays(inputs)).problem
     assert problem == replace(case.turned("forward").problem, deterministic=False)
 
 

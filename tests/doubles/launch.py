@@ -98,8 +98,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
                 ),
             )  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch", FAKE_TORCH)
-    arrays._framework_of_type.cache_clear()
+    arrays.framework_of_type.cache_clear()
     arrays._torch_tensors.cache_clear()
     yield seen
-    arrays._framework_of_type.cache_clear()
+    arrays.framework_of_type.cache_clear()
     arrays._torch_tensors.cache_clear()

@@ -186,7 +186,7 @@ def test_out_in_a_slice(writeable_library: Library) -> None:
     filled = library.get(buffer)
     written = filled[:, :, 1:81, 4:68].transpose(1, 2, 0, 3)
     assert_right([written], inputs()[:3])
-    fresh = ops.forward(ops.Options(family=ANY_STRIDES), *map(library.put, (q, k, v)))[0]
+    fresh = ops.forward(ops.asked(family=ANY_STRIDES), ops.Arrays(*map(library.put, (q, k, v))))[0]
     np.testing.assert_array_equal(written, library.get(fresh))
     filled[:, :, 1:81, 4:68] = 7
     assert (filled == 7).all()
@@ -208,11 +208,11 @@ def test_gradients_in_one_packed_array(writeable_library: Library) -> None:
 def test_negative_and_zero_strides(cp: Any) -> None:
     q, k, v = (cp.asarray(x) for x in inputs()[:3])
     backwards = [x[:, ::-1, ::-1] for x in (q, k, v)]
-    options = ops.Options(causal=True, family=ANY_STRIDES)
-    expected = ops.forward(options, *map(cp.ascontiguousarray, backwards))[0]
+    options = ops.asked(causal=True, family=ANY_STRIDES)
+    expected = ops.forward(options, ops.Arrays(*map(cp.ascontiguousarray, backwards)))[0]
     np.testing.assert_array_equal(cuflash.flash_attn_func(*backwards, causal=True).get(), expected.get())
     broadcast = [cp.broadcast_to(x[:1, :1], x.shape) for x in (q, k, v)]
-    expected = ops.forward(ops.Options(family=ANY_STRIDES), *map(cp.ascontiguousarray, broadcast))[0]
+    expected = ops.forward(ops.asked(family=ANY_STRIDES), ops.Arrays(*map(cp.ascontiguousarray, broadcast)))[0]
     np.testing.assert_array_equal(cuflash.flash_attn_func(*broadcast).get(), expected.get())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flash_words
 import numpy as np
 import oracle
 import pytest
@@ -13,7 +14,6 @@ from grid import DTYPES, FACTORS, features
 from inputs import arrays
 
 from cuflash import ops
-from cuflash.ops.call import SHARED
 
 pytestmark = pytest.mark.gpu
 
@@ -90,15 +90,14 @@ def answer(
 ) -> oracle.Attention:
     """The call with arrays in some place."""
     given = {_NAMES.get(name, name): x for name, x in given.items()}
-    keywords = {name: x for name, x in given.items() if name in ops.Options._fields}
-    options = ops.Options(
-        **keywords, deterministic=True, bias_grad="attn_bias" in given, num_splits=int(case["num_splits"]),
+    generator = given.pop("rng_state", None)
+    options = flash_words.options(
+        given, deterministic=True, bias_grad="attn_bias" in given, num_splits=int(case["num_splits"]),
         family=KERNELS[case["kernels"]][0],
     )  # fmt: skip
-    q, k, v, dout, dlse = (None if x is None else put(x) for x in inputs)
-    rest = (put(given[name]) if name in given else None for name in SHARED[3:])
-    out, lse, pullback = ops.vjp(options, (q, k, v, *rest), given.get("rng_state"))
-    found = [out, lse, *pullback(dout, dlse)]
+    q, k, v, *upstream = inputs
+    out, lse, pullback = ops.vjp(options, flash_words.arrays(given, put, q=q, k=k, v=v), generator)
+    found = [out, lse, *pullback(*(None if x is None else put(x) for x in upstream))]
     found += [None] * (len(oracle.Attention._fields) - len(found))
     return oracle.Attention(*(None if x is None else get(x) for x in found))
 

@@ -133,11 +133,13 @@ def test_batches_further_apart_than_32_bits(cp: Any, family: str) -> None:
         return small, view
 
     near, spread = zip(*(placed(number) for number in range(4)), strict=True)
-    options = cuflash.ops.Options(causal=True, family=family)
+    options = cuflash.ops.asked(causal=True, family=family)
     answers = []
     for q, k, v, dout in (near, spread):
-        out, lse = cuflash.ops.forward(options, q, k, v)
-        grads = cuflash.ops.backward(options._replace(deterministic=True), q, k, v, out=out, dout=dout, lse=lse)
+        arrays = cuflash.ops.Arrays(q, k, v)
+        out, lse = cuflash.ops.forward(options, arrays)
+        arrays = arrays._replace(out=out, dout=dout, lse=lse)
+        grads = cuflash.ops.backward(options.replace(deterministic=True), arrays)
         answers.append([x.tobytes() for x in (out, lse, *grads)])
     assert answers[0] == answers[1]
 
@@ -157,12 +159,12 @@ def test_pages_further_apart_than_32_bits(cp: Any, family: str) -> None:
         view[...] = values
     table = cp.asarray(np.array([[1, 0], [0, 1]], np.int32))
     starts = cp.asarray(np.array([0, 48, 96], np.int32)), cp.asarray(np.array([0, 90, 186], np.int32))
-    options = cuflash.ops.Options(causal=True, family=family, max_seqlen_q=48, max_seqlen_k=96)
-    lengths = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=True))
+    options = cuflash.ops.asked(causal=True, family=family, max_seqlen_q=48, max_seqlen_k=96)
+    lengths = dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), starts, strict=True))
     answers = []
     for k, v in (near, spread):
-        found = cuflash.ops.forward(options, q.reshape(96, 2, 64), k, v, **lengths, block_table=table)
-        answers.append([x.tobytes() for x in found])
+        arrays = cuflash.ops.Arrays(q.reshape(96, 2, 64), k, v, **lengths, table=table)
+        answers.append([x.tobytes() for x in cuflash.ops.forward(options, arrays)])
     assert answers[0] == answers[1]
 
 

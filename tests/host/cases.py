@@ -15,7 +15,7 @@ import oracle
 from cuflash import dtypes
 from cuflash.device import named
 from cuflash.masks import Mask
-from cuflash.ops.call import Options
+from cuflash.ops.call import asked
 from cuflash.plan import choose
 from cuflash.problem import Problem
 from host.run import run_plan_on_host
@@ -292,9 +292,9 @@ def run(case: Case, tensors: Tensors, direction: str, seed: int, draw: Sequence[
     problem = replace(case.problem, direction=direction, bias_grad=backward and case.problem.bias is not None)
     device = named(case.device)
     plan = choose(problem, replace(device, num_sms=case.num_sms or device.num_sms), case.family)
-    options = Options(empty_lse=EMPTY_LSE, tail_lse=TAIL_LSE)
+    options = asked(empty_lse=EMPTY_LSE, tail_lse=TAIL_LSE)
     if problem.dropout:
-        options = options._replace(
+        options = options.replace(
             dropout_p=case.dropout_p, dropout_scheme=problem.dropout, unbiased_dropout=case.unbiased
         )
     conflicts = run_plan_on_host(plan, tensors.arrays, seed, options, draw)

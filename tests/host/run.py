@@ -12,8 +12,7 @@ from cuflash.arrays import View
 from cuflash.jit import tensormap
 from cuflash.jit.render import headers
 from cuflash.ops import block, boxes, check
-from cuflash.ops.block import _ARGUMENTS_OF_PARAMS as ARGUMENTS_OF_PARAMS
-from cuflash.ops.call import Options
+from cuflash.ops.call import Options, asked
 from cuflash.plan import Plan, Step
 from host.build import build
 
@@ -36,7 +35,7 @@ EXPORT int bank_conflicts() {{ return static_cast<int>(cuflash::host::block.bank
 GUARD = 64 * 1024  # bytes on either side of a workspace
 
 
-OPTIONS = Options()
+OPTIONS = asked()
 
 
 class LaunchFailed(RuntimeError):
@@ -125,7 +124,7 @@ def run_plan_on_host(
 def parameter_block(plan: Plan, arrays: Mapping[str, np.ndarray], options: Options, draw: Sequence[int]) -> np.ndarray:
     """What the library fills in for a call on these arrays."""
     problem = plan.problem
-    views = {ARGUMENTS_OF_PARAMS.get(name, name): view(name, x) for name, x in arrays.items()}
+    views = {name: view(name, x) for name, x in arrays.items()}
     shapes = check.shapes(options, views)
     laid_out = {name: x for name, x in views.items() if name not in {w.name for w in plan.workspaces}}
     template = block.template(plan, options, laid_out, shapes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import flash_words
 import numpy as np
 import pytest
 from backends import LEFT_BY_HOPPER, PLACES, Backend, assert_right
@@ -282,9 +283,10 @@ def test_one_query_of_grouped_heads_fills_the_given_output(backend: Backend) -> 
     q, k, v = random(3, 6, 64), random(100, 2, 64, seed=1), random(100, 2, 64, seed=2)
     lengths = {"cu_seqlens_q": np.arange(4, dtype=np.int32), "cu_seqlens_k": np.array([0, 1, 31, 99], np.int32)}
     out = backend.put(np.full((3, 6, 64), np.nan, np.float16))
-    options = ops.Options(causal=True, max_seqlen_q=1, max_seqlen_k=68, family=backend.family)
-    given, lse = ops.forward(options, *map(backend.put, (q, k, v)), None, *map(backend.put, lengths.values()), out=out)
-    assert given is out
+    options = ops.asked(causal=True, max_seqlen_q=1, max_seqlen_k=68, family=backend.family)
+    arrays = flash_words.arrays(lengths, backend.put, q=q, k=k, v=v)._replace(out=out)
+    result, lse = ops.forward(options, arrays)
+    assert result is out
     assert_right([backend.get(out), backend.get(lse)], [q, k, v], **lengths)
 
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import flash_words
 import numpy as np
 import oracle
 import pytest
@@ -27,7 +28,6 @@ from cuflash.arrays import CuPy, Torch
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.jit import kernel
 from cuflash.ops import block, launch
-from cuflash.ops.call import SHARED
 from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Config, Step
 
@@ -120,13 +120,11 @@ def test_score_features_on_host_memory(launches: Launches, name: str, family: st
     packed = "cu_seqlens_q" in given
     rows_q, rows_kv = ((80,), (95,)) if packed else ((2, 70), (2, 90))
     q, k, v = random(*rows_q, 4, 32), random(*rows_kv, 2, 32, seed=1), random(*rows_kv, 2, 24, seed=2)
-    options = ops.Options(**{n: x for n, x in given.items() if n in ops.Options._fields}, family=family)
-    arrays = [q, k, v, *(given.get(n) for n in SHARED[3:])]
+    options = flash_words.options(given, family=family)
     dout, dlse = random(*rows_q, 4, 24, seed=3), random(*rows_q[:-1], 4, rows_q[-1], dtype=np.float32, seed=4)
 
     def call(wrap: Any) -> list[np.ndarray | None]:
-        wrapped = [None if x is None else wrap(x) for x in arrays]
-        out, lse, pullback = ops.vjp(options, wrapped, GENERATOR)
+        out, lse, pullback = ops.vjp(options, flash_words.arrays(given, wrap, q=q, k=k, v=v), GENERATOR)
         found = pullback(wrap(dout), wrap(dlse))
         kernels = launches.take()
         assert [kernel.endswith(family) for kernel in kernels if kernel.startswith("fwd_s")] == [True]
@@ -160,12 +158,9 @@ def test_the_longest_lengths_may_be_those_in_use(launches: Launches, family: str
             x[start : start + n] = live[start : start + n]
     features = {} if name == "plain" else {"attn_bias": BIAS[:2, :1, :40, :21].astype(FP16), "sink": SINK} | WORD
     lengths = {f"{word}_{side}": x[side] for word, x in (("cu_seqlens", starts), ("seqused", used)) for side in "qk"}
-    options = ops.Options(
-        **longest, family=None if family == "numpy" else family,
-        **{n: x for n, x in features.items() if n in ops.Options._fields},
-    )  # fmt: skip
-    arrays = [*poisoned[:3], *((lengths | features).get(n) for n in SHARED[3:])]
-    out, lse, pullback = ops.vjp(options, [x if x is None else wrap(x) for x in arrays], GENERATOR)
+    options = flash_words.options(longest | features, family=None if family == "numpy" else family)
+    tensors = dict(zip("qkv", poisoned, strict=False))
+    out, lse, pullback = ops.vjp(options, flash_words.arrays(tensors | lengths | features, wrap), GENERATOR)
     results = [unwrap(x) for x in (out, lse, *pullback(wrap(poisoned[3]), wrap(dlse))[:3])]
 
     expected = {"bias" if n == "attn_bias" else n: x for n, x in (lengths | longest | features).items()}
@@ -235,10 +230,10 @@ def test_a_sink_alone_decides_lse_where_there_are_no_keys(launches: Launches, fa
     q, k, v = (as_torch(random(*rows, 4, 32)) for rows in (rows_q, rows_kv, rows_kv))
     starts = [np.array([0, 4, 9], np.int32), np.zeros(3, np.int32)] if packed else [None, None]
     starts = [x if x is None else as_torch(x) for x in starts]
-    options = ops.Options(family=family, bias_grad=True)
+    options = ops.asked(family=family, bias_grad=True)
     bias = as_torch(np.zeros((2, 4, 1, 1), FP16))
-    arrays = [q, k, v, None, *starts, None, None, None, bias, as_torch(SINK)]
-    out, lse, pullback = ops.vjp(options, arrays)
+    lengths = dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), starts, strict=True))
+    out, lse, pullback = ops.vjp(options, ops.Arrays(q, k, v, **lengths, bias=bias, sink=as_torch(SINK)))
     assert not to_numpy(out).any() and (to_numpy(lse) == SINK[:, None]).all()
     dlse = random(*lse.shape, dtype=np.float32)
     found = pullback(as_torch(random(*out.shape)), as_torch(dlse))
@@ -574,9 +569,10 @@ def test_biases_without_an_element(launches: Launches, family: str, packed: bool
     q, k = random(*rows_q, 64, 32), random(*rows_kv, 1, 32)
     starts = [np.array([0, 7, 14], np.int32), np.zeros(3, np.int32)] if packed else [None, None]
     sink = random(64, dtype=np.float32)
-    arrays = [q, k, k, None, *starts, None, None, None, np.zeros(shape, FP16), sink]
-    options = ops.Options(causal=True, bias_grad=True, family=None if family == "numpy" else family)
-    out, lse, pullback = ops.vjp(options, [x if x is None else wrap(x) for x in arrays])
+    lengths = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=True))
+    arrays = flash_words.arrays(lengths, wrap, q=q, k=k, v=k, attn_bias=np.zeros(shape, FP16), sink=sink)
+    options = ops.asked(causal=True, bias_grad=True, family=None if family == "numpy" else family)
+    out, lse, pullback = ops.vjp(options, arrays)
     found = pullback(wrap(np.ones(q.shape, FP16)))
     assert "bwd_bias_" + family not in launches.kernels
     assert unwrap(found.dbias).shape == shape and unwrap(found.dbias).dtype == np.float32
@@ -837,7 +833,7 @@ def test_a_bias_on_hopper(launches: Launches, monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setattr(jit.tensormap, "encoder", run.encoder)
     bias, described = BIASES[name]
     q, k, v = random(2, 70, 4, 32), random(2, 90, 2, 32, seed=1), random(2, 90, 2, 24, seed=2)
-    out, lse = ops.forward(ops.Options(), *map(as_torch, (q, k, v)), attn_bias=as_torch(bias))[:2]
+    out, lse = ops.forward(ops.asked(), ops.Arrays(*map(as_torch, (q, k, v)), bias=as_torch(bias)))[:2]
     assert launches.take() == ["fwd_sm90"]
     (params,) = launches.params
     words = params["bias_map"]["words"][0].tolist()
@@ -860,7 +856,7 @@ def test_maps_of_tensors_with_one_element_or_none_along_an_axis(hopper: Launches
     assert hopper.take() == ["fwd_sm90"]
     assert maps(hopper.params[-1])["k"] == [0, 16, 1, 1, 1, 16, 16, 16, 64, 64, 1, 1, 2]
     q, k = as_torch(random(2, 9, 4, 32)), as_torch(random(2, 0, 4, 32))
-    ops.forward(ops.Options(), q, k, k, sink=as_torch(SINK))
+    ops.forward(ops.asked(), ops.Arrays(q, k, k, sink=as_torch(SINK)))
     assert hopper.take() == ["fwd_sm90"]
     found = maps(hopper.params[-1])
     assert found["k"] == found["v"] == [] and found["q"][1:5] == [32, 9, 4, 2], "there is nothing to copy"
@@ -927,7 +923,7 @@ def test_gradients_come_from_a_family_that_has_them(hopper: Launches) -> None:
     (out, _), pullback = cuflash.flash_attn_vjp(x, x, x, return_lse=True)
     pullback(as_torch(np.ones(out.shape, FP16)))
     assert hopper.take() == ["fwd_sm90", "bwd_delta", "bwd_sm80", "bwd_convert"]
-    out, _, pullback = ops.vjp(ops.Options(family="sm90"), [x, x, x, *[None] * 8])
+    out, _, pullback = ops.vjp(ops.asked(family="sm90"), ops.Arrays(x, x, x))
     with pytest.raises(UnsupportedProblem, match=r"\n  sm90    no backward\n"):
         pullback(as_torch(np.ones(out.shape, FP16)))
     assert hopper.take() == ["fwd_sm90"]
@@ -1087,12 +1083,12 @@ PAGED = {
 def test_pages_on_host_memory(launches: Launches, name: str, page_size: int, family: str) -> None:
     given = PAGED[name] | {"max_seqlen_q": 45, "max_seqlen_k": 50}
     inputs, pages, table = paged_inputs(page_size)
-    options = ops.Options(**{n: x for n, x in given.items() if n in ops.Options._fields}, family=family)
+    options = flash_words.options(given, family=family)
+    lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "block_table": table}
 
     def call(wrap: Any) -> list[np.ndarray]:
-        features = {n: wrap(given[n]) for n in SHARED if n in given}
-        features |= {"cu_seqlens_q": wrap(STARTS_Q), "cu_seqlens_k": wrap(STARTS_K), "block_table": wrap(table)}
-        found = ops.forward(options, wrap(inputs[0]), *map(wrap, pages), **features, generator=GENERATOR)
+        tensors = dict(zip("qkv", (inputs[0], *pages), strict=True))
+        found = ops.forward(options, flash_words.arrays(tensors | given | lengths, wrap), GENERATOR)
         assert launches.take() == ["fwd_rng"] * ("dropout_p" in given) + [f"fwd_{family}"]
         return [to_numpy(x) for x in found[:2]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flash_words
 import numpy as np
 import pytest
 from backends import LEFT_BY_HOPPER, PLACES, Backend
@@ -26,13 +27,13 @@ MASK = np.arange(70)[:, None] % 3 + np.zeros((1, 40)) > 0
 def check_lse_of_nothing(backend: Backend, rows_kv: int, **given: Any) -> None:
     """Ask for other numbers than -inf, and compare with a call that asks for none."""
     packed = "cu_seqlens_q" in given
-    q = backend.put(random(*((80,) if packed else (2, 70)), 4, 64))
-    k, v = (backend.put(random(*((rows_kv,) if packed else (2, rows_kv)), 2, 64, seed=seed)) for seed in (1, 2))
-    options = {"num_splits": 1} | {name: x for name, x in given.items() if name in ops.Options._fields}
-    arrays = {name: backend.put(x) for name, x in given.items() if name not in options}
+    q = random(*((80,) if packed else (2, 70)), 4, 64)
+    k, v = (random(*((rows_kv,) if packed else (2, rows_kv)), 2, 64, seed=seed) for seed in (1, 2))
+    options = flash_words.options({"num_splits": 1} | given, family=backend.family)
+    arrays = flash_words.arrays(given, backend.put, q=q, k=k, v=v)
 
     def lse(**values: float) -> np.ndarray:
-        return backend.get(ops.forward(ops.Options(**options, **values, family=backend.family), q, k, v, **arrays)[1])
+        return backend.get(ops.forward(options.replace(**values), arrays)[1])
 
     plain = lse()
     tail = np.zeros(plain.shape[-1], bool)
@@ -89,16 +90,15 @@ def check_delta(backend: Backend, dtype: str, with_dlse: bool, **given: Any) -> 
     q, dout, out = (random(*rows, 4, d, dtype=element, seed=seed) for d, seed in ((32, 0), (24, 1), (24, 2)))
     k, v = (random(*rows_kv, 2, d, dtype=element, seed=3) for d in (32, 24))
     dlse = random(*rows[:-1], 4, rows[-1], dtype=real, seed=4) if with_dlse else None
-    options = {name: x for name, x in given.items() if name in ops.Options._fields} | {"family": backend.family}
-    arrays = {name: backend.put(x) for name, x in given.items() if name not in options}
-    arrays |= {"q": backend.put(q), "k": backend.put(k), "v": backend.put(v)}
-    _, lse, *drawn = ops.forward(ops.Options(**options, num_splits=1), **arrays, generator=(7, 8))
-    arrays |= {"dout": backend.put(dout), "lse": lse, "rng_state": drawn[0] if drawn else None}
+    arrays = flash_words.arrays(given, backend.put, q=q, k=k, v=v)
+    options = flash_words.options(given, family=backend.family, deterministic=True)
+    _, lse, *drawn = ops.forward(options.replace(num_splits=1), arrays, (7, 8))
     # An output that is not the forward's: of empty rows it is no zero, and delta is one all the same.
-    arrays |= {"out": backend.put(out), "dlse": None if dlse is None else backend.put(dlse)}
+    state = {"out": backend.put(out), "lse": lse, "rng_state": drawn[0] if drawn else None}
+    arrays = arrays._replace(**state, dout=backend.put(dout), dlse=None if dlse is None else backend.put(dlse))
 
-    gradients, delta = ops.backward(ops.Options(**options, deterministic=True, keep_delta=True), **arrays)
-    plain = ops.backward(ops.Options(**options, deterministic=True), **arrays)
+    gradients, delta = ops.backward(options.replace(keep_delta=True), arrays)
+    plain = ops.backward(options, arrays)
     assert type(gradients) is type(plain) and len(gradients) == len(plain)
     for one, other in zip(gradients, plain, strict=True):
         assert (one is None) is (other is None)

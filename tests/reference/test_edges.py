@@ -59,7 +59,7 @@ def test_rows_that_see_nothing_add_nothing_to_dk_and_dv(dtype: type) -> None:
 
 def test_backward_takes_plus_inf_for_minus_inf_and_ignores_dlse_there() -> None:
     q, k, v, dout, dlse = arrays(BASE | {"sq": 14, "sk": 6}, FP32)
-    options = {"mask": band(True, (-1, -1)), "softmax_scale": 0.3}
+    options = {"band": band(True, (-1, -1)), "softmax_scale": 0.3}
     out, lse = reference.forward(q, k, v, **options)
     expected = reference.backward(dout, q, k, v, out, lse, dlse=dlse, **options)
     empty = np.isneginf(lse)
@@ -191,7 +191,7 @@ def test_nan_in_a_query_row_spoils_that_row_alone(softcap: float) -> None:
 def test_nan_in_a_visible_key_reaches_exactly_its_readers() -> None:
     q, k, v, *_ = arrays(BASE | {"sq": 14}, FP32)
     k[0, 9, 1, 0] = NAN
-    out, lse = reference.forward(q, k, v, mask=Mask(right=0), softmax_scale=0.3)
+    out, lse = reference.forward(q, k, v, band=Mask(right=0), softmax_scale=0.3)
     expected = np.zeros(lse.shape, bool)
     expected[0, 2:, 9:] = True
     np.testing.assert_array_equal(np.isnan(lse), expected)
@@ -270,9 +270,9 @@ def test_varlen_out_is_filled_in_place_tail_included() -> None:
     q, k, v, *_ = varlen_inputs(9, 9)
     memory = np.full((9, 6, 8), NAN, FP32)
     target = memory[:, ::-1][:, 1:5, 1:7]
-    out, _ = reference.forward_varlen(q, k, v, cu(4, 3), cu(5, 4), mask=Mask(), softmax_scale=1.0, out=target)
+    out, _ = reference.forward_varlen(q, k, v, cu(4, 3), cu(5, 4), band=Mask(), softmax_scale=1.0, out=target)
     assert out is target and not out[7:].any() and out[:7].all()
-    expected, _ = reference.forward_varlen(q, k, v, cu(4, 3), cu(5, 4), mask=Mask(), softmax_scale=1.0)
+    expected, _ = reference.forward_varlen(q, k, v, cu(4, 3), cu(5, 4), band=Mask(), softmax_scale=1.0)
     np.testing.assert_array_equal(out, expected)
     assert np.isnan(memory).sum() == memory.size - target.size
 
@@ -293,8 +293,8 @@ def test_gradients_of_a_group_are_summed_in_fp32() -> None:
     q, k, v = (np.zeros((1, 1, heads, 2), BF16) for heads in (259, 1, 1))
     dout = np.ones((1, 1, 259, 2), BF16)
     dout[:, :, 256:] = 0.5
-    out, lse = reference.forward(q, k, v, mask=Mask(), softmax_scale=1.0)
-    _, _, dv, *_ = reference.backward(dout, q, k, v, out, lse, mask=Mask(), softmax_scale=1.0)
+    out, lse = reference.forward(q, k, v, band=Mask(), softmax_scale=1.0)
+    _, _, dv, *_ = reference.backward(dout, q, k, v, out, lse, band=Mask(), softmax_scale=1.0)
     np.testing.assert_array_equal(dv.astype(FP32), np.full((1, 1, 1, 2), BF16(257.5), FP32))
 
 

@@ -186,7 +186,7 @@ def test_varlen_equals_dense_calls_bit_for_bit() -> None:
 def test_16_bit_is_fp32_inside_and_rounded_once(dtype: type) -> None:
     shape = {"b": 2, "h": 4, "hk": 2, "sq": 70, "sk": 90, "d": 32, "dv": 32}
     q, k, v, dout, dlse = arrays(shape, dtype)
-    options = {"mask": masks.band(True, (-1, -1)), "softmax_scale": 0.2, "softcap": 5.0}
+    options = {"band": masks.band(True, (-1, -1)), "softmax_scale": 0.2, "softcap": 5.0}
     out, lse = reference.forward(q, k, v, **options)
     grads = reference.backward(dout, q, k, v, out, lse, dlse=dlse, **options)
     q, k, v, dout, out_wide = (x.astype(FP32) for x in (q, k, v, dout, out))
@@ -201,10 +201,10 @@ def test_16_bit_is_fp32_inside_and_rounded_once(dtype: type) -> None:
 def test_merging_two_halves_by_their_lse_gives_the_whole() -> None:
     shape = {"b": 1, "h": 2, "hk": 2, "sq": 12, "sk": 40, "d": 16, "dv": 16}
     q, k, v, *_ = arrays(shape, FP64)
-    whole, lse = reference.forward(q, k, v, mask=Mask(right=0, alignment="top-left"), softmax_scale=0.25)
+    whole, lse = reference.forward(q, k, v, band=Mask(right=0, alignment="top-left"), softmax_scale=0.25)
     seen = np.tril(np.ones((12, 40), bool))
     parts = [
-        reference.forward(q, k[:, s], v[:, s], mask=Mask(tensor=True), softmax_scale=0.25, mask_tensor=seen[:, s])
+        reference.forward(q, k[:, s], v[:, s], band=Mask(tensor=True), softmax_scale=0.25, mask=seen[:, s])
         for s in (slice(0, 5), slice(5, 40))
     ]
     merged_lse = np.logaddexp(parts[0][1], parts[1][1])
@@ -260,7 +260,7 @@ def test_any_sizes_strides_and_masks(data: st.DataObject) -> None:
 def test_out_is_filled_in_place_through_any_strides(data: st.DataObject) -> None:
     shape = {"b": 2, "h": 4, "hk": 2, "sq": 11, "sk": 13, "d": 8, "dv": 6}
     q, k, v, *_ = arrays(shape, FP32)
-    options = {"mask": Mask(right=0), "softmax_scale": 0.3}
+    options = {"band": Mask(right=0), "softmax_scale": 0.3}
     expected, _ = reference.forward(q, k, v, **options)
     order = data.draw(st.permutations(range(4)))
     flips = data.draw(st.lists(st.booleans(), min_size=4, max_size=4))
@@ -340,7 +340,7 @@ def test_heads_share_what_their_keys_are_copied_to(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(loops, "key_scratch", pool.SpareScratch())
     tracemalloc.start()
     try:
-        out, lse = reference.forward(q, k, v, mask=Mask(), softmax_scale=0.125)
+        out, lse = reference.forward(q, k, v, band=Mask(), softmax_scale=0.125)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

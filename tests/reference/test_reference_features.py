@@ -280,7 +280,7 @@ def test_bias_gradients_are_summed_in_fp32() -> None:
 
 def test_bias_gradient_is_only_made_when_wanted() -> None:
     q, k, v, dout, _ = arrays(BASE, FP32)
-    options = {"mask": Mask(), "softmax_scale": 0.3, "bias": np.zeros((1, 1, 10, 14), FP32)}
+    options = {"band": Mask(), "softmax_scale": 0.3, "bias": np.zeros((1, 1, 10, 14), FP32)}
     out, lse = reference.forward(q, k, v, **options)
     assert reference.backward(dout, q, k, v, out, lse, **options).dbias is None
     assert reference.backward(dout, q, k, v, out, lse, bias_grad=True, **options).dbias.shape == (1, 1, 10, 14)
@@ -289,14 +289,14 @@ def test_bias_gradient_is_only_made_when_wanted() -> None:
 def test_unknown_features_are_refused() -> None:
     q, k, v, *_ = arrays(BASE, FP32)
     with pytest.raises(TypeError, match="alibi_slope"):
-        reference.forward(q, k, v, mask=Mask(), softmax_scale=0.3, alibi_slope=np.ones(4, FP32))
+        reference.forward(q, k, v, band=Mask(), softmax_scale=0.3, alibi_slope=np.ones(4, FP32))
 
 
 @pytest.mark.parametrize("scheme", ["byte", "word"])
 def test_dropout_of_probability_zero_is_none(scheme: str) -> None:
     q, k, v, *_ = arrays(BASE, FP32)
-    plain = reference.forward(q, k, v, mask=Mask(), softmax_scale=0.3)
-    dropped = reference.forward(q, k, v, mask=Mask(), softmax_scale=0.3, dropout=Dropout(0.0, scheme), rng_state=(1, 0))
+    plain = reference.forward(q, k, v, band=Mask(), softmax_scale=0.3)
+    dropped = reference.forward(q, k, v, band=Mask(), softmax_scale=0.3, dropout=Dropout(0.0, scheme), rng_state=(1, 0))
     for a, b in zip(plain, dropped, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -307,7 +307,7 @@ def test_one_hot_values_show_the_mask(scheme: str) -> None:
     b, h, sq, sk = 2, 3, 19, 40
     q, k, v, dout, _ = arrays({"b": b, "h": h, "hk": h, "sq": sq, "sk": sk, "d": 4, "dv": sk}, FP32)
     v[...] = np.eye(sk)[:, None]
-    options = {"mask": Mask(), "softmax_scale": 0.3, "dropout": Dropout(0.4, scheme), "rng_state": np.uint64([9, 4])}
+    options = {"band": Mask(), "softmax_scale": 0.3, "dropout": Dropout(0.4, scheme), "rng_state": np.uint64([9, 4])}
     out, lse = reference.forward(q, k, v, **options)
     i, j = np.arange(sq)[:, None], np.arange(sk)[None, :]
     for batch, head in np.ndindex(b, h):
@@ -318,7 +318,7 @@ def test_one_hot_values_show_the_mask(scheme: str) -> None:
         dout_one[batch, :, head, :sq] = np.eye(sq)
         dv = reference.backward(dout_one, q, k, v, out, lse, **options).dv
         np.testing.assert_array_equal(dv[batch, :, head, :sq].T != 0, kept)
-    np.testing.assert_array_equal(lse, reference.forward(q, k, v, mask=Mask(), softmax_scale=0.3)[1])
+    np.testing.assert_array_equal(lse, reference.forward(q, k, v, band=Mask(), softmax_scale=0.3)[1])
 
 
 def test_rng_state_is_taken_as_ints_or_an_array_and_signed_seeds_as_their_bits() -> None:
@@ -326,7 +326,7 @@ def test_rng_state_is_taken_as_ints_or_an_array_and_signed_seeds_as_their_bits()
 
     def out(state: object) -> np.ndarray:
         dropout = Dropout(0.4)
-        return reference.forward(q, k, v, mask=Mask(), softmax_scale=0.3, dropout=dropout, rng_state=state)[0]
+        return reference.forward(q, k, v, band=Mask(), softmax_scale=0.3, dropout=dropout, rng_state=state)[0]
 
     expected = out((2**64 - 3, 8))
     for state in np.uint64([2**64 - 3, 8]), np.int64([-3, 8]), (-3, 8):
@@ -339,7 +339,7 @@ def test_dropout_keeps_the_mean_but_for_the_rounding_of_bytes(dropout: Dropout) 
     """Equal probabilities and values of one: the mean over all rows is the kept share times its scale."""
     q, k, v = (np.zeros((8, 512, 8, d), FP32) for d in (2, 2, 1))
     v[...] = 1
-    out, _ = reference.forward(q, k, v, mask=Mask(), softmax_scale=1.0, dropout=dropout, rng_state=(3, 0))
+    out, _ = reference.forward(q, k, v, band=Mask(), softmax_scale=1.0, dropout=dropout, rng_state=(3, 0))
     spread = 3 / np.sqrt(8 * 8 * 512 * 512)  # sqrt((1 - keep) / keep) = 3
     biased = dropout.scheme == "byte" and not dropout.unbiased
     assert (abs(out.astype(FP64).mean() - 1) > 4 * spread) == biased
@@ -425,11 +425,11 @@ def test_paged_is_packed_bit_for_bit(page_size: int, packed: bool, extra: str) -
     shape = {"b": 1, "h": 4, "hk": 2, "sq": sum(lens_q), "sk": sum(lens_k), "d": 8, "dv": 6}
     q, k, v, *_ = (x[0] for x in arrays(shape, FP32))
     cu_q, cu_k = np.cumsum([0, *lens_q]), np.cumsum([0, *lens_k])
-    options = {"mask": Mask(right=0), "softmax_scale": 0.4}
+    options = {"band": Mask(right=0), "softmax_scale": 0.4}
     if extra == "features":
-        options |= {"alibi_slopes": rng.random((4, 4)).astype(FP32), "sink": rng.random(4).astype(FP32)}
+        options |= {"alibi": rng.random((4, 4)).astype(FP32), "sink": rng.random(4).astype(FP32)}
         options |= {"bias": rng.random((4, 1, 9, 50)).astype(FP16), "dropout": Dropout(0.2, "word")}
-        options |= {"rng_state": (1, 4), "seqused_q": np.array([4, 0, 2, 3]), "max_seqlen_q": 9}
+        options |= {"rng_state": (1, 4), "seqused_q": np.array([4, 0, 2, 3]), "len_q": 9}
     expected, expected_lse = reference.forward_varlen(q, k, v, cu_q, cu_k, **options)
     (k_pages, table), (v_pages, _) = (
         pages_of([x[a:b] for a, b in pairwise(cu_k)], page_size, np.random.default_rng(7)) for x in (k, v)
@@ -443,7 +443,7 @@ def test_paged_is_packed_bit_for_bit(page_size: int, packed: bool, extra: str) -
         assert out is target
     else:
         # Dense queries number pairs by their own length.
-        options["max_seqlen_q"] = 4
+        options["len_q"] = 4
         expected, expected_lse = reference.forward_varlen(q, k, v, cu_q, cu_k, **options)
         out, lse = reference.forward_paged(q.reshape(4, 4, 4, 8), *cache, **options)
     if not packed:
@@ -455,10 +455,10 @@ def test_paged_is_packed_bit_for_bit(page_size: int, packed: bool, extra: str) -
 def test_a_cache_without_pages_has_one_page_a_sequence() -> None:
     q, k, v, *_ = arrays(BASE | {"b": 3, "sq": 2}, FP32)
     used = np.array([14, 5, 99])
-    out, lse = reference.forward_paged(q, k, v, np.arange(3)[:, None], used, mask=Mask(right=0), softmax_scale=0.3)
+    out, lse = reference.forward_paged(q, k, v, np.arange(3)[:, None], used, band=Mask(right=0), softmax_scale=0.3)
     for b, length in enumerate((14, 5, 14)):
         one = slice(b, b + 1)
-        expected = reference.forward(q[one], k[one, :length], v[one, :length], mask=Mask(right=0), softmax_scale=0.3)
+        expected = reference.forward(q[one], k[one, :length], v[one, :length], band=Mask(right=0), softmax_scale=0.3)
         np.testing.assert_array_equal(out[one], expected[0])
         np.testing.assert_array_equal(lse[one], expected[1])
 
@@ -488,5 +488,5 @@ def test_memory_grows_with_the_lengths_only_with_every_feature(scheme: str, monk
 def test_pages_are_read_a_tile_at_a_time() -> None:
     pages = np.zeros((64, 1024, 1, 64), FP32)  # 16 MiB
     q, table, used = np.zeros((1, 1, 1, 64), FP32), np.arange(64)[None], np.array([65536])
-    peak = peak_of(reference.forward_paged, q, pages, pages, table, used, mask=Mask(), softmax_scale=1.0)
+    peak = peak_of(reference.forward_paged, q, pages, pages, table, used, band=Mask(), softmax_scale=1.0)
     assert peak < 2 * 2**20, f"peak {peak / 2**20:.1f} MiB"

@@ -25,7 +25,7 @@ from cuflash.cli import app
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.ops import on_numpy
-from cuflash.ops.call import ARGUMENTS, Options
+from cuflash.ops.call import Arrays, Options
 from cuflash.plan import choose
 from cuflash.verify import soak
 from cuflash.verify.answers import Answers
@@ -175,15 +175,13 @@ def test_arrays_make_the_problem_that_was_drawn(arena: Arena, numbers: Numbers):
             continue
         arena.clear()
         arrays = surround(drawn, arena, numbers, np)
-        given = calls.arrays(arrays.inputs) | arrays.outputs
+        given = calls.arrays(arrays.inputs)._replace(**arrays.outputs)
         options = calls.options(case)
         if problem.direction == "backward":
-            options = options._replace(deterministic=problem.deterministic, bias_grad=problem.bias_grad)
-            given |= {"dout": arrays.inputs.dout, "lse": arrays.lse, "dlse": arrays.inputs.dlse}
-            given["rng_state"] = np.array(drawn.rng_state, np.uint64) if problem.dropout else None
-        made = on_numpy.checked(
-            problem.direction, options, [given.get(x) for x in ARGUMENTS[problem.direction]]
-        ).problem
+            options = options.replace(deterministic=problem.deterministic, bias_grad=problem.bias_grad)
+            given = given._replace(dout=arrays.inputs.dout, lse=arrays.lse, dlse=arrays.inputs.dlse)
+            given = given._replace(rng_state=np.array(drawn.rng_state, np.uint64) if problem.dropout else None)
+        made = on_numpy.checked(problem.direction, options, given).problem
         for field in problem.__dataclass_fields__:
             if field in ("len_q", "len_kv") and problem.layout == "varlen":  # never more than there are packed rows
                 assert getattr(made, field) <= getattr(problem, field)
@@ -411,9 +409,9 @@ def test_draws_pass_with_the_kernels_themselves(
     """As on a GPU, but that the kernels run on the CPU."""
 
     def on_host_memory(function: Callable) -> Callable:
-        def call(options: Options, **given: object) -> list[np.ndarray]:
-            wrapped = {name: as_torch(x) if isinstance(x, np.ndarray) else x for name, x in given.items()}
-            return [to_numpy(x) for x in function(options, **wrapped) if x is not None]
+        def call(options: Options, arrays: Arrays, *generator: object) -> list[np.ndarray]:
+            wrapped = Arrays(*(None if x is None else as_torch(x) for x in arrays))
+            return [to_numpy(x) for x in function(options, wrapped, *generator) if x is not None]
 
         return call
 
@@ -465,35 +463,35 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cuflash.cli.check.has_gpu", lambda: False)
 
 
-def one_element(results: tuple, arguments: dict) -> tuple:
+def one_element(results: tuple, arrays: Arrays) -> tuple:
     out = results[0]
     if out.size > 20_000:
         out[(0,) * out.ndim] += 0.25
     return results
 
 
-def no_lse(results: tuple, arguments: dict) -> tuple:
+def no_lse(results: tuple, arrays: Arrays) -> tuple:
     results[1].flat[-1:] = np.nan
     return results
 
 
-def beside_out(results: tuple, arguments: dict) -> tuple:
-    out = arguments["out"]
+def beside_out(results: tuple, arrays: Arrays) -> tuple:
+    out = arrays.out
     np.ndarray((1,), np.uint8, _memory_after(out), 0)[...] = 0
     return results
 
 
-def an_input(results: tuple, arguments: dict) -> tuple:
-    arguments["k"].view(np.int16)[:1] = 3
+def an_input(results: tuple, arrays: Arrays) -> tuple:
+    arrays.k.view(np.int16)[:1] = 3
     return results
 
 
-def another_each_time(results: tuple, arguments: dict) -> tuple:
+def another_each_time(results: tuple, arrays: Arrays) -> tuple:
     results[1][...] *= 1 + 1e-7 * (time.perf_counter_ns() % 100)
     return results
 
 
-def raises(results: tuple, arguments: dict) -> tuple:
+def raises(results: tuple, arrays: Arrays) -> tuple:
     raise RuntimeError("the kernel is on fire")
 
 
@@ -518,7 +516,9 @@ def test_a_wrong_call_is_found_and_the_printed_command_finds_it_again(
     damage: Callable, complaint: str, here: None, monkeypatch: pytest.MonkeyPatch
 ):
     real = soak.forward
-    monkeypatch.setattr(soak, "forward", lambda options, **given: damage(real(options, **given), given))
+    monkeypatch.setattr(
+        soak, "forward", lambda options, arrays, *others: damage(real(options, arrays, *others), arrays)
+    )
     printed = run("fwd_sm80-bf16-d64*", "--soak=60", "--seed=4", status=1)
     lines = printed.splitlines()
     assert complaint in printed
@@ -535,8 +535,8 @@ def test_a_wrong_call_is_found_and_the_printed_command_finds_it_again(
 def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch):
     real = soak.backward
 
-    def damaged(options, **given):
-        grads = real(options, **given)
+    def damaged(options, arrays):
+        grads = real(options, arrays)
         grads[2][..., -1:, :] = 0
         return grads
 

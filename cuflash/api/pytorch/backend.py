@@ -87,14 +87,14 @@ def resolve(backend: str | None) -> Choice:
 
 
 def call(
-    operation: Callable[..., tuple[Any, ...]], options: Options, backend: str | None, **arrays: Any
+    operation: Callable[..., tuple[Any, ...]], options: Options, backend: str | None, *arguments: Any
 ) -> tuple[Any, ...]:
-    """Run an operation of `cuflash.ops` on the kernels that are preferred."""
+    """Run an operation of `cuflash.ops` on the kernels that are preferred; `arguments` come behind its options."""
     choice = resolve(backend)
     if choice.backend == "default":
-        return operation(options, **arrays)
+        return operation(options, *arguments)
     try:
-        return operation(options._replace(family=_FAMILIES[choice.backend]), **arrays)
+        return operation(options.replace(family=_FAMILIES[choice.backend]), *arguments)
     except UnsupportedProblem as error:
         if not choice.optional:
             raise
@@ -105,7 +105,7 @@ def call(
                 f"others that it does not serve will run on other kernels without a warning. {error}",
                 stacklevel=4,
             )
-        return operation(options, **arrays)
+        return operation(options, *arguments)
 
 
 def _named(source: str, backend: Any) -> str:

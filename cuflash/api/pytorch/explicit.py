@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from cuflash.arrays import CuPy, Guest, Library, NumPy, Torch, framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import flag, integer, is_array, shown
-from cuflash.ops import Options, check, overlap
+from cuflash.ops import Arrays, Options, check, overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,47 +116,40 @@ def forward(
     convention: Convention,
     options: Options,
     choice: str | None,
-    q: Any,
-    k: Any,
-    v: Any,
+    arrays: Arrays,
     generator: Any,
     return_softmax: bool,
     zero_tensors: bool = False,
-    block_table: Any = None,
     random: bool = False,
-    **arrays: Any,
 ) -> Forward:
-    """Run the forward and lay its results out; `arrays` are those of `ops.forward` that the caller has."""
+    """Run the forward and lay its results out."""
+    q, k, v, starts_q = arrays.q, arrays.k, arrays.v, arrays.cu_seqlens_q
     library = library_of(options.name("q"), q)
     if flag("return_softmax", return_softmax):
-        if block_table is not None:
+        if arrays.table is not None:
             raise InvalidArgument(
                 "return_softmax is True and block_table_ is given; probabilities of keys in pages are not returned. "
                 "Gather the pages into packed k and v."
             )
         check_drawn(library, options)
     tail_lse = -np.inf if flag("zero_tensors", zero_tensors) else np.inf
-    options = options._replace(empty_lse=np.inf, tail_lse=tail_lse)
-    starts_q, starts_k = arrays.get("cu_seqlens_q"), arrays.get("cu_seqlens_k")
+    options = options.replace(empty_lse=np.inf, tail_lse=tail_lse)
     with drawing_from(generator) as source:
-        out, lse, *drawn = backend.call(
-            ops.forward, options, choice, q=q, k=k, v=v, block_table=block_table, generator=source, **arrays
-        )
+        out, lse, *drawn = backend.call(ops.forward, options, choice, arrays, source)
     rng_state = drawn[0] if drawn else None
 
     padded_lse = starts_q is not None and convention.padded
     if starts_q is not None and (padded_lse or return_softmax):
-        lengths = longest(starts_q, options.max_seqlen_q), longest(starts_k, options.max_seqlen_k)
-        options = options._replace(max_seqlen_q=lengths[0], max_seqlen_k=lengths[1])
+        lengths = longest(starts_q, options.max_seqlen_q), longest(arrays.cu_seqlens_kv, options.max_seqlen_k)
+        options = options.replace(max_seqlen_q=lengths[0], max_seqlen_k=lengths[1])
         if padded_lse:
             with library.arithmetic(q):
                 lse = padded(library, lse, starts_q, lengths[0], tail_lse)
     if return_softmax:
-        arrays.pop("out", None)
         with library.arithmetic(q):
             probabilities = signed_probabilities(
-                library, _preferred(choice), options._replace(validate=False), rng_state, convention.multiple,
-                q=q, k=k, v=v, **arrays,
+                library, _preferred(choice), options.replace(validate=False), rng_state, convention.multiple,
+                arrays._replace(out=None),
             )  # fmt: skip
             probabilities = random_values(library, probabilities) if random else probabilities
     else:
@@ -166,13 +159,13 @@ def forward(
 
 def _preferred(choice: str | None) -> Callable[..., tuple[Any, ...]]:
     """`ops.forward` on the kernels that are preferred."""
-    return lambda options, **arrays: backend.call(ops.forward, options, choice, **arrays)
+    return lambda options, *arguments: backend.call(ops.forward, options, choice, *arguments)
 
 
-def backward(convention: Convention, options: Options, choice: str | None, **arrays: Any) -> Backward:
-    """Run the backward and lay its results out; `arrays` is what `gradients` takes."""
-    results = gradients(convention, options._replace(keep_delta=True), choice, **arrays)
-    library, starts_q = library_of(options.name("q"), arrays["q"]), arrays.get("cu_seqlens_q")
+def backward(convention: Convention, options: Options, choice: str | None, arrays: Arrays, **keywords: Any) -> Backward:
+    """Run the backward and lay its results out; `keywords` are those of `gradients`."""
+    results = gradients(convention, options.replace(keep_delta=True), choice, arrays, **keywords)
+    library, starts_q = library_of(options.name("q"), arrays.q), arrays.cu_seqlens_q
     softmax_d = results.softmax_d
     with library.arithmetic(softmax_d):
         if options.dropout_p:
@@ -205,35 +198,34 @@ def gradients(
     convention: Convention,
     options: Options,
     choice: str | None,
+    arrays: Arrays,
     *,
     philox_seed: Any,
     philox_offset: Any,
     grad_bias: Any = None,
     bias_requires_grad: bool = False,
     zero_tensors: bool = False,
-    **arrays: Any,
 ) -> Backward:
-    """Run the backward; `arrays` are those of `ops.backward` that the caller has, with the convention's lse.
+    """Run the backward of arrays with the convention's lse.
 
     If the options keep delta it is the result's softmax_d, None otherwise.
     """
-    library, q, starts_q = library_of(options.name("q"), arrays["q"]), arrays["q"], arrays.get("cu_seqlens_q")
-    bias: Any = arrays.get("attn_bias")
-    framework_of([*map(options.name, arrays), "grad_bias"], [*arrays.values(), grad_bias])
+    library, q, bias = library_of(options.name("q"), arrays.q), arrays.q, arrays.bias
+    framework_of([*options.manner.names, "grad_bias"], [*arrays, grad_bias])
     flag("zero_tensors", zero_tensors)
     if flag("bias_requires_grad", bias_requires_grad):
-        arrays["attn_bias"] = _differentiated(options, bias)
-        options = options._replace(bias_grad=True)
+        arrays = arrays._replace(bias=_differentiated(options, bias))
+        options = options.replace(bias_grad=True)
         if grad_bias is not None:
             _check_grad_bias(library, options, arrays, grad_bias)
     elif grad_bias is not None:
         raise InvalidArgument("grad_bias is given but bias_requires_grad is False; pass True to have it filled.")
     with library.arithmetic(q):
         if check.dropout_of(options):
-            arrays["rng_state"] = _rng_state(library, options, philox_seed, philox_offset, q)
-        if convention.padded and starts_q is not None:
-            arrays["lse"] = _without_padding(library, options, arrays["lse"], starts_q, q)
-        results = backend.call(ops.backward, options, choice, **arrays)
+            arrays = arrays._replace(rng_state=_rng_state(library, options, philox_seed, philox_offset, q))
+        if convention.padded and arrays.cu_seqlens_q is not None:
+            arrays = arrays._replace(lse=_without_padding(library, options, arrays))
+        results = backend.call(ops.backward, options, choice, arrays)
         gradients, delta = results if options.keep_delta else (results, None)
         dbias = _stored(library, gradients[3], bias.dtype, grad_bias) if options.bias_grad else None
     dq, dk, dv = gradients[:3]
@@ -242,7 +234,7 @@ def gradients(
 
 def _differentiated(options: Options, bias: Any) -> Any:
     """The bias whose gradient is computed; one that is expanded gives way to what it was expanded from."""
-    name = options.name("attn_bias")
+    name = options.name("bias")
     if bias is None:
         raise InvalidArgument(f"bias_requires_grad is True but {name} is None; pass the bias whose gradient is wanted.")
     strides = bias.stride() if callable(getattr(bias, "stride", None)) else bias.strides
@@ -250,16 +242,11 @@ def _differentiated(options: Options, bias: Any) -> Any:
     return bias[tuple(slice(0, 1) if n > 1 and stride == 0 else slice(None) for n, stride in sizes)]
 
 
-def _check_grad_bias(
-    library: NumPy | CuPy | Torch, options: Options, arrays: Mapping[str, Any], grad_bias: Any
-) -> None:
+def _check_grad_bias(library: NumPy | CuPy | Torch, options: Options, arrays: Arrays, grad_bias: Any) -> None:
     """The caller's array for the gradient of the bias is an output like the others."""
-    by_name = {options.name(name): x for name, x in arrays.items() if x is not None} | {"grad_bias": grad_bias}
-    outputs = ("dq", "dk", "dv")
-    outputs_last = sorted(by_name, key=lambda name: name in [*map(options.name, outputs), "grad_bias"])
-    views = {name: library.view(name, by_name[name]) for name in outputs_last}
-    check.check_output(views["grad_bias"], views[options.name("attn_bias")])
-    num_outputs = 1 + sum(arrays.get(name) is not None for name in outputs)
+    views = options.views(library, arrays) | {"grad_bias": library.view("grad_bias", grad_bias)}
+    check.check_output(views["grad_bias"], views["bias"])
+    num_outputs = 1 + sum(x is not None for x in arrays.outputs("backward"))
     overlap.check_separate([*map(overlap.extent, views.values())], [x.pointer for x in views.values()], num_outputs)
 
 
@@ -325,9 +312,9 @@ def _state(library: NumPy | CuPy | Torch, convention: Convention, state: Any, be
     return zeros[:2] if state is None else state, zeros[-1:].reshape(())
 
 
-def _without_padding(library: NumPy | CuPy | Torch, options: Options, lse: Any, starts_q: Any, q: Any) -> Any:
+def _without_padding(library: NumPy | CuPy | Torch, options: Options, arrays: Arrays) -> Any:
     """A log-sum-exp that is padded to (b, h, at least max_seqlen_q), without its padding."""
-    name = options.name("lse")
+    name, lse, starts_q, q = options.name("lse"), arrays.lse, arrays.cu_seqlens_q, arrays.q
     if lse is None:
         raise InvalidArgument(f"{name} is None; expected an array.")
     if len(q.shape) != 3 or len(starts_q.shape) != 1:

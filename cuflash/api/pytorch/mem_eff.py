@@ -19,7 +19,7 @@ from cuflash.arrays import Library
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import flag, integer, is_array, shown
-from cuflash.ops import Options
+from cuflash.ops import Arrays, Options, asked, new
 
 Array = Any
 
@@ -100,17 +100,15 @@ def mem_eff_forward(
             _one_of(("cu_seqlens_q", cu_seqlens_q), ("seqstart_q", seqstart_q)),
             _one_of(("cu_seqlens_k", cu_seqlens_k), ("seqstart_k", seqstart_k)),
         ]
-        options = Options(
+        options = asked(
             softmax_scale=scale, causal=False if is_causal is None else is_causal, dropout_p=p_dropout,
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_forward", validate=validate,
         )  # fmt: skip
-        return tuple(
-            explicit.forward(
-                explicit.CK, options, backend, q, k, v, gen_, return_dropout_randval, random=True,
-                cu_seqlens_q=starts[0],
-                cu_seqlens_k=starts[1], seqused_k=seqused_k_, attn_bias=attn_bias_, out=out_,
-            )
+        arrays = new(
+            Arrays, q=q, k=k, v=v, bias=attn_bias_, cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1],
+            seqused_kv=seqused_k_, out=out_,
         )  # fmt: skip
+        return tuple(explicit.forward(explicit.CK, options, backend, arrays, gen_, return_dropout_randval, random=True))
     except REFUSALS as error:
         shorten(error)
         raise
@@ -181,17 +179,19 @@ def mem_eff_backward(
         As `mha_fwd`.
     """
     try:
-        options = Options(
+        options = asked(
             softmax_scale=scale, causal=is_causal, dropout_p=p_dropout, deterministic=deterministic,
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mem_eff_backward", validate=validate,
         )  # fmt: skip
         if cu_seqlens_q is None:
             options = _dense_lengths(options, q, k)
+        arrays = new(
+            Arrays, q=q, k=k, v=v, bias=attn_bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k,
+            seqused_kv=seqused_k, dout=dout, lse=softmax_lse, out=out, dq=dq_, dk=dk_, dv=dv_,
+        )  # fmt: skip
         dq, dk, dv, _, dbias = explicit.gradients(
-            explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset, grad_bias=grad_bias,
-            bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias, out=out, dout=dout, lse=softmax_lse,
-            dq=dq_, dk=dk_, dv=dv_,
+            explicit.CK, options, backend, arrays, philox_seed=philox_seed, philox_offset=philox_offset,
+            grad_bias=grad_bias, bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors,
         )  # fmt: skip
         return dq, dk, dv, dbias
     except REFUSALS as error:
@@ -293,10 +293,11 @@ def efficient_attention_forward(
             q, k, v = query, key, value
             options = _dense_lengths(options, query, key)
         with explicit.drawing_from(gen_) as generator:
-            out, lse, *drawn = backends.call(
-                ops.forward, options, backend, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-                seqused_k=seqlen_k, attn_bias=bias, generator=generator,
+            arrays = new(
+                Arrays, q=q, k=k, v=v, bias=bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k,
+                seqused_kv=seqlen_k,
             )  # fmt: skip
+            out, lse, *drawn = backends.call(ops.forward, options, backend, arrays, generator)
 
         heads = q.shape[-2]
         if cu_seqlens_q is not None:
@@ -392,9 +393,10 @@ def efficient_attention_backward(
         packed = _starts(cu_seqlens_q, cu_seqlens_k)
         ordered = _ordered(num_splits_key, flag("deterministic", deterministic))
         options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
-        options = options._replace(deterministic=ordered)
-        names = {"q": query, "k": key, "v": value, "out": out, "dout": grad_out_}
-        arrays = {name: _unbatched(options.name(name), x) if packed else x for name, x in names.items()}
+        options = options.replace(deterministic=ordered)
+        tensors = {"q": query, "k": key, "v": value, "out": out, "dout": grad_out_}
+        if packed:
+            tensors = {name: _unbatched(options.name(name), x) for name, x in tensors.items()}
         explicit.require(logsumexp=logsumexp)
         if not packed:
             options = _dense_lengths(options, query, key)
@@ -404,11 +406,14 @@ def efficient_attention_backward(
             with library.arithmetic(query):
                 shared = _shared(library, query, key, value)
             for i, name in enumerate(("dq", "dk", "dv")):
-                arrays[name] = shared[0, :, i] if packed else shared[:, :, i]
+                tensors[name] = shared[0, :, i] if packed else shared[:, :, i]
+        arrays = new(
+            Arrays, **tensors, bias=bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_kv=seqlen_k,
+            lse=logsumexp,
+        )  # fmt: skip
         *gradients, _, grad_bias = explicit.gradients(
-            explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
-            bias_requires_grad=bias_requires_grad, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            seqused_k=seqlen_k, attn_bias=bias, lse=logsumexp, **arrays,
+            explicit.CK, options, backend, arrays, philox_seed=philox_seed, philox_offset=philox_offset,
+            bias_requires_grad=bias_requires_grad,
         )  # fmt: skip
         return (*(x[None] if packed else x for x in gradients), grad_bias)
     except REFUSALS as error:
@@ -449,7 +454,7 @@ def _options(
             f"window_size is {keys} but custom_mask_type is 0; windows end at a query's own key. "
             "Pass custom_mask_type 1 or 2."
         )
-    return Options(
+    return asked(
         softmax_scale=scale, causal=kind > 0, window_size=(keys - 1, -1),
         alignment="top-left" if kind == 1 else "bottom-right", dropout_p=p, dropout_scheme="word",
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, validate=validate, vocabulary="efficient",
@@ -482,7 +487,7 @@ def _dense_lengths(options: Options, q: Array, k: Array) -> Options:
         shape: tuple[int, ...] = getattr(x, "shape", ())
         if length is not None and len(shape) == 4 and integer(length) != shape[1]:
             raise InvalidArgument(f"{name} is {shown(length)} but the tensor has {shape[1]} rows; pass that, or None.")
-    return options._replace(max_seqlen_q=None, max_seqlen_k=None)
+    return options.replace(max_seqlen_q=None, max_seqlen_k=None)
 
 
 def _ordered(num_splits_key: int | None, deterministic: bool) -> bool:

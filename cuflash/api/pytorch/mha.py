@@ -14,7 +14,7 @@ from cuflash.api.pytorch import explicit
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import shown
-from cuflash.ops import Options
+from cuflash.ops import Arrays, asked, new
 
 Array = Any
 
@@ -143,14 +143,14 @@ def mha_fwd(
     >>> [result.shape for result in results[4:]]
     [(1, 2, 3), (2,), (), (0,)]
     """
-    options = Options(
+    options = asked(
         softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
         softcap=softcap, dropout_p=p_dropout, vocabulary="mha_fwd",
     )  # fmt: skip
     return tuple(
         explicit.forward(
-            explicit.CONVENTIONS[convention], options, backend, q, k, v, gen_, return_softmax,
-            alibi_slopes=alibi_slopes_, out=out_,
+            explicit.CONVENTIONS[convention], options, backend,
+            new(Arrays, q=q, k=k, v=v, alibi=alibi_slopes_, out=out_), gen_, return_softmax,
         )
     )  # fmt: skip
 
@@ -230,17 +230,19 @@ def mha_varlen_fwd(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    options = Options(
+    options = asked(
         softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
         softcap=softcap, dropout_p=p_dropout, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         vocabulary="mha_fwd", validate=validate,
     )  # fmt: skip
     explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    arrays = new(
+        Arrays, q=q, k=k, v=v, alibi=alibi_slopes_, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k,
+        seqused_kv=seqused_k, table=block_table_, out=out_,
+    )  # fmt: skip
     return tuple(
         explicit.forward(
-            explicit.CONVENTIONS[convention], options, backend, q, k, v, gen_, return_softmax, zero_tensors,
-            block_table_, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
-            alibi_slopes=alibi_slopes_, out=out_,
+            explicit.CONVENTIONS[convention], options, backend, arrays, gen_, return_softmax, zero_tensors,
         )
     )  # fmt: skip
 
@@ -304,15 +306,18 @@ def mha_bwd(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    options = Options(
+    options = asked(
         softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
         softcap=softcap, dropout_p=p_dropout, deterministic=deterministic, vocabulary="mha_bwd",
     )  # fmt: skip
-    gradients = explicit.backward(
-        explicit.CONVENTIONS[convention], options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
-        q=q, k=k, v=v, alibi_slopes=alibi_slopes_, out=out, dout=dout, lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
+    arrays = new(
+        Arrays, q=q, k=k, v=v, alibi=alibi_slopes_, dout=dout, lse=softmax_lse, out=out, dq=dq_, dk=dk_, dv=dv_
+    )
+    results = explicit.backward(
+        explicit.CONVENTIONS[convention], options, backend, arrays, philox_seed=philox_seed,
+        philox_offset=philox_offset,
     )  # fmt: skip
-    return gradients[:4]
+    return results[:4]
 
 
 @_conventional
@@ -387,15 +392,18 @@ def mha_varlen_bwd(
     InvalidArgument, UnsupportedProblem
         As `mha_fwd`.
     """
-    options = Options(
+    options = asked(
         softmax_scale=softmax_scale, causal=is_causal, window_size=explicit.window(window_size_left, window_size_right),
         softcap=softcap, dropout_p=p_dropout, deterministic=deterministic, max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k, vocabulary="mha_bwd", validate=validate,
     )  # fmt: skip
     explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    gradients = explicit.backward(
-        explicit.CONVENTIONS[convention], options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
-        zero_tensors=zero_tensors, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        seqused_k=seqused_k, alibi_slopes=alibi_slopes_, out=out, dout=dout, lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
+    arrays = new(
+        Arrays, q=q, k=k, v=v, alibi=alibi_slopes_, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k,
+        seqused_kv=seqused_k, dout=dout, lse=softmax_lse, out=out, dq=dq_, dk=dk_, dv=dv_,
     )  # fmt: skip
-    return gradients[:4]
+    results = explicit.backward(
+        explicit.CONVENTIONS[convention], options, backend, arrays, philox_seed=philox_seed,
+        philox_offset=philox_offset, zero_tensors=zero_tensors,
+    )  # fmt: skip
+    return results[:4]

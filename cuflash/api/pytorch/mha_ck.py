@@ -7,7 +7,7 @@ from typing import Any
 from cuflash.api.pytorch import explicit
 from cuflash.errors import REFUSALS, shorten
 from cuflash.generator import PhiloxGenerator
-from cuflash.ops import Options
+from cuflash.ops import Arrays, asked, new
 
 Array = Any
 
@@ -55,17 +55,13 @@ def mha_fwd_ck(
         As `mha_fwd`.
     """
     try:
-        options = Options(
+        options = asked(
             softmax_scale=softmax_scale, causal=is_causal,
             window_size=explicit.window(window_size_left, window_size_right),
             dropout_p=p_dropout, vocabulary="mha_fwd",
         )  # fmt: skip
-        return tuple(
-            explicit.forward(
-                explicit.CK, options, backend, q, k, v, gen_, return_softmax, random=True, attn_bias=attn_bias_,
-                out=out_,
-            )
-        )  # fmt: skip
+        arrays = new(Arrays, q=q, k=k, v=v, bias=attn_bias_, out=out_)
+        return tuple(explicit.forward(explicit.CK, options, backend, arrays, gen_, return_softmax, random=True))
     except REFUSALS as error:
         shorten(error)
         raise
@@ -124,20 +120,20 @@ def mha_varlen_fwd_ck(
         As `mha_fwd`.
     """
     try:
-        options = Options(
+        options = asked(
             softmax_scale=softmax_scale, causal=is_causal,
             window_size=explicit.window(window_size_left, window_size_right),
             dropout_p=p_dropout, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, vocabulary="mha_fwd",
             validate=validate,
         )  # fmt: skip
         explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-        return tuple(
-            explicit.forward(
-                explicit.CK, options, backend, q, k, v, gen_, return_softmax, zero_tensors, random=True,
-                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias_,
-                out=out_,
-            )
+        arrays = new(
+            Arrays, q=q, k=k, v=v, bias=attn_bias_, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k,
+            seqused_kv=seqused_k, out=out_,
         )  # fmt: skip
+        return tuple(
+            explicit.forward(explicit.CK, options, backend, arrays, gen_, return_softmax, zero_tensors, random=True)
+        )
     except REFUSALS as error:
         shorten(error)
         raise
@@ -200,17 +196,18 @@ def mha_bwd_ck(
         As `mha_fwd`.
     """
     try:
-        options = Options(
+        options = asked(
             softmax_scale=softmax_scale, causal=is_causal,
             window_size=explicit.window(window_size_left, window_size_right),
             dropout_p=p_dropout, deterministic=deterministic, vocabulary="mha_bwd",
         )  # fmt: skip
+        arrays = new(
+            Arrays, q=q, k=k, v=v, bias=attn_bias_, dout=dout, lse=softmax_lse, out=out, dq=dq_, dk=dk_, dv=dv_
+        )
         return tuple(
             explicit.backward(
-                explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
-                grad_bias=grad_bias,
-                bias_requires_grad=bias_requires_grad, q=q, k=k, v=v, attn_bias=attn_bias_, out=out, dout=dout,
-                lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
+                explicit.CK, options, backend, arrays, philox_seed=philox_seed, philox_offset=philox_offset,
+                grad_bias=grad_bias, bias_requires_grad=bias_requires_grad,
             )
         )  # fmt: skip
     except REFUSALS as error:
@@ -279,21 +276,21 @@ def mha_varlen_bwd_ck(
         As `mha_fwd`.
     """
     try:
-        options = Options(
+        options = asked(
             softmax_scale=softmax_scale, causal=is_causal,
             window_size=explicit.window(window_size_left, window_size_right),
             dropout_p=p_dropout, deterministic=deterministic, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
             vocabulary="mha_bwd", validate=validate,
         )  # fmt: skip
         explicit.require(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        arrays = new(
+            Arrays, q=q, k=k, v=v, bias=attn_bias_, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k,
+            seqused_kv=seqused_k, dout=dout, lse=softmax_lse, out=out, dq=dq_, dk=dk_, dv=dv_,
+        )  # fmt: skip
         return tuple(
             explicit.backward(
-                explicit.CK, options, backend, philox_seed=philox_seed, philox_offset=philox_offset,
-                grad_bias=grad_bias,
-                bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors, q=q, k=k, v=v,
-                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, attn_bias=attn_bias_,
-                out=out,
-                dout=dout, lse=softmax_lse, dq=dq_, dk=dk_, dv=dv_,
+                explicit.CK, options, backend, arrays, philox_seed=philox_seed, philox_offset=philox_offset,
+                grad_bias=grad_bias, bias_requires_grad=bias_requires_grad, zero_tensors=zero_tensors,
             )
         )  # fmt: skip
     except REFUSALS as error:
