@@ -1,4 +1,4 @@
-"""Peers of the bench: functions of cuflash's own with the signatures of the real ones, and as much of torch as is needed."""
+"""Peers of the bench: functions of cuflash's own with the signatures of real ones, and what they need of torch."""
 
 from __future__ import annotations
 
