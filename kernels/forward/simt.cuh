@@ -72,8 +72,9 @@ struct ForwardSimt {
     if (q_rows <= 0) return;
 
     const Element* g_q = first_query<const Element>(p.q, p.q_stride, sequence, heads.first);
-    const auto k = kv_rows<const Element>(p, p.k, p.k_stride, sequence, heads.kv);
-    const auto v = kv_rows<const Element>(p, p.v, p.v_stride, sequence, heads.kv);
+    const Element* g_k = first_key<const Element>(p.k, p.k_stride, sequence, heads.kv);
+    const Element* g_v = first_key<const Element>(p.v, p.v_stride, sequence, heads.kv);
+    const auto k = kv_rows(p, sequence, g_k, p.k_stride, 0), v = kv_rows(p, sequence, g_v, p.v_stride, 0);
     const auto q = rows_of(heads, g_q, p.q_stride, q_first, q_rows);
 
     const auto mask = own.template bind<typename Config::Mask>(a);

@@ -123,14 +123,16 @@ struct ForwardSm80 {
 
     const Element* g_q = first_query<const Element>(p.q, p.q_stride, sequence, heads.first);
     const auto q = rows_of(heads, g_q, p.q_stride, q_first, q_rows);
-    const auto k = kv_rows<const Element>(p, p.k, p.k_stride, sequence, heads.kv);
-    const auto v = kv_rows<const Element>(p, p.v, p.v_stride, sequence, heads.kv);
+    const Element* g_k = first_key<const Element>(p.k, p.k_stride, sequence, heads.kv);
+    const Element* g_v = first_key<const Element>(p.v, p.v_stride, sequence, heads.kv);
     const auto load_k = [&](int tile) {
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k.from(tile * kTileKv));
+      const auto k = kv_rows(p, sequence, g_k, p.k_stride, tile * kTileKv);
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k);
       ptx::cp_async_commit();
     };
     const auto load_v = [&](int tile) {
-      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v.from(tile * kTileKv));
+      const auto v = kv_rows(p, sequence, g_v, p.v_stride, tile * kTileKv);
+      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v);
       ptx::cp_async_commit();
     };
 

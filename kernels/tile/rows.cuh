@@ -55,17 +55,17 @@ CF_DEVICE GlobalRows<T> key_rows(Tensor* tensor, const Strides& stride, const Se
   return {first_key<T>(tensor, stride, sequence, head), stride.row, sequence.len_kv};
 }
 
-// Keys or values as a forward reads them, in pages or not.
-template <class T, class Sequence>
-CF_DEVICE GlobalRows<T> kv_rows(const FwdParams&, const void* tensor, const Strides& stride, const Sequence& sequence,
-                                int head) {
-  return key_rows<T>(tensor, stride, sequence, head);
+// Keys or values of a forward, in pages or not, from number `first` on, of the head whose row 0 is at `data`.
+template <class Element, class Sequence>
+CF_DEVICE GlobalRows<const Element> kv_rows(const FwdParams&, const Sequence& sequence, const Element* data,
+                                            const Strides& stride, int first) {
+  return {data + first * stride.row, stride.row, sequence.len_kv - first};
 }
-template <class T>
-CF_DEVICE PagedRows<T> kv_rows(const FwdParams& p, const void* tensor, const Strides& stride,
-                               const PagedSequence& sequence, int head) {
+template <class Element>
+CF_DEVICE PagedRows<const Element> kv_rows(const FwdParams& p, const PagedSequence& sequence, const Element* data,
+                                           const Strides& stride, int first) {
   const int* table = p.pages.table + sequence.batch * p.pages.table_batch;
-  return {first_key<T>(tensor, stride, sequence, head), stride, p.pages, table, 0, sequence.len_kv};
+  return {data, stride, p.pages, table, first, sequence.len_kv - first};
 }
 
 // Rows lie where the query and the head of each do.

@@ -32,10 +32,10 @@ void places(const Pages* pages, const Strides* stride, const int* cu_seqlens_kv,
   p.attention.cu_seqlens_kv = cu_seqlens_kv;
   p.attention.seqused_kv = seqused_kv;
   p.attention.batch = 2;
-  const int head = 3;
   const char* base = reinterpret_cast<const char*>(1ll << 60);
   const PagedSequence sequence(p.attention, batch);
-  const auto keys = kv_rows<const char>(p, base - head * stride->head, *stride, sequence, head).from(first);
+  const char* row0 = first_key<const char>(base - 3 * stride->head, *stride, sequence, 3);
+  const auto keys = kv_rows(p, sequence, row0, *stride, first);
   for (int row = 0; row < rows; ++row) {
     const char* place = keys.at(row, 3, 5);
     at[row] = place - base;
