@@ -44,17 +44,28 @@ class Arena:
         self._allocated.clear()
 
     def cut(
-        self, name: str, shape: Sequence[int], dtype: np.dtype, unit: int, rng: np.random.Generator | None = None
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: np.dtype,
+        unit: int,
+        layout: np.random.Generator | int | None = None,
     ) -> Array:
         """An array of NaN whose last axis is contiguous and whose rows start at multiples of `unit` bytes.
 
         With random numbers the other axes come in any order in memory, with gaps in between, and a unit below 16 is all
-        that the first byte is aligned to. Without, everything is contiguous.
+        that the first byte is aligned to. With a number they are rotated so many places, each with a gap, and no row is
+        aligned to more than the unit. Without, everything is contiguous.
         """
         *outer, last = shape
         first, extent, order = 0, max(last, 1) * dtype.itemsize, np.arange(len(outer))[::-1]
         gaps = np.zeros(len(outer), int)
-        if rng is not None:
+        if isinstance(layout, int):
+            first, extent = unit, -(-extent // unit) * unit
+            extent += unit * (1 + extent // unit % 2)  # an odd multiple
+            order, gaps = np.roll(np.arange(len(outer)), layout)[::-1], np.ones(len(outer), int)
+        elif layout is not None:
+            rng = layout
             first = unit * int(rng.choice([1, 3, 5])) if unit < 16 else unit * int(rng.integers(4))
             extent = -(-extent // unit) * unit + unit * int(rng.choice([0, 0, 1, 2, 5]))
             order, gaps = rng.permutation(len(outer)), rng.choice([0, 0, 1], len(outer))

@@ -15,23 +15,9 @@ from cuflash.cases.inputs import Inputs, Normals, host, make, places
 from cuflash.cases.table import CASES, Case
 from cuflash.dtypes import BF16
 from cuflash.errors import UnsupportedProblem
+from cuflash.verify.surroundings import Arena
 
 pytestmark = pytest.mark.gpu
-
-
-def among_nans(cp: Any, x: Any) -> Any:
-    """A view with the values of `x` in a larger buffer full of NaN, every axis but the last strided.
-
-    Offsets are multiples of 16 bytes where those of `x` are, so that a case keeps its access width.
-    """
-    pad = 16 // x.dtype.itemsize
-    shape = (*(n + 3 for n in x.shape[:-1]), x.shape[-1] + 2 * pad)
-    buffer = cp.full(prod(shape) + pad, cp.nan, x.dtype)
-    shift = x.data.ptr % 16 // x.dtype.itemsize
-    grown = buffer[shift : shift + prod(shape)].reshape(shape)
-    view = grown[(*(slice(1, 1 + n) for n in x.shape[:-1]), slice(pad, pad + x.shape[-1]))]
-    view[...] = x
-    return view
 
 
 def packed_kv(case: Case, inputs: Inputs) -> list[np.ndarray]:
@@ -76,9 +62,12 @@ def expected(case: Case, inputs: Inputs, *, naive: bool = False) -> oracle.Atten
 @pytest.mark.parametrize("case_id", CASES)
 def test_case(cp: Any, case_id: str) -> None:
     case = CASES[case_id]
-    inputs = make(case, Normals(cp))
-    for name in ("q", "k", "v", "dout"):
-        setattr(inputs, name, among_nans(cp, getattr(inputs, name)))
+    inputs, arena = make(case, Normals(cp)), Arena(cp, 2**26)
+    for turn, name in enumerate(("q", "k", "v", "dout")):
+        x = getattr(inputs, name)
+        view = arena.cut(name, x.shape, x.dtype, case.problem.copy_bytes, turn)
+        view[...] = x
+        setattr(inputs, name, view)
     try:
         results = [host(x) for x in calls.of(case, inputs)()]
     except UnsupportedProblem as error:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -233,6 +233,22 @@ def test_a_change_is_found_and_named_and_outputs_may_change():
     q[1, 2, 3] = 1
     arena._bytes[arena._end + 1000] = 0
     assert "from the start of out" in arena.change(before, [])
+
+
+@pytest.mark.parametrize("unit", [2, 4, 8, 16])
+@pytest.mark.parametrize("rotated", range(4))
+def test_no_row_is_aligned_to_more_than_asked(unit: int, rotated: int):
+    """Whatever the shape; with a gap behind each axis, so that a step too far meets NaN."""
+    arena = Arena(np, 2**20)
+    for shape in ((2, 7, 3, 64), (7, 3, 33), (1, 5, 2, 1), (3, 4, 16)):
+        x = arena.cut("x", shape, np.dtype(np.float16), unit, rotated)
+        assert all(n % unit == 0 for n in (x.ctypes.data, *x.strides[:-1]))
+        pitch = min(x.strides[:-1])
+        assert x.ctypes.data % (2 * unit) == unit and pitch % (2 * unit) == unit
+        assert pitch >= shape[-1] * 2 + unit
+        axes = [int(axis) for axis in np.roll(np.arange(len(shape) - 1), rotated)]
+        for outer, inner in pairwise(axes):
+            assert x.strides[outer] == x.strides[inner] * (shape[inner] + 1)
 
 
 def test_an_arena_that_is_too_small_says_so():
