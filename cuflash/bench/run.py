@@ -7,7 +7,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from cuflash.bench import report
@@ -16,7 +16,7 @@ from cuflash.bench.peers.implementation import Implementation
 from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.report import Mode
 from cuflash.bench.timing import Runner, interleave
-from cuflash.cases.inputs import Normals, make
+from cuflash.cases.inputs import Inputs, Normals, make
 from cuflash.cases.table import Case
 from cuflash.errors import UnsupportedProblem
 
@@ -90,7 +90,7 @@ class Bench:
         runners.clear()
         self._release()
 
-    def _prepared(self, implementation: Implementation, case: Case, inputs: object) -> Runner | None:
+    def _prepared(self, implementation: Implementation, case: Case, inputs: Inputs) -> Runner | None:
         reason = implementation.why_not(case.problem)
         if reason is None:
             try:
@@ -123,7 +123,7 @@ class Bench:
     def _label(self, case: Case) -> str:
         return f"{case.problem.direction} {case.id}"
 
-    def _stream(self) -> object:
+    def _stream(self) -> AbstractContextManager[object]:
         """Graphs cannot be captured on the default stream."""
         if not self._gpu:
             return nullcontext()

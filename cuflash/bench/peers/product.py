@@ -98,7 +98,7 @@ class CupyProduct(Product):
         return self.of_product(Runner(self.name, self.family, call, call, "events", stream.synchronize))
 
 
-def product() -> Product:
+def product() -> TorchProduct | CupyProduct:
     """By torch where it is installed, by CuPy elsewhere."""
     try:
         return TorchProduct()

@@ -63,15 +63,15 @@ class Torch:
     def call(self, torch: Any, case: Case, inputs: Inputs) -> Callable[[], object]:
         """The forward, or the gradients that the case asks for by the graph of one forward."""
         problem = case.problem
-        leaves = [self.view(torch.from_dlpack(x)) for x in (inputs.q, inputs.k, inputs.v)]
-        bias = None if inputs.bias is None else torch.from_dlpack(inputs.bias)
+        q, k, v = (self.view(torch.from_dlpack(x)) for x in (inputs.q, inputs.k, inputs.v))
+        bias: Any = None if inputs.bias is None else torch.from_dlpack(inputs.bias)
         if problem.direction == "forward":
-            return self.bind(torch, case, inputs, *leaves, bias)
-        leaves = [x.detach().requires_grad_() for x in leaves]
+            return self.bind(torch, case, inputs, q, k, v, bias)
+        leaves = q, k, v = [x.detach().requires_grad_() for x in (q, k, v)]
         if problem.bias_grad:
             bias = bias.detach().requires_grad_()
-        out = self.bind(torch, case, inputs, *leaves, bias)()
-        leaves += [bias] if problem.bias_grad else []
+            leaves.append(bias)
+        out = self.bind(torch, case, inputs, q, k, v, bias)()
         dout = self.view(torch.from_dlpack(inputs.dout))
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
@@ -215,7 +215,8 @@ class FlexAttention(Torch):
         """Compile for this case alone; the block mask is made outside the clock."""
         torch.compiler.reset()  # each case is a variant, and too many variants of one function are an error
         # The backward runs again and again on what one forward has kept.
-        importlib.import_module("torch._functorch.config").donated_buffer = False
+        functorch: Any = importlib.import_module("torch._functorch.config")
+        functorch.donated_buffer = False
         problem = case.problem
         places = self._places(torch, case, inputs)
         block_mask = None
