@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from cuflash.jit import sources
+from cuflash.ops.call import VOCABULARIES, Arrays, asked
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cuflash"
@@ -164,6 +165,52 @@ def test_conventions_of_pytorch_are_known_in_their_room_alone():
 def test_conventions_of_pytorch_stand_on_what_is_nobodys(name):
     of_api = {x.name.split(".")[2] for x in imports(name) if x.name.startswith("cuflash.api.")}
     assert of_api <= {"pytorch", "padding", "probabilities"}
+
+
+OPS_FLOORS = (
+    {"call", "draw", "overlap", "scratch"}, {"check"}, {"lengths", "boxes"}, {"block"}, {"launch", "on_numpy"},
+    {"forward", "backward", "explain", "prepared"}, {"vjp"}, {"__init__"},
+)  # fmt: skip
+"""The files of ``ops``, from what a call consists of up to its answer."""
+JOINED = {
+    "reference": {"on_numpy"},
+    "plan": {"explain", "launch", "block", "boxes"},
+    "jit": {"launch", "block", "boxes"},
+}
+"""Which of them know the rooms that ``ops`` joins."""
+
+
+def test_files_of_ops_import_floors_below_only():
+    below: set[str] = set()
+    for floor in OPS_FLOORS:
+        for name in floor:
+            assert {
+                x.name.split(".")[2] for x in imports(f"ops/{name}.py") if x.name.startswith("cuflash.ops.")
+            } <= below
+        below |= floor
+    assert {f"ops/{name}.py" for name in below} == {name for name in MODULES if part(name) == "ops"}
+
+
+@pytest.mark.parametrize("room", JOINED)
+def test_few_files_of_ops_know_a_room_that_it_joins(room):
+    knowing = {name for name in MODULES if part(name) == "ops" for x in imports(name) if imported_part(x.name) == room}
+    assert knowing == {f"ops/{name}.py" for name in JOINED[room]}
+
+
+def test_words_of_callers_are_renamed_in_one_place():
+    """Below the door an array has the name that the kernels know it by."""
+    renamed = {word for words in VOCABULARIES.values() for word in words.values()} - {
+        *Arrays._fields,
+        *asked().values(),
+    }
+    for name in MODULES:
+        if part(name) in ("ops", "reference") and name != "ops/call.py":
+            constants = {
+                node.value
+                for node in ast.walk(ast.parse((PACKAGE / name).read_text()))
+                if isinstance(node, ast.Constant)
+            }
+            assert not constants & renamed, name
 
 
 def test_every_part_of_the_package_has_a_floor():

@@ -78,7 +78,7 @@ def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tup
 def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:
     chosen = keywords(case)
     words = VOCABULARIES["flash"]
-    shared = {words.get(name, name): x for name, x in arrays(inputs).given().items()} | lengths(case) | chosen
+    shared = {words.get(name, name): x for name, x in arrays(inputs).by_name().items()} | lengths(case) | chosen
     problem = case.problem
     function = cuflash.flash_attn_func if problem.layout == "dense" else cuflash.flash_attn_varlen_func
     drawn = {"generator": inputs.rng_state, "return_rng_state": True} if problem.dropout else {}

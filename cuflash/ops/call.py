@@ -40,7 +40,7 @@ class Arrays(NamedTuple):
     dk: Any = None
     dv: Any = None
 
-    def given(self) -> dict[str, Any]:
+    def by_name(self) -> dict[str, Any]:
         """Those that were not left out, by name."""
         return {name: x for name, x in zip(self._fields, self, strict=True) if x is not None}
 
@@ -143,7 +143,7 @@ class Options:
 
     def views(self, framework: NumPy | CuPy | Torch, arrays: Arrays) -> dict[str, View]:
         """The arrays that are given, spelled out under the caller's names."""
-        return {name: framework.view(self.name(name), x) for name, x in arrays.given().items()}
+        return {name: framework.view(self.name(name), x) for name, x in arrays.by_name().items()}
 
     def axes(self, varlen: bool) -> tuple[str, ...]:
         """The axes of q, k, v and every array with heads of elements."""

@@ -42,7 +42,7 @@ def forward(options: Options, arrays: Arrays, generator: Any = None) -> tuple[An
         arrays = arrays._replace(out=place)
     row_state = np.empty(shapes["row_state"], problem.dtype.accumulator) if options.keep_state else None
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
-    keywords = arrays._replace(row_state=row_state, rng_state=rng_state).given() | _features(kind)
+    keywords = arrays._replace(row_state=row_state, rng_state=rng_state).by_name() | _features(kind)
     keywords["empty_lse"] = options.empty_lse
     if problem.layout == "varlen":
         keywords["tail_lse"] = options.tail_lse
@@ -63,7 +63,7 @@ def backward(options: Options, arrays: Arrays) -> tuple[Any, ...]:
     arrays = _plain(arrays)
     kind = checked("backward", options, arrays)
     problem = kind.problem
-    keywords = arrays._replace(dq=None, dk=None, dv=None).given() | _features(kind)
+    keywords = arrays._replace(dq=None, dk=None, dv=None).by_name() | _features(kind)
     if "rng_state" in keywords:
         keywords["rng_state"] = np.ascontiguousarray(keywords["rng_state"]).view(np.uint64)
     delta = np.empty(kind.shapes["delta"], problem.dtype.accumulator) if options.keep_delta else None

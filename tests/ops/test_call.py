@@ -29,7 +29,7 @@ def test_outputs_are_the_last_of_each_direction() -> None:
 def test_arrays_are_the_same_made_fast() -> None:
     values = {name: object() for name in Arrays._fields}
     assert new(Arrays, **values) == Arrays(**values) and type(new(Arrays, **values)) is Arrays
-    assert Arrays(1, 2, 3, lse=4).given() == {"q": 1, "k": 2, "v": 3, "lse": 4}
+    assert Arrays(1, 2, 3, lse=4).by_name() == {"q": 1, "k": 2, "v": 3, "lse": 4}
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -86,7 +86,7 @@ def test_every_argument_arrives_where_its_name_says(door: Callable[..., Any], mo
         door(**given, **settings, **{name: None for name in ("philox_seed", "philox_offset") if name in names})
     options, arrays = raised.value.args
     expected = {fields[word]: x for word, x in given.items()}
-    held = arrays.given()
+    held = arrays.by_name()
     assert held.keys() == expected.keys() and all(held[name] is x for name, x in expected.items())
     assert options.manner.vocabulary == vocabulary and options.manner.layout == (
         "bhsd" if vocabulary == "sdpa" else "bshd"
