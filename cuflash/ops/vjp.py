@@ -20,12 +20,13 @@ def vjp(options: Options, arrays: Arrays, generator: Any = None) -> tuple[Any, A
     options = with_lengths("forward", options, arrays)
     out, lse, row_state, *drawn = forward(options.replace(keep_state=True), arrays, generator)
     rng_state = drawn[0] if drawn else None
+    kept = arrays._replace(rng_state=rng_state, out=out, lse=lse, row_state=row_state)
+    backward_options = options.replace(num_splits=0)
 
     def pullback(dout: Any, dlse: Any = None) -> tuple[Any, ...]:
         """Gradients of the inputs for those of out and lse (None: zero)."""
         try:
-            state = {"rng_state": rng_state, "out": out, "lse": lse, "row_state": row_state}
-            return backward(options.replace(num_splits=0), arrays._replace(**state, dout=dout, dlse=dlse))
+            return backward(backward_options, kept._replace(dout=dout, dlse=dlse))
         except REFUSALS as error:
             shorten(error)
             raise
