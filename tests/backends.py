@@ -28,8 +28,8 @@ class Backend:
         """(out, lse), and (dq, dk, dv) with `dout`, for NumPy arrays in the words of the flash functions."""
         options = flash_words.options(given, family=self.family)
         out, lse, pullback = ops.vjp(options, flash_words.arrays(given, self.put, q=q, k=k, v=v), generator)
-        found = (out, lse) if dout is None else (out, lse, *pullback(self.put(dout))[:3])
-        return [self.get(x) for x in found]
+        results = (out, lse) if dout is None else (out, lse, *pullback(self.put(dout))[:3])
+        return [self.get(x) for x in results]
 
 
 FAMILIES = {"sm90": ("sm90", "sm80"), "sm80": "sm80", "simt": "simt"}
@@ -58,7 +58,7 @@ def on_gpu(x: np.ndarray) -> Any:
     return view
 
 
-def assert_right(found: list[np.ndarray], arrays: list[np.ndarray], **options: Any) -> None:
+def assert_right(results: list[np.ndarray], arrays: list[np.ndarray], **options: Any) -> None:
     """Compare (out, lse), or all five, with the oracle."""
     exact, naive = oracle.attention(*arrays, **options), oracle.naive_in_dtype(*arrays, **options)
-    oracle.assert_all_close(oracle.Attention(*found, *[None] * (5 - len(found))), exact, naive)
+    oracle.assert_all_close(oracle.Attention(*results, *[None] * (5 - len(results))), exact, naive)

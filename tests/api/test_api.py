@@ -116,24 +116,24 @@ def test_gradients_of_score_features(options: dict, packed: bool) -> None:
     wanted = {"bias_grad": "attn_bias" in options}
     (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, **options, **lengths, **wanted, return_lse=True)
     dout, dlse = random(*out.shape, dtype="fp64", seed=3), random(*lse.shape, dtype="fp64", seed=4)
-    found = pullback(dout, dlse)
+    gradients = pullback(dout, dlse)
     extra = wanted["bias_grad"] or "sink" in options
-    assert isinstance(found, cuflash.Gradients) is extra
+    assert isinstance(gradients, cuflash.Gradients) is extra
     exact = oracle.attention(q, k, v, dout, dlse, **lengths, **oracles(options))
     naive = oracle.naive_in_dtype(q, k, v, dout, dlse, **lengths, **oracles(options))
-    oracle.assert_all_close(oracle.Attention(out, lse, *found, *[None] * (5 - len(found))), exact, naive)
-    assert extra or len(found) == 3
+    oracle.assert_all_close(oracle.Attention(out, lse, *gradients, *[None] * (5 - len(gradients))), exact, naive)
+    assert extra or len(gradients) == 3
     if "sink" in options:
-        assert found.dsink.dtype == np.float32
+        assert gradients.dsink.dtype == np.float32
     if wanted["bias_grad"]:
-        assert found.dbias.dtype == np.float64 and found.dbias.shape == options["attn_bias"].shape
+        assert gradients.dbias.dtype == np.float64 and gradients.dbias.shape == options["attn_bias"].shape
 
     state = {}
     if "dropout_p" in options:
         state["rng_state"] = np.array(options["generator"], np.uint64)
         options = {name: x for name, x in options.items() if name != "generator"}
     again = cuflash.flash_attn_backward(dout, q, k, v, out, lse, dlse=dlse, **options, **lengths, **wanted, **state)
-    for one, other in zip(found, again, strict=True):  # lse alone says a little less
+    for one, other in zip(gradients, again, strict=True):  # lse alone says a little less
         assert (one is other is None) or np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-12) is None
 
 
@@ -145,9 +145,9 @@ def test_gradients_are_extra_only_where_they_are_asked_for() -> None:
         ({"attn_bias": BIAS, "sink": SINK}, ("dsink",)),
     ):
         out, pullback = cuflash.flash_attn_vjp(q, k, v, **keywords)
-        found = pullback(out)
-        assert len(found) == (5 if fields else 3)
-        assert tuple(name for name in ("dbias", "dsink") if getattr(found, name, None) is not None) == fields
+        gradients = pullback(out)
+        assert len(gradients) == (5 if fields else 3)
+        assert tuple(name for name in ("dbias", "dsink") if getattr(gradients, name, None) is not None) == fields
 
 
 def test_dropout_draws_from_a_generator_that_moves_on() -> None:
@@ -199,8 +199,8 @@ def test_other_forms_of_the_same_rng_state(state: np.ndarray) -> None:
     expected = cuflash.flash_attn_backward(
         out, q, k, v, out, lse, dropout_p=0.4, rng_state=np.array([7, 12], np.uint64)
     )
-    found = cuflash.flash_attn_backward(out, q, k, v, out, lse, dropout_p=0.4, rng_state=state)
-    for one, other in zip(found, expected, strict=True):
+    gradients = cuflash.flash_attn_backward(out, q, k, v, out, lse, dropout_p=0.4, rng_state=state)
+    for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 

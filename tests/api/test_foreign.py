@@ -227,8 +227,8 @@ def test_ndarrays_with_their_own_arithmetic() -> None:
     plain = q, k, v
     q, k, v = (x.view(Meters) for x in plain)
     (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, **odd, bias_grad=True, return_lse=True)
-    found = [out, lse, *pullback(np.asarray(out).view(Meters))[:4]]
-    for x, y in zip(found, expected, strict=True):
+    results = [out, lse, *pullback(np.asarray(out).view(Meters))[:4]]
+    for x, y in zip(results, expected, strict=True):
         assert type(x) is np.ndarray
         np.testing.assert_array_equal(x, y)
     target, gradient = place.view(Meters), dv.view(Meters)

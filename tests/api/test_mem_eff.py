@@ -73,13 +73,13 @@ def test_mem_eff(causal: bool | None, dtype: str) -> None:
 
     dout = random(*out.shape, dtype=dtype, seed=3)
     gradients = [np.full_like(x, np.nan) for x in (q, k, v, bias)]
-    found = cuflash.mem_eff_backward(
+    returned = cuflash.mem_eff_backward(
         dout, q, k, v, out, lse, *gradients[:3], bias, True, gradients[3], None, None, SQ, SK, P, 0.3, bool(causal),
         False, False, seed, offset,
     )  # fmt: skip
-    assert [x is y for x, y in zip(found, gradients, strict=True)] == [True] * 4
+    assert [x is y for x, y in zip(returned, gradients, strict=True)] == [True] * 4
     expected = {"bias": bias, "scale": 0.3, "dropout_p": P, "rng_state": STATE, "causal": bool(causal)}
-    assert_matches((out, lse, *found), q, k, v, dout, **expected)
+    assert_matches((out, lse, *returned), q, k, v, dout, **expected)
 
 
 @pytest.mark.parametrize("lengths", [(None, None), (9, 13)], ids=["derived", "given"])
@@ -90,16 +90,16 @@ def test_mem_eff_of_packed_sequences(names: str, lengths: tuple) -> None:
     results = cuflash.mem_eff_forward(q, k, v, P, gen_=STATE, seqused_k_=USED, is_causal=True, **starts)
     out, _, _, _, lse, seed, offset, _ = results
     dout = random(*out.shape, seed=3)
-    found = cuflash.mem_eff_backward(
+    gradients = cuflash.mem_eff_backward(
         dout, q, k, v, out, lse, None, None, None, cu_seqlens_q=STARTS_Q, cu_seqlens_k=STARTS_K, p_dropout=P,
         is_causal=True, philox_seed=seed, philox_offset=offset, seqused_k=USED,
     )  # fmt: skip
-    assert found[3] is None and lse.shape == (3, H, lengths[0] or 8)
+    assert gradients[3] is None and lse.shape == (3, H, lengths[0] or 8)
     exact = oracle.attention(
         q, k, v, dout, causal=True, cu_seqlens_q=STARTS_Q, cu_seqlens_k=STARTS_K, seqused_k=USED, dropout_p=P,
         rng_state=STATE,
     )  # fmt: skip
-    for one, other in zip((out, *found[:3]), (exact.out, *exact[2:5]), strict=True):
+    for one, other in zip((out, *gradients[:3]), (exact.out, *exact[2:5]), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
@@ -136,13 +136,13 @@ def test_efficient_attention(options: dict, expected: dict, turned: bool, dtype:
     assert (int(seed), int(offset)) == STATE
     assert lse.shape == (B, H, 32) and np.isposinf(lse[..., SQ:]).all()
     dout = random(*out.shape, dtype=dtype, seed=3)
-    found = cuflash.efficient_attention_backward(
+    gradients = cuflash.efficient_attention_backward(
         dout, q, k, v, np.broadcast_to(bias, (B, *bias.shape[1:])), out, None, None, SQ, k.shape[1], lse, P, seed,
         offset, mask_type, True, **more,
     )  # fmt: skip
-    assert found[3].shape == bias.shape and found[3].dtype == bias.dtype
+    assert gradients[3].shape == bias.shape and gradients[3].dtype == bias.dtype
     extra = {"bias": bias, "dropout_p": P, "dropout_scheme": "word", "rng_state": STATE}
-    assert_matches((out, lse[..., :SQ], *found), q, k, v, dout, **extra, **expected)
+    assert_matches((out, lse[..., :SQ], *gradients), q, k, v, dout, **extra, **expected)
 
 
 @pytest.mark.parametrize("dim", [8, 300, 1024])
@@ -169,15 +169,15 @@ def test_efficient_attention_of_packed_sequences(mask_type: int, lengths: tuple)
         packed_lse[:, STARTS_Q[e] : STARTS_Q[e + 1]] = lse[e, :, :n]
         assert np.isposinf(lse[e, :, n:]).all()
     dout = random(*out.shape, seed=3)
-    found = cuflash.efficient_attention_backward(
+    gradients = cuflash.efficient_attention_backward(
         dout, q, k, v, None, out, STARTS_Q, STARTS_K, *longest, lse, P, seed, offset, mask_type, False, seqlen_k=USED
     )
-    assert found[3] is None and found[0].shape == q.shape
+    assert gradients[3] is None and gradients[0].shape == q.shape
     extra = {"dropout_p": P, "dropout_scheme": "word", "rng_state": STATE, "causal": mask_type > 0}
     extra["alignment"] = "top-left" if mask_type == 1 else "bottom-right"
     packed = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "seqused_k": USED}
     packed |= {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
-    assert_matches((out[0], packed_lse, *(x[0] for x in found[:3])), q[0], k[0], v[0], dout[0], **packed, **extra)
+    assert_matches((out[0], packed_lse, *(x[0] for x in gradients[:3])), q[0], k[0], v[0], dout[0], **packed, **extra)
 
 
 def test_heads_and_sequences_draw_masks_of_their_own() -> None:
@@ -228,11 +228,11 @@ def test_splits_of_keys(splits: int | None, deterministic: bool) -> None:
     q, k, v = inputs()
     forward = cuflash.efficient_attention_forward(q, k, v, compute_log_sumexp=True)
     dout = random(*forward.output.shape, seed=3)
-    found = cuflash.efficient_attention_backward(
+    gradients = cuflash.efficient_attention_backward(
         dout, q, k, v, None, forward.output, None, None, None, None, forward.logsumexp, 0.0, None, None, 0, False,
         num_splits_key=splits, deterministic=deterministic,
     )  # fmt: skip
-    assert_matches((forward.output, forward.logsumexp[..., :SQ], *found[:3]), q, k, v, dout)
+    assert_matches((forward.output, forward.logsumexp[..., :SQ], *gradients[:3]), q, k, v, dout)
 
 
 @pytest.mark.parametrize(
@@ -263,11 +263,11 @@ def test_empty_sizes(b: int, sq: int, sk: int) -> None:
     )
     assert lse.shape == (b, 2, -(-sq // 32) * 32) and np.isposinf(lse[..., sq:]).all()
     dout = np.ones_like(out)
-    found = cuflash.efficient_attention_backward(
+    gradients = cuflash.efficient_attention_backward(
         dout, q, k, v, None, out, None, None, sq, sk, lse, P, seed, offset, 2, False
     )
     extra = {"causal": True, "dropout_p": P, "dropout_scheme": "word", "rng_state": STATE}
-    assert_matches((out, lse[..., :sq], *found[:3]), q, k, v, dout, **extra)
+    assert_matches((out, lse[..., :sq], *gradients[:3]), q, k, v, dout, **extra)
 
 
 def zeros(*shape: int, dtype: str = "float32") -> np.ndarray:

@@ -117,14 +117,14 @@ def test_dense(options: dict, expected: dict, dtype: str) -> None:
     assert unused.shape == () and unused.dtype == np.uint64 and probabilities.shape == (0,)
 
     dout = random(*out.shape, dtype=dtype, seed=3)
-    found = call(
+    gradients = call(
         cuflash.mha_bwd, dout, q, k, v, out, lse, philox_seed=rng_state, philox_offset=unused, **both, **options
     )
-    assert len(found) == 4
-    assert_matches((out, lse, *found[:3]), q, k, v, dout, **extra, **expected)
+    assert len(gradients) == 4
+    assert_matches((out, lse, *gradients[:3]), q, k, v, dout, **extra, **expected)
     both |= {"philox_seed": STATE[0], "philox_offset": STATE[1], "deterministic": True}
     again = call(cuflash.mha_bwd, dout, q, k, v, out, lse, **both, **options)
-    for one, other in zip(found, again, strict=True):
+    for one, other in zip(gradients, again, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -142,7 +142,7 @@ def test_varlen(options: dict, expected: dict, lengths: tuple | None, convention
     dout = random(*out.shape, seed=3)
     signature = dout, q, k, v, out, lse, None, None, None, STARTS_Q, STARTS_K
     keywords = {} if convention == "current" else {"convention": convention}
-    found = cuflash.mha_varlen_bwd(
+    gradients = cuflash.mha_varlen_bwd(
         *signature, philox_seed=seed, philox_offset=offset, seqused_k=USED, **both, **keywords
     )
     delta = (1 - P) * (dout * out).sum(-1).T
@@ -162,9 +162,9 @@ def test_varlen(options: dict, expected: dict, lengths: tuple | None, convention
             expected_d[e, :, : end - start] = delta[:, start:end]
             assert np.isposinf(lse[e, :, end - start :]).all()
     extra = {"alibi_slopes": slopes, "dropout_p": P, "rng_state": STATE}
-    assert_matches((out, packed_lse, *found[:3]), q, k, v, dout, **packed, **extra, **expected)
-    assert found[3].shape == expected_d.shape
-    np.testing.assert_allclose(found[3], expected_d, rtol=1e-5, atol=1e-5)
+    assert_matches((out, packed_lse, *gradients[:3]), q, k, v, dout, **packed, **extra, **expected)
+    assert gradients[3].shape == expected_d.shape
+    np.testing.assert_allclose(gradients[3], expected_d, rtol=1e-5, atol=1e-5)
     assert not out[STARTS_Q[-1] :].any() and np.isposinf(packed_lse[:, STARTS_Q[-1] :]).all()
 
 
@@ -182,9 +182,9 @@ def test_dense_conventions(convention: str, p: float) -> None:
         assert seed.shape == offset.shape == (() if p else (0,))
     dout = random(*out.shape, seed=3)
     keywords = {"p_dropout": p, "philox_seed": seed, "philox_offset": offset}
-    found = call(cuflash.mha_bwd, dout, q, k, v, out, lse, convention=convention, **keywords)
-    assert_matches((out, lse, *found[:3]), q, k, v, dout, dropout_p=p, rng_state=STATE)
-    softmax_d = found[3]
+    gradients = call(cuflash.mha_bwd, dout, q, k, v, out, lse, convention=convention, **keywords)
+    assert_matches((out, lse, *gradients[:3]), q, k, v, dout, dropout_p=p, rng_state=STATE)
+    softmax_d = gradients[3]
     assert softmax_d.shape == (B, H, rounded[0]) and softmax_d.dtype == np.float32
     np.testing.assert_allclose(softmax_d[..., :SQ], (1 - p) * (dout * out).sum(-1).swapaxes(1, 2), rtol=1e-5, atol=1e-5)
     assert not softmax_d[..., SQ:].any()
@@ -256,8 +256,10 @@ def test_outputs_are_filled_in_slices_of_packed_tensors() -> None:
     lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_Q}
     q, k, v = (packed[0, :, i] for i in range(3))
     out, *_, lse, _, _, _ = cuflash.mha_varlen_fwd(q, k, v, out_[0, :, 0], *lengths.values())
-    found = cuflash.mha_varlen_bwd(dout[0], q, k, v, out, lse, x[1, :, 0], x[1, :, 1], x[1, :, 2], *lengths.values())
-    assert all(g.base is x for g in found[:3]) and out.base is out_
+    gradients = cuflash.mha_varlen_bwd(
+        dout[0], q, k, v, out, lse, x[1, :, 0], x[1, :, 1], x[1, :, 2], *lengths.values()
+    )
+    assert all(g.base is x for g in gradients[:3]) and out.base is out_
     assert_matches((out, lse, *(x[1, :, i] for i in range(3))), q, k, v, dout[0], **lengths)
 
 
@@ -396,18 +398,18 @@ def test_bias_and_its_gradient(shape: tuple[int, ...], given_array: bool) -> Non
 
     dout = random(*out.shape, dtype="fp64", seed=3)
     grad_bias = np.full(shape, np.nan) if given_array else None
-    found = call(
+    gradients = call(
         cuflash.mha_bwd_ck, dout, q, k, v, out, lse, attn_bias_=bias, bias_requires_grad=True, grad_bias=grad_bias,
         philox_seed=seed, philox_offset=offset, **forward,
     )  # fmt: skip
-    assert len(found) == 5 and found[3].shape == (B, H, SQ) and (found[4] is grad_bias) == given_array
+    assert len(gradients) == 5 and gradients[3].shape == (B, H, SQ) and (gradients[4] is grad_bias) == given_array
     expected = {"causal": True, "window": (9, 0), "scale": 0.3, "dropout_p": P, "rng_state": STATE, "bias": bias}
-    assert_matches((out, lse, *found[:3], found[4]), q, k, v, dout, **expected)
+    assert_matches((out, lse, *gradients[:3], gradients[4]), q, k, v, dout, **expected)
     without = call(
         cuflash.mha_bwd_ck, dout, q, k, v, out, lse, attn_bias_=bias, philox_seed=seed, philox_offset=offset, **forward
     )
     assert without[4] is None
-    np.testing.assert_array_equal(without[0], found[0])
+    np.testing.assert_array_equal(without[0], gradients[0])
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -417,9 +419,9 @@ def test_an_expanded_bias_has_the_gradient_of_what_it_was_expanded_from(dtype: s
     expanded = np.broadcast_to(bias, (B, H, SQ, SK))
     out, _, _, _, lse, *_ = call(cuflash.mha_fwd_ck, q, k, v, attn_bias_=expanded)
     dout = random(*out.shape, dtype=dtype, seed=3)
-    found = call(cuflash.mha_bwd_ck, dout, q, k, v, out, lse, attn_bias_=expanded, bias_requires_grad=True)
-    assert found[4].dtype == q.dtype
-    assert_matches((out, lse, *found[:3], found[4]), q, k, v, dout, bias=bias)
+    gradients = call(cuflash.mha_bwd_ck, dout, q, k, v, out, lse, attn_bias_=expanded, bias_requires_grad=True)
+    assert gradients[4].dtype == q.dtype
+    assert_matches((out, lse, *gradients[:3], gradients[4]), q, k, v, dout, bias=bias)
 
 
 def test_bias_of_packed_sequences() -> None:
@@ -431,13 +433,13 @@ def test_bias_of_packed_sequences() -> None:
     out, _, _, _, lse, seed, offset, values = results
     assert lse.shape == (3, H, 9) and values.shape == (3, H, 9, 11) and values.dtype == np.uint8
     dout = random(*out.shape, dtype="fp64", seed=3)
-    found = cuflash.mha_varlen_bwd_ck(
+    gradients = cuflash.mha_varlen_bwd_ck(
         dout, q, k, v, out, lse, None, None, None, STARTS_Q, STARTS_K, bias_requires_grad=True, philox_seed=seed,
         philox_offset=offset, seqused_k=USED, **both,
     )  # fmt: skip
-    assert found[3].shape == (3, H, 9)
+    assert gradients[3].shape == (3, H, 9)
     exact = oracle.attention(q, k, v, dout, bias=bias, dropout_p=P, rng_state=STATE, **packed)
-    for one, other in zip((out, *found[:3], found[4]), (exact.out, *exact[2:6]), strict=True):
+    for one, other in zip((out, *gradients[:3], gradients[4]), (exact.out, *exact[2:6]), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-12)
 
 
@@ -448,9 +450,9 @@ def test_empty_sizes(b: int, sq: int, sk: int, causal: bool) -> None:
     out, _, _, _, lse, state, _, signed = results
     assert signed.shape == (b, 2, -(-sq // 128) * 128, -(-sk // 128) * 128)
     dout = np.ones_like(out)
-    found = call(cuflash.mha_bwd, dout, q, k, v, out, lse, is_causal=causal, p_dropout=P, philox_seed=state)
-    assert found[3].shape == (b, 2, -(-sq // 128) * 128)
-    assert_matches((out, lse, *found[:3]), q, k, v, dout, causal=causal, dropout_p=P, rng_state=STATE)
+    gradients = call(cuflash.mha_bwd, dout, q, k, v, out, lse, is_causal=causal, p_dropout=P, philox_seed=state)
+    assert gradients[3].shape == (b, 2, -(-sq // 128) * 128)
+    assert_matches((out, lse, *gradients[:3]), q, k, v, dout, causal=causal, dropout_p=P, rng_state=STATE)
     starts_q, starts_k = (np.arange(b + 1, dtype=np.int32) * n for n in (sq, sk))
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     packed = call(cuflash.mha_varlen_fwd, q, k, v, None, starts_q, starts_k, is_causal=causal, p_dropout=P, gen_=STATE)

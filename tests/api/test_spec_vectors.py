@@ -184,9 +184,9 @@ def test_logits_far_below_zero_behind_the_last_whole_tile() -> None:
     np.testing.assert_allclose(
         out[0, :, 0], np.broadcast_to(v[0, :, 0].mean(0, dtype=np.float32), (192, 16)), atol=2e-3
     )
-    found = cuflash.mha_bwd(v, q, k, v, out, lse, softmax_scale=1.0)
-    assert all(np.isfinite(g).all() for g in found)
-    np.testing.assert_allclose(found[2][0, :, 0], np.broadcast_to(found[2][0, 0, 0], (192, 16)), atol=1e-3)
+    gradients = cuflash.mha_bwd(v, q, k, v, out, lse, softmax_scale=1.0)
+    assert all(np.isfinite(g).all() for g in gradients)
+    np.testing.assert_allclose(gradients[2][0, :, 0], np.broadcast_to(gradients[2][0, 0, 0], (192, 16)), atol=1e-3)
 
 
 def test_more_heads_and_batch_elements_than_a_grid_dimension_has() -> None:
@@ -202,11 +202,11 @@ def test_expanded_inputs_and_gradients() -> None:
     wide = np.broadcast_to(one, (2, 5, 4, 8))
     dout = np.broadcast_to(np.float32(1), wide.shape).copy()[:, :1]
     dout = np.broadcast_to(dout, wide.shape)
-    found = []
+    results = []
     for x, d in ((wide, dout), (wide.copy(), dout.copy())):
         out, *_, lse, _, _, _ = cuflash.mha_fwd(x, x, x)
-        found.append((out, lse, *cuflash.mha_bwd(d, x, x, x, out, lse)))
-    for a, b in zip(*found, strict=True):
+        results.append((out, lse, *cuflash.mha_bwd(d, x, x, x, out, lse)))
+    for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
 
 

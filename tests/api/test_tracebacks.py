@@ -70,11 +70,11 @@ CALLS: dict[str, Callable[[], Any]] = {
 def frames_of(error: BaseException) -> list[str]:
     """The functions of cuflash that a traceback shows, of the error and of what it says it came from."""
     shown = traceback.TracebackException.from_exception(error)
-    found = []
+    names = []
     while shown is not None:
-        found += [frame.name for frame in shown.stack if PACKAGE in Path(frame.filename).parents]
+        names += [frame.name for frame in shown.stack if PACKAGE in Path(frame.filename).parents]
         shown = shown.__cause__ or (None if shown.__suppress_context__ else shown.__context__)
-    return found
+    return names
 
 
 def test_every_public_function_is_called() -> None:

@@ -169,9 +169,9 @@ def test_a_ramp_scales_keys_along_the_sequence_and_nothing_else():
 
 
 def test_peers_that_are_not_here_are_noted_by_name():
-    found = find(list(PEERS), gpu=False)
-    assert [x.name for x in found.implementations] == ["cuflash", "numpy-naive"]
-    assert [note.partition(":")[0] for note in found.notes] == [name for name in PEERS if name != "numpy-naive"]
+    peers = find(list(PEERS), gpu=False)
+    assert [x.name for x in peers.implementations] == ["cuflash", "numpy-naive"]
+    assert [note.partition(":")[0] for note in peers.notes] == [name for name in PEERS if name != "numpy-naive"]
 
 
 def test_naive_numpy_refuses_what_it_cannot_express():
@@ -233,13 +233,13 @@ def test_an_empty_report_is_json_too(tmp_path):
 def test_markdown_shows_how_many_times_faster_cuflash_is():
     case = sets.prefill()[0]
     runners = [Runner(name, "x", print, print, "wall", print) for name in ("peer", "cuflash")]
-    found = report.new(gpu=False)
-    found.rows = [
+    measurements = report.new(gpu=False)
+    measurements.rows = [
         report.row(case, runner, Timing(gpu_us, 1.0)) for runner, gpu_us in zip(runners, (300.0, 200.0), strict=True)
     ]
-    found.host = [{"impl": "cuflash", "phase": "forward", "host_us": 12.0}]
-    found.start = {"forward, cold": {"import_s": 0.1, "first_call_s": 0.9}}
-    text = report.markdown(found, "run.json")
+    measurements.host = [{"impl": "cuflash", "phase": "forward", "host_us": 12.0}]
+    measurements.start = {"forward, cold": {"import_s": 0.1, "first_call_s": 0.9}}
+    text = report.markdown(measurements, "run.json")
     assert "| case | cuflash TFLOP/s | beside the best | peer TFLOP/s |" in text
     own, peer = case.flops() / 200e6, case.flops() / 300e6
     assert f"| {case.id} | {own:.1f} (200.0 µs) | 1.50x peer | {peer:.1f} (1.50x) |" in text
@@ -257,15 +257,15 @@ def rows_of(case: Case, us: dict[str, float], mode: report.Mode = "burst", **wor
 
 def test_a_table_compares_with_the_best_peer_with_the_product_and_over_a_set():
     first, second, third = sets.prefill()[:3]
-    found = report.new(gpu=False)
-    found.sets = {"small": [first.id, second.id], "single": [third.id]}
+    measurements = report.new(gpu=False)
+    measurements.sets = {"small": [first.id, second.id], "single": [third.id]}
     for case, us in [
         (first, {"cuflash": 200.0, "slow": 400.0, "quick": 210.0}),
         (second, {"cuflash": 200.0, "slow": 180.0}),
         (third, {"cuflash": 200.0, "slow": 500.0}),
     ]:
-        found.rows += rows_of(case, us) + rows_of(case, {"gemm": 1000.0}, flops=2 * 5 * case.flops())
-    lines = report.markdown(found, "run.json").splitlines()
+        measurements.rows += rows_of(case, us) + rows_of(case, {"gemm": 1000.0}, flops=2 * 5 * case.flops())
+    lines = report.markdown(measurements, "run.json").splitlines()
     cells = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in lines}
     assert cells["case"][1:] == ["of gemm", "beside the best", "slow TFLOP/s", "quick TFLOP/s", "gemm TFLOP/s"]
     assert cells[first.id][1:3] == ["0.50", "1.05x quick"]
@@ -278,13 +278,15 @@ def test_a_table_compares_with_the_best_peer_with_the_product_and_over_a_set():
 
 def test_burst_and_sustained_are_tables_of_their_own(tmp_path):
     case = sets.prefill()[0]
-    found = report.new(gpu=False)
-    found.rows = rows_of(case, {"cuflash": 200.0, "peer": 300.0}) + rows_of(case, {"cuflash": 250.0}, "sustained")
-    text = report.markdown(found, "run.json")
+    measurements = report.new(gpu=False)
+    measurements.rows = rows_of(case, {"cuflash": 200.0, "peer": 300.0}) + rows_of(
+        case, {"cuflash": 250.0}, "sustained"
+    )
+    text = report.markdown(measurements, "run.json")
     assert "Forward; in brackets" in text
     assert "Forward, sustained; in brackets" in text
-    found.write(tmp_path / "out.json")
-    assert report.Report.read(tmp_path / "out.json") == found
+    measurements.write(tmp_path / "out.json")
+    assert report.Report.read(tmp_path / "out.json") == measurements
 
 
 def test_a_file_from_before_the_modes_is_burst(tmp_path, measured):

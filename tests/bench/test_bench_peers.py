@@ -295,9 +295,9 @@ def test_torch_computes_the_same_on_the_cpu(case, direction):
     inputs = make(case, Normals(np))
     runner = TorchCpu().prepare(case, inputs)
     with runner.scope():
-        found = runner.tensors(runner.launch())
-    assert len(found) == (3 if direction == "backward" else 1)
-    for x, expected in zip(found, calls.of(case, inputs)(), strict=False):
+        tensors = runner.tensors(runner.launch())
+    assert len(tensors) == (3 if direction == "backward" else 1)
+    for x, expected in zip(tensors, calls.of(case, inputs)(), strict=False):
         np.testing.assert_allclose(x.numpy(), expected, atol=1e-4)
 
 
@@ -327,12 +327,12 @@ ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "fa4",
     ],
 )
 def test_who_takes_part(everything_installed, name, takers):
-    found = find(chosen(None, gpu=True), gpu=True)
-    assert found.notes == []
-    assert [peer.name for peer in found.implementations] == ["cuflash", *(n for n in PEERS if n not in ON_CPU)]
+    peers = find(chosen(None, gpu=True), gpu=True)
+    assert peers.notes == []
+    assert [peer.name for peer in peers.implementations] == ["cuflash", *(n for n in PEERS if n not in ON_CPU)]
     case = next(case for cases in sets.of("hopper").values() for case in cases if case.id == name)
     problem = case.turned("forward").problem
-    assert [peer.name for peer in found.implementations[1:] if peer.why_not(problem) is None] == takers
+    assert [peer.name for peer in peers.implementations[1:] if peer.why_not(problem) is None] == takers
 
 
 def test_jax_takes_gradients_of_what_the_case_asks_for(jax, monkeypatch):

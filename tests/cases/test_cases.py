@@ -96,9 +96,9 @@ def test_prefill_is_the_protocol():
 
 
 def test_a_union_of_sets_is_its_sets():
-    found = sets.of("hopper")
-    assert list(found) == ["gqa", "window", "varlen", "scores", "ramp"]
-    ids = [case.id for cases in found.values() for case in cases]
+    members = sets.of("hopper")
+    assert list(members) == ["gqa", "window", "varlen", "scores", "ramp"]
+    ids = [case.id for cases in members.values() for case in cases]
     assert len(set(ids)) == len(ids) == 16
     assert sets.of("prefill") == {"prefill": sets.prefill()}
     with pytest.raises(InvalidArgument, match="problem set 'hopper9' is not known; expected one of: prefill, "):

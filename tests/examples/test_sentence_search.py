@@ -113,10 +113,10 @@ def test_each_layer_is_one_attention_call_on_packed_sequences(encoder, monkeypat
     ],
 )
 def test_the_nearest_sentence_is_about_the_query(encoder, query, nearest):
-    found = sentence_search.search(encoder, query, sentence_search.SENTENCES.read_text(encoding="utf-8").splitlines())
-    assert found[0][1] == nearest
-    assert found == sorted(found, reverse=True)
-    assert -1 <= found[-1][0] < found[0][0] <= 1
+    ranking = sentence_search.search(encoder, query, sentence_search.SENTENCES.read_text(encoding="utf-8").splitlines())
+    assert ranking[0][1] == nearest
+    assert ranking == sorted(ranking, reverse=True)
+    assert -1 <= ranking[-1][0] < ranking[0][0] <= 1
 
 
 def test_the_command_prints_the_neighbours(tmp_path):

@@ -121,9 +121,9 @@ def test_keys_in_pages(library: Library, params_of_launches: list, page_size: in
     put = {"q": q, "k": pages[0], "v": pages[1], **given}
     put = {name: library.put(x) for name, x in put.items()}
     for more in ({}, {"max_seqlen_q": 45, "max_seqlen_k": 50, "validate": True}):
-        found = cuflash.flash_attn_varlen_func(**put, causal=True, return_lse=True, **more)
+        results = cuflash.flash_attn_varlen_func(**put, causal=True, return_lse=True, **more)
         lengths = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K}
-        assert_right([library.get(x) for x in found], [q, k, v], causal=True, **lengths)
+        assert_right([library.get(x) for x in results], [q, k, v], causal=True, **lengths)
     for _, params in params_of_launches:
         assert params["k"][0] == library.pointer(put["k"]), "k was copied"
 
@@ -137,11 +137,11 @@ def test_returned_probabilities(library: Library, packed: bool, scheme: str | No
     function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
     expected = function(*arrays, **lengths, **options, return_attn_probs=True)
     given = {name: library.put(x) for name, x in lengths.items()}
-    found = function(*map(library.put, arrays), **given, **options, return_attn_probs=True)
-    assert all(map(library.owns, found))
-    for one, other in zip(map(library.get, found), expected, strict=True):
+    results = function(*map(library.put, arrays), **given, **options, return_attn_probs=True)
+    assert all(map(library.owns, results))
+    for one, other in zip(map(library.get, results), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=4e-3)
-    signed = library.get(found[2])
+    signed = library.get(results[2])
     assert signed.dtype == FP16 and signed.shape == ((3 if packed else 2), 4, 128, 128)
     np.testing.assert_array_equal(np.signbit(signed), np.signbit(expected[2]))
 
@@ -335,10 +335,10 @@ def test_a_prepared_call_runs_on_the_current_stream_and_in_graphs(writeable_libr
         arrays = [random(*x.shape, dtype=BF16, seed=seed) for x in (q, k, v)]
         tensors = list(map(library.put, arrays))
         expected = cuflash.flash_attn_func(*tensors, causal=True, return_lse=True)
-        found = attend(*tensors)
-        for one, other in zip(found, expected, strict=True):
+        results = attend(*tensors)
+        for one, other in zip(results, expected, strict=True):
             np.testing.assert_array_equal(library.get(one), library.get(other))
-        assert_right([library.get(x) for x in found], arrays, causal=True)
+        assert_right([library.get(x) for x in results], arrays, causal=True)
     with pytest.raises(InvalidArgument, match="k is bfloat16 of shape"):
         attend(tensors[0], tensors[1][:, 1:], tensors[2])
     if not isinstance(library, WithCuPy):

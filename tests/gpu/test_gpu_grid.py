@@ -97,9 +97,9 @@ def answer(
     )  # fmt: skip
     q, k, v, *upstream = inputs
     out, lse, pullback = ops.vjp(options, flash_words.arrays(given, put, q=q, k=k, v=v), generator)
-    found = [out, lse, *pullback(*(None if x is None else put(x) for x in upstream))]
-    found += [None] * (len(oracle.Attention._fields) - len(found))
-    return oracle.Attention(*(None if x is None else get(x) for x in found))
+    results = [out, lse, *pullback(*(None if x is None else put(x) for x in upstream))]
+    results += [None] * (len(oracle.Attention._fields) - len(results))
+    return oracle.Attention(*(None if x is None else get(x) for x in results))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{name}={level}" for name, level in case.items()))
@@ -107,9 +107,9 @@ def test_every_pair_of_features(case: dict[str, str]) -> None:
     import cupy
 
     inputs, given = problem(case)
-    found = answer(case, inputs, given, cupy.asarray, cupy.asnumpy)
+    results = answer(case, inputs, given, cupy.asarray, cupy.asnumpy)
     exact, naive = (f(*inputs, **given) for f in (oracle.attention, oracle.naive_in_dtype))
-    for field, x, e, n in zip(oracle.Attention._fields, found, exact, naive, strict=True):
+    for field, x, e, n in zip(oracle.Attention._fields, results, exact, naive, strict=True):
         if x is not None:
-            oracle.assert_close(x, e, n, field, found.out.dtype if field in ("dbias", "dsink") else None)
-    assert (found.dbias is not None) == ("bias" in given) and (found.dsink is not None) == ("sink" in given)
+            oracle.assert_close(x, e, n, field, results.out.dtype if field in ("dbias", "dsink") else None)
+    assert (results.dbias is not None) == ("bias" in given) and (results.dsink is not None) == ("sink" in given)

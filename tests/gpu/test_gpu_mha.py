@@ -181,8 +181,8 @@ def gradient_step(group: str, q: Any, k: Any, v: Any, dout: Any, starts: tuple[A
         q, k, v, dout = (x[None] if packed else x for x in (q, k, v, dout))
         lengths = (*starts, 40, 41) if packed else (None,) * 4
         out, lse, *state, _, _ = forward(q, k, v, None, *lengths, P, 2, True, gen_=gen)
-        found = backward(dout, q, k, v, None, out, *lengths, lse, P, *state, 2, False, deterministic=True)
-        return out, lse, *found[:3]
+        returned = backward(dout, q, k, v, None, out, *lengths, lse, P, *state, 2, False, deterministic=True)
+        return out, lse, *returned[:3]
     names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
     options = {"p_dropout": P, "is_causal": True} | (dict(zip(names, (*starts, 40, 41), strict=True)) if packed else {})
     out, _, _, _, lse, seed, offset, _ = forward(q=q, k=k, v=v, out_=None, gen_=gen, **options)

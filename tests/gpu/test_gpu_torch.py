@@ -171,9 +171,9 @@ def test_flash_masks_are_bit_equal(library: WithTorch, lens: tuple[int, int], di
 
     def torchs(q: Any, k: Any, v: Any) -> Any:
         seeded(library)
-        found = library.torch.ops.aten._flash_attention_forward(q, k, v, None, None, *lens, p, False, False)
-        states.append(tuple(numbers(found[2])))
-        return found[0]
+        results = library.torch.ops.aten._flash_attention_forward(q, k, v, None, None, *lens, p, False, False)
+        states.append(tuple(numbers(results[2])))
+        return results[0]
 
     expected = kept(library, torchs, lens, dim)
     (state,) = set(states)
@@ -205,11 +205,11 @@ def test_efficient_masks_are_bit_equal(library: WithTorch, lens: tuple[int, int]
 
     def torchs(q: Any, k: Any, v: Any) -> Any:
         seeded(library)
-        found = library.torch.ops.aten._efficient_attention_forward(
+        results = library.torch.ops.aten._efficient_attention_forward(
             q, k, v, None, None, None, None, None, p, 0, True
         )  # fmt: skip
-        states.append((*numbers(found[2]), *numbers(found[3])))
-        return found[0]
+        states.append((*numbers(results[2]), *numbers(results[3])))
+        return results[0]
 
     expected = kept(library, torchs, lens, dim)
     (state,) = set(states)

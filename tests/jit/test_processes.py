@@ -252,13 +252,13 @@ def test_which_build_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     maps = f"7f00-7f01 r--p 00000000 00:00 1    /lib/libc.so.6\n7f02-7f03 r-xp 00000000 00:00 2    {library}\n"
     monkeypatch.setattr(compile, "version", lambda: (13, 0))
     monkeypatch.setattr(Path, "read_text", lambda self, *a: maps if str(self) == "/proc/self/maps" else real(self, *a))
-    found = []
+    builds = []
     for content in (b"a" * 10**6, b"b" + b"a" * (10**6 - 1), b"a" * (10**6 + 1), b"a" * 10**6):
         library.write_bytes(content)
         compile.build.cache_clear()
-        found.append(compile.build())
+        builds.append(compile.build())
     library.unlink()
     compile.build.cache_clear()
     assert compile.build() == ""
     compile.build.cache_clear()
-    assert found[0] == found[3] and len({*found}) == 3
+    assert builds[0] == builds[3] and len({*builds}) == 3

@@ -211,16 +211,16 @@ def test_maps_of_the_last_addresses_are_kept(driver: Driver) -> None:
 
 
 def test_a_thread_without_a_context_enters_that_of_the_gpu(driver: Driver) -> None:
-    found = []
+    encoded = []
 
     def work() -> None:
         driver.contexts[threading.get_ident()] = None
-        found.append((tensormap.encoder(MAP, 3)(16), driver.contexts[threading.get_ident()]))
+        encoded.append((tensormap.encoder(MAP, 3)(16), driver.contexts[threading.get_ident()]))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [(tuple(range(1, 17)), 0xC3)] and len(driver.calls) == 1
+    assert encoded == [(tuple(range(1, 17)), 0xC3)] and len(driver.calls) == 1
 
 
 def test_a_map_that_the_driver_refuses(driver: Driver) -> None:

@@ -734,8 +734,8 @@ SYMPTOMS = {
 
 @pytest.mark.parametrize("missing", STEPS)
 def test_no_step_of_the_pipeline_can_be_left_out(missing: str) -> None:
-    found = symptom(missing)
-    assert found is not None and re.search(SYMPTOMS.get(missing, ""), found), found
+    sign = symptom(missing)
+    assert sign is not None and re.search(SYMPTOMS.get(missing, ""), sign), sign
 
 
 def test_a_buffer_that_is_given_back_too_early() -> None:

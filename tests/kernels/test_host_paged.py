@@ -85,11 +85,11 @@ def test_rows_are_where_the_table_says(size: int, data: st.DataObject) -> None:
     pointers = [ctypes.c_void_p(x.ctypes.data) for x in (pages, stride, starts, used)]
     outputs = [ctypes.c_void_p(x.ctypes.data) for x in (at, below)]
     places().places(*pointers, batch, first, rows, step, *outputs)
-    for found, ahead in ((at, 0), (below, step)):
+    for offsets, ahead in ((at, 0), (below, step)):
         for row in range(rows):
             key = min(first + row + ahead, lengths[batch] - 1)
             page = int(table[batch, key // size])
-            assert found[row] == page * int(stride[0]) + key % size * int(stride[1]) + 8
+            assert offsets[row] == page * int(stride[0]) + key % size * int(stride[1]) + 8
 
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 150)), min_size=1, max_size=3)

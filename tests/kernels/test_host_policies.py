@@ -671,9 +671,9 @@ def test_probabilities_from_what_the_forward_leaves(unit: float) -> None:
     for name, eps in (("float", 2.0**-24), ("double", 2.0**-53)):
 
         def both(x: float, m: float, l: float, lse: float, name: str = name) -> list[float]:
-            found = np.empty(2)
-            getattr(policies(), f"probabilities_{name}")(*map(c_double, (x, unit, m, l, lse)), pointer(found))
-            return found.tolist()
+            probabilities = np.empty(2)
+            getattr(policies(), f"probabilities_{name}")(*map(c_double, (x, unit, m, l, lse)), pointer(probabilities))
+            return probabilities.tolist()
 
         for size in (0.0, 3.0, -1e4, 1e9, -1e30, 2.9e38, low):
             lse = size * unit + np.log(7)

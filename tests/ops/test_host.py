@@ -107,10 +107,10 @@ def test_a_call_is_prepared_for_numpy_arrays(dtype: Any, checks: list[str]) -> N
     for seed in (1, 2):
         inputs, out = tensors(seed), place[..., :24]
         expected = cuflash.flash_attn_func(*inputs, **options, return_lse=True)
-        for found in (attend(*inputs), attend_to(*inputs, out)):
-            for one, other in zip(found, expected, strict=True):
+        for results in (attend(*inputs), attend_to(*inputs, out)):
+            for one, other in zip(results, expected, strict=True):
                 np.testing.assert_array_equal(one, other)
-        assert found[0] is out and (place[..., 24] == 7).all()
+        assert results[0] is out and (place[..., 24] == 7).all()
 
 
 def test_a_call_prepared_for_numpy_arrays_refuses_others() -> None:

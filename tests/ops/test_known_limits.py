@@ -230,9 +230,9 @@ def test_logits_far_below_zero_behind_the_last_whole_tile(backend: Backend) -> N
     q, k, v, dout = tensors(b=1, sq=192, sk=192, h=1, hk=1)
     q, k = np.full_like(q, 1.0), np.full_like(k, -1.875)  # times 64
     k += random(*k.shape, seed=5) * np.float16(0.01)
-    found = backend(q, k, v, dout, softmax_scale=1.0, deterministic=True)
-    assert np.abs(found[1] + 120 - np.log(192)).max() < 1
-    assert_right(found, [q, k, v, dout], scale=1.0)
+    results = backend(q, k, v, dout, softmax_scale=1.0, deterministic=True)
+    assert np.abs(results[1] + 120 - np.log(192)).max() < 1
+    assert_right(results, [q, k, v, dout], scale=1.0)
 
 
 @pytest.mark.parametrize("backend", LEFT_BY_HOPPER, indirect=True)
@@ -242,8 +242,8 @@ def test_expanded_inputs_masks_and_gradients(backend: Backend) -> None:
     q, k, v, dout = (np.broadcast_to(random(1, 70, 1, 64, seed=seed), shape) for seed in range(4))
     bias = np.broadcast_to(random(1, 2, 1, 70), (2, 2, 70, 70))
     mask = np.broadcast_to(random(2, 1, 70, 1) > -1, (2, 2, 70, 70))
-    found = backend(q, k, v, dout, attn_bias=bias, attn_mask=mask, deterministic=True)
-    assert_right(found, [q, k, v, dout], bias=bias, mask=mask)
+    results = backend(q, k, v, dout, attn_bias=bias, attn_mask=mask, deterministic=True)
+    assert_right(results, [q, k, v, dout], bias=bias, mask=mask)
 
 
 def test_tensors_further_apart_than_32_bits(backend: Backend) -> None:
@@ -264,8 +264,8 @@ def test_tensors_further_apart_than_32_bits(backend: Backend) -> None:
     spread = [placed(x, number) for number, x in enumerate((*near, bias, mask))]
     options = {"deterministic": True, "dropout_p": 0.25, "generator": (3, 8)}
     expected = backend(*near, attn_bias=bias, attn_mask=mask, **options)
-    found = backend(*spread[:4], attn_bias=spread[4], attn_mask=spread[5], **options)
-    for one, other in zip(found, expected, strict=True):
+    results = backend(*spread[:4], attn_bias=spread[4], attn_mask=spread[5], **options)
+    for one, other in zip(results, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -274,8 +274,8 @@ def test_lengths_in_use_of_wide_heads(backend: Backend) -> None:
     lengths = {"cu_seqlens_q": np.array([0, 30, 37], np.int32), "cu_seqlens_k": np.array([0, 70, 85], np.int32)}
     lengths |= {"seqused_q": np.array([21, 7], np.int32), "seqused_k": np.array([66, 0], np.int32)}
     longest = {"max_seqlen_q": 30, "max_seqlen_k": 70}
-    found = backend(q, k, v, dout, **lengths, **longest, causal=True, deterministic=True, num_splits=1)
-    assert_right(found, [q, k, v, dout], **lengths, causal=True)
+    results = backend(q, k, v, dout, **lengths, **longest, causal=True, deterministic=True, num_splits=1)
+    assert_right(results, [q, k, v, dout], **lengths, causal=True)
 
 
 @pytest.mark.parametrize("backend", LEFT_BY_HOPPER, indirect=True)

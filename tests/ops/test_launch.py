@@ -125,13 +125,13 @@ def test_score_features_on_host_memory(launches: Launches, name: str, family: st
 
     def call(wrap: Any) -> list[np.ndarray | None]:
         out, lse, pullback = ops.vjp(options, flash_words.arrays(given, wrap, q=q, k=k, v=v), GENERATOR)
-        found = pullback(wrap(dout), wrap(dlse))
+        gradients = pullback(wrap(dout), wrap(dlse))
         kernels = launches.take()
         assert [kernel.endswith(family) for kernel in kernels if kernel.startswith("fwd_s")] == [True]
         assert ("fwd_rng" in kernels) is ("dropout_p" in given)
-        assert (getattr(found, "dbias", None) is None) is (not given.get("bias_grad"))
-        assert (getattr(found, "dsink", None) is None) is ("sink" not in given)
-        return [None if x is None else to_numpy(x) for x in (out, lse, *found)]
+        assert (getattr(gradients, "dbias", None) is None) is (not given.get("bias_grad"))
+        assert (getattr(gradients, "dsink", None) is None) is ("sink" not in given)
+        return [None if x is None else to_numpy(x) for x in (out, lse, *gradients)]
 
     results = as_each_framework(launches, call)
     names = {"attn_mask": "mask", "window_size": "window", "attn_bias": "bias", "unbiased_dropout": "dropout_unbiased"}
@@ -215,11 +215,11 @@ def test_gradients_take_what_splits_found(launches: Launches, num_splits: int) -
     assert launches.take() == ["fwd_sm80", "fwd_combine"][: 1 if num_splits == 1 else 2]
     assert launches.params[-1]["num_splits"] == (num_splits or 6), "0 leaves it to the plan"
     dout = random(*out.shape, seed=3)
-    found = [to_numpy(x) for x in (out, lse, *pullback(as_torch(dout)))]
+    results = [to_numpy(x) for x in (out, lse, *pullback(as_torch(dout)))]
     assert launches.take() == ["bwd_delta", "bwd_sm80", "bwd_convert"]
     inputs = [x.x for x in (q, k, v)]
     exact, naive = (f(*inputs, dout, causal=True) for f in (oracle.attention, oracle.naive_in_dtype))
-    oracle.assert_all_close(oracle.Attention(*found), exact, naive)
+    oracle.assert_all_close(oracle.Attention(*results), exact, naive)
 
 
 @needs_compiler
@@ -236,9 +236,9 @@ def test_a_sink_alone_decides_lse_where_there_are_no_keys(launches: Launches, fa
     out, lse, pullback = ops.vjp(options, ops.Arrays(q, k, v, **lengths, bias=bias, sink=as_torch(SINK)))
     assert not to_numpy(out).any() and (to_numpy(lse) == SINK[:, None]).all()
     dlse = random(*lse.shape, dtype=np.float32)
-    found = pullback(as_torch(random(*out.shape)), as_torch(dlse))
-    assert not to_numpy(found.dq).any() and not to_numpy(found.dbias).any()
-    np.testing.assert_allclose(to_numpy(found.dsink), dlse.sum(1 if packed else (0, 2)), rtol=1e-4)
+    gradients = pullback(as_torch(random(*out.shape)), as_torch(dlse))
+    assert not to_numpy(gradients.dq).any() and not to_numpy(gradients.dbias).any()
+    np.testing.assert_allclose(to_numpy(gradients.dsink), dlse.sum(1 if packed else (0, 2)), rtol=1e-4)
 
 
 @needs_compiler
@@ -440,10 +440,10 @@ def test_a_call_prepared_by_hand(launches: Launches, wrap: Any) -> None:
         inputs = list(map(wrap, tensors(seed)))
         expected = cuflash.flash_attn_func(*inputs, **options, return_lse=True)
         out = wrap(place[..., :24])
-        for found in (attend(*inputs), attend_to(*inputs, out)):
-            for one, other in zip(found, expected, strict=True):
+        for results in (attend(*inputs), attend_to(*inputs, out)):
+            for one, other in zip(results, expected, strict=True):
                 np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
-        assert found[0] is out and (place[..., 24] == 7).all()
+        assert results[0] is out and (place[..., 24] == 7).all()
     assert launches.take() == 2 * 3 * ["fwd_sm80"] and len(launches.loaded) == 3
 
 
@@ -573,13 +573,13 @@ def test_biases_without_an_element(launches: Launches, family: str, packed: bool
     arrays = flash_words.arrays(lengths, wrap, q=q, k=k, v=k, attn_bias=np.zeros(shape, FP16), sink=sink)
     options = ops.asked(causal=True, bias_grad=True, family=None if family == "numpy" else family)
     out, lse, pullback = ops.vjp(options, arrays)
-    found = pullback(wrap(np.ones(q.shape, FP16)))
+    gradients = pullback(wrap(np.ones(q.shape, FP16)))
     assert "bwd_bias_" + family not in launches.kernels
-    assert unwrap(found.dbias).shape == shape and unwrap(found.dbias).dtype == np.float32
+    assert unwrap(gradients.dbias).shape == shape and unwrap(gradients.dbias).dtype == np.float32
     assert not unwrap(out).any() and (unwrap(lse) == sink[:, None]).all()
-    for gradient, x in zip(found[:3], (q, k, k), strict=True):
+    for gradient, x in zip(gradients[:3], (q, k, k), strict=True):
         assert gradient.shape == x.shape and not unwrap(gradient).any()
-    assert not unwrap(found.dsink).any()
+    assert not unwrap(gradients.dsink).any()
 
 
 def test_rows_of_no_sequence_are_filled_without_a_launch(launches: Launches) -> None:
@@ -715,12 +715,12 @@ def hopper(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 def maps(params: np.ndarray) -> dict[str, list[int]]:
     """The words of every map in a parameter block, of the address only what it is from the tensor's."""
-    found = {}
+    words_of = {}
     for name in ("q", "k", "v", "out"):
         address, *words = params[f"{name}_map"]["words"][0].tolist()
-        found[name] = [address - int(params[name][0]), *words[:12]] if any(words) else []
+        words_of[name] = [address - int(params[name][0]), *words[:12]] if any(words) else []
         assert not any(words[12:])
-    return found
+    return words_of
 
 
 @pytest.mark.parametrize("wrap", FRAMEWORKS)
@@ -764,8 +764,8 @@ def test_calls_on_a_stream_share_their_tickets(
 
     def kept() -> KeptZeros:
         (prepared,) = launch._prepared.values()
-        (found,) = (allocate for allocate, _, _ in prepared.allocations if isinstance(allocate, KeptZeros))
-        return found
+        (zeros,) = (allocate for allocate, _, _ in prepared.allocations if isinstance(allocate, KeptZeros))
+        return zeros
 
     def address_of(y: Any) -> int:
         return y.data_ptr() if wrap is as_torch else y.data.ptr
@@ -845,9 +845,9 @@ def test_a_bias_on_hopper(launches: Launches, monkeypatch: pytest.MonkeyPatch, n
 def test_maps_of_heads_before_rows(hopper: Launches) -> None:
     q, k = as_torch(random(2, 4, 70, 32)), as_torch(random(2, 4, 90, 32))
     cuflash.scaled_dot_product_attention(q, k, k)
-    found = maps(hopper.params[-1])
-    assert found["q"] == found["out"] == [0, 32, 70, 4, 2, 64, 70 * 64, 4 * 70 * 64, 64, 64, 1, 1, 2]
-    assert found["k"] == found["v"] == [0, 32, 90, 4, 2, 64, 90 * 64, 4 * 90 * 64, 64, 64, 1, 1, 2]
+    words = maps(hopper.params[-1])
+    assert words["q"] == words["out"] == [0, 32, 70, 4, 2, 64, 70 * 64, 4 * 70 * 64, 64, 64, 1, 1, 2]
+    assert words["k"] == words["v"] == [0, 32, 90, 4, 2, 64, 90 * 64, 4 * 90 * 64, 64, 64, 1, 1, 2]
 
 
 def test_maps_of_tensors_with_one_element_or_none_along_an_axis(hopper: Launches) -> None:
@@ -858,8 +858,8 @@ def test_maps_of_tensors_with_one_element_or_none_along_an_axis(hopper: Launches
     q, k = as_torch(random(2, 9, 4, 32)), as_torch(random(2, 0, 4, 32))
     ops.forward(ops.asked(), ops.Arrays(q, k, k, sink=as_torch(SINK)))
     assert hopper.take() == ["fwd_sm90"]
-    found = maps(hopper.params[-1])
-    assert found["k"] == found["v"] == [] and found["q"][1:5] == [32, 9, 4, 2], "there is nothing to copy"
+    words = maps(hopper.params[-1])
+    assert words["k"] == words["v"] == [] and words["q"][1:5] == [32, 9, 4, 2], "there is nothing to copy"
 
 
 def test_maps_follow_the_pointers(hopper: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1088,9 +1088,9 @@ def test_pages_on_host_memory(launches: Launches, name: str, page_size: int, fam
 
     def call(wrap: Any) -> list[np.ndarray]:
         tensors = dict(zip("qkv", (inputs[0], *pages), strict=True))
-        found = ops.forward(options, flash_words.arrays(tensors | given | lengths, wrap), GENERATOR)
+        results = ops.forward(options, flash_words.arrays(tensors | given | lengths, wrap), GENERATOR)
         assert launches.take() == ["fwd_rng"] * ("dropout_p" in given) + [f"fwd_{family}"]
-        return [to_numpy(x) for x in found[:2]]
+        return [to_numpy(x) for x in results[:2]]
 
     results = as_each_framework(launches, call)
     names = {"attn_mask": "mask", "window_size": "window", "attn_bias": "bias"}

@@ -118,9 +118,9 @@ def test_soft_caps_of_every_size(backend: Backend, softcap: float) -> None:
         arrays = [random(1, n, h, 32, seed=n, dtype=dtype) for n, h in ((9, 2), (70, 1))]
         arrays = [*(x * dtype(2) for x in arrays), random(1, 70, 1, 32, seed=3, dtype=dtype)]
         arrays.append(random(1, 9, 2, 32, seed=4, dtype=dtype))
-        found = backend(*arrays, softcap=softcap, num_splits=1)
+        results = backend(*arrays, softcap=softcap, num_splits=1)
         with np.errstate(over="ignore"):
-            assert_right(found, arrays, softcap=softcap)
+            assert_right(results, arrays, softcap=softcap)
 
 
 def test_small_values_come_back(backend: Backend) -> None:

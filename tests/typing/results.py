@@ -60,9 +60,9 @@ def varlen(q: Packed, k: Packed, v: Packed, kv: Any, starts: Lengths) -> None:
 
 def gradients(q: Dense, k: Dense, v: Dense, lse: Any, bias: Any, sink: Slopes, maybe: Slopes | None) -> None:
     assert_type(cuflash.flash_attn_backward(q, q, k, v, q, lse, causal=True), tuple[Dense, Dense, Dense])
-    found = cuflash.flash_attn_backward(q, q, k, v, q, lse, attn_bias=bias, bias_grad=True)
-    assert_type(found.dsink, None)
-    found.dbias.sum()
+    gradients = cuflash.flash_attn_backward(q, q, k, v, q, lse, attn_bias=bias, bias_grad=True)
+    assert_type(gradients.dsink, None)
+    gradients.dbias.sum()
     with_sink = cuflash.flash_attn_backward(q, q, k, v, q, lse, sink=sink)
     assert_type(with_sink.dq, Dense)
     assert_type(with_sink.dbias, None)

@@ -558,8 +558,8 @@ def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(soak, "backward", damaged)
     soaker = Soaker(job("bwd_simt-fp32-d64-causal"))
-    found = [complaint for number in range(6) for complaint in soaker.run(number).complaints]
-    assert found and all(complaint.startswith("dv is ") for complaint in found)
+    complaints = [complaint for number in range(6) for complaint in soaker.run(number).complaints]
+    assert complaints and all(complaint.startswith("dv is ") for complaint in complaints)
 
 
 def test_variants_beyond_the_table_are_bounded(monkeypatch: pytest.MonkeyPatch):
