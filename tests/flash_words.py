@@ -10,13 +10,13 @@ from cuflash.ops.call import VOCABULARIES, Arrays, Options, asked
 FIELDS = {VOCABULARIES["flash"].get(name, name): name for name in Arrays._fields}
 
 
-def options(given: Mapping[str, Any], **others: Any) -> Options:
+def options(keywords: Mapping[str, Any], **others: Any) -> Options:
     """Those of the keywords that are no arrays."""
     known = asked().values()
-    return asked(**{name: x for name, x in given.items() if name in known}, **others)
+    return asked(**{name: x for name, x in keywords.items() if name in known}, **others)
 
 
-def arrays(given: Mapping[str, Any], put: Callable[[Any], Any] = lambda x: x, **others: Any) -> Arrays:
+def arrays(keywords: Mapping[str, Any], put: Callable[[Any], Any] = lambda x: x, **others: Any) -> Arrays:
     """Those of the keywords that are arrays, put somewhere."""
-    every = {**given, **others}
+    every = {**keywords, **others}
     return Arrays(**{FIELDS[name]: put(x) for name, x in every.items() if name in FIELDS and x is not None})

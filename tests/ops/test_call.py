@@ -79,13 +79,13 @@ def test_every_argument_arrives_where_its_name_says(door: Callable[..., Any], mo
     names = set(inspect.signature(door).parameters)
     fields = {VOCABULARIES[vocabulary].get(name, name): name for name in Arrays._fields}
     # A boolean mask and an additive one share an argument of PyTorch's.
-    given = {word: np.zeros((1, 2, 2, 16), np.float32) for word in fields.keys() & names - {"philox_seed"}}
+    sent = {word: np.zeros((1, 2, 2, 16), np.float32) for word in fields.keys() & names - {"philox_seed"}}
     words = {VOCABULARIES[vocabulary].get(name, name): name for name in SETTINGS}
     settings = {word: SETTINGS[words[word]] for word in words.keys() & names}
     with pytest.raises(Asked) as raised:
-        door(**given, **settings, **{name: None for name in ("philox_seed", "philox_offset") if name in names})
+        door(**sent, **settings, **{name: None for name in ("philox_seed", "philox_offset") if name in names})
     options, arrays = raised.value.args
-    expected = {fields[word]: x for word, x in given.items()}
+    expected = {fields[word]: x for word, x in sent.items()}
     held = arrays.by_name()
     assert held.keys() == expected.keys() and all(held[name] is x for name, x in expected.items())
     assert options.manner.vocabulary == vocabulary and options.manner.layout == (

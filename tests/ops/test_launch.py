@@ -998,6 +998,50 @@ def test_overlap_is_checked_on_every_call(launches: Launches, monkeypatch: pytes
     assert len(launch._prepared) == 1 and len(launches.kernels) == 1
 
 
+PACKED_GRADIENT = {
+    **{name: random(9, 2, 16) for name in ("dout", "q", "k", "v", "out", "dq", "dk", "dv")},
+    **{name: np.array([0, 4, 9], np.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")},
+    **{name: np.array([4, 5], np.int32) for name in ("seqused_q", "seqused_k")},
+    **{name: np.zeros((2, 9), np.float32) for name in ("lse", "dlse")},
+    "alibi_slopes": np.zeros(2, np.float32), "sink": np.zeros(2, np.float32), "attn_bias": np.zeros((5, 5), FP16),
+    "attn_mask": np.ones((5, 5), bool), "rng_state": np.zeros(2, np.uint64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+@pytest.mark.parametrize("read", [False, True], ids=["lengths-given", "lengths-read"])
+@pytest.mark.parametrize("name", PACKED_GRADIENT)
+def test_every_array_belongs_to_one_library(launches: Launches, wrap: Any, read: bool, name: str) -> None:
+    library = "CuPy" if wrap is as_cupy else "torch"
+    arguments = {word: x if word == name else wrap(x) for word, x in PACKED_GRADIENT.items()}
+    lengths = {} if read else {"max_seqlen_q": 5, "max_seqlen_k": 5}
+    (word, kind), (first, first_kind) = (name, "NumPy"), ("q", library)
+    if name == "q":
+        (word, kind), (first, first_kind) = ("k", library), ("q", "NumPy")
+    with pytest.raises(InvalidArgument) as caught:
+        cuflash.flash_attn_backward(**arguments, **lengths, dropout_p=0.5)
+    assert str(caught.value) == (
+        f"{word} is a {kind} array but {first} is a {first_kind} array; all arrays of a call must come from one "
+        "framework. Convert one of them."
+    )
+    arguments[name] = [1.0]
+    with pytest.raises(InvalidArgument, match=f"^{name} is a list; expected an array of NumPy, CuPy, torch"):
+        cuflash.flash_attn_backward(**arguments, **lengths, dropout_p=0.5)
+    assert launches.loaded == [] and launch._prepared == {}
+
+
+class Parameter(FakeTensor):
+    """As ``torch.nn.Parameter``."""
+
+
+def test_arrays_may_be_of_several_types_of_a_library(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    q, k, sink = random(1, 8, 2, 16), random(1, 8, 2, 16, seed=1), np.zeros(2, np.float32)
+    for kinds in ((FakeTensor, Parameter, Parameter), (Parameter, FakeTensor, FakeTensor)):
+        cuflash.flash_attn_func(kinds[0](q), kinds[1](k), kinds[0](k), sink=kinds[2](sink))
+    assert launches.take() == ["fwd_sm80"] * 2 and len(launch._prepared) == 1
+
+
 class ForeignArray:
     """An array of a library that is reached through DLPack alone."""
 
