@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "ptx/keep.cuh"
 
 namespace cuflash {
 
@@ -98,5 +99,16 @@ struct TensorMask {
   CF_DEVICE Tiles kv_tiles(int q, int rows, int tile) const { return band.kv_tiles(q, rows, tile).none_full(); }
   CF_DEVICE Tiles q_tiles(int kv, int rows, int tile) const { return band.q_tiles(kv, rows, tile).none_full(); }
 };
+
+// The same mask with its address in registers, which would else be added up anew for every element.
+template <class Mask>
+CF_DEVICE Mask in_registers(const Mask& mask) {
+  return mask;
+}
+template <class Band>
+CF_DEVICE TensorMask<Band> in_registers(TensorMask<Band> mask) {
+  mask.mask = ptx::keep(mask.mask);
+  return mask;
+}
 
 }  // namespace cuflash

@@ -73,8 +73,9 @@ struct ForwardSm90 {
     typename Bias::template Buffers<kTileQ, kTileKv, kStages> bias;
   };
 
-  // Named barriers, one for each consumer from these numbers on.
-  static constexpr int kTurnToIssue = 1, kMyWarps = 1 + kConsumers;
+  // Named barriers, one of each kind for every consumer.
+  using Turns = NamedBarriers<1, 2 * ptx::kWarpgroupThreads>;               // it waits for the one before, which goes on
+  using Meetings = NamedBarriers<1 + kConsumers, ptx::kWarpgroupThreads>;   // its four warps, which all wait
 
   // Whether no tile but the first that is visited can need a test.
   static constexpr bool kAllFull = Mask::kFullFromStart && Mask::kFullToEnd;
@@ -84,251 +85,315 @@ struct ForwardSm90 {
   using Output = Fragment<16, kDimV>;
 
   // One thread loads everything, in the order in which it is used.
-  CF_DEVICE static void produce(const FwdParams& p, SmemPlan& smem) {
-    const Attention& a = p.attention;
-    const int blocks = ptx::num_blocks();
+  struct Producer {
+    const FwdParams& p;
+    SmemPlan& smem;
     typename RowsRing::Cursor rows_at;
     Cursor at;  // K and V are used in step
-    WorkRing::Cursor work_at;
-    Works<Sequence> works;
-    for (int number = ptx::block_index();; number = p.tickets ? blocks + ptx::count(p.tickets) : number + blocks) {
-      const Work work = works.find(a, number, kTileQ, p.heads_per_section);
-      smem.works.put(work_at, work);
-      work_at = work_at.next();
-      if (work.tile < 0) break;
-      const Sequence sequence(a, work.batch);
+
+    CF_DEVICE void run() {
+      const int blocks = ptx::num_blocks();
+      WorkRing::Cursor work_at;
+      Works<Sequence> works;
+      for (int number = ptx::block_index();; number = p.tickets ? blocks + ptx::count(p.tickets) : number + blocks) {
+        const Work work = works.find(p.attention, number, kTileQ, p.heads_per_section);
+        smem.works.put(work_at, work);
+        work_at = work_at.next();
+        if (work.tile < 0) break;
+        const Sequence sequence(p.attention, work.batch);
+        if (work.tile * kTileQ < sequence.len_q) load(work, sequence);
+      }
+      // The last of all blocks leaves the tickets as it found them.
+      if (p.tickets && ptx::count_around(p.tickets + 1, blocks - 1) == blocks - 1) p.tickets[0] = 0;
+    }
+
+    CF_DEVICE void load(const Work& work, const Sequence& sequence) {
+      const Attention& a = p.attention;
       const int q_first = work.tile * kTileQ, head_kv = work.head / (a.heads_q / a.heads_kv);
-      if (q_first >= sequence.len_q) continue;
       const Tiles tiles = Mask(a, sequence, work.head).kv_tiles(q_first, kTileQ, kTileKv);
-      const auto load_q = [&] {
-#pragma unroll 1
-        for (int w = 0; w < kConsumers; ++w) {  // rows that no query has begin with the last query's: see load_boxes
-          const int row = min_of(q_first + w * kRows, sequence.len_q - 1);
-          const uint32 barrier = smem.rows_rings[w].acquire(rows_at, sizeof(QTile));
-          load_boxes(smem.rows[w][rows_at.stage].q, p.q_map, sequence.q_box(a, row, work.head), barrier);
-        }
-        rows_at = rows_at.next();
-      };
-      if (tiles.begin >= tiles.end) load_q();
+      if (tiles.begin >= tiles.end) load_q(work, sequence);
 #pragma unroll 1
       for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
         const BoxOrigin origin = sequence.kv_box(a, tile * kTileKv, head_kv);
         load_boxes(smem.k[at.stage], p.k_map, origin, smem.k_ring.acquire(at, sizeof(KTile)));
-        if (tile == tiles.end - 1) load_q();  // after K, which needs not wait for a work before
+        if (tile == tiles.end - 1) load_q(work, sequence);  // after K, which needs not wait for a work before
         smem.bias.load(p.bias_map, a, sequence, work.head, q_first, tile * kTileKv, at);
         load_boxes(smem.v[at.stage], p.v_map, origin, smem.v_ring.acquire(at, sizeof(VTile)));
         at = at.next();
       }
     }
-    // The last of all blocks leaves the tickets as it found them.
-    if (p.tickets && ptx::count_around(p.tickets + 1, blocks - 1) == blocks - 1) p.tickets[0] = 0;
-  }
 
-  CF_DEVICE static void rescale_output(Output& out, const float (&factor)[2]) {
-#pragma unroll
-    for (int n = 0; n < Output::kN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out.x[0][n][i] *= factor[i / 2];
-    }
-  }
-
-  CF_DEVICE static void consume(const FwdParams& p, SmemPlan& smem, int consumer) {
-    const Attention& a = p.attention;
-    const int thread = ptx::thread_index() % ptx::kWarpgroupThreads, lane = ptx::lane_index();
-    const bool leader = thread == 0;
-    const int warp_row = thread / 32 * 16, first_row = consumer * kRows + warp_row;
-    RowsRing& rows_ring = smem.rows_rings[consumer];
-    typename RowsRing::Cursor rows_at;
-    Cursor at;
-    WorkRing::Cursor work_at;
-    bool stored = false;  // whether there was a work before
-    if (Config::kPingPong && consumer == kConsumers - 1) ptx::arrive_named(kTurnToIssue, 2 * ptx::kWarpgroupThreads);
-
-    for (;;) {
-      const Work work = smem.works.take(work_at);
-      work_at = work_at.next();
-      if (work.tile < 0) break;
-      const Sequence sequence(a, work.batch);
-      if (work.tile == 0) {
-        store_tail<Config, kConsumerThreads>(p, sequence, work.head, consumer * ptx::kWarpgroupThreads + thread);
-      }
-      const int q_first = work.tile * kTileQ;
-      if (q_first >= sequence.len_q) continue;
-      const Mask mask(a, sequence, work.head);
-      const Score score(a, sequence, work.head);
-      const Dropout dropout(a, sequence, work.head);
-      const Tiles loaded = mask.kv_tiles(q_first, kTileQ, kTileKv);
-      const Tiles tiles = Config::kPingPong ? loaded : own_tiles(mask, q_first + consumer * kRows, sequence, loaded);
-
-      Scores s;
-      Weights weights;
-      Output out;
-      out.clear();
-      WarpSoftmax softmax;
-      Rows& mine = smem.rows[consumer][rows_at.stage];
-
-      const auto apply_score = [&](int tile, const Cursor& at) {
-        s.for_each(lane, [&](float& x, int row, int col) {
-          x = score.apply(x, q_first + first_row + row, tile * kTileKv + col);
-        });
-        smem.bias.add(s, first_row, lane, at);
-      };
-      const auto start_scores = [&](const Cursor& at) {
-        ptx::wgmma_fence();
-        issue_abt<Element>(s, mine.q, smem.k, at.stage);
-        ptx::wgmma_commit();
-      };
-      const auto start_output = [&](const Cursor& at) {
-        smem.v_ring.wait(at);
-        ptx::wgmma_fence();
-        issue_ab<Element>(out, weights, smem.v, at.stage);
-        ptx::wgmma_commit();
-      };
-      // The store of the work before has long read its rows when this is called.
-      const auto release_rows_before = [&] {
-        if (Config::kRowBuffers == 2 && leader && stored) {
-          ptx::tma_store_wait_read();
-          rows_ring.release(rows_at.next());
-        }
-      };
-      Cursor before;  // the tile that was visited before
-      // A tile's products, which have come in, to P, while the product of the tile before is added to the output.
-      const auto to_weights = [&](int tile, bool first, bool look_first) {
-        const auto finish_before = [&] {
-          ptx::wgmma_wait<0>();
-          ptx::wgmma_hold(out.x[0]);
-          if (leader && !first) smem.v_ring.release(before);
-        };
-        if (Config::kPingPong) finish_before();  // the softmax runs under the products of others
-        apply_score(tile, at);
-        bool grew;
-        if (look_first || !softmax.look_after(s, grew)) {
-          if (look_first) {
-            s.for_each(lane, [&](float& x, int row, int col) {
-              if (!mask.keep(q_first + first_row + row, tile * kTileKv + col)) x = -infinity<float>();
-            });
-          } else {
-            s.clear();
-            gemm_abt_warp<Element>(s, mine.q, warp_row, smem.k[at.stage]);
-            apply_score(ptx::keep(tile), at);  // positions for this rare case alone, not held ready for it
-          }
-          grew = softmax.look_first(s, score.unit());
-        }
-        if (lane == 0) {  // no lane still reads: all have voted on what they read
-          smem.k_ring.release(at);
-          smem.bias.release(at);
-        }
-        drop(dropout, s, q_first + first_row, tile * kTileKv);
-        if (!Config::kPingPong) finish_before();
-        pack_operand<Element>(weights, s);
-        if (grew && !first) rescale_output(out, softmax.rescale);
-      };
-      // The next tile's scores under way, and this one's product behind them.
-      const auto start_both = [&] {
-        before = at;
-        at = at.next();
-        smem.k_ring.wait(at);
-        if (Config::kPingPong) ptx::sync_named(kTurnToIssue + consumer, 2 * ptx::kWarpgroupThreads);
-        start_scores(at);
-        start_output(before);
-        if (Config::kPingPong) {
-          ptx::arrive_named(kTurnToIssue + (consumer + 1) % kConsumers, 2 * ptx::kWarpgroupThreads);
-        }
-        ptx::wgmma_wait<1>();
-        ptx::wgmma_hold(s.x[0]);
-      };
-      const auto meet = [&] { ptx::sync_named(kMyWarps + consumer, ptx::kWarpgroupThreads); };
-      // Tiles that only other consumers need. Products keep a consumer's warps together; here they must meet, or one
-      // would be left waiting for a phase that is over.
-      const auto skip = [&](int count) {
-        if (count <= 0) return;
-        if (lane == 0) {
+    CF_DEVICE void load_q(const Work& work, const Sequence& sequence) {
 #pragma unroll 1
-          for (int i = 0; i < count; ++i) {
-            const Cursor unused = at.next(i);
-            smem.k_ring.wait(unused);
-            smem.k_ring.release(unused);
-            if (leader) {
-              smem.v_ring.wait(unused);
-              smem.v_ring.release(unused);
-            }
-          }
-        }
-        at = at.next(count);
-        meet();
-      };
-
-      rows_ring.wait(rows_at);
-      skip(loaded.end - tiles.end);
-      const bool some = tiles.begin < tiles.end;
-      if (some) {
-        smem.k_ring.wait(at);
-        start_scores(at);
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_hold(s.x[0]);
-        release_rows_before();
-        int tile = tiles.end - 1;
-        if constexpr (kAllFull) {  // without a choice between two softmaxes, a round is one block of instructions
-          to_weights(tile, true, true);
-          while (--tile >= 0) {
-            start_both();
-            to_weights(tile, false, false);
-          }
-        } else {
-          for (bool first = true;; first = false) {
-            const bool full = tile < tiles.full_end && (Mask::kFullFromStart || tile >= tiles.full_begin);
-            to_weights(tile, first, Mask::kNoneFull || first || !full);
-            if (tile-- == tiles.begin) break;
-            start_both();
-          }
-        }
-        start_output(at);
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_hold(out.x[0]);
-        if (leader) smem.v_ring.release(at);
-        at = at.next();
-      } else {
-        meet();
-        release_rows_before();
+      for (int w = 0; w < kConsumers; ++w) {  // rows that no query has begin with the last query's: see load_boxes
+        const int row = min_of(work.tile * kTileQ + w * kRows, sequence.len_q - 1);
+        const uint32 barrier = smem.rows_rings[w].acquire(rows_at, sizeof(QTile));
+        load_boxes(smem.rows[w][rows_at.stage].q, p.q_map, sequence.q_box(p.attention, row, work.head), barrier);
       }
-      if constexpr (!Mask::kFullFromStart) skip(tiles.begin - loaded.begin);
+      rows_at = rows_at.next();
+    }
+  };
 
+  // A warpgroup, which has 64 rows of every q tile. What it keeps from work to work: who it is, and where its rings are.
+  struct Consumer {
+    const FwdParams& p;
+    SmemPlan& smem;
+    const int number;         // among the block's consumers
+    const int thread, lane;   // of the warpgroup, of the warp
+    const bool leader;        // one thread of the warpgroup
+    const int warp_row;       // the first of this warp's 16 rows among the warpgroup's 64
+    typename RowsRing::Cursor rows_at;
+    Cursor at;                // the tile of K and V at hand
+    bool stored = false;      // whether there was a work before
+
+    CF_DEVICE Consumer(const FwdParams& params, SmemPlan& plan, int index)
+        : p(params), smem(plan), number(ptx::uniform(index)), thread(ptx::thread_index() % ptx::kWarpgroupThreads),
+          lane(ptx::lane_index()), leader(thread == 0), warp_row(ptx::warp_index() % 4 * 16) {}
+
+    CF_DEVICE void run() {
+      WorkRing::Cursor work_at;
+      if (number == kConsumers - 1) pass_turn();
+      for (;;) {
+        const Work work = smem.works.take(work_at);
+        work_at = work_at.next();
+        if (work.tile < 0) break;
+        const Sequence sequence(p.attention, work.batch);
+        if (work.tile == 0) {
+          store_tail<Config, kConsumerThreads>(p, sequence, work.head, number * ptx::kWarpgroupThreads + thread);
+        }
+        if (work.tile * kTileQ < sequence.len_q) Visit(*this, work, sequence).run();
+      }
+      if (leader) ptx::tma_store_wait_read();
+    }
+
+    CF_DEVICE RowsRing& rows_ring() const { return smem.rows_rings[number]; }
+    CF_DEVICE void meet() const { Meetings::wait(number); }
+
+    // From its turn on until it passes it a consumer issues products, and no other does.
+    CF_DEVICE void take_turn() const {
+      if (Config::kPingPong) Turns::wait(number);
+    }
+    CF_DEVICE void pass_turn() const {
+      if (Config::kPingPong) Turns::arrive((number + 1) % kConsumers);
+    }
+
+    // The store of the work before has long read its rows when this is called.
+    CF_DEVICE void release_rows_before() const {
+      if (Config::kRowBuffers == 2 && leader && stored) {
+        ptx::tma_store_wait_read();
+        rows_ring().release(rows_at.next());
+      }
+    }
+
+    // Gives back tiles that only other consumers need. Products keep a consumer's warps together; here they must meet, or
+    // one would be left waiting for a phase that is over.
+    CF_DEVICE void skip(int count) {
+      if (count <= 0) return;
+      if (lane == 0) {
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+          const Cursor unused = at.next(i);
+          smem.k_ring.wait(unused);
+          smem.k_ring.release(unused);
+          if (leader) {
+            smem.v_ring.wait(unused);
+            smem.v_ring.release(unused);
+          }
+        }
+      }
+      at = at.next(count);
+      meet();
+    }
+  };
+
+  // What a consumer does for one work: its scores, weights and output, in registers.
+  struct Visit {
+    Consumer& me;
+    SmemPlan& smem;
+    const Work& work;
+    const Sequence& sequence;
+    const int q_first;    // of the consumer's rows
+    const int warp_first;  // of this warp's
+    const Mask mask;
+    const Score score;
+    const Dropout dropout;
+    Rows& mine;
+    Scores s;
+    Weights weights;
+    Output out;
+    WarpSoftmax softmax;
+    Cursor before;  // the tile that was visited before
+
+    CF_DEVICE Visit(Consumer& consumer, const Work& work_, const Sequence& sequence_)
+        : me(consumer), smem(consumer.smem), work(work_), sequence(sequence_), q_first(work_.tile * kTileQ + consumer.number * kRows),
+          warp_first(q_first + consumer.warp_row), mask(in_registers(Mask(me.p.attention, sequence, work.head))),
+          score(me.p.attention, sequence, work.head), dropout(me.p.attention, sequence, work.head),
+          mine(smem.rows[me.number][me.rows_at.stage]) {
+      out.clear();
+    }
+
+    CF_DEVICE void run() {
+      const Tiles loaded = mask.kv_tiles(work.tile * kTileQ, kTileQ, kTileKv);
+      const Tiles tiles = Config::kPingPong ? loaded : own_tiles(loaded);
+      me.rows_ring().wait(me.rows_at);
+      me.skip(loaded.end - tiles.end);
+      if (tiles.begin < tiles.end) {
+        walk(tiles);
+      } else {
+        me.meet();
+        me.release_rows_before();
+      }
+      if constexpr (!Mask::kFullFromStart) me.skip(tiles.begin - loaded.begin);
+      finish();
+      store();
+      me.rows_at = me.rows_at.next();
+      me.stored = true;
+    }
+
+    // The tiles that the consumer's rows need, none for rows past the sequence, among those that are loaded.
+    CF_DEVICE Tiles own_tiles(const Tiles& loaded) const {
+      const int none = loaded.begin;
+      const Tiles tiles = mask.kv_tiles(q_first, kRows, kTileKv);
+      return q_first < sequence.len_q && tiles.begin < tiles.end ? tiles : Tiles{none, none, none, none};
+    }
+
+    // out += P V over all tiles, each tile's scores under way while the tile before is weighed.
+    CF_DEVICE void walk(const Tiles& tiles) {
+      smem.k_ring.wait(me.at);
+      start_scores(me.at);
+      wait_for_scores<0>();
+      me.release_rows_before();
+      int tile = tiles.end - 1;
+      if constexpr (kAllFull) {  // without a choice between two softmaxes, a round is one block of instructions
+        to_weights(tile, true, true);
+        while (--tile >= 0) {
+          start_both();
+          to_weights(tile, false, false);
+        }
+      } else {
+        for (bool first = true;; first = false) {
+          const bool full = tile < tiles.full_end && (Mask::kFullFromStart || tile >= tiles.full_begin);
+          to_weights(tile, first, Mask::kNoneFull || first || !full);
+          if (tile-- == tiles.begin) break;
+          start_both();
+        }
+      }
+      start_output(me.at);
+      finish_output(me.at, true);
+      me.at = me.at.next();
+    }
+
+    // The next tile's scores under way, and this one's product behind them.
+    CF_DEVICE void start_both() {
+      before = me.at;
+      me.at = me.at.next();
+      smem.k_ring.wait(me.at);
+      me.take_turn();
+      start_scores(me.at);
+      start_output(before);
+      me.pass_turn();
+      wait_for_scores<1>();
+    }
+    CF_DEVICE void start_scores(const Cursor& at) {
+      ptx::wgmma_fence();
+      issue_abt<Element>(s, mine.q, smem.k, at.stage);
+      ptx::wgmma_commit();
+    }
+    CF_DEVICE void start_output(const Cursor& at) {
+      smem.v_ring.wait(at);
+      ptx::wgmma_fence();
+      issue_ab<Element>(out, weights, smem.v, at.stage);
+      ptx::wgmma_commit();
+    }
+    template <int kPending>
+    CF_DEVICE void wait_for_scores() {
+      ptx::wgmma_wait<kPending>();
+      ptx::wgmma_hold(s.x[0]);
+    }
+    CF_DEVICE void finish_output(const Cursor& at, bool some) {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(out.x[0]);
+      if (me.leader && some) smem.v_ring.release(at);
+    }
+
+    // A tile's products, which have come in, to P, while the product of the tile before is added to the output.
+    CF_DEVICE void to_weights(int tile, bool first, bool look_first) {
+      if (Config::kPingPong) finish_output(before, !first);  // the softmax runs under the products of others
+      const bool grew = weigh(tile, look_first);
+      if (me.lane == 0) {  // no lane still reads: all have voted on what they read
+        smem.k_ring.release(me.at);
+        smem.bias.release(me.at);
+      }
+      drop(dropout, s, warp_first, tile * kTileKv);
+      if (!Config::kPingPong) finish_output(before, !first);
+      pack_operand<Element>(weights, s);
+      if (grew && !first) rescale_output(softmax.rescale);
+    }
+
+    // Scores to probabilities; whether the output so far must be rescaled.
+    CF_DEVICE bool weigh(int tile, bool look_first) {
+      apply_score(tile);
+      bool grew;
+      if (look_first || !softmax.look_after(s, grew)) {
+        if (look_first) {
+          hide(tile);
+        } else {
+          s.clear();
+          gemm_abt_warp<Element>(s, mine.q, me.warp_row, smem.k[me.at.stage]);
+          apply_score(ptx::keep(tile));  // positions for this rare case alone, not held ready for it
+        }
+        grew = softmax.look_first(s, score.unit());
+      }
+      return grew;
+    }
+    CF_DEVICE void apply_score(int tile) {
+      s.for_each(me.lane, [&](float& x, int row, int col) {
+        x = score.apply(x, warp_first + row, tile * kTileKv + col);
+      });
+      smem.bias.add(s, me.number * kRows + me.warp_row, me.lane, me.at);
+    }
+    CF_DEVICE void hide(int tile) {
+      s.for_each(me.lane, [&](float& x, int row, int col) {
+        if (!mask.keep(warp_first + row, tile * kTileKv + col)) x = -infinity<float>();
+      });
+    }
+    CF_DEVICE void rescale_output(const float (&factor)[2]) {
+#pragma unroll
+      for (int n = 0; n < Output::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out.x[0][n][i] *= factor[i / 2];
+      }
+    }
+
+    // out divided by its sums, and lse.
+    CF_DEVICE void finish() {
+      const FwdParams& p = me.p;
       const int64 number = WholeRows<Config>::number(p, sequence, work.head, 0);
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         RowState<float> state = softmax.whole(r);
-        const float shrink = Config::Sink::close(state, a, work.head, score.unit());
-        factor[r] = shrink * state.inverse_sum() * static_cast<float>(Dropout::scale(a));
-        const int row = q_first + first_row + r * 8 + lane / 4;
-        if (lane % 4 == 0 && row < sequence.len_q) WholeRows<Config>::close(p, number + row, state, score.unit());
+        const float shrink = Config::Sink::close(state, p.attention, work.head, score.unit());
+        factor[r] = shrink * state.inverse_sum() * static_cast<float>(Dropout::scale(p.attention));
+        const int row = warp_first + r * 8 + me.lane / 4;
+        if (me.lane % 4 == 0 && row < sequence.len_q) WholeRows<Config>::close(p, number + row, state, score.unit());
       }
-      rescale_output(out, factor);
-
-      store_fragment<Element>(mine.out, warp_row, lane, out);
-      ptx::fence_proxy_async();
-      meet();
-      if (leader) {
-        const int row = q_first + consumer * kRows;
-        if (row < sequence.len_q) store_boxes(p.out_map, sequence.q_box(a, row, work.head), mine.out);
-        ptx::tma_store_commit();
-        if (Config::kRowBuffers == 1) {
-          ptx::tma_store_wait_read();
-          rows_ring.release(rows_at);
-        }
-      }
-      rows_at = rows_at.next();
-      stored = true;
+      rescale_output(factor);
     }
-    if (leader) ptx::tma_store_wait_read();
-  }
 
-  // The tiles that 64 of the block's rows need, none for rows past the sequence, among those that are loaded.
-  CF_DEVICE static Tiles own_tiles(const Mask& mask, int q, const Sequence& sequence, const Tiles& loaded) {
-    const Tiles tiles = mask.kv_tiles(q, kRows, kTileKv);
-    const int none = loaded.begin;
-    return q < sequence.len_q && tiles.begin < tiles.end ? tiles : Tiles{none, none, none, none};
-  }
+    CF_DEVICE void store() {
+      store_fragment<Element>(mine.out, me.warp_row, me.lane, out);
+      ptx::fence_proxy_async();
+      me.meet();
+      if (!me.leader) return;
+      if (q_first < sequence.len_q) store_boxes(me.p.out_map, sequence.q_box(me.p.attention, q_first, work.head), mine.out);
+      ptx::tma_store_commit();
+      if (Config::kRowBuffers == 1) {
+        ptx::tma_store_wait_read();
+        me.rows_ring().release(me.rows_at);
+      }
+    }
+  };
 
   CF_DEVICE static void run(const FwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
@@ -344,10 +409,10 @@ struct ForwardSm90 {
     const int warpgroup = ptx::warpgroup_index();
     if (warpgroup == 0) {
       ptx::lower_registers<Config::kProducerRegisters>();
-      if (ptx::warp_index() == 0 && ptx::elect()) produce(p, smem);
+      if (ptx::warp_index() == 0 && ptx::elect()) Producer{p, smem}.run();
     } else {
       ptx::raise_registers<Config::kConsumerRegisters>();
-      consume(p, smem, warpgroup - 1);
+      Consumer(p, smem, warpgroup - 1).run();
     }
   }
 };

@@ -18,4 +18,10 @@ CF_DEVICE int keep(int x) {
   return x;
 }
 
+template <class T>
+CF_DEVICE T* keep(T* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 }  // namespace cuflash::ptx

@@ -9,6 +9,13 @@
 
 namespace cuflash {
 
+// Barriers of the block from number kFirst on, of kThreads threads each: those that wait, and those that only arrive.
+template <int kFirst, int kThreads>
+struct NamedBarriers {
+  CF_DEVICE static void wait(int number) { ptx::sync_named(kFirst + number, kThreads); }
+  CF_DEVICE static void arrive(int number) { ptx::arrive_named(kFirst + number, kThreads); }
+};
+
 // Which buffer is next, and in which round (modulo 2) the ring is. Every reader and the writer keep their own.
 template <int kStages>
 struct RingCursor {
