@@ -31,6 +31,8 @@ struct OneHead {
 
   // A mask, score or dropout of the tile's rows.
   template <class Policy, class Sequence>
+  using Bound = Policy;
+  template <class Policy, class Sequence>
   CF_DEVICE Policy bind(const Attention& a, const Sequence& sequence) const { return Policy(a, sequence, first); }
 };
 
@@ -58,6 +60,8 @@ struct HeadGroup {
     for (int i = 0; i < size; ++i) f(first + i);
   }
 
+  template <class Policy, class Sequence>
+  using Bound = EachRow<Policy, Sequence>;
   template <class Policy, class Sequence>
   CF_DEVICE EachRow<Policy, Sequence> bind(const Attention& a, const Sequence& sequence) const {
     return {a, sequence, *this};

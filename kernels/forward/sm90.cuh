@@ -18,11 +18,15 @@
 // take turns at issuing, so that the softmax of one always runs under the products of another. Tiles are visited from
 // the last to the first, so that all but a left bound is masked at the beginning.
 //
+// Whose rows a tile of queries holds is up to Heads, and how they leave it to Store: for others than here, the producer
+// alone must load Q in another way.
+//
 // A block goes from one work, a tile of queries, to another; rings and phases run on, so that the next work's loads run
-// under the end of this one. Works of equal length are dealt out in turn, others are drawn by tickets, the longest of some
-// heads first. The producer tells the consumers which it is.
+// under the end of this one. Works of equal length are dealt out in turn, others are drawn by tickets, the longest of
+// some heads first. The producer tells the consumers which it is.
 #pragma once
 
+#include "attention/heads.cuh"
 #include "attention/split.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/bias.cuh"
@@ -32,11 +36,12 @@
 #include "tile/gemm_sm90.cuh"
 #include "tile/ring.cuh"
 #include "tile/softmax_sm90.cuh"
+#include "tile/store.cuh"
 #include "tile/tail.cuh"
 
 namespace cuflash {
 
-template <class Config>
+template <class Config, class Heads = OneHead, class Store = BoxStore>
 struct ForwardSm90 {
   using Element = typename Config::Element;
   using Sequence = typename Config::Sequence;
@@ -73,9 +78,10 @@ struct ForwardSm90 {
     typename Bias::template Buffers<kTileQ, kTileKv, kStages> bias;
   };
 
-  // Named barriers, one of each kind for every consumer.
-  using Turns = NamedBarriers<1, 2 * ptx::kWarpgroupThreads>;               // it waits for the one before, which goes on
-  using Meetings = NamedBarriers<1 + kConsumers, ptx::kWarpgroupThreads>;   // its four warps, which all wait
+  // Named barriers, one of each kind a consumer: its turn, for which it waits and the one before it arrives, and
+  // where its four warps meet, which all wait.
+  using Turns = NamedBarriers<1, 2 * ptx::kWarpgroupThreads>;
+  using Meetings = NamedBarriers<1 + kConsumers, ptx::kWarpgroupThreads>;
 
   // Whether no tile but the first that is visited can need a test.
   static constexpr bool kAllFull = Mask::kFullFromStart && Mask::kFullToEnd;
@@ -101,7 +107,7 @@ struct ForwardSm90 {
         work_at = work_at.next();
         if (work.tile < 0) break;
         const Sequence sequence(p.attention, work.batch);
-        if (work.tile * kTileQ < sequence.len_q) load(work, sequence);
+        if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) load(work, sequence);
       }
       // The last of all blocks leaves the tickets as it found them.
       if (p.tickets && ptx::count_around(p.tickets + 1, blocks - 1) == blocks - 1) p.tickets[0] = 0;
@@ -109,12 +115,13 @@ struct ForwardSm90 {
 
     CF_DEVICE void load(const Work& work, const Sequence& sequence) {
       const Attention& a = p.attention;
-      const int q_first = work.tile * kTileQ, head_kv = work.head / (a.heads_q / a.heads_kv);
-      const Tiles tiles = Mask(a, sequence, work.head).kv_tiles(q_first, kTileQ, kTileKv);
+      const Heads heads(a, work.head);
+      const int q_first = work.tile * kTileQ;
+      const Tiles tiles = heads.template bind<Mask>(a, sequence).kv_tiles(q_first, kTileQ, kTileKv);
       if (tiles.begin >= tiles.end) load_q(work, sequence);
 #pragma unroll 1
       for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
-        const BoxOrigin origin = sequence.kv_box(a, tile * kTileKv, head_kv);
+        const BoxOrigin origin = sequence.kv_box(a, tile * kTileKv, heads.kv);
         load_boxes(smem.k[at.stage], p.k_map, origin, smem.k_ring.acquire(at, sizeof(KTile)));
         if (tile == tiles.end - 1) load_q(work, sequence);  // after K, which needs not wait for a work before
         smem.bias.load(p.bias_map, a, sequence, work.head, q_first, tile * kTileKv, at);
@@ -134,18 +141,19 @@ struct ForwardSm90 {
     }
   };
 
-  // A warpgroup, which has 64 rows of every q tile. What it keeps from work to work: who it is, and where its rings are.
+  // A warpgroup, which has 64 rows of every q tile. What it keeps from work to work: who it is, and where rings are.
   struct Consumer {
     const FwdParams& p;
     SmemPlan& smem;
-    const int number;         // among the block's consumers
-    const int thread, lane;   // of the warpgroup, of the warp
-    const bool leader;        // one thread of the warpgroup
-    const int warp_row;       // the first of this warp's 16 rows among the warpgroup's 64
+    const int number;        // among the block's consumers
+    const int thread, lane;  // of the warpgroup, of the warp
+    const bool leader;       // one thread of the warpgroup
+    const int warp_row;      // the first of this warp's 16 rows among the warpgroup's 64
     typename RowsRing::Cursor rows_at;
-    Cursor at;                // the tile of K and V at hand
-    bool stored = false;      // whether there was a work before
+    Cursor at;            // the tile of K and V at hand
+    bool stored = false;  // whether there was a work before
 
+    // Its number is kept in a uniform register, as descriptors of its rows follow from it in every round.
     CF_DEVICE Consumer(const FwdParams& params, SmemPlan& plan, int index)
         : p(params), smem(plan), number(ptx::uniform(index)), thread(ptx::thread_index() % ptx::kWarpgroupThreads),
           lane(ptx::lane_index()), leader(thread == 0), warp_row(ptx::warp_index() % 4 * 16) {}
@@ -161,9 +169,9 @@ struct ForwardSm90 {
         if (work.tile == 0) {
           store_tail<Config, kConsumerThreads>(p, sequence, work.head, number * ptx::kWarpgroupThreads + thread);
         }
-        if (work.tile * kTileQ < sequence.len_q) Visit(*this, work, sequence).run();
+        if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) Visit(*this, work, sequence).run();
       }
-      if (leader) ptx::tma_store_wait_read();
+      if (leader) Store::wait_read();
     }
 
     CF_DEVICE RowsRing& rows_ring() const { return smem.rows_rings[number]; }
@@ -180,13 +188,13 @@ struct ForwardSm90 {
     // The store of the work before has long read its rows when this is called.
     CF_DEVICE void release_rows_before() const {
       if (Config::kRowBuffers == 2 && leader && stored) {
-        ptx::tma_store_wait_read();
+        Store::wait_read();
         rows_ring().release(rows_at.next());
       }
     }
 
-    // Gives back tiles that only other consumers need. Products keep a consumer's warps together; here they must meet, or
-    // one would be left waiting for a phase that is over.
+    // Gives back tiles that only other consumers need. Products keep a consumer's warps together; here they must meet,
+    // or one would be left waiting for a phase that is over.
     CF_DEVICE void skip(int count) {
       if (count <= 0) return;
       if (lane == 0) {
@@ -208,15 +216,21 @@ struct ForwardSm90 {
 
   // What a consumer does for one work: its scores, weights and output, in registers.
   struct Visit {
+    using BoundMask = typename Heads::template Bound<Mask, Sequence>;
+    using BoundScore = typename Heads::template Bound<Score, Sequence>;
+    using BoundDropout = typename Heads::template Bound<Dropout, Sequence>;
+
     Consumer& me;
+    const FwdParams& p;
     SmemPlan& smem;
     const Work& work;
     const Sequence& sequence;
-    const int q_first;    // of the consumer's rows
-    const int warp_first;  // of this warp's
-    const Mask mask;
-    const Score score;
-    const Dropout dropout;
+    const Heads heads;
+    const int q_first, q_warp;  // the consumer's first row among all of the sequence's, and this warp's
+    const int rows;             // of the sequence
+    const BoundMask mask;
+    const BoundScore score;
+    const BoundDropout dropout;
     Rows& mine;
     Scores s;
     Weights weights;
@@ -224,11 +238,13 @@ struct ForwardSm90 {
     WarpSoftmax softmax;
     Cursor before;  // the tile that was visited before
 
-    CF_DEVICE Visit(Consumer& consumer, const Work& work_, const Sequence& sequence_)
-        : me(consumer), smem(consumer.smem), work(work_), sequence(sequence_), q_first(work_.tile * kTileQ + consumer.number * kRows),
-          warp_first(q_first + consumer.warp_row), mask(in_registers(Mask(me.p.attention, sequence, work.head))),
-          score(me.p.attention, sequence, work.head), dropout(me.p.attention, sequence, work.head),
-          mine(smem.rows[me.number][me.rows_at.stage]) {
+    CF_DEVICE Visit(Consumer& consumer, const Work& its_work, const Sequence& its_sequence)
+        : me(consumer), p(me.p), smem(me.smem), work(its_work), sequence(its_sequence), heads(p.attention, work.head),
+          q_first(work.tile * kTileQ + me.number * kRows), q_warp(q_first + me.warp_row),
+          rows(Heads::rows(p.attention, sequence.len_q)),
+          mask(in_registers(heads.template bind<Mask>(p.attention, sequence))),
+          score(heads.template bind<Score>(p.attention, sequence)),
+          dropout(heads.template bind<Dropout>(p.attention, sequence)), mine(smem.rows[me.number][me.rows_at.stage]) {
       out.clear();
     }
 
@@ -254,7 +270,7 @@ struct ForwardSm90 {
     CF_DEVICE Tiles own_tiles(const Tiles& loaded) const {
       const int none = loaded.begin;
       const Tiles tiles = mask.kv_tiles(q_first, kRows, kTileKv);
-      return q_first < sequence.len_q && tiles.begin < tiles.end ? tiles : Tiles{none, none, none, none};
+      return q_first < rows && tiles.begin < tiles.end ? tiles : Tiles{none, none, none, none};
     }
 
     // out += P V over all tiles, each tile's scores under way while the tile before is weighed.
@@ -324,7 +340,7 @@ struct ForwardSm90 {
         smem.k_ring.release(me.at);
         smem.bias.release(me.at);
       }
-      drop(dropout, s, warp_first, tile * kTileKv);
+      drop(dropout, s, q_warp, tile * kTileKv);
       if (!Config::kPingPong) finish_output(before, !first);
       pack_operand<Element>(weights, s);
       if (grew && !first) rescale_output(softmax.rescale);
@@ -347,49 +363,44 @@ struct ForwardSm90 {
       return grew;
     }
     CF_DEVICE void apply_score(int tile) {
-      s.for_each(me.lane, [&](float& x, int row, int col) {
-        x = score.apply(x, warp_first + row, tile * kTileKv + col);
-      });
+      s.for_each(me.lane, [&](float& x, int row, int col) { x = score.apply(x, q_warp + row, tile * kTileKv + col); });
       smem.bias.add(s, me.number * kRows + me.warp_row, me.lane, me.at);
     }
     CF_DEVICE void hide(int tile) {
       s.for_each(me.lane, [&](float& x, int row, int col) {
-        if (!mask.keep(warp_first + row, tile * kTileKv + col)) x = -infinity<float>();
+        if (!mask.keep(q_warp + row, tile * kTileKv + col)) x = -infinity<float>();
       });
     }
     CF_DEVICE void rescale_output(const float (&factor)[2]) {
-#pragma unroll
-      for (int n = 0; n < Output::kN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out.x[0][n][i] *= factor[i / 2];
-      }
+      Output::for_each_index([&](int r, int n, int i) { out.at(r, n, i) *= factor[r]; });
     }
 
     // out divided by its sums, and lse.
     CF_DEVICE void finish() {
-      const FwdParams& p = me.p;
-      const int64 number = WholeRows<Config>::number(p, sequence, work.head, 0);
+      using Results = WholeRows<Config>;
+      const int64 number = Results::number(p, sequence, heads.first, 0);
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        const int row = q_warp + row_of(me.lane, r);
         RowState<float> state = softmax.whole(r);
-        const float shrink = Config::Sink::close(state, p.attention, work.head, score.unit());
+        const float shrink = Config::Sink::close(state, p.attention, heads.head(row), score.unit());
         factor[r] = shrink * state.inverse_sum() * static_cast<float>(Dropout::scale(p.attention));
-        const int row = warp_first + r * 8 + me.lane / 4;
-        if (me.lane % 4 == 0 && row < sequence.len_q) WholeRows<Config>::close(p, number + row, state, score.unit());
+        if (me.lane % 4 == 0 && row < rows) {
+          Results::close(p, number + heads.offset(row, Results::lse_stride(p)), state, score.unit());
+        }
       }
       rescale_output(factor);
     }
 
     CF_DEVICE void store() {
       store_fragment<Element>(mine.out, me.warp_row, me.lane, out);
-      ptx::fence_proxy_async();
+      ptx::fence_proxy_async();  // the copy engine reads the tile next, or writes it
       me.meet();
-      if (!me.leader) return;
-      if (q_first < sequence.len_q) store_boxes(me.p.out_map, sequence.q_box(me.p.attention, q_first, work.head), mine.out);
-      ptx::tma_store_commit();
-      if (Config::kRowBuffers == 1) {
-        ptx::tma_store_wait_read();
+      Store::template store<Config>(p, sequence, heads, q_first, mine.out, me.thread);
+      if (!Store::kByOneThread) me.meet();
+      if (Config::kRowBuffers == 1 && me.leader) {
+        Store::wait_read();
         me.rows_ring().release(me.rows_at);
       }
     }
@@ -398,11 +409,12 @@ struct ForwardSm90 {
   CF_DEVICE static void run(const FwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     if (ptx::thread_index() == 0) {
-      for (RowsRing& ring : smem.rows_rings) ring.init(1);
-      smem.k_ring.init(kConsumerThreads / 32);
+      constexpr int kWarps = kConsumerThreads / 32;
+      for (RowsRing& ring : smem.rows_rings) ring.init(1);  // its consumer
+      smem.k_ring.init(kWarps);                             // which may read scores' K again alone
       smem.v_ring.init(kConsumers);
-      smem.bias.init(kConsumerThreads / 32);
-      smem.works.ring.init(kConsumerThreads / 32);
+      smem.bias.init(kWarps);
+      smem.works.ring.init(kWarps);
       ptx::fence_mbarrier_init();
     }
     ptx::sync_threads();
