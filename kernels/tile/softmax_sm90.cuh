@@ -56,7 +56,7 @@ struct WarpSoftmax {
 #pragma unroll
       for (int r = 0; r < 2; ++r) rows[r].l = .25f * row_sum(rows[r].l);
     }
-    if (far) log2_unit = infinity<float>() - infinity<float>();
+    if (far) log2_unit = nan();
     return grew;
   }
 
@@ -83,6 +83,8 @@ struct WarpSoftmax {
           for (int i = 0; i < 2; ++i) s.at(r, n, i) *= rescale[r];
         }
       }
+      // A reference that has crept far is looked at first from now on.
+      if (RowState<float>::is_far(max_of(abs_of(rows[0].m), abs_of(rows[1].m)) * log2_unit)) log2_unit = nan();
     }
     add(sum);
     return true;
@@ -92,6 +94,8 @@ struct WarpSoftmax {
   CF_DEVICE RowState<float> whole(int r) const { return {rows[r].m, row_sum(rows[r].l) / kDominant}; }
 
  private:
+  CF_DEVICE static float nan() { return infinity<float>() - infinity<float>(); }
+
   CF_DEVICE void add(const float (&sum)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) rows[r].l = fma(kDominant, sum[r], rows[r].l);
