@@ -153,7 +153,8 @@ def flash_attn_func(
         Added to the scores after the soft cap, in the dtype of q or float32; broadcasts to
         (b, heads_q, len_q, len_kv), and may lie in memory in any way. -inf hides a key.
     sink : array of float32, (heads_q,), optional
-        Logits that take part in the softmax of every query, and in the log-sum-exp, but have no value.
+        Logits that take part in the softmax of every query, and in the log-sum-exp, but have no value. On a GPU one
+        beyond 3.4e38 times `softmax_scale` counts as that much.
     generator : PhiloxGenerator or (int, int), optional
         What dropout draws from: a generator, which moves on, or a seed and an offset. By default the generator that
         `manual_seed` seeds.

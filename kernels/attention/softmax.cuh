@@ -43,9 +43,12 @@ struct alignas(2 * sizeof(Real)) RowState {
     return rescale;
   }
 
+  // A logit in the score policy's units; one too large for them counts as the largest score, or m would be infinite.
+  CF_DEVICE static Real score_of(Real logit, Real unit) { return min_of(-kLowest, logit / unit); }
+
   // Takes in one more logit that has no value; returns the factor by which the output so far shrinks.
   CF_DEVICE Real add_sink(Real logit, Real unit) {
-    const Real log2_unit = unit * static_cast<Real>(kLog2E), x = logit / unit;
+    const Real log2_unit = unit * static_cast<Real>(kLog2E), x = score_of(logit, unit);
     const Real rescale = update(x, log2_unit);
     l += weight(x, log2_unit);
     return rescale;

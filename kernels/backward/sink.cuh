@@ -28,7 +28,8 @@ struct BackwardSink {
       const Real* delta = first_query<const Real>(p.delta, p.delta_stride, sequence, head);
       const auto* shift = first_query<const RowShift<Real>>(p.shift, p.delta_stride, sequence, head);
       const Real unit = typename Config::Score(a, sequence, head).unit();
-      const Real x = static_cast<Real>(a.sink[head]) / unit, log2_unit = unit * static_cast<Real>(kLog2E);
+      const Real log2_unit = unit * static_cast<Real>(kLog2E);
+      const Real x = RowState<Real>::score_of(static_cast<Real>(a.sink[head]), unit);
       for (int row = thread; row < sequence.len_q; row += Config::kThreads) {
         sum -= shift[row].probability(x, log2_unit) * delta[row];
       }

@@ -8,7 +8,20 @@ import numpy as np
 import oracle
 import pytest
 from host.build import why_not
-from host.cases import CAUSAL, OFFSET, SEED, Case, Tensors, check_backward, check_forward, dense, packed, paged, run
+from host.cases import (
+    CAUSAL,
+    OFFSET,
+    SEED,
+    Case,
+    Tensors,
+    check_backward,
+    check_forward,
+    dense,
+    exact_and_naive,
+    packed,
+    paged,
+    run,
+)
 from problems import PROBLEMS, plans
 
 from cuflash import dtypes
@@ -367,6 +380,23 @@ def test_dropout_masks_are_exact(family: str, scheme: str, dim: int) -> None:
         np.testing.assert_array_equal(dv[:, :, 0, :len_q].transpose(0, 2, 1) != 0, keep[:, h])
         np.testing.assert_array_equal(dq[:, :, h, :len_kv] != 0, keep[:, h])
         np.testing.assert_array_equal(dbias[:, h] != 0, keep[:, h])
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("sm90", "fp16"), ("sm80", "bf16"), ("simt", "fp32")])
+def test_a_finite_sink_of_any_size(family: str, dtype: str) -> None:
+    """One too large for a score counts as the largest score; some rows see no key."""
+    case = dense(dtype, (3, 3), (90, 70), (64, 64), family=family, sink=True, mask=CAUSAL)
+    tensors = Tensors(case)
+    for name in ("q", "k", "v"):
+        tensors.random(name)
+    tensors.arrays["sink"][:] = 1e38, -1e30, -np.inf
+    out, lse = tensors.place("out"), tensors.place("lse")
+    exact, naive = exact_and_naive(tensors)
+    run(case, tensors, "forward", 0)
+    oracle.assert_close(out, exact.out, naive.out, "out")
+    expected = tensors.told_of_nothing(exact.lse)
+    expected[:, 0] = np.finfo(np.float32).max * np.float32(case.problem.softmax_scale)
+    np.testing.assert_allclose(lse, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_generator_on_the_device_moves_on() -> None:
