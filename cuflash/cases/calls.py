@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import cuflash
 from cuflash.cases.inputs import Array, Inputs
@@ -28,7 +29,7 @@ def results(case: Case) -> tuple[str, ...]:
     return results_of(case.problem)
 
 
-def keywords(case: Case) -> dict[str, object]:
+def keywords(case: Case) -> dict[str, Any]:
     """The keywords of the public functions that make the case's problem of its arrays."""
     problem, mask = case.problem, case.problem.mask
     window = tuple(-1 if side is None else side for side in (mask.left, mask.right))
@@ -43,7 +44,7 @@ def keywords(case: Case) -> dict[str, object]:
     }
 
 
-def lengths(case: Case) -> dict[str, object]:
+def lengths(case: Case) -> dict[str, Any]:
     """The keywords of packed sequences; none where the layout is dense."""
     if case.problem.layout == "dense":
         return {}
@@ -80,10 +81,12 @@ def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array
     words = VOCABULARIES["flash"]
     shared = {words.get(name, name): x for name, x in arrays(inputs).by_name().items()} | lengths(case) | chosen
     problem = case.problem
-    function = cuflash.flash_attn_func if problem.layout == "dense" else cuflash.flash_attn_varlen_func
-    drawn = {"generator": inputs.rng_state, "return_rng_state": True} if problem.dropout else {}
+    function: Callable[..., Any] = (
+        cuflash.flash_attn_func if problem.layout == "dense" else cuflash.flash_attn_varlen_func
+    )
+    drawn: dict[str, Any] = {"generator": inputs.rng_state, "return_rng_state": True} if problem.dropout else {}
     drawn["num_splits"] = problem.num_splits
-    gradients = {"deterministic": problem.deterministic, "bias_grad": problem.bias_grad}
+    gradients: dict[str, Any] = {"deterministic": problem.deterministic, "bias_grad": problem.bias_grad}
     return (
         lambda: function(**shared, **drawn, return_lse=True),
         lambda **computed: _without_none(cuflash.flash_attn_backward(**shared, **gradients, **computed)),

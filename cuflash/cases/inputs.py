@@ -167,10 +167,10 @@ def taking_part(case: Case, side: str, table: np.ndarray | None) -> np.ndarray:
     """Which rows of "q" or "kv" belong to a sequence that uses them: (total,), or (page, row), booleans."""
     problem = case.problem
     if side == "kv" and table is not None:
-        live = np.zeros((problem.total_kv // problem.page_size, problem.page_size), bool)
+        in_pages = np.zeros((problem.total_kv // problem.page_size, problem.page_size), bool)
         for _, at in places(case, table):
-            live[at] = True
-        return live
+            in_pages[at] = True
+        return in_pages
     lens, used, total = (
         (case.lens_q, case.seqused_q, problem.total_q)
         if side == "q"
@@ -191,6 +191,6 @@ def _paged(case: Case, table: np.ndarray, packed: np.ndarray) -> np.ndarray:
     return pages
 
 
-def host(x: Array | None) -> np.ndarray | None:
-    """The same array in host memory."""
+def host(x: Any) -> Any:
+    """The same array in host memory; whatever is no array as it is."""
     return x.get() if hasattr(x, "get") else x

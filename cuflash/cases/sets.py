@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from cuflash.problem import Problem
 _CAUSAL = Mask(right=0)
 
 
-def _dense(name: str, dtype: str, batch: int, heads: int, length: int, dim: int, **changes: object) -> Case:
+def _dense(name: str, dtype: str, batch: int, heads: int, length: int, dim: int, **changes: Any) -> Case:
     problem = Problem(
         direction="forward",
         dtype=DTYPES[dtype],
@@ -139,13 +140,13 @@ def cpu() -> list[Case]:
 
 def exactness() -> list[Case]:
     """What shows in errors: both 16-bit types, dims, masks, inputs times 1, 3 and 10; then one feature at a time."""
-    plain = [
+    plain: list[tuple[str, str, int, dict[str, Any]]] = [
         (f"{dtype}-d{dim}{'-causal' if mask.right == 0 else ''}", dtype, dim, {"mask": mask})
         for dtype in ("bf16", "fp16")
         for dim in (64, 128, 256)
         for mask in (Mask(), _CAUSAL)
     ]
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "gqa": {"heads_kv": 2},
         "sink": {"sink": True},
         "dropout": {"dropout": "byte"},

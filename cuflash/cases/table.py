@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from cuflash.device import Device, named
 from cuflash.dropout import Dropout
@@ -145,7 +146,7 @@ VARIATIONS: dict[str, str] = {
 """What the last part of an id stands for."""
 
 _CAUSAL = Mask(right=0)
-_CHANGES: dict[str, dict[str, object]] = {
+_CHANGES: dict[str, dict[str, Any]] = {
     "causal": {"mask": _CAUSAL},
     "top_left": {"mask": Mask(right=0, alignment="top-left")},
     "window": {"mask": Mask(left=64, right=17)},
@@ -351,7 +352,7 @@ def variants(cases: Iterable[Case], device: Device) -> list[tuple[str, Step]]:
     """
     kernels: dict[tuple[object, ...], tuple[str, Step]] = {}
     for case in cases:
-        if why_not(case.problem, device)[case.family]:
+        if case.family is not None and why_not(case.problem, device)[case.family]:
             continue
         for step in choose(case.problem, device, case.family).steps:
             kernels.setdefault((step.kernel, step.params, step.config), (case.id, step))

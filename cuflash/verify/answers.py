@@ -124,10 +124,11 @@ class Answers:
             bias = inputs.bias.astype(problem.dtype.accumulator)
             added = bias if added is None else added + bias
         dropout = case.dropout(unbiased_dropout)
-        dropped = self._dropped(dropout, i, j, lens[:, 1]) if dropout else None
+        dropped = self._dropped(dropout, inputs.rng_state, i, j, lens[:, 1]) if dropout else None
         # The axes of the terms that some gradients are sums of, and the shapes of those.
-        self._summed, self._shapes = {}, {}
-        if problem.bias_grad:
+        self._summed: dict[str, tuple[int, ...]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        if problem.bias_grad and inputs.bias is not None:
             self._shapes["dbias"] = inputs.bias.shape
             self._summed["dbias"] = tuple(axis for axis, n in enumerate(inputs.bias.shape) if n == 1)
         if problem.sink and problem.direction == "backward":
@@ -151,11 +152,11 @@ class Answers:
             answers[name] = Answer(x, naive[name], spread, most)
         for name, axes in self._summed.items():
             e, n = exact_terms[name], naive_terms[name]
-            *sums, off, size = (x.sum(axis=axes, keepdims=True) if axes else x for x in (e, n, (n - e) ** 2, e**2))
+            *sums, off, squares = (x.sum(axis=axes, keepdims=True) if axes else x for x in (e, n, (n - e) ** 2, e**2))
             shape = self._shapes[name]
-            sums = [x.reshape(shape) if 0 not in shape else self._xp.zeros(shape) for x in sums]
-            spread = float(off.max()) ** 0.5 + unseen * max(float(size.max()) ** 0.5, 1.0)
-            answers[name] = Answer(*sums, spread)
+            exact_sum, naive_sum = (x.reshape(shape) if 0 not in shape else self._xp.zeros(shape) for x in sums)
+            spread = float(off.max()) ** 0.5 + unseen * max(float(squares.max()) ** 0.5, 1.0)
+            answers[name] = Answer(exact_sum, naive_sum, spread)
         return answers
 
     def computed(self, formula: Naive) -> Computed:
@@ -225,15 +226,15 @@ class Answers:
 
     def _unpadded(self, x: Array, rows: _Rows, empty: float = 0.0) -> Array:
         x = x.swapaxes(1, 2)
-        if rows.packed is None:
+        if rows.padded is None or rows.taking_part is None:
             return x[:, : rows.length]
         x = x.reshape(-1, *x.shape[2:])[rows.padded]
         return self._xp.where(rows.taking_part[:, None, None], x, empty)
 
-    def _dropped(self, dropout: Dropout, i: np.ndarray, j: np.ndarray, lens_kv: np.ndarray) -> Array:
+    def _dropped(self, dropout: Dropout, rng_state: Any, i: np.ndarray, j: np.ndarray, lens_kv: np.ndarray) -> Array:
         """What probabilities are multiplied by, from the definition of the schemes: a call of Philox for each pair."""
         problem, xp = self._problem, self._xp
-        seed, offset = self._inputs.rng_state
+        seed, offset = rng_state
         heads = np.arange(problem.batch * problem.heads_q, dtype=np.uint64).reshape(problem.batch, -1, 1, 1)
         i, j = i.astype(np.uint64)[:, None], j.astype(np.uint64)
         if dropout.scheme == "byte":

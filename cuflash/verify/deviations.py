@@ -101,9 +101,10 @@ def cells(deviations: Iterable[Deviation]) -> tuple[list[str], list[list[str]]]:
 
     lines = [line(" ".join(row.tensor for row in group), *group) for group in cases.values()]
     for by_model in (False, True):
-        known = [(row.beside_the_best, row) for row in rows if (MODEL in row.rivals) == by_model and OWN in row.errors]
+        ratios = [(row.beside_the_best, row) for row in rows if (MODEL in row.rivals) == by_model]
+        known = [(math.isnan(ratio), ratio, row) for ratio, row in ratios if ratio is not None]
         if known:  # the largest, or one that is not a number
-            _, worst = max(known, key=lambda ratio_and_row: (math.isnan(ratio_and_row[0]), ratio_and_row[0]))
+            *_, worst = max(known, key=lambda ratio: ratio[:2])
             lines.append(line(f"worst: {worst.tensor}", worst))
     return ["case", "of", OWN, "beside the best", *impls, MODEL], lines
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from cuflash.cases.inputs import taking_part
 from cuflash.cases.table import Case
 from cuflash.dropout import Dropout
-from cuflash.masks import Mask
+from cuflash.masks import Alignment, Mask
 from cuflash.problem import MAX_SPLITS, Problem
 
 
@@ -118,14 +118,15 @@ _ODD = {False: "turned round", True: "expanded"}
 
 def shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of a call by name."""
-    rows_q, rows_kv = (problem.batch, problem.len_q), (problem.batch, problem.len_kv)
+    rows_q: tuple[int, ...] = (problem.batch, problem.len_q)
+    rows_kv: tuple[int, ...] = (problem.batch, problem.len_kv)
     if problem.layout == "varlen":
         rows_q, rows_kv = (problem.total_q,), (problem.total_kv,)
     if problem.page_size:
         rows_kv = (problem.total_kv // problem.page_size, problem.page_size)
     q, k = (*rows_q, problem.heads_q, problem.dim_qk), (*rows_kv, problem.heads_kv, problem.dim_qk)
     v, out = (*k[:-1], problem.dim_v), (*q[:-1], problem.dim_v)
-    forward = {"q": q, "k": k, "v": v, "out": out}
+    forward: dict[str, tuple[int, ...]] = {"q": q, "k": k, "v": v, "out": out}
     return forward if problem.direction == "forward" else forward | {"dout": out, "dq": q, "dk": k, "dv": v}
 
 
@@ -169,26 +170,28 @@ def draw(cases: list[Case], seed: int, number: int, limits: Limits) -> Draw:
 
 def _dense(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
     batch, heads_q, heads_kv = _planes(case, rng, limits)
-    longest = _two_lengths(case, rng, limits, (batch, heads_q, heads_kv))
-    sizes = dict(zip(("len_q", "len_kv"), longest, strict=True))
-    return replace(case, problem=replace(case.problem, batch=batch, heads_q=heads_q, heads_kv=heads_kv, **sizes))
+    len_q, len_kv = _two_lengths(case, rng, limits, (batch, heads_q, heads_kv))
+    problem = replace(case.problem, batch=batch, heads_q=heads_q, heads_kv=heads_kv, len_q=len_q, len_kv=len_kv)
+    return replace(case, problem=problem)
 
 
 def _packed(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
     batch, heads_q, heads_kv = _planes(case, rng, limits)
-    sizes, lens, used = {}, [], []
+    sizes: dict[str, Any] = {}
+    lens: list[tuple[int, ...]] = []
+    used: list[tuple[int, ...]] = []
     most_tail = limits.elements // (heads_q * max(case.problem.dim_qk, case.problem.dim_v))
     for side, longest in zip(("q", "kv"), _two_lengths(case, rng, limits, (batch, heads_q, heads_kv)), strict=True):
         counts = [0 if rng.random() < 0.15 else _length(rng, longest) for _ in range(batch)]
-        tail = min(int(rng.choice([0, 0, 1, rng.integers(100)])), most_tail)
+        tail = min(int(rng.choice([0, 0, 1, int(rng.integers(100))])), most_tail)
         room = int(rng.choice([0, 0, longest - max(counts)]))  # max_seqlen may be more than the longest
         lens.append(tuple(counts))
-        part = tuple(int(rng.choice([0, n, rng.integers(n + 1)], p=(0.1, 0.3, 0.6))) for n in counts)
+        part = tuple(int(rng.choice([0, n, int(rng.integers(n + 1))], p=(0.1, 0.3, 0.6))) for n in counts)
         used.append(part if rng.random() < 0.4 else ())
         most = max(used[-1] or counts) if rng.random() < 0.5 else max(counts)  # or the longest that is used
         sizes |= {f"len_{side}": most + room, f"total_{side}": sum(counts) + tail}
     problem = replace(case.problem, batch=batch, heads_q=heads_q, heads_kv=heads_kv, **sizes)
-    drawn = Case(case.id, case.family, problem, *lens, *used)
+    drawn = Case(case.id, case.family, problem, lens[0], lens[1], used[0], used[1])
     return _in_pages(drawn, rng, limits) if problem.page_size else drawn
 
 
@@ -196,7 +199,7 @@ def _in_pages(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
     """Pages of any size: enough for each sequence to have its own, or so few that sequences share them."""
     problem = case.problem
     room = limits.elements // (problem.heads_kv * max(problem.dim_qk, problem.dim_v))
-    size = min(room, int(rng.choice([1, 16, 48, rng.integers(1, 301), _log_uniform(rng, 300)])))
+    size = min(room, int(rng.choice([1, 16, 48, int(rng.integers(1, 301)), _log_uniform(rng, 300)])))
     case = replace(case, problem=replace(problem, page_size=size))
     needed = sum(case.pages)
     count = needed + int(rng.choice([0, 1, 7])) if rng.random() < 0.7 else _log_uniform(rng, max(needed, 1))
@@ -281,7 +284,8 @@ def _reach(case: Case) -> int:
 
 def _mask(case: Case, rng: np.random.Generator) -> Mask:
     """The same kind of mask, aligned either way."""
-    mask, reach = replace(case.problem.mask, alignment=str(rng.choice(["bottom-right", "top-left"]))), _reach(case)
+    alignment = cast(Alignment, str(rng.choice(["bottom-right", "top-left"])))
+    mask, reach = replace(case.problem.mask, alignment=alignment), _reach(case)
     if mask.kind != "window":
         return mask
     if reach < 2:
@@ -303,8 +307,9 @@ def _scale(case: Case, rng: np.random.Generator) -> float:
     return 0.0 if rng.random() < 0.1 else -size
 
 
-def _broadcast(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[bool, ...]:
-    return tuple(n == 1 or bool(rng.random() < 0.5) for n in shape)
+def _broadcast(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[bool, bool, bool, bool]:
+    batch, heads, rows, keys = (n == 1 or bool(rng.random() < 0.5) for n in shape)
+    return batch, heads, rows, keys
 
 
 def _copies_bias(case: Case) -> bool:
@@ -312,11 +317,12 @@ def _copies_bias(case: Case) -> bool:
     return case.family == "sm90" and case.problem.copies_bias
 
 
-def _bias_broadcast(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[bool, ...]:
+def _bias_broadcast(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[bool, bool, bool, bool]:
     if case.problem.bias is None:
         return case.problem.bias_broadcast
-    drawn = _broadcast(rng, shape)
-    return (*drawn[:2], *case.problem.bias_broadcast[2:]) if _copies_bias(case) else drawn
+    batch, heads, *pair = _broadcast(rng, shape)
+    rows, keys = case.problem.bias_broadcast[2:] if _copies_bias(case) else pair
+    return batch, heads, rows, keys
 
 
 def _probability(rng: np.random.Generator) -> float:
@@ -325,5 +331,6 @@ def _probability(rng: np.random.Generator) -> float:
 
 def _rng_state(rng: np.random.Generator) -> tuple[int, int]:
     """Any seed; an offset with its low and high word in use, or one that carries over soon."""
-    offset = int(rng.choice([0, 4 * rng.integers(1000), 2**32 - 4 * rng.integers(1, 1000), 4 * rng.integers(2**61)]))
+    near, before, far = (4 * int(rng.integers(*bounds)) for bounds in ((1000,), (1, 1000), (2**61,)))
+    offset = int(rng.choice([0, near, 2**32 - before, far]))
     return int(rng.integers(2**64, dtype=np.uint64)), offset

@@ -52,7 +52,8 @@ class Flash(Naive):
         dq = dx @ k * self._scale
         dk, dv = dx.swapaxes(-1, -2) @ q * self._scale, p.swapaxes(-1, -2) @ dout
         dk, dv = (x.reshape(*x.shape[:-3], heads_kv, heads_q // heads_kv, *x.shape[-2:]).sum(axis=-3) for x in (dk, dv))
-        return Gradients(*(self._once(x) for x in (dq, dk, dv)), ds, -(p_sink * delta)[..., 0], out, lse)
+        dq, dk, dv = (self._once(x) for x in (dq, dk, dv))
+        return Gradients(dq, dk, dv, ds, -(p_sink * delta)[..., 0], out, lse)
 
     def _output(self, p: np.ndarray, v: np.ndarray, extras: Extras) -> np.ndarray:
         """The product of the probabilities that dropout leaves, rounded relative to each row's largest, with v."""

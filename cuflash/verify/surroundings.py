@@ -74,7 +74,7 @@ class Arena:
             strides[axis] = extent
             extent *= max(outer[axis] + int(gaps[axis]), 1)
         start = self._reserve(name, first + extent) + first
-        strides = (*strides, dtype.itemsize)
+        strides.append(dtype.itemsize)
         if self._xp is np:
             return np.ndarray(shape, dtype, self._bytes, start, strides)
         return self._xp.ndarray(tuple(shape), dtype, self._bytes.data + start, strides)
@@ -156,7 +156,7 @@ class Surrounded:
     inputs: Inputs
     outputs: dict[str, Array] = field(default_factory=dict)
     """By argument: out, and of a backward dq, dk and dv."""
-    lse: Array | None = None
+    lse: Array = None
     """Backward: room for the forward's, in other strides."""
 
 
