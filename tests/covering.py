@@ -7,7 +7,7 @@ from itertools import combinations
 from random import Random
 from typing import Any
 
-Case = dict[str, Any]
+Combination = dict[str, Any]
 
 
 def pairs_of(case: Mapping[str, Any]) -> set[tuple]:
@@ -15,7 +15,7 @@ def pairs_of(case: Mapping[str, Any]) -> set[tuple]:
     return set(combinations(sorted(case.items()), 2))
 
 
-def every_pair(factors: Mapping[str, Sequence[str]], tries: int = 30) -> list[Case]:
+def every_pair(factors: Mapping[str, Sequence[str]], tries: int = 30) -> list[Combination]:
     """Cases (factor -> level) that together hold every pair of levels of any two factors; always the same ones.
 
     Greedy: every case starts from a pair that is still missing, and of some random completions the one with the most

@@ -47,7 +47,7 @@ def close(library: WithTorch, name: str, ours: Any, torchs: Any, exact: np.ndarr
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class TorchCase:
     """One call of torch's flash kernels."""
 
     dtype: np.dtype
@@ -65,27 +65,27 @@ class Case:
 
 
 FLASH = {
-    "plain": Case(FP16, (3, 3), (200, 300)),
-    "causal": Case(BF16, (4, 2), (130, 257), 128, causal=True),
-    "more-queries": Case(FP16, (2, 1), (200, 70), causal=True),
-    "window": Case(BF16, (4, 1), (300, 333), 40, window=(37, 5)),
-    "causal-window": Case(FP16, (2, 2), (129, 200), 96, causal=True, window=(64, -1)),
-    "d256": Case(BF16, (2, 2), (150, 190), 256),
-    "dropout": Case(FP16, (4, 2), (200, 300), dropout_p=P),
-    "dropout-causal-d128": Case(BF16, (4, 2), (257, 257), 128, causal=True, dropout_p=P),
-    "dropout-window-d256": Case(FP16, (2, 2), (130, 200), 256, window=(70, 20), dropout_p=0.5),
-    "dropout-d32": Case(BF16, (3, 1), (90, 100), 32, dropout_p=0.9),
-    "varlen": Case(FP16, (4, 2), lens_q=(70, 0, 1, 200), lens_k=(100, 20, 30, 257)),
-    "varlen-causal": Case(BF16, (2, 2), dim=128, causal=True, lens_q=(130, 64, 33), lens_k=(60, 64, 200)),
-    "varlen-dropout": Case(FP16, (4, 2), lens_q=(70, 5, 200), lens_k=(100, 20, 257), dropout_p=P),
-    "varlen-dropout-causal": Case(
+    "plain": TorchCase(FP16, (3, 3), (200, 300)),
+    "causal": TorchCase(BF16, (4, 2), (130, 257), 128, causal=True),
+    "more-queries": TorchCase(FP16, (2, 1), (200, 70), causal=True),
+    "window": TorchCase(BF16, (4, 1), (300, 333), 40, window=(37, 5)),
+    "causal-window": TorchCase(FP16, (2, 2), (129, 200), 96, causal=True, window=(64, -1)),
+    "d256": TorchCase(BF16, (2, 2), (150, 190), 256),
+    "dropout": TorchCase(FP16, (4, 2), (200, 300), dropout_p=P),
+    "dropout-causal-d128": TorchCase(BF16, (4, 2), (257, 257), 128, causal=True, dropout_p=P),
+    "dropout-window-d256": TorchCase(FP16, (2, 2), (130, 200), 256, window=(70, 20), dropout_p=0.5),
+    "dropout-d32": TorchCase(BF16, (3, 1), (90, 100), 32, dropout_p=0.9),
+    "varlen": TorchCase(FP16, (4, 2), lens_q=(70, 0, 1, 200), lens_k=(100, 20, 30, 257)),
+    "varlen-causal": TorchCase(BF16, (2, 2), dim=128, causal=True, lens_q=(130, 64, 33), lens_k=(60, 64, 200)),
+    "varlen-dropout": TorchCase(FP16, (4, 2), lens_q=(70, 5, 200), lens_k=(100, 20, 257), dropout_p=P),
+    "varlen-dropout-causal": TorchCase(
         BF16, (2, 1), dim=96, causal=True, lens_q=(33, 130), lens_k=(90, 140), dropout_p=0.1
     ),
-    "varlen-seqused": Case(FP16, (2, 1), causal=True, lens_q=(70, 40), lens_k=(100, 257), seqused_k=(77, 130)),
+    "varlen-seqused": TorchCase(FP16, (2, 1), causal=True, lens_q=(70, 40), lens_k=(100, 257), seqused_k=(77, 130)),
 }  # fmt: skip
 
 
-def flash_arguments(case: Case, library: WithTorch) -> tuple[list[Any], dict[str, Any], dict[str, Any], list[Any]]:
+def flash_arguments(case: TorchCase, library: WithTorch) -> tuple[list[Any], dict[str, Any], dict[str, Any], list[Any]]:
     """(host arrays q, k, v, dout), the oracle's options, ours, and torch's positional ones after the tensors."""
     rng = np.random.default_rng(3)
     heads_q, heads_k = case.heads

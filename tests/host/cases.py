@@ -25,7 +25,7 @@ CAUSAL = Mask(right=0)
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class HostCase:
     """One problem with the data that a Problem leaves open."""
 
     problem: Problem
@@ -56,9 +56,9 @@ class Case:
 
 def dense(
     dtype: str, heads: tuple[int, int], lens: tuple[int, int], dims: tuple[int, int], batch: int = 1, **more
-) -> Case:
-    """A dense case; what is not a field of Problem is one of Case."""
-    case = {name: more.pop(name) for name in Case.__dataclass_fields__ if name in more}
+) -> HostCase:
+    """A dense case; what is not a field of Problem is one of HostCase."""
+    case = {name: more.pop(name) for name in HostCase.__dataclass_fields__ if name in more}
     more.setdefault("softmax_scale", dims[0] ** -0.5)
     more.setdefault("num_splits", 1)
     more["alibi"] = "alibi_axes" in case
@@ -71,12 +71,12 @@ def dense(
         more["bias_broadcast"] = tuple(axis not in case["bias_axes"] or n == 1 for axis, n in sizes)
     if "dropout" in more:
         case.setdefault("dropout_p", 0.3)
-    return Case(Problem("forward", dtypes.DTYPES[dtype], batch, *heads, *lens, *dims, **more), **case)
+    return HostCase(Problem("forward", dtypes.DTYPES[dtype], batch, *heads, *lens, *dims, **more), **case)
 
 
 def packed(
     dtype: str, heads: tuple[int, int], lens_q: tuple, lens_kv: tuple, dims: tuple[int, int], tail: int = 0, **more
-) -> Case:
+) -> HostCase:
     """A packed case with ``tail`` rows after the last sequence."""
     totals = {"total_q": sum(lens_q) + tail, "total_kv": sum(lens_kv) + tail}
     lens = max(lens_q), max(lens_kv)
@@ -84,7 +84,7 @@ def packed(
     return dense(dtype, heads, lens, dims, **totals, **more)
 
 
-def paged(dtype: str, page_size: int, heads: tuple[int, int], lens_q: tuple, lens_kv: tuple, *dims, **more) -> Case:
+def paged(dtype: str, page_size: int, heads: tuple[int, int], lens_q: tuple, lens_kv: tuple, *dims, **more) -> HostCase:
     """A packed case whose keys and values lie in pages."""
     return packed(dtype, heads, lens_q, lens_kv, *dims, page_size=page_size, **more)
 
@@ -97,7 +97,7 @@ EMPTY_LSE, TAIL_LSE = 1234.5, -777.25
 class Tensors:
     """The arrays of one case, by their names in ``params.cuh``."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: HostCase) -> None:
         p = case.problem
         self.case, self.rng = case, np.random.default_rng(5)
         self.arrays: dict[str, np.ndarray] = {}
@@ -265,7 +265,7 @@ def exact_and_naive(tensors: Tensors, *extra: str) -> tuple[oracle.Attention, or
     return oracle.attention(*inputs, **tensors.options), oracle.naive_in_dtype(*inputs, **tensors.options)
 
 
-def run(case: Case, tensors: Tensors, direction: str, seed: int, draw: Sequence[int] = (0, SEED, OFFSET)) -> None:
+def run(case: HostCase, tensors: Tensors, direction: str, seed: int, draw: Sequence[int] = (0, SEED, OFFSET)) -> None:
     backward = direction == "backward"
     problem = replace(case.problem, direction=direction, bias_grad=backward and case.problem.bias is not None)
     device = named(case.device)
@@ -280,7 +280,7 @@ def run(case: Case, tensors: Tensors, direction: str, seed: int, draw: Sequence[
     assert conflicts == 0, "ldmatrix met bank conflicts"
 
 
-def check_forward(case: Case, seed: int = 0) -> None:
+def check_forward(case: HostCase, seed: int = 0) -> None:
     tensors = Tensors(case)
     for name in ("q", "k", "v"):
         tensors.random(name)
@@ -299,7 +299,7 @@ def check_forward(case: Case, seed: int = 0) -> None:
     tensors.assert_surroundings_untouched("out", "lse", *(["rng_state"] if case.problem.dropout else []))
 
 
-def check_backward(case: Case, seed: int = 0) -> None:
+def check_backward(case: HostCase, seed: int = 0) -> None:
     tensors = Tensors(case)
     for name in ("q", "k", "v", "dout", "dlse"):
         tensors.random(name)

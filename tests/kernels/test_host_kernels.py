@@ -12,7 +12,7 @@ from host.cases import (
     CAUSAL,
     OFFSET,
     SEED,
-    Case,
+    HostCase,
     Tensors,
     check_backward,
     check_forward,
@@ -32,7 +32,7 @@ from cuflash.plan import Plan, choose
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
-CASES: dict[str, Case] = {
+CASES: dict[str, HostCase] = {
     "fp16-d64": dense("fp16", (2, 2), (100, 150), (64, 64), batch=2),
     "bf16-d128-causal": dense("bf16", (2, 2), (140, 200), (128, 128), mask=CAUSAL),
     "d16-one-row": dense("fp16", (1, 1), (1, 70), (16, 16)),
@@ -317,13 +317,13 @@ DIFFERENTIABLE = {name: case for name, case in CASES.items() if not case.problem
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_forward(case: Case) -> None:
+def test_forward(case: HostCase) -> None:
     check_forward(case)
 
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("case", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
-def test_backward(case: Case) -> None:
+def test_backward(case: HostCase) -> None:
     check_backward(case)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from host.build import why_not
-from host.cases import CAUSAL, Case, Tensors, check_forward, dense, packed
+from host.cases import CAUSAL, HostCase, Tensors, check_forward, dense, packed
 from host.run import run_plan_on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ TOP_LEFT = Mask(right=0, alignment="top-left")
 WINDOW = Mask(left=90, right=5)
 
 
-def plan_of(case: Case) -> Plan:
+def plan_of(case: HostCase) -> Plan:
     return choose(case.problem, named(case.device), case.family)
 
 
@@ -37,7 +37,7 @@ def variant(plan: Plan) -> tuple[str, str]:
 
 SPLIT, GROUP, BOTH = ("OneHead", "KeySplits"), ("HeadGroup", "NoSplit"), ("HeadGroup", "KeySplits")
 
-CASES: dict[str, tuple[Case, tuple[str, str]]] = {
+CASES: dict[str, tuple[HostCase, tuple[str, str]]] = {
     "split": (dense("fp16", (2, 2), (100, 330), (64, 64), batch=2, num_splits=2), SPLIT),
     "split-more-than-tiles": (dense("bf16", (2, 2), (3, 200), (64, 64), num_splits=128), SPLIT),
     "split-d40-dv24": (dense("fp16", (2, 2), (130, 260), (40, 24), num_splits=3, mask=CAUSAL), SPLIT),
@@ -113,7 +113,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("case", "kind"), CASES.values(), ids=CASES.keys())
-def test_forward_in_parts(case: Case, kind: tuple[str, str]) -> None:
+def test_forward_in_parts(case: HostCase, kind: tuple[str, str]) -> None:
     """Scratch memory starts as NaN, so a part that nobody wrote cannot be read unseen."""
     assert variant(plan_of(case)) == kind
     check_forward(case)

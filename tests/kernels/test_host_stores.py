@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from host import run as launches
 from host.build import why_not
-from host.cases import CAUSAL, Case, check_forward, dense, packed
+from host.cases import CAUSAL, HostCase, check_forward, dense, packed
 
 from cuflash.plan import Step
 
@@ -23,7 +23,7 @@ void fwd_sm90(const cuflash::FwdParams& params) {{
 }}
 """
 
-CASES: dict[str, Case] = {
+CASES: dict[str, HostCase] = {
     "two-buffers": dense("fp16", (2, 1), (300, 290), (64, 64), batch=2, num_sms=3, mask=CAUSAL),
     "one-buffer": dense("bf16", (2, 1), (300, 90), (256, 256), batch=2, num_sms=3),
     "narrow": dense("fp16", (1, 1), (140, 200), (160, 24), softcap=1.5),
@@ -45,7 +45,7 @@ def without_a_map_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_threads_store_what_boxes_would(case: Case, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_store_what_boxes_would(case: HostCase, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "UNIT", launches.UNIT.replace('#include "entry/{kernel}.cu"', ENTRY))
     check_forward(replace(case, family="sm90"), seed)
 
