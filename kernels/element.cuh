@@ -19,9 +19,13 @@ struct bf16 {
 };
 
 template <class Element>
-struct AccumulatorOf { using Type = float; };
+struct AccumulatorOf {
+  using Type = float;
+};
 template <>
-struct AccumulatorOf<double> { using Type = double; };
+struct AccumulatorOf<double> {
+  using Type = double;
+};
 
 template <class Element>
 using Accumulator = typename AccumulatorOf<Element>::Type;
@@ -32,6 +36,8 @@ CF_DEVICE float to_accumulator(float x) { return x; }
 CF_DEVICE double to_accumulator(double x) { return x; }
 
 template <class Element>
-CF_DEVICE Element from_accumulator(Accumulator<Element> x) { return static_cast<Element>(x); }
+CF_DEVICE Element from_accumulator(Accumulator<Element> x) {
+  return static_cast<Element>(x);
+}
 
 }  // namespace cuflash

@@ -42,10 +42,14 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
 template <class T>
-CF_DEVICE constexpr T min_of(T a, T b) { return a < b ? a : b; }
+CF_DEVICE constexpr T min_of(T a, T b) {
+  return a < b ? a : b;
+}
 
 template <class T>
-CF_DEVICE constexpr T max_of(T a, T b) { return a > b ? a : b; }
+CF_DEVICE constexpr T max_of(T a, T b) {
+  return a > b ? a : b;
+}
 CF_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
 CF_DEVICE double max_of(double a, double b) { return fmax(a, b); }
 
@@ -60,7 +64,9 @@ CF_DEVICE float reciprocal(float x) { return __fdividef(1.f, x); }
 CF_DEVICE double reciprocal(double x) { return 1. / x; }
 
 template <class T>
-CF_DEVICE constexpr T clamp_to(T x, T low, T high) { return min_of(max_of(x, low), high); }
+CF_DEVICE constexpr T clamp_to(T x, T low, T high) {
+  return min_of(max_of(x, low), high);
+}
 
 // ceil(a / b) for a >= 0.
 CF_DEVICE constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
@@ -71,12 +77,18 @@ CF_DEVICE constexpr int round_up(int a, int multiple) { return cdiv(a, multiple)
 CF_DEVICE constexpr int power_of_two_above(int n) { return n <= 1 ? 1 : 2 * power_of_two_above((n + 1) / 2); }
 
 template <class First, class Second>
-struct IsSame { static constexpr bool value = false; };
+struct IsSame {
+  static constexpr bool value = false;
+};
 template <class T>
-struct IsSame<T, T> { static constexpr bool value = true; };
+struct IsSame<T, T> {
+  static constexpr bool value = true;
+};
 
 template <class T>
-CF_DEVICE T infinity() { return static_cast<T>(CF_INFINITY); }
+CF_DEVICE T infinity() {
+  return static_cast<T>(CF_INFINITY);
+}
 
 // A compile error here means that Python's shared-memory formula (plan/families/) and the kernel's struct disagree.
 template <int kActual, int kPlanned>

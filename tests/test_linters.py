@@ -19,3 +19,5 @@ def test_ci_runs_the_linters_of_the_hooks() -> None:
     (command,) = re.findall(r"install -e '\.\[dev\]' \$\((.*)\)$", steps, flags=re.MULTILINE)
     printed = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(printed.split()) == pins
+    for hook in re.findall(r"entry: (\S+(?: check| format)?)", hooks):
+        assert f".venv/bin/{hook} " in steps

@@ -19,8 +19,8 @@ struct NoDropout {
 // (tile/fragment.cuh); its word kv % 32 / 8 serves that 8-column block, byte 2 * (q % 16 / 8) + kv % 2 this element.
 struct ByteDropout {
   uint64 seed;
-  uint64 counter;     // of call 0
-  uint32 threshold;   // bytes up to this one keep
+  uint64 counter;    // of call 0
+  uint32 threshold;  // bytes up to this one keep
 
   template <class Sequence>
   CF_DEVICE ByteDropout(const Attention& a, const Sequence& sequence, int head)
@@ -43,8 +43,8 @@ struct ByteDropout {
 // The scheme of PyTorch's memory-efficient kernels: one 32-bit word an element, numbered in row-major order.
 struct WordDropout {
   uint64 seed;
-  uint64 base;        // number of this head's element (0, 0)
-  int row;            // elements of one query row
+  uint64 base;  // number of this head's element (0, 0)
+  int row;      // elements of one query row
   float p;
 
   template <class Sequence>

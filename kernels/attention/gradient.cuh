@@ -24,8 +24,7 @@ struct ScoreGradient {
   template <class Sequence>
   CF_DEVICE ScoreGradient(const Attention& a, const Sequence& sequence, int head)
       : mask(a, sequence, head), score(a, sequence, head), dropout(a, sequence, head),
-        log2_unit(score.unit() * static_cast<Real>(kLog2E)),
-        keep_scale(static_cast<Real>(Config::Dropout::scale(a))) {}
+        log2_unit(score.unit() * static_cast<Real>(kLog2E)), keep_scale(static_cast<Real>(Config::Dropout::scale(a))) {}
 
   // P, from s = q.k; exactly 0 where masked. Tiles that are visible whole (`full`) need no test.
   CF_DEVICE Real probability(Real s, const RowShift<Real>& shift, int q, int kv, bool full) const {

@@ -27,13 +27,17 @@ struct OneHead {
   // Elements from row 0 to another.
   CF_DEVICE int64 offset(int row, const Strides& stride) const { return row * stride.row; }
   template <class F>
-  CF_DEVICE void for_each(F&& f) const { f(first); }
+  CF_DEVICE void for_each(F&& f) const {
+    f(first);
+  }
 
   // A mask, score or dropout of the tile's rows.
   template <class Policy, class Sequence>
   using Bound = Policy;
   template <class Policy, class Sequence>
-  CF_DEVICE Policy bind(const Attention& a, const Sequence& sequence) const { return Policy(a, sequence, first); }
+  CF_DEVICE Policy bind(const Attention& a, const Sequence& sequence) const {
+    return Policy(a, sequence, first);
+  }
 };
 
 template <class Policy, class Sequence>
@@ -83,7 +87,9 @@ struct EachRow {
     return of(row).kv_tiles(query, heads.query(row + rows - 1) - query + 1, tile);
   }
   template <class Real>
-  CF_DEVICE Real apply(Real s, int row, int kv) const { return of(row).apply(s, heads.query(row), kv); }
+  CF_DEVICE Real apply(Real s, int row, int kv) const {
+    return of(row).apply(s, heads.query(row), kv);
+  }
   CF_DEVICE auto unit() const { return of(0).unit(); }  // the same for every head
 };
 

@@ -92,9 +92,7 @@ struct TensorMask {
       : band(a, sequence, head), mask(a.mask + sequence.batch * a.mask_batch + head * a.mask_head), row(a.mask_row),
         column(a.mask_column) {}
 
-  CF_DEVICE bool keep(int q, int kv) const {
-    return q < band.len_q && band.keep(q, kv) && mask[q * row + kv * column];
-  }
+  CF_DEVICE bool keep(int q, int kv) const { return q < band.len_q && band.keep(q, kv) && mask[q * row + kv * column]; }
 
   CF_DEVICE Tiles kv_tiles(int q, int rows, int tile) const { return band.kv_tiles(q, rows, tile).none_full(); }
   CF_DEVICE Tiles q_tiles(int kv, int rows, int tile) const { return band.q_tiles(kv, rows, tile).none_full(); }

@@ -28,7 +28,9 @@ struct QueryTile {
 
   // A mask, score or dropout of the tile's rows.
   template <class Policy>
-  CF_DEVICE auto bind(const Attention& a) const { return heads.template bind<Policy>(a, sequence); }
+  CF_DEVICE auto bind(const Attention& a) const {
+    return heads.template bind<Policy>(a, sequence);
+  }
 
  private:
   CF_DEVICE static int tiles(const Attention& a) { return num_tiles(Heads::rows(a, a.len_q), Config::kTileQ); }

@@ -142,8 +142,8 @@ struct Bias {
   template <class Sequence>
   CF_DEVICE Bias(const Attention& a, const Sequence& sequence, int head)
       : len_q(sequence.len_q), len_kv(sequence.len_kv),
-        bias(static_cast<const Element*>(a.bias) + sequence.batch * a.bias_batch + head * a.bias_head),
-        row(a.bias_row), column(a.bias_column) {}
+        bias(static_cast<const Element*>(a.bias) + sequence.batch * a.bias_batch + head * a.bias_head), row(a.bias_row),
+        column(a.bias_column) {}
   // 0 beyond the sequence, where the tensor may end.
   template <class Real>
   CF_DEVICE Real at(int q, int kv) const {

@@ -11,9 +11,9 @@ struct BoxOrigin {
 };
 
 struct DenseSequence {
-  int len_q;     // query rows
-  int len_kv;    // keys that take part
-  int tail_q;    // packed rows behind those that take part in nothing, which its first tile fills; none here
+  int len_q;   // query rows
+  int len_kv;  // keys that take part
+  int tail_q;  // packed rows behind those that take part in nothing, which its first tile fills; none here
   int tail_kv;
   int64 batch;
 
@@ -38,7 +38,7 @@ struct VarlenSequence {
   int len_kv;
   int tail_q;
   int tail_kv;
-  int start_q;     // first packed row
+  int start_q;  // first packed row
   int start_kv;
   int64 batch;
 

@@ -16,7 +16,10 @@ struct alignas(2 * sizeof(Real)) RowState {
   // The lowest finite number: a hidden score, -inf, stays -inf less m, and m less m is 0.
   static constexpr Real kLowest = static_cast<Real>(sizeof(Real) == 4 ? -0x1.fffffep127 : -0x1.fffffffffffffp1023);
 
-  CF_DEVICE void init() { m = kLowest; l = Real(0); }
+  CF_DEVICE void init() {
+    m = kLowest;
+    l = Real(0);
+  }
 
   // p of a score, exact for the largest whatever its size.
   CF_DEVICE Real weight(Real x, Real log2_unit) const { return exp2((x - m) * log2_unit); }
@@ -63,7 +66,9 @@ struct alignas(2 * sizeof(Real)) RowState {
 // Whether a learnable logit per head takes its share of every row's probability.
 struct NoSink {
   template <class Real>
-  CF_DEVICE static Real close(RowState<Real>&, const Attention&, int /*head*/, Real /*unit*/) { return Real(1); }
+  CF_DEVICE static Real close(RowState<Real>&, const Attention&, int /*head*/, Real /*unit*/) {
+    return Real(1);
+  }
 };
 
 struct LearnableSink {

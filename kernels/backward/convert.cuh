@@ -37,8 +37,8 @@ struct BackwardConvert {
       });
     }
     ptx::sync_threads();
-    store_tile<Config::kTileQ, Accum::kDimQk, Config::kCopyBytes, Config::kThreads>(
-        rows, Config::kDimQk, smem.dq, 0, ptx::thread_index());
+    store_tile<Config::kTileQ, Accum::kDimQk, Config::kCopyBytes, Config::kThreads>(rows, Config::kDimQk, smem.dq, 0,
+                                                                                    ptx::thread_index());
   }
 };
 

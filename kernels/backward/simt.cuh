@@ -124,8 +124,7 @@ struct BackwardSimt {
     const auto g_dk = key_rows<Element>(p.dk, p.dk_stride, sequence, work.head).from(kv_first);
     const auto g_dv = key_rows<Element>(p.dv, p.dv_stride, sequence, work.head).from(kv_first);
     Block::template store<kDimQk>(g_dk, dk, [&](int) { return scale; });
-    Block::template store<kDimV>(g_dv, dv,
-                                 [&](int) { return static_cast<Real>(Config::Dropout::scale(a)); });
+    Block::template store<kDimV>(g_dv, dv, [&](int) { return static_cast<Real>(Config::Dropout::scale(a)); });
   }
 
   CF_DEVICE static void run_dq(const BwdParams& p) {

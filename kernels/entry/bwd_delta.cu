@@ -3,6 +3,6 @@
 #include "backward/delta.cuh"
 
 extern "C" __global__ void __launch_bounds__(cuflash::Config::kThreads, cuflash::Config::kBlocksPerSm)
-bwd_delta(const __grid_constant__ cuflash::BwdParams params) {
+    bwd_delta(const __grid_constant__ cuflash::BwdParams params) {
   cuflash::backward_delta<cuflash::Config>(params);
 }

@@ -3,6 +3,6 @@
 #include "forward/combine.cuh"
 
 extern "C" __global__ void __launch_bounds__(cuflash::Config::kThreads, cuflash::Config::kBlocksPerSm)
-fwd_combine(const __grid_constant__ cuflash::FwdParams params) {
+    fwd_combine(const __grid_constant__ cuflash::FwdParams params) {
   cuflash::forward_combine<cuflash::Config>(params);
 }

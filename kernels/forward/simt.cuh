@@ -120,8 +120,8 @@ struct ForwardSimt {
         Results::close(p, first_number + heads.offset(q_first + row, Results::lse_stride(p)), states[m], score.unit());
       }
     }
-    const auto g_out = rows_of(heads, Results::out(p, sequence, heads.first, split.index), Results::out_stride(p),
-                               q_first, q_rows);
+    const auto g_out =
+        rows_of(heads, Results::out(p, sequence, heads.first, split.index), Results::out_stride(p), q_first, q_rows);
     Block::template store<Config::kDimV>(g_out, out, [&](int m) { return factor[m]; });
   }
 };

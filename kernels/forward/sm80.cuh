@@ -181,8 +181,8 @@ struct ForwardSm80 {
     }
 
     // The outputs' addresses are made only now: registers are scarce inside the loop.
-    auto* g_out = Results::out(p, sequence, heads.first, split.index) +
-                  heads.offset(q_first + warp_row, Results::out_stride(p));
+    auto* g_out =
+        Results::out(p, sequence, heads.first, split.index) + heads.offset(q_first + warp_row, Results::out_stride(p));
     const int64 first_number =
         Results::number(p, sequence, heads.first, split.index) + heads.offset(q_first, Results::lse_stride(p));
     const auto numbers = rows_at(heads, static_cast<float*>(p.lse), Results::lse_stride(p), q_first, q_rows);

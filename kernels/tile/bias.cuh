@@ -43,7 +43,9 @@ CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<Element, kRows, kCo
 
 template <bool kOneRow, int kRows, int kCols>
 CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<float, kRows, kCols>& tile, int row, int lane) {
-  struct alignas(8) Pair { float x[2]; };
+  struct alignas(8) Pair {
+    float x[2];
+  };
 #pragma unroll
   for (int n = 0; n < kCols / 8; ++n) {
 #pragma unroll

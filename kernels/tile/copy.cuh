@@ -11,13 +11,21 @@ namespace cuflash {
 template <int kBytes>
 struct VectorOf;
 template <>
-struct VectorOf<2> { using Type = uint16; };
+struct VectorOf<2> {
+  using Type = uint16;
+};
 template <>
-struct VectorOf<4> { using Type = uint32; };
+struct VectorOf<4> {
+  using Type = uint32;
+};
 template <>
-struct VectorOf<8> { using Type = uint2; };
+struct VectorOf<8> {
+  using Type = uint2;
+};
 template <>
-struct VectorOf<16> { using Type = uint4; };
+struct VectorOf<16> {
+  using Type = uint4;
+};
 
 // Starts the copy of the first rows' columns [0, kDim) into `tile`; everything else in the tile becomes zero, so that
 // padding of any content (NaN included) never enters a product. Complete after cp_async_wait and a barrier.

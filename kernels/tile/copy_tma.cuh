@@ -33,8 +33,8 @@ template <class Element, int kN, class Tile>
 CF_DEVICE void store_fragment(Tile& tile, int first_row, int lane, const Fragment<16, kN>& f) {
 #pragma unroll
   for (int n = 0; n < kN / 8; n += 2) {
-    const float(&left)[4] = f.x[0][n];
-    const float(&right)[4] = f.x[0][n + 1];
+    const float (&left)[4] = f.x[0][n];
+    const float (&right)[4] = f.x[0][n + 1];
     const uint32 packed[4] = {ptx::pack<Element>(left[0], left[1]), ptx::pack<Element>(left[2], left[3]),
                               ptx::pack<Element>(right[0], right[1]), ptx::pack<Element>(right[2], right[3])};
     ptx::stmatrix_x4(tile.address(first_row + lane % 16, n * 8 + lane / 16 * 8), packed);

@@ -65,7 +65,9 @@ CF_DEVICE ElementSet<Fragment> kept_transposed(const Dropout& dropout, int q, in
   return kept;
 }
 template <class Fragment>
-CF_DEVICE ElementSet<Fragment> kept_transposed(const NoDropout&, int, int) { return {}; }
+CF_DEVICE ElementSet<Fragment> kept_transposed(const NoDropout&, int, int) {
+  return {};
+}
 
 // Each lane draws the call of its own number and fetches what its transposed elements need from eight others.
 template <class Fragment>

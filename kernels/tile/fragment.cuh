@@ -94,8 +94,8 @@ CF_DEVICE void pack_operand(Operand<kRows, kCols>& operand, const Fragment<kRows
   for (int m = 0; m < kRows / 16; ++m) {
 #pragma unroll
     for (int k = 0; k < kCols / 16; ++k) {
-      const float(&left)[4] = f.x[m][2 * k];
-      const float(&right)[4] = f.x[m][2 * k + 1];
+      const float (&left)[4] = f.x[m][2 * k];
+      const float (&right)[4] = f.x[m][2 * k + 1];
       operand.x[m][k][0] = ptx::pack<Element>(left[0], left[1]);
       operand.x[m][k][1] = ptx::pack<Element>(left[2], left[3]);
       operand.x[m][k][2] = ptx::pack<Element>(right[0], right[1]);

@@ -20,7 +20,9 @@ namespace cuflash {
 
 // Numbers that move as one access.
 template <class Real, int kCount>
-struct alignas(kCount * sizeof(Real)) Pack { Real x[kCount]; };
+struct alignas(kCount * sizeof(Real)) Pack {
+  Real x[kCount];
+};
 
 template <class Real>
 constexpr int kPackOf = 16 / sizeof(Real);

@@ -25,11 +25,11 @@ struct GlobalRows {
 // number of a sequence's last page is looked up; they are not read.
 template <class Element>
 struct PagedRows {
-  Element* data;          // row 0 of page 0
+  Element* data;  // row 0 of page 0
   const Strides& stride;
   const Pages& pages;
-  const int* table;       // page numbers of this sequence
-  int first;              // the key that is row 0
+  const int* table;  // page numbers of this sequence
+  int first;         // the key that is row 0
   int count;
 
   CF_DEVICE PagedRows from(int row) const { return {data, stride, pages, table, first + row, count - row}; }

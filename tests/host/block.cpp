@@ -250,8 +250,8 @@ static void run_block() {
   }
 }
 
-const char* launch(void (*kernel)(const void*), const void* params, int64 num_blocks, int num_threads,
-                          int smem_bytes, unsigned seed) {
+const char* launch(void (*kernel)(const void*), const void* params, int64 num_blocks, int num_threads, int smem_bytes,
+                   unsigned seed) {
   block.kernel = kernel;
   block.params = params;
   block.count = num_blocks;

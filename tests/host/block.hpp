@@ -18,8 +18,12 @@
 #include <utility>
 #include <vector>
 
-struct uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 namespace cuflash::host {
 
@@ -58,9 +62,9 @@ struct Thread {
   const Instruction* instruction;
   void* operands;
   Wait wait;
-  std::vector<Copy> copies;                // not yet committed
+  std::vector<Copy> copies;               // not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
-  int spins;                               // reads of one global flag since this thread last moved on
+  int spins;                              // reads of one global flag since this thread last moved on
 };
 
 // bar.sync's: completes when as many threads have come as the first of them said.
@@ -88,8 +92,8 @@ struct Block {
   static constexpr int kMaxSpins = 1000;
 
   std::vector<Thread> threads;
-  size_t returned;         // threads
-  std::vector<int> order;  // warps, then parts; who comes first runs first
+  size_t returned;               // threads
+  std::vector<int> order;        // warps, then parts; who comes first runs first
   std::vector<size_t> laziness;  // of parts: how often they pass before they work, on the average
   NamedBarrier barriers[16];
   std::vector<char> memory;
@@ -104,7 +108,7 @@ struct Block {
   jmp_buf scheduler;
   char error[2048] = "";
   unsigned long long random;  // state of a linear congruential generator (Knuth's MMIX)
-  int64 bank_conflicts = 0;  // of ldmatrix and stmatrix, over the whole launch
+  int64 bank_conflicts = 0;   // of ldmatrix and stmatrix, over the whole launch
 };
 
 extern Block block;

@@ -33,7 +33,7 @@ inline uint16 fp16_of(float x) {
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return 0x7fff;
   if (bits >= 0x477ff000u) return sign | 0x7c00;  // rounds to 65536 or more
-  if (bits < 0x38800000u) {  // subnormal: adding 0.5 lines the mantissa up with units of 2^-24
+  if (bits < 0x38800000u) {                       // subnormal: adding 0.5 lines the mantissa up with units of 2^-24
     return sign | static_cast<uint16>(bits_of(float_of(bits) + 0.5f) - 0x3f000000u);
   }
   bits += 0xfffu + (bits >> 13 & 1);

@@ -24,6 +24,8 @@ void cp_async(uint32 shared, const void* global, bool valid) {
 void cp_async_commit();
 
 template <int kPending>
-void cp_async_wait() { host::finish_copies(kPending); }
+void cp_async_wait() {
+  host::finish_copies(kPending);
+}
 
 }  // namespace cuflash::ptx

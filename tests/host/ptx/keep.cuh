@@ -7,6 +7,8 @@ inline float keep(float x) { return x; }
 inline double keep(double x) { return x; }
 inline int keep(int x) { return x; }
 template <class T>
-T* keep(T* x) { return x; }
+T* keep(T* x) {
+  return x;
+}
 
 }  // namespace cuflash::ptx

@@ -10,11 +10,11 @@ namespace cuflash::host {
 struct Mbarrier {
   uint32 address;
   int count;
-  int pending;   // arrivals that the phase under way lacks
-  int64 bytes;   // that were announced and have not come yet; less than 0 where copies come first
-  int64 phase;   // phases completed
-  int maker;     // the thread that initialised it
-  bool fenced;   // known to the copy engine
+  int pending;  // arrivals that the phase under way lacks
+  int64 bytes;  // that were announced and have not come yet; less than 0 where copies come first
+  int64 phase;  // phases completed
+  int maker;    // the thread that initialised it
+  bool fenced;  // known to the copy engine
 
   void arrive();
   void expect(int64 more_bytes);

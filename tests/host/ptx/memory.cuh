@@ -34,8 +34,8 @@ inline int count_around(int* address, int last) {
 
 inline int load_acquire(const int* address) {
   if (++host::block.current->spins > host::Block::kMaxSpins) {
-    host::fail("thread %d waits for a turn that no block before it gives (the flag is %d)",
-               host::block.current->index, *address);
+    host::fail("thread %d waits for a turn that no block before it gives (the flag is %d)", host::block.current->index,
+               *address);
   }
   return *address;
 }

@@ -42,6 +42,8 @@ T shuffle(T x, int source_lane) {
 }
 
 template <class T>
-T shuffle_xor(T x, int lane_mask) { return shuffle(x, lane_index() ^ lane_mask); }
+T shuffle_xor(T x, int lane_mask) {
+  return shuffle(x, lane_index() ^ lane_mask);
+}
 
 }  // namespace cuflash::ptx

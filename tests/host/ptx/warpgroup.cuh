@@ -68,9 +68,7 @@ template <int kRegisters, bool kRaise>
 struct ChangeRegisters {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
 
-  static void run(void* const* lanes) {
-    host::change_registers(lanes, kRegisters, kRaise);
-  }
+  static void run(void* const* lanes) { host::change_registers(lanes, kRegisters, kRaise); }
   static constexpr host::Instruction kInstruction{kRaise ? "raise_registers" : "lower_registers", run, true};
 };
 

@@ -53,8 +53,7 @@ struct ProductOfFour {
   bool accumulate;
 
   bool operator!=(const ProductOfFour& other) const {
-    return multiply != other.multiply || n != other.n || a != other.a || b != other.b ||
-           accumulate != other.accumulate;
+    return multiply != other.multiply || n != other.n || a != other.a || b != other.b || accumulate != other.accumulate;
   }
 };
 
@@ -75,13 +74,13 @@ struct Product {
 };
 
 struct TensorCore {
-  bool fenced;                      // since the last commit or wait
-  std::deque<Product> products;     // not yet waited for, oldest first
-  std::deque<size_t> groups;        // products in each committed group that has not been waited for, oldest first
-  size_t uncommitted;               // products after those
+  bool fenced;                   // since the last commit or wait
+  std::deque<Product> products;  // not yet waited for, oldest first
+  std::deque<size_t> groups;     // products in each committed group that has not been waited for, oldest first
+  size_t uncommitted;            // products after those
   std::list<BusyAccumulator> busy;
-  size_t issued;                    // products
-  int64 committed;                  // groups
+  size_t issued;    // products
+  int64 committed;  // groups
 
   // Does the oldest `count` products that are here.
   void work(size_t count) {
@@ -271,8 +270,8 @@ template void multiply<bf16, Form::kAbFromRegisters>(const Product&);
 
 void issue(void* const* lanes, void (*multiply)(const Product&), int n) {
   const WgmmaOperands& first = *static_cast<const WgmmaOperands*>(lanes[0]);
-  Product product{{multiply, n, first.a_descriptor, first.b, first.accumulate},
-                  executing_warp() % 4, nullptr, {}, {}, false};
+  Product product{
+      {multiply, n, first.a_descriptor, first.b, first.accumulate}, executing_warp() % 4, nullptr, {}, {}, false};
   BusyAccumulator c{{}, n, 0, {}};
   for (int lane = 0; lane < 32; ++lane) {
     const WgmmaOperands& mine = *static_cast<const WgmmaOperands*>(lanes[lane]);
@@ -299,9 +298,8 @@ void wait_for_products(void* const* lanes, int pending) {
 
 namespace cuflash::ptx {
 
-static constexpr host::Instruction kWgmmaFence{"wgmma_fence", [](void* const*) {
-  host::tensor_cores.mine().fenced = true;
-}, true};
+static constexpr host::Instruction kWgmmaFence{"wgmma_fence",
+                                               [](void* const*) { host::tensor_cores.mine().fenced = true; }, true};
 void wgmma_fence() { host::execute(kWgmmaFence, nullptr); }
 
 static constexpr host::Instruction kWgmmaCommit{"wgmma_commit", [](void* const*) {
