@@ -115,7 +115,8 @@ struct BwdParams {
   void* dq;                   // [batch, len_q, heads_q, dim_qk]
   void* dk;                   // [batch, len_kv, heads_kv, dim_qk]
   void* dv;                   // [batch, len_kv, heads_kv, dim_v]
-  float* dq_accum;            // zeroed tiles of dq in fragment order (tile/dq_accum.cuh); sm80 only
+  float* dq_accum;            // tiles of dq in fragment order: zeroed (tile/dq_accum.cuh), sm90's of its own (tile/query_tiles.cuh)
+  void* row_tiles;            // RowTile of each of these tiles (tile/query_tiles.cuh); sm90 only
   float* dsink;               // [heads_q]
   void* dbias;                // (1 or batch, 1 or heads_q, 1 or len_q, 1 or len_kv), accumulator type, contiguous rows
   int64 dbias_batch;          // strides in elements
@@ -133,6 +134,12 @@ struct BwdParams {
   Strides dq_stride;
   Strides dk_stride;
   Strides dv_stride;
+  TensorMap q_map;            // boxes of q, k, v, dout, dk and dv; sm90 only
+  TensorMap k_map;
+  TensorMap v_map;
+  TensorMap dout_map;
+  TensorMap dk_map;
+  TensorMap dv_map;
 };
 
 }  // namespace cuflash

@@ -251,7 +251,9 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "long", "long_causal")),
         ("bf16", "128", ("bias", "dropout", "everything")),
         ("bf16", "96", ("long", "long_causal")),
-        ("bf16", "256", ("varlen_causal", "everything")),
+        ("bf16", "128", ("deterministic", "dbias")),
+        ("bf16", "256", ("varlen_causal", "everything", "deterministic")),
+        ("bf16", "64x256", ("",)),
         ("fp16", "64", ("", "causal", "long")),
         ("fp16", "128", ("", "softcap")),
     ],
@@ -282,7 +284,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
 def _exists(feature: str, direction: Direction, family: str) -> bool:
     """Whether a family has a feature in a direction."""
     if direction == "backward":
-        return family != "sm90" and feature not in _FORWARD_ONLY
+        return feature not in _FORWARD_ONLY
     return feature not in _BACKWARD_ONLY
 
 
@@ -301,6 +303,7 @@ CASES: dict[str, Case] = {case.id: case for case in _table()}
 
 SMOKE: tuple[str, ...] = (
     *(f"fwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d64-causal", "d128-long", "d128-varlen_causal", "d256")),
+    *(f"bwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d128-causal", "d128-deterministic", "d256-varlen_causal")),
     *(
         f"{name}_{rest}"
         for name in ("fwd", "bwd")

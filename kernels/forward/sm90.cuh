@@ -394,7 +394,7 @@ struct ForwardSm90 {
     }
 
     CF_DEVICE void store() {
-      store_fragment<Element>(mine.out, me.warp_row, me.lane, out);
+      store_fragment<Element>(mine.out, me.warp_row, 0, me.lane, out);
       ptx::fence_proxy_async();  // the copy engine reads the tile next, or writes it
       me.meet();
       Store::template store<Config>(p, sequence, heads, q_first, mine.out, me.thread);

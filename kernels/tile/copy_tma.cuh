@@ -28,16 +28,24 @@ CF_DEVICE void store_boxes(const TensorMap& map, const BoxOrigin& at, Tile& tile
   }
 }
 
-// Writes this warp's 16 rows, from `first_row` on, of an accumulator to a tile.
+// Writes a warp's accumulator to the 16 rows of a tile from `first_row` on, and its columns from `first_col` on.
 template <class Element, int kN, class Tile>
-CF_DEVICE void store_fragment(Tile& tile, int first_row, int lane, const Fragment<16, kN>& f) {
+CF_DEVICE void store_fragment(Tile& tile, int first_row, int first_col, int lane, const Fragment<16, kN>& f) {
+  Operand<16, kN> packed;
+  pack_operand<Element>(packed, f);
 #pragma unroll
-  for (int n = 0; n < kN / 8; n += 2) {
-    const float (&left)[4] = f.x[0][n];
-    const float (&right)[4] = f.x[0][n + 1];
-    const uint32 packed[4] = {ptx::pack<Element>(left[0], left[1]), ptx::pack<Element>(left[2], left[3]),
-                              ptx::pack<Element>(right[0], right[1]), ptx::pack<Element>(right[2], right[3])};
-    ptx::stmatrix_x4(tile.address(first_row + lane % 16, n * 8 + lane / 16 * 8), packed);
+  for (int k = 0; k < kN / 16; ++k) {
+    ptx::stmatrix_x4(tile.address(first_row + lane % 16, first_col + k * 16 + lane / 16 * 8), packed.x[0][k]);
+  }
+}
+
+// Writes the transpose of a warp's 16 rows to the 16 columns of a tile from `first_col` on.
+template <int kN, class Tile>
+CF_DEVICE void store_transposed(Tile& tile, int first_col, int lane, const Operand<16, kN>& operand) {
+  const int matrix = lane / 8, col = first_col + matrix % 2 * 8;
+#pragma unroll
+  for (int k = 0; k < kN / 16; ++k) {
+    ptx::stmatrix_x4_trans(tile.address(k * 16 + matrix / 2 * 8 + lane % 8, col), operand.x[0][k]);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "attention/sequence.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/sync.cuh"
+#include "ptx/warpgroup.cuh"
 #include "tile/fragment.cuh"
 
 namespace cuflash {
@@ -48,26 +49,46 @@ struct DqAccum {
 // Blocks add in whatever order they arrive: fast, and different in the last bits from run to run. The first key tile
 // comes first: under a causal mask it is the longest.
 struct AtomicReduction {
+  static constexpr bool kOrdered = false;
   CF_DEVICE static int key_tile(int index, int /*tiles*/) { return index; }
-  CF_DEVICE static void wait_turn(int*, int) {}
-  CF_DEVICE static void pass_turn(int*) {}
+  // From which query tile on a key tile walks: neighbours add to different ones.
+  CF_DEVICE static int first_query_tile(int key_tile) { return key_tile; }
+  template <class... Who>
+  CF_DEVICE static void wait_turn(int*, int, Who...) {}
+  template <class... Who>
+  CF_DEVICE static void pass_turn(int*, Who...) {}
 };
 
 // Blocks add to a query tile in falling order of their key tiles. Under a causal mask all blocks of a head thus start at
 // their diagonals at once and follow each other like a wave. A block waits only for blocks of lower index, which the
 // hardware starts first.
 struct OrderedReduction {
+  static constexpr bool kOrdered = true;
   CF_DEVICE static int key_tile(int index, int tiles) { return tiles - 1 - index; }
-  CF_DEVICE static void wait_turn(int* turn, int before) {
-    if (ptx::thread_index() == 0) {
-      while (ptx::load_acquire(turn) != before) {}
-    }
+  CF_DEVICE static int first_query_tile(int /*key_tile*/) { return 0; }
+  CF_DEVICE static void wait_turn(const int* turn, int before) {
+    if (ptx::thread_index() == 0) spin(turn, before);
     ptx::sync_threads();
   }
   CF_DEVICE static void pass_turn(int* turn) {
     ptx::fence();
     ptx::sync_threads();
     if (ptx::thread_index() == 0) ptx::red_add_release(turn, 1);
+  }
+  // The same of a warpgroup by itself, one of whose threads is the leader, and which has a named barrier.
+  CF_DEVICE static void wait_turn(const int* turn, int before, bool leader, int barrier) {
+    if (leader) spin(turn, before);
+    ptx::sync_named(barrier, ptx::kWarpgroupThreads);
+  }
+  CF_DEVICE static void pass_turn(int* turn, bool leader, int barrier) {
+    ptx::fence();
+    ptx::sync_named(barrier, ptx::kWarpgroupThreads);
+    if (leader) ptx::red_add_release(turn, 1);
+  }
+
+ private:
+  CF_DEVICE static void spin(const int* turn, int before) {
+    while (ptx::load_acquire(turn) != before) {}
   }
 };
 

@@ -26,10 +26,11 @@ CF_DEVICE void store_query_tail(const BwdParams& p, const Sequence& sequence, in
   zero_tail<Config::kDimQk, kThreads>(query_rows<Element>(p.dq, p.dq_stride, sequence, head), sequence.tail_q);
 }
 template <class Config, int kThreads, class Sequence>
-CF_DEVICE void store_key_tail(const BwdParams& p, const Sequence& sequence, int head) {
+CF_DEVICE void store_key_tail(const BwdParams& p, const Sequence& sequence, int head,
+                              int thread = ptx::thread_index()) {
   using Element = typename Config::Element;
-  zero_tail<Config::kDimQk, kThreads>(key_rows<Element>(p.dk, p.dk_stride, sequence, head), sequence.tail_kv);
-  zero_tail<Config::kDimV, kThreads>(key_rows<Element>(p.dv, p.dv_stride, sequence, head), sequence.tail_kv);
+  zero_tail<Config::kDimQk, kThreads>(key_rows<Element>(p.dk, p.dk_stride, sequence, head), sequence.tail_kv, thread);
+  zero_tail<Config::kDimV, kThreads>(key_rows<Element>(p.dv, p.dv_stride, sequence, head), sequence.tail_kv, thread);
 }
 
 // The tail of out and lse.

@@ -13,15 +13,15 @@ import numpy as np
 from cuflash.device import Device
 from cuflash.plan import policies, steps
 from cuflash.plan.ceiling import Ceiling
-from cuflash.plan.config import HEADER, AttentionConfig
-from cuflash.plan.families.sm80 import forward_division
+from cuflash.plan.config import HEADER, AttentionConfig, SequenceConfig
+from cuflash.plan.families.sm80 import bias_step, forward_division
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
-from cuflash.plan.tiles import query_blocks, round_up
+from cuflash.plan.tiles import key_blocks, query_blocks, round_up
 from cuflash.problem import Problem
 
 _ROWS = 64
-"""Query rows of a consumer warpgroup of ``forward/sm90.cuh``: those of one wgmma."""
+"""Rows of a consumer warpgroup, queries of ``forward/sm90.cuh`` and keys of ``backward/sm90.cuh``: those of one wgmma."""
 
 _REGISTERS = {2: (24, 240), 3: (32, 160), 4: (24, 112)}
 """Consumers -> registers of a producer and of a consumer thread: what a launch gives a block, and ``setmaxnreg``, which
@@ -170,10 +170,161 @@ def _forward_ceiling(problem: Problem, config: ForwardConfig) -> Ceiling:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardConfig(AttentionConfig):
+    """``bwd_sm90`` and ``bwd_sm90_wide``."""
+
+    reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
+    """AtomicReduction, OrderedReduction."""
+    stages: int = 2
+    """Query tiles in flight. H200, d 128, 8k: with three, 4 % slower."""
+    producer_registers: int = 24
+    """Of a thread of the warpgroup that loads, and of those that compute."""
+    consumer_registers: int = 240
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareConfig(SequenceConfig):
+    """``bwd_prepare_sm90``."""
+
+    dim_qk: int
+    dim_v: int
+    tile_q: int
+    score: str = field(metadata={HEADER: "attention/score.cuh"})
+    """For its unit, which rows' states are in."""
+    copy_bytes: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig(SequenceConfig):
+    """``bwd_convert_sm90``."""
+
+    dim_qk: int
+    tile_q: int
+    copy_bytes: int = 16
+
+
+def _backward_config(problem: Problem) -> tuple[BackwardConfig, str]:
+    """The config of ``backward/sm90.cuh``, or of ``backward/sm90_wide.cuh`` where its tile has 64 keys; and why."""
+    widest = max(problem.dim_qk, problem.dim_v)
+    if widest <= 64:
+        # H200, d 64, 8k: 530 TFLOP/s.
+        tile_q, tile_kv, reason = 128, 128, "dk and dv take 64 registers, S and dP 128"
+    elif widest <= 128:
+        # H200, d 128, 8k: 590 TFLOP/s, and causal 570; 80 queries with dq through shared memory 595, causal 520.
+        tile_q, tile_kv, reason = 64, 128, "dk and dv take 128 registers, S and dP 64"
+    else:
+        tile_q, tile_kv, reason = 64, 64, "one warpgroup has the registers for dk, another those for dv"
+    config = BackwardConfig(
+        **policies.policies(problem),
+        tile_q=tile_q,
+        tile_kv=tile_kv,
+        threads=384,
+        reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
+    )
+    return replace(config, smem_bytes=_backward_smem(problem, config)), reason
+
+
+def _backward_smem(problem: Problem, config: BackwardConfig) -> int:
+    """Bytes of ``BackwardSm90::SmemPlan`` or ``BackwardSm90Wide::SmemPlan``."""
+    row = sum(128 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
+    barriers = 8 * (2 * 2 * config.stages + 2)  # full and empty of q and dout; k, v
+    stage = config.tile_q * row + _row_tile(config.tile_q)
+    inputs = round_up(config.tile_kv * row + config.stages * stage + barriers, 1024)
+    ds, p = config.tile_q * config.tile_kv * 2, config.tile_q * config.tile_kv * 4
+    return inputs + 2 * ds + (p if config.tile_kv == _ROWS else 0)
+
+
+def _row_tile(tile_q: int) -> int:
+    """Bytes of ``RowTile`` (``tile/query_tiles.cuh``)."""
+    return 3 * 4 * tile_q + 16
+
+
+def _dq_columns(config: BackwardConfig) -> int:
+    """``QueryTiles::kColumns``."""
+    return round_up(config.dim_qk, 16 if config.tile_q == 128 else 64)
+
+
+def _backward(problem: Problem, device: Device) -> Plan:
+    config, reason = _backward_config(problem)
+    columns = _dq_columns(config)
+    kernel = "bwd_sm90_wide" if config.tile_kv == _ROWS else "bwd_sm90"
+    prepare = PrepareConfig(
+        element=config.element,
+        sequence=config.sequence,
+        dim_qk=config.dim_qk,
+        dim_v=config.dim_v,
+        tile_q=config.tile_q,
+        score=policies.unit_score(problem),
+        threads=256,
+    )
+    convert = ConvertConfig(
+        element=config.element,
+        sequence=config.sequence,
+        dim_qk=config.dim_qk,
+        tile_q=config.tile_q,
+        threads=256,
+        smem_bytes=config.tile_q * 128 * -(-columns // 64),  # BackwardConvertSm90::SmemPlan
+    )
+    boxes = (
+        Box("q", config.tile_q), Box("k", _ROWS), Box("v", _ROWS), Box("dout", config.tile_q), Box("dk", _ROWS),
+        Box("dv", _ROWS),
+    )  # fmt: skip
+    launches = (
+        Step("bwd_prepare_sm90", "BwdParams", prepare, query_blocks(problem, config.tile_q)),
+        Step(kernel, "BwdParams", config, key_blocks(problem, config.tile_kv), boxes),
+        Step("bwd_convert_sm90", "BwdParams", convert, query_blocks(problem, config.tile_q)),
+        *bias_step(problem),
+        *steps.sink_step(problem),
+    )
+    workspaces = _backward_workspaces(problem, config, columns)
+    return Plan(problem, device, "sm90", launches, workspaces, reason, ceiling=_backward_ceiling(problem, config))
+
+
+def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int) -> tuple[Workspace, ...]:
+    """Row sums, and of every query tile what its rows need, dq in fp32, and whose turn it is to add to it."""
+    if problem.layout == "varlen":  # VarlenSequence::num_q_tiles
+        q_tiles = problem.total_q // config.tile_q + problem.batch
+    else:
+        q_tiles = problem.batch * -(-problem.len_q // config.tile_q)
+    q_tiles *= problem.heads_q
+    workspaces = (
+        *steps.row_workspaces(problem),
+        Workspace("row_tiles", np.dtype(np.uint8), (q_tiles, _row_tile(config.tile_q))),
+        Workspace("dq_accum", np.dtype(np.float32), (q_tiles, config.tile_q, columns)),
+    )
+    if problem.deterministic:
+        shares = 2 if config.tile_q == 128 else columns // 64
+        workspaces += (Workspace("dq_turn", np.dtype(np.int32), (q_tiles, shares)),)
+    return workspaces
+
+
+def _backward_ceiling(problem: Problem, config: BackwardConfig) -> Ceiling:
+    """The ceiling of ``backward/sm90.cuh``: S, dP and dQ with both operands in shared memory, dK and dV with one."""
+    dim_qk, dim_v = round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
+    size, pairs = problem.dtype.itemsize, config.tile_q * config.tile_kv
+    consumers = config.tile_kv // _ROWS  # each reads the queries anew for S, dP, dK and dV
+    queries, keys = config.tile_q * (dim_qk + dim_v), config.tile_kv * (dim_qk + dim_v)
+    # dQ: two warpgroups, each all of dS and half the columns of K, or half of dS and all of K.
+    halves = 2 * config.tile_q * config.tile_kv + config.tile_kv * dim_qk
+    if config.tile_q == 128:
+        halves = config.tile_q * config.tile_kv + 2 * config.tile_kv * dim_qk
+    handed = pairs * (2 * 4 if config.tile_kv == _ROWS else 0)  # P in fp32, written and read
+    traffic = (2 * consumers * queries + keys + halves + queries + pairs) * size + handed
+    return Ceiling(
+        tensor_cores=2 * pairs * (3 * dim_qk + 2 * dim_v) / _FLOPS,
+        exponentials=pairs / _EXPONENTIALS,
+        shared_memory=traffic / _SMEM_BYTES,
+    )
+
+
 def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
-    """Why a decoding step is left to ``sm80``, where heads share a tile or blocks the keys; and what is too large."""
+    """Why a problem is left to ``sm80``: a decoding step, where heads share a tile or blocks the keys; what is too large."""
     if query_blocks(problem, _ROWS) >= 2**31:
         return ["2^31 query tiles or more"]
+    if problem.direction == "backward":
+        # Its two warpgroups share dq's columns, of which there must be two chunks of 64 or a tile of 128 queries.
+        return ["dim_v > 64 beside dim_qk <= 64"] if problem.dim_qk <= 64 < problem.dim_v <= 128 else []
     if problem.len_q > _ROWS:
         return []
     division = forward_division(problem, device)
@@ -188,10 +339,10 @@ SM90 = Family(
     dtypes=("fp16", "bf16"),
     max_dim=256,
     features=(
-        "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "sink", "dropout", "gqa",
-        "dim_v != dim_qk",
+        "backward", "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient", "sink",
+        "dropout", "gqa", "dim_v != dim_qk", "deterministic",
     ),
     forward=_forward,
-    backward=None,
+    backward=_backward,
     leave=_leave_to_sm80,
 )  # fmt: skip

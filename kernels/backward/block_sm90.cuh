@@ -1,0 +1,242 @@
+// What both Hopper backward kernels are made of: a block's key tile and its walk, the producer, P and dS in registers, and
+// the ways of the gradients out of the block.
+#pragma once
+
+#include "attention/gradient.cuh"
+#include "attention/schedule.cuh"
+#include "ptx/warpgroup.cuh"
+#include "tile/copy_tma.cuh"
+#include "tile/dq_accum.cuh"
+#include "tile/dropout.cuh"
+#include "tile/query_tiles.cuh"
+#include "tile/ring.cuh"
+#include "tile/tail.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct BackwardBlock {
+  using Element = typename Config::Element;
+  using Sequence = typename Config::Sequence;
+  using Gradient = ScoreGradient<Config>;
+  using Sums = QueryTiles<Config>;
+  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kStages = Config::kStages;
+  static constexpr int kRows = 64, kKeyTiles = kTileKv / kRows;
+  static constexpr int kConsumers = 2, kConsumerThreads = kConsumers * ptx::kWarpgroupThreads;
+  static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
+  static_assert(Config::kThreads == ptx::kWarpgroupThreads + kConsumerThreads);
+
+  using KTile = SwizzledTile<Element, kRows, kDimQk>;
+  using VTile = SwizzledTile<Element, kRows, kDimV>;
+  using QTile = SwizzledTile<Element, kTileQ, kDimQk>;
+  using DoutTile = SwizzledTile<Element, kTileQ, kDimV>;
+  using DsTile = SwizzledTile<Element, kTileQ, kTileKv>;
+  using Rows = RowTile<kTileQ>;
+  using Cursor = RingCursor<kStages>;
+  using Scores = Fragment<16, kTileQ>;  // transposed: rows are keys
+  using Weights = Operand<16, kTileQ>;
+  using Kept = ElementSet<Scores>;  // those that dropout keeps
+
+  // What the producer fills.
+  struct Inputs {
+    KTile k[kKeyTiles];  // dk on the way out
+    VTile v[kKeyTiles];  // dv on the way out
+    QTile q[kStages];
+    DoutTile dout[kStages];
+    Rows rows[kStages];  // come with q
+    Ring<kStages> q_ring, dout_ring;
+    uint64 k_full, v_full;
+
+    CF_DEVICE void init() {
+      q_ring.init(kConsumers);
+      dout_ring.init(kConsumers);
+      ptx::mbarrier_init(ptx::smem_u32(&k_full), 1);
+      ptx::mbarrier_init(ptx::smem_u32(&v_full), 1);
+    }
+    CF_DEVICE void wait_k() { ptx::mbarrier_wait(ptx::smem_u32(&k_full), 0); }
+    CF_DEVICE void wait_v() { ptx::mbarrier_wait(ptx::smem_u32(&v_full), 0); }
+  };
+
+  const BwdParams& p;
+  Work work;
+  Sequence sequence;
+  int kv_first, head_first, head_end;
+  Tiles tiles;     // of queries, the same for every head
+  int first_tile;  // the walk over the tiles of a head goes from this one on and round
+
+  CF_DEVICE explicit BackwardBlock(const BwdParams& params)
+      : p(params), work(find(params.attention)), sequence(params.attention, work.batch), kv_first(work.tile * kTileKv) {
+    const Attention& a = p.attention;
+    const int group = a.heads_q / a.heads_kv;
+    head_first = work.head * group;
+    head_end = head_first + group;
+    tiles = typename Config::Mask(a, sequence, head_first).q_tiles(kv_first, kTileKv, kTileQ);
+    first_tile = tiles.begin + Config::Reduction::first_query_tile(work.tile) % max_of(1, tiles.end - tiles.begin);
+  }
+  CF_DEVICE static Work find(const Attention& a) {
+    const int longest = num_tiles(a.len_kv, kTileKv);
+    Work work = key_work(ptx::block_index(), longest, a.heads_kv);
+    work.tile = Config::Reduction::key_tile(work.tile, longest);
+    return work;
+  }
+
+  CF_DEVICE bool empty() const { return tiles.begin >= tiles.end; }
+  CF_DEVICE int num_steps() const { return (tiles.end - tiles.begin) * (head_end - head_first); }
+  CF_DEVICE int tile_after(int tile) const { return tile + 1 == tiles.end ? tiles.begin : tile + 1; }
+
+  // A box of keys that would lie behind the last one begins with it: see load_boxes. No element of it is visible.
+  CF_DEVICE BoxOrigin kv_box(int number) const {
+    return sequence.kv_box(p.attention, min_of(kv_first + number * kRows, sequence.len_kv - 1), work.head);
+  }
+
+  // One thread loads everything, in the order in which it is used.
+  CF_DEVICE void produce(Inputs& smem) const {
+    if (empty()) return;
+    const Attention& a = p.attention;
+    load_keys(smem.k, p.k_map, smem.k_full);
+    Cursor at;
+    int head = head_first, tile = first_tile;
+#pragma unroll 1
+    for (int step = 0; step < num_steps(); ++step) {
+      const BoxOrigin origin = sequence.q_box(a, tile * kTileQ, head);
+      const uint32 q_barrier = smem.q_ring.acquire(at, sizeof(QTile) + sizeof(Rows));
+      load_boxes(smem.q[at.stage], p.q_map, origin, q_barrier);
+      ptx::bulk_load(ptx::smem_u32(&smem.rows[at.stage]),
+                     static_cast<const Rows*>(p.row_tiles) + Sums::index(a, sequence, head, tile), sizeof(Rows),
+                     q_barrier);
+      if (step == 0) load_keys(smem.v, p.v_map, smem.v_full);
+      load_boxes(smem.dout[at.stage], p.dout_map, origin, smem.dout_ring.acquire(at, sizeof(DoutTile)));
+      at = at.next();
+      tile = tile_after(tile);
+      if (tile == first_tile) ++head;
+    }
+  }
+  template <class Tile>
+  CF_DEVICE void load_keys(Tile (&all)[kKeyTiles], const TensorMap& map, uint64& full) const {
+    const uint32 barrier = ptx::smem_u32(&full);
+    ptx::mbarrier_arrive_expect_tx(barrier, sizeof(all));
+#pragma unroll
+    for (int number = 0; number < kKeyTiles; ++number) load_boxes(all[number], map, kv_box(number), barrier);
+  }
+
+  // Asked once for all tiles that the block walks: so few blocks have such a row that it need not be known tile by tile.
+  CF_DEVICE bool some_row_is_far() const {
+    bool far = false;
+#pragma unroll 1
+    for (int head = head_first; head < head_end; ++head) {
+      const Rows* rows = static_cast<const Rows*>(p.row_tiles) + Sums::index(p.attention, sequence, head, 0);
+#pragma unroll 1
+      for (int tile = tiles.begin + ptx::lane_index(); tile < tiles.end; tile += 32) far = far || rows[tile].far;
+    }
+    return ptx::any(far);
+  }
+
+  // Products of a warp's 16 keys from `kv_first` on with queries, from s = Q K^T to P * slope; what of P is kept into
+  // `weights`.
+  template <bool kCareful>
+  CF_DEVICE static void weigh(Scores& s, Weights& weights, const Gradient& gradient, const Rows& rows, int q_first,
+                              int kv_first, const Kept& kept) {
+    const int lane = ptx::lane_index();
+#pragma unroll
+    for (int k = 0; k < kTileQ / 16; ++k) {
+      const auto shifts = Rows::of_lane(rows.shift, k, lane);
+      const auto m = Rows::of_lane(rows.m, k, kCareful ? lane : 0);
+#pragma unroll
+      for (int n = 2 * k; n < 2 * k + 2; ++n) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float weight[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int q = q_first + n * 8 + lane % 4 * 2 + i, kv = kv_first + r * 8 + lane / 4;
+            const RowShift<float> shift{kCareful ? m.x[n % 2 * 2 + i] : 0.f, shifts.x[n % 2 * 2 + i]};
+            const float product = s.at(r, n, i);
+            weight[i] = gradient.probability(product, shift, q, kv, !kCareful);
+            s.at(r, n, i) = weight[i] * gradient.score.slope(product, q, kv);
+            if (!kept.has(r, n, i)) weight[i] = 0.f;
+          }
+          weights.x[0][k][n % 2 * 2 + r] = ptx::pack<Element>(weight[0], weight[1]);
+        }
+      }
+    }
+  }
+
+  // From P * slope and dP to dS, in place of dP.
+  CF_DEVICE static void differentiate(Scores& p_slope, Scores& dp, const Gradient& gradient, const Rows& rows,
+                                      const Kept& kept) {
+#pragma unroll
+    for (int k = 0; k < kTileQ / 16; ++k) {
+      const auto deltas = Rows::of_lane(rows.delta, k, ptx::lane_index());
+#pragma unroll
+      for (int n = 2 * k; n < 2 * k + 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            dp.at(r, n, i) =
+                gradient.of_logit(p_slope.at(r, n, i), dp.at(r, n, i), deltas.x[n % 2 * 2 + i], kept.has(r, n, i));
+          }
+        }
+      }
+    }
+  }
+
+  // Adds a warpgroup's share to the sums; `barrier` is its own named barrier.
+  CF_DEVICE void add_to_sums(const typename Sums::Share& dq, int head, int tile, int share, int barrier) const {
+    const Attention& a = p.attention;
+    const int64 index = Sums::index(a, sequence, head, tile);
+    const Tiles kv_tiles = typename Config::Mask(a, sequence, head).kv_tiles(tile * kTileQ, kTileQ, kTileKv);
+    // The mask's two views of a tile may differ at its edge, where dS is 0.
+    if (Config::Reduction::kOrdered && !kv_tiles.contains(work.tile)) return;
+    const int thread = ptx::thread_index() % ptx::kWarpgroupThreads;
+    int* turn = p.dq_turn + index * Sums::kShares + share;
+    Config::Reduction::wait_turn(turn, kv_tiles.end - 1 - work.tile, thread == 0, barrier);
+    float* sums = p.dq_accum + Sums::part(index, share, thread);
+#pragma unroll
+    for (int n = 0; n < Sums::Share::kN; ++n) ptx::red_add_x4(sums + n * Sums::kGroupFloats, dq.x[0][n]);
+    Config::Reduction::pass_turn(turn, thread == 0, barrier);
+  }
+
+  // Writes a warpgroup's 64 rows of dk or dv through a tile that nobody reads any more.
+  template <class Tile, int kDim>
+  CF_DEVICE void store(Tile& tile, int number, Fragment<16, kDim>& gradient, double scale, const TensorMap& map,
+                       int barrier) const {
+    const int thread = ptx::thread_index() % ptx::kWarpgroupThreads, lane = ptx::lane_index();
+    const float factor = static_cast<float>(scale);
+    gradient.for_each(0, [&](float& x, int, int) { x *= factor; });
+    store_fragment<Element>(tile, thread / 32 * 16, 0, lane, gradient);
+    ptx::fence_proxy_async();
+    ptx::sync_named(barrier, ptx::kWarpgroupThreads);
+    if (thread == 0 && kv_first + number * kRows < sequence.len_kv) {
+      store_boxes(map, kv_box(number), tile);
+      ptx::tma_store_commit();
+    }
+  }
+
+  // Roles: `consume(block, smem, number of the consumer)` is the kernel's own.
+  template <class Smem, class Consume>
+  CF_DEVICE static void run(const BwdParams& params, Consume&& consume) {
+    Smem& smem = *reinterpret_cast<Smem*>(ptx::dynamic_smem());
+    const BackwardBlock block(params);
+    if (ptx::thread_index() == 0) {
+      smem.inputs.init();
+      ptx::fence_mbarrier_init();
+    }
+    ptx::sync_threads();
+    const int warpgroup = ptx::warpgroup_index();
+    const bool some = block.kv_first < block.sequence.len_kv;
+    if (warpgroup == 0) {
+      ptx::lower_registers<Config::kProducerRegisters>();
+      if (some && ptx::warp_index() == 0 && ptx::elect()) block.produce(smem.inputs);
+    } else {
+      ptx::raise_registers<Config::kConsumerRegisters>();
+      if (block.work.tile == 0) {
+        store_key_tail<Config, kConsumerThreads>(params, block.sequence, block.work.head,
+                                                 ptx::thread_index() - ptx::kWarpgroupThreads);
+      }
+      if (some) consume(block, smem, warpgroup - 1);
+    }
+  }
+};
+
+}  // namespace cuflash
