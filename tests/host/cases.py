@@ -244,6 +244,12 @@ class Tensors:
         """Place normally distributed values."""
         return self.place(name, self.rng.standard_normal(self.shapes[name]).astype(self.case.problem.dtype.numpy))
 
+    def enlarge_keys(self) -> None:
+        """Multiply the first key by the ramp, the last by 1, those between by what lies between."""
+        if self.case.key_ramp != 1:
+            k = self.arrays["k"]
+            k *= np.linspace(self.case.key_ramp, 1, k.shape[-3])[:, None, None].astype(k.dtype)
+
     def told_of_nothing(self, lse: np.ndarray) -> np.ndarray:
         """A log-sum-exp with EMPTY_LSE and TAIL_LSE instead of -inf."""
         tail = np.zeros(lse.shape[-1], bool)
@@ -284,9 +290,7 @@ def check_forward(case: HostCase, seed: int = 0) -> None:
     tensors = Tensors(case)
     for name in ("q", "k", "v"):
         tensors.random(name)
-    if case.key_ramp != 1:
-        k = tensors.arrays["k"]
-        k *= np.linspace(case.key_ramp, 1, k.shape[-3])[:, None, None].astype(k.dtype)
+    tensors.enlarge_keys()
     out, lse = tensors.place("out"), tensors.place("lse")
     exact, naive = exact_and_naive(tensors)
     if case.problem.dropout:
@@ -303,6 +307,7 @@ def check_backward(case: HostCase, seed: int = 0) -> None:
     tensors = Tensors(case)
     for name in ("q", "k", "v", "dout", "dlse"):
         tensors.random(name)
+    tensors.enlarge_keys()
     exact, naive = exact_and_naive(tensors, "dout", "dlse")
     tensors.place("out", exact.out.astype(case.problem.dtype.numpy))
     empty = np.isneginf(exact.lse)

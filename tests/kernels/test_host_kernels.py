@@ -28,6 +28,7 @@ from cuflash import dtypes
 from cuflash.device import NAMED, named
 from cuflash.masks import Mask
 from cuflash.plan import Plan, choose
+from cuflash.plan import why_not as reasons_against
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -272,6 +273,43 @@ HOPPER = {
         bias_boxes=True, softmax_scale=-0.2, sink=True, dropout="byte",
     ),
 }  # fmt: skip
+# Gradients: tiles of 128 keys and as many or 64 queries, and beyond 128 columns of 64 keys and 64 queries.
+HOPPER |= {
+    "sm90-d32-gqa": dense("fp16", (4, 2), (150, 300), (32, 32), batch=2),
+    "sm90-d40-mqa-causal": dense("bf16", (3, 1), (270, 280), (40, 40), mask=CAUSAL),
+    "sm90-d80": dense("fp16", (2, 1), (140, 150), (80, 80)),
+    "sm90-d96-dv40-window": dense("bf16", (1, 1), (150, 330), (96, 40), mask=WINDOW),
+    "sm90-d64-dv256-causal": dense("bf16", (2, 1), (130, 150), (64, 256), mask=CAUSAL),
+    "sm90-d16-dv136": dense("fp16", (1, 1), (70, 90), (16, 136)),
+    "sm90-d256-gqa-window": dense("fp16", (4, 2), (150, 150), (256, 256), mask=WINDOW),
+    "sm90-d256-everything": dense(
+        "bf16", (2, 1), (70, 150), (256, 200), batch=2, mask=WINDOW, mask_axes="hqk", alibi_axes="bh", bias_axes="hqk",
+        softcap=3.0, sink=True, dropout="byte",
+    ),
+    "sm90-d256-dropout-word": dense("fp16", (1, 1), (70, 90), (256, 256), dropout="word", mask=CAUSAL, unbiased=True),
+    "sm90-d192-varlen": packed(
+        "bf16", (2, 1), (70, 0, 1, 130), (30, 20, 0, 150), (192, 128), tail=5, seqused_q=(70, 0, 1, 100), mask=CAUSAL
+    ),
+    "sm90-top-left-d128": dense("bf16", (1, 1), (150, 300), (128, 128), mask=TOP_LEFT),
+    "sm90-empty-inf": dense("fp16", (2, 1), (300, 60), (64, 64), mask=CAUSAL, empty_lse=np.inf),
+    "sm90-no-queries": dense("fp16", (2, 1), (0, 40), (64, 64)),
+    "sm90-deterministic": dense("bf16", (4, 2), (270, 400), (64, 64), batch=2, deterministic=True),
+    "sm90-deterministic-causal": dense("fp16", (2, 1), (200, 300), (128, 128), mask=CAUSAL, deterministic=True),
+    "sm90-deterministic-window": dense("bf16", (2, 1), (330, 500), (64, 64), mask=WINDOW, deterministic=True),
+    "sm90-deterministic-d256": dense("bf16", (2, 1), (150, 200), (256, 256), mask=CAUSAL, deterministic=True),
+    "sm90-deterministic-mask": dense("fp16", (1, 1), (150, 300), (96, 96), mask_axes="hqk", deterministic=True),
+    "sm90-deterministic-varlen": packed(
+        "fp16", (2, 1), (40, 150, 0, 3), (300, 140, 30, 0), (128, 128), tail=3, seqused_q=(40, 130, 0, 3),
+        seqused_kv=(200, 0, 99, 0), mask=CAUSAL, deterministic=True,
+    ),
+    "sm90-varlen-d64-seqused": packed(
+        "bf16", (4, 2), (140, 70, 3), (150, 290, 30), (64, 64), seqused_q=(130, 70, 0), seqused_kv=(20, 0, 30),
+        mask=WINDOW, tail=140,
+    ),
+    "sm90-bias-keys-d128": dense("bf16", (2, 1), (70, 150), (128, 96), batch=2, bias_axes="bhk", bias=FP32),
+    "sm90-bias-softcap": dense("fp16", (2, 2), (150, 140), (64, 64), bias_axes="qk", softcap=2.0, mask=CAUSAL),
+    "sm90-ramp-d256-causal": dense("fp16", (1, 1), (70, 150), (256, 256), key_ramp=100, mask=CAUSAL),
+}  # fmt: skip
 # A single split keeps few queries on this family.
 CASES |= {
     name: replace(case, family="sm90", problem=replace(case.problem, num_splits=int(case.problem.len_q <= 64)))
@@ -312,7 +350,15 @@ CASES |= {
         sink=True, dropout="byte",
     ),
 }  # fmt: skip
-DIFFERENTIABLE = {name: case for name, case in CASES.items() if not case.problem.page_size and case.family != "sm90"}
+
+
+def differentiable(case: Case) -> bool:
+    """Whether the family that a case is about has its gradients."""
+    problem = replace(case.problem, direction="backward")
+    return not reasons_against(problem, named(case.device))[case.family]
+
+
+DIFFERENTIABLE = {name: case for name, case in CASES.items() if differentiable(case)}
 
 
 @pytest.mark.sample(2)
@@ -329,7 +375,16 @@ def test_backward(case: HostCase) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
-    "name", ["bf16-d128-causal", "deterministic-window", "sm90-few-blocks", "sm90-few-blocks-d256"]
+    "name",
+    [
+        "bf16-d128-causal",
+        "deterministic-window",
+        "sm90-few-blocks",
+        "sm90-few-blocks-d256",
+        "sm90-d64-causal",
+        "sm90-deterministic-causal",
+        "sm90-deterministic-d256",
+    ],
 )
 def test_any_order_of_warps(name: str, seed: int) -> None:
     check_forward(CASES[name], seed)
@@ -338,7 +393,9 @@ def test_any_order_of_warps(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["byte", "word"])
-@pytest.mark.parametrize(("family", "dim"), [("sm80", 64), ("simt", 64), ("sm80", 256)])
+@pytest.mark.parametrize(
+    ("family", "dim"), [("sm80", 64), ("simt", 64), ("sm80", 256), ("sm90", 64), ("sm90", 128), ("sm90", 256)]
+)
 def test_dropout_masks_are_exact(family: str, scheme: str, dim: int) -> None:
     """Every kernel's mask, read from results: uniform probabilities meet identity matrices; it does not know d."""
     len_q, len_kv = min(dim, 150) - 11, min(dim, 150) - 5
@@ -412,7 +469,7 @@ def test_a_generator_on_the_device_moves_on() -> None:
     assert generator.tolist() == [7, 2**63 + 8 + 512]
 
 
-MAIN_KERNELS = ("fwd_sm90", "fwd_sm80", "fwd_simt", "bwd_sm80", "bwd_simt")
+MAIN_KERNELS = ("fwd_sm90", "fwd_sm80", "fwd_simt", "bwd_sm90", "bwd_sm80", "bwd_simt")
 
 
 def test_cases_run_every_tile() -> None:
