@@ -47,6 +47,7 @@ struct BackwardSm90Wide {
     typename Block::Inputs& in;
     const int thread, warp_row;
     const bool leader, far;
+    Scores scores;           // S or dP, transposed, of the tile that comes
     Fragment<16, kDim> sum;  // dv or dk
 
     CF_DEVICE Consumer(const Block& b, SmemPlan& shared)
@@ -62,37 +63,55 @@ struct BackwardSm90Wide {
       Gradient gradient(block.p.attention, block.sequence, head);
       in.wait_k();
       in.wait_v();
+      me.wait(at);
+      me.start(at.stage);
 #pragma unroll 1
       for (int left = block.num_steps(); left > 0; --left) {
         Weights operand;  // P or dS: the product with sum reads it until add_dq has waited
         me.visit(gradient, tile, at, buffer, operand);
-        add_dq(head, tile, buffer);
+        const Cursor next = at.next();
+        if (left > 1) me.wait(next);
+        // Always the next scores, as a choice would end what is under way; behind the last tile they are for nothing.
+        add_dq(head, tile, buffer, left > 1 ? next.stage : at.stage);
         if (leader) {
           in.q_ring.release(at);
           in.dout_ring.release(at);
         }
-        at = at.next();
+        at = next;
         buffer ^= 1;
         tile = block.tile_after(tile);
         if (tile == block.first_tile && ++head < block.head_end) {
           gradient = Gradient(block.p.attention, block.sequence, head);
         }
       }
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(scores.x[0]);
     }
 
-    // Every other chunk of dQ's columns, one after the other in the same registers; sum's product is done with the first.
-    CF_DEVICE void add_dq(int head, int tile, int buffer) {
+    // Every other chunk of dQ's columns, one after the other in the same registers, and behind them the next scores. The
+    // product with sum is done before the first chunk.
+    CF_DEVICE void add_dq(int head, int tile, int buffer, int next_stage) {
+      Role& me = static_cast<Role&>(*this);
+      constexpr int kShares = Block::Sums::kShares, kLast = (kShares - 1 - kNumber) / 2 * 2 + kNumber;
+      if (kNumber >= kShares) {
+        me.start(next_stage);
+        ptx::wgmma_wait<1>();
+      }
 #pragma unroll
-      for (int share = kNumber; share < Block::Sums::kShares; share += 2) {
+      for (int share = kNumber; share < kShares; share += 2) {
         typename Block::Sums::Share dq;
         ptx::wgmma_fence();
         Block::Sums::template issue<Element>(dq, smem.ds, buffer, in.k, share);
         ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
+        if (share == kLast) {
+          me.start(next_stage);
+          ptx::wgmma_wait<1>();
+        } else {
+          ptx::wgmma_wait<0>();
+        }
         ptx::wgmma_hold(dq.x[0]);
         block.add_to_sums(dq, head, tile, share, kMyWarps + kNumber);
       }
-      ptx::wgmma_wait<0>();  // there may be no chunk for this warpgroup
       ptx::wgmma_hold(sum.x[0]);
     }
   };
@@ -109,23 +128,30 @@ struct BackwardSm90Wide {
       if (this->leader) ptx::tma_store_wait_read();
     }
 
+    CF_DEVICE void wait(const Cursor& at) { this->in.q_ring.wait(at); }
+    CF_DEVICE void start(int stage) {
+      ptx::wgmma_fence();
+      issue_abt<Element>(this->scores, this->in.k[0], this->in.q, stage);
+      ptx::wgmma_commit();
+    }
+
     CF_DEVICE void visit(const Gradient& gradient, int tile, const Cursor& at, int buffer, Weights& weights) {
       auto& in = this->in;
       const int q_first = tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
       const auto& rows = in.rows[at.stage];
-      Scores s;
-      in.q_ring.wait(at);
-      ptx::wgmma_fence();
-      issue_abt<Element>(s, in.k[0], in.q, at.stage);
-      ptx::wgmma_commit();
+      Scores& s = this->scores;
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(s.x[0]);
-      if (this->far || !this->block.tiles.is_full(tile)) {
-        Block::template weigh<true>(s, weights, gradient, rows, q_first, kv_first, kept);
-      } else {
-        Block::template weigh<false>(s, weights, gradient, rows, q_first, kv_first, kept);
+      // Products that are scores are changed where that is needed, so that all others take the short way.
+      constexpr bool kProducts = IsSame<typename Config::Score, ScaledScore<float>>::value;
+      if (kProducts && (this->far || !this->block.tiles.is_full(tile))) {
+        s.for_each(ptx::lane_index(), [&](float& x, int row, int col) {
+          const bool visible = gradient.mask.keep(q_first + col, kv_first + row);
+          x = visible ? x - rows.m[Block::Rows::place(col)] : -infinity<float>();
+        });
       }
+      Block::template weigh<!kProducts>(s, weights, gradient, rows, q_first, kv_first, kept);
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
         this->smem.p_slope[n][this->thread] = {s.x[0][n][0], s.x[0][n][1], s.x[0][n][2], s.x[0][n][3]};
@@ -151,14 +177,17 @@ struct BackwardSm90Wide {
       if (this->leader) ptx::tma_store_wait_read();
     }
 
+    CF_DEVICE void wait(const Cursor& at) { this->in.dout_ring.wait(at); }
+    CF_DEVICE void start(int stage) {
+      ptx::wgmma_fence();
+      issue_abt<Element>(this->scores, this->in.v[0], this->in.dout, stage);
+      ptx::wgmma_commit();
+    }
+
     CF_DEVICE void visit(const Gradient& gradient, int tile, const Cursor& at, int buffer, Weights& ds) {
       auto& in = this->in;
       const int q_first = tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
-      Scores p_slope, dp;
-      in.dout_ring.wait(at);
-      ptx::wgmma_fence();
-      issue_abt<Element>(dp, in.v[0], in.dout, at.stage);
-      ptx::wgmma_commit();
+      Scores p_slope, &dp = this->scores;
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
       in.q_ring.wait(at);
       ptx::sync_named(kWeightsThere, Block::kConsumerThreads);
