@@ -82,7 +82,7 @@ FEATURES: dict[str, Feature] = {feature.name: feature for feature in (
         lambda problem: not problem.ascending,
         replace(PLAIN, ascending=False)),
     Feature("split keys", "the keys of a query shared by several blocks, merged in a fixed order",
-        lambda problem: problem.num_splits > 1,
+        lambda problem: problem.direction == "forward" and problem.num_splits > 1,
         replace(PLAIN, num_splits=4)),
 )}  # fmt: skip
 

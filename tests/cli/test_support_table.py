@@ -114,7 +114,7 @@ def test_what_a_family_does_not_run() -> None:
     assert lines["capture in a CUDA graph"] == "`sm90`, `sm80`, `simt`"
     assert lines[f"split keys: {FEATURES['split keys'].words}"] == "`sm80`, `simt`"
     assert lines["keys appended to a cache, rotary embedding, left padding"] == "–"
-    assert "wgmma, fed by bulk copies; fp16 and bf16, head dimensions up to 256, sm_90a alone; forward only" in table()
+    assert "wgmma, fed by bulk copies; fp16 and bf16, head dimensions up to 256, sm_90a alone.\n" in table()
     assert "tensor cores by mma.sync and cp.async; fp16 and bf16, head dimensions up to 256, sm_80 and newer" in table()
 
 

@@ -68,10 +68,11 @@ def test_blocks_and_workspaces_cover_the_problem(family, direction: str) -> None
             along_kv = -(-max(1, len_kv) // main.config.tile_kv) * problem.heads_kv
             along_kv *= getattr(main.config, "dim_splits", 1)
             expected = (along_q if direction == "forward" else along_kv) * problem.batch
-            drawn = family.name == "sm90" and problem.layout == "varlen"  # as many tiles as there may be
+            persistent = family.name == "sm90" and direction == "forward"
+            drawn = persistent and problem.layout == "varlen"  # as many tiles as there may be
             if drawn:
                 expected = problem.heads_q * (931 // main.config.tile_q + problem.batch)
-            assert main.num_blocks == (min(expected, device.num_sms) if family.name == "sm90" else expected)
+            assert main.num_blocks == (min(expected, device.num_sms) if persistent else expected)
             sizes = {w.name: w.nbytes for w in plan.workspaces}
             if direction == "forward":
                 assert sizes == ({"tickets": 8} if drawn and expected > device.num_sms else {})
@@ -86,6 +87,9 @@ def test_zeroed_workspaces_are_the_ones_that_are_added_to() -> None:
     assert {w.name for w in plan.workspaces if w.zeroed} == {"dq_accum", "dq_turn"}
     turns = {w.name: w for w in plan.workspaces}["dq_turn"]
     assert turns.dtype == np.int32
+    hopper = choose(plan.problem, named("h100"), "sm90")  # whose first kernel clears them
+    assert {"dq_accum", "dq_turn"} <= {w.name for w in hopper.workspaces}
+    assert not [w.name for w in hopper.workspaces if w.zeroed or w.kept]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,7 @@ def test_pages_change_where_keys_are_read_and_nothing_else(family) -> None:
 def test_pages_have_no_gradients() -> None:
     paged = replace(BASE, direction="backward", layout="varlen", total_q=900, total_kv=4096, page_size=16)
     reason = "no gradients of pages: sequences may share them"
-    sm90 = ["no backward", "no paged", reason]
+    sm90 = ["no paged", reason]
     assert why_not(paged, named("h100")) == {"sm90": sm90, "sm80": [reason], "simt": [reason]}
     with pytest.raises(UnsupportedProblem, match=reason):
         choose(paged, named("h100"))
@@ -178,7 +182,33 @@ def test_pages_have_no_gradients() -> None:
     ("device", "changes", "reasons"),
     [
         ("h100", {}, {"sm90": [], "sm80": [], "simt": []}),
-        ("h200", {"direction": "backward"}, {"sm90": ["no backward"], "sm80": [], "simt": []}),
+        ("h200", {"direction": "backward"}, {"sm90": [], "sm80": [], "simt": []}),
+        ("h200", {"direction": "backward", "dim_v": 136}, {"sm90": [], "sm80": [], "simt": []}),
+        (
+            "h200",
+            {"direction": "backward", "dim_v": 72},
+            {"sm90": ["dim_v > 64 beside dim_qk <= 64"], "sm80": [], "simt": []},
+        ),
+        (
+            "h200",
+            {"direction": "backward", "dim_qk": 16, "dim_v": 128, "deterministic": True},
+            {"sm90": ["dim_v > 64 beside dim_qk <= 64"], "sm80": [], "simt": []},
+        ),
+        (
+            "h100",
+            {"direction": "backward", "copy_bytes": 8, "ascending": False},
+            {"sm90": ["no unaligned rows", "no zero or negative strides"], "sm80": [], "simt": []},
+        ),
+        (
+            "h100",
+            {"direction": "backward", "dtype": dtypes.FP32},
+            {"sm90": ["no fp32 (has fp16, bf16)"], "sm80": ["no fp32 (has fp16, bf16)"], "simt": []},
+        ),
+        (
+            "a100",
+            {"direction": "backward", "dim_v": 72},
+            {"sm90": ["needs sm_90a"], "sm80": [], "simt": []},
+        ),
         ("b200", {}, {"sm90": ["needs sm_90a"], "sm80": [], "simt": []}),
         ("v100", {}, {"sm90": ["needs sm_90a"], "sm80": ["needs sm_80"], "simt": []}),
         ("t4", {}, {"sm90": ["needs sm_90a"], "sm80": ["needs sm_80"], "simt": []}),
@@ -212,6 +242,8 @@ def test_a_feature_that_a_family_lacks_is_a_reason() -> None:
     family = replace(FAMILIES[0], features=("causal",))
     problem = replace(BASE, mask=MASKS["window"], softcap=1.0)
     assert family.why_not(problem, named("h100")) == ["no window", "no softcap", "no gqa"]
+    gradients = replace(BASE, direction="backward", mask=MASKS["causal"], heads_kv=8)
+    assert family.why_not(gradients, named("h100")) == ["no backward"]
 
 
 def test_families_declare_known_features() -> None:
@@ -249,13 +281,14 @@ def test_one_of_the_named_families_runs_it() -> None:
     backward = replace(BASE, direction="backward")
     for order in (("sm90", "sm80"), ("sm80", "sm90")):  # which comes first is up to the catalogue
         assert choose(BASE, named("h100"), order).family == "sm90"
-        assert choose(backward, named("h100"), order).family == "sm80"
+        assert choose(backward, named("h100"), order).family == "sm90"
+        assert choose(replace(backward, dim_v=72), named("h100"), order).family == "sm80"
     with pytest.raises(UnsupportedProblem) as error:
         choose(replace(BASE, dim_v=300), named("a100"), ("sm90", "sm80"))
     reasons = ["  sm90    needs sm_90a; dim_v 300 > 256", "  sm80    dim_v 300 > 256"]
     assert str(error.value).splitlines()[2:-1] == reasons
-    with pytest.raises(UnsupportedProblem, match=r"\n  sm90    no backward\n`python"):
-        choose(backward, named("h100"), "sm90")
+    with pytest.raises(UnsupportedProblem, match=r"\n  sm90    dim_v > 64 beside dim_qk <= 64\n`python"):
+        choose(replace(backward, dim_v=72), named("h100"), "sm90")
 
 
 def test_equal_problems_share_one_plan() -> None:
@@ -264,11 +297,11 @@ def test_equal_problems_share_one_plan() -> None:
 
 def test_explanation() -> None:
     problem = replace(BASE, direction="backward", mask=MASKS["causal"], num_splits=0)
-    explanation = explain(problem, named("h100"))
-    text, plan = str(explanation), choose(problem, named("h100"))
+    explanation = explain(problem, named("a100"))
+    text, plan = str(explanation), choose(problem, named("a100"))
     assert explanation.plan == plan
     lines = text.splitlines()
-    assert lines[0] == "backward bf16 b2 h8/2 s500x700 d64 causal on NVIDIA H100 (sm_90a)"
+    assert lines[0] == "backward bf16 b2 h8/2 s500x700 d64 causal on NVIDIA A100 (sm_80)"
     assert lines[1] == f"  FLOPs      {problem.flops() / 1e9:,.2f} G"
     assert lines[2] == f"  family     sm80: {plan.reason}"
     assert lines[3].startswith(f"  workspace  {plan.workspace_bytes:,} bytes (delta 32,000, shift 64,000, dq_accum ")
@@ -278,7 +311,7 @@ def test_explanation() -> None:
     config = plan.steps[1].config
     assert f"bwd_sm80: {plan.steps[1].num_blocks} blocks of {config.threads} threads" in lines[5]
     assert f"tile {config.tile_q} x {config.tile_kv}, 16-byte accesses, {config.smem_bytes:,} bytes of" in lines[5]
-    assert lines[7:] == ["  not sm90   no backward", "  not simt   sm80 comes first"]
+    assert lines[7:] == ["  not sm90   needs sm_90a", "  not simt   sm80 comes first"]
 
 
 def test_explanation_of_a_family_that_was_asked_for() -> None:
@@ -682,6 +715,95 @@ def test_explanation_of_a_hopper_forward() -> None:
     )
     assert lines[5].endswith("bytes of shared memory, 112 registers to compute")
     assert lines[6:] == ["  not sm80   sm90 comes first", "  not simt   sm90 comes first"]
+
+
+GRADIENTS = replace(LONG, direction="backward")
+
+
+@pytest.mark.parametrize(
+    ("changes", "cycles", "share"),
+    [
+        # 64 x 128: five products of 2 * 64 * 128 * 128 FLOP at 4096 a cycle, 64 * 128 exponentials at 16, and at 128
+        # bytes a cycle q and dout (32 KB) twice by each of two readers and once by the writer, k and v (64 KB) once; dS
+        # (16 KB) by a writer and two readers, and k (32 KB) once more for dQ.
+        ({"dim_qk": 128, "dim_v": 128}, (2560, 512, 5 * 256 + 512 + 3 * 128 + 256), 1.0),
+        # 128 x 128: two readers for dQ that share dS (32 KB), each with all of k (16 KB).
+        ({}, (2560, 1024, 5 * 256 + 256 + 2 * 256 + 2 * 128), 1.0),
+        ({"dim_qk": 24, "dim_v": 17}, (1280, 1024, 5 * 128 + 128 + 2 * 256 + 2 * 64), 1280 / 1408),
+        # 64 x 64: one reader a product of q and dout (64 KB); P (16 KB in fp32) is written and read, too.
+        ({"dim_qk": 256, "dim_v": 256}, (2560, 256, 3 * 512 + 512 + 3 * 64 + 256 + 2 * 128), 2560 / 2752),
+        ({"dim_qk": 192, "dim_v": 128}, (1664, 256, 3 * 320 + 320 + 3 * 64 + 192 + 2 * 128), 1664 / 1920),
+    ],
+)
+def test_ceiling_of_hopper_gradients(changes: dict, cycles: tuple[float, ...], share: float) -> None:
+    ceiling = choose(replace(GRADIENTS, **changes), H100, "sm90").ceiling
+    assert (ceiling.tensor_cores, ceiling.exponentials, ceiling.shared_memory) == cycles
+    assert ceiling.share == share
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel", "tile", "workspaces"),
+    [
+        ({}, "bwd_sm90", (128, 128), {"row_tiles": 256 * 1552, "dq_accum": 256 * 128 * 64 * 4}),
+        (
+            {"dim_qk": 24, "dim_v": 40},
+            "bwd_sm90",
+            (128, 128),
+            {"row_tiles": 256 * 1552, "dq_accum": 256 * 128 * 32 * 4},
+        ),
+        ({"dim_qk": 72, "dim_v": 24}, "bwd_sm90", (64, 128), {"row_tiles": 512 * 784, "dq_accum": 512 * 64 * 128 * 4}),
+        (
+            {"dim_qk": 40, "dim_v": 200},
+            "bwd_sm90_wide",
+            (64, 64),
+            {"row_tiles": 512 * 784, "dq_accum": 512 * 64 * 64 * 4},
+        ),
+        (
+            {"dim_qk": 256, "dim_v": 256, "deterministic": True},
+            "bwd_sm90_wide",
+            (64, 64),
+            {"row_tiles": 512 * 784, "dq_accum": 512 * 64 * 256 * 4, "dq_turn": 512 * 4 * 4},
+        ),
+        (
+            {"deterministic": True},
+            "bwd_sm90",
+            (128, 128),
+            {"row_tiles": 256 * 1552, "dq_accum": 256 * 128 * 64 * 4, "dq_turn": 256 * 2 * 4},
+        ),
+        (  # each of three sequences may end within a tile
+            {"layout": "varlen", "batch": 3, "total_q": 1000, "total_kv": 1200, "len_q": 600},
+            "bwd_sm90",
+            (128, 128),
+            {"row_tiles": 8 * 10 * 1552, "dq_accum": 8 * 10 * 128 * 64 * 4},
+        ),
+    ],
+)
+def test_tiles_and_workspaces_of_hopper_gradients(changes: dict, kernel: str, tile: tuple, workspaces: dict) -> None:
+    problem = replace(GRADIENTS, **{"batch": 2, "heads_q": 8, "heads_kv": 2, "len_q": 2048} | changes)
+    plan = choose(problem, H100)
+    assert [step.kernel for step in plan.steps] == ["bwd_prepare_sm90", kernel, "bwd_convert_sm90"]
+    prepare, main, convert = (step.config for step in plan.steps)
+    assert (main.tile_q, main.tile_kv) == tile and prepare.tile_q == convert.tile_q == main.tile_q
+    boxes = [(box.tensor, box.rows) for box in plan.steps[1].boxes]
+    assert boxes == [("q", tile[0]), ("k", 64), ("v", 64), ("dout", tile[0]), ("dk", 64), ("dv", 64)]
+    sizes = {w.name: w.nbytes for w in plan.workspaces}
+    rows = problem.heads_q * problem.rows_q
+    assert sizes == {"delta": 4 * rows, "shift": 8 * rows} | workspaces
+
+
+def test_explanation_of_a_hopper_backward() -> None:
+    problem = replace(GRADIENTS, dim_qk=128, dim_v=128, bias=dtypes.BF16, bias_grad=True, sink=True)
+    plan, lines = choose(problem, H100), str(explain(problem, H100)).splitlines()
+    assert lines[2] == "  family     sm90: dk and dv take 128 registers, S and dP 64"
+    assert lines[3].startswith(
+        "  at most    100% of the tensor cores' peak: exponentials take 20% and shared memory 95% "
+    )
+    assert lines[4].startswith(f"  workspace  {plan.workspace_bytes:,} bytes (delta ")
+    assert "row_tiles" in lines[4] and "dq_accum" in lines[4]
+    kernels = ("bwd_prepare_sm90", "bwd_sm90", "bwd_convert_sm90", "bwd_bias_sm80", "bwd_sink")
+    assert [line.split()[:2] for line in lines[5:10]] == [["kernel", f"{kernel}:"] for kernel in kernels]
+    assert lines[6].endswith("tile 64 x 128, 165,888 bytes of shared memory, 240 registers to compute")
+    assert lines[10:] == ["  not sm80   sm90 comes first", "  not simt   sm90 comes first"]
 
 
 @pytest.mark.parametrize(
