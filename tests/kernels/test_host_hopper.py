@@ -368,7 +368,7 @@ void pipeline(const void* params) {
     if (!p.early_release && has(Step::release) && leader) ptx::mbarrier_arrive(address(smem.empty[stage]));
     if (has(Step::wait_read) && leader) ptx::tma_store_wait_read();
     if (has(Step::barrier_before_out)) ptx::sync_named(out_barrier, 128);
-    store_fragment<fp16>(smem.out[consumer], warp_row, ptx::lane_index(), out);
+    store_fragment<fp16>(smem.out[consumer], warp_row, 0, ptx::lane_index(), out);
     if (has(Step::proxy_fence) || ptx::thread_index() != 300) ptx::fence_proxy_async();
     if (has(Step::barrier_after_out)) ptx::sync_named(out_barrier, 128);
     if (leader) {
