@@ -1,5 +1,5 @@
-// What both Hopper backward kernels are made of: a block's key tile and its walk, the producer, P and dS in registers, and
-// the ways of the gradients out of the block.
+// What both Hopper backward kernels are made of: a block's key tile and its walk, the producer, P and dS in registers,
+// and the ways of the gradients out of the block.
 #pragma once
 
 #include "attention/gradient.cuh"
@@ -119,7 +119,7 @@ struct BackwardBlock {
     for (int number = 0; number < kKeyTiles; ++number) load_boxes(all[number], map, kv_box(number), barrier);
   }
 
-  // Asked once for all tiles that the block walks: so few blocks have such a row that it need not be known tile by tile.
+  // Asked once for all tiles that the block walks: few blocks have such a row, and it need not be known tile by tile.
   CF_DEVICE bool some_row_is_far() const {
     bool far = false;
 #pragma unroll 1

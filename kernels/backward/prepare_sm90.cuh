@@ -1,4 +1,5 @@
-// First step of the Hopper backward: for each query tile, what the main kernel must know of its rows, and sums of dQ at 0.
+// First step of the Hopper backward: for each query tile, what the main kernel must know of its rows, and sums of dQ
+// at 0.
 #pragma once
 
 #include "attention/schedule.cuh"

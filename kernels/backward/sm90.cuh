@@ -5,11 +5,11 @@
 //   dV = P^T dO,   dK = scale * dS^T Q,   dQ = scale * dS K
 //
 //   producer warpgroup, one thread   TMA: K, V and, tile by tile, Q, dO and what must be known of the rows
-//   consumer warpgroups              64 keys of the key tile each, all products; dQ is added to fp32 sums in global memory
+//   consumer warpgroups              64 keys of the key tile each, all products; adds dQ to sums in global memory
 //
-// One block owns one key tile of one key head and walks the query tiles that see it, of every head of the group. Scores are
-// computed transposed, S^T = K Q^T, so that P^T and dS^T are the A operands of dV and dK in registers. Only dQ mixes keys of
-// different consumers: dS passes through shared memory.
+// One block owns one key tile of one key head and walks the query tiles that see it, of every head of the group. Scores
+// are computed transposed, S^T = K Q^T, so that P^T and dS^T are the A operands of dV and dK in registers. Only dQ mixes
+// keys of different consumers: dS passes through shared memory.
 //
 //   for each q tile:   S^T = K Q^T | dP^T = V dO^T | P under dP | dS | dV += P^T dO | dQ = dS K | dK += dS^T Q
 #pragma once

@@ -35,8 +35,8 @@ struct BackwardSm90Wide {
     Four p_slope[Scores::kN][ptx::kWarpgroupThreads];  // P * slope in fragment order
   };
 
-  // Named barriers of both warpgroups' threads: P is there, for which that of the values does not wait; dS is there; K is
-  // no longer read. Of a warpgroup's own, one for each.
+  // Named barriers of both warpgroups' threads: P is there, for which that of the values does not wait; dS is there; K
+  // is no longer read. Of a warpgroup's own, one for each.
   static constexpr int kWeightsThere = 1, kDsThere = 2, kKeysDone = 3, kMyWarps = 4;
 
   // What both warpgroups have and do; Role says what is its own.
@@ -71,7 +71,7 @@ struct BackwardSm90Wide {
         me.visit(gradient, tile, at, buffer, operand);
         const Cursor next = at.next();
         if (left > 1) me.wait(next);
-        // Always the next scores, as a choice would end what is under way; behind the last tile they are for nothing.
+        // Always the next scores: a choice would end what is under way. Behind the last tile they are for nothing.
         add_dq(head, tile, buffer, left > 1 ? next.stage : at.stage);
         if (leader) {
           in.q_ring.release(at);
@@ -88,8 +88,8 @@ struct BackwardSm90Wide {
       ptx::wgmma_hold(scores.x[0]);
     }
 
-    // Every other chunk of dQ's columns, one after the other in the same registers, and behind them the next scores. The
-    // product with sum is done before the first chunk.
+    // Every other chunk of dQ's columns, one after the other in the same registers, and behind them the next scores.
+    // The product with sum is done before the first chunk.
     CF_DEVICE void add_dq(int head, int tile, int buffer, int next_stage) {
       Role& me = static_cast<Role&>(*this);
       constexpr int kShares = Block::Sums::kShares, kLast = (kShares - 1 - kNumber) / 2 * 2 + kNumber;

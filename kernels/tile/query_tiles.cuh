@@ -1,9 +1,9 @@
 // What the Hopper backward keeps of each query tile in global memory: the fp32 sums of dQ, and what its rows need.
 //
 // Key tiles add their shares of dQ = dS K to the sums straight from registers. So a tile is stored in fragment order,
-// [share][four registers][thread of a warpgroup] of four floats: a warp's addition is 512 neighbouring bytes, and whoever
-// reads it back (backward/convert_sm90.cuh) owns the same registers. A share is 64 queries and up to 64 columns: of 128
-// queries those of one half, else all queries and a chunk of the columns.
+// [share][four registers][thread of a warpgroup] of four floats: a warp's addition is 512 neighbouring bytes, and
+// whoever reads it back (backward/convert_sm90.cuh) owns the same registers. A share is 64 queries and up to 64 columns:
+// of 128 queries those of one half, else all queries and a chunk of the columns.
 #pragma once
 
 #include "attention/sequence.cuh"
@@ -61,8 +61,8 @@ struct alignas(16) RowTile {
   int far;  // whether some row is
   int unused[3];
 
-  // Where a row's numbers are: those of the four columns that a lane has of 16 of a transposed fragment are neighbours, as
-  // a load of 16 bytes costs what one of 4 does.
+  // Where a row's numbers are: those of the four columns that a lane has of 16 of a transposed fragment are neighbours,
+  // as a load of 16 bytes costs what one of 4 does.
   CF_DEVICE static int place(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2; }
   CF_DEVICE static Four of_lane(const float (&numbers)[kTileQ], int k, int lane) {
     return *reinterpret_cast<const Four*>(numbers + k * 16 + lane % 4 * 4);
