@@ -70,7 +70,8 @@ def test_a_preference_holds_the_planner_to_its_kernels(
 
 def test_a_preference_for_several_families_takes_the_first_that_runs_the_call() -> None:
     assert planned(problem(), "flash", "h100") == "sm90"
-    assert planned(replace(problem(), direction="backward"), "flash", "h100") == "sm80"
+    assert planned(replace(problem(), direction="backward"), "flash", "h100") == "sm90"
+    assert planned(replace(problem(), direction="backward", copy_bytes=8), "flash", "h100") == "sm80"
     with pytest.raises(UnsupportedProblem) as caught:
         planned(problem(dim=512), "flash", "h100")
     assert [line.split()[0] for line in str(caught.value).splitlines()[2:-1]] == ["sm90", "sm80"]

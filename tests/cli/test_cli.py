@@ -72,11 +72,12 @@ def fake_compiler(monkeypatch):
 def test_explain_shows_the_choice_and_why_not_the_rest(fake_compiler):
     printed = run("explain", "--device=h100", "--heads=16/4", "--len=1024x4096", "--causal", "--backward")
     assert "backward bf16 b2 h16/4 s1024x4096 d128 causal on NVIDIA H100 (sm_90a)" in printed
-    assert "family     sm80" in printed
-    for kernel in ("bwd_delta", "bwd_sm80", "bwd_convert"):
+    assert "family     sm90: dk and dv take 128 registers" in printed
+    assert "at most    100% of the tensor cores' peak" in printed
+    for kernel in ("bwd_prepare_sm90: ", "bwd_sm90: ", "bwd_convert_sm90: "):
         assert kernel in printed
-    assert "dq_accum" in printed
-    assert "not simt   sm80 comes first" in printed
+    assert "row_tiles" in printed and "dq_accum" in printed
+    assert "not sm80   sm90 comes first" in printed and "not simt   sm90 comes first" in printed
     # 2 batches, 16 heads, the mean of 3072.5 ... 4096 visible keys a row, 2.5 times 4 * 128
     assert f"{2.5 * 4 * 128 * 2 * 16 * 1024 * (3073 + 4096) / 2 / 1e9:,.2f} G" in printed
 

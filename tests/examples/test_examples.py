@@ -19,7 +19,7 @@ CLAIMS = {
     "01_quickstart.py": ["on numpy arrays: (2, 300, 4, 64) float32", "largest difference from softmax"],
     "02_training_step.py": ["finite differences measure", "loss after one step"],
     "03_variable_length.py": ["400 rows, where padding would need 1200", "other sequences unchanged to the bit: True"],
-    "04_look_inside.py": ["struct Config", "fwd_sm90: ", "bwd_sm80: ", " registers a thread"],
+    "04_look_inside.py": ["struct Config", "fwd_sm90: ", "bwd_sm90: ", " registers a thread"],
 }
 
 
@@ -61,7 +61,7 @@ def test_looking_inside_needs_no_compiler(tmp_path):
     """The environment of the README's first command has no CuPy."""
     (tmp_path / "cupy.py").write_text("raise ImportError('no CuPy here')")
     printed = run(str(ROOT / "examples" / "04_look_inside.py"), cwd=tmp_path, path=[str(tmp_path)])
-    for claim in ("fwd_sm90", "bwd_sm80", "struct Config", "fwd_sm90 is not compiled", "no CuPy here", ".[cuda13]"):
+    for claim in ("fwd_sm90", "bwd_sm90", "struct Config", "fwd_sm90 is not compiled", "no CuPy here", ".[cuda13]"):
         assert claim in printed
 
 

@@ -13,7 +13,7 @@ from cuflash.errors import CompileError
 from cuflash.jit import params, sources
 
 STRUCTS = ("Strides", "Attention", "Pages", "TensorMap", "FwdParams", "BwdParams")
-ALIGNMENTS = dict.fromkeys(STRUCTS, 8) | {"TensorMap": 64, "FwdParams": 64}
+ALIGNMENTS = dict.fromkeys(STRUCTS, 8) | {"TensorMap": 64, "FwdParams": 64, "BwdParams": 64}
 HEADER = (sources.root() / "params.cuh").read_text()
 
 

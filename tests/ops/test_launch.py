@@ -922,9 +922,13 @@ def test_gradients_come_from_a_family_that_has_them(hopper: Launches) -> None:
     x = as_torch(random(1, 64, 2, 32))
     (out, _), pullback = cuflash.flash_attn_vjp(x, x, x, return_lse=True)
     pullback(as_torch(np.ones(out.shape, FP16)))
+    assert hopper.take() == ["fwd_sm90", "bwd_prepare_sm90", "bwd_sm90", "bwd_convert_sm90"]
+    wide = as_torch(random(1, 64, 2, 72))
+    (out, _), pullback = cuflash.flash_attn_vjp(x, x, wide, return_lse=True)
+    pullback(as_torch(np.ones(out.shape, FP16)))
     assert hopper.take() == ["fwd_sm90", "bwd_delta", "bwd_sm80", "bwd_convert"]
-    out, _, pullback = ops.vjp(ops.asked(family="sm90"), ops.Arrays(x, x, x))
-    with pytest.raises(UnsupportedProblem, match=r"\n  sm90    no backward\n"):
+    out, _, pullback = ops.vjp(ops.asked(family="sm90"), ops.Arrays(x, x, wide))
+    with pytest.raises(UnsupportedProblem, match=r"\n  sm90    dim_v > 64 beside dim_qk <= 64\n"):
         pullback(as_torch(np.ones(out.shape, FP16)))
     assert hopper.take() == ["fwd_sm90"]
 

@@ -409,6 +409,8 @@ def test_a_single_key_too_few_shows_in_lse(arena: Arena, numbers: Numbers):
         ("bwd_sm80-bf16-d64-varlen_everything", {"bwd_sm80", "bwd_bias_sm80"}),
         ("bwd_simt-fp32-d64-causal", {"bwd_simt_dq"}),
         ("fwd_sm90-bf16-d64-causal", {"fwd_sm90"}),
+        ("bwd_sm90-bf16-d64-everything", {"bwd_prepare_sm90", "bwd_sm90", "bwd_convert_sm90"}),
+        ("bwd_sm90-bf16-d256-varlen_causal", {"bwd_prepare_sm90", "bwd_sm90_wide", "bwd_convert_sm90"}),
         ("fwd_sm90-bf16-d64-varlen_everything", {"fwd_sm90", "fwd_rng"}),
         ("fwd_sm80-bf16-d64-paged_everything", {"fwd_sm80"}),
         ("fwd_simt-fp32-d64-paged48", {"fwd_simt"}),
