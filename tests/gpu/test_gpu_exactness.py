@@ -49,8 +49,8 @@ def has_cublas() -> bool:
 @pytest.mark.sample(7)
 @pytest.mark.parametrize(
     ("direction", "family"),
-    [("forward", None), ("forward", "sm80"), ("backward", None)],
-    ids=["fwd", "fwd_sm80", "bwd"],
+    [("forward", None), ("forward", "sm80"), ("backward", None), ("backward", "sm80")],
+    ids=["fwd", "fwd_sm80", "bwd", "bwd_sm80"],
 )
 @pytest.mark.parametrize("case_id", CASES)
 def test_results_are_as_exact_as_flash_attention_on_paper(case_id: str, direction: Any, family: str | None) -> None:

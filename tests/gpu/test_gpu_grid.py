@@ -25,7 +25,7 @@ BANDS = {
     "sliding": {"causal": True, "window": (90, -1)},
     "right": {"window": (-1, 20)},
 }
-DIMS = {"even": (64, 64), "longer-v": (40, 72), "odd": (33, 20)}
+DIMS = {"even": (64, 64), "longer-v": (40, 72), "odd": (33, 20), "wide": (128, 104), "widest": (256, 192)}
 HEADS = {"mha": (9, 9), "gqa": (12, 4), "mqa": (8, 1)}  # many, as the errors of the sinks' gradients are compared
 DENSE = {"dense": (150, 280), "more-queries": (280, 150), "decode": (1, 500)}
 PACKED = {
@@ -36,7 +36,7 @@ PACKED = {
 KERNELS = {
     f"{family}-{dtype}": (name, DTYPES[dtype])
     for family, name, dtypes in (
-        ("sm90", ("sm90", "sm80"), ("fp16", "bf16")),  # whatever Hopper's forward leaves, and the gradients
+        ("sm90", ("sm90", "sm80"), ("fp16", "bf16")),  # whatever Hopper's kernels leave
         ("sm80", "sm80", ("fp16", "bf16")),
         ("simt", "simt", ("fp16", "fp32", "fp64")),
     )
@@ -48,6 +48,8 @@ KERNELS = {
 _CHANGED = {
     "bias": [axes for axes in FACTORS["bias"] if axes != "1111"],
     "bias_dtype": ["same", "fp32"],
+    "deterministic": ["no", "yes"],
+    "dims": list(DIMS),
     "kernels": list(KERNELS),
     "num_splits": ["0", "1", "3"],
 }
@@ -92,8 +94,8 @@ def answer(
     given = {_NAMES.get(name, name): x for name, x in given.items()}
     generator = given.pop("rng_state", None)
     options = flash_words.options(
-        given, deterministic=True, bias_grad="attn_bias" in given, num_splits=int(case["num_splits"]),
-        family=KERNELS[case["kernels"]][0],
+        given, deterministic=case["deterministic"] == "yes", bias_grad="attn_bias" in given,
+        num_splits=int(case["num_splits"]), family=KERNELS[case["kernels"]][0],
     )  # fmt: skip
     q, k, v, *upstream = inputs
     out, lse, pullback = ops.vjp(options, flash_words.arrays(given, put, q=q, k=k, v=v), generator)

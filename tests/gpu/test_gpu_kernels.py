@@ -104,8 +104,8 @@ def test_simt_gradients_need_no_flag_to_be_bit_equal(cp: Any) -> None:
         assert [x.tobytes() for x in call()] == first
 
 
-@pytest.mark.parametrize("family", ["sm80", "simt"])
-def test_batches_further_apart_than_32_bits(cp: Any, family: str) -> None:
+@pytest.mark.parametrize("family", [("sm90", "sm80"), "sm80", "simt"], ids=["sm90", "sm80", "simt"])
+def test_batches_further_apart_than_32_bits(cp: Any, family: Any) -> None:
     """Element offsets beyond 2^31 in every tensor: two batch elements at both ends of one large buffer."""
     import cuflash
 
