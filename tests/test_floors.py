@@ -320,8 +320,11 @@ KERNEL_FLOORS = {
     "tile": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", *POLICIES},
     "attention": {"std.cuh", "element.cuh", "params.cuh", "ptx/keep.cuh", "attention"},
     "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
-    "backward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention", "backward/bias.cuh"},
-}
+    "backward": {
+        "std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention",
+        "backward/bias.cuh", "backward/block_sm90.cuh", "backward/delta.cuh",
+    },
+}  # fmt: skip
 HOST_HEADERS = {"std.cuh": {"cmath", "cstddef"}}
 """The only headers from outside, for host compilers alone."""
 

@@ -18,7 +18,7 @@ class Box:
     """What one bulk copy moves: some rows and 128 bytes of columns of one head of a tensor."""
 
     tensor: str
-    """``q``, ``k``, ``v``, ``bias``, ``dout`` or a result: the parameter block describes it to the engine in ``<tensor>_map``."""
+    """``q``, ``k``, ``v``, ``bias``, ``dout`` or a result, which the parameter block describes in ``<tensor>_map``."""
     rows: int
 
 

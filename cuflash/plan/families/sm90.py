@@ -21,7 +21,7 @@ from cuflash.plan.tiles import key_blocks, query_blocks, round_up
 from cuflash.problem import Problem
 
 _ROWS = 64
-"""Rows of a consumer warpgroup, queries of ``forward/sm90.cuh`` and keys of ``backward/sm90.cuh``: those of one wgmma."""
+"""Rows of a consumer warpgroup, queries in ``forward/sm90.cuh`` and keys in ``backward/sm90.cuh``: those of a wgmma."""
 
 _REGISTERS = {2: (24, 240), 3: (32, 160), 4: (24, 112)}
 """Consumers -> registers of a producer and of a consumer thread: what a launch gives a block, and ``setmaxnreg``, which
@@ -319,7 +319,7 @@ def _backward_ceiling(problem: Problem, config: BackwardConfig) -> Ceiling:
 
 
 def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
-    """Why a problem is left to ``sm80``: a decoding step, where heads share a tile or blocks the keys; what is too large."""
+    """Why a problem is left to ``sm80``: decoding, where heads share a tile or blocks the keys, or what has no tile."""
     if query_blocks(problem, _ROWS) >= 2**31:
         return ["2^31 query tiles or more"]
     if problem.direction == "backward":
