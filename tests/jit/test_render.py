@@ -72,6 +72,19 @@ HOPPER = sm90.ForwardConfig(
     consumer_registers=240,
     smem_bytes=54321,
 )
+HOPPER_BACKWARD = sm90.BackwardConfig(
+    element="bf16",
+    dim_qk=64,
+    dim_v=64,
+    threads=384,
+    reduction="OrderedReduction",
+    tile_q=128,
+    tile_kv=128,
+    stages=3,
+    producer_registers=32,
+    consumer_registers=224,
+    smem_bytes=54321,
+)
 DELTA = DeltaConfig(element="float", dim_v=64, threads=128, tile_q=64, copy_bytes=16)
 """A config of ``bwd_delta``, the kernel that compiles fastest."""
 
@@ -94,7 +107,9 @@ def test_rendered_text_is_the_one_on_record(path):
     assert RENDERED[path]() == path.read_text(), f"run PYTHONPATH=tests python {Path(__file__)}, and read what changes"
 
 
-@pytest.mark.parametrize("config", [FORWARD, BACKWARD, HOPPER, DELTA], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize(
+    "config", [FORWARD, BACKWARD, HOPPER, HOPPER_BACKWARD, DELTA], ids=lambda config: type(config).__name__
+)
 def test_every_choice_appears_once(config):
     text = jit.render.config_header("fwd_sm80", config)
     struct = text.split("struct Config {")[1].split("};")[0]

@@ -352,7 +352,7 @@ CASES |= {
 }  # fmt: skip
 
 
-def differentiable(case: Case) -> bool:
+def differentiable(case: HostCase) -> bool:
     """Whether the family that a case is about has its gradients."""
     problem = replace(case.problem, direction="backward")
     return not reasons_against(problem, named(case.device))[case.family]

@@ -716,7 +716,9 @@ def hopper(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Launches:
 def maps(params: np.ndarray) -> dict[str, list[int]]:
     """The words of every map in a parameter block, of the address only what it is from the tensor's."""
     words_of = {}
-    for name in ("q", "k", "v", "out"):
+    for name in (field.removesuffix("_map") for field in params.dtype.names if field.endswith("_map")):
+        if name == "bias":
+            continue
         address, *words = params[f"{name}_map"]["words"][0].tolist()
         words_of[name] = [address - int(params[name][0]), *words[:12]] if any(words) else []
         assert not any(words[12:])
@@ -739,6 +741,62 @@ def test_maps_of_dense_tensors(hopper: Launches, wrap: Any) -> None:
             "out": [0, 24, 70, 4, 2, *strides, 64, 64, 1, 1, 2],
         }
         assert params["heads_per_section"][0] == 2, "those that share keys"
+
+
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+def test_maps_of_dense_gradients(hopper: Launches, wrap: Any) -> None:
+    q = random(2, 4, 70, 40)[..., :32].swapaxes(1, 2)
+    k, v = random(2, 90, 2, 32, seed=1)[:, ::2], random(2, 45, 2, 24, seed=2)
+    out, dout = random(2, 70, 4, 24, seed=3), random(2, 70, 4, 64, seed=4)[..., :24]
+    lse = np.zeros((2, 4, 70), np.float32)
+    dv = np.zeros((2, 2, 45, 32), FP16)[..., :24].swapaxes(1, 2)
+    for place, strides in ((None, (2 * 48, 48, 45 * 96)), (wrap(dv), (64, 45 * 64, 2 * 45 * 64))):
+        cuflash.flash_attn_backward(*map(wrap, (dout, q, k, v, out, lse)), dv=place)
+        assert hopper.take() == ["bwd_prepare_sm90", "bwd_sm90", "bwd_convert_sm90"]
+        _, params, _ = hopper.params[-3:]
+        assert maps(params) == {
+            "q": [0, 32, 70, 4, 2, 80, 70 * 80, 4 * 70 * 80, 64, 128, 1, 1, 2],
+            "k": [0, 32, 45, 2, 2, 2 * 128, 64, 90 * 128, 64, 64, 1, 1, 2],
+            "v": [0, 24, 45, 2, 2, 96, 48, 45 * 96, 64, 64, 1, 1, 2],
+            "dout": [0, 24, 70, 4, 2, 4 * 128, 128, 70 * 4 * 128, 64, 128, 1, 1, 2],
+            "dk": [0, 32, 45, 2, 2, 128, 64, 45 * 128, 64, 64, 1, 1, 2],
+            "dv": [0, 24, 45, 2, 2, *strides, 64, 64, 1, 1, 2],
+        }
+        assert all(params[name][0] for name in ("row_tiles", "dq_accum", "delta", "shift"))
+        assert not params["dq_turn"][0], "blocks add in any order"
+
+
+@pytest.mark.parametrize("wrap", FRAMEWORKS)
+def test_maps_of_packed_gradients(hopper: Launches, wrap: Any) -> None:
+    q, k, v = random(80, 4, 128), random(95, 2, 128, seed=1), random(95, 2, 72, seed=2)
+    out, lse = random(80, 4, 72, seed=3), np.zeros((4, 80), np.float32)
+    cuflash.flash_attn_backward(
+        *map(wrap, (out, q, k, v, out, lse)), cu_seqlens_q=wrap(STARTS_Q), cu_seqlens_k=wrap(STARTS_K),
+        max_seqlen_q=45, max_seqlen_k=50, deterministic=True,
+    )  # fmt: skip
+    assert hopper.take() == ["bwd_prepare_sm90", "bwd_sm90", "bwd_convert_sm90"]
+    _, params, _ = hopper.params[-3:]
+
+    def words(rows: int, heads: int, dim: int) -> list[int]:
+        row = heads * dim * 2
+        return [-rows * row, dim, rows, rows + 1, heads, row, row, dim * 2, 64, 64, 1, 1, 2]
+
+    queries, keys = words(80, 4, 128), words(95, 2, 128)
+    values = words(95, 2, 72)
+    assert maps(params) == {
+        "q": queries, "k": keys, "v": values, "dout": words(80, 4, 72), "dk": keys, "dv": values
+    }  # fmt: skip
+    assert params["dq_turn"][0], "blocks take turns"
+
+
+@pytest.mark.parametrize("change", ["dq", "dk", "dv", "dout"])
+def test_gradients_at_odd_places_are_left_to_others(hopper: Launches, change: str) -> None:
+    x, lse = random(1, 70, 2, 32), np.zeros((1, 2, 70), np.float32)
+    odd = as_torch(np.zeros(x.size + 4, FP16)[4:].reshape(x.shape))
+    places = {change: odd} if change != "dout" else {}
+    dout = odd if change == "dout" else as_torch(x)
+    cuflash.flash_attn_backward(dout, *(as_torch(x) for _ in range(4)), as_torch(lse), **places)
+    assert hopper.take() == ["bwd_delta", "bwd_sm80", "bwd_convert"]
 
 
 @pytest.mark.parametrize(("framework", "wrap"), [(CuPy, as_cupy), (Torch, as_torch)])
