@@ -31,6 +31,8 @@ _FORWARD_128 = "128 x 64 keeps 255 registers busy; on an H200 at 8k it runs 349 
 _BACKWARD_64 = "32 x 128 keeps 255 registers busy; on an H200 at 8k it runs 280 TFLOP/s, 16 key rows a warp 236"
 _BACKWARD_128 = "64 x 128 keeps 255 registers busy; on an H200 at 8k it runs 284 TFLOP/s, with 64 keys 264"
 _BACKWARD_256 = "two words stored and loaded, beside the 128 registers that hold dk and dv"
+_GRADIENTS_90 = "S, dP, P, dk and dv fill the 240 registers of consumers; what else makes a score passes through memory"
+_GRADIENTS_256 = "dk or dv, S or dP and a share of dQ fill the 240 registers of consumers, beside what a walk is at"
 _SIMT_64 = "held to 168 registers so that three blocks share an SM; seven words do not fit"
 _GROUP_256 = "NVRTC 13.0 keeps more alive beside the 128 registers of out than 13.5, which spills nothing"
 _WORK = "consumers keep what belongs to a work in memory; in the loops over tiles only the softmax's rare branch spills"
@@ -50,9 +52,20 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm80", "*-d64*", 84, _BACKWARD_64),
     Allowance("bwd_sm80", "*-d128*", 140, _BACKWARD_128),
     Allowance("bwd_sm80", "*-d256*", 16, _BACKWARD_256),
+    Allowance("bwd_sm90", "*-d64-*mask*", 40, _GRADIENTS_90),
+    Allowance("bwd_sm90", "*-d64-softcap", 312, _GRADIENTS_90),
+    Allowance("bwd_sm90", "*-d64-alibi", 68, _GRADIENTS_90),
+    Allowance("bwd_sm90", "*-d64-bias*", 612, _GRADIENTS_90),
+    Allowance("bwd_sm90", "*-d64-dropout", 24, _GRADIENTS_90),
+    Allowance("bwd_sm90", "*-d128-mask", 8, _GRADIENTS_90),
+    Allowance("bwd_sm90", "*-d128-softcap", 8, _GRADIENTS_90),
+    Allowance("bwd_sm90_wide", "*-d256*", 144, _GRADIENTS_256),
     Allowance("fwd_simt", "*-d64x128", 28, _SIMT_64),
     Allowance("fwd_sm90", "*-d256-everything", 64, _EVERYTHING),
     Allowance("fwd_sm80", "*-d256-everything", 16, _EVERYTHING),
+    Allowance("bwd_sm90", "*-d64-*everything", 856, _EVERYTHING),
+    Allowance("bwd_sm90", "*-d128-everything", 192, _EVERYTHING),
+    Allowance("bwd_sm90_wide", "*-d256-everything", 600, _EVERYTHING),
     Allowance("bwd_sm80", "*-d128-everything", 96, _EVERYTHING),
     Allowance("bwd_sm80", "*-d256-everything", 132, _EVERYTHING),
     Allowance("fwd_simt", "*-d64-*everything", 420, _EVERYTHING),
