@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from host import build
 from host.cases import HostCase, check_backward, check_forward, dense
+from host.run import LaunchFailed
 
 from cuflash.masks import Mask
 
@@ -133,3 +134,37 @@ def test_every_ordering_call_matters(file: str, number: int, kernels_copy: Path)
     case: HostCase = dense("fp16", (2, 1), (150, 330), (64, 40), family=family, mask=Mask(right=0))
     with pytest.raises(AssertionError):
         test(case)
+
+
+HOPPER_ORDER = re.compile(
+    r"ptx::(sync_threads|sync_named|fence_proxy_async|fence_mbarrier_init|wgmma_fence|tma_store_commit|"
+    r"tma_store_wait_read)\([^;]*\);"
+)
+NARROW, WIDE = (
+    dense("bf16", (2, 1), (150, len_kv), dims, family="sm90", mask=Mask(right=0))
+    for len_kv, dims in ((330, (64, 40)), (170, (192, 128)))
+)
+HOPPER_TESTS = {
+    "backward/sm90.cuh": NARROW,
+    "backward/sm90_wide.cuh": WIDE,
+    "backward/block_sm90.cuh": NARROW,
+    "backward/convert_sm90.cuh": NARROW,
+}
+
+
+def hopper_calls(kernel: str) -> list[re.Match[str]]:
+    return list(HOPPER_ORDER.finditer((build.KERNELS / kernel).read_text()))
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize(
+    ("file", "number"), [(file, number) for file in HOPPER_TESTS for number in range(len(hopper_calls(file)))]
+)
+def test_every_ordering_call_of_the_hopper_backward_matters(file: str, number: int, kernels_copy: Path) -> None:
+    """As above, in some order of the warps or other."""
+    path = kernels_copy / file
+    text, call = path.read_text(), hopper_calls(file)[number]
+    path.write_text(text[: call.start()] + ";" + text[call.end() :])
+    with pytest.raises((AssertionError, LaunchFailed)):
+        for seed in range(8):
+            check_backward(HOPPER_TESTS[file], seed)
