@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def two_blas_threads() -> Iterator[None]:
+    pool._libraries.cache_clear()  # another test may have loaded SciPy's since, which no job of ours uses
     with threadpoolctl.threadpool_limits(2, "blas"):
         yield
 
