@@ -27,7 +27,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 import cuflash
 
@@ -38,26 +38,19 @@ Pullback = Callable[..., Any]
 Layer = Callable[..., tuple[Array, Pullback]]
 """Each layer returns its output and its pullback, as cuflash's attention does."""
 
-CHARACTERS = 128  # of ASCII, which are all that the model knows
+CHARACTERS = "\n" + "".join(map(chr, range(ord(" "), 127)))
+"""All that the model knows."""
+
+flash_attention: Layer = partial(cuflash.flash_attn_vjp, causal=True)
+"""q, k and v (batch, length, heads, dim) and `alibi_slopes` (heads,) to causal attention and its pullback."""
 
 
-def flash_attention(q: Array, k: Array, v: Array, slopes: Array, dtype: type) -> tuple[Array, Pullback]:
-    """Causal attention by cuflash on elements of `dtype`, (batch, length, heads, dim); the rest keeps its own type."""
-    q_k_v = (x.astype(dtype, copy=False) for x in (q, k, v))
-    out, pullback = cuflash.flash_attn_vjp(*q_k_v, causal=True, alibi_slopes=slopes)
-
-    def cast_pullback(dout: Array) -> list[Array]:
-        return [x.astype(dout.dtype, copy=False) for x in pullback(dout.astype(dtype, copy=False))]
-
-    return out.astype(q.dtype, copy=False), cast_pullback
-
-
-def naive_attention(q: Array, k: Array, v: Array, slopes: Array, xp: ModuleType) -> tuple[Array, Pullback]:
-    """The same written out, softmax(q kᵀ / √d − slope · distance) v, with length × length probabilities in memory."""
+def naive_attention(xp: ModuleType, q: Array, k: Array, v: Array, alibi_slopes: Array) -> tuple[Array, Pullback]:
+    """The same written out: softmax(q kᵀ / √d − slope · distance) v, length × length probabilities in memory."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (batch, heads, length, dim)
     scale, positions = q.shape[-1] ** -0.5, xp.arange(q.shape[2], dtype=q.dtype)
     distances = positions[:, None] - positions
-    scores = q @ k.swapaxes(2, 3) * scale - slopes[:, None, None] * distances
+    scores = q @ k.swapaxes(2, 3) * scale - alibi_slopes[:, None, None] * distances
     scores = xp.where(distances >= 0, scores, -math.inf)
     p = xp.exp(scores - scores.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
@@ -96,34 +89,37 @@ def squared_relu(x: Array) -> tuple[Array, Pullback]:
 class Transformer:
     """A pre-norm decoder: embeddings, `layers` blocks of attention and a two-layer network, a norm, and logits.
 
-    The same `seed` gives the same weights wherever they live: `xp` is numpy or cupy.
+    The same `seed` gives the same weights wherever they live: `xp` is numpy or cupy. Only attention is computed in
+    `attention_dtype`.
     """
 
     def __init__(
-        self, xp: ModuleType, attention: Layer, *, layers: int, heads: int, width: int, seed: int, dtype: type
-    ) -> None:
-        self.xp, self.attention, self.layers, self.heads = xp, attention, layers, heads
+        self, xp: ModuleType, attention: Layer, attention_dtype: type, layers: int, heads: int, width: int, seed: int,
+        dtype: type = np.float32,
+    ) -> None:  # fmt: skip
+        self.xp, self.layers, self.heads = xp, layers, heads
+        self.attention, self.attention_dtype = attention, attention_dtype
         rng = np.random.default_rng(seed)
         into_residual = (2 * layers * width) ** -0.5  # 2 · layers branches are added up, to a variance of about 1
-        weights = {"embedding": rng.standard_normal((CHARACTERS, width))}
+        weights = {"embedding": rng.standard_normal((len(CHARACTERS), width))}
         for i in range(layers):
             weights[f"{i}.qkv"] = width**-0.5 * rng.standard_normal((width, 3 * width))
             weights[f"{i}.merge"] = into_residual * rng.standard_normal((width, width))
             weights[f"{i}.expand"] = width**-0.5 * rng.standard_normal((width, 4 * width))
             weights[f"{i}.shrink"] = 0.5 * into_residual * rng.standard_normal((4 * width, width))
-        weights["logits"] = 0.1 * width**-0.5 * rng.standard_normal((width, CHARACTERS))
+        weights["logits"] = 0.1 * width**-0.5 * rng.standard_normal((width, len(CHARACTERS)))
         self.weights = {name: xp.asarray(weight, dtype) for name, weight in weights.items()}
-        self.one_hot = xp.eye(CHARACTERS, dtype=dtype)
+        self.one_hot = xp.eye(len(CHARACTERS), dtype=dtype)
         self.slopes = xp.asarray(2.0 ** -np.arange(heads), np.float32)  # of ALiBi: each head looks twice as far
 
     def block(self, x: Array, i: int) -> tuple[Array, Pullback]:
         """x plus attention, plus the two-layer network, each of the normalised sum before it."""
-        w, (batch, length, width) = self.weights, x.shape
+        w, (batch, length, _) = self.weights, x.shape
         normed, attention_norm = norm(x)
         qkv, project = linear(normed, w[f"{i}.qkv"])
-        qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)
-        attended, attention = self.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.slopes)
-        merged, merge = linear(attended.reshape(x.shape), w[f"{i}.merge"])
+        qkv = qkv.astype(self.attention_dtype).reshape(batch, length, 3, self.heads, -1)
+        attended, attention = self.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], alibi_slopes=self.slopes)
+        merged, merge = linear(attended.astype(x.dtype).reshape(x.shape), w[f"{i}.merge"])
         x = x + merged
         normed, network_norm = norm(x)
         expanded, expand = linear(normed, w[f"{i}.expand"])
@@ -136,14 +132,15 @@ class Transformer:
             dnormed, dweights[f"{i}.expand"] = expand(activation(dactive))
             dx = dx + network_norm(dnormed)
             dattended, dweights[f"{i}.merge"] = merge(dx)
-            dqkv = self.xp.stack(attention(dattended.reshape(qkv.shape[:2] + qkv.shape[3:])), axis=2)
-            dnormed, dweights[f"{i}.qkv"] = project(dqkv.reshape(batch, length, 3 * width))
+            dqkv = attention(dattended.astype(self.attention_dtype).reshape(attended.shape))
+            dqkv = self.xp.concatenate([d.astype(dx.dtype).reshape(dx.shape) for d in dqkv], axis=-1)
+            dnormed, dweights[f"{i}.qkv"] = project(dqkv)
             return dx + attention_norm(dnormed), dweights
 
         return x + shrunk, pullback
 
     def logits(self, ids: np.ndarray) -> tuple[Array, Pullback]:
-        """Scores of every next character, (batch, length, CHARACTERS), after each of `ids` (batch, length)."""
+        """Scores of every next character, (batch, length, characters), after each of `ids` (batch, length)."""
         x, embed = linear(self.one_hot[self.xp.asarray(ids)], self.weights["embedding"])
         blocks = []
         for i in range(self.layers):
@@ -197,21 +194,21 @@ class AdamW:
         return float(loss)
 
 
-def manual() -> np.ndarray:
-    """The ASCII codes of the language reference in pydoc, about half a million of them."""
-    text = re.sub(" +", " ", "\n".join(topics[name] for name in sorted(topics)))
-    return np.frombuffer(text.encode("ascii", "replace"), np.uint8).astype(np.int32)
+def encode(text: str) -> np.ndarray:
+    """Each character's place in CHARACTERS, of what is not there that of "?" or of a new line."""
+    codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8).astype(np.int32)
+    return np.maximum(codes - ord(" ") + 1, 0)
 
 
 def train(models: list[Transformer], *, steps: int, batch: int, length: int, seed: int) -> tuple[np.ndarray, ...]:
     """Train models on the same batches; return their losses and their seconds, each (steps, models)."""
-    text, rng = manual(), np.random.default_rng(seed)
+    text = encode(re.sub(" +", " ", "\n".join(topics[name] for name in sorted(topics))))
+    rng = np.random.default_rng(seed)
     optimisers = [AdamW(model, steps) for model in models]
     losses, seconds = np.zeros((2, steps, len(models)))
-    columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
     console = Console()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=steps)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("the first step", total=steps)
         for i in range(steps):
             starts = rng.integers(len(text) - length, size=batch)
             ids = text[starts[:, None] + np.arange(length + 1)]
@@ -227,13 +224,13 @@ def train(models: list[Transformer], *, steps: int, batch: int, length: int, see
 def write(model: Transformer, prompt: str, characters: int, *, length: int, seed: int) -> str:
     """Continue `prompt` by drawing each next character from what the model expects after the last `length`."""
     rng = np.random.default_rng(seed)
-    ids = list(prompt.encode("ascii"))
+    ids = encode(prompt).tolist()
     for _ in range(characters):
         logits, _ = model.logits(np.array([ids[-length:]]))
         scores = np.array(logits[0, -1].tolist())
         p = np.exp((scores - scores.max()) / 0.7)  # below 1: likely characters more often than they are expected
-        ids.append(int(rng.choice(CHARACTERS, p=p / p.sum())))
-    return bytes(ids).decode("ascii")
+        ids.append(int(rng.choice(len(CHARACTERS), p=p / p.sum())))
+    return "".join(CHARACTERS[i] for i in ids)
 
 
 def gpu_or_cpu() -> ModuleType:
@@ -249,7 +246,7 @@ def gpu_or_cpu() -> ModuleType:
 
 def main() -> None:
     """Train both models, then print their curves, their speed, and what one writes."""
-    summary, _, _ = __doc__.partition("\n")
+    summary = "Train a character-level transformer by cuflash, beside one whose attention is written out."
     parser = argparse.ArgumentParser(description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="steps of the optimiser, at least 4")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
@@ -266,20 +263,22 @@ def main() -> None:
 
     xp = gpu_or_cpu()
     dtype = np.float32 if xp is np else ml_dtypes.bfloat16
-    shape = {name: getattr(options, name) for name in ("layers", "heads", "width", "seed")} | {"dtype": np.float32}
-    attentions = [partial(flash_attention, dtype=dtype), partial(naive_attention, xp=xp)]
-    flash, twin = (Transformer(xp, attention, **shape) for attention in attentions)
+    shape = {name: getattr(options, name) for name in ("layers", "heads", "width", "seed")}
+    flash = Transformer(xp, flash_attention, dtype, **shape)
+    twin = Transformer(xp, partial(naive_attention, xp), np.float32, **shape)
     size = sum(weight.size for weight in flash.weights.values())
     print(f"{size:,} weights on {xp.__name__} arrays, attention of {np.dtype(dtype)} elements")
     job = {name: getattr(options, name) for name in ("steps", "batch", "length", "seed")}
     losses, seconds = train([flash, twin], **job)
 
     print("steps      cuflash   written out   (mean loss in nats a character)")
-    for steps in np.array_split(np.arange(options.steps), min(10, options.steps)):
-        print(f"{steps[0] + 1:4}–{steps[-1] + 1:<4} {losses[steps, 0].mean():8.3f} {losses[steps, 1].mean():11.3f}")
-    apart = abs(losses[:, 0] - losses[:, 1]).max()
+    tenths = np.array_split(np.arange(options.steps), min(10, options.steps))
+    curves = np.array([losses[steps].mean(axis=0) for steps in tenths])
+    for steps, (loss, twin_loss) in zip(tenths, curves, strict=True):
+        print(f"{steps[0] + 1:4}-{steps[-1] + 1:<4} {loss:8.3f} {twin_loss:11.3f}")
+    apart = abs(curves[:, 0] - curves[:, 1]).max()
     noise = abs(np.diff(losses[options.steps // 2 :, 1])).mean()
-    print(f"the curves are {apart:.1e} apart at most; from batch to batch the loss changes by {noise:.4f}")
+    print(f"the curves are {apart:.1e} apart at most; from batch to batch the loss changes by {noise:.1e}")
     speeds = options.batch * options.length / np.median(seconds, axis=0)
     print(f"{speeds[0]:,.0f} tokens/s with cuflash, {speeds[1]:,.0f} written out")
     print(write(flash, "The ", 300, length=options.length, seed=options.seed))

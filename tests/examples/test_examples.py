@@ -33,6 +33,7 @@ def run(*arguments: str, cwd: Path, path: Sequence[str] = ()) -> str:
         "PYTHONPATH": os.pathsep.join([str(Path(cuflash.__file__).parent.parent), *path]),
         "CUDA_VISIBLE_DEVICES": "",
         "CUFLASH_CACHE_DIR": str(cwd),
+        "OPENBLAS_NUM_THREADS": "1",  # more would wait for each other by spinning while other tests have the cores
     }
     done = subprocess.run(
         [sys.executable, "-W", "error", *arguments],

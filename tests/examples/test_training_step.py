@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,8 +22,9 @@ import cuflash
 
 example = importlib.import_module("02_training_step")
 
-SMALL = {"layers": 2, "heads": 4, "width": 32, "seed": 0}
-JOB = {"steps": 60, "batch": 4, "length": 64, "seed": 0}
+CHARACTERS = len(example.CHARACTERS)
+SMALL = {"layers": 2, "heads": 4, "width": 48, "seed": 0}
+JOB = {"steps": 120, "batch": 4, "length": 64, "seed": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -32,19 +34,19 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def attention(name: str, xp: ModuleType = np) -> example.Layer:
-    if name == "written out":
-        return partial(example.naive_attention, xp=xp)
-    return partial(
-        example.flash_attention, dtype={"fp64": np.float64, "fp32": np.float32, "bf16": ml_dtypes.bfloat16}[name]
-    )
+def transformer(attention: str, xp: ModuleType = np, dtype: type = np.float32, **shape: int) -> example.Transformer:
+    """The model by cuflash in a type, or with attention written out."""
+    by_cuflash = {"fp64": np.float64, "fp32": np.float32, "bf16": ml_dtypes.bfloat16}
+    if attention == "written out":
+        return example.Transformer(xp, partial(example.naive_attention, xp), dtype, **SMALL | shape, dtype=dtype)
+    return example.Transformer(xp, example.flash_attention, by_cuflash[attention], **SMALL | shape, dtype=dtype)
 
 
-@pytest.mark.parametrize("name", ["fp64", "written out"])
-def test_every_gradient_is_what_finite_differences_measure(name):
-    model = example.Transformer(np, attention(name), layers=2, heads=3, width=12, seed=0, dtype=np.float64)
+@pytest.mark.parametrize("attention", ["fp64", "written out"])
+def test_every_gradient_is_what_finite_differences_measure(attention):
+    model = transformer(attention, dtype=np.float64, heads=3, width=12)
     rng = np.random.default_rng(1)
-    ids = rng.integers(example.CHARACTERS, size=(2, 10))
+    ids = rng.integers(CHARACTERS, size=(2, 10))
     _, pullback = model.loss(ids)
     gradients = pullback()
     assert gradients.keys() == model.weights.keys()
@@ -65,23 +67,23 @@ def test_every_gradient_is_what_finite_differences_measure(name):
 
 
 def test_no_position_sees_a_later_character():
-    model = example.Transformer(np, attention("fp32"), **SMALL, dtype=np.float32)
-    ids = np.random.default_rng(1).integers(example.CHARACTERS, size=(2, 20))
+    model = transformer("fp32")
+    ids = np.random.default_rng(1).integers(CHARACTERS, size=(2, 20))
     before, _ = model.logits(ids)
-    ids[:, 12] = (ids[:, 12] + 1) % example.CHARACTERS
+    ids[:, 12] = (ids[:, 12] + 1) % CHARACTERS
     after, _ = model.logits(ids)
     np.testing.assert_array_equal(after[:, :12], before[:, :12])
     assert (after[:, 12:] != before[:, 12:]).any(axis=(0, 2)).all()
 
 
 def test_the_optimiser_is_adamw():
-    model = example.Transformer(np, attention("written out"), **SMALL, dtype=np.float64)
+    model = transformer("written out", dtype=np.float64)
     optimiser = example.AdamW(model, steps=8)
     expected = {name: weight.copy() for name, weight in model.weights.items()}
     first, second = ({name: np.zeros(weight.shape) for name, weight in expected.items()} for _ in range(2))
     rng = np.random.default_rng(1)
     for step in range(3):
-        ids = rng.integers(example.CHARACTERS, size=(2, 10))
+        ids = rng.integers(CHARACTERS, size=(2, 10))
         loss, pullback = model.loss(ids)
         gradients = pullback()
         assert optimiser.step(ids) == float(loss)
@@ -97,32 +99,30 @@ def test_the_optimiser_is_adamw():
 def test_models_learn_alike_whoever_computes_attention_and_in_which_type():
     """bf16 by NumPy stands for what a GPU does."""
     names = ["written out", "fp32", "bf16"]
-    models = [example.Transformer(np, attention(name), **SMALL, dtype=np.float32) for name in names]
+    models = [transformer(name) for name in names]
     losses, seconds = example.train(models, **JOB)
-    assert losses.shape == seconds.shape == (60, 3)
+    assert losses.shape == seconds.shape == (120, 3)
     assert (seconds > 0).all()
-    np.testing.assert_allclose(losses[0], np.log(example.CHARACTERS), rtol=0, atol=0.1)
-    assert (losses[-10:].mean(axis=0) < losses[0] - 1.4).all()
+    np.testing.assert_allclose(losses[0], np.log(CHARACTERS), rtol=0, atol=0.1)
+    assert (losses[-10:].mean(axis=0) < 3.1).all()  # how often each character occurs explains 3.33 nats
     apart = abs(losses[:, 1:] - losses[:, :1]).max(axis=0)
     assert apart[0] < 1e-4
-    assert 0 < apart[1] < 0.02
+    assert 0 < apart[1] < 0.005
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others():
     curves = []
     for seed in (0, 0, 1):
-        model = example.Transformer(np, attention("fp32"), **SMALL | {"seed": seed}, dtype=np.float32)
+        model = transformer("fp32", seed=seed)
         losses, _ = example.train([model], steps=4, batch=2, length=16, seed=seed)
         curves.append(losses.tolist())
     assert curves[0] == curves[1] != curves[2]
 
 
-def test_the_text_is_in_every_python():
-    ids = example.manual()
-    text = bytes(ids.tolist()).decode("ascii")
-    assert 300_000 < len(text) < 1_000_000
-    assert "while_stmt" in text
-    assert "  " not in text
+def test_characters_have_places_and_others_become_question_marks_or_new_lines():
+    assert len(set(example.CHARACTERS)) == CHARACTERS == 96
+    assert example.encode(example.CHARACTERS).tolist() == [*range(CHARACTERS)]
+    assert [example.CHARACTERS[i] for i in example.encode("é\t\r東~")] == ["?", "\n", "\n", "?", "~"]
 
 
 def test_a_terminal_shows_a_bar_with_loss_and_speed(monkeypatch):
@@ -132,10 +132,10 @@ def test_a_terminal_shows_a_bar_with_loss_and_speed(monkeypatch):
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", Terminal())
-    model = example.Transformer(np, attention("fp32"), **SMALL, dtype=np.float32)
+    model = transformer("fp32")
     losses, _ = example.train([model], steps=4, batch=2, length=16, seed=0)
     printed = sys.stdout.getvalue()
-    assert "4/4" in printed
+    assert "100%" in printed
     assert f"loss {losses[-1, 0]:.2f}, " in printed
     assert "tokens/s" in printed
 
@@ -147,7 +147,6 @@ def run(*options: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
         "CUDA_VISIBLE_DEVICES": "",
         "CUFLASH_CACHE_DIR": str(folder),
         "OPENBLAS_NUM_THREADS": "1",
-        "PYTHONIOENCODING": "utf-8",
     }
     command = [sys.executable, "-W", "error", example.__file__, *options]
     return subprocess.run(command, capture_output=True, cwd=folder, env=environment, check=False)
@@ -160,7 +159,9 @@ def test_a_pipe_gets_plain_lines(tmp_path):
     first, header, *curve = done.stdout.decode().splitlines()[:7]
     assert first.endswith(" weights on numpy arrays, attention of float32 elements")
     assert header.split()[:4] == ["steps", "cuflash", "written", "out"]
-    assert [line.split()[0] for line in curve] == ["1–1", "2–2", "3–3", "4–4", "5–5"]
+    assert [line.split()[0] for line in curve] == ["1-1", "2-2", "3-3", "4-4", "5-5"]
+    [apart] = re.findall(r"the curves are (\S+) apart at most", done.stdout.decode())
+    assert float(apart) < 1e-5
 
 
 def test_help_names_every_option(tmp_path):
@@ -194,9 +195,7 @@ def test_a_gpu_learns_what_numpy_learns():
         pytest.skip(f"the layers around attention need cuBLAS: {error}")
     assert example.gpu_or_cpu() is cupy
     places = [(np, "written out"), (cupy, "written out"), (cupy, "bf16")]
-    models = [
-        example.Transformer(xp, attention(name, xp), **SMALL | {"width": 256}, dtype=np.float32) for xp, name in places
-    ]
+    models = [transformer(name, xp, width=256) for xp, name in places]
     losses, _ = example.train(models, **JOB | {"steps": 30})
     assert all(type(weight) is cupy.ndarray and weight.dtype == np.float32 for weight in models[2].weights.values())
     apart = abs(losses[:, 1:] - losses[:, :1]).max(axis=0)
