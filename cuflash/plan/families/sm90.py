@@ -208,10 +208,11 @@ def _backward_config(problem: Problem) -> tuple[BackwardConfig, str]:
     """The config of ``backward/sm90.cuh``, or of ``backward/sm90_wide.cuh`` where its tile has 64 keys; and why."""
     widest = max(problem.dim_qk, problem.dim_v)
     if widest <= 64:
-        # H200, d 64, 8k: 530 TFLOP/s.
+        # H200, d 64, 8k: 530 TFLOP/s, all launches (benchmarks/results/2026-11-30-h200-backward.json).
         tile_q, tile_kv, reason = 128, 128, "dk and dv take 64 registers, S and dP 128"
     elif widest <= 128:
-        # H200, d 128, 8k: 590 TFLOP/s, and causal 570; 80 queries with dq through shared memory 595, causal 520.
+        # H200, d 128, 8k, the main launch alone: 590 TFLOP/s, causal 570. The first version's 80 queries, dq through
+        # shared memory, 595 and 520.
         tile_q, tile_kv, reason = 64, 128, "dk and dv take 128 registers, S and dP 64"
     else:
         tile_q, tile_kv, reason = 64, 64, "one warpgroup has the registers for dk, another those for dv"
