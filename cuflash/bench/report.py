@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.timing import Runner, Timing
+from cuflash.cases.sets import FORWARD_ONLY
 from cuflash.cases.table import Case
 from cuflash.errors import InvalidArgument
 from cuflash.features import needs
@@ -257,7 +258,8 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
     impls = list(dict.fromkeys(row.impl for row in report.rows if row.impl != OWN))
     products = [impl for impl in impls if impl == PRODUCT]
     peers = [impl for impl in impls if impl != PRODUCT]
-    header = ["phase", "case", f"{OWN} TFLOP/s", *(f"of {impl}" for impl in products)]
+    by_memory = any(name in FORWARD_ONLY for name in report.sets)
+    header = ["phase", "case", f"{OWN} TFLOP/s", *["GB/s"] * by_memory, *(f"of {impl}" for impl in products)]
     header += ["beside the best"] * bool(peers) + [f"{impl} TFLOP/s" for impl in [*peers, *products]]
     set_of = {case: name for name, cases in report.sets.items() for case in cases}
     lines = []
@@ -267,13 +269,15 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
             groups = {case: group for case, group in cases.items() if set_of.get(case, "") == name}
             for case, group in groups.items():
                 faster, share = beside_peers(group), _share(group)
-                line = [label, case, _cell(group.get(OWN)), *(times(share, "") for _ in products)]
+                line = [label, case, _cell(group.get(OWN)), *[_bandwidth(group.get(OWN))] * by_memory]
+                line += [times(share, "") for _ in products]
                 best = min(faster, key=faster.__getitem__, default=None)
                 line += ["–" if best is None else f"{times(faster[best])} {best}"] * bool(peers)
                 line += [_cell(group.get(impl), faster.get(impl)) for impl in [*peers, *products]]
                 lines.append(line)
             if peers and len(groups) > 1:
-                lines.append([label, *_means(name, list(groups.values()), peers, products)])
+                means = _means(name, list(groups.values()), peers, products)
+                lines.append([label, *means[:2], *[""] * by_memory, *means[2:]])
     return header, lines
 
 
@@ -309,6 +313,11 @@ def _cell(row: Row | None, faster: float | None = None) -> str:
     beside = [f"{row.gpu_us:,.1f} µs" if faster is None else times(faster)]
     beside += [f"{row.sm_mhz:.0f} MHz"] if row.sm_mhz else []
     return f"{_short(row.tflops)} ({', '.join(beside)})"
+
+
+def _bandwidth(row: Row | None) -> str:
+    """How fast the tensors were read and written, each once."""
+    return "–" if row is None else f"{row.gbps:,.0f}"
 
 
 def table(report: Report) -> Table:

@@ -121,6 +121,57 @@ def features() -> list[Case]:
     ]
 
 
+def _cached(name: str, lens: tuple[int, ...], page_size: int, heads_kv: int = 8) -> Case:
+    """One new query to each sequence, whose keys lie in pages."""
+    dense = _decode(name, len(lens), max(lens), heads_kv=heads_kv)
+    batch = len(lens)
+    paged = replace(dense.problem, layout="varlen", total_q=batch, page_size=page_size)
+    case = replace(dense, problem=paged, lens_q=(1,) * batch, lens_kv=lens)
+    return replace(case, problem=replace(paged, total_kv=(sum(case.pages) + 1) * page_size))
+
+
+def _decode(name: str, batch: int, len_kv: int, len_q: int = 1, **changes: Any) -> Case:
+    """Few queries of 32 heads over the long keys of 8."""
+    return _dense(name, "bf16", batch, 32, len_kv, 128, **{"heads_kv": 8, "len_q": len_q} | changes)
+
+
+def _latent(batch: int, heads: int, len_kv: int) -> Case:
+    """One query of every head over one latent key head, whose first 512 of 576 columns are the values."""
+    name = f"decode-latent-h{heads}-b{batch}-s{len_kv // 1024}k"
+    dense = _dense(name, "bf16", batch, heads, len_kv, 576, heads_kv=1, len_q=1, dim_v=512)
+    return replace(dense, values_in_keys=True)
+
+
+def decode() -> list[Case]:
+    """New queries over the cache of a language model: dense, in pages, few, some, of lengths drawn log-uniform."""
+    sizes = [(f"b{batch}-s{thousands}k", batch, thousands * 1024) for batch, thousands in _CACHES]
+    lens = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(65_536), 64)).astype(int).tolist()
+    return [
+        *(_decode(f"decode-{name}", batch, length) for name, batch, length in sizes),
+        *(
+            _cached(f"decode-paged{page_size}-{name}", (length,) * batch, page_size)
+            for page_size in (16, 64, 256)
+            for name, batch, length in sizes
+        ),
+        *(_decode(f"decode-b1-s{length}", 1, length, heads_kv=4) for length in (512, 1024)),
+        *(
+            _decode(f"decode-q{len_q}-b{batch}-s{length // 1024}k", batch, length, len_q, mask=_CAUSAL)
+            for len_q, batch, length in ((4, 16, 8192), (16, 16, 8192), (128, 4, 16_384), (512, 1, 32_768))
+        ),
+        *(_latent(*sizes) for sizes in _LATENT),
+        _cached("decode-ragged-paged16", tuple(lens), 16),
+        _cached("decode-even-paged16", (sum(lens) // 64,) * 64, 16),
+        *(replace(_decode(f"decode-sm80-{name}", batch, length), family="sm80") for name, batch, length in sizes),
+    ]
+
+
+_CACHES = (1, 4), (1, 64), (8, 8), (64, 4), (64, 16)
+"""Sequences, and thousands of keys of each."""
+
+_LATENT = (8, 16, 16_384), (32, 16, 4096), (128, 16, 4096), (8, 128, 16_384), (32, 128, 4096), (128, 128, 4096)
+"""Sequences, heads and keys where all heads share one latent head."""
+
+
 def latency() -> list[Case]:
     """Problems too small to keep a GPU busy: what a call costs on the host."""
     return [
@@ -176,11 +227,15 @@ SETS: dict[str, Callable[[], list[Case]]] = {
     "scores": scores,
     "ramp": ramp,
     "features": features,
+    "decode": decode,
     "latency": latency,
     "numpy": cpu,
     "exactness": exactness,
 }
 """Name to cases; all are forward problems, the bench turns them round for the backward."""
+
+FORWARD_ONLY = ("decode",)
+"""Sets whose cases have no backward that anybody runs; their speed is that at which memory is read."""
 
 UNIONS: dict[str, tuple[str, ...]] = {"hopper": ("gqa", "window", "varlen", "scores", "ramp")}
 """Names for several sets: ``hopper`` is what beside ``prefill`` the kernels for Hopper are judged by."""

@@ -40,6 +40,8 @@ class Case:
     key_ramp: float = 1.0
     """How many times longer the first key is than the last, falling linearly: kernels that visit the last keys first
     then meet ever larger row maxima."""
+    values_in_keys: bool = False
+    """The values are the first dim_v columns of the keys."""
     qk_factor: float = 1.0
     """What q and k are multiplied by: the larger, the more one key outweighs the rest of its row."""
 
@@ -81,6 +83,7 @@ class Case:
         q, out = (problem.rows_q * problem.heads_q * dim for dim in (problem.dim_qk, problem.dim_v))
         rows_kv = sum(len_kv for _, len_kv in self.sequences) if problem.page_size else problem.rows_kv
         k, v = (rows_kv * problem.heads_kv * dim for dim in (problem.dim_qk, problem.dim_v))
+        v = 0 if self.values_in_keys else v
         elements = q + k + v + out if problem.direction == "forward" else 2 * (q + k + v) + 2 * out
         return elements * problem.dtype.itemsize
 

@@ -105,7 +105,15 @@ def command(
     gpu = has_gpu()
     by_set = _matching(problems or ("prefill" if gpu else "numpy"), case)
     directions: list[Direction] = ["forward", "backward"] if phase == "both" else [phase]
-    cases = [one.turned(direction) for direction in directions for chosen in by_set.values() for one in chosen]
+    cases = [
+        one.turned(direction)
+        for direction in directions
+        for name, chosen in by_set.items()
+        for one in chosen
+        if direction == "forward" or name not in sets.FORWARD_ONLY
+    ]
+    if not cases:
+        raise InvalidArgument(f"{problems} has no backward; drop --phase, or name another set.")
     run: Bench
     if problems == exactness.NAME:
         timing = options_written("problems", "case", "phase", "peers", "seconds", "json")

@@ -276,6 +276,19 @@ def test_a_table_compares_with_the_best_peer_with_the_product_and_over_a_set():
     assert "1410 MHz" in cells[first.id][0]
 
 
+def test_a_table_of_caches_says_how_fast_they_are_read():
+    first, second = sets.decode()[:2]
+    measurements = report.new(gpu=False)
+    measurements.sets = {"decode": [first.id, second.id]}
+    measurements.rows = rows_of(first, {"cuflash": 20.0, "peer": 10.0}) + rows_of(second, {"peer": 10.0})
+    lines = report.markdown(measurements, "run.json").splitlines()
+    cells = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in lines}
+    assert cells["case"][1:] == ["GB/s", "beside the best", "peer TFLOP/s"]
+    assert cells[first.id][1:3] == [f"{first.nbytes() / 20e3:,.0f}", "0.50x peer"]
+    assert cells[second.id][1:3] == ["–", "–"]
+    assert cells["decode: geometric mean"][1:] == ["", "0.50x, least 0.50x", "0.50x"]
+
+
 def test_burst_and_sustained_are_tables_of_their_own(tmp_path):
     case = sets.prefill()[0]
     measurements = report.new(gpu=False)

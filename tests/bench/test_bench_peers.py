@@ -17,6 +17,7 @@ from doubles.peers import (
     EagerTorch,
     flash_attn_3,
     flash_attn_3_varlen,
+    flash_attn_3_with_kvcache,
     flash_attn_4,
     flash_attn_4_varlen,
     module,
@@ -90,6 +91,24 @@ def test_flash_attention_3_is_asked_for_the_case(fa3, name):
     inputs = make(case, Normals(np))
     assert fa3.why_not(case.problem) is None
     close(fa3.call(TORCH, case, inputs)(), case, inputs)
+
+
+CACHED = {
+    "few": replace(PLAIN, heads_kv=2, len_q=3, mask=CAUSAL),
+    "paged": replace(PACKED, total_q=10, len_q=5, page_size=16, total_kv=16 * 13, mask=CAUSAL, softcap=2.0),
+}
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_flash_attention_3_has_a_function_of_its_own_for_caches(installed, name):
+    installed("flash_attn_interface", flash_attn_with_kvcache=flash_attn_3_with_kvcache)
+    installed("flash_attn_config", CONFIG={"build_flags": {}})
+    lens = ((1, 4, 5), (80, 11, 70)) if CACHED[name].page_size else ()
+    case = Case(name, None, CACHED[name], *lens)
+    inputs = make(case, Normals(np))
+    peer = FlashAttention3()
+    assert peer.why_not(case.problem) is None
+    close(peer.call(TORCH, case, inputs)(), case, inputs)
 
 
 def test_flash_attention_3_says_what_its_build_left_out(installed, monkeypatch):

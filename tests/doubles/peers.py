@@ -33,6 +33,17 @@ def flash_attn_3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
     return cuflash.flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options), 0
 
 
+def flash_attn_3_with_kvcache(
+    q, k_cache, v_cache, cache_seqlens=None, page_table=None, cu_seqlens_q=None, max_seqlen_q=None, **options
+):
+    if page_table is None:
+        assert cache_seqlens is cu_seqlens_q is max_seqlen_q is None
+        return cuflash.flash_attn_func(q, k_cache, v_cache, **options)
+    cu_seqlens_k = np.concatenate([[0], np.cumsum(cache_seqlens)]).astype(np.int32)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, int(cache_seqlens.max())
+    return cuflash.flash_attn_varlen_func(q, k_cache, v_cache, *lengths, block_table=page_table, **options)
+
+
 def flash_attn_4(
     q, k, v, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
     deterministic=False, **packed,

@@ -31,7 +31,7 @@ class FlashAttention3(Torch):
 
     def why_not(self, problem: Problem) -> str | None:
         """No score features but the soft cap; a build may have left out more."""
-        built = [x for x in ("window", "softcap", "varlen") if x not in self._left_out]
+        built = [x for x in ("window", "softcap", "varlen", "paged") if x not in self._left_out]
         if problem.direction in self._left_out:
             return f"built without {problem.direction}"
         return beyond(problem, "causal", "deterministic", *built) or aligned_otherwise(problem, "bottom-right")
@@ -42,7 +42,28 @@ class FlashAttention3(Torch):
         options = _options(torch, problem, inputs)
         if problem.mask.kind == "window":
             options["window_size"] = window_size(problem)
+        if problem.page_size or (_few_queries(problem) and hasattr(self._module, "flash_attn_with_kvcache")):
+            return self._cached(torch, problem, inputs, options, q, k, v)
         return _out_only(self._module, problem, options, q, k, v)
+
+    def _cached(
+        self, torch: Any, problem: Problem, inputs: Inputs, options: dict[str, object], q: Any, k: Any, v: Any
+    ) -> Callable[[], Any]:
+        """The function that splits the keys of few queries, as the others do not, and that knows pages."""
+        function = self._module.flash_attn_with_kvcache
+        if problem.page_size:
+            starts_q, starts_kv = cu_seqlens(torch, inputs)
+            names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_k", "max_seqlen_q"
+            options = {name: option for name, option in options.items() if name not in names}
+            options |= {"cu_seqlens_q": starts_q, "max_seqlen_q": problem.len_q}
+            options |= {"cache_seqlens": starts_kv[1:] - starts_kv[:-1]}
+            options["page_table"] = torch.from_dlpack(inputs.block_table)
+        return lambda: function(q, k, v, **options)
+
+
+def _few_queries(problem: Problem) -> bool:
+    """Whether a forward is one of new queries over a longer cache."""
+    return problem.direction == "forward" and problem.layout == "dense" and problem.len_q < problem.len_kv
 
 
 class FlashAttention4(Torch):
@@ -109,5 +130,7 @@ def _left_out(config: str) -> set[str]:
         flags = importlib.import_module(config).CONFIG["build_flags"]
     except ImportError:
         return set()
-    words = {"LOCAL": "window", "SOFTCAP": "softcap", "VARLEN": "varlen", "BACKWARD": "backward"}
+    words = {
+        "LOCAL": "window", "SOFTCAP": "softcap", "VARLEN": "varlen", "BACKWARD": "backward", "PAGEDKV": "paged",
+    }  # fmt: skip
     return {word for flag, word in words.items() if flags.get(f"FLASHATTENTION_DISABLE_{flag}")}
