@@ -317,7 +317,8 @@ def _without_padding(library: NumPy | CuPy | Torch, options: Options, arrays: Ar
     name, lse, starts_q, q = options.name("lse"), arrays.lse, arrays.cu_seqlens_q, arrays.q
     if lse is None:
         raise InvalidArgument(f"{name} is None; expected an array.")
-    if len(q.shape) != 3 or len(starts_q.shape) != 1:
+    starts = library.view(options.name("cu_seqlens_q"), starts_q)
+    if len(q.shape) != 3 or len(starts.shape) != 1 or starts.dtype != "int32":
         return lse  # what is wrong with those is said where all arrays are checked
     dtype = library.view(name, lse).dtype
     if dtype not in ("float32", "float64"):
