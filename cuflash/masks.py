@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from cuflash import drawing
+from cuflash.errors import InvalidArgument
+from cuflash.numbers import pair, shown
+from cuflash.sheet import Sheet, spelled
 
 Alignment = Literal["bottom-right", "top-left"]
+
+_DRAWN = 512
+"""Tiles along a side of a picture; of more, some are left out."""
+
+
+class Lengths(Protocol):
+    """What has so many queries and keys, as a Problem has."""
+
+    @property
+    def len_q(self) -> int:
+        """Queries."""
+        ...
+
+    @property
+    def len_kv(self) -> int:
+        """Keys."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +47,39 @@ class Mask:
     right: int | None = None
     alignment: Alignment = "bottom-right"
     tensor: bool = False
+
+    def __str__(self) -> str:
+        if self.kind == "none":
+            words = "every key"
+        elif self.kind == "causal":
+            words = "causal"
+        else:
+            sides = (("all" if side is None else str(side)) for side in (self.left, self.right))
+            words = "window, {} before and {} after".format(*sides)
+        words += ", aligned top-left" if self.kind != "none" and self.alignment == "top-left" else ""
+        return words + (", and a boolean tensor" if self.tensor else "")
+
+    def __repr__(self) -> str:
+        return spelled(self)
+
+    def sheet(self) -> Sheet:
+        """What it says, in words."""
+        bounds = [
+            "" if self.left is None else f"i + off - {self.left} <= " if self.left else "i + off <= ",
+            "" if self.right is None else f" <= i + off + {self.right}" if self.right else " <= i + off",
+        ]
+        rule = f"query i sees key j where {bounds[0]}j{bounds[1]}" if any(bounds) else "every query sees every key"
+        lines = [("rule", rule + (" and the tensor is True" if self.tensor else ""))]
+        if any(bounds):
+            off = "len_kv - len_q: the last query's own key is the last one"
+            if self.alignment == "top-left":
+                off = "0: the first query's own key is the first one"
+            lines.append(("off", off))
+        return Sheet(f"mask: {self}", lines)
+
+    def _repr_html_(self) -> str:
+        """The words, for a notebook."""
+        return self.sheet()._repr_html_()
 
     @property
     def kind(self) -> Literal["none", "causal", "window"]:
@@ -44,6 +101,110 @@ class Mask:
         left = self.left if self.left is not None and self.left < reach else None
         right = self.right if self.right is not None and self.right < reach else None
         return replace(self, left=left, right=right)
+
+    def plot(
+        self, problem: Lengths, tile: tuple[int, int] = (64, 64), attn_mask: Any = None, ax: Any = None
+    ) -> drawing.Picture:
+        """Draw which tiles of the scores are computed in full, in part and not at all, with their shares.
+
+        Kernels skip a tile that a band hides, and compute one that a boolean tensor hides.
+
+        Parameters
+        ----------
+        problem : Problem
+            Whose lengths are taken, the longest of packed sequences.
+        tile : (int, int)
+            Queries and keys of a tile.
+        attn_mask : array of bool, (len_q, len_kv), optional
+            That of one head; needed where `tensor` is True.
+        ax : matplotlib axes, optional
+            Drawn into, instead of a figure of its own.
+
+        Raises
+        ------
+        InvalidArgument
+            If the tensor is left out, given where there is none, or of another shape.
+        ImportError
+            Without matplotlib, which comes with the extra viz.
+        """
+        len_q, len_kv = problem.len_q, problem.len_kv
+        sizes = pair(tile)
+        if sizes is None or min(sizes) < 1:
+            raise InvalidArgument(f"tile is {shown(tile)}; expected two sizes of at least 1, of queries and keys.")
+        counts, kinds, pairs = self._tiles(len_q, len_kv, sizes, self._seen(attn_mask, len_q, len_kv))
+        ax = drawing.panel(ax, 4.4, 4.6)
+        names = list(drawing.SHADES)
+        shades = np.array([[int(drawing.SHADES[name][i : i + 2], 16) for i in (1, 3, 5)] for name in names], np.uint8)
+        # The last tiles may reach beyond the last query and key.
+        reach = [-(-n // size) * size for n, size in zip((len_q, len_kv), sizes, strict=True)]
+        ax.imshow(shades[kinds], extent=(0, reach[1], reach[0], 0), interpolation="nearest", aspect="auto")
+        ax.set(xlim=(0, max(len_kv, 1)), ylim=(max(len_q, 1), 0))
+        share = pairs / max(len_q * len_kv, 1)
+        size = "{} x {}".format(*sizes)
+        drawing.title(ax, str(self), f"{share:.1%} of the pairs; tiles of {size}")
+        total = max(sum(counts), 1)
+        for name, count in zip(names, counts, strict=True):
+            shade = drawing.SHADES[name]
+            label = f"{name} {count / total:.1%}"
+            ax.plot([], [], "s", markersize=9, color=shade, markeredgecolor=drawing.GRID, label=label)
+        ax.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=8.5, handletextpad=0.2,
+            labelcolor=drawing.INK,
+        )  # fmt: skip
+        ax.set_xlabel("key", fontsize=9, color=drawing.INK)
+        ax.set_ylabel("query", fontsize=9, color=drawing.INK)
+        drawing.quiet(ax)
+        if max(kinds.shape) <= 32:
+            ax.set_xticks(range(0, len_kv, sizes[1]), minor=True)
+            ax.set_yticks(range(0, len_q, sizes[0]), minor=True)
+            ax.grid(which="minor", color="white", linewidth=0.8)
+            ax.tick_params(which="minor", length=0)
+        return drawing.Picture(ax.figure)
+
+    def _seen(self, attn_mask: Any, len_q: int, len_kv: int) -> np.ndarray | None:
+        """The boolean tensor of one head, if the mask has one."""
+        if attn_mask is None and not self.tensor:
+            return None
+        seen = None if attn_mask is None else np.asarray(attn_mask)
+        if seen is None or not self.tensor or seen.dtype != bool or seen.shape != (len_q, len_kv):
+            expected = f"an array of bool of shape {(len_q, len_kv)}" if self.tensor else "None"
+            raise InvalidArgument(
+                f"attn_mask is {'None' if seen is None else f'of {seen.dtype} and shape {seen.shape}'}; expected "
+                f"{expected}, as tensor is {self.tensor}. Pass what one head of one sequence sees."
+            )
+        return seen
+
+    def _tiles(
+        self, len_q: int, len_kv: int, sizes: tuple[int, int], seen: np.ndarray | None
+    ) -> tuple[list[int], np.ndarray, int]:
+        """Numbers of full, partial and skipped tiles, their kinds (0 to 2) in a picture, and pairs that are seen."""
+        tops, lefts = (np.arange(0, n, size) for n, size in zip((len_q, len_kv), sizes, strict=True))
+        bottoms = np.minimum(tops + sizes[0], len_q) - 1
+        off = self.offset(len_q, len_kv)
+
+        def before(keys: np.ndarray) -> np.ndarray:
+            return np.clip(keys, 0, len_kv)
+
+        # Keys that some query of a row of tiles sees, and keys that all of them see: from the first to before the end.
+        low = -len_kv - len_q if self.left is None else off - self.left
+        high = len_kv + len_q if self.right is None else off + self.right + 1
+        some = before(tops + low), before(bottoms + high)
+        every = before(bottoms + low), before(tops + high)
+        rights = np.minimum(lefts + sizes[1], len_kv)
+        touched = (lefts[None] < some[1][:, None]) & (rights[None] > some[0][:, None])
+        whole = (lefts[None] >= every[0][:, None]) & (rights[None] <= every[1][:, None])
+        queries = np.arange(len_q)
+        pairs = int((before(queries + high) - before(queries + low)).clip(0).sum())
+        if seen is not None:
+            keys = np.arange(len_kv)
+            inside = (keys >= queries[:, None] + low) & (keys < queries[:, None] + high) & seen
+            pairs = int(inside.sum())
+            sums = np.add.reduceat(np.add.reduceat(inside, tops, axis=0, dtype=int), lefts, axis=1)
+            whole = sums == np.outer(bottoms + 1 - tops, rights - lefts)
+        kinds = np.where(whole & touched, 0, np.where(touched, 1, 2))
+        counts = [int((kinds == kind).sum()) for kind in range(3)]
+        drawn = [np.linspace(0, max(n - 1, 0), min(n, _DRAWN)).round().astype(int) for n in kinds.shape]
+        return counts, kinds[np.ix_(*drawn)], pairs
 
 
 def band(causal: bool, window_size: tuple[int, int], alignment: Alignment = "bottom-right") -> Mask:

@@ -10,6 +10,7 @@ from cuflash.dtypes import DTYPES, DType
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.numbers import shown
+from cuflash.sheet import Sheet, spelled
 
 Direction = Literal["forward", "backward"]
 Layout = Literal["dense", "varlen"]
@@ -99,6 +100,42 @@ class Problem:
         pairs = self.batch * self.heads_q * visible_pairs(self.mask, self.len_q, self.len_kv)
         forward = 2.0 * pairs * (self.dim_qk + self.dim_v)
         return forward if self.direction == "forward" else 2.5 * forward
+
+    def __repr__(self) -> str:
+        return spelled(self, "direction", "dtype")
+
+    def sheet(self) -> Sheet:
+        """Its tensors and what is done to its scores."""
+        q: tuple[int, ...] = (self.batch, self.len_q)
+        kv: tuple[int, ...] = (self.batch, self.len_kv)
+        longest = ""
+        if self.layout == "varlen":
+            q, kv = (self.total_q,), (self.total_kv,)
+            longest = f", {self.batch} sequences of up to {{:,}} rows"
+        if self.page_size:
+            kv = (self.total_kv // self.page_size, self.page_size)
+        score = [f"times {self.softmax_scale:.4g}"]
+        score += [f"soft cap {self.softcap:g}"] if self.softcap else []
+        score += ["less ALiBi's distances"] if self.alibi else []
+        score += [f"plus a bias in {self.bias}"] if self.bias else []
+        score += ["a sink for each head"] if self.sink else []
+        lines = [
+            ("q", f"{(*q, self.heads_q, self.dim_qk)} {self.dtype}{longest.format(self.len_q)}"),
+            ("k", f"{(*kv, self.heads_kv, self.dim_qk)} {self.dtype}{longest.format(self.len_kv)}"),
+            ("v", f"{(*kv, self.heads_kv, self.dim_v)} {self.dtype}"),
+            ("mask", str(self.mask)),
+            ("scores", ", ".join(score)),
+        ]
+        lines += [("dropout", f"by the {self.dropout} scheme")] if self.dropout else []
+        lines += [("wanted", "the gradient of the bias too")] if self.bias_grad else []
+        lines += [("wanted", "the same bits on every run")] if self.deterministic else []
+        lines += [("splits", f"{self.num_splits} of the keys, asked for")] if self.num_splits else []
+        lines += [("FLOPs", f"{self.flops() / 1e9:,.2f} G")]
+        return Sheet(f"problem: {self}", lines)
+
+    def _repr_html_(self) -> str:
+        """The report, for a notebook."""
+        return self.sheet()._repr_html_()
 
     def __str__(self) -> str:
         heads = f"h{self.heads_q}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads_q else "")

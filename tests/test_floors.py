@@ -21,7 +21,7 @@ KERNELS = sources.root()
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 HEADERS = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cu*"))
 
-GROUND = {"errors", "numbers", "settings", "dtypes", "device", "arrays"}
+GROUND = {"errors", "numbers", "settings", "dtypes", "device", "sheet", "drawing", "arrays"}
 DESCRIPTIONS = GROUND | {"problem", "masks", "dropout", "features", "generator"}
 PARTS = DESCRIPTIONS | {"reference", "plan", "jit", "ops", "api", "__init__"}
 FLOORS = {
@@ -49,6 +49,8 @@ with ``plan`` and ``jit``, for everything above it but the tools: ``cases``, ``v
 LIBRARIES = {
     **{name: {"numpy"} for name in FLOORS},
     "settings": {"platformdirs"},
+    "sheet": {"rich"},
+    "drawing": {"matplotlib"},
     "reference": {"numpy", "threadpoolctl"},
     "dtypes": {"numpy", "ml_dtypes"},
     "verify": {"numpy", "ml_dtypes"},

@@ -6,7 +6,6 @@ import codecs
 import io
 import os
 import sys
-import textwrap
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -17,8 +16,6 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
-
-from cuflash.plan.choose import LABEL
 
 Item = TypeVar("Item")
 
@@ -98,22 +95,6 @@ def show(screen: Console, lines: Table) -> None:
         column.max_width = None
     screen.width = max(screen.width, least)
     screen.print(lines)
-
-
-def say(screen: Console, label: str, text: str, style: str | None = None) -> None:
-    """Print a text behind a label, its further lines below its first; without a label it starts in their column."""
-    width = max(screen.width, 2 * LABEL)
-    screen.print(
-        textwrap.fill(
-            text,
-            width,
-            initial_indent=label.ljust(LABEL) if label else "",
-            subsequent_indent=" " * LABEL,
-            break_long_words=False,
-            break_on_hyphens=False,
-        ),
-        style=style,
-    )
 
 
 def options_written(*but: str) -> list[str]:

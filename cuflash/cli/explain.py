@@ -5,30 +5,31 @@ from __future__ import annotations
 import click
 
 from cuflash import jit, plan
-from cuflash.cli.console import console, say
+from cuflash.cli.console import console
 from cuflash.cli.problem import Asked
 from cuflash.device import Device
 from cuflash.errors import CompileError
 from cuflash.jit.compile import check_arch
+from cuflash.sheet import Sheet
 
 
 def show(asked: Asked, device: Device) -> None:
     """Print the choice; status 1 when no family runs the problem."""
-    screen = console()
     chosen = plan.explain(asked.problem, device, asked.family)
-    say(screen, "", f"{chosen.problem} on {device}", "bold")
     steps = iter(() if chosen.plan is None else chosen.plan.steps)
     why_unknown = _why_no_compiler(device)
+    lines = []
     for label, text in chosen.lines():
         if label == "FLOPs":  # with the true lengths of packed sequences
             text = f"{asked.flops / 1e9:,.2f} G, at least {asked.nbytes / 1e6:,.1f} MB read and written"
         if label == "kernel" and why_unknown is None:
             text += _compiled(next(steps), device)
-        say(screen, label, text)
+        lines.append((label, text))
+    if chosen.plan is not None and why_unknown is not None:
+        lines.append(("", f"registers, spills and stack are known after compiling: {why_unknown}"))
+    console().print(Sheet(chosen.sheet().title, lines))
     if chosen.plan is None:
         raise click.exceptions.Exit(1)
-    if why_unknown is not None:
-        say(screen, "", f"registers, spills and stack are known after compiling: {why_unknown}")
 
 
 def _compiled(step: plan.Step, device: Device) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,6 +10,7 @@ from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.plan.families import FAMILIES
 from cuflash.plan.plan import Plan
 from cuflash.problem import Problem
+from cuflash.sheet import Sheet
 
 
 def why_not(problem: Problem, device: Device) -> dict[str, list[str]]:
@@ -45,10 +45,6 @@ def choose(problem: Problem, device: Device, family: str | tuple[str, ...] | Non
     )
 
 
-LABEL = 11
-"""Columns of the labels of a report."""
-
-
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """What would run and why not the rest; ``str()`` of it is the report."""
@@ -62,15 +58,7 @@ class Explanation:
     def lines(self) -> list[tuple[str, str]]:
         """The report, line by line: a label and a text."""
         lines = [("FLOPs", f"{self.problem.flops() / 1e9:,.2f} G")]
-        if self.plan is not None:
-            lines.append(("family", f"{self.plan.family}: {self.plan.reason}"))
-            if self.plan.ceiling is not None:
-                lines.append(("at most", str(self.plan.ceiling)))
-            if self.plan.division:
-                lines.append(("splits", f"{self.plan.num_splits}: {self.plan.division}"))
-            scratch = ", ".join(f"{array.name} {array.nbytes:,}" for array in self.plan.workspaces)
-            lines.append(("workspace", f"{self.plan.workspace_bytes:,} bytes" + (f" ({scratch})" if scratch else "")))
-            lines += [("kernel", str(step)) for step in self.plan.steps]
+        lines += self.plan.lines() if self.plan is not None else []
         preferred = True  # to the family that was chosen
         for name, reasons in self.why_not.items():
             if self.plan is not None and name == self.plan.family:
@@ -80,9 +68,12 @@ class Explanation:
             lines.append((f"not {name}", "; ".join(reasons) or first))
         return lines
 
+    def sheet(self) -> Sheet:
+        """The report."""
+        return Sheet(f"{self.problem} on {self.device}", self.lines())
+
     def __str__(self) -> str:
-        head = f"{self.problem} on {self.device}"
-        return "\n".join([head, *(f"  {label:<{LABEL}}{text}" for label, text in self.lines())])
+        return str(self.sheet())
 
     def __repr__(self) -> str:
         family = "no kernel family" if self.plan is None else f"family {self.plan.family}"
@@ -90,7 +81,7 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         """The report, for a notebook."""
-        return f"<pre>{html.escape(str(self))}</pre>"
+        return self.sheet()._repr_html_()
 
 
 def explain(problem: Problem, device: Device, family: str | None = None) -> Explanation:

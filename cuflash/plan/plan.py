@@ -11,6 +11,7 @@ from cuflash.device import Device
 from cuflash.plan.ceiling import Ceiling
 from cuflash.plan.config import Config
 from cuflash.problem import Problem
+from cuflash.sheet import Sheet
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,25 @@ class Plan:
     """Blocks that share the keys of one query tile of a forward."""
     division: str = ""
     """Why so many, and what shares a tile, in words (``plan/splits.py``); forward only."""
+
+    def __repr__(self) -> str:
+        kernels = ", ".join(step.kernel for step in self.steps)
+        return f"<{type(self).__name__}: {self.problem} on {self.device}, {kernels}>"
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What runs, line by line: a label and a text."""
+        lines = [("family", f"{self.family}: {self.reason}")]
+        if self.ceiling is not None:
+            lines.append(("at most", str(self.ceiling)))
+        if self.division:
+            lines.append(("splits", f"{self.num_splits}: {self.division}"))
+        scratch = ", ".join(f"{array.name} {array.nbytes:,}" for array in self.workspaces)
+        lines.append(("workspace", f"{self.workspace_bytes:,} bytes" + (f" ({scratch})" if scratch else "")))
+        return lines + [("kernel", str(step)) for step in self.steps]
+
+    def _repr_html_(self) -> str:
+        """The report, for a notebook."""
+        return Sheet(f"plan: {self.problem} on {self.device}", self.lines())._repr_html_()
 
     @property
     def workspace_bytes(self) -> int:
