@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from cuflash.api.cache import flash_attn_with_kvcache
 from cuflash.api.explain import Explanation, explain
 from cuflash.api.flash import flash_attn_func, flash_attn_varlen_func
 from cuflash.api.gradients import Gradients, flash_attn_backward, flash_attn_vjp
@@ -57,6 +58,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_vjp",
+    "flash_attn_with_kvcache",
     "manual_seed",
     "mem_eff_backward",
     "mem_eff_forward",

@@ -13,7 +13,23 @@ from cuflash.numbers import shown
 from cuflash.sheet import Sheet, spelled
 
 Direction = Literal["forward", "backward"]
-Layout = Literal["dense", "varlen"]
+Layout = Literal["dense", "varlen", "cache"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """How positions turn the first columns of queries and of keys that are appended to a cache."""
+
+    dim: int
+    """Columns that are turned, an even number."""
+    interleaved: bool
+    """A pair is two neighbours, or else columns half of `dim` apart."""
+    dtype: DType
+    """Of the cosines and sines."""
+    together: bool
+    """All queries are turned as the first one is, not each by a position of its own."""
+
+
 MAX_SPLITS = 128
 """The most blocks that share the keys of one query tile."""
 
@@ -30,16 +46,22 @@ class Problem:
     len_q: int
     """Query rows; the longest sequence's when the layout is ``varlen``."""
     len_kv: int
-    """Key rows; the longest sequence's when the layout is ``varlen``."""
+    """Key rows; the longest sequence's when the layout is ``varlen``, and those there is room for in a ``cache``."""
     dim_qk: int
     dim_v: int
     layout: Layout = "dense"
+    """Queries and keys in (b, s, h, d) tensors; packed sequences; or dense queries over a cache, of whose keys as many
+    are in use as the device knows."""
     total_q: int = 0
     """Rows of the packed query tensor (``varlen`` only)."""
     total_kv: int = 0
-    """Rows of the packed key tensor, or of all pages (``varlen`` only)."""
+    """Rows of the packed key tensor, or of the whole cache (not ``dense``)."""
     page_size: int = 0
-    """Keys of a page, where keys and values lie in the pages of a cache (``varlen`` only); 0: they are packed."""
+    """Keys of a page, where keys and values lie in the pages of a cache (not ``dense``); 0: they do not."""
+    appended: int = 0
+    """Keys that the call adds to each sequence of a ``cache`` before it attends."""
+    rotary: Rotary | None = None
+    """How queries and the keys that are added are turned."""
     mask: Mask = Mask()
     softcap: float = 0.0
     """Scores become ``softcap * tanh(score / softcap)``; 0 leaves them alone."""
@@ -90,7 +112,7 @@ class Problem:
     @property
     def rows_kv(self) -> int:
         """Key rows of the whole call, over all sequences and one head."""
-        return self.total_kv if self.layout == "varlen" else self.batch * self.len_kv
+        return self.total_kv if self.layout != "dense" else self.batch * self.len_kv
 
     def flops(self) -> float:
         """Floating-point operations of the products, the usual convention: visible pairs only, backward 2.5 x forward.
@@ -143,6 +165,8 @@ class Problem:
         parts = [self.direction, self.dtype.name, f"b{self.batch}", heads, f"s{self.len_q}x{self.len_kv}", dims]
         parts += [self.layout] if self.layout != "dense" else []
         parts += [f"pages{self.page_size}"] if self.page_size else []
+        parts += [f"append{self.appended}"] if self.appended else []
+        parts += [f"rotary{self.rotary.dim}"] if self.rotary else []
         parts += [self.mask.kind] if self.mask.kind != "none" else []
         parts += ["mask"] if self.mask.tensor else []
         parts += ["softcap"] if self.softcap else []

@@ -19,7 +19,7 @@ struct Attention {
   const int* cu_seqlens_q;    // [batch + 1] first packed row of each sequence; null when dense
   const int* cu_seqlens_kv;   // [batch + 1]
   const int* seqused_q;       // [batch] queries and keys of a packed sequence that take part; null: all
-  const int* seqused_kv;
+  const int* seqused_kv;      // in a cache: rows in use before the call, left padding included; null: `cached` of each
   const uint8* mask;          // boolean (batch, heads_q, len_q, len_kv) by strides, 0 = hidden; null: band mask
   int64 mask_batch;           // strides of `mask` in bytes, 0 where it broadcasts
   int64 mask_head;
@@ -41,13 +41,17 @@ struct Attention {
   int batch;
   int heads_q;
   int heads_kv;
-  int len_q;                  // rows of a dense sequence, or the longest packed one
+  int len_q;                  // rows of a dense sequence, or the longest packed one; of a cache, those there is room for
   int len_kv;
   int total_q;                // rows of the packed tensors; 0 when dense
   int total_kv;
   int window_left;            // keys visible left of the diagonal (Band masks)
   int window_right;
   int top_left;               // 1: the diagonal starts at key 0; 0: it ends at the last key
+  int appended;               // keys that the call itself adds to each sequence of a cache
+  const int* leftpad;         // [batch] rows of a cache before a sequence's first key; null: none
+  const int* cache_batch;     // [batch] which batch element of a cache holds a sequence; null: its own number
+  int64 cached;
 };
 
 // Where the keys of PagedSequence lie. Its tensors of keys and values are (page, row, head, dim), and `batch` of their
@@ -60,6 +64,22 @@ struct Pages {
   int multiplier;             // j / size = j * multiplier >> shift for 0 <= j < 2^30
   int shift;
   int count;                  // pages of the whole cache
+};
+
+// What is written to a cache before attention (cache/append.cuh).
+struct Append {
+  const void* k_new;          // [batch, appended, heads_kv, dim_qk]; null: nothing is appended
+  const void* v_new;          // [batch, appended, heads_kv, dim_v]
+  const void* q;              // [batch, len_q, heads_q, dim_qk] as given, where FwdParams.q is what they are rotated into
+  const void* rotary_cos;     // [rotary_rows, rotary_dim / 2] by position in the cache; null: nothing is rotated
+  const void* rotary_sin;
+  int64 rotary_cos_row;       // strides in elements
+  int64 rotary_sin_row;
+  int rotary_rows;
+  int turn_together;          // 1: all queries are at the position of the first new key
+  Strides k_new_stride;
+  Strides v_new_stride;
+  Strides q_stride;
 };
 
 // A tensor as the copy engine sees it: 128 opaque bytes that the driver makes (jit/tensormap.py).
@@ -91,6 +111,7 @@ struct FwdParams {
   void* partial_state;        // [num_splits, rows, heads_q] of RowState
   int num_splits;             // blocks that share the keys of one query tile; 1: the two above are null
   Pages pages;
+  Append append;
   int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
   int* tickets;               // [2] zeroed, and zero again at the end: works drawn so far, blocks done; null: none; sm90
   TensorMap q_map;            // boxes of q, k, v, out and attention.bias; sm90 only

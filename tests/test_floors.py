@@ -322,6 +322,7 @@ KERNEL_FLOORS = {
     "tile": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", *POLICIES},
     "attention": {"std.cuh", "element.cuh", "params.cuh", "ptx/keep.cuh", "attention"},
     "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
+    "cache": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
     "backward": {
         "std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention",
         "backward/bias.cuh", "backward/block_sm90.cuh", "backward/delta.cuh",
@@ -377,7 +378,7 @@ def test_host_headers_are_for_host_compilers_alone():
 def test_entry_joins_a_config_and_one_kernel(name):
     config, kernel = included(name)
     assert config == "config.cuh"
-    assert re.fullmatch(r"(forward|backward)/\w+\.cuh", kernel)
+    assert re.fullmatch(r"(cache|forward|backward)/\w+\.cuh", kernel)
     assert (KERNELS / kernel).is_file()
     assert re.findall(r"(\w+)\(const __grid_constant__ cuflash::\w+ params\)", code(name)) == [Path(name).stem]
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from cuflash.arrays import ArrayT
-from cuflash.errors import REFUSALS, shorten
+from collections.abc import Sequence
+
+from cuflash.api.cache import cache_call
+from cuflash.arrays import Array, ArrayT
+from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
-from cuflash.ops import PreparedAttention, asked
+from cuflash.numbers import shown
+from cuflash.ops import Arrays, PreparedAttention, asked, new
 
 
 def flash_attn_prepare(
     q: ArrayT,
-    k: ArrayT,
-    v: ArrayT,
+    k: ArrayT | None,
+    v: ArrayT | None,
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -19,27 +23,48 @@ def flash_attn_prepare(
     softcap: float = 0.0,
     alignment: Alignment = "bottom-right",
     num_splits: int = 0,
+    attn_mask: Array | None = None,
+    attn_bias: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sink: Array | None = None,
     out: ArrayT | None = None,
+    cache: Sequence[ArrayT] | None = None,
+    cache_seqlens: int | Array | None = None,
+    cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None,
+    block_table: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    rotary_interleaved: bool = True,
 ) -> PreparedAttention[ArrayT]:
-    """Check, plan and compile `flash_attn_func` for arrays of one kind, and return the call that is left.
+    """Check, plan and compile attention for arrays of one kind, and return the call that is left.
 
     It takes other arrays of the same shapes, strides, dtype and device. `flash_attn_func` does the same work only once,
-    but looks up in every call which one it is, some microseconds that matter where kernels are short.
+    but looks up in every call which one it is, some microseconds that matter where kernels are short. With a `cache` it
+    is `flash_attn_with_kvcache`.
 
     Parameters
     ----------
     q, k, v : array
-        As for `flash_attn_func`, arrays of CuPy or NumPy or torch tensors; neither read nor kept.
+        As for `flash_attn_func`, arrays of CuPy or NumPy or torch tensors; neither read nor kept. With a `cache`, k and
+        v are like what every call appends to it; None if nothing is appended.
     softmax_scale, causal, window_size, softcap, alignment, num_splits
-        As for `flash_attn_func`.
+        As for `flash_attn_func`; with a `cache`, masks are aligned bottom-right.
+    attn_mask, attn_bias, alibi_slopes, sink : array, optional
+        As for `flash_attn_func`. Kept, and read anew in every call.
     out : array, (b, len_q, heads_q, dim_v), optional
         Like the array that every call will be given to write to; None if calls return new arrays. Not written.
+    cache : (array, array), optional
+        ``k_cache`` and ``v_cache`` of `flash_attn_with_kvcache`; kept, and what is appended to in every call.
+    cache_seqlens, cache_batch_idx, cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_interleaved
+        As for `flash_attn_with_kvcache`, with a `cache` alone. Arrays are kept, and read anew in every call.
 
     Returns
     -------
     PreparedAttention
-        ``call(q, k, v, out=None) -> (out, lse)``, where lse is the log-sum-exp. It runs on the stream that is current
-        when it is called and refuses arrays of another kind.
+        ``call(q, k, v, out=None) -> (out, lse)``, where lse is the log-sum-exp; with a `cache` also
+        ``call(q, k, v, cache_seqlens=n)`` where that is a number. It runs on the stream that is current when it is
+        called and refuses arrays of another kind.
 
     Raises
     ------
@@ -59,13 +84,42 @@ def flash_attn_prepare(
         attend = cuflash.flash_attn_prepare(q, k, v, causal=True)
         for layer in layers:
             x, lse = attend(*layer.project(x))
+
+    A token after the other, with lengths that count up on the GPU::
+
+        attend = cuflash.flash_attn_prepare(q, k, v, cache=(k_cache, v_cache), cache_seqlens=lengths, causal=True)
+        for layer in layers:
+            x, lse = attend(*layer.project(x))
+        lengths += 1
     """
     try:
+        if cache is not None:
+            if alignment != "bottom-right":
+                raise InvalidArgument(
+                    f"alignment is {shown(alignment)} and there is a cache; expected 'bottom-right', as a new query's "
+                    "own key is among the last."
+                )
+            if not isinstance(cache, Sequence) or len(cache) != 2:
+                raise InvalidArgument(f"cache is {shown(cache)}; expected a tuple (k_cache, v_cache).")
+            k_cache, v_cache = cache
+            return PreparedAttention(*cache_call(
+                q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+                block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
+                attn_mask, attn_bias, sink, out,
+            ))  # fmt: skip
+        of_cache = {
+            "cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad,
+            "block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin,
+        }  # fmt: skip
+        for name, value in of_cache.items():
+            if value is not None:
+                raise InvalidArgument(f"{name} is given but cache is not; pass cache=(k_cache, v_cache) too.")
         options = asked(
             softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
             num_splits=num_splits,
         )  # fmt: skip
-        return PreparedAttention(options, q, k, v, out)
+        arrays = new(Arrays, q, k, v, attn_mask, attn_bias, alibi_slopes, sink, out=out)
+        return PreparedAttention(options, arrays)
     except REFUSALS as error:
         shorten(error)
         raise

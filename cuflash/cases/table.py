@@ -7,7 +7,7 @@ that must run the case even where another family would be chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,7 +18,7 @@ from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.plan import Step, choose, why_not
-from cuflash.problem import MAX_SPLITS, Direction, Problem, visible_pairs
+from cuflash.problem import MAX_SPLITS, Direction, Problem, Rotary, visible_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +304,24 @@ def _table() -> Iterator[Case]:
 CASES: dict[str, Case] = {case.id: case for case in _table()}
 """Every case by its id."""
 
+
+def _caches() -> Iterator[Case]:
+    """Caches that are appended to: in pages, pairs of neighbours; dense, not turned; of odd width, pairs of halves."""
+    rows: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+        ("sm80", "bf16", "128", {"page_size": 16, "rotary": Rotary(128, True, DTYPES["fp32"], False)}),
+        ("simt", "fp32", "64", {}),
+        ("simt", "fp64", "33", {"rotary": Rotary(32, False, DTYPES["fp64"], True)}),
+    )
+    for family, dtype, dims, changes in rows:
+        base = _case(family, "forward", dtype, dims, "causal")
+        sizes = {"len_q": 3, "appended": 3, "total_kv": 2 * _LEN_KV}
+        problem = replace(base.problem, layout="cache", **sizes, **changes)
+        yield Case(f"fwd_{family}-{dtype}-d{dims}-append", family, problem)
+
+
+CACHES: dict[str, Case] = {case.id: case for case in _caches()}
+"""Further cases that are compiled; what they compute is held to an oracle by tests of their own."""
+
 SMOKE: tuple[str, ...] = (
     *(f"fwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d64-causal", "d128-long", "d128-varlen_causal", "d256")),
     *(f"bwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d128-causal", "d256-varlen_causal")),
@@ -373,7 +391,7 @@ FULL: dict[str, tuple[str, ...]] = {"sm_80": ("sm80", "simt"), "sm_90a": ("sm90"
 """Architectures where ``compile --all`` takes the whole table of some families; otherwise it takes the smoke cases."""
 
 
-def matrix(architectures: Iterable[str] = ARCHITECTURES, pattern: str | None = None) -> list[tuple[str, str, Step]]:
+def matrix(architectures: Sequence[str] = ARCHITECTURES, pattern: str | None = None) -> list[tuple[str, str, Step]]:
     """Every (architecture, case id, step) to compile: a pattern's cases, or all where it pays, else smoke."""
     rows = []
     for arch in architectures:
@@ -381,4 +399,9 @@ def matrix(architectures: Iterable[str] = ARCHITECTURES, pattern: str | None = N
         if pattern is None:
             cases = [case for case in CASES.values() if case.family in FULL.get(arch, ()) or case in cases]
         rows += [(arch, case_id, step) for case_id, step in variants(cases, named(arch))]
+    if pattern is None:
+        first, *others = CACHES.values()
+        for arch in architectures:
+            cases = [first, *(case for case in others if case.family in FULL.get(arch, ()))]
+            rows += [(arch, case_id, step) for case_id, step in variants(cases, named(arch))]
     return rows

@@ -24,7 +24,12 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 """A file that is there."""
 
 GROUPS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "flash_attn_*": (cuflash.flash_attn_func, cuflash.flash_attn_varlen_func, cuflash.flash_attn_backward),
+    "flash_attn_*": (
+        cuflash.flash_attn_func,
+        cuflash.flash_attn_varlen_func,
+        cuflash.flash_attn_with_kvcache,
+        cuflash.flash_attn_backward,
+    ),
     "scaled_dot_product_attention": (cuflash.scaled_dot_product_attention,),
     "mha_*": (cuflash.mha_fwd, cuflash.mha_varlen_fwd, cuflash.mha_bwd, cuflash.mha_varlen_bwd),
     "mha_*_ck": (cuflash.mha_fwd_ck, cuflash.mha_varlen_fwd_ck, cuflash.mha_bwd_ck, cuflash.mha_varlen_bwd_ck),
@@ -45,7 +50,7 @@ class Row(NamedTuple):
     arguments: tuple[str, ...] = ()
     """What functions call the argument, the first that a function has."""
     where: frozenset[str] = frozenset()
-    """Which functions of a group have it: ``forward`` or ``backward`` alone, ``packed`` alone; all when empty."""
+    """Which functions of a group have it: ``forward``, ``backward``, ``packed`` or ``cached`` alone; all when empty."""
     always: tuple[str, ...] = ()
     """Groups that need no argument for it."""
     but: tuple[str, ...] = ()
@@ -59,7 +64,7 @@ class Row(NamedTuple):
     runs_on: Literal["both", "kernels"] = "both"
 
 
-FORWARD, BACKWARD, PACKED = (frozenset([word]) for word in ("forward", "backward", "packed"))
+FORWARD, BACKWARD, PACKED, CACHED = (frozenset([word]) for word in ("forward", "backward", "packed", "cached"))
 _WINDOW = ("window_size", "window_size_left")
 _WIDE = replace(PLAIN, dim_qk=1024, dim_v=1024)
 
@@ -115,8 +120,10 @@ ROWS: tuple[Row, ...] = (
     Row("split keys", ("num_splits",), FORWARD, always=(SDPA, MHA, CK, MEM_EFF, EFFICIENT), runs_on="kernels"),
     Row("query heads of one key head packed into a tile when queries are few", where=FORWARD, always=ALL,
         problem=replace(PLAIN, len_q=1, heads_kv=1), runs_on="kernels"),
-    Row("keys appended to a cache, rotary embedding, left padding", ("cache_seqlens", "rotary_cos", "cache_leftpad"),
-        FORWARD, instead="no: write and rotate them before the call"),
+    Row("a cache whose lengths the GPU alone knows, with left padding, dense or in pages", ("cache_seqlens",),
+        CACHED, problem=replace(PLAIN, layout="cache", len_q=1)),
+    Row("keys appended to it in place, and turned by rotary embeddings", ("rotary_cos",), CACHED,
+        problem=replace(PLAIN, layout="cache", len_q=1, appended=1)),
     Row("kernels by preference", ("backend",), runs_on="kernels", instead="the planner chooses, `explain` says what"),
     Row("capture in a CUDA graph", always=ALL, runs_on="kernels"),
 )  # fmt: skip
@@ -161,7 +168,8 @@ def taken(row: Row, group: str) -> dict[str, str | None]:
         parameters = inspect.signature(function).parameters
         kinds = {"backward" if {"dout", "grad_out_"} & parameters.keys() else "forward"}
         kinds |= {"packed"} if "cu_seqlens_q" in parameters else set()
-        if row.where <= kinds:
+        kinds = {"cached"} if "k_cache" in parameters else kinds
+        if row.where <= kinds and ("cached" in row.where) == ("cached" in kinds):
             names = [] if group in row.but else [name for name in row.arguments if name in parameters]
             arguments[function.__name__] = names[0] if names else None
     return arguments
@@ -199,7 +207,8 @@ def families_of(row: Row) -> str:
 def _runs(family: Family, row: Row) -> bool:
     """Whether a family runs a row in each of its directions that the row is about, on the newest of its devices."""
     problem = FEATURES[row.what].example if row.what in FEATURES else row.problem
-    asked = row.where & {"forward", "backward"} or {"forward", "backward"}
+    both = {"forward"} if row.where & CACHED else {"forward", "backward"}
+    asked = row.where & both or both
     has: tuple[Direction, ...] = ("backward", "forward") if family.backward else ("forward",)
     directions = [direction for direction in has if direction in asked]
     dtypes = [DTYPES[name] for name in row.dtypes or family.dtypes]

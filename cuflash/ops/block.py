@@ -17,6 +17,7 @@ from cuflash.ops.boxes import shape_and_steps
 from cuflash.ops.call import Options
 from cuflash.plan import Plan
 from cuflash.plan.families.sm90 import heads_per_section
+from cuflash.problem import Problem
 
 UNBOUNDED = check.MAX_LENGTH - 1
 """A window side that hides nothing: no two positions are further apart, and with it every bound is a 32-bit number."""
@@ -26,6 +27,9 @@ _UNNUMBERED = 2**31 - 1
 
 _PER_ROW = ("lse", "dlse", "delta")
 """Arrays of one number for each head and query row."""
+
+_STRUCTS = {"table": "pages"} | dict.fromkeys(("k_new", "v_new", "rotary_cos", "rotary_sin"), "append")
+"""Which struct inside a parameter block holds a pointer, where it is not that of what both directions share."""
 
 _MAX_BLOCKS = 256
 """Parameter blocks that are kept of a kind of call: arrays come back to the same memory, in a model layer by layer."""
@@ -67,6 +71,9 @@ def template(
     if problem.page_size:
         attention["total_kv"] = _UNNUMBERED
         block["pages"] = pages_of(views["k"], views["table"])
+    if problem.layout == "cache":
+        attention["appended"] = problem.appended
+        _append(block["append"], problem, views)
 
     for member in jit.params.members(params):
         name = member.removesuffix("_stride")
@@ -74,12 +81,28 @@ def template(
             continue
         packed = varlen and not (problem.page_size and name in ("k", "v"))  # pages lie like batch elements
         axes = options.row_axes(packed) if name in _PER_ROW else options.axes(packed)
-        shape_and_step = zip(axes, shape_and_steps(name, views, shapes), strict=True)
+        read = "rotated" if name == "q" and problem.rotary is not None else name
+        shape_and_step = zip(axes, shape_and_steps(read, views, shapes), strict=True)
         steps = {axis: step if n > 1 else 0 for axis, (n, step) in shape_and_step}
         block[member]["batch"] = steps.get("b", 0)
         block[member]["row"] = steps["total" if packed else "s"]
         block[member]["head"] = steps["h"]
     return block
+
+
+def _append(append: np.ndarray, problem: Problem, views: Mapping[str, View]) -> None:
+    """The ``Append`` struct without its pointers; all its tensors are (b, s, h, d)."""
+    for name in ("k_new", "v_new", "q"):
+        if name in views:
+            for axis, (n, step) in zip(("batch", "row", "head"), shape_and_steps(name, views, {}), strict=False):
+                append[f"{name}_stride"][axis] = step if n > 1 else 0
+    if problem.rotary is None:
+        return
+    for name in ("rotary_cos", "rotary_sin"):
+        (rows, step), _ = shape_and_steps(name, views, {})
+        append[f"{name}_row"] = step if rows > 1 else 0
+        append["rotary_rows"] = rows
+    append["turn_together"] = problem.rotary.together
 
 
 def pages_of(k: View, table: View) -> np.ndarray:
@@ -96,12 +119,20 @@ def pages_of(k: View, table: View) -> np.ndarray:
 
 
 def filler(
-    block: np.ndarray, pointers: Sequence[str], maps: Mapping[str, jit.tensormap.TensorMap], device: int, draws: bool
+    block: np.ndarray,
+    pointers: Sequence[str],
+    maps: Mapping[str, jit.tensormap.TensorMap],
+    device: int,
+    draws: bool,
+    counts: bool = False,
 ) -> Callable[[tuple[int, ...]], ctypes.Array]:
     """What fills a parameter block: :attr:`Prepared.params`."""
     params, content, words = block.dtype, block.tobytes(), ctypes.c_uint64 * (block.nbytes // 8)
-    names = (*pointers, "generator", "seed", "offset") if draws else pointers
+    names = (*pointers, *(("generator", "seed", "offset") if draws else ("cached",) if counts else ()))
     slots = [(_word(params, name), index) for index, name in enumerate(names)]
+    if "rotated" in names:  # queries are read from where they have been turned into
+        slots[names.index("q")] = _inner_word(params, "append", "q"), names.index("q")
+        slots[names.index("rotated")] = _word(params, "q"), names.index("rotated")
     if draws:  # the kernels read the drawn seed and offset where the first one leaves them
         slots.append((_inner_word(params, "attention", "rng_state"), names.index("rng_state")))
     encoders = []
@@ -123,9 +154,10 @@ def filler(
 def _word(params: np.dtype, name: str) -> int:
     """Index of the first 8-byte word of a member of a parameter block or of a struct in it."""
     members = jit.params.members(params)
+    name = "q" if name == "rotated" else name
     if name in members:
         return members[name][1] // 8
-    return _inner_word(params, "pages" if name == "table" else "attention", name)
+    return _inner_word(params, _STRUCTS.get(name, "attention"), name)
 
 
 def _inner_word(params: np.dtype, struct: str, name: str) -> int:

@@ -28,6 +28,13 @@ class Arrays(NamedTuple):
     seqused_q: Any = None
     seqused_kv: Any = None
     table: Any = None
+    k_new: Any = None
+    """Of a cache alone, like the next five."""
+    v_new: Any = None
+    rotary_cos: Any = None
+    rotary_sin: Any = None
+    leftpad: Any = None
+    cache_batch: Any = None
     rng_state: Any = None
     """Backward only, like the next four."""
     dout: Any = None
@@ -65,6 +72,10 @@ _MHA = _FLASH | {
 }  # fmt: skip
 VOCABULARIES: dict[str, dict[str, str]] = {
     "flash": _FLASH,
+    "kvcache": _FLASH | {
+        "k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_kv": "cache_seqlens",
+        "leftpad": "cache_leftpad", "cache_batch": "cache_batch_idx",
+    },
     "sdpa": _FLASH | {
         "q": "query", "k": "key", "v": "value", "causal": "is_causal", "softmax_scale": "scale", "bias": "attn_mask",
     },
@@ -121,6 +132,10 @@ class Options:
     max_seqlen_k: int | None = None
     num_splits: int = 0
     """Forward only: blocks that share a row's keys; 0 leaves the number to the plan."""
+    cache: bool = False
+    """Forward only: k and v are a cache, of which as much is in use as is said beside them."""
+    rotary_interleaved: bool = True
+    """Forward only: pairs of columns that turn together are neighbours."""
     keep_state: bool = False
     """Forward only: also return `row_state`, what the backward needs beyond lse for rows of P to sum to 1."""
     empty_lse: float = -inf

@@ -16,7 +16,7 @@ from cuflash.errors import InvalidArgument
 from cuflash.masks import Alignment, Mask, band
 from cuflash.numbers import finite, flag, integer, is_array, pair, scalar, shown
 from cuflash.ops.call import OUTPUTS, Options
-from cuflash.problem import MAX_SPLITS, Direction, Layout, Problem
+from cuflash.problem import MAX_SPLITS, Direction, Layout, Problem, Rotary
 
 MAX_LENGTH = 2**30
 """Rows of one sequence: positions and the distances between any two are 32-bit numbers in the kernels."""
@@ -32,13 +32,15 @@ _PER_ELEMENT = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 _PER_ROW = ("lse", "dlse", "row_state")
 _PAGES = ("num_pages", "page_size", "h", "d")
 """The axes of keys and values in the pages of a cache."""
+_CACHE = ("b_cache", "s", "h", "d")
+"""The same of those in a cache without pages."""
 _WORDS = {
-    "b": "batch size", "s": "length", "total": "packed length", "h": "number of heads", "d": "head dimension",
-    "num_pages": "number of pages", "page_size": "page size",
+    "b": "batch size", "b_cache": "batch size", "s": "length", "total": "packed length", "h": "number of heads",
+    "d": "head dimension", "num_pages": "number of pages", "page_size": "page size",
 }  # fmt: skip
 _EQUAL = (
-    ("b", "q", "k"), ("b", "q", "v"), ("s", "k", "v"), ("total", "k", "v"), ("num_pages", "k", "v"),
-    ("page_size", "k", "v"), ("d", "q", "k"), ("h", "k", "v"),
+    ("b", "q", "k"), ("b", "q", "v"), ("b_cache", "k", "v"), ("s", "k", "v"), ("total", "k", "v"),
+    ("num_pages", "k", "v"), ("page_size", "k", "v"), ("d", "q", "k"), ("h", "k", "v"),
 )  # fmt: skip
 """Axes along which two tensors must have one size."""
 _RNG_STATES = [((2,), "uint64"), ((2,), "int64"), ((4,), "uint32")]
@@ -50,7 +52,8 @@ _RANGES = {"float32": (2.0**-126, 2.0**126), "float64": (2.0**-1022, 2.0**1022)}
 
 def problem_of(direction: Direction, options: Options, views: Mapping[str, View]) -> Problem:
     """Check everything about a call but the values of its arrays; longest lengths must be filled in."""
-    varlen = layout_of(direction, options, views) == "varlen"
+    layout = layout_of(direction, options, views)
+    varlen = layout == "varlen"
     dtype = _dtype(views["q"], views["k"], views["v"])
     q, k, v = (dict(zip(axes, views[name].shape, strict=True)) for name, axes in _axes(options, views).items())
     _check_sizes(options, views)
@@ -66,7 +69,8 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         if dropout is None or dropout.scheme == "byte":  # the word scheme numbers pairs by the lengths as given
             len_q, len_kv = min(len_q, total_q), min(len_kv, most_kv)
     else:
-        batch, len_q, len_kv = q["b"], q["s"], k["s"]
+        batch, len_q, len_kv = q["b"], q["s"], k.get("s", most_kv)
+        total_kv = k.get("b_cache", 0) * len_kv or total_kv
     for name, rows, total in (("q", len_q, total_q), ("k", max(len_kv, page_size), total_kv)):
         if rows > MAX_LENGTH or total >= 2**31:
             raise InvalidArgument(
@@ -78,15 +82,14 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
     for name in (*_PER_ELEMENT[3:], *_PER_ROW):
         if name in views:
             _check_like(views[name], expected[name], dtype.accumulator.name if name in _PER_ROW else views["q"].dtype)
-    tensors = [views[name] for name in _PER_ELEMENT if name in views]
+    tensors = [views[name] for name in (*_PER_ELEMENT, *_NEW) if name in views]
     for view in tensors:
         _check_rows(view)
     for name in _PER_ROW:
         if name in views:
             _check_alignment(views[name])
-    for name in OUTPUTS[direction]:
-        if name in views:
-            _check_writeable(views[name])
+    for name in written(direction, views):
+        _check_writeable(views[name])
 
     scores = (batch, q["h"], len_q, len_kv)
     if varlen:  # the lengths as given, which a tensor of pairs has been made for
@@ -118,10 +121,12 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         len_kv=len_kv,
         dim_qk=q["d"],
         dim_v=v["d"],
-        layout="varlen" if varlen else "dense",
+        layout=layout,
         total_q=total_q,
         total_kv=total_kv,
         page_size=page_size,
+        appended=views["k_new"].shape[1] if "k_new" in views else 0,
+        rotary=_rotary(options, views, dtype, len_kv),
         mask=_mask(options, views, scores).clipped(len_q, len_kv),
         softcap=softcap,
         softmax_scale=q["d"] ** -0.5 if scale is None else scale,
@@ -137,6 +142,12 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         copy_bytes=_copy_bytes(tensors, (q["d"], v["d"])),
         ascending=all(stride > 0 for view in tensors if not view.empty for stride in _outer_strides(view)),
     )
+
+
+def written(direction: Direction, views: Mapping[str, View]) -> tuple[str, ...]:
+    """The given arrays that a call writes: its outputs, and a cache that it appends to."""
+    cache = ("k", "v") if "k_new" in views else ()
+    return (*cache, *(name for name in OUTPUTS[direction] if name in views))
 
 
 def settled(options: Options) -> Options:
@@ -174,9 +185,18 @@ def layout_of(direction: Direction, options: Options, views: Mapping[str, View])
                 f"{view.name} is on {view.device} but {views['q'].name} is on {views['q'].device}; "
                 "all arrays of a call must be on one device. Move one of them."
             )
+    if options.cache:
+        _check_cache(options, views)
+        return "cache"
     varlen = _is_packed(options, views)
     if flag("validate", options.manner.validate) and not varlen:
         raise InvalidArgument("validate is True but no sequences are packed; there is nothing to check. Drop it.")
+    _check_ranks(options, views)
+    return "varlen" if varlen else "dense"
+
+
+def _check_ranks(options: Options, views: Mapping[str, View]) -> None:
+    """q, k and v must have their axes."""
     for view, axes in ((views[name], axes) for name, axes in _axes(options, views).items()):
         if len(view.shape) != len(axes):
             raise InvalidArgument(
@@ -185,7 +205,100 @@ def layout_of(direction: Direction, options: Options, views: Mapping[str, View])
             )
         if axes is _PAGES and view.shape[1] == 0:
             raise InvalidArgument(f"{view.name} has page size 0, shape {view.shape}; expected at least 1.")
-    return "varlen" if varlen else "dense"
+
+
+_NEW = "k_new", "v_new"
+"""Keys and values that are appended to a cache."""
+_PER_SEQUENCE = "seqused_kv", "leftpad", "cache_batch"
+"""Numbers of each sequence of a cache."""
+
+
+def _check_cache(options: Options, views: Mapping[str, View]) -> None:
+    """What says which part of a cache is in use and what is appended to it must be complete and fit q and the cache."""
+    _check_ranks(options, views)
+    q, k, v = (views[name] for name in ("q", "k", "v"))
+    batch = q.shape[0]
+    for view in (views[name] for name in _PER_SEQUENCE if name in views):
+        if view.dtype != "int32":
+            raise InvalidArgument(f"{view.name} is {view.dtype}; expected int32. Convert it.")
+        if view.shape != (batch,):
+            raise InvalidArgument(f"{view.name} has shape {view.shape}; expected ({batch},), one for each sequence.")
+        if (view.shape[0] > 1 and view.strides[0] != view.itemsize) or view.pointer % view.itemsize:
+            raise InvalidArgument(f"{view.name} is not contiguous; pass a contiguous copy of it.")
+    if "table" in views:
+        _check_table(views["table"], batch)
+        if "cache_batch" in views:
+            indices, table = views["cache_batch"].name, views["table"].name
+            raise InvalidArgument(
+                f"{indices} and {table} are both given; a cache in pages has no batch. Pass {table}[{indices}] alone."
+            )
+    elif "cache_batch" not in views and k.shape[0] < batch:
+        raise InvalidArgument(
+            f"{k.name} has batch size {k.shape[0]} but {q.name} has {batch}; "
+            f"pass {options.name('cache_batch')} to say which of them each sequence has."
+        )
+    new = [views.get(name) for name in _NEW]
+    if (new[0] is None) != (new[1] is None):
+        given, missing = _NEW if new[1] is None else reversed(_NEW)
+        raise InvalidArgument(
+            f"{options.name(given)} is given but {options.name(missing)} is not; both are appended, or none."
+        )
+    for view, cache in ((view, cache) for view, cache in zip(new, (k, v), strict=True) if view is not None):
+        rows = view.shape[1] if len(view.shape) == 4 else 0
+        expected = batch, rows, *cache.shape[2:]
+        if view.shape != expected:
+            of_cache = f"({batch}, new keys, {cache.shape[2]}, {cache.shape[3]})"
+            raise InvalidArgument(
+                f"{view.name} has shape {view.shape}; expected {of_cache}, with the batch of {q.name} and the heads of "
+                f"{cache.name}."
+            )
+        if view.dtype != cache.dtype:
+            raise InvalidArgument(
+                f"{view.name} is {view.dtype} but {cache.name} is {cache.dtype}; convert one of them."
+            )
+    if new[0] is not None and new[1] is not None and new[0].shape[1] != new[1].shape[1]:
+        raise InvalidArgument(
+            f"{new[1].name} has length {new[1].shape[1]} but {new[0].name} has {new[0].shape[1]}; they must be equal."
+        )
+
+
+def _rotary(options: Options, views: Mapping[str, View], dtype: DType, room: int) -> Rotary | None:
+    """How positions turn queries and new keys; cosines and sines must be there for every row of the cache."""
+    interleaved = flag("rotary_interleaved", options.rotary_interleaved)
+    given = [name for name in ("rotary_cos", "rotary_sin") if name in views]
+    if not given:
+        return None
+    if len(given) == 1:
+        missing = "rotary_sin" if given[0] == "rotary_cos" else "rotary_cos"
+        raise InvalidArgument(f"{given[0]} is given but {missing} is not; a turn needs both.")
+    if "k_new" not in views:
+        raise InvalidArgument(
+            f"rotary_cos is given but {options.name('k_new')} is not; queries are turned with the keys that are "
+            "appended. Turn q before the call, or append."
+        )
+    cos, dim = views["rotary_cos"], views["q"].shape[3]
+    allowed = list(dict.fromkeys((dtype.numpy.name, "float32")))
+    if cos.dtype not in allowed:
+        raise InvalidArgument(f"rotary_cos is {cos.dtype}; expected {' or '.join(allowed)}. Convert it.")
+    if len(cos.shape) != 2 or not 0 < 2 * cos.shape[1] <= dim or cos.shape[0] < room:
+        raise InvalidArgument(
+            f"rotary_cos has shape {cos.shape}; expected (rows, rotary_dim / 2), at least {room} rows as the cache has "
+            f"and at most {dim // 2} columns."
+        )
+    _check_like(views["rotary_sin"], cos.shape, cos.dtype)
+    for name in given:
+        _check_rows(views[name])
+    together = not flag("causal", options.causal) and pair(options.window_size) == (-1, -1)
+    return Rotary(2 * cos.shape[1], interleaved, _DTYPES[cos.dtype], together)
+
+
+def cached_rows(name: str, cached: Any, room: int, appended: int) -> int:
+    """How many rows of a cache every sequence uses before a call, where a number says so."""
+    rows = integer(cached)
+    if rows is None or not 0 <= rows <= room - appended:
+        new = f", as there is room for {room} and the call appends {appended}" if appended else ""
+        raise InvalidArgument(f"{name} is {shown(cached)}; expected an integer from 0 to {room - appended}{new}.")
+    return rows
 
 
 def _is_packed(options: Options, views: Mapping[str, View]) -> bool:
@@ -259,7 +372,8 @@ def length(options: Options, name: str) -> int:
 def _axes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[str, ...]]:
     """The axes of q, k and v."""
     axes = options.axes(varlen="cu_seqlens_q" in views)
-    return {"q": axes} | dict.fromkeys(("k", "v"), _PAGES if "table" in views else axes)
+    of_keys = _PAGES if "table" in views else _CACHE if options.cache else axes
+    return {"q": axes} | dict.fromkeys(("k", "v"), of_keys)
 
 
 def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, ...]]:
@@ -272,7 +386,7 @@ def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, 
     bias = views["bias"].shape if "bias" in views else ()
     return {
         "out": out, "dout": out, "lse": rows, "dlse": rows, "delta": rows, "row_state": (*rows, 2), "rng_state": (2,),
-        "dq": q, "dk": k, "dv": v, "dbias": bias, "dsink": (sizes["h"],),
+        "rotated": q, "dq": q, "dk": k, "dv": v, "dbias": bias, "dsink": (sizes["h"],),
     }  # fmt: skip
 
 

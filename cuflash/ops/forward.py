@@ -9,12 +9,13 @@ from cuflash.ops import draw, launch, on_numpy
 from cuflash.ops.call import Arrays, Options
 
 
-def forward(options: Options, arrays: Arrays, generator: Any = None) -> tuple[Any, ...]:
+def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int | None = None) -> tuple[Any, ...]:
     """(out, lse), row_state if the options keep it, and rng_state with dropout, as arrays of the same framework.
 
     They are packed when cu_seqlens are given; out is written where it is given.
     With a `table`, key j of sequence b is row ``j % page_size`` of page ``table[b, j // page_size]`` of k and v,
     (num_pages, page_size, heads_kv, d). `seqused_kv`, or the differences of `cu_seqlens_kv`, count the keys.
+    Of a cache every sequence uses `cached` rows before the call where `seqused_kv` says nothing, all of them if None.
     """
     kind: type = type(arrays.q)
     framework = framework_of_type(kind)
@@ -23,5 +24,5 @@ def forward(options: Options, arrays: Arrays, generator: Any = None) -> tuple[An
     if generator is not None:
         draw.check(generator)
     if isinstance(framework, NumPy):
-        return on_numpy.forward(options, arrays, generator)
-    return launch.run(framework, "forward", options, arrays, generator)
+        return on_numpy.forward(options, arrays, generator, cached)
+    return launch.run(framework, "forward", options, arrays, generator, cached)

@@ -29,11 +29,16 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
 def run(
-    framework: CuPy | Torch | Guest, direction: Direction, options: Options, arrays: Arrays, generator: Any = None
+    framework: CuPy | Torch | Guest,
+    direction: Direction,
+    options: Options,
+    arrays: Arrays,
+    generator: Any = None,
+    cached: int | None = None,
 ) -> tuple[Any, ...]:
     """Answer a call on arrays that live on a GPU."""
     if isinstance(framework, Guest):
-        return _run_for_guest(framework, direction, options, arrays, generator)
+        return _run_for_guest(framework, direction, options, arrays, generator, cached)
     options = with_lengths(direction, options, arrays)
     pointers, described = framework.describe(options.manner.names, arrays)
     key = direction, options, described
@@ -41,17 +46,17 @@ def run(
     if prepared is None:
         settled = check.settled(options)
         if settled is not options:
-            return run(framework, direction, settled, arrays, generator)
+            return run(framework, direction, settled, arrays, generator, cached)
         prepared = prepare(framework, direction, options, arrays)
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
         if options.is_kind:
             _prepared[key] = prepared
-    return prepared(arrays.outputs(direction), pointers, generator)
+    return prepared(arrays.outputs(direction), pointers, generator, cached)
 
 
 def _run_for_guest(
-    framework: Guest, direction: Direction, options: Options, arrays: Arrays, generator: Any
+    framework: Guest, direction: Direction, options: Options, arrays: Arrays, generator: Any, cached: int | None
 ) -> tuple[Any, ...]:
     """The same of arrays that CuPy borrows, whose results go back to their library."""
     for name, x in zip(OUTPUTS[direction], arrays.outputs(direction), strict=True):
@@ -60,8 +65,14 @@ def _run_for_guest(
                 f"{name} is a {framework.name} array, and cuflash does not write to those. "
                 f"Drop {name} and use the array that is returned."
             )
+    if arrays.k_new is not None:
+        name = options.name("k_new")
+        raise InvalidArgument(
+            f"{name} is a {framework.name} array to be appended, and cuflash does not write to the cache of such. "
+            f"Append it yourself, and drop {name}."
+        )
     borrowed = Arrays(*framework.borrow(options.manner.names, arrays))
-    results = run(cupy_arrays(), direction, options, borrowed, generator)
+    results = run(cupy_arrays(), direction, options, borrowed, generator, cached)
     if direction == "forward":  # rng_state: JAX has no 64-bit integers by default
         results = tuple(x.view(np.uint32) if x.dtype == np.uint64 else x for x in results)
     return framework.lend(results, borrowed)
@@ -77,7 +88,7 @@ class Prepared:
     """Kernels, each with its number of blocks; none when there is no pair of a query and a key."""
     params: Callable[[tuple[int, ...]], ctypes.Array]
     """The parameter block for the pointers of the given and of the allocated arrays, and with dropout the address of a
-    generator, a seed and an offset."""
+    generator, a seed and an offset, or how many rows of a cache are in use."""
     allocations: tuple[tuple[Any, tuple[int, ...], Any], ...]
     """(allocator, shape, the framework's dtype) of the results that are not given, and of the workspaces."""
     results: Callable[[Sequence[Any]], tuple[Any, ...]]
@@ -86,22 +97,29 @@ class Prepared:
     """Where those are that no kernel writes, as there is nothing to attend to, and what they hold."""
     increment: int | None
     """How far the call moves a generator on; None without dropout and in the backward."""
-    extents: tuple[overlap.Extent, ...]
-    """Of every given array; empty when all results are allocated."""
-    num_outputs: int
-    """How many of the given arrays, the last ones, are written."""
+    check_separate: Callable[[tuple[int, ...]], None] | None
+    """Refuses pointers with which what is written meets another array; None when all results are allocated."""
+    room: tuple[str, int, int] | None
+    """Of a cache of which every sequence uses as many rows: what the caller knows their number as, how many rows there
+    are, and how many are appended. None where an array says how many are in use, or there is no cache."""
 
-    def __call__(self, outputs: tuple[Any, ...], pointers: list[int], generator: Any) -> tuple[Any, ...]:
+    def __call__(
+        self, outputs: tuple[Any, ...], pointers: list[int], generator: Any, cached: int | None = None
+    ) -> tuple[Any, ...]:
         """Allocate, launch and return the results.
 
         `outputs` are those of the arrays, None where one is allocated, and `pointers` are of all arrays that are given.
+        `cached` rows of a cache are in use, all of them if it is None.
         """
-        if self.extents:
-            overlap.check_separate(self.extents, pointers, self.num_outputs)
+        if self.check_separate is not None:
+            self.check_separate(tuple(pointers))
         framework = self.framework
         with framework.context(self.device):
             drawn: tuple[int, ...] = ()
-            if self.increment is not None:
+            if self.room is not None:
+                name, room, appended = self.room
+                drawn = (room if cached is None else check.cached_rows(name, cached, room, appended),)
+            elif self.increment is not None:
                 drawn = draw.on_device(generator, self.increment, framework, self.device)
             allocated = [allocate(shape, dtype, self.device) for allocate, shape, dtype in self.allocations]
             written = (*outputs, *allocated)
@@ -126,13 +144,14 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arr
     names = results(problem, options.keep_state, options.keep_delta)
     new = {name: _result(name, problem, shapes[name]) for name in names if name not in views}
     places = [*(name if name in views else None for name in OUTPUTS[direction]), *new]
-    num_outputs = sum(name in views for name in OUTPUTS[direction])
+    written = check.written(direction, views)
     # Without pairs there is still a seed to draw, and a sink alone decides lse and its own gradient.
     rows = min(problem.batch, problem.rows_q) > 0
     uneven = problem.layout == "varlen" and options.empty_lse != options.tail_lse  # so lse is no one number either
     whole = rows and (problem.rows_kv > 0 or problem.sink or uneven)
     fills = {"lse": options.empty_lse if rows else options.tail_lse}
-    steps = [step for step in plan.steps if (whole or step.kernel == "fwd_rng") and step.num_blocks > 0]
+    apart = {"fwd_rng"} | ({"cache_append"} if problem.rows_kv else set())  # what is launched without pairs, too
+    steps = [step for step in plan.steps if (whole or step.kernel in apart) and step.num_blocks > 0]
     workspaces = [workspace for workspace in plan.workspaces if whole and workspace.name not in new]
     allocated = (*new.values(), *workspaces)
     pointers = (*views, *(w.name for w in allocated))
@@ -143,19 +162,21 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arr
         if (tensor := boxes.tensor_map(box, problem, options, views, shapes)) is not None
     }
     template = block.template(plan, options, views, shapes)
+    counted = problem.layout == "cache" and "seqused_kv" not in views
+    room = (options.name("seqused_kv"), problem.len_kv, problem.appended) if counted else None
     with framework.context(ordinal):
         kernels = jit.load(steps, ordinal)
     return Prepared(
         framework=framework,
         device=ordinal,
         launches=tuple((kernel, step.num_blocks) for kernel, step in zip(kernels, steps, strict=True)),
-        params=block.filler(template, pointers, maps, ordinal, draws="rng_state" in names),
+        params=block.filler(template, pointers, maps, ordinal, draws="rng_state" in names, counts=room is not None),
         allocations=tuple((_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in allocated),
         results=itemgetter(*(places.index(name) for name in names)),
         fills=tuple((places.index(name), fills.get(name, 0.0)) for name in names if not whole and name != "rng_state"),
         increment=draw.increment(problem) if "rng_state" in names else None,
-        extents=tuple(map(overlap.extent, views.values())) if num_outputs else (),
-        num_outputs=num_outputs,
+        check_separate=overlap.checker(views, written) if written else None,
+        room=room,
     )
 
 

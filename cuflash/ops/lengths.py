@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays, framework_of
+from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays, framework_of, numpy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
 from cuflash.ops.call import Arrays, Options
 from cuflash.ops.check import LENGTHS, length
-from cuflash.problem import Direction
+from cuflash.problem import Direction, Problem
 
 
 def with_lengths(direction: Direction, options: Options, arrays: Arrays) -> Options:
@@ -71,6 +71,45 @@ def read(options: Options, views: Mapping[str, View], arrays: Arrays) -> Options
         max_seqlen_k=_longest(options, "max_seqlen_k", lengths_kv, values["seqused_kv"]),
         validate=False,
     )
+
+
+def read_cache(options: Options, problem: Problem, arrays: Arrays, cached: int | None) -> Arrays:
+    """The arrays of a call on a NumPy cache with the rows in use of every sequence, all values of lengths checked."""
+    room, new = problem.len_kv, problem.appended
+    if arrays.seqused_kv is None:
+        rows = room if cached is None else check.cached_rows(options.name("seqused_kv"), cached, room, new)
+        arrays = arrays._replace(seqused_kv=np.full(problem.batch, rows, np.int32))
+    used = arrays.seqused_kv.astype(np.int64)
+    added = f" and {new} are appended" if new else ""
+    _check_values(
+        options.name("seqused_kv"), used, room - new, f"as there is room for {room} rows of a sequence{added}"
+    )
+    if arrays.leftpad is not None:
+        _check_values(options.name("leftpad"), arrays.leftpad, used, "as that many rows are in use")
+    if arrays.cache_batch is not None:
+        last = arrays.k.shape[0] - 1
+        _check_values(options.name("cache_batch"), arrays.cache_batch, last, f"the numbers of {options.name('k')}")
+    if arrays.table is not None:
+        views = {name: numpy_arrays.view(options.name(name), getattr(arrays, name)) for name in ("k", "table")}
+        _check_pages(views, arrays.table, used + new)
+    if problem.rotary is not None:
+        positions = 1 if problem.rotary.together else problem.len_q
+        rows = arrays.rotary_cos.shape[0]
+        if problem.len_q and used.max(initial=0) + positions > rows:
+            raise InvalidArgument(
+                f"rotary_cos has {rows} rows, but queries are at positions up to {used.max() + positions - 1}; "
+                "expected a row for each."
+            )
+    return arrays
+
+
+def _check_values(name: str, values: np.ndarray, most: int | np.ndarray, why: str) -> None:
+    """Numbers of each sequence must lie from 0 to another number."""
+    wrong = np.flatnonzero((values < 0) | (values > most))
+    if wrong.size:
+        at = wrong[0]
+        limit = np.broadcast_to(most, values.shape)[at]
+        raise InvalidArgument(f"{name}[{at}] is {values[at]}; expected a number from 0 to {limit}, {why}.")
 
 
 def _lengths(name: str, starts: np.ndarray, packed: View | None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from cuflash import reference
 from cuflash.arrays import View, numpy_arrays
 from cuflash.dropout import Dropout
 from cuflash.ops import check, draw, lengths, overlap
-from cuflash.ops.call import OUTPUTS, Arrays, Options
+from cuflash.ops.call import Arrays, Options
 from cuflash.problem import Direction, Problem
 
 _MAX_CHECKED = 1024
@@ -25,18 +25,20 @@ class Checked(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     """Of its results."""
     dropout: Dropout | None
-    extents: list[overlap.Extent]
-    """Of every given array; empty when all results are allocated."""
-    num_outputs: int
-    """How many of the given arrays, the last ones, are written."""
+    written: tuple[str, ...]
+    """The given arrays that are written."""
+    check_separate: Callable[[tuple[int, ...]], None] | None
+    """Refuses pointers with which one of them meets another; None when all results are allocated."""
 
 
-def forward(options: Options, arrays: Arrays, generator: Any = None) -> tuple[Any, ...]:
+def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int | None = None) -> tuple[Any, ...]:
     """(out, lse), row_state if the options keep it, and rng_state with dropout."""
     place = arrays.out  # of a subclass as it came
     arrays = _plain(arrays)
     kind = checked("forward", options, arrays)
     problem, shapes = kind.problem, kind.shapes
+    if problem.layout == "cache":
+        arrays = lengths.read_cache(options, problem, arrays, cached)
     if place is None:
         place = np.empty(shapes["out"], arrays.q.dtype)
         arrays = arrays._replace(out=place)
@@ -48,7 +50,9 @@ def forward(options: Options, arrays: Arrays, generator: Any = None) -> tuple[An
         keywords["tail_lse"] = options.tail_lse
     elif options.manner.layout == "bhsd":
         keywords |= {name: keywords[name].swapaxes(1, 2) for name in ("q", "k", "v", "out")}
-    if problem.page_size:
+    if problem.layout == "cache":
+        _, lse = reference.forward_cache(**keywords, rotary=problem.rotary)
+    elif problem.page_size:
         _, lse = reference.forward_paged(**keywords)
     elif problem.layout == "varlen":
         _, lse = reference.forward_varlen(**keywords)
@@ -102,10 +106,10 @@ def checked(direction: Direction, options: Options, arrays: Arrays) -> Checked:
             _checked.clear()
         if options.is_kind:
             _checked[key] = kind
-    if kind.num_outputs:
-        if not all(x is None or x.flags.writeable for x in arrays.outputs(direction)):
+    if kind.check_separate is not None:
+        if not all(getattr(arrays, name).flags.writeable for name in kind.written):
             check_kind(direction, options, arrays)  # says which
-        overlap.check_separate(kind.extents, pointers, kind.num_outputs)
+        kind.check_separate(tuple(pointers))
     return kind
 
 
@@ -114,9 +118,9 @@ def check_kind(direction: Direction, options: Options, arrays: Arrays) -> Checke
     views: Mapping[str, View] = options.views(numpy_arrays, arrays)
     check.layout_of(direction, options, views)
     problem = check.problem_of(direction, options, views)
-    num_outputs = sum(name in views for name in OUTPUTS[direction])
-    extents = list(map(overlap.extent, views.values())) if num_outputs else []
-    return Checked(problem, check.shapes(options, views), check.dropout_of(options), extents, num_outputs)
+    written = check.written(direction, views)
+    separate = overlap.checker(views, written) if written else None
+    return Checked(problem, check.shapes(options, views), check.dropout_of(options), written, separate)
 
 
 def _features(kind: Checked) -> dict[str, Any]:

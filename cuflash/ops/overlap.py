@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,6 +10,9 @@ import numpy as np
 
 from cuflash.arrays import View
 from cuflash.errors import InvalidArgument
+
+_MAX_POINTERS = 256
+"""Calls of a kind whose arrays are remembered to lie apart."""
 
 
 class Extent(NamedTuple):
@@ -27,6 +30,22 @@ class Extent(NamedTuple):
 def extent(view: View) -> Extent:
     """Where the elements of an array lie."""
     return Extent(view.name, *view.extent(), view.shape, view.strides, view.itemsize)
+
+
+def checker(views: Mapping[str, View], written: Sequence[str]) -> Callable[[tuple[int, ...]], None]:
+    """What refuses pointers, in the order of the views, with which an array that is written meets another.
+
+    It looks once at pointers that come again.
+    """
+    names = list(views)
+    order = [names.index(name) for name in (*(name for name in names if name not in written), *written)]
+    extents = [extent(views[names[i]]) for i in order]
+
+    @lru_cache(_MAX_POINTERS)
+    def check(pointers: tuple[int, ...]) -> None:
+        check_separate(extents, [pointers[i] for i in order], len(written))
+
+    return check
 
 
 def check_separate(extents: Sequence[Extent], pointers: Sequence[int], num_outputs: int) -> None:

@@ -27,6 +27,8 @@ class Family:
     forward: Callable[[Problem, Device], Plan]
     backward: Callable[[Problem, Device], Plan] | None
     """None in a family without the feature ``backward``."""
+    caches: bool = False
+    """Its kernels read lengths of caches on the device (``CacheSequence``)."""
     only: bool = False
     """Later architectures than `min_capability` lack its instructions."""
     leave: Callable[[Problem, Device], list[str]] = lambda problem, device: []
@@ -46,6 +48,10 @@ class Family:
         reasons += [f"no {feature}" for feature in needs(problem) if feature not in self.features]
         if problem.page_size and problem.direction == "backward":
             reasons.append("no gradients of pages: sequences may share them")
+        if problem.layout == "cache" and not self.caches:
+            reasons.append("no cache whose lengths are on the device")
+        if problem.layout == "cache" and problem.direction == "backward":
+            reasons.append("no gradients of a cache")
         return reasons or self.leave(problem, device)
 
     def plan(self, problem: Problem, device: Device) -> Plan:

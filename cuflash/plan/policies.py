@@ -40,6 +40,8 @@ def policies(problem: Problem) -> Policies:
 
 def sequence(problem: Problem) -> str:
     """The policy that says how long sequences are and where they lie."""
+    if problem.layout == "cache":
+        return "PagedCacheSequence" if problem.page_size else "CacheSequence"
     if problem.page_size:
         return "PagedSequence"
     return "VarlenSequence" if problem.layout == "varlen" else "DenseSequence"
@@ -66,6 +68,14 @@ def unit_score(problem: Problem) -> str:
 def copy_bytes(problem: Problem) -> int:
     """Width of one global access."""
     return max(problem.copy_bytes, problem.dtype.itemsize)
+
+
+def rotary(problem: Problem) -> str:
+    """The policy that turns queries and new keys."""
+    if problem.rotary is None:
+        return "NoRotary"
+    kind = "Pairs" if problem.rotary.interleaved else "Halves"
+    return f"{kind}<{problem.rotary.dtype.cuda}, {problem.rotary.dim}>"
 
 
 def _base_score(problem: Problem) -> str:

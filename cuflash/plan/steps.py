@@ -26,6 +26,17 @@ class CombineConfig(SequenceConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AppendConfig(SequenceConfig):
+    """``cache_append``."""
+
+    dim_qk: int
+    dim_v: int
+    copy_bytes: int
+    rotary: str = field(metadata={HEADER: "attention/rotary.cuh"})
+    """NoRotary, Halves, Pairs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaConfig(SequenceConfig):
     """``bwd_delta``."""
 
@@ -53,14 +64,14 @@ def forward(problem: Problem, device: Device, family: str, *tiled: tuple[Forward
     if division.grouped:
         config, rows, heads = replace(config, heads="HeadGroup"), problem.len_q * problem.group, problem.heads_kv
     kernel, blocks = f"fwd_{family}", tiles(rows, config.tile_q) * heads * problem.batch
-    steps = rng_step(problem)
-    workspaces: tuple[Workspace, ...] = ()
+    steps = rng_step(problem) + append_step(problem)
+    workspaces = rotated(problem)
     if division.num_splits == 1:
         steps += (Step(kernel, "FwdParams", config, blocks),)
     else:
         config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
         steps += (Step(kernel, "FwdParams", config, blocks * division.num_splits), _combine_step(problem))
-        workspaces = _part_workspaces(problem, division.num_splits)
+        workspaces += _part_workspaces(problem, division.num_splits)
     return Plan(
         problem, device, family, steps, workspaces, reason, num_splits=division.num_splits, division=division.reason
     )
@@ -69,6 +80,31 @@ def forward(problem: Problem, device: Device, family: str, *tiled: tuple[Forward
 def rng_step(problem: Problem) -> tuple[Step, ...]:
     """The launch before a forward with dropout; one kernel for all."""
     return () if problem.dropout is None else (Step("fwd_rng", "FwdParams", Config(threads=32), 1),)
+
+
+def append_step(problem: Problem) -> tuple[Step, ...]:
+    """The launch before a forward that adds keys to a cache, or turns queries; one kernel for all."""
+    rows = max(problem.appended, problem.len_q if problem.rotary else 0)
+    if not rows:
+        return ()
+    config = AppendConfig(
+        element=problem.dtype.cuda,
+        sequence=policies.sequence(problem),
+        dim_qk=problem.dim_qk,
+        dim_v=problem.dim_v,
+        threads=256,
+        copy_bytes=policies.copy_bytes(problem),
+        rotary=policies.rotary(problem),
+    )
+    return (Step("cache_append", "FwdParams", config, problem.batch * rows),)
+
+
+def rotated(problem: Problem) -> tuple[Workspace, ...]:
+    """Where queries are after their turn: what a forward with rotary embeddings reads as q."""
+    if problem.rotary is None:
+        return ()
+    shape = problem.batch, problem.len_q, problem.heads_q, problem.dim_qk
+    return (Workspace("rotated", problem.dtype.numpy, shape),)
 
 
 def _combine_step(problem: Problem) -> Step:

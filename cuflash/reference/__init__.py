@@ -10,5 +10,6 @@ from cuflash.reference.attention import (
     forward_paged,
     forward_varlen,
 )
+from cuflash.reference.cache import forward_cache
 
-__all__ = ["Gradients", "backward", "backward_varlen", "forward", "forward_paged", "forward_varlen"]
+__all__ = ["Gradients", "backward", "backward_varlen", "forward", "forward_cache", "forward_paged", "forward_varlen"]

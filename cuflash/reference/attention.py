@@ -226,6 +226,7 @@ def forward_paged(
     cu_seqlens_q: np.ndarray | None = None,
     cu_seqlens_kv: np.ndarray | None = None,
     seqused_q: np.ndarray | None = None,
+    leftpad: np.ndarray | None = None,
     len_q: int | None = None,
     len_kv: int | None = None,
     out: np.ndarray | None = None,
@@ -248,6 +249,8 @@ def forward_paged(
         (b, max_pages) page numbers; those behind a sequence's last page are not read.
     seqused_kv : ndarray of int
         (b,) keys of each sequence; None takes the differences of `cu_seqlens_kv`.
+    leftpad : ndarray of int, optional
+        (b,) how many of these, from the first, are none.
 
     Returns
     -------
@@ -272,8 +275,9 @@ def forward_paged(
         if rows.start == rows.stop:
             continue
         element = None if packed else slice(b, b + 1)
-        length = min(length, k.shape[1] * len(pages))
-        q1, k1, v1 = q[element, rows], PagedRows(k, pages, length), PagedRows(v, pages, length)
+        first = 0 if leftpad is None else int(leftpad[b])
+        length = max(min(length, k.shape[1] * len(pages)) - first, 0)
+        q1, k1, v1 = q[element, rows], PagedRows(k, pages, length, first), PagedRows(v, pages, length, first)
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
         jobs.append(loops.forward(q1, k1, v1, out[element, rows], lse[element, :, rows], policies, empty_lse=empty_lse))
         scores += heads_q * q1.shape[1] * length

@@ -14,6 +14,7 @@ class PagedRows:
     pages: np.ndarray  # (num_pages, page_size, heads_kv, d)
     table: np.ndarray  # (max_pages,) page numbers, in the order of the sequence
     length: int
+    first: int = 0  # the row of the first page at which the sequence begins
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -23,5 +24,5 @@ class PagedRows:
     def __getitem__(self, tile: tuple[slice, slice, slice]) -> np.ndarray:
         """Copy (batches, rows, heads) together from the pages that hold them."""
         _, rows, heads = tile
-        page, row = np.divmod(np.arange(rows.start, rows.stop), self.pages.shape[1])
+        page, row = np.divmod(np.arange(rows.start, rows.stop) + self.first, self.pages.shape[1])
         return self.pages[self.table[page], row, heads][None, :, :, None]

@@ -1,4 +1,5 @@
-// Sequence: how long one batch element is and where its rows lie. Dense, packed or paged; the kernels never know which.
+// Sequence: how long one batch element is and where its rows lie. Dense, packed, paged or cached; the kernels never know
+// which.
 #pragma once
 
 #include "params.cuh"
@@ -78,6 +79,44 @@ struct VarlenSequence {
 // where they lie (tile/rows.cuh).
 struct PagedSequence : VarlenSequence {
   using VarlenSequence::VarlenSequence;
+
+  CF_DEVICE int64 kv_offset(const Strides&) const { return 0; }
+};
+
+// Dense queries over keys in a cache, whose lengths the device knows: key 0 lies behind the left padding, and what this
+// call appends counts. Lengths beyond the room that there is are cut to it.
+struct CacheSequence {
+  int len_q;
+  int len_kv;
+  int tail_q;
+  int tail_kv;
+  int start_kv;  // row of the cache that is key 0
+  int64 batch;
+  int64 element;  // batch element of the cache
+
+  CF_DEVICE CacheSequence(const Attention& a, int batch_index)
+      : len_q(a.len_q), tail_q(0), tail_kv(0), start_kv(a.leftpad ? a.leftpad[batch_index] : 0), batch(batch_index),
+        element(a.cache_batch ? a.cache_batch[batch_index] : batch_index) {
+    CF_ASSERT(start_kv >= 0 && element >= 0);
+    len_kv = static_cast<int>(max_of(min_of(used(a, batch_index) + a.appended, int64(a.len_kv)) - start_kv, int64(0)));
+  }
+
+  // Rows of the cache that a sequence uses before the call.
+  CF_DEVICE static int64 used(const Attention& a, int batch_index) {
+    return a.seqused_kv ? a.seqused_kv[batch_index] : a.cached;
+  }
+
+  CF_DEVICE int64 q_offset(const Strides& stride) const { return batch * stride.batch; }
+  CF_DEVICE int64 kv_offset(const Strides& stride) const { return element * stride.batch + start_kv * stride.row; }
+  CF_DEVICE BoxOrigin q_box(const Attention&, int row, int head) const { return {row, head, static_cast<int>(batch)}; }
+
+  CF_DEVICE int64 first_q_tile(int tile) const { return batch * cdiv(len_q, tile); }
+  CF_DEVICE static int64 num_q_tiles(const Attention& a, int tile) { return int64(a.batch) * cdiv(a.len_q, tile); }
+};
+
+// The same with the cache in pages: rows of it count from the first page of a sequence.
+struct PagedCacheSequence : CacheSequence {
+  CF_DEVICE PagedCacheSequence(const Attention& a, int batch_index) : CacheSequence(a, batch_index) {}
 
   CF_DEVICE int64 kv_offset(const Strides&) const { return 0; }
 };

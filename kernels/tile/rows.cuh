@@ -68,6 +68,13 @@ CF_DEVICE PagedRows<const Element> kv_rows(const FwdParams& p, const PagedSequen
   return {data, stride, p.pages, table, first, sequence.len_kv - first};
 }
 
+template <class Element>
+CF_DEVICE PagedRows<const Element> kv_rows(const FwdParams& p, const PagedCacheSequence& sequence, const Element* data,
+                                           const Strides& stride, int first) {
+  const int* table = p.pages.table + sequence.batch * p.pages.table_batch;
+  return {data, stride, p.pages, table, sequence.start_kv + first, sequence.len_kv - first};
+}
+
 // Rows lie where the query and the head of each do.
 template <class Element>
 struct GroupRows {

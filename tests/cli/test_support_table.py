@@ -63,7 +63,10 @@ SERVED: list[tuple[set[str], list[str]]] = [
     ({EFFICIENT}, ["gradients as slices of one new array", "number of key splits of the gradients"]),
     ({MHA, CK}, ["row sums of dout * out returned"]),
     ({SDPA, MHA, CK, MEM_EFF, EFFICIENT}, ["kernels by preference"]),
-    (set(), ["keys appended to a cache, rotary embedding, left padding"]),
+    ({FLASH}, [
+        "a cache whose lengths the GPU alone knows, with left padding, dense or in pages",
+        "keys appended to it in place, and turned by rotary embeddings",
+    ]),
 ]  # fmt: skip
 """Which functions must serve what: those of PyTorch what theirs have, flash-attn's everything they can."""
 
@@ -113,7 +116,7 @@ def test_what_a_family_does_not_run() -> None:
     assert lines["head dimensions above 1024"] == "NumPy"
     assert lines["capture in a CUDA graph"] == "`sm90`, `sm80`, `simt`"
     assert lines[f"split keys: {FEATURES['split keys'].words}"] == "`sm80`, `simt`"
-    assert lines["keys appended to a cache, rotary embedding, left padding"] == "–"
+    assert lines["keys appended to it in place, and turned by rotary embeddings"] == "`sm80`, `simt`, NumPy"
     assert "wgmma, fed by bulk copies; fp16 and bf16, head dimensions up to 256, sm_90a alone.\n" in table()
     assert "tensor cores by mma.sync and cp.async; fp16 and bf16, head dimensions up to 256, sm_80 and newer" in table()
 
@@ -123,7 +126,6 @@ def test_everything_but_size_and_precision_runs_on_sm80_and_simt() -> None:
     runs_on = {row.what: families_of(row) for row in ROWS}
     assert {what for what, families in runs_on.items() if families != "all" and "`sm80`, `simt`" not in families} == {
         "fp32 and fp64", "head dimensions up to 1024", "head dimensions above 1024",
-        "keys appended to a cache, rotary embedding, left padding",
     }  # fmt: skip
 
 

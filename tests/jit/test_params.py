@@ -12,7 +12,7 @@ import pytest
 from cuflash.errors import CompileError
 from cuflash.jit import params, sources
 
-STRUCTS = ("Strides", "Attention", "Pages", "TensorMap", "FwdParams", "BwdParams")
+STRUCTS = ("Strides", "Attention", "Pages", "Append", "TensorMap", "FwdParams", "BwdParams")
 ALIGNMENTS = dict.fromkeys(STRUCTS, 8) | {"TensorMap": 64, "FwdParams": 64, "BwdParams": 64}
 HEADER = (sources.root() / "params.cuh").read_text()
 

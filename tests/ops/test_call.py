@@ -15,7 +15,7 @@ from cuflash.ops.call import OUTPUTS, VOCABULARIES, Arrays, asked, new
 
 
 def test_arrays_have_the_names_of_the_parameters() -> None:
-    structs = ("FwdParams", "BwdParams", "Attention", "Pages")
+    structs = ("FwdParams", "BwdParams", "Attention", "Pages", "Append")
     assert set(Arrays._fields) <= {name for struct in structs for name in jit.params.members(jit.params.dtype(struct))}
 
 

@@ -131,6 +131,7 @@ SIMT = Family(
     dtypes=("fp16", "bf16", "fp32", "fp64"),
     max_dim=1024,
     features=tuple(FEATURES),
+    caches=True,
     forward=_forward,
     backward=_backward,
 )

@@ -224,6 +224,7 @@ SM80 = Family(
     dtypes=("fp16", "bf16"),
     max_dim=256,
     features=tuple(FEATURES),
+    caches=True,
     forward=_forward,
     backward=_backward,
 )
