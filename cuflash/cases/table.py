@@ -314,7 +314,7 @@ def _caches() -> Iterator[Case]:
     )
     for family, dtype, dims, changes in rows:
         base = _case(family, "forward", dtype, dims, "causal")
-        sizes = {"len_q": 3, "appended": 3, "total_kv": 2 * _LEN_KV}
+        sizes: dict[str, Any] = {"len_q": 3, "appended": 3, "total_kv": 2 * _LEN_KV}
         problem = replace(base.problem, layout="cache", **sizes, **changes)
         yield Case(f"fwd_{family}-{dtype}-d{dims}-append", family, problem)
 
