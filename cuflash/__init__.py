@@ -7,6 +7,7 @@ from cuflash.api.explain import Explanation, explain
 from cuflash.api.flash import flash_attn_func, flash_attn_varlen_func
 from cuflash.api.gradients import Gradients, flash_attn_backward, flash_attn_vjp
 from cuflash.api.keywords import FlashOptions, VarlenOptions
+from cuflash.api.merge import merge_attention, merge_attention_vjp
 from cuflash.api.packed import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -62,6 +63,8 @@ __all__ = [
     "manual_seed",
     "mem_eff_backward",
     "mem_eff_forward",
+    "merge_attention",
+    "merge_attention_vjp",
     "mha_bwd",
     "mha_bwd_ck",
     "mha_fwd",

@@ -163,4 +163,29 @@ struct BwdParams {
   TensorMap dv_map;
 };
 
+// One of the results that are merged (forward/merge.cuh): attention of the same queries over some of the keys.
+struct MergePart {
+  const void* out;            // [batch, len, heads, dim]
+  const void* lse;            // [batch, heads, len], accumulator type
+  void* dout;                 // gradients of the two, contiguous; backward only
+  void* dlse;
+  Strides out_stride;
+  Strides lse_stride;
+};
+
+struct MergeParams {
+  MergePart parts[32];
+  int count;                  // of parts
+  int heads;
+  int len;
+  int dim;
+  int64 rows;                 // batch * len * heads
+  void* out;                  // [batch, len, heads, dim], contiguous; read by the backward, in accumulator type
+  void* lse;                  // [batch, heads, len], contiguous
+  const void* dout;           // upstream gradients of the two; backward only, dlse may be null: zero
+  const void* dlse;
+  Strides dout_stride;
+  Strides dlse_stride;
+};
+
 }  // namespace cuflash

@@ -170,14 +170,14 @@ def test_conventions_of_pytorch_stand_on_what_is_nobodys(name):
 
 
 OPS_FLOORS = (
-    {"call", "draw", "overlap", "scratch"}, {"check"}, {"lengths", "boxes"}, {"block"}, {"launch", "on_numpy"},
+    {"call", "draw", "overlap", "scratch"}, {"check"}, {"lengths", "boxes"}, {"block"}, {"launch", "on_numpy", "merge"},
     {"forward", "backward", "explain", "prepared"}, {"vjp"}, {"__init__"},
 )  # fmt: skip
 """The files of ``ops``, from what a call consists of up to its answer."""
 JOINED = {
-    "reference": {"on_numpy"},
-    "plan": {"explain", "launch", "block", "boxes"},
-    "jit": {"launch", "block", "boxes"},
+    "reference": {"on_numpy", "merge"},
+    "plan": {"explain", "launch", "block", "boxes", "merge"},
+    "jit": {"launch", "block", "boxes", "merge"},
 }
 """Which of them know the rooms that ``ops`` joins."""
 

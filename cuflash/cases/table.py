@@ -17,7 +17,7 @@ from cuflash.dropout import Dropout
 from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.plan import Step, choose, why_not
+from cuflash.plan import Step, choose, merge, why_not
 from cuflash.problem import MAX_SPLITS, Direction, Problem, Rotary, visible_pairs
 
 
@@ -322,6 +322,12 @@ def _caches() -> Iterator[Case]:
 CACHES: dict[str, Case] = {case.id: case for case in _caches()}
 """Further cases that are compiled; what they compute is held to an oracle by tests of their own."""
 
+MERGES: tuple[Step, ...] = (
+    merge.forward(DTYPES["bf16"], DTYPES["bf16"], 1000, 128, 16),
+    merge.backward(DTYPES["bf16"], 1000, 128),
+)
+"""The launches that merge results, and those of its gradients."""
+
 SMOKE: tuple[str, ...] = (
     *(f"fwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d64-causal", "d128-long", "d128-varlen_causal", "d256")),
     *(f"bwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d128-causal", "d256-varlen_causal")),
@@ -404,4 +410,5 @@ def matrix(architectures: Sequence[str] = ARCHITECTURES, pattern: str | None = N
         for arch in architectures:
             cases = [first, *(case for case in others if case.family in FULL.get(arch, ()))]
             rows += [(arch, case_id, step) for case_id, step in variants(cases, named(arch))]
+        rows += [(arch, "merge-bf16-d128", step) for arch in architectures for step in MERGES]
     return rows

@@ -35,7 +35,7 @@ def config_header(kernel: str, config: Config) -> str:
 def layout_header(params: str) -> str:
     """Render the header that asserts that a parameter struct, and those in it, have the layout that the host fills."""
     lines = []
-    for struct in ("Strides", "Attention", "Pages", "Append", "TensorMap", params):
+    for struct in ("Strides", "Attention", "Pages", "Append", "TensorMap", "MergePart", params):
         dtype = params_header.dtype(struct)
         lines.append(f'static_assert(sizeof({struct}) == {dtype.itemsize}, "host layout");')
         lines += [

@@ -12,7 +12,7 @@ import pytest
 from cuflash.errors import CompileError
 from cuflash.jit import params, sources
 
-STRUCTS = ("Strides", "Attention", "Pages", "Append", "TensorMap", "FwdParams", "BwdParams")
+STRUCTS = ("Strides", "Attention", "Pages", "Append", "TensorMap", "FwdParams", "BwdParams", "MergePart", "MergeParams")
 ALIGNMENTS = dict.fromkeys(STRUCTS, 8) | {"TensorMap": 64, "FwdParams": 64, "BwdParams": 64}
 HEADER = (sources.root() / "params.cuh").read_text()
 
@@ -32,7 +32,8 @@ def test_members_are_in_order_with_their_types(struct):
     for declared, kind in members(struct).items():
         name, _, length = declared.partition("[")
         if length:
-            assert dtype[name] == np.dtype((kinds[kind], int(length.removesuffix("]"))))
+            element = params.dtype(kind) if kind in STRUCTS else kinds[kind]
+            assert dtype[name] == np.dtype((element, int(length.removesuffix("]"))))
         elif kind.endswith("*"):
             assert dtype[name] == np.uint64
         elif kind in STRUCTS:

@@ -1,0 +1,230 @@
+"""Merging results of the same queries over different keys, of whatever arrays are given."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuflash import jit, reference
+from cuflash.arrays import CuPy, Guest, NumPy, Torch, View, framework_of
+from cuflash.dtypes import DTYPES, DType
+from cuflash.errors import InvalidArgument
+from cuflash.ops import check
+from cuflash.plan import merge as plans
+
+MOST = 32
+"""Parts that one launch merges; more are merged in groups first, in the accumulator's type."""
+
+_BY_NAME = {dtype.numpy.name: dtype for dtype in DTYPES.values()}
+_AXES = ("batch", "row", "head")
+_OF_OUT, _OF_LSE = (0, 1, 2), (0, 2, 1)
+"""Where these are in (b, s, h, d) and in (b, h, s)."""
+
+
+class Merged(NamedTuple):
+    """What a merge found, and what it found it from, as arrays of one framework."""
+
+    out: Any
+    """In the accumulator's type where it was asked for."""
+    lse: Any
+    outs: list[Any]
+    lses: list[Any]
+
+
+def merge(outs: Sequence[Any], lses: Sequence[Any], exact: bool = False) -> Merged:
+    """Merge parts; `exact` leaves out in the accumulator's type, for gradients."""
+    names = _names(outs, lses)
+    framework = framework_of(names, [*outs, *lses])
+    if isinstance(framework, Guest):
+        borrowed = framework.borrow(names, [*outs, *lses])
+        merged = merge(borrowed[: len(outs)], borrowed[len(outs) :], exact)
+        out, lse = framework.lend([merged.out, merged.lse], borrowed)
+        return Merged(out, lse, list(outs), list(lses))
+    dtype = _checked(framework, names, outs, lses)
+    if isinstance(framework, NumPy):
+        outs, lses = ([np.asarray(x) for x in arrays] for arrays in (outs, lses))
+        out, lse = reference.merge(outs, lses)
+        return Merged(out if exact else out.astype(dtype.numpy), lse, outs, lses)
+    with framework.context(framework.ordinal(outs[0])):
+        out, lse = _merge_on_gpu(framework, outs, lses, _real(dtype) if exact else dtype)
+    return Merged(out, lse, list(outs), list(lses))
+
+
+def as_parts(merged: Merged) -> Any:
+    """An exact output in the type of the parts."""
+    dtype = merged.outs[0].dtype
+    framework = framework_of(["outs[0]"], merged.outs[:1])
+    if isinstance(framework, Guest):
+        return merged.out.astype(dtype)
+    with framework.arithmetic(merged.out):
+        return framework.cast(merged.out, dtype)
+
+
+def merge_backward(merged: Merged, dout: Any, dlse: Any) -> tuple[list[Any], list[Any]]:
+    """Gradients of every part's out and lse; `merged` is exact."""
+    outs, lses = merged.outs, merged.lses
+    names = [*_names(outs, lses), "dout", "dlse", "out", "lse"]
+    arrays = [*outs, *lses, dout, dlse, merged.out, merged.lse]
+    framework = framework_of(names, arrays)
+    if isinstance(framework, Guest):
+        borrowed = framework.borrow(names, arrays)
+        n = len(outs)
+        theirs = Merged(borrowed[-2], borrowed[-1], borrowed[:n], borrowed[n : 2 * n])
+        douts, dlses = merge_backward(theirs, borrowed[2 * n], borrowed[2 * n + 1])
+        lent = framework.lend([*douts, *dlses], borrowed)
+        return list(lent[:n]), list(lent[n:])
+    dtype = _checked(framework, names[: 2 * len(outs)], outs, lses)
+    _check_gradient(framework, "dout", dout, "outs[0]", outs[0])
+    if dlse is not None:
+        _check_gradient(framework, "dlse", dlse, "lses[0]", lses[0])
+    if isinstance(framework, NumPy):
+        given = None if dlse is None else np.asarray(dlse)
+        return reference.merge_backward(outs, lses, merged.out, merged.lse, np.asarray(dout), given)
+    with framework.context(framework.ordinal(outs[0])):
+        return _backward_on_gpu(framework, dtype, merged, dout, dlse)
+
+
+def _merge_on_gpu(framework: CuPy | Torch, outs: Sequence[Any], lses: Sequence[Any], result: DType) -> tuple[Any, Any]:
+    """(out, lse) of parts that have been checked; groups of them first where they are many."""
+    views = [framework.view("", x) for x in (*outs, *lses)]
+    dtype, ordinal = _BY_NAME[views[0].dtype], framework.ordinal(outs[0])
+    if len(outs) > MOST:
+        groups = [
+            _merge_on_gpu(framework, outs[first : first + MOST], lses[first : first + MOST], _real(dtype))
+            for first in range(0, len(outs), MOST)
+        ]
+        return _merge_on_gpu(framework, [out for out, _ in groups], [lse for _, lse in groups], result)
+    out = framework.empty(views[0].shape, framework.dtype(result.numpy), ordinal)
+    lse = framework.empty(views[len(outs)].shape, framework.dtype(dtype.accumulator), ordinal)
+    params = _params(views[: len(outs)], views[len(outs) :])
+    rows, dim = int(params["rows"][0]), int(params["dim"][0])
+    if rows and dim:
+        params["out"], params["lse"] = framework.pointer(out), framework.pointer(lse)
+        # The result is contiguous from the start of an allocation on.
+        step = plans.forward(dtype, result, rows, dim, _copy_bytes(views[: len(outs)], dim))
+        _launch(step, params, ordinal)
+    return out, lse
+
+
+def _backward_on_gpu(
+    framework: CuPy | Torch, dtype: DType, merged: Merged, dout: Any, dlse: Any
+) -> tuple[list[Any], list[Any]]:
+    ordinal = framework.ordinal(dout)
+    element, real = (framework.dtype(x) for x in (dtype.numpy, dtype.accumulator))
+    douts = [framework.empty(tuple(x.shape), element, ordinal) for x in merged.outs]
+    dlses = [framework.empty(tuple(x.shape), real, ordinal) for x in merged.lses]
+    for first in range(0, len(douts), MOST):
+        group = slice(first, first + MOST)
+        views = [[framework.view("", x) for x in arrays[group]] for arrays in (merged.outs, merged.lses)]
+        params = _params(*views)
+        rows, dim = int(params["rows"][0]), int(params["dim"][0])
+        if not (rows and dim):
+            continue
+        for name, arrays in (("dout", douts), ("dlse", dlses)):
+            params["parts"][name][0, : len(views[0])] = [framework.pointer(x) for x in arrays[group]]
+        params["out"], params["lse"] = framework.pointer(merged.out), framework.pointer(merged.lse)
+        for name, x, axes in (("dout", dout, _OF_OUT), ("dlse", dlse, _OF_LSE)):
+            if x is not None:
+                params[name] = framework.pointer(x)
+                _put_strides(params[f"{name}_stride"][0], framework.view(name, x), axes)
+        _launch(plans.backward(dtype, rows, dim), params, ordinal)
+    return douts, dlses
+
+
+def _params(outs: Sequence[View], lses: Sequence[View]) -> np.ndarray:
+    """The parameter block without what is written."""
+    params = np.zeros(1, jit.params.dtype("MergeParams"))
+    *batch, length, heads, dim = outs[0].shape
+    params["count"], params["heads"], params["len"], params["dim"] = len(outs), heads, length, dim
+    params["rows"] = math.prod(batch) * length * heads
+    for part, out, lse in zip(params["parts"][0], outs, lses, strict=False):
+        part["out"], part["lse"] = out.pointer, lse.pointer
+        _put_strides(part["out_stride"], out, _OF_OUT)
+        _put_strides(part["lse_stride"], lse, _OF_LSE)
+    return params
+
+
+def _put_strides(strides: np.ndarray, view: View, axes: tuple[int, int, int]) -> None:
+    """Fill in ``Strides`` of (batch, row, head), which lie along these axes of an array; packed ones have no batch."""
+    steps = [step // view.itemsize if n > 1 else 0 for n, step in zip(view.shape, view.strides, strict=True)]
+    if len(steps) == (3 if axes == _OF_OUT else 2):
+        steps = [0, *steps]
+    for name, axis in zip(_AXES, axes, strict=True):
+        strides[name] = steps[axis]
+
+
+def _launch(step: Any, params: np.ndarray, ordinal: int) -> None:
+    (kernel,) = jit.load([step], ordinal)
+    kernel.launch(step.num_blocks, (ctypes.c_uint64 * (params.nbytes // 8)).from_buffer_copy(params.tobytes()))
+
+
+def _copy_bytes(views: Sequence[View], dim: int) -> int:
+    """The widest access that every row of every part allows, up to 16 bytes."""
+    numbers = [n for view in views for n in (view.pointer, *view.strides[:-1])]
+    return math.gcd(16, dim * views[0].itemsize, *numbers)
+
+
+def _real(dtype: DType) -> DType:
+    """The accumulator's own type."""
+    return _BY_NAME[dtype.accumulator.name]
+
+
+def _names(outs: Sequence[Any], lses: Sequence[Any]) -> list[str]:
+    return [*(f"outs[{i}]" for i in range(len(outs))), *(f"lses[{i}]" for i in range(len(lses)))]
+
+
+def _checked(framework: NumPy | CuPy | Torch, names: Sequence[str], outs: Sequence[Any], lses: Sequence[Any]) -> DType:
+    """The element type of parts that fit each other."""
+    framework.describe(names, [*outs, *lses])
+    views = [framework.view(name, x) for name, x in zip(names, (*outs, *lses), strict=True)]
+    if not isinstance(framework, NumPy):
+        check.check_on_cuda(framework.name, {view.name: view for view in views})
+    first, *_ = views
+    if first.dtype not in _BY_NAME:
+        raise InvalidArgument(f"{first.name} is {first.dtype}; expected {', '.join(_BY_NAME)}. Convert every part.")
+    if len(first.shape) not in (3, 4):
+        raise InvalidArgument(
+            f"{first.name} has {len(first.shape)} dimensions, shape {first.shape}; expected (b, s, h, d), or "
+            "(total, h, d) of packed sequences."
+        )
+    dtype = _BY_NAME[first.dtype]
+    *batch, length, heads, dim = first.shape
+    if dim == 0:
+        raise InvalidArgument(f"{first.name} has head dimension 0, shape {first.shape}; expected at least 1.")
+    for i, view in enumerate(views):
+        of_out = i < len(outs)
+        shape = first.shape if of_out else (*batch, heads, length)
+        wanted = first.dtype if of_out else dtype.accumulator.name
+        _check_part(view, first, shape, wanted)
+        if of_out and not view.empty and view.shape[-1] > 1 and view.strides[-1] != view.itemsize:
+            raise InvalidArgument(
+                f"{view.name} is not contiguous along its last dimension; pass a contiguous copy of it."
+            )
+    return dtype
+
+
+def _check_part(view: View, first: View, shape: tuple[int, ...], dtype: str) -> None:
+    if view.device != first.device:
+        raise InvalidArgument(
+            f"{view.name} is on {view.device} but {first.name} is on {first.device}; move one of them."
+        )
+    if view.shape != shape:
+        raise InvalidArgument(f"{view.name} has shape {view.shape}; expected {shape}, by that of {first.name}.")
+    if view.dtype != dtype:
+        raise InvalidArgument(f"{view.name} is {view.dtype}; expected {dtype}, by that of {first.name}.")
+    steps = [step for n, step in zip(view.shape, view.strides, strict=True) if n > 1]
+    if not view.empty and any(n % view.itemsize for n in (view.pointer, *steps)):
+        raise InvalidArgument(f"{view.name} is misaligned; pass a contiguous copy of it.")
+
+
+def _check_gradient(framework: NumPy | CuPy | Torch, name: str, x: Any, like_name: str, like: Any) -> None:
+    """A gradient has the shape and dtype of what it is of."""
+    framework.describe([name, like_name], [x, like])
+    view, of = framework.view(name, x), framework.view(like_name, like)
+    _check_part(view, of, of.shape, of.dtype)
+    if name == "dout" and not view.empty and view.shape[-1] > 1 and view.strides[-1] != view.itemsize:
+        raise InvalidArgument(f"{name} is not contiguous along its last dimension; pass a contiguous copy of it.")
