@@ -7,6 +7,7 @@ from cuflash.api.explain import Explanation, explain
 from cuflash.api.flash import flash_attn_func, flash_attn_varlen_func
 from cuflash.api.gradients import Gradients, flash_attn_backward, flash_attn_vjp
 from cuflash.api.keywords import FlashOptions, VarlenOptions
+from cuflash.api.maps import AttentionMap, attention_map
 from cuflash.api.merge import merge_attention, merge_attention_vjp
 from cuflash.api.packed import (
     flash_attn_kvpacked_func,
@@ -32,6 +33,7 @@ from cuflash.masks import Mask
 from cuflash.problem import Problem
 
 __all__ = [
+    "AttentionMap",
     "CompileError",
     "Explanation",
     "FlashOptions",
@@ -43,6 +45,7 @@ __all__ = [
     "Problem",
     "UnsupportedProblem",
     "VarlenOptions",
+    "attention_map",
     "check_aligned",
     "check_contiguous",
     "check_last_contiguous",

@@ -9,6 +9,8 @@ from typing import Any
 
 SHADES = {"full": "#1f4e79", "partial": "#8fb8de", "skipped": "#eef1f4"}
 """Of tiles all of whose pairs are computed, some, and none."""
+SHARES = "Blues"
+"""The colours of shares from 0 on."""
 INK = "#24292f"
 GRID = "#d0d7de"
 SERIES = ("#1f4e79", "#d1702e", "#3a8f5d", "#8a5aa8", "#b8860b", "#c2504f", "#4c9aa8", "#7a7a7a")

@@ -18,6 +18,7 @@ def misspelt(q: Array, starts: Any) -> None:
     cuflash.flash_attn_varlen_qkvpacked_func(q, starts, seqused_r=starts)  # type: ignore[call-overload]  # pyright: ignore
     cuflash.flash_attn_vjp(q, q, q, windw_size=(1, 0))  # type: ignore[call-overload]  # pyright: ignore
     cuflash.flash_attn_bakward  # type: ignore[attr-defined]  # noqa: B018  # pyright: ignore
+    cuflash.attention_map(q, q, dropout_p=0.1)  # type: ignore[call-arg]  # pyright: ignore
     cuflash.mha_fwd(q, q, q, causal=True)  # type: ignore[call-arg]  # pyright: ignore
 
 

@@ -113,6 +113,15 @@ def explained(problem: cuflash.Problem) -> None:
     assert_type(cuflash.__version__, str)
 
 
+def maps(q: Dense, starts: Lengths, problem: cuflash.Problem) -> None:
+    found = cuflash.attention_map(q, q, rows=[0, -1], bins=64, causal=True, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    assert_type(found, cuflash.AttentionMap)
+    assert_type(found.rows, tuple[int, ...] | None)
+    found.mass.sum()
+    found.plot(head=0, tokens=["a"]).save("map.png")
+    problem.mask.plot(problem, tile=(64, 128)).save("mask.svg")
+
+
 def handed_on(q: Dense, **keywords: Any) -> Dense:
     options: cuflash.FlashOptions = {"alignment": "top-left", "num_splits": 1}
     return cuflash.flash_attn_kvpacked_func(q, q, causal=True, **options)
