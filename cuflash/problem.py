@@ -134,6 +134,8 @@ class Problem:
         if self.layout == "varlen":
             q, kv = (self.total_q,), (self.total_kv,)
             longest = f", {self.batch} sequences of up to {{:,}} rows"
+        if self.layout == "cache" and self.len_kv:
+            kv = (self.total_kv // self.len_kv, self.len_kv)
         if self.page_size:
             kv = (self.total_kv // self.page_size, self.page_size)
         score = [f"times {self.softmax_scale:.4g}"]
@@ -148,6 +150,8 @@ class Problem:
             ("mask", str(self.mask)),
             ("scores", ", ".join(score)),
         ]
+        lines += [("appended", f"{self.appended} keys to each sequence of the cache")] if self.appended else []
+        lines += [("rotary", f"turns {self.rotary.dim} columns")] if self.rotary else []
         lines += [("dropout", f"by the {self.dropout} scheme")] if self.dropout else []
         lines += [("wanted", "the gradient of the bias too")] if self.bias_grad else []
         lines += [("wanted", "the same bits on every run")] if self.deterministic else []

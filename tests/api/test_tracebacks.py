@@ -36,6 +36,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "flash_attn_prepare": lambda: cuflash.flash_attn_prepare(X, WRONG, X),
     "scaled_dot_product_attention": lambda: cuflash.scaled_dot_product_attention(X, WRONG, X),
     "explain": lambda: cuflash.explain(X, X, X, device="abacus"),
+    "attention_map": lambda: cuflash.attention_map(X, WRONG),
     "preferred_backend": lambda: cuflash.preferred_backend("abacus"),
     "merge_attention": lambda: cuflash.merge_attention([X, WRONG], [LSE, LSE]),
     "merge_attention_vjp": lambda: cuflash.merge_attention_vjp([X], [X]),
