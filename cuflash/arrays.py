@@ -55,6 +55,25 @@ class View(NamedTuple):
         return sum(min(s, 0) for s in steps), sum(max(s, 0) for s in steps) + self.itemsize
 
 
+class Adapter:
+    """A framework whose arrays may be more than memory: recorded for gradients, batched, or traced by a compiler."""
+
+    name: str
+
+    def answer(
+        self, direction: Any, options: Any, arrays: Any, generator: Any = None, cached: Any = None
+    ) -> tuple[Any, ...]:
+        """Answer a call of ``ops.forward`` or ``ops.backward`` with what ``ops.answer`` gives for plain arrays.
+
+        The first array is of this framework; the others may be anything, and are checked here.
+        """
+        raise NotImplementedError
+
+    def outline(self, name: str, x: Any) -> View:
+        """Spell an array out that may have no memory: it is looked at, and not read."""
+        raise NotImplementedError
+
+
 class Library:
     """Whole arrays by the functions of their own library, which NumPy, CuPy and torch name alike."""
 
@@ -437,7 +456,7 @@ class Guest:
             return tuple(self._from_dlpack(x) for x in results)
 
 
-Framework = NumPy | CuPy | Torch | Guest
+Framework = NumPy | CuPy | Torch | Guest | Adapter
 ON_GPU = (CuPy, Torch)
 """Frameworks whose `describe` holds all arrays to that of the first one."""
 
@@ -458,8 +477,6 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
     ------
     InvalidArgument
         If one is not an array, or they belong to different frameworks.
-    UnsupportedProblem
-        If one is a JAX tracer.
     """
     kinds: set[type] = set(map(type, arrays))
     kinds.discard(type(None))
@@ -483,7 +500,9 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
             )
         if first is None:
             first, first_name, first_type = framework, name, type(x)
-        elif framework is not first:
+        elif framework.name == first.name:  # an array that is traced beside one that is not
+            first = framework if isinstance(framework, Adapter) else first
+        else:
             raise InvalidArgument(
                 f"{name} is a {framework.name} array but {first_name} is a {first.name} array; "
                 "all arrays of a call must come from one framework. Convert one of them."
@@ -491,6 +510,25 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
     if first is None:
         raise InvalidArgument(f"{names[0]} is None; expected an array.")
     return first
+
+
+def framework_in_memory(names: Sequence[str], arrays: Sequence[Any]) -> NumPy | CuPy | Torch | Guest:
+    """`framework_of` for functions that look at elements, or at where they lie.
+
+    Raises
+    ------
+    UnsupportedProblem
+        If there are no elements yet.
+    """
+    framework = framework_of(names, arrays)
+    if isinstance(framework, Adapter):
+        name = next(name for name, x in zip(names, arrays, strict=True) if x is not None)
+        raise UnsupportedProblem(
+            f"{name} is traced by {framework.name}, and this needs arrays in memory. Inside {framework.name}'s "
+            "transformations call the flash_attn functions that take q, k and v, or scaled_dot_product_attention, for "
+            "outputs, log-sum-exps and gradients."
+        )
+    return framework
 
 
 @lru_cache(maxsize=256)
@@ -509,10 +547,7 @@ def framework_of_type(kind: type) -> Framework | None:
             )
         return _torch_tensors()
     if jax is not None and issubclass(kind, jax.core.Tracer):
-        raise UnsupportedProblem(
-            "cuflash does not run inside jax.jit, jax.grad or jax.vmap yet. "
-            "Call it on concrete JAX arrays, and take gradients from cuflash.flash_attn_vjp."
-        )
+        return _jax_tracers()
     if jax is not None and issubclass(kind, jax.Array):
         return _guest("JAX", jax.numpy.from_dlpack)
     module = sys.modules.get(kind.__module__.partition(".")[0])
@@ -525,6 +560,13 @@ def framework_of_type(kind: type) -> Framework | None:
 @cache
 def _torch_tensors() -> Torch:
     return Torch()
+
+
+@cache
+def _jax_tracers() -> Adapter:
+    from cuflash.adapters.jax import Traced
+
+    return Traced()
 
 
 @cache

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import shown
@@ -81,3 +84,22 @@ def current(index: int) -> Device:
         smem_per_block=properties["sharedMemPerBlockOptin"],
         smem_per_sm=properties["sharedMemPerMultiprocessor"],
     )
+
+
+def ordinal() -> int:
+    """Number of the GPU that this thread works on."""
+    return _get_device()()
+
+
+@cache
+def _get_device() -> Callable[[], int]:
+    import cupy
+
+    return cupy.cuda.runtime.getDevice
+
+
+def activated(index: int) -> AbstractContextManager[Any]:
+    """Where this thread works on a GPU."""
+    import cupy
+
+    return cupy.cuda.Device(index)

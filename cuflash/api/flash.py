@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack, overload
 from cuflash import ops
 from cuflash.api.keywords import FlashOptions, Generator, VarlenOptions
 from cuflash.api.probabilities import check_drawn, probabilities
-from cuflash.arrays import Array, ArrayT, framework_of
+from cuflash.arrays import Array, ArrayT, framework_in_memory
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
@@ -155,9 +155,9 @@ def flash_attn_func(
     sink : array of float32, (heads_q,), optional
         Logits that take part in the softmax of every query, and in the log-sum-exp, but have no value. On a GPU one
         beyond 3.4e38 times `softmax_scale` counts as that much.
-    generator : PhiloxGenerator or (int, int), optional
+    generator : PhiloxGenerator, (int, int) or JAX key, optional
         What dropout draws from: a generator, which moves on, or a seed and an offset. By default the generator that
-        `manual_seed` seeds.
+        `manual_seed` seeds. Inside JAX's transformations a key, a (4,) uint32 array like `rng_state`, or two numbers.
     dropout_scheme : {"byte", "word"}
         How random numbers decide. ``byte`` spends 8 bits on a probability and keeps the same ones as PyTorch's flash
         kernels for the same seed and offset, at chances that are multiples of 1/256. ``word`` spends 32 bits, as
@@ -197,7 +197,7 @@ def flash_attn_func(
     InvalidArgument
         If an argument is wrong or does not fit another; nothing has been launched or written then.
     UnsupportedProblem
-        If no kernel runs this on the device, or the arrays are traced by JAX.
+        If no kernel runs this on the device.
 
     Notes
     -----
@@ -205,6 +205,12 @@ def flash_attn_func(
     CUDA graph; one with dropout needs a generator whose state is on the GPU, see `PhiloxGenerator.to_device`. Scratch
     memory and new arrays come from torch's allocator for torch and from CuPy's for all others; CuPy's does not know of
     graphs, so capture with a ``cupy.cuda.MemoryPool`` that lives as long as the graph.
+
+    Inside JAX's transformations arrays have no elements yet: lengths of packed sequences must be given, and arguments are
+    checked when they are traced. The gradient has no derivative, and there is no forward mode. A program on several
+    devices divides a call along the batch and the heads; where arrays are sharded otherwise, or with dropout, call cuflash
+    inside ``jax.shard_map``. Programs that were stored by ``jax.export`` need ``cuflash.adapters.jax.register()`` before
+    they are run by another process.
 
     Calls on NumPy arrays use as many threads as ``CUFLASH_NUM_THREADS`` says, all cores that the process may use by
     default, and give the same bits with any number. While one runs, the BLAS of the process is held to one thread.
@@ -438,7 +444,7 @@ def _countable(options: Options, arrays: Arrays) -> Options:
             "return_attn_probs is True and block_table is given; probabilities of keys in pages are not returned. "
             "Gather the pages into packed k and v."
         )
-    check_drawn(framework_of(options.manner.names, arrays), options)
+    check_drawn(framework_in_memory(options.manner.names, arrays), options)
     return with_lengths("forward", options, arrays)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cuflash import ops
 from cuflash.api.padding import longest, padded_tensors, sequences_and_rows
-from cuflash.arrays import CuPy, Framework, Guest, NumPy, Torch, framework_of
+from cuflash.arrays import CuPy, Framework, Guest, NumPy, Torch, framework_in_memory
 from cuflash.ops import Arrays, Options, asked
 from cuflash.ops.lengths import check_readable
 
@@ -28,7 +28,7 @@ def check_drawn(framework: Framework, options: Options) -> None:
 def probabilities(options: Options, arrays: Arrays, rng_state: Any) -> Any:
     """`signed_probabilities` of the arrays of a forward call, of any library."""
     names, arrays = options.manner.names, arrays._replace(out=None)
-    framework = framework_of(names, arrays)
+    framework = framework_in_memory(names, arrays)
     if isinstance(framework, Guest):
         borrowed = Arrays(*framework.borrow(names, arrays._replace(rng_state=rng_state)))
         state = None if rng_state is None else borrowed.rng_state.view(np.uint64)

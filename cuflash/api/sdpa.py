@@ -101,7 +101,7 @@ def scaled_dot_product_attention(
     InvalidArgument
         If an argument is wrong or does not fit another; nothing has been launched or written then.
     UnsupportedProblem
-        If no kernel runs this on the device, or not the preferred one, or the arrays are traced by JAX.
+        If no kernel runs this on the device, or not the preferred one.
 
     Examples
     --------

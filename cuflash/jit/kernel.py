@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuflash import device
 from cuflash.errors import UnsupportedProblem
@@ -29,10 +29,23 @@ class Kernel:
     argument: Callable[[int], Any]
     """CuPy's words for the address of an argument; those for a NumPy array take 1 us more to find."""
 
-    def launch(self, num_blocks: int, params: ctypes.Array[Any]) -> None:
-        """Launch on the current CuPy stream; ``params`` is the parameter struct, read before this returns."""
+    def launch(self, num_blocks: int, params: ctypes.Array[Any], stream: Any = None) -> None:
+        """Launch on a :class:`Stream` or CuPy's current one; ``params``, the struct, is read before this returns."""
         arguments = (self.argument(ctypes.addressof(params)),)
-        self.function((num_blocks,), (self.config.threads,), arguments, shared_mem=self.config.smem_bytes)
+        self.function((num_blocks,), (self.config.threads,), arguments, self.config.smem_bytes, stream)
+
+
+class Stream(NamedTuple):
+    """A stream of another library, of its device; what CuPy asks of one to launch a kernel on it."""
+
+    ptr: int
+
+
+def clear(pointer: int, nbytes: int, stream: Stream) -> None:
+    """Fill device memory with zeros on a stream."""
+    import cupy
+
+    cupy.cuda.runtime.memsetAsync(pointer, 0, nbytes, stream.ptr)
 
 
 _loaded: dict[tuple[str, Config, str, int], Kernel] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.arrays import ON_GPU, NumPy, framework_of, framework_of_type
+from cuflash.arrays import ON_GPU, Adapter, NumPy, framework_of, framework_of_type
 from cuflash.ops import launch, on_numpy
 from cuflash.ops.call import Arrays, Gradients, Options
 
@@ -18,7 +18,9 @@ def backward(options: Options, arrays: Arrays) -> tuple[Any, ...]:
     framework = framework_of_type(kind)
     if not isinstance(framework, ON_GPU):
         framework = framework_of(options.manner.names, arrays)
-    if isinstance(framework, NumPy):
+    if isinstance(framework, Adapter):
+        results = framework.answer("backward", options, arrays)
+    elif isinstance(framework, NumPy):
         results = on_numpy.backward(options, arrays)
     else:
         results = launch.run(framework, "backward", options, arrays)

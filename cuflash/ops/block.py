@@ -133,7 +133,7 @@ def filler(
     if "rotated" in names:  # queries are read from where they have been turned into
         slots[names.index("q")] = _inner_word(params, "append", "q"), names.index("q")
         slots[names.index("rotated")] = _word(params, "q"), names.index("rotated")
-    if draws:  # the kernels read the drawn seed and offset where the first one leaves them
+    if "rng_state" in names:  # the kernels read seed and offset where they are given, or the first one leaves them
         slots.append((_inner_word(params, "attention", "rng_state"), names.index("rng_state")))
     encoders = []
     for name, tensor in maps.items():

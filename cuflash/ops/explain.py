@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cuflash import device as devices
 from cuflash import plan
-from cuflash.arrays import Guest, cupy_arrays, framework_of, numpy_arrays
+from cuflash.arrays import Adapter, Guest, cupy_arrays, framework_of, numpy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import flag
 from cuflash.ops import check
@@ -37,7 +37,10 @@ def explain(options: Options, arrays: Arrays, device: str | None, backward: bool
         arrays = Arrays(*(framework.borrow(names, arrays) if on_cuda else framework.on_host(names, arrays)))
         framework = cupy_arrays() if on_cuda else numpy_arrays
     options = with_lengths("forward", options, arrays)
-    views = options.views(framework, arrays)
+    if isinstance(framework, Adapter):
+        views = {name: framework.outline(options.name(name), x) for name, x in arrays.by_name().items()}
+    else:
+        views = options.views(framework, arrays)
     problem = check.problem_of("forward", options, views)
     if backward:
         wanted = bool(options.deterministic), bool(options.bias_grad)

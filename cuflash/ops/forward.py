@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.arrays import ON_GPU, NumPy, framework_of, framework_of_type
+from cuflash.arrays import ON_GPU, Adapter, NumPy, framework_of, framework_of_type
 from cuflash.ops import draw, launch, on_numpy
 from cuflash.ops.call import Arrays, Options
 
@@ -21,6 +21,8 @@ def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int
     framework = framework_of_type(kind)
     if not isinstance(framework, ON_GPU):
         framework = framework_of(options.manner.names, arrays)
+    if isinstance(framework, Adapter):
+        return framework.answer("forward", options, arrays, generator, cached)
     if generator is not None:
         draw.check(generator)
     if isinstance(framework, NumPy):

@@ -7,7 +7,7 @@ fill their pointers into its parameter block and launch.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from cuflash import device, jit
-from cuflash.arrays import CuPy, Guest, Torch, cupy_arrays
+from cuflash.arrays import CuPy, Guest, Torch, View, cupy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.ops import block, boxes, check, draw, overlap
 from cuflash.ops.call import OUTPUTS, Arrays, Options, results
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.scratch import KeptZeros
-from cuflash.plan import Workspace, choose
+from cuflash.plan import Step, Workspace, choose
 from cuflash.problem import Direction, Problem
 
 _MAX_PREPARED = 1024
@@ -136,47 +136,111 @@ def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arr
     """Check a call on arrays of this kind, plan it and load its kernels."""
     views = options.views(framework, arrays)
     check.check_on_cuda(framework.name, views)
-    problem = check.problem_of(direction, options, views)
     ordinal = int(views["q"].device.removeprefix("cuda:"))
-    plan = choose(problem, device.current(ordinal), options.manner.family)
+    call = plan_views(direction, options, views, device.current(ordinal))
+    places = [*(name if name in views else None for name in OUTPUTS[direction]), *(w.name for w in call.results)]
+    written = check.written(direction, views)
+    with framework.context(ordinal):
+        launches = call.load(ordinal)
+    return Prepared(
+        framework=framework,
+        device=ordinal,
+        launches=launches,
+        params=call.params(ordinal),
+        allocations=tuple((_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in call.allocated),
+        results=itemgetter(*(places.index(name) for name in call.names)),
+        fills=tuple((places.index(name), value) for name, value in call.fills.items()),
+        increment=draw.increment(call.problem) if call.draws else None,
+        check_separate=overlap.checker(views, written) if written else None,
+        room=(options.name("seqused_kv"), call.problem.len_kv, call.problem.appended) if call.counts else None,
+    )
 
+
+@dataclass(frozen=True, slots=True)
+class PlannedCall:
+    """A kind of call, checked and planned for a GPU that need not be there."""
+
+    problem: Problem
+    names: tuple[str, ...]
+    """Its results, in order."""
+    results: tuple[Workspace, ...]
+    """Those of them that are not given."""
+    workspaces: tuple[Workspace, ...]
+    """Scratch memory."""
+    fills: dict[str, float]
+    """What results hold that no kernel writes, as there is nothing to attend to."""
+    steps: tuple[Step, ...]
+    """What is launched, in order; without pairs of a query and a key less than the plan has."""
+    template: np.ndarray
+    maps: dict[str, jit.tensormap.TensorMap]
+    given: tuple[str, ...]
+    """The arrays of the call, in order."""
+
+    @property
+    def allocated(self) -> tuple[Workspace, ...]:
+        """All arrays that are not given."""
+        return self.results + self.workspaces
+
+    @property
+    def draws(self) -> bool:
+        """Whether it takes a seed and an offset from a generator, and returns them."""
+        return "rng_state" in self.names
+
+    @property
+    def counts(self) -> bool:
+        """Whether it takes a number of rows of a cache that every sequence uses."""
+        return self.problem.layout == "cache" and "seqused_kv" not in self.given
+
+    def load(self, ordinal: int) -> tuple[tuple[jit.Kernel, int], ...]:
+        """:attr:`Prepared.launches`; call where launches for the GPU belong."""
+        kernels = jit.load(self.steps, ordinal)
+        return tuple((kernel, step.num_blocks) for kernel, step in zip(kernels, self.steps, strict=True))
+
+    def params(self, ordinal: int) -> Callable[[tuple[int, ...]], ctypes.Array]:
+        """:attr:`Prepared.params`: pointers of what is given, then of what is allocated."""
+        pointers = (*self.given, *(w.name for w in self.allocated))
+        return block.filler(self.template, pointers, self.maps, ordinal, draws=self.draws, counts=self.counts)
+
+
+def plan_views(direction: Direction, options: Options, views: Mapping[str, View], gpu: device.Device) -> PlannedCall:
+    """Check a call on arrays of which nothing but these views is known, and plan it.
+
+    A forward with dropout that is given `rng_state` draws from that seed and offset, which stay as they are.
+    """
+    problem = check.problem_of(direction, options, views)
+    plan = choose(problem, gpu, options.manner.family)
     shapes = check.shapes(options, views)
     names = results(problem, options.keep_state, options.keep_delta)
-    new = {name: _result(name, problem, shapes[name]) for name in names if name not in views}
-    places = [*(name if name in views else None for name in OUTPUTS[direction]), *new]
-    written = check.written(direction, views)
+    if "rng_state" in views:
+        names = tuple(name for name in names if name != "rng_state")
+    new = {name: result(name, problem, shapes[name]) for name in names if name not in views}
     # Without pairs there is still a seed to draw, and a sink alone decides lse and its own gradient.
     rows = min(problem.batch, problem.rows_q) > 0
     uneven = problem.layout == "varlen" and options.empty_lse != options.tail_lse  # so lse is no one number either
     whole = rows and (problem.rows_kv > 0 or problem.sink or uneven)
     fills = {"lse": options.empty_lse if rows else options.tail_lse}
     apart = {"fwd_rng"} | ({"cache_append"} if problem.rows_kv else set())  # what is launched without pairs, too
-    steps = [step for step in plan.steps if (whole or step.kernel in apart) and step.num_blocks > 0]
-    workspaces = [workspace for workspace in plan.workspaces if whole and workspace.name not in new]
-    allocated = (*new.values(), *workspaces)
-    pointers = (*views, *(w.name for w in allocated))
-    maps = {
-        box.tensor: tensor
-        for step in steps
-        for box in step.boxes
-        if (tensor := boxes.tensor_map(box, problem, options, views, shapes)) is not None
-    }
-    template = block.template(plan, options, views, shapes)
-    counted = problem.layout == "cache" and "seqused_kv" not in views
-    room = (options.name("seqused_kv"), problem.len_kv, problem.appended) if counted else None
-    with framework.context(ordinal):
-        kernels = jit.load(steps, ordinal)
-    return Prepared(
-        framework=framework,
-        device=ordinal,
-        launches=tuple((kernel, step.num_blocks) for kernel, step in zip(kernels, steps, strict=True)),
-        params=block.filler(template, pointers, maps, ordinal, draws="rng_state" in names, counts=room is not None),
-        allocations=tuple((_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in allocated),
-        results=itemgetter(*(places.index(name) for name in names)),
-        fills=tuple((places.index(name), fills.get(name, 0.0)) for name in names if not whole and name != "rng_state"),
-        increment=draw.increment(problem) if "rng_state" in names else None,
-        check_separate=overlap.checker(views, written) if written else None,
-        room=room,
+    left_out = {"fwd_rng"} if "rng_state" in views else set()
+    steps = tuple(
+        step
+        for step in plan.steps
+        if (whole or step.kernel in apart) and step.kernel not in left_out and step.num_blocks > 0
+    )
+    return PlannedCall(
+        problem=problem,
+        names=names,
+        results=tuple(new.values()),
+        workspaces=tuple(workspace for workspace in plan.workspaces if whole and workspace.name not in new),
+        fills={name: fills.get(name, 0.0) for name in names if not whole and name != "rng_state"},
+        steps=steps,
+        template=block.template(plan, options, views, shapes),
+        maps={
+            box.tensor: tensor
+            for step in steps
+            for box in step.boxes
+            if (tensor := boxes.tensor_map(box, problem, options, views, shapes)) is not None
+        },
+        given=tuple(views),
     )
 
 
@@ -186,7 +250,7 @@ def _allocator(framework: CuPy | Torch, workspace: Workspace) -> Callable[[tuple
     return framework.zeros if workspace.zeroed else framework.empty
 
 
-def _result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
+def result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
     """A result to be allocated."""
     dtypes = {
         "lse": problem.dtype.accumulator, "row_state": problem.dtype.accumulator, "rng_state": np.dtype(np.uint64),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import CuPy, Framework, Guest, Torch, View, cupy_arrays, framework_of, numpy_arrays
+from cuflash.arrays import Adapter, CuPy, Framework, Guest, Torch, View, cupy_arrays, framework_of, numpy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
 from cuflash.ops.call import Arrays, Options
@@ -31,6 +31,8 @@ def with_lengths(direction: Direction, options: Options, arrays: Arrays) -> Opti
     else:
         what, remedy = "validate is True:", "Validate before capturing."
     framework = framework_of(options.manner.names, arrays)
+    if isinstance(framework, Adapter):
+        return options
     check_readable(framework, f"{what} cu_seqlens", remedy)
     if isinstance(framework, Guest):
         arrays, framework = Arrays(*framework.borrow(options.manner.names, arrays)), cupy_arrays()

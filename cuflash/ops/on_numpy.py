@@ -72,7 +72,12 @@ def backward(options: Options, arrays: Arrays) -> tuple[Any, ...]:
         keywords["rng_state"] = np.ascontiguousarray(keywords["rng_state"]).view(np.uint64)
     delta = np.empty(kind.shapes["delta"], problem.dtype.accumulator) if options.keep_delta else None
     run = reference.backward_varlen if problem.layout == "varlen" else reference.backward
+    heads_first = options.manner.layout == "bhsd"
+    if heads_first:
+        keywords |= {name: keywords[name].swapaxes(1, 2) for name in ("q", "k", "v", "out", "dout")}
     *gradients, dbias, dsink = run(**keywords, bias_grad=problem.bias_grad, delta=delta)
+    if heads_first:
+        gradients = [x.swapaxes(1, 2) for x in gradients]
     with np.errstate(all="ignore"):
         dsink = None if dsink is None else dsink.astype(np.float32)
     stored = (_stored(result, place) for result, place in zip(gradients, places, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Generic
 
-from cuflash.arrays import ON_GPU, Array, ArrayT, Guest, NumPy, View, framework_of, framework_of_type
+from cuflash.arrays import ON_GPU, Array, ArrayT, Guest, NumPy, View, framework_in_memory, framework_of_type
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import shown
 from cuflash.ops import check, launch, on_numpy
@@ -19,7 +19,7 @@ class PreparedAttention(Generic[ArrayT]):
     """
 
     def __init__(self, options: Options, arrays: Arrays, cached: int | None = None) -> None:
-        framework = framework_of(options.manner.names, arrays)
+        framework = framework_in_memory(options.manner.names, arrays)
         if isinstance(framework, Guest):
             raise InvalidArgument(
                 f"q is a {framework.name} array; expected an array of CuPy or NumPy or a torch tensor, which prepared "
@@ -86,7 +86,7 @@ class PreparedAttention(Generic[ArrayT]):
             kind: type = type(q)
             framework = framework_of_type(kind)
             if not isinstance(framework, ON_GPU):
-                framework = framework_of(self._words, arrays)
+                framework = framework_in_memory(self._words, arrays)
             if framework is not self._framework:
                 raise InvalidArgument(
                     f"q is a {framework.name} array, but the call was prepared for {self._framework.name} arrays. "

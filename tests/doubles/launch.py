@@ -62,7 +62,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     def load_one(step: Step, ordinal: int) -> SimpleNamespace:
         seen.loaded.append((step.kernel, ordinal))
 
-        def go(num_blocks: int, params: ctypes.Array) -> None:
+        def go(num_blocks: int, params: ctypes.Array, stream: object = None) -> None:
             (block,) = blocks = np.frombuffer(params, jit.params.dtype(step.params))
             assert num_blocks == step.num_blocks
             seen.kernels.append(step.kernel)

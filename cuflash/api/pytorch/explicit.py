@@ -13,7 +13,7 @@ from cuflash import ops
 from cuflash.api.padding import extended, longest, padded, sequences_of, unpadded
 from cuflash.api.probabilities import check_drawn, random_values, signed_probabilities
 from cuflash.api.pytorch import backend
-from cuflash.arrays import CuPy, Guest, Library, NumPy, Torch, framework_of
+from cuflash.arrays import CuPy, Guest, Library, NumPy, Torch, framework_in_memory, framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import flag, integer, is_array, shown
@@ -103,7 +103,7 @@ def drawing_from(generator: Any) -> Iterator[Any]:
 
 def library_of(name: str, x: Any) -> NumPy | CuPy | Torch:
     """The library of an array, which is one of those whose arrays these functions take."""
-    framework = framework_of([name], [x])
+    framework = framework_in_memory([name], [x])
     if isinstance(framework, Guest):
         raise InvalidArgument(
             f"{name} is a {framework.name} array; this function takes NumPy, CuPy and torch arrays. "

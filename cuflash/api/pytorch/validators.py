@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import Guest, View, cupy_arrays, framework_of, numpy_arrays
+from cuflash.arrays import Guest, View, cupy_arrays, framework_in_memory, numpy_arrays
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import integer, is_array, shown
 
@@ -139,8 +139,8 @@ def check_range(name: str, value: Any, dtype: Any = np.int32) -> int:
 
 def _on_device(name: str, x: Any) -> View:
     """The array spelled out, if it is dense and on a CUDA device."""
-    layout = str(getattr(x, "layout", "torch.strided"))
-    if layout != "torch.strided":
+    layout = str(getattr(x, "layout", ""))  # which other libraries' arrays may have, too, and mean something else
+    if layout.startswith("torch.") and layout != "torch.strided":
         raise InvalidArgument(f"{name} has layout {layout}; expected a dense array. Pass {name}.to_dense().")
     view = _view(name, x)
     if not view.device.startswith("cuda"):
@@ -151,7 +151,7 @@ def _on_device(name: str, x: Any) -> View:
 def _view(name: str, x: Any) -> View:
     if x is None:
         raise InvalidArgument(f"{name} is None; expected an array.")
-    framework = framework_of([name], [x])
+    framework = framework_in_memory([name], [x])
     if framework is not numpy_arrays and isinstance(framework, Guest):
         (x,), framework = framework.borrow([name], [x]), cupy_arrays()
     return framework.view(name, x)

@@ -1,0 +1,198 @@
+"""Calls whose arrays are all given, results and scratch memory too: steps of programs that another compiler made.
+
+Such a program knows its call as a text, from which everything else follows: nothing of this process is in it, so that
+it may be stored and run by another one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from cuflash import device, jit
+from cuflash.arrays import View
+from cuflash.errors import UnsupportedProblem
+from cuflash.numbers import integer, is_array
+from cuflash.ops import check, on_numpy
+from cuflash.ops.call import Arrays, Options, asked
+from cuflash.ops.call import results as names_of_results
+from cuflash.ops.launch import PlannedCall, plan_views, result
+from cuflash.plan import Workspace
+from cuflash.problem import Direction, Problem
+
+_VERSION = 1
+_ALIGNMENT = 256
+"""Of arrays in scratch memory, in bytes; those that are given are trusted to start at multiples of 16."""
+_DEFAULTS = asked().values()
+
+
+@dataclass(frozen=True)
+class GivenCall:
+    """A call on contiguous arrays of which shapes and element types are known, and no more."""
+
+    direction: Direction
+    options: Options
+    arrays: tuple[tuple[str, tuple[int, ...], str], ...]
+    """Name, shape and element type of those that it reads, in the order of `Arrays`."""
+
+    @cached_property
+    def views(self) -> dict[str, View]:
+        """The arrays, under the caller's names."""
+        return {name: contiguous(self.options.name(name), shape, dtype) for name, shape, dtype in self.arrays}
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Everything about the call but the values of its arrays, checked.
+
+        Raises
+        ------
+        InvalidArgument
+            If an array or an option is wrong, or does not fit another.
+        """
+        return check.problem_of(self.direction, self.options, self.views)
+
+    @cached_property
+    def results(self) -> tuple[Workspace, ...]:
+        """What it writes, in order; seed and offset of dropout are among what it reads."""
+        names = names_of_results(self.problem, self.options.keep_state, self.options.keep_delta)
+        shapes = check.shapes(self.options, self.views)
+        return tuple(result(name, self.problem, shapes[name]) for name in names if name != "rng_state")
+
+    def plan(self, gpu: device.Device) -> PlannedCall:
+        """What runs on a GPU.
+
+        Raises
+        ------
+        UnsupportedProblem
+            If nothing does.
+        """
+        return plan_views(self.direction, self.options, self.views, gpu)
+
+    def scratch(self, gpu: device.Device) -> Scratch:
+        """The scratch memory for a GPU."""
+        return Scratch(self.plan(gpu).workspaces)
+
+    def text(self) -> str:
+        """The call in words that :func:`from_text` reads."""
+        options = {name: x for name, x in self.options.values().items() if x != _DEFAULTS[name]}
+        content = {"version": _VERSION, "direction": self.direction, "options": options, "arrays": self.arrays}
+        return json.dumps(content, separators=(",", ":"))
+
+
+def from_text(text: str | bytes) -> GivenCall:
+    """The call that a program knows by this text.
+
+    Raises
+    ------
+    UnsupportedProblem
+        If another version of cuflash wrote it.
+    """
+    content = json.loads(text)
+    if content["version"] != _VERSION:
+        raise UnsupportedProblem(
+            f"a compiled program calls cuflash in the words of version {content['version']}, and this cuflash knows "
+            f"version {_VERSION}. Export the program again."
+        )
+    options: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in content["options"].items()}
+    arrays = tuple((name, tuple(shape), dtype) for name, shape, dtype in content["arrays"])
+    return GivenCall(content["direction"], asked(**options), arrays)
+
+
+def plain(options: Options) -> Options:
+    """The options in numbers of Python's own, which text can hold, once they are checked."""
+    return asked(**{name: _plain(x) for name, x in check.settled(options).values().items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if is_array(value):  # which the checks refuse
+        return value
+    number = integer(value)
+    return float(value) if number is None else number
+
+
+def contiguous(name: str, shape: tuple[int, ...], dtype: str) -> View:
+    """A contiguous array that a compiler will put somewhere."""
+    itemsize = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    strides = tuple(itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return View(name, shape, strides, dtype, itemsize, 0, "jax")
+
+
+class Scratch:
+    """One piece of memory for all scratch arrays, those that start as zeros first."""
+
+    def __init__(self, workspaces: Sequence[Workspace]) -> None:
+        first = sorted(workspaces, key=lambda w: not (w.zeroed or w.kept))
+        sizes = [-(-w.nbytes // _ALIGNMENT) * _ALIGNMENT for w in first]
+        starts = dict(zip((w.name for w in first), accumulate(sizes, initial=0), strict=False))
+        self.nbytes: int = sum(sizes)
+        self.nbytes_zeroed: int = sum(n for w, n in zip(first, sizes, strict=True) if w.zeroed or w.kept)
+        self.starts: tuple[int, ...] = tuple(starts[w.name] for w in workspaces)
+
+
+def on_gpu(call: GivenCall, ordinal: int) -> Callable[[list[int], int], None]:
+    """The launches of a call on a GPU: from pointers and a stream to work on the stream, and to nothing else.
+
+    The pointers are of the arrays that it reads, of its results, and of its scratch memory if it needs any.
+    """
+    gpu = device.current(ordinal)
+    planned, scratch = call.plan(gpu), call.scratch(gpu)
+    launches, params = planned.load(ordinal), planned.params(ordinal)
+    num_read, zeroed, starts = len(call.arrays), scratch.nbytes_zeroed, scratch.starts
+    cleared = [(num_read + i, r.nbytes) for i, r in enumerate(call.results) if r.zeroed and r.nbytes]
+
+    def launch(pointers: list[int], handle: int) -> None:
+        stream = jit.Stream(handle)
+        for index, nbytes in cleared:
+            jit.clear(pointers[index], nbytes, stream)
+        if scratch.nbytes:
+            memory = pointers.pop()
+            if zeroed:
+                jit.clear(memory, zeroed, stream)
+            pointers += [memory + start for start in starts]
+        block = params(tuple(pointers))
+        for kernel, num_blocks in launches:
+            kernel.launch(num_blocks, block, stream)
+
+    return launch
+
+
+def on_cpu(call: GivenCall, pointers: Sequence[int]) -> None:
+    """Compute a call in host memory; pointers of what it reads, then of its results."""
+    described = [*call.arrays, *((r.name, r.shape, r.dtype.name) for r in call.results)]
+    arrays = [_array(pointer, x) for pointer, (_, *x) in zip(pointers, described, strict=True)]
+    num_read = len(call.arrays)
+    by_name = [(name, array) for (name, *_), array in zip(described, arrays, strict=True)]
+    read, written = dict(by_name[:num_read]), dict(by_name[num_read:])
+    if call.direction == "forward":
+        rng_state = read.pop("rng_state", None)
+        generator = None if rng_state is None else tuple(rng_state.view(np.uint64).tolist())
+        computed = on_numpy.forward(call.options, Arrays(**read, out=written["out"]), generator)
+    else:
+        gradients = {name: written[name] for name in ("dq", "dk", "dv")}
+        computed = on_numpy.backward(call.options, Arrays(**read, **gradients))
+    for place, x in zip(written.values(), computed, strict=False):  # rng_state, the last one, is not written
+        if place is not x:
+            place[...] = x
+
+
+def _array(pointer: int, description: Sequence[Any]) -> np.ndarray:
+    """Memory as an array."""
+    shape, dtype = description
+    nbytes = prod(shape) * np.dtype(dtype).itemsize
+    if not nbytes:
+        return np.empty(shape, dtype)
+    return np.frombuffer((ctypes.c_char * nbytes).from_address(pointer), dtype).reshape(shape)
