@@ -206,11 +206,11 @@ def flash_attn_func(
     memory and new arrays come from torch's allocator for torch and from CuPy's for all others; CuPy's does not know of
     graphs, so capture with a ``cupy.cuda.MemoryPool`` that lives as long as the graph.
 
-    Inside JAX's transformations arrays have no elements yet: lengths of packed sequences must be given, and arguments are
-    checked when they are traced. The gradient has no derivative, and there is no forward mode. A program on several
-    devices divides a call along the batch and the heads; where arrays are sharded otherwise, or with dropout, call cuflash
-    inside ``jax.shard_map``. Programs that were stored by ``jax.export`` need ``cuflash.adapters.jax.register()`` before
-    they are run by another process.
+    Inside JAX's transformations arrays have no elements yet: lengths of packed sequences must be given, and arguments
+    are checked when they are traced. The gradient has no derivative, and there is no forward mode. A program on several
+    devices divides a call along the batch and the heads; where arrays are sharded otherwise, or with dropout, call
+    cuflash inside ``jax.shard_map``. Programs that were stored by ``jax.export`` need
+    ``cuflash.adapters.jax.register()`` before another process runs them.
 
     Calls on NumPy arrays use as many threads as ``CUFLASH_NUM_THREADS`` says, all cores that the process may use by
     default, and give the same bits with any number. While one runs, the BLAS of the process is held to one thread.

@@ -168,6 +168,38 @@ def test_pages() -> None:
         jax.grad(lambda q: call(q, *map(put, (pages, starts_q, starts, table)))[0].sum())(put(q))
 
 
+def test_caches() -> None:
+    cache = random(3, 20, 2, 16, dtype=FP32)
+    q, used = random(2, 3, 4, 16, dtype=FP32), np.array([7, 20], np.int32)
+    numbers = np.array([2, 0], np.int32)
+    call = lambda q, cache, used, numbers: cuflash.flash_attn_with_kvcache(  # noqa: E731
+        q, cache, cache, cache_seqlens=used, cache_batch_idx=numbers, causal=True, return_softmax_lse=True
+    )
+    out, lse = jax.jit(call)(*map(put, (q, cache, used, numbers)))
+    rows = cache[numbers]
+    hidden = np.arange(20)[None, None, None] < (used[:, None, None, None] - 2 + np.arange(3)[None, None, :, None])
+    exact, naive = (f(q, rows, rows, mask=hidden) for f in (oracle.attention, oracle.naive_in_dtype))
+    oracle.assert_all_close(oracle.Attention(get(out), get(lse)), exact, naive)
+    mapped = jax.jit(jax.vmap(call, (0, None, 0, None)))(
+        *map(put, (np.stack([q, q]), cache, np.stack([used, used]))), put(numbers)
+    )
+    np.testing.assert_allclose(get(mapped[0]), np.stack([out, out]), atol=1e-6)
+    whole = jax.jit(lambda q, cache: cuflash.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=7))(
+        put(q), put(cache[:2])
+    )
+    exact, naive = (f(q, cache[:2, :7], cache[:2, :7]) for f in (oracle.attention, oracle.naive_in_dtype))
+    oracle.assert_close(get(whole), exact.out, naive.out, "out")
+    new = put(q[:, :, :2])
+    with pytest.raises(
+        InvalidArgument, match=r"^k is given inside JAX's transformations, where arrays are not written"
+    ):
+        jax.jit(lambda *x: cuflash.flash_attn_with_kvcache(*x, cache_seqlens=5))(
+            put(q), *[put(cache[:2])] * 2, new, new
+        )
+    with pytest.raises(InvalidArgument, match=r"a cache has none"):
+        jax.grad(lambda q: call(q, *map(put, (cache, used, numbers)))[0].sum())(put(q))
+
+
 def test_nothing_to_attend_to() -> None:
     for rows_q, rows_k in ((0, 4), (4, 0), (0, 0)):
         q, k = put(np.zeros((2, rows_q, 2, 16), FP32)), put(np.ones((2, rows_k, 2, 16), FP32))
