@@ -7,6 +7,7 @@ from cuflash.api.explain import Explanation, explain
 from cuflash.api.flash import flash_attn_func, flash_attn_varlen_func
 from cuflash.api.gradients import Gradients, flash_attn_backward, flash_attn_vjp
 from cuflash.api.keywords import FlashOptions, VarlenOptions
+from cuflash.api.kvcache import KVCache
 from cuflash.api.maps import AttentionMap, attention_map
 from cuflash.api.merge import merge_attention, merge_attention_vjp
 from cuflash.api.packed import (
@@ -39,6 +40,7 @@ __all__ = [
     "FlashOptions",
     "Gradients",
     "InvalidArgument",
+    "KVCache",
     "Mask",
     "PhiloxGenerator",
     "PreparedAttention",
