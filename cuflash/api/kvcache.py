@@ -10,7 +10,7 @@ import numpy as np
 
 from cuflash.api.cache import flash_attn_with_kvcache
 from cuflash.api.prepare import flash_attn_prepare
-from cuflash.arrays import Array, Guest, framework_of
+from cuflash.arrays import Array, Guest, framework_in_memory
 from cuflash.dtypes import DTYPES
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import integer, shown
@@ -88,7 +88,7 @@ class KVCache:
         num_pages: int | None = None,
     ) -> None:
         try:
-            framework = framework_of(["like"], [like])
+            framework = framework_in_memory(["like"], [like])
             if isinstance(framework, Guest):
                 raise InvalidArgument(
                     f"like is a {framework.name} array, and cuflash does not write to those. "

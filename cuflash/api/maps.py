@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import drawing, ops
-from cuflash.arrays import Array, CuPy, Guest, NumPy, Torch, framework_of
+from cuflash.arrays import Array, CuPy, Guest, NumPy, Torch, framework_in_memory
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import integer, shown
@@ -250,7 +250,7 @@ def attention_map(
 
 def _map(options: Options, arrays: Arrays, rows: tuple[int, ...] | None, bins: int) -> AttentionMap:
     """The map, for arrays of any library."""
-    framework = framework_of(options.manner.names, arrays)
+    framework = framework_in_memory(options.manner.names, arrays)
     if isinstance(framework, Guest):
         borrowed = Arrays(*framework.borrow(options.manner.names, arrays))
         found = _map(options, borrowed, rows, bins)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import jit, reference
-from cuflash.arrays import CuPy, Guest, NumPy, Torch, View, framework_of
+from cuflash.arrays import CuPy, Guest, NumPy, Torch, View, framework_in_memory
 from cuflash.dtypes import DTYPES, DType
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
@@ -38,7 +38,7 @@ class Merged(NamedTuple):
 def merge(outs: Sequence[Any], lses: Sequence[Any], exact: bool = False) -> Merged:
     """Merge parts; `exact` leaves out in the accumulator's type, for gradients."""
     names = _names(outs, lses)
-    framework = framework_of(names, [*outs, *lses])
+    framework = framework_in_memory(names, [*outs, *lses])
     if isinstance(framework, Guest):
         borrowed = framework.borrow(names, [*outs, *lses])
         merged = merge(borrowed[: len(outs)], borrowed[len(outs) :], exact)
@@ -57,7 +57,7 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], exact: bool = False) -> Merg
 def as_parts(merged: Merged) -> Any:
     """An exact output in the type of the parts."""
     dtype = merged.outs[0].dtype
-    framework = framework_of(["outs[0]"], merged.outs[:1])
+    framework = framework_in_memory(["outs[0]"], merged.outs[:1])
     if isinstance(framework, Guest):
         return merged.out.astype(dtype)
     with framework.arithmetic(merged.out):
@@ -69,7 +69,7 @@ def merge_backward(merged: Merged, dout: Any, dlse: Any) -> tuple[list[Any], lis
     outs, lses = merged.outs, merged.lses
     names = [*_names(outs, lses), "dout", "dlse", "out", "lse"]
     arrays = [*outs, *lses, dout, dlse, merged.out, merged.lse]
-    framework = framework_of(names, arrays)
+    framework = framework_in_memory(names, arrays)
     if isinstance(framework, Guest):
         borrowed = framework.borrow(names, arrays)
         n = len(outs)
