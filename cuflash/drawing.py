@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SUFFIXES = (".pdf", ".png", ".svg")
+"""Of files that pictures are written to."""
 SHADES = {"full": "#1f4e79", "partial": "#8fb8de", "skipped": "#eef1f4"}
 """Of tiles all of whose pairs are computed, some, and none."""
 SHARES = "Blues"
@@ -24,7 +26,7 @@ class Picture:
     figure: Any
 
     def save(self, path: str | Path, dpi: float = 150) -> None:
-        """Write PNG, SVG or PDF, by the suffix."""
+        """Write PDF, PNG or SVG, by the suffix."""
         self.figure.savefig(path, dpi=dpi, bbox_inches="tight")
 
     def __repr__(self) -> str:

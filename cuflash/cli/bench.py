@@ -11,7 +11,7 @@ from typing import Literal
 import click
 from rich.console import Console
 
-from cuflash.bench import exactness, report, start
+from cuflash.bench import exactness, plots, report, start
 from cuflash.bench import standing as standings
 from cuflash.bench.peers import PEERS, find
 from cuflash.bench.peers import chosen as chosen_peers
@@ -22,6 +22,7 @@ from cuflash.cli.console import Seconds, bar, console, options_written, show
 from cuflash.cli.problem import has_gpu
 from cuflash.cli.soak import check_cublas, compile_all
 from cuflash.cli.support import FILE, write_between
+from cuflash.drawing import SUFFIXES, panels
 from cuflash.errors import InvalidArgument
 from cuflash.problem import Direction
 
@@ -65,6 +66,11 @@ from cuflash.problem import Direction
     help="Measure nothing; print where cuflash stands by the runs in this folder.",
 )
 @click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Draw ratios beside peers and rates below the roofs of the card (PNG, SVG, PDF); with --render, instead.",
+)
+@click.option(
     "--write",
     type=FILE,
     help="With --render or --standing: put it between markers of this file.",
@@ -82,12 +88,15 @@ def command(
     json: Path | None,
     render: Path | None,
     standing: Path | None,
+    plot: Path | None,
     write: Path | None,
     marker: str | None,
 ) -> None:
     """Time and print, or print what was timed."""
     if marker is not None and write is None:
         raise InvalidArgument("--marker needs --write, the file that has the markers.")
+    if plot is not None:
+        _check_drawable(plot, write)
     if standing is not None:
         if render is not None:
             raise InvalidArgument("--standing and --render exclude each other; drop one of them.")
@@ -95,8 +104,11 @@ def command(
         _put(standings.markdown(standings.recorded(standing)), marker or "standing", write)
         return
     if render is not None:
-        _refuse_others("--render", options_written("render", "write", "marker", "phase"))
+        _refuse_others("--render", options_written("render", "write", "marker", "phase", "plot"))
         whole = report.Report.read(render)
+        if plot is not None:
+            plots.draw(whole if phase == "both" else whole.of(phase)).save(plot)
+            return
         text = report.markdown(whole if phase == "both" else whole.of(phase), render.name)
         _put(text, marker or ("measurements" if phase == "both" else f"measurements-{phase}"), write)
         return
@@ -149,6 +161,20 @@ def command(
     _print(run.report, console())
     if json is not None:
         run.report.write(json)
+    if plot is not None:
+        plots.draw(run.report).save(plot)
+
+
+def _check_drawable(plot: Path, write: Path | None) -> None:
+    """Refuse a picture that could not be written, before anything is measured."""
+    if write is not None:
+        raise InvalidArgument("--plot and --write exclude each other; drop one of them.")
+    if plot.suffix not in SUFFIXES:
+        raise InvalidArgument(f"--plot {plot} is no picture; expected a name that ends in {', '.join(SUFFIXES)}.")
+    try:
+        panels(1, 1, 1, 1)
+    except ImportError as error:
+        raise InvalidArgument(f"--plot {plot}: {error}") from None
 
 
 def _refuse_others(option: str, others: list[str]) -> None:
