@@ -434,6 +434,16 @@ def test_arguments_are_checked_where_they_are_traced() -> None:
             jax.jit(call)(x, starts)
 
 
+def test_what_a_program_finds_wrong_when_it_runs_is_said_in_our_words(place: str) -> None:
+    if place != "cpu":
+        pytest.skip("values on a GPU are trusted")
+    x = put(random(9, 2, 16, dtype=FP32))
+    call = jax.jit(lambda x, starts: cuflash.flash_attn_varlen_func(x, x, x, starts, starts, 9, 9))
+    call(x, put(np.array([0, 9], np.int32)))
+    with pytest.raises(Exception, match=r"cu_seqlens_q\[1\] is 10, but q has 9 rows; expected at most that many"):
+        call(x, put(np.array([0, 10], np.int32))).block_until_ready()
+
+
 def test_functions_that_need_memory_refuse_tracers() -> None:
     x = put(random(2, 9, 2, 16, dtype=FP32))
     calls = (

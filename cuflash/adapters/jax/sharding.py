@@ -86,10 +86,7 @@ class Division:
                 axis = "heads" if axis == "kvheads" and not self._shared else axis
                 limit = self._call.problem.heads_kv if axis == "heads" and not self._shared else n
                 if limit % count:
-                    raise UnsupportedProblem(
-                        f"{self._word(name)} has {n} heads or batch elements on {count} devices, but only {limit} can "
-                        f"be divided, and not evenly. Shard along fewer devices, or repeat the key heads."
-                    )
+                    raise self._uneven(name, axis, n, count)
                 on.setdefault(axis, names)
         if on and self._call.problem.dropout:
             raise UnsupportedProblem(
@@ -98,6 +95,15 @@ class Division:
                 "jax.lax.axis_index(...))."
             )
         return on
+
+    def _uneven(self, name: str, axis: str, n: int, count: int) -> UnsupportedProblem:
+        heads_kv = self._call.problem.heads_kv
+        what = f"{n} batch elements" if axis == "batch" else f"{n} heads"
+        why = "" if axis == "batch" else f", but heads are divided with their {heads_kv} key heads"
+        return UnsupportedProblem(
+            f"{self._word(name)} has {what} on {count} devices{why}; expected as many on each device. "
+            "Shard along fewer devices, or repeat the key heads."
+        )
 
     def _refused(self, name: str, axis: str, names: tuple[str, ...]) -> UnsupportedProblem:
         what = {"rows": "its length", "keys": "its length", "dim": "its head dimension", "dimv": "its head dimension"}
