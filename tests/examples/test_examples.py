@@ -19,8 +19,13 @@ CLAIMS = {
     "01_quickstart.py": ["on numpy arrays: (2, 300, 4, 64) float32", "largest difference from softmax"],
     "02_training_step.py": ["attention of float32 elements", "the curves are", "tokens/s with cuflash"],
     "03_variable_length.py": ["400 rows, where padding would need 1200", "other sequences unchanged to the bit: True"],
-    "04_look_inside.py": ["struct Config", "fwd_sm90: ", "bwd_sm90: ", " registers a thread"],
+    "04_decode_loop.py": ["40 steps for 3 prompts", "as many as there are tokens: True"],
+    "05_score_features.py": ["ALiBi  ", "sinks  ", "with seed 7", "all of them at once  "],
+    "08_look_inside.py": ["struct Config", "fwd_sm90: ", "bwd_sm90: ", " registers a thread"],
 }
+
+OF_GUESTS = {6, 7}
+"""Numbers that are kept for training steps in JAX and PyTorch."""
 
 FEWER = {"02_training_step.py": ["--steps", "40", "--batch", "4", "--length", "64", "--width", "32"]}
 """Options of examples that take a minute without."""
@@ -49,12 +54,13 @@ def run(*arguments: str, cwd: Path, path: Sequence[str] = ()) -> str:
 
 def test_every_numbered_example_is_here_and_no_number_is_left_out():
     assert {path.name for path in (ROOT / "examples").glob("[0-9]*.py")} == CLAIMS.keys()
-    assert [int(name[:2]) for name in CLAIMS] == [*range(1, len(CLAIMS) + 1)]
+    numbers = [int(name[:2]) for name in CLAIMS]
+    assert numbers == [n for n in range(1, 9) if n in numbers or n not in OF_GUESTS]
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_an_example_proves_what_it_says(name, tmp_path):
-    if name == "04_look_inside.py":
+    if name == "08_look_inside.py":
         pytest.importorskip("cupy", reason="compiling needs CuPy")
     printed = run(str(ROOT / "examples" / name), *FEWER.get(name, []), cwd=tmp_path)
     for claim in CLAIMS[name]:
@@ -64,7 +70,7 @@ def test_an_example_proves_what_it_says(name, tmp_path):
 def test_looking_inside_needs_no_compiler(tmp_path):
     """The environment of the README's first command has no CuPy."""
     (tmp_path / "cupy.py").write_text("raise ImportError('no CuPy here')")
-    printed = run(str(ROOT / "examples" / "04_look_inside.py"), cwd=tmp_path, path=[str(tmp_path)])
+    printed = run(str(ROOT / "examples" / "08_look_inside.py"), cwd=tmp_path, path=[str(tmp_path)])
     for claim in ("fwd_sm90", "bwd_sm90", "struct Config", "fwd_sm90 is not compiled", "no CuPy here", ".[cuda13]"):
         assert claim in printed
 
