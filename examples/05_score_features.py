@@ -1,6 +1,6 @@
 """What can be done to scores before and after the softmax, each beside the formula that it computes.
 
-The formula is written out once, in float64 with whole matrices; a feature is one argument of the call and one line here.
+The formula is written out once, in float64 with whole matrices; a feature is an argument of the call and one line here.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ batch, length, heads, dim = 2, 200, 4, 32
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((batch, length, heads, dim), dtype=np.float32) for _ in range(3))
 distance = np.arange(length)[:, None] - np.arange(length)  # how far a key lies before its query
+near = (distance <= 16) & (distance >= -4)
 slopes = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
 bias = rng.standard_normal((1, heads, length, length), dtype=np.float32)
 seen = rng.random((batch, 1, length, length)) < 0.5
@@ -31,7 +32,7 @@ def plain(scores: np.ndarray) -> np.ndarray:
     return scores
 
 
-def attention(change: Callable = plain, of_sink: np.ndarray | None = None, kept: np.ndarray | float = 1.0) -> np.ndarray:
+def attention(change: Callable = plain, of_sink: np.ndarray | None = None, kept: np.ndarray | float = 1) -> np.ndarray:
     """softmax(change(q kᵀ / √d)) v: a sink adds a logit without a value, dropout multiplies probabilities by `kept`."""
     scores = change(np.einsum("bihd,bjhd->bhij", q.astype(np.float64), k) / dim**0.5)
     logits = np.full(heads, -np.inf) if of_sink is None else of_sink
@@ -52,8 +53,7 @@ def show(name: str, expected: np.ndarray, **options: object) -> None:
 
 
 show("causal", attention(lambda s: np.where(distance >= 0, s, -np.inf)), causal=True)
-show("a window of 16 keys back, 4 ahead", attention(lambda s: np.where((distance <= 16) & (distance >= -4), s, -np.inf)),
-     window_size=(16, 4))  # fmt: skip
+show("a window of 16 keys back, 4 ahead", attention(lambda s: np.where(near, s, -np.inf)), window_size=(16, 4))
 show("a boolean mask", attention(lambda s: np.where(seen, s, -np.inf)), attn_mask=seen)
 show("soft cap at 1", attention(np.tanh), softcap=1.0)
 show("ALiBi", attention(lambda s: s - slopes[:, None, None] * abs(distance)), alibi_slopes=slopes)
