@@ -1,7 +1,8 @@
 """Arrays at the door: whose they are, where they lie, and how results go back to the same framework.
 
 Below this file an array is a pointer with a shape, strides and a dtype. torch and JAX are found in ``sys.modules`` and
-never imported: an array of theirs can only exist after their user imported them.
+never imported: an array of theirs can only exist after their user imported them. What cuflash has for one of them alone
+is in ``adapters/``, which is loaded when such an array is met.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +24,7 @@ Array = Any
 ArrayT = TypeVar("ArrayT")
 """The type of q, k and v, and of results with as many axes in the same dtype."""
 
-_CPU, _CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType of dlpack.h
+_CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED = 1, 2, 3, 13  # DLDeviceType of dlpack.h
 
 
 class View(NamedTuple):
@@ -77,8 +78,49 @@ class Adapter:
 class Library:
     """Whole arrays by the functions of their own library, which NumPy, CuPy and torch name alike."""
 
+    name: str
     xp: Any
     """The module of those functions."""
+
+    def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
+        """Pointers of the arrays that are given, and everything else about all of them as a key."""
+        raise NotImplementedError
+
+    def view(self, name: str, x: Any) -> View:
+        """Spell an array out."""
+        raise NotImplementedError
+
+    def ordinal(self, x: Any) -> int:
+        """Number of an array's device."""
+        raise NotImplementedError
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate."""
+        raise NotImplementedError
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate and clear."""
+        raise NotImplementedError
+
+    def outline(self, name: str, x: Any) -> View:
+        """Spell an array out for `explain`, which does not read it."""
+        return self.view(name, x)
+
+    def on_host(self, names: Sequence[str], arrays: Sequence[Any]) -> list[Any] | None:
+        """Arrays in host memory as NumPy's views; None where they are NumPy's, or on a GPU."""
+        return None
+
+    def from_host(self, results: Sequence[np.ndarray]) -> tuple[Any, ...]:
+        """Results for arrays that :meth:`on_host` took."""
+        return tuple(results)
+
+    def is_capturing(self) -> bool:
+        """Whether calls are recorded in a CUDA graph."""
+        return False
+
+    def generator(self, device: int) -> Any:
+        """What dropout on a device draws from where a call names nothing; None for cuflash's own generator."""
+        return None
 
     def arithmetic(self, x: Any) -> AbstractContextManager[Any]:
         """Where those functions take arrays that are beside `x`, and do not warn."""
@@ -146,7 +188,31 @@ class NumPy(Library):
         return np.zeros(shape, dtype)
 
 
-class CuPy(Library):
+class Launcher(Library):
+    """Arrays of a library on the GPU, whose streams and memory kernels are launched with."""
+
+    def context(self, device: int) -> AbstractContextManager[Any]:
+        """Where launches and allocations for the device belong."""
+        raise NotImplementedError
+
+    def stream(self) -> tuple[int, Any]:
+        """Handle of the current stream, and what keeps it from being destroyed; None where nothing here can."""
+        raise NotImplementedError
+
+    def is_done(self, stream: Any) -> bool:
+        """Whether a stream has no work left, nor will have it from a graph that is being captured."""
+        raise NotImplementedError
+
+    def dtype(self, dtype: np.dtype) -> Any:
+        """The framework's own name of a dtype."""
+        raise NotImplementedError
+
+    def pointer(self, x: Any) -> int:
+        """Address of the first element."""
+        raise NotImplementedError
+
+
+class CuPy(Launcher):
     """CuPy arrays, on the current CuPy stream of their device."""
 
     name = "CuPy"
@@ -230,154 +296,6 @@ class CuPy(Library):
         return x.data.ptr
 
 
-class Torch(Library):
-    """Tensors on CUDA devices, on torch's current stream of their device; memory comes from torch's allocator.
-
-    Torch's allocator knows which stream a block belongs to and which blocks a captured graph owns, so nothing here has
-    to be kept alive by hand.
-    """
-
-    name = "torch"
-
-    def __init__(self) -> None:
-        self.xp = self._torch = sys.modules["torch"]
-        self._forward_ad = self._torch.autograd.forward_ad
-        self._here = nullcontext()
-
-    def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
-        """Pointers of the arrays that are given, and everything else about all of them as a key.
-
-        Raises
-        ------
-        InvalidArgument, UnsupportedProblem
-            If one is not of torch, as the first is, or is no plain tensor in memory.
-        """
-        kind = type(arrays[0])
-        grad = self._torch.is_grad_enabled()
-        if self._forward_ad._current_level >= 0:
-            framework_of(names, arrays)
-            self._refuse_tangents(names, arrays)
-        pointers: list[int] = []
-        key: list[Any] = []
-        for name, x in zip(names, arrays, strict=True):
-            if x is None:
-                key.append(None)
-                continue
-            if type(x) is not kind:
-                framework_of(names, arrays)
-            if grad and x.requires_grad:
-                raise self._on_tape(name, x)
-            try:
-                pointer = x.data_ptr()
-                described = x.shape, x.stride(), x.dtype, x.device, x.is_neg(), pointer & 15
-            except RuntimeError as error:
-                raise self._without_memory(name, x) from error
-            if not pointer and 0 not in x.shape:
-                raise self._without_memory(name, x)
-            pointers.append(pointer)
-            key.append(described)
-        return pointers, tuple(key)
-
-    def view(self, name: str, x: Any) -> View:
-        """Spell the tensor out."""
-        try:
-            if x.is_neg():
-                raise InvalidArgument(f"{name} is a lazily negated torch view; pass {name}.resolve_neg().")
-            itemsize = x.element_size()
-            strides = tuple(stride * itemsize for stride in x.stride())
-            dtype = str(x.dtype).removeprefix("torch.")
-            return View(name, tuple(x.shape), strides, dtype, itemsize, x.data_ptr(), str(x.device))
-        except RuntimeError as error:
-            raise self._without_memory(name, x) from error
-
-    def ordinal(self, x: Any) -> int:
-        """Number of the tensor's device."""
-        return x.device.index
-
-    def cast(self, x: Any, dtype: Any) -> Any:
-        """The tensor in another dtype; itself if it has that one."""
-        return x.to(dtype)
-
-    def _beside(self, x: Any) -> dict[str, Any]:
-        return {"device": x.device}
-
-    def _refuse_tangents(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
-        for name, x in zip(names, arrays, strict=True):
-            if x is not None and self._forward_ad.unpack_dual(x).tangent is not None:
-                raise UnsupportedProblem(
-                    f"{name} has a tangent of torch's forward mode, which would be lost: cuflash does not run inside "
-                    "it yet. Pass the primal, and take gradients from cuflash.flash_attn_vjp."
-                )
-
-    def _on_tape(self, name: str, x: Any) -> InvalidArgument:
-        if x.device.type != "cuda":  # without its gradient it would not be computed either
-            return not_on_cuda(name, self.name, f"on {x.device}")
-        return InvalidArgument(
-            f"{name} requires grad, but autograd does not see cuflash's kernels: its gradient would be lost. "
-            f"Pass {name}.detach() (or call under torch.no_grad()), and take gradients from "
-            "cuflash.flash_attn_vjp or cuflash.flash_attn_backward."
-        )
-
-    def _without_memory(self, name: str, x: Any) -> InvalidArgument | UnsupportedProblem:
-        """The refusal of a tensor whose elements do not lie in memory by its shape and strides."""
-        if x.is_nested:
-            return InvalidArgument(
-                f"{name} is a nested tensor; expected a dense one. "
-                "Pass its packed values to cuflash.flash_attn_varlen_func, with where they start."
-            )
-        if x.layout is not self._torch.strided:
-            return InvalidArgument(f"{name} has layout {x.layout}; expected a dense tensor. Pass {name}.to_dense().")
-        if type(x) is self._torch.Tensor and x.device.type != "meta":
-            return UnsupportedProblem(
-                f"{name} is a tensor inside torch.vmap, torch.func or the like, or its storage was given back: there "
-                "is no memory to read. cuflash does not run inside torch's transforms yet. Call it on concrete "
-                "tensors, and take gradients from cuflash.flash_attn_vjp."
-            )
-        return UnsupportedProblem(
-            f"{name} is a {type(x).__name__} on {x.device} without memory of its own; expected a plain tensor. "
-            "Call cuflash with the tensors that it stands for."
-        )
-
-    def context(self, device: int) -> AbstractContextManager[Any]:
-        """Where launches and allocations for the device belong."""
-        cuda = _cupy().cuda
-        stream = self._torch.cuda.current_stream(device).cuda_stream
-        if cuda.runtime.getDevice() == device and cuda.get_current_stream().ptr == stream:
-            return self._here
-        return _on_stream(device, stream)
-
-    def is_capturing(self) -> bool:
-        """Whether torch's current stream records a graph."""
-        return self._torch.cuda.is_current_stream_capturing()
-
-    def stream(self) -> tuple[int, Any]:
-        """Handle of torch's current stream, and what keeps it from being destroyed; None where nothing here can."""
-        stream = self._torch.cuda.current_stream()
-        handle = stream.cuda_stream
-        # Torch numbers its own streams, which it never destroys; one from elsewhere has its handle for a number.
-        return handle, None if handle and stream.stream_id == handle else stream
-
-    def is_done(self, stream: Any) -> bool:
-        """Whether a stream has no work left."""
-        return stream.query()
-
-    def dtype(self, dtype: np.dtype) -> Any:
-        """The framework's own name of a dtype."""
-        return getattr(self._torch, dtype.name)
-
-    def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
-        """Allocate on torch's current stream."""
-        return self._torch.empty(shape, dtype=dtype, device=f"cuda:{device}")
-
-    def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
-        """Allocate and clear on torch's current stream."""
-        return self._torch.zeros(shape, dtype=dtype, device=f"cuda:{device}")
-
-    def pointer(self, x: Any) -> int:
-        """Address of the first element."""
-        return x.data_ptr()
-
-
 class InFlight:
     """What kernels that are still running read, held until an event behind them and not until a next call."""
 
@@ -407,30 +325,51 @@ _in_flight = InFlight()
 
 
 class Guest:
-    """A framework reached through DLPack alone: its arrays become CuPy views, results become its arrays.
+    """A framework reached through DLPack alone: its arrays become NumPy's or CuPy's views, results become its arrays.
 
-    Both ways the consumer names its stream and the producer orders the two, so nothing waits on the host.
+    On a GPU the consumer names its stream and the producer orders the two, both ways, so nothing waits on the host.
     """
 
-    def __init__(self, name: str, from_dlpack: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        from_dlpack: Callable[[Any], Any],
+        to_numpy: Callable[[Any], np.ndarray] = np.from_dlpack,
+        from_numpy: Callable[[np.ndarray, Any], Any] | None = None,
+    ) -> None:
         self.name = name
-        self._from_dlpack = from_dlpack
+        self._from_dlpack, self._to_numpy = from_dlpack, to_numpy
+        self._from_numpy = from_numpy or (lambda x, beside: from_dlpack(x))
 
-    def borrow(self, names: Sequence[str], arrays: Sequence[Any]) -> list[Any]:
-        """View the arrays as CuPy arrays that CuPy's current stream may read."""
-        for name, x in zip(names, arrays, strict=True):
-            if x is not None and not self.is_on_cuda(name, x):
-                raise not_on_cuda(name, self.name, "in host memory")
-        from_dlpack = _cupy().from_dlpack
-        return [None if x is None else self._lent(name, x, from_dlpack) for name, x in zip(names, arrays, strict=True)]
+    def borrow(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[NumPy | CuPy, list[Any]]:
+        """View the arrays as NumPy's or, from a GPU, as CuPy's, which CuPy's current stream may read.
 
-    def is_on_cuda(self, name: str, x: Any) -> bool:
-        """Whether an array lies on a GPU."""
-        return self._lent(name, x, lambda x: x.__dlpack_device__())[0] in (_CUDA, _CUDA_MANAGED)
+        Raises
+        ------
+        InvalidArgument
+            If they are not all in host memory or all on GPUs, or one does not lend its memory.
+        """
+        given = [(name, x) for name, x in zip(names, arrays, strict=True) if x is not None]
+        places = [self._place(name, x) for name, x in given]
+        for (name, _), place in zip(given, places, strict=True):
+            if place != places[0]:
+                raise InvalidArgument(
+                    f"{name} is {place} but {given[0][0]} is {places[0]}; "
+                    "all arrays of a call must be on one device. Move one of them."
+                )
+        framework: NumPy | CuPy = numpy_arrays if places[0] == "in host memory" else cupy_arrays()
+        take = self._to_numpy if framework is numpy_arrays else cupy_module().from_dlpack
+        borrowed = [None if x is None else self._lent(name, x, take) for name, x in zip(names, arrays, strict=True)]
+        return framework, borrowed
 
-    def on_host(self, names: Sequence[str], arrays: Sequence[Any]) -> list[Any]:
-        """View arrays in host memory as NumPy arrays."""
-        return [None if x is None else self._lent(name, x, np.asarray) for name, x in zip(names, arrays, strict=True)]
+    def _place(self, name: str, x: Any) -> str:
+        """Where an array lies, as messages say it."""
+        kind, number = self._lent(name, x, lambda x: x.__dlpack_device__())
+        if kind in (_CUDA, _CUDA_MANAGED):
+            return "on a GPU"
+        if kind in (_CPU, _CUDA_HOST):
+            return "in host memory"
+        raise not_here(name, self.name, f"on device {int(number)} of DLPack's kind {int(kind)}")
 
     def _lent(self, name: str, x: Any, take: Callable[[Any], Any]) -> Any:
         """What an array's library gives of it, which may be nothing: it was deleted, or lies on several GPUs."""
@@ -443,22 +382,24 @@ class Guest:
                 "Pass one that is whole, on one device."
             ) from error
 
-    def lend(self, results: Sequence[Any], borrowed: Sequence[Any]) -> tuple[Any, ...]:
-        """Hand CuPy results over, and keep what was borrowed until the kernels queued so far are done with it.
+    def lend(self, results: Sequence[Any], borrowed: Sequence[Any], beside: Any = None) -> tuple[Any, ...]:
+        """Hand results over, beside an array of the library if they are NumPy's.
 
-        The owner's allocator knows nothing of CuPy's stream, and would reuse memory that its user drops too early.
+        What was borrowed from a GPU is kept until the kernels queued so far are done with it: the owner's allocator
+        knows nothing of CuPy's stream, and would reuse memory that its user drops too early.
         """
+        if isinstance(results[0], np.ndarray):
+            return tuple(self._from_numpy(x, beside) for x in results)
         with results[0].device:
             if not cupy_arrays().is_capturing():  # what a graph reads is its user's to keep
-                event = _cupy().cuda.Event(block=True, disable_timing=True)
+                event = cupy_module().cuda.Event(block=True, disable_timing=True)
                 event.record()
                 _in_flight.hold(event, borrowed)
             return tuple(self._from_dlpack(x) for x in results)
 
 
-Framework = NumPy | CuPy | Torch | Guest | Adapter
-ON_GPU = (CuPy, Torch)
-"""Frameworks whose `describe` holds all arrays to that of the first one."""
+Framework = Library | Guest | Adapter
+"""A library of arrays at the door; its `name` is what messages call it."""
 
 numpy_arrays: NumPy = NumPy()
 
@@ -466,7 +407,7 @@ numpy_arrays: NumPy = NumPy()
 @cache
 def cupy_arrays() -> CuPy:
     """The one CuPy framework; imports CuPy."""
-    _cupy()
+    cupy_module()
     return CuPy()
 
 
@@ -512,7 +453,7 @@ def framework_of(names: Sequence[str], arrays: Sequence[Any]) -> Framework:
     return first
 
 
-def framework_in_memory(names: Sequence[str], arrays: Sequence[Any]) -> NumPy | CuPy | Torch | Guest:
+def framework_in_memory(names: Sequence[str], arrays: Sequence[Any]) -> Library | Guest:
     """`framework_of` for functions that look at elements, or at where they lie.
 
     Raises
@@ -521,7 +462,7 @@ def framework_in_memory(names: Sequence[str], arrays: Sequence[Any]) -> NumPy | 
         If there are no elements yet.
     """
     framework = framework_of(names, arrays)
-    if isinstance(framework, Adapter):
+    if not isinstance(framework, Library | Guest):
         name = next(name for name, x in zip(names, arrays, strict=True) if x is not None)
         raise UnsupportedProblem(
             f"{name} is traced by {framework.name}, and this needs arrays in memory. Inside {framework.name}'s "
@@ -540,16 +481,16 @@ def framework_of_type(kind: type) -> Framework | None:
     if cupy is not None and issubclass(kind, cupy.ndarray):
         return cupy_arrays()
     if torch is not None and issubclass(kind, torch.Tensor):
-        if kind.__module__ == "torch._subclasses.fake_tensor":
-            raise UnsupportedProblem(
-                "cuflash does not run inside torch.compile, torch.export or FakeTensorMode yet, whose tensors have no "
-                "memory. Call it on plain tensors, and take gradients from cuflash.flash_attn_vjp."
-            )
         return _torch_tensors()
     if jax is not None and issubclass(kind, jax.core.Tracer):
         return _jax_tracers()
     if jax is not None and issubclass(kind, jax.Array):
-        return _guest("JAX", jax.numpy.from_dlpack)
+        return _jax_arrays()
+    if kind.__module__.partition(".")[0] == "dask":
+        raise UnsupportedProblem(
+            f"a {kind.__name__} of dask is a plan of chunks and no memory. Pass its compute(), or call cuflash on its "
+            "blocks by dask.array.map_blocks."
+        )
     module = sys.modules.get(kind.__module__.partition(".")[0])
     speaks = hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__")
     if speaks and module is not None and hasattr(module, "from_dlpack"):
@@ -558,7 +499,9 @@ def framework_of_type(kind: type) -> Framework | None:
 
 
 @cache
-def _torch_tensors() -> Torch:
+def _torch_tensors() -> Any:
+    from cuflash.adapters.torch.tensors import Torch
+
     return Torch()
 
 
@@ -570,11 +513,18 @@ def _jax_tracers() -> Adapter:
 
 
 @cache
+def _jax_arrays() -> Guest:
+    jax = sys.modules["jax"]
+    # NumPy's DLPack has no bfloat16; and what it makes of an array has its memory, too.
+    return Guest("JAX", jax.numpy.from_dlpack, np.asarray, lambda x, beside: jax.device_put(x, beside.sharding))
+
+
+@cache
 def _guest(name: str, from_dlpack: Callable[[Any], Any]) -> Guest:
     return Guest(name, from_dlpack)
 
 
-def _cupy() -> Any:
+def cupy_module() -> Any:
     """CuPy, which launches the kernels for every framework."""
     try:
         import cupy
@@ -590,31 +540,9 @@ def _name(dtype: np.dtype) -> str:
     return dtype.name if dtype.isnative else str(dtype)
 
 
-def not_on_cuda(name: str, framework: str, where: str) -> InvalidArgument:
-    """The refusal of a guest's array that is on no GPU."""
+def not_here(name: str, framework: str, where: str) -> InvalidArgument:
+    """The refusal of an array that is neither on a CUDA device nor in host memory."""
     return InvalidArgument(
-        f"{name} is a {framework} array {where}; cuflash computes {framework} arrays on CUDA devices and NumPy arrays "
-        f"on the CPU. Move {name} to a GPU, or pass numpy.asarray({name})."
+        f"{name} is a {framework} array {where}; cuflash computes on CUDA devices and on the CPU. "
+        f"Move {name} to one of them."
     )
-
-
-class _StreamPointer:
-    """A raw stream in the words of the CUDA stream protocol."""
-
-    def __init__(self, pointer: int) -> None:
-        self._pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._pointer
-
-
-@cache  # never evicted: a CuPy stream object destroys what it wraps in some CuPy versions, and torch pools its streams
-def _stream(device: int, pointer: int) -> Any:
-    return _cupy().cuda.Stream.from_external(_StreamPointer(pointer))
-
-
-@contextmanager
-def _on_stream(device: int, pointer: int) -> Any:
-    """Make a device and one of its streams current for CuPy."""
-    with _cupy().cuda.Device(device), _stream(device, pointer):
-        yield

@@ -178,7 +178,7 @@ def test_conventions_of_pytorch_stand_on_what_is_nobodys(name):
 
 OPS_FLOORS = (
     {"call", "draw", "overlap", "scratch"}, {"check"}, {"lengths", "boxes"}, {"block"}, {"launch", "on_numpy", "merge"},
-    {"given"}, {"forward", "backward", "explain", "prepared"}, {"vjp"}, {"__init__"},
+    {"given", "answer"}, {"forward", "backward", "explain", "prepared"}, {"vjp"}, {"__init__"},
 )  # fmt: skip
 """The files of ``ops``, from what a call consists of up to its answer."""
 JOINED = {

@@ -92,10 +92,10 @@ def flash_attn_func(
 ) -> Array | tuple[Array | None, ...]:
     """Exact attention, ``softmax(softmax_scale * q @ k.T) @ v`` per head, in memory that grows with the lengths only.
 
-    NumPy arrays are computed on the CPU. CuPy arrays run kernels on the current stream, torch tensors on CUDA devices
-    on torch's current stream, and JAX arrays and those of other DLPack producers on CuPy's current stream, ordered with
-    their own. None of them is copied, and the result belongs to the same library. Query ``i`` sees key ``j`` where a 1
-    is drawn::
+    Arrays in host memory are computed on the CPU. CuPy arrays run kernels on the current stream, torch tensors on CUDA
+    devices on torch's current stream, and JAX arrays and those of other DLPack producers on CuPy's current stream,
+    ordered with their own. None of them is copied, and the result belongs to the same library. Query ``i`` sees key
+    ``j`` where a 1 is drawn::
 
         causal=True             causal=True             causal=True, window_size=(1, 0)
         len_q=2, len_kv=4       len_q=4, len_kv=2       len_q=len_kv=4
@@ -157,7 +157,8 @@ def flash_attn_func(
         beyond 3.4e38 times `softmax_scale` counts as that much.
     generator : PhiloxGenerator, (int, int) or JAX key, optional
         What dropout draws from: a generator, which moves on, or a seed and an offset. By default the generator that
-        `manual_seed` seeds. Inside JAX's transformations a key, a (4,) uint32 array like `rng_state`, or two numbers.
+        `manual_seed` seeds, torch's own for its tensors. Inside JAX's transformations a key, a (4,) uint32 array like
+        `rng_state`, or two numbers.
     dropout_scheme : {"byte", "word"}
         How random numbers decide. ``byte`` spends 8 bits on a probability and keeps the same ones as PyTorch's flash
         kernels for the same seed and offset, at chances that are multiples of 1/256. ``word`` spends 32 bits, as

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import drawing, ops
-from cuflash.arrays import Array, CuPy, Guest, NumPy, Torch, framework_in_memory
+from cuflash.arrays import Array, Guest, Library, NumPy, framework_in_memory
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import integer, shown
@@ -252,9 +252,10 @@ def _map(options: Options, arrays: Arrays, rows: tuple[int, ...] | None, bins: i
     """The map, for arrays of any library."""
     framework = framework_in_memory(options.manner.names, arrays)
     if isinstance(framework, Guest):
-        borrowed = Arrays(*framework.borrow(options.manner.names, arrays))
+        _, views = framework.borrow(options.manner.names, arrays)
+        borrowed = Arrays(*views)
         found = _map(options, borrowed, rows, bins)
-        lent = framework.lend([found.mass, found.entropy, found.first_share, found.sink_share], borrowed)
+        lent = framework.lend([found.mass, found.entropy, found.first_share, found.sink_share], borrowed, arrays.q)
         names = ("mass", "entropy", "first_share", "sink_share")
         return replace(found, **dict(zip(names, lent, strict=True)))
     check_readable(framework, "what a map of attention shows", "Draw maps before or after.")
@@ -347,7 +348,7 @@ class _Gathered:
 
     def __init__(
         self,
-        framework: NumPy | CuPy | Torch,
+        framework: Library,
         problem: Problem,
         options: Options,
         arrays: Arrays,

@@ -9,7 +9,7 @@ import numpy as np
 
 from cuflash import ops
 from cuflash.api.padding import longest, padded_tensors, sequences_and_rows
-from cuflash.arrays import CuPy, Framework, Guest, NumPy, Torch, framework_in_memory
+from cuflash.arrays import Framework, Guest, Library, framework_in_memory
 from cuflash.ops import Arrays, Options, asked
 from cuflash.ops.lengths import check_readable
 
@@ -30,16 +30,17 @@ def probabilities(options: Options, arrays: Arrays, rng_state: Any) -> Any:
     names, arrays = options.manner.names, arrays._replace(out=None)
     framework = framework_in_memory(names, arrays)
     if isinstance(framework, Guest):
-        borrowed = Arrays(*framework.borrow(names, arrays._replace(rng_state=rng_state)))
+        _, views = framework.borrow(names, arrays._replace(rng_state=rng_state))
+        borrowed = Arrays(*views)
         state = None if rng_state is None else borrowed.rng_state.view(np.uint64)
         signed = probabilities(options, borrowed._replace(rng_state=None), state)
-        return framework.lend([signed], borrowed)[0]
+        return framework.lend([signed], borrowed, arrays.q)[0]
     with framework.arithmetic(arrays.q):
         return signed_probabilities(framework, ops.forward, options, rng_state, MULTIPLE, arrays)
 
 
 def signed_probabilities(
-    framework: NumPy | CuPy | Torch,
+    framework: Library,
     forward: Callable[..., tuple[Any, ...]],
     options: Options,
     rng_state: Any,
@@ -80,12 +81,12 @@ def signed_probabilities(
     return signed
 
 
-def random_values(framework: NumPy | CuPy | Torch, probabilities: Any) -> Any:
+def random_values(framework: Library, probabilities: Any) -> Any:
     """A byte for each pair, which was kept where it is at most ``floor((1 - p) * 255)``: 0, and 255 where dropped."""
     return framework.cast(framework.xp.signbit(probabilities), framework.xp.uint8) * 255
 
 
-def _one_hot(framework: NumPy | CuPy | Torch, v: Any, cu_seqlens_kv: Any, first: int, columns: int) -> Any:
+def _one_hot(framework: Library, v: Any, cu_seqlens_kv: Any, first: int, columns: int) -> Any:
     """Values of which key j has 1 in column j - first."""
     if cu_seqlens_kv is None:
         rows = framework.arange(v.shape[1], v)

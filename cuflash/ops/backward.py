@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.arrays import ON_GPU, Adapter, NumPy, framework_of, framework_of_type
-from cuflash.ops import launch, on_numpy
+from cuflash.arrays import Adapter, Launcher, framework_of, framework_of_type
+from cuflash.ops.answer import answer
 from cuflash.ops.call import Arrays, Gradients, Options
 
 
@@ -16,14 +16,12 @@ def backward(options: Options, arrays: Arrays) -> tuple[Any, ...]:
     """
     kind: type = type(arrays.q)
     framework = framework_of_type(kind)
-    if not isinstance(framework, ON_GPU):
+    if not isinstance(framework, Launcher):
         framework = framework_of(options.manner.names, arrays)
     if isinstance(framework, Adapter):
         results = framework.answer("backward", options, arrays)
-    elif isinstance(framework, NumPy):
-        results = on_numpy.backward(options, arrays)
     else:
-        results = launch.run(framework, "backward", options, arrays)
+        results = answer(framework, "backward", options, arrays)
     if len(results) == 3:
         return results
     dq, dk, dv, *others = results

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from math import inf
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from cuflash.arrays import ArrayT, CuPy, NumPy, Torch, View
+from cuflash.arrays import ArrayT, Library, View
 from cuflash.dropout import Scheme
 from cuflash.masks import Alignment
 from cuflash.problem import Direction, Problem
@@ -156,7 +156,7 @@ class Options:
         """What the caller knows an array or an option as."""
         return VOCABULARIES[self.manner.vocabulary].get(argument, argument)
 
-    def views(self, framework: NumPy | CuPy | Torch, arrays: Arrays) -> dict[str, View]:
+    def views(self, framework: Library, arrays: Arrays) -> dict[str, View]:
         """The arrays that are given, spelled out under the caller's names."""
         return {name: framework.view(self.name(name), x) for name, x in arrays.by_name().items()}
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from cuflash.arrays import View, not_on_cuda
+from cuflash.arrays import View
 from cuflash.dropout import Dropout, Scheme
 from cuflash.dtypes import DTYPES, DType
 from cuflash.errors import InvalidArgument
@@ -168,10 +168,13 @@ def settled(options: Options) -> Options:
 
 
 def check_on_cuda(library: str, views: Mapping[str, View]) -> None:
-    """Refuse arrays that no kernel can read."""
-    for view in views.values():
-        if not view.device.startswith("cuda"):
-            raise not_on_cuda(view.name, library, f"on {view.device}")
+    """Refuse arrays that no kernel can read, unless they lie apart, which `layout_of` says."""
+    view = next(iter(views.values()))
+    if not view.device.startswith("cuda"):
+        raise InvalidArgument(
+            f"{view.name} is a {library} array on {view.device}, which no kernel reads. "
+            f"Move {view.name} to a CUDA device, or call flash_attn_func, which computes on the CPU as well."
+        )
 
 
 def layout_of(direction: Direction, options: Options, views: Mapping[str, View]) -> Layout:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import CuPy, Torch
+from cuflash.arrays import Launcher
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator, checked, default_generator
 from cuflash.numbers import shown
@@ -39,12 +39,12 @@ def on_host(generator: PhiloxGenerator | tuple[int, int] | None, problem: Proble
 
 
 def on_device(
-    generator: PhiloxGenerator | tuple[int, int] | None, step: int, framework: CuPy | Torch, device: int
+    generator: PhiloxGenerator | tuple[int, int] | None, step: int, framework: Launcher, device: int
 ) -> tuple[int, int, int]:
     """Address of a generator's state on the device, or 0 and the seed and offset of a call that moves on by `step`."""
     if isinstance(generator, tuple):
         return 0, int(generator[0]), int(generator[1])
-    generator = generator or default_generator
+    generator = generator or framework.generator(device) or default_generator
     address = generator.address(device)
     if address:
         return address, 0, 0

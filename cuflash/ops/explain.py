@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cuflash import device as devices
 from cuflash import plan
-from cuflash.arrays import Adapter, Guest, cupy_arrays, framework_of, numpy_arrays
+from cuflash.arrays import Guest, framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import flag
 from cuflash.ops import check
@@ -33,14 +33,10 @@ def explain(options: Options, arrays: Arrays, device: str | None, backward: bool
     framework = framework_of(names, arrays)
     library = framework.name
     if isinstance(framework, Guest):
-        on_cuda = framework.is_on_cuda(names[0], next(x for x in arrays if x is not None))
-        arrays = Arrays(*(framework.borrow(names, arrays) if on_cuda else framework.on_host(names, arrays)))
-        framework = cupy_arrays() if on_cuda else numpy_arrays
+        framework, borrowed = framework.borrow(names, arrays)
+        arrays = Arrays(*borrowed)
     options = with_lengths("forward", options, arrays)
-    if isinstance(framework, Adapter):
-        views = {name: framework.outline(options.name(name), x) for name, x in arrays.by_name().items()}
-    else:
-        views = options.views(framework, arrays)
+    views = {name: framework.outline(options.name(name), x) for name, x in arrays.by_name().items()}
     problem = check.problem_of("forward", options, views)
     if backward:
         wanted = bool(options.deterministic), bool(options.bias_grad)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.arrays import ON_GPU, Adapter, NumPy, framework_of, framework_of_type
-from cuflash.ops import draw, launch, on_numpy
+from cuflash.arrays import Adapter, Launcher, framework_of, framework_of_type
+from cuflash.ops import draw
+from cuflash.ops.answer import answer
 from cuflash.ops.call import Arrays, Options
 
 
@@ -19,12 +20,10 @@ def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int
     """
     kind: type = type(arrays.q)
     framework = framework_of_type(kind)
-    if not isinstance(framework, ON_GPU):
+    if not isinstance(framework, Launcher):
         framework = framework_of(options.manner.names, arrays)
     if isinstance(framework, Adapter):
         return framework.answer("forward", options, arrays, generator, cached)
     if generator is not None:
         draw.check(generator)
-    if isinstance(framework, NumPy):
-        return on_numpy.forward(options, arrays, generator, cached)
-    return launch.run(framework, "forward", options, arrays, generator, cached)
+    return answer(framework, "forward", options, arrays, generator, cached)

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from cuflash import device, jit
-from cuflash.arrays import CuPy, Guest, Torch, View, cupy_arrays
-from cuflash.errors import InvalidArgument
+from cuflash.arrays import Launcher, View
 from cuflash.ops import block, boxes, check, draw, overlap
 from cuflash.ops.call import OUTPUTS, Arrays, Options, results
 from cuflash.ops.lengths import with_lengths
@@ -29,7 +28,7 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
 def run(
-    framework: CuPy | Torch | Guest,
+    framework: Launcher,
     direction: Direction,
     options: Options,
     arrays: Arrays,
@@ -37,8 +36,6 @@ def run(
     cached: int | None = None,
 ) -> tuple[Any, ...]:
     """Answer a call on arrays that live on a GPU."""
-    if isinstance(framework, Guest):
-        return _run_for_guest(framework, direction, options, arrays, generator, cached)
     options = with_lengths(direction, options, arrays)
     pointers, described = framework.describe(options.manner.names, arrays)
     key = direction, options, described
@@ -55,34 +52,11 @@ def run(
     return prepared(arrays.outputs(direction), pointers, generator, cached)
 
 
-def _run_for_guest(
-    framework: Guest, direction: Direction, options: Options, arrays: Arrays, generator: Any, cached: int | None
-) -> tuple[Any, ...]:
-    """The same of arrays that CuPy borrows, whose results go back to their library."""
-    for name, x in zip(OUTPUTS[direction], arrays.outputs(direction), strict=True):
-        if x is not None:
-            raise InvalidArgument(
-                f"{name} is a {framework.name} array, and cuflash does not write to those. "
-                f"Drop {name} and use the array that is returned."
-            )
-    if arrays.k_new is not None:
-        name = options.name("k_new")
-        raise InvalidArgument(
-            f"{name} is a {framework.name} array to be appended, and cuflash does not write to the cache of such. "
-            f"Append it yourself, and drop {name}."
-        )
-    borrowed = Arrays(*framework.borrow(options.manner.names, arrays))
-    results = run(cupy_arrays(), direction, options, borrowed, generator, cached)
-    if direction == "forward":  # rng_state: JAX has no 64-bit integers by default
-        results = tuple(x.view(np.uint32) if x.dtype == np.uint64 else x for x in results)
-    return framework.lend(results, borrowed)
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """Everything about a kind of call but its pointers."""
 
-    framework: CuPy | Torch
+    framework: Launcher
     device: int
     launches: tuple[tuple[jit.Kernel, int], ...]
     """Kernels, each with its number of blocks; none when there is no pair of a query and a key."""
@@ -132,7 +106,7 @@ class Prepared:
         return self.results(written)
 
 
-def prepare(framework: CuPy | Torch, direction: Direction, options: Options, arrays: Arrays) -> Prepared:
+def prepare(framework: Launcher, direction: Direction, options: Options, arrays: Arrays) -> Prepared:
     """Check a call on arrays of this kind, plan it and load its kernels."""
     views = options.views(framework, arrays)
     check.check_on_cuda(framework.name, views)
@@ -244,7 +218,7 @@ def plan_views(direction: Direction, options: Options, views: Mapping[str, View]
     )
 
 
-def _allocator(framework: CuPy | Torch, workspace: Workspace) -> Callable[[tuple[int, ...], Any, int], Any]:
+def _allocator(framework: Launcher, workspace: Workspace) -> Callable[[tuple[int, ...], Any, int], Any]:
     if workspace.kept:
         return KeptZeros(framework)
     return framework.zeros if workspace.zeroed else framework.empty

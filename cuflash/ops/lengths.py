@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import Adapter, CuPy, Framework, Guest, Torch, View, cupy_arrays, framework_of, numpy_arrays
+from cuflash.arrays import Framework, Guest, Library, View, framework_of, numpy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
 from cuflash.ops.call import Arrays, Options
@@ -31,11 +31,12 @@ def with_lengths(direction: Direction, options: Options, arrays: Arrays) -> Opti
     else:
         what, remedy = "validate is True:", "Validate before capturing."
     framework = framework_of(options.manner.names, arrays)
-    if isinstance(framework, Adapter):
+    if isinstance(framework, Guest):
+        framework, borrowed = framework.borrow(options.manner.names, arrays)
+        arrays = Arrays(*borrowed)
+    if not isinstance(framework, Library):
         return options
     check_readable(framework, f"{what} cu_seqlens", remedy)
-    if isinstance(framework, Guest):
-        arrays, framework = Arrays(*framework.borrow(options.manner.names, arrays)), cupy_arrays()
     views = options.views(framework, arrays)
     check.layout_of(direction, options, views)
     return read(options, views, arrays)
@@ -43,7 +44,7 @@ def with_lengths(direction: Direction, options: Options, arrays: Arrays) -> Opti
 
 def check_readable(framework: Framework, what: str, remedy: str) -> None:
     """Refuse to read from a GPU while a graph is captured, which waiting for the GPU would break."""
-    if isinstance(framework, CuPy | Torch) and framework.is_capturing():
+    if isinstance(framework, Library) and framework.is_capturing():
         raise InvalidArgument(
             f"{what} would be read from the GPU, which is not possible while a CUDA graph is captured. {remedy}"
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import jit, reference
-from cuflash.arrays import CuPy, Guest, NumPy, Torch, View, framework_in_memory
+from cuflash.arrays import Guest, Launcher, Library, NumPy, View, framework_in_memory
 from cuflash.dtypes import DTYPES, DType
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
@@ -40,15 +40,20 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], exact: bool = False) -> Merg
     names = _names(outs, lses)
     framework = framework_in_memory(names, [*outs, *lses])
     if isinstance(framework, Guest):
-        borrowed = framework.borrow(names, [*outs, *lses])
+        _, borrowed = framework.borrow(names, [*outs, *lses])
         merged = merge(borrowed[: len(outs)], borrowed[len(outs) :], exact)
-        out, lse = framework.lend([merged.out, merged.lse], borrowed)
+        out, lse = framework.lend([merged.out, merged.lse], borrowed, outs[0])
+        return Merged(out, lse, list(outs), list(lses))
+    if (on_host := framework.on_host(names, [*outs, *lses])) is not None:
+        merged = merge(on_host[: len(outs)], on_host[len(outs) :], exact)
+        out, lse = framework.from_host([merged.out, merged.lse])
         return Merged(out, lse, list(outs), list(lses))
     dtype = _checked(framework, names, outs, lses)
     if isinstance(framework, NumPy):
         outs, lses = ([np.asarray(x) for x in arrays] for arrays in (outs, lses))
         out, lse = reference.merge(outs, lses)
         return Merged(out if exact else out.astype(dtype.numpy), lse, outs, lses)
+    assert isinstance(framework, Launcher)
     with framework.context(framework.ordinal(outs[0])):
         out, lse = _merge_on_gpu(framework, outs, lses, _real(dtype) if exact else dtype)
     return Merged(out, lse, list(outs), list(lses))
@@ -71,11 +76,17 @@ def merge_backward(merged: Merged, dout: Any, dlse: Any) -> tuple[list[Any], lis
     arrays = [*outs, *lses, dout, dlse, merged.out, merged.lse]
     framework = framework_in_memory(names, arrays)
     if isinstance(framework, Guest):
-        borrowed = framework.borrow(names, arrays)
+        _, borrowed = framework.borrow(names, arrays)
         n = len(outs)
         theirs = Merged(borrowed[-2], borrowed[-1], borrowed[:n], borrowed[n : 2 * n])
         douts, dlses = merge_backward(theirs, borrowed[2 * n], borrowed[2 * n + 1])
-        lent = framework.lend([*douts, *dlses], borrowed)
+        lent = framework.lend([*douts, *dlses], borrowed, dout)
+        return list(lent[:n]), list(lent[n:])
+    if (on_host := framework.on_host(names, arrays)) is not None:
+        n = len(outs)
+        theirs = Merged(on_host[-2], on_host[-1], on_host[:n], on_host[n : 2 * n])
+        douts, dlses = merge_backward(theirs, on_host[2 * n], on_host[2 * n + 1])
+        lent = framework.from_host([*douts, *dlses])
         return list(lent[:n]), list(lent[n:])
     dtype = _checked(framework, names[: 2 * len(outs)], outs, lses)
     _check_gradient(framework, "dout", dout, "outs[0]", outs[0])
@@ -84,11 +95,12 @@ def merge_backward(merged: Merged, dout: Any, dlse: Any) -> tuple[list[Any], lis
     if isinstance(framework, NumPy):
         given = None if dlse is None else np.asarray(dlse)
         return reference.merge_backward(outs, lses, merged.out, merged.lse, np.asarray(dout), given)
+    assert isinstance(framework, Launcher)
     with framework.context(framework.ordinal(outs[0])):
         return _backward_on_gpu(framework, dtype, merged, dout, dlse)
 
 
-def _merge_on_gpu(framework: CuPy | Torch, outs: Sequence[Any], lses: Sequence[Any], result: DType) -> tuple[Any, Any]:
+def _merge_on_gpu(framework: Launcher, outs: Sequence[Any], lses: Sequence[Any], result: DType) -> tuple[Any, Any]:
     """(out, lse) of parts that have been checked; groups of them first where they are many."""
     views = [framework.view("", x) for x in (*outs, *lses)]
     dtype, ordinal = _BY_NAME[views[0].dtype], framework.ordinal(outs[0])
@@ -111,7 +123,7 @@ def _merge_on_gpu(framework: CuPy | Torch, outs: Sequence[Any], lses: Sequence[A
 
 
 def _backward_on_gpu(
-    framework: CuPy | Torch, dtype: DType, merged: Merged, dout: Any, dlse: Any
+    framework: Launcher, dtype: DType, merged: Merged, dout: Any, dlse: Any
 ) -> tuple[list[Any], list[Any]]:
     ordinal = framework.ordinal(dout)
     element, real = (framework.dtype(x) for x in (dtype.numpy, dtype.accumulator))
@@ -177,7 +189,7 @@ def _names(outs: Sequence[Any], lses: Sequence[Any]) -> list[str]:
     return [*(f"outs[{i}]" for i in range(len(outs))), *(f"lses[{i}]" for i in range(len(lses)))]
 
 
-def _checked(framework: NumPy | CuPy | Torch, names: Sequence[str], outs: Sequence[Any], lses: Sequence[Any]) -> DType:
+def _checked(framework: Library, names: Sequence[str], outs: Sequence[Any], lses: Sequence[Any]) -> DType:
     """The element type of parts that fit each other."""
     framework.describe(names, [*outs, *lses])
     views = [framework.view(name, x) for name, x in zip(names, (*outs, *lses), strict=True)]
@@ -221,7 +233,7 @@ def _check_part(view: View, first: View, shape: tuple[int, ...], dtype: str) -> 
         raise InvalidArgument(f"{view.name} is misaligned; pass a contiguous copy of it.")
 
 
-def _check_gradient(framework: NumPy | CuPy | Torch, name: str, x: Any, like_name: str, like: Any) -> None:
+def _check_gradient(framework: Library, name: str, x: Any, like_name: str, like: Any) -> None:
     """A gradient has the shape and dtype of what it is of."""
     framework.describe([name, like_name], [x, like])
     view, of = framework.view(name, x), framework.view(like_name, like)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Generic
 
-from cuflash.arrays import ON_GPU, Array, ArrayT, Guest, NumPy, View, framework_in_memory, framework_of_type
+from cuflash.arrays import Array, ArrayT, Guest, Launcher, NumPy, View, framework_in_memory, framework_of_type
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import shown
 from cuflash.ops import check, launch, on_numpy
@@ -39,6 +39,7 @@ class PreparedAttention(Generic[ArrayT]):
         if isinstance(framework, NumPy):
             on_numpy.check_kind("forward", self._options, arrays)
         else:
+            assert isinstance(framework, Launcher)
             self._prepared = launch.prepare(framework, "forward", self._options, arrays)
             self._pointers, _ = framework.describe(options.manner.names, arrays)
             there = list(arrays.by_name())
@@ -85,7 +86,7 @@ class PreparedAttention(Generic[ArrayT]):
             arrays = q, k, v, out
             kind: type = type(q)
             framework = framework_of_type(kind)
-            if not isinstance(framework, ON_GPU):
+            if not isinstance(framework, Launcher):
                 framework = framework_in_memory(self._words, arrays)
             if framework is not self._framework:
                 raise InvalidArgument(

@@ -6,7 +6,7 @@ import itertools
 import threading
 from typing import Any
 
-from cuflash.arrays import CuPy, Torch
+from cuflash.arrays import Launcher
 
 _MAX_KEPT = 64
 _PER_THREAD = 2
@@ -24,7 +24,7 @@ class KeptZeros:
     its array, and one that others may destroy has none. A captured graph may run beside calls, and gets its own.
     """
 
-    def __init__(self, framework: CuPy | Torch) -> None:
+    def __init__(self, framework: Launcher) -> None:
         self._framework = framework
         self._kept: dict[Any, tuple[Any, Any]] = {}
         """Streams and their arrays by handle, and by thread where threads share the handle."""

@@ -100,14 +100,14 @@ def torch_tensors() -> dict[str, tuple[Any, str]]:
     with FakeTensorMode():
         fake = torch.empty(1, 8, 2, 16)
     return {
-        "fake": (fake, "cuflash does not run inside torch.compile, torch.export or FakeTensorMode yet"),
+        "fake": (fake, "k is a FakeTensor on cpu without memory"),
         "wrapper": (Wrapper((1, 8, 2, 16)), "k is a Wrapper on cpu without memory"),
         "meta": (torch.empty(1, 8, 2, 16, device="meta"), "k is a Tensor on meta without memory"),
         "given back": (given_back, "k is a tensor inside torch.vmap"),
         "sparse": (x.to_sparse(), "k has layout torch.sparse_coo; expected a dense tensor. Pass k.to_dense()."),
         "nested": (torch.nested.nested_tensor([x[0], x[0]], layout=torch.strided), "k is a nested tensor"),
         "jagged": (torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged), "k is a nested tensor"),
-        "grad": (x.clone().requires_grad_(), "k is a torch array on cpu; cuflash computes torch arrays on CUDA"),
+        "grad": (x.clone().requires_grad_(), "k requires grad, but autograd does not see"),
     }
 
 
@@ -129,7 +129,7 @@ def test_transforms_of_torch() -> None:
     call = cuflash.flash_attn_func
     with pytest.raises(UnsupportedProblem, match=r"^q is a tensor inside torch.vmap, torch.func or the like"):
         torch.vmap(lambda y: call(y, y, y))(x)
-    with pytest.raises(ERRORS, match=r"^q (has a tangent|is a tensor inside torch.vmap|is a torch array on cpu)"):
+    with pytest.raises(ERRORS, match=r"^q (has a tangent|is a tensor inside torch.vmap|requires grad)"):
         torch.func.grad(lambda y: call(y, y, y).sum())(x[0])
     with pytest.raises(ERRORS, match=r"^q (has a tangent|is a tensor inside torch.vmap)"):
         torch.func.jvp(lambda y: call(y, y, y), (x[0],), (x[0],))
@@ -145,8 +145,7 @@ def test_arrays_of_jax() -> None:
     gone.delete()
     with pytest.raises(InvalidArgument, match=r"^q is a JAX array that does not lend its memory \(it was deleted"):
         cuflash.flash_attn_func(gone, x, x)
-    with pytest.raises(InvalidArgument, match=r"^q is a JAX array in host memory; cuflash computes JAX arrays on CUDA"):
-        cuflash.flash_attn_func(x, x, x)
+    assert isinstance(cuflash.flash_attn_func(x, x, x), jax.Array)
     assert cuflash.explain(x, x, x, device="h100").problem.dtype.name == "fp32"
 
 
@@ -171,10 +170,10 @@ class Borrowed:
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "framework_of_type", lambda kind: GUEST if kind is Borrowed else None)
-    monkeypatch.setattr(arrays, "_cupy", lambda: pytest.fail("nobody needs CuPy to look at host memory"))
+    monkeypatch.setattr(arrays, "cupy_module", lambda: pytest.fail("nobody needs CuPy to look at host memory"))
 
 
-GUEST = arrays.Guest("foreign", lambda x: x)
+GUEST = arrays.Guest("foreign", lambda x: x, np.asarray)
 
 
 def test_guests_that_are_not_there(foreign: None) -> None:
@@ -184,7 +183,7 @@ def test_guests_that_are_not_there(foreign: None) -> None:
     ):
         cuflash.flash_attn_func(x, Borrowed(-1), x)
     with pytest.raises(
-        InvalidArgument, match=r"^v is a foreign array in host memory; cuflash computes foreign arrays on"
+        InvalidArgument, match=r"^v is in host memory but q is on a GPU; all arrays of a call must be on one device"
     ):
         cuflash.flash_attn_func(x, x, Borrowed(1))
 

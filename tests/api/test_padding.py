@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cuflash.adapters.torch.tensors import Torch
 from cuflash.api import padding
 from cuflash.api.pytorch import explicit
-from cuflash.arrays import Library, Torch, numpy_arrays
+from cuflash.arrays import Library, numpy_arrays
 
 
 def library_and_put(name: str) -> tuple[Library, Callable[[np.ndarray], Any]]:

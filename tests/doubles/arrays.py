@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -58,6 +59,10 @@ class FakeTensor:
         self.x, self.device, self.requires_grad, self.negated = x, FakeDevice(where), requires_grad, negated
         self.shape, self.dtype = x.shape, FakeDtype(x.dtype.name)
 
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
     def stride(self) -> tuple[int, ...]:
         return tuple(stride // self.x.itemsize for stride in self.x.strides)
 
@@ -107,6 +112,13 @@ FAKE_TORCH = ModuleType("torch")
 FAKE_TORCH.Tensor = FakeTensor
 FAKE_TORCH.is_grad_enabled = lambda: True
 FAKE_TORCH.strided = FakeTensor.layout
+FAKE_TORCH.no_grad = nullcontext
+FAKE_TORCH.cuda = SimpleNamespace(is_available=lambda: False, default_generators=[SimpleNamespace()])
+FAKE_TORCH.compiler = SimpleNamespace(is_dynamo_compiling=lambda: False)
+FAKE_TORCH._C = SimpleNamespace(
+    _are_functorch_transforms_active=lambda: False, _len_torch_dispatch_stack=lambda: 0,
+    _is_any_autocast_enabled=lambda: False,
+)  # fmt: skip
 FAKE_TORCH.autograd = SimpleNamespace(forward_ad=SimpleNamespace(_current_level=-1))
 for _name in ("float16", "bfloat16", "float32", "float64", "uint8", "int32", "int64", "uint64", "bool"):
     setattr(FAKE_TORCH, _name, FakeDtype(_name))

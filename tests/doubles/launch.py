@@ -19,7 +19,8 @@ import pytest
 from host import build, run
 
 from cuflash import arrays, device, jit
-from cuflash.arrays import CuPy, Torch
+from cuflash.adapters.torch.tensors import Torch
+from cuflash.arrays import CuPy
 from cuflash.ops import launch
 from cuflash.plan import Step
 from doubles.arrays import FAKE_TORCH, as_cupy, as_torch, to_numpy_dtype

@@ -205,7 +205,7 @@ recorded: list[Event] = []
 
 def test_inputs_of_guests_go_when_their_kernels_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
     capturing = []
-    monkeypatch.setattr(arrays, "_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(Event=Event)))
+    monkeypatch.setattr(arrays, "cupy_module", lambda: SimpleNamespace(cuda=SimpleNamespace(Event=Event)))
     monkeypatch.setattr(arrays, "cupy_arrays", lambda: SimpleNamespace(is_capturing=lambda: bool(capturing)))
     guest = arrays.Guest("foreign", lambda x: x)
     result = SimpleNamespace(device=nullcontext())

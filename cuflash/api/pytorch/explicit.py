@@ -13,7 +13,7 @@ from cuflash import ops
 from cuflash.api.padding import extended, longest, padded, sequences_of, unpadded
 from cuflash.api.probabilities import check_drawn, random_values, signed_probabilities
 from cuflash.api.pytorch import backend
-from cuflash.arrays import CuPy, Guest, Library, NumPy, Torch, framework_in_memory, framework_of
+from cuflash.arrays import Guest, Library, framework_in_memory, framework_of
 from cuflash.errors import InvalidArgument
 from cuflash.generator import PhiloxGenerator
 from cuflash.numbers import flag, integer, is_array, shown
@@ -101,7 +101,7 @@ def drawing_from(generator: Any) -> Iterator[Any]:
     generator.set_state(moved)
 
 
-def library_of(name: str, x: Any) -> NumPy | CuPy | Torch:
+def library_of(name: str, x: Any) -> Library:
     """The library of an array, which is one of those whose arrays these functions take."""
     framework = framework_in_memory([name], [x])
     if isinstance(framework, Guest):
@@ -242,7 +242,7 @@ def _differentiated(options: Options, bias: Any) -> Any:
     return bias[tuple(slice(0, 1) if n > 1 and stride == 0 else slice(None) for n, stride in sizes)]
 
 
-def _check_grad_bias(library: NumPy | CuPy | Torch, options: Options, arrays: Arrays, grad_bias: Any) -> None:
+def _check_grad_bias(library: Library, options: Options, arrays: Arrays, grad_bias: Any) -> None:
     """The caller's array for the gradient of the bias is an output like the others."""
     views = options.views(library, arrays) | {"grad_bias": library.view("grad_bias", grad_bias)}
     check.check_output(views["grad_bias"], views["bias"])
@@ -258,9 +258,7 @@ def _stored(library: Library, dbias: Any, dtype: Any, grad_bias: Any) -> Any:
     return grad_bias
 
 
-def _rng_state(
-    library: NumPy | CuPy | Torch, options: Options, philox_seed: Any, philox_offset: Any, beside: Any
-) -> Any:
+def _rng_state(library: Library, options: Options, philox_seed: Any, philox_offset: Any, beside: Any) -> Any:
     """Seed and offset as `ops.backward` takes them: of a pair, of two numbers, or of two arrays of one number."""
     if philox_seed is None:
         raise InvalidArgument(
@@ -295,7 +293,7 @@ def _number(name: str, x: Any) -> int:
     return number
 
 
-def scalars(library: NumPy | CuPy | Torch, state: Any, beside: Any) -> tuple[Any, Any]:
+def scalars(library: Library, state: Any, beside: Any) -> tuple[Any, Any]:
     """Seed and offset, int64 without dimensions; empty without dropout."""
     if state is None:
         seed, offset = (library.empty((0,), library.xp.int64, library.ordinal(beside)) for _ in range(2))
@@ -304,7 +302,7 @@ def scalars(library: NumPy | CuPy | Torch, state: Any, beside: Any) -> tuple[Any
     return numbers[0:1].reshape(()), numbers[1:2].reshape(())
 
 
-def _state(library: NumPy | CuPy | Torch, convention: Convention, state: Any, beside: Any) -> tuple[Any, Any]:
+def _state(library: Library, convention: Convention, state: Any, beside: Any) -> tuple[Any, Any]:
     """The two results that hold the random state."""
     if convention.scalars:
         return scalars(library, state, beside)
@@ -312,7 +310,7 @@ def _state(library: NumPy | CuPy | Torch, convention: Convention, state: Any, be
     return zeros[:2] if state is None else state, zeros[-1:].reshape(())
 
 
-def _without_padding(library: NumPy | CuPy | Torch, options: Options, arrays: Arrays) -> Any:
+def _without_padding(library: Library, options: Options, arrays: Arrays) -> Any:
     """A log-sum-exp that is padded to (b, h, at least max_seqlen_q), without its padding."""
     name, lse, starts_q, q = options.name("lse"), arrays.lse, arrays.cu_seqlens_q, arrays.q
     if lse is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import Guest, View, cupy_arrays, framework_in_memory, numpy_arrays
+from cuflash.arrays import Guest, View, framework_in_memory
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import integer, is_array, shown
 
@@ -152,6 +152,6 @@ def _view(name: str, x: Any) -> View:
     if x is None:
         raise InvalidArgument(f"{name} is None; expected an array.")
     framework = framework_in_memory([name], [x])
-    if framework is not numpy_arrays and isinstance(framework, Guest):
-        (x,), framework = framework.borrow([name], [x]), cupy_arrays()
+    if isinstance(framework, Guest):
+        framework, (x,) = framework.borrow([name], [x])
     return framework.view(name, x)

@@ -1,0 +1,316 @@
+"""Tensors of PyTorch as arrays: where they lie, and what answers a call on them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from cuflash.arrays import Adapter, Launcher, View, cupy_module, framework_of, not_here, numpy_arrays
+from cuflash.dtypes import BF16
+from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.generator import default_generator
+from cuflash.ops import Arrays, Options, draw
+from cuflash.ops.answer import answer
+from cuflash.problem import Direction
+
+
+class Draws:
+    """What dropout of tensors draws from: torch's own generator of their device, as ``torch.manual_seed`` seeds it.
+
+    So checkpoints of activations, which give torch its state back, drop what they dropped. cuflash's own generator is
+    drawn from where it was moved to the device, for the graphs that are captured there.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._device, self._generators = device, sys.modules["torch"].cuda.default_generators
+
+    def address(self, device: int) -> int:
+        """Where the device keeps the state of cuflash's own generator; 0 if it is elsewhere."""
+        return default_generator.address(device)
+
+    def next(self, increment: int) -> tuple[int, int]:
+        """(seed, offset) for a draw of `increment` numbers; torch's generator moves on."""
+        generator = self._generators[self._device]
+        offset = generator.get_offset()
+        generator.set_offset(offset + (increment + 3) // 4 * 4)
+        return generator.initial_seed() % 2**64, offset
+
+
+class Torch(Launcher, Adapter):
+    """Tensors on CUDA devices, on torch's current stream of their device, and in host memory, where NumPy computes.
+
+    Memory comes from torch's allocator, which knows which stream a block belongs to and which blocks a captured graph
+    owns, so nothing here has to be kept alive by hand.
+    """
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self.xp = self._torch = sys.modules["torch"]
+        self._forward_ad = self._torch.autograd.forward_ad
+        self._here = nullcontext()
+
+    def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
+        """Pointers of the arrays that are given, and everything else about all of them as a key.
+
+        Raises
+        ------
+        InvalidArgument, UnsupportedProblem
+            If one is not of torch, as the first is, or is no plain tensor in memory.
+        """
+        kind = self._torch.Tensor
+        grad = self._torch.is_grad_enabled()
+        if self._forward_ad._current_level >= 0:
+            framework_of(names, arrays)
+            self._refuse_tangents(names, arrays)
+        pointers: list[int] = []
+        key: list[Any] = []
+        for name, x in zip(names, arrays, strict=True):
+            if x is None:
+                key.append(None)
+                continue
+            if type(x) is not kind:
+                self._check_kind(name, x, names, arrays)
+            if grad and x.requires_grad:
+                raise self._on_tape(name, x)
+            try:
+                pointer = x.data_ptr()
+                described = x.shape, x.stride(), x.dtype, x.device, x.is_neg(), pointer & 15
+            except RuntimeError as error:
+                raise self._without_memory(name, x) from error
+            if not pointer and 0 not in x.shape:
+                raise self._without_memory(name, x)
+            pointers.append(pointer)
+            key.append(described)
+        return pointers, tuple(key)
+
+    def view(self, name: str, x: Any) -> View:
+        """Spell the tensor out."""
+        try:
+            self._check_kind(name, x, [name], [x])
+            if x.is_neg():
+                raise InvalidArgument(f"{name} is a lazily negated torch view; pass {name}.resolve_neg().")
+            itemsize = x.element_size()
+            strides = tuple(stride * itemsize for stride in x.stride())
+            dtype = str(x.dtype).removeprefix("torch.")
+            return View(name, tuple(x.shape), strides, dtype, itemsize, x.data_ptr(), str(x.device))
+        except RuntimeError as error:
+            raise self._without_memory(name, x) from error
+
+    def outline(self, name: str, x: Any) -> View:
+        """Spell the tensor out, from its shape alone where it has no memory."""
+        try:
+            return self.view(name, x)
+        except (InvalidArgument, UnsupportedProblem):
+            if x.is_nested or x.layout is not self._torch.strided:
+                raise
+            itemsize = x.element_size()
+            shape, strides = tuple(x.shape), tuple(stride * itemsize for stride in x.stride())
+            return View(name, shape, strides, str(x.dtype).removeprefix("torch."), itemsize, 0, str(x.device))
+
+    def ordinal(self, x: Any) -> int:
+        """Number of the tensor's device, 0 for the CPU."""
+        return x.device.index or 0
+
+    def generator(self, device: int) -> Draws:
+        """What dropout on a device draws from where a call names nothing."""
+        return Draws(device)
+
+    def arithmetic(self, x: Any) -> AbstractContextManager[Any]:
+        """Where torch records nothing."""
+        return self._torch.no_grad()
+
+    def answer(
+        self,
+        direction: Direction,
+        options: Options,
+        arrays: Arrays,
+        generator: Any = None,
+        cached: int | None = None,
+    ) -> tuple[Any, ...]:
+        """Answer a call on tensors, plain or recorded, batched or traced.
+
+        Raises
+        ------
+        InvalidArgument, UnsupportedProblem
+            As `ops.answer`, and for what has no gradient and is to have one.
+        """
+        if generator is not None:
+            draw.check(generator)
+        return self.plain(direction, options, arrays, generator, cached)
+
+    def plain(
+        self,
+        direction: Direction,
+        options: Options,
+        arrays: Arrays,
+        generator: Any = None,
+        cached: int | None = None,
+    ) -> tuple[Any, ...]:
+        """Answer a call on tensors of which nothing is recorded."""
+        on_host = None if arrays.q.is_cuda else self.on_host(options.manner.names, arrays)
+        if on_host is None:
+            return answer(self, direction, options, arrays, generator, cached)
+        if generator is None and options.dropout_p:
+            generator = int(self._torch.randint(2**63 - 1, ())), 0
+        results = answer(numpy_arrays, direction, options, Arrays(*on_host), generator, cached)
+        places = arrays.outputs(direction)
+        places += (None,) * (len(results) - len(places))
+        return tuple(y if place is None else place for y, place in zip(self.from_host(results), places, strict=True))
+
+    def on_host(self, names: Sequence[str], arrays: Sequence[Any]) -> list[Any] | None:
+        """Tensors in host memory as NumPy's views; None where they are on a GPU.
+
+        Raises
+        ------
+        InvalidArgument, UnsupportedProblem
+            If one is no plain tensor in memory, or they are on several devices.
+        """
+        self.describe(names, arrays)
+        views = [self.view(name, x) for name, x in zip(names, arrays, strict=True) if x is not None]
+        for view in views:
+            if view.device != views[0].device:
+                raise InvalidArgument(
+                    f"{view.name} is on {view.device} but {views[0].name} is on {views[0].device}; "
+                    "all arrays of a call must be on one device. Move one of them."
+                )
+        if views[0].device.startswith("cuda"):
+            return None
+        if views[0].device != "cpu":
+            raise not_here(views[0].name, self.name, f"on {views[0].device}")
+        return [None if x is None else self._to_numpy(x) for x in arrays]
+
+    def from_host(self, results: Sequence[np.ndarray]) -> tuple[Any, ...]:
+        """Results for tensors in host memory."""
+        return tuple(map(self._from_numpy, results))
+
+    def _to_numpy(self, x: Any) -> np.ndarray:
+        """The memory of a tensor in host memory; NumPy has bfloat16 from ml_dtypes, which torch does not know."""
+        x = x.detach()
+        if x.dtype is not self._torch.bfloat16:
+            return x.numpy()
+        return x.view(self._torch.uint16).numpy().view(BF16.numpy)
+
+    def _from_numpy(self, x: np.ndarray) -> Any:
+        if x.dtype != BF16.numpy:
+            return self._torch.from_numpy(x)
+        return self._torch.from_numpy(x.view(np.uint16)).view(self._torch.bfloat16)
+
+    def cast(self, x: Any, dtype: Any) -> Any:
+        """The tensor in another dtype; itself if it has that one."""
+        return x.to(dtype)
+
+    def _beside(self, x: Any) -> dict[str, Any]:
+        return {"device": x.device}
+
+    def _check_kind(self, name: str, x: Any, names: Sequence[str], arrays: Sequence[Any]) -> None:
+        """Refuse what is of another library, or what torch would warn of when it is asked for its memory."""
+        framework_of(names, arrays)
+        if type(x).__name__ == "FakeTensor" and type(x).__module__.startswith("torch."):
+            raise self._without_memory(name, x)
+
+    def _refuse_tangents(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
+        for name, x in zip(names, arrays, strict=True):
+            if x is not None and self._forward_ad.unpack_dual(x).tangent is not None:
+                raise UnsupportedProblem(
+                    f"{name} has a tangent of torch's forward mode, which would be lost: cuflash does not run inside "
+                    "it. Pass the primal, and take gradients by backward() or torch.func.grad."
+                )
+
+    def _on_tape(self, name: str, x: Any) -> InvalidArgument:
+        return InvalidArgument(
+            f"{name} requires grad, but autograd does not see cuflash's kernels: its gradient would be lost. "
+            f"Pass {name}.detach() (or call under torch.no_grad()), and take gradients from "
+            "cuflash.flash_attn_vjp or cuflash.flash_attn_backward."
+        )
+
+    def _without_memory(self, name: str, x: Any) -> InvalidArgument | UnsupportedProblem:
+        """The refusal of a tensor whose elements do not lie in memory by its shape and strides."""
+        if x.is_nested:
+            return InvalidArgument(
+                f"{name} is a nested tensor; expected a dense one. "
+                "Pass its packed values to cuflash.flash_attn_varlen_func, with where they start."
+            )
+        if x.layout is not self._torch.strided:
+            return InvalidArgument(f"{name} has layout {x.layout}; expected a dense tensor. Pass {name}.to_dense().")
+        if type(x) is self._torch.Tensor and x.device.type != "meta":
+            return UnsupportedProblem(
+                f"{name} is a tensor inside torch.vmap, torch.func or the like, or its storage was given back: there "
+                "is no memory to read. Call cuflash on concrete tensors, and take "
+                "gradients from cuflash.flash_attn_vjp."
+            )
+        if type(x).__name__ == "DTensor":
+            return UnsupportedProblem(
+                f"{name} is a DTensor, of which each process has a part; expected a plain tensor. Pass "
+                f"{name}.to_local(), or call cuflash inside torch.distributed.tensor.experimental.local_map."
+            )
+        return UnsupportedProblem(
+            f"{name} is a {type(x).__name__} on {x.device} without memory of its own; expected a plain tensor. "
+            "Call cuflash with the tensors that it stands for."
+        )
+
+    def context(self, device: int) -> AbstractContextManager[Any]:
+        """Where launches and allocations for the device belong."""
+        cuda = cupy_module().cuda
+        stream = self._torch.cuda.current_stream(device).cuda_stream
+        if cuda.runtime.getDevice() == device and cuda.get_current_stream().ptr == stream:
+            return self._here
+        return _on_stream(device, stream)
+
+    def is_capturing(self) -> bool:
+        """Whether torch's current stream records a graph."""
+        return self._torch.cuda.is_available() and self._torch.cuda.is_current_stream_capturing()
+
+    def stream(self) -> tuple[int, Any]:
+        """Handle of torch's current stream, and what keeps it from being destroyed; None where nothing here can."""
+        stream = self._torch.cuda.current_stream()
+        handle = stream.cuda_stream
+        # Torch numbers its own streams, which it never destroys; one from elsewhere has its handle for a number.
+        return handle, None if handle and stream.stream_id == handle else stream
+
+    def is_done(self, stream: Any) -> bool:
+        """Whether a stream has no work left."""
+        return stream.query()
+
+    def dtype(self, dtype: np.dtype) -> Any:
+        """The framework's own name of a dtype."""
+        return getattr(self._torch, dtype.name)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate on torch's current stream."""
+        return self._torch.empty(shape, dtype=dtype, device=f"cuda:{device}")
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        """Allocate and clear on torch's current stream."""
+        return self._torch.zeros(shape, dtype=dtype, device=f"cuda:{device}")
+
+    def pointer(self, x: Any) -> int:
+        """Address of the first element."""
+        return x.data_ptr()
+
+
+class _StreamPointer:
+    """A raw stream in the words of the CUDA stream protocol."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+@cache  # never evicted: a CuPy stream object destroys what it wraps in some CuPy versions, and torch pools its streams
+def _stream(device: int, pointer: int) -> Any:
+    return cupy_module().cuda.Stream.from_external(_StreamPointer(pointer))
+
+
+@contextmanager
+def _on_stream(device: int, pointer: int) -> Any:
+    """Make a device and one of its streams current for CuPy."""
+    with cupy_module().cuda.Device(device), _stream(device, pointer):
+        yield
