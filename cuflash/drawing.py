@@ -35,7 +35,8 @@ class Picture:
 
     def _repr_png_(self) -> bytes:
         page = io.BytesIO()
-        self.figure.savefig(page, format="png", dpi=110, bbox_inches="tight")
+        width = self.figure.get_size_inches()[0]
+        self.figure.savefig(page, format="png", dpi=110 if width < 8 else 72, bbox_inches="tight")
         return page.getvalue()
 
 

@@ -52,7 +52,9 @@ class Sheet:
         """The report, for a notebook."""
         from rich.console import Console
 
-        page = Console(file=io.StringIO(), record=True, width=_WIDTH, color_system="truecolor", soft_wrap=True)
+        page = Console(  # which in a notebook would also show what it records
+            file=io.StringIO(), record=True, width=_WIDTH, color_system="truecolor", soft_wrap=True, force_jupyter=False
+        )
         page.print(self)
         return page.export_html(inline_styles=True, code_format=_PRE)
 
