@@ -107,13 +107,15 @@ struct FwdParams {
   Strides v_stride;
   Strides out_stride;
   Strides lse_stride;
-  void* partial_out;          // [num_splits, rows, heads_q, dim_v], accumulator type (attention/split.cuh)
-  void* partial_state;        // [num_splits, rows, heads_q] of RowState
-  int num_splits;             // blocks that share the keys of one query tile; 1: the two above are null
+  void* partial_out;          // [num_splits, rows, heads_q, dim_v], accumulator type (attention/split.cuh); or slots of
+                              // tiles of rows, sm80_few (attention/ranges.cuh)
+  void* partial_state;        // [num_splits, rows, heads_q] of RowState, or likewise
+  int num_splits;             // blocks that share the keys of one query tile; 1: the two above may be null
   Pages pages;
   Append append;
   int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
-  int* tickets;               // [2] zeroed, and zero again at the end: works drawn so far, blocks done; null: none; sm90
+  int* tickets;               // zeroed, and zero again at the end; null: none. sm90: [2], works drawn so far, blocks done;
+                              // sm80_few: parts of each query tile that are there
   TensorMap q_map;            // boxes of q, k, v, out and attention.bias; sm90 only
   TensorMap k_map;
   TensorMap v_map;

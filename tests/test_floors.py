@@ -327,7 +327,7 @@ KERNEL_FLOORS = {
     "params.cuh": {"std.cuh"},
     "ptx": {"std.cuh", "element.cuh", "params.cuh"},
     "tile": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", *POLICIES},
-    "attention": {"std.cuh", "element.cuh", "params.cuh", "ptx/keep.cuh", "attention"},
+    "attention": {"std.cuh", "element.cuh", "params.cuh", "ptx/keep.cuh", "ptx/sync.cuh", "attention"},
     "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
     "cache": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
     "backward": {

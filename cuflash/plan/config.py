@@ -69,3 +69,13 @@ class ForwardConfig(CopyConfig):
     """Whose rows a query tile holds: OneHead, HeadGroup."""
     split: str = field(default="NoSplit", metadata={HEADER: "attention/split.cuh"})
     """Which of its keys a block walks: NoSplit, KeySplits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewConfig(ForwardConfig):
+    """``fwd_sm80_few``."""
+
+    split: str = field(default="KeyRanges", metadata={HEADER: "attention/ranges.cuh"})
+    """KeyRanges, KeySplits."""
+    stages: int
+    """Key tiles of a warp in flight."""

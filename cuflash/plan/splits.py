@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cuflash.device import Device
 from cuflash.plan.config import ForwardConfig
+from cuflash.plan.tiles import tiles
 from cuflash.problem import MAX_SPLITS, Problem
 
 
@@ -43,10 +44,8 @@ def divide(problem: Problem, device: Device, whole: ForwardConfig, small: Forwar
     def blocks(of: ForwardConfig) -> int:
         return max(1, problem.batch * heads * -(-rows // of.tile_q))
 
-    keys = -(-problem.len_kv // small.tile_kv)
     if problem.num_splits > 1:
-        num_splits = max(1, min(problem.num_splits, keys))
-        why = "asked for" if num_splits == problem.num_splits else f"of {problem.num_splits}: one for each tile of keys"
+        num_splits, why = _asked(problem, small)
         return Division(grouped, num_splits, together + why)
     whole = small if grouped else whole
     fill = f"{blocks(whole)} blocks for {device.num_sms} multiprocessors"
@@ -56,6 +55,33 @@ def divide(problem: Problem, device: Device, whole: ForwardConfig, small: Forwar
     if walked <= 4:
         return Division(grouped, 1, f"{together}{fill}, but only {walked} tiles of keys")
     return Division(grouped, _best(blocks(small), _key_tiles(problem, small), device.num_sms), together + fill)
+
+
+_MOST_PARTS = 32
+"""Ranges of one query tile's keys that one block merges quickly enough."""
+
+
+def deal(problem: Problem, device: Device, few: ForwardConfig) -> tuple[Division, int]:
+    """The choice for a kernel of few rows, and its blocks: key tiles in equal ranges, or in as many splits as are asked for."""
+    grouped = problem.group > 1
+    rows, heads = (problem.len_q * problem.group, problem.heads_kv) if grouped else (problem.len_q, problem.heads_q)
+    together = f"{problem.group} heads share a tile; " if grouped else ""
+    query_tiles = tiles(rows, few.tile_q) * heads * problem.batch
+    if problem.num_splits:
+        num_splits, why = _asked(problem, few)
+        return Division(grouped, num_splits, together + why), query_tiles * num_splits
+    key_tiles = _key_tiles(problem, few)
+    blocks = max(1, min(device.num_sms * few.blocks_per_sm, query_tiles * min(key_tiles, _MOST_PARTS)))
+    parts = min(key_tiles, -(-blocks // max(1, query_tiles)) + 1)
+    why = f"at most, as {blocks} blocks share all tiles of keys alike"
+    return Division(grouped, max(1, parts), together + why), blocks
+
+
+def _asked(problem: Problem, config: ForwardConfig) -> tuple[int, str]:
+    """The number of splits that a call asks for, of those that there can be, and why."""
+    num_splits = max(1, min(problem.num_splits, -(-problem.len_kv // config.tile_kv)))
+    why = "asked for" if num_splits == problem.num_splits else f"of {problem.num_splits}: one for each tile of keys"
+    return num_splits, why
 
 
 def _efficiency(rows: int, tile: int) -> float:

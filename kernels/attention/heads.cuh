@@ -72,12 +72,13 @@ struct HeadGroup {
   }
 };
 
-// A policy of one head, made anew for the query and head of every row.
+// A policy of one head, made anew for the query and head of every row. It keeps copies, not references: those to
+// members of the struct that it is a member of would keep that in memory.
 template <class Policy, class Sequence>
 struct EachRow {
   const Attention& a;
-  const Sequence& sequence;
-  const HeadGroup& heads;
+  const Sequence sequence;
+  const HeadGroup heads;
 
   CF_DEVICE Policy of(int row) const { return Policy(a, sequence, heads.head(row)); }
 

@@ -64,6 +64,9 @@ struct PartRows {
   CF_DEVICE static Strides lse_stride(const FwdParams& p) { return {0, p.attention.heads_q, 1}; }
 };
 
+template <class Config>
+struct OneStretch;  // attention/ranges.cuh
+
 struct NoSplit {
   template <class Config>
   using Rows = WholeRows<Config>;
@@ -78,6 +81,8 @@ struct NoSplit {
 struct KeySplits {
   template <class Config>
   using Rows = PartRows<Config>;
+  template <class Config>
+  using Stretches = OneStretch<Config>;
   int index;
   int count;
   int64 block;
@@ -85,6 +90,7 @@ struct KeySplits {
   CF_DEVICE KeySplits(const FwdParams& p, int64 block_index)
       : index(static_cast<int>(block_index % p.num_splits)), count(p.num_splits), block(block_index / p.num_splits) {}
 
+  CF_DEVICE int parts() const { return count; }
   CF_DEVICE Tiles part(Tiles tiles) const {
     const int first = tiles.begin;
     const int64 number = tiles.end - first;

@@ -2,14 +2,15 @@
 //
 //   l = sum_s exp(m_s - m) l_s,   out = sum_s exp(m_s - m) l_s out_s / l,   lse = m + log(l)
 //
-// Splits are taken in their order whichever block came first, so results are bit-equal from run to run. A part whose
-// l is 0 saw no key, and its out is not read; a sink joins here, once a row.
+// Splits are taken in their order whichever block came first, so results are bit-equal from run to run. A sink joins
+// here, once a row.
 #pragma once
 
 #include "attention/schedule.cuh"
 #include "attention/softmax.cuh"
 #include "attention/split.cuh"
 #include "ptx/sync.cuh"
+#include "tile/parts.cuh"
 
 namespace cuflash {
 
@@ -26,25 +27,20 @@ CF_DEVICE void forward_combine(const FwdParams& p) {
   const Real unit = typename Config::Score(a, sequence, work.head).unit(), log2_unit = unit * static_cast<Real>(kLog2E);
   using Whole = WholeRows<Config>;
   using Part = PartRows<Config>;
+  const int64 step = Part::number(p, sequence, work.head, 1) - Part::number(p, sequence, work.head, 0);
 
   const int first = work.tile * Config::kTileQ, end = min_of(first + Config::kTileQ, sequence.len_q);
   for (int row = first + ptx::thread_index() / kAcross; row < end; row += kRowsAtOnce) {
     for (int col = ptx::thread_index() % kAcross; col < Config::kDimV; col += kAcross) {
-      RowState<Real> state;
-      state.init();
-      Real out = 0;  // weighted by l_s and relative to m
-      for (int split = 0; split < p.num_splits; ++split) {
-        const int64 number = Part::number(p, sequence, work.head, split) + row * Part::lse_stride(p).row;
-        const RowState<Real> part = static_cast<const RowState<Real>*>(p.partial_state)[number];
-        if (part.l == Real(0)) continue;
-        const Real part_out = Part::out(p, sequence, work.head, split)[row * Part::out_stride(p).row + col];
-        Real part_rescale;
-        const Real rescale = state.merge(part, log2_unit, part_rescale);
-        out = out * rescale + part_out * (part.l * part_rescale);
-      }
+      const int64 number = Part::number(p, sequence, work.head, 0) + row * Part::lse_stride(p).row;
+      const Parts<Real, 1> parts{static_cast<const RowState<Real>*>(p.partial_state) + number,
+                                 static_cast<const Real*>(p.partial_out) + number * Config::kDimV + col, step,
+                                 step * Config::kDimV};
+      Columns<Real, 1> out;
+      RowState<Real> state = merge_parts(out, parts, p.num_splits, log2_unit);
       const Real rescale = Config::Sink::close(state, a, work.head, unit);
       Whole::out(p, sequence, work.head, 0)[row * p.out_stride.row + col] =
-          from_accumulator<Element>(out * rescale * state.inverse_sum());
+          from_accumulator<Element>(out.x[0] * rescale * state.inverse_sum());
       if (col == 0) Whole::close(p, Whole::number(p, sequence, work.head, 0) + row, state, unit);
     }
   }

@@ -15,10 +15,10 @@
 #pragma once
 
 #include "attention/query_tile.cuh"
-#include "attention/softmax.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
+#include "tile/softmax_sm80.cuh"
 #include "tile/tail.cuh"
 
 namespace cuflash {
@@ -48,34 +48,6 @@ struct ForwardSm80 {
   using Scores = Fragment<kWarpRows, kTileKv>;
   using Output = Fragment<kWarpRows, kDimV>;
   static constexpr int kRowsPerLane = Scores::kRowsPerLane;
-  using Rows = RowState<float>[kRowsPerLane];
-
-  // Logits to probabilities relative to the running maximum; what was accumulated before shrinks to match.
-  // Each lane sums only its own columns into l; row_sum joins them once at the end.
-  CF_DEVICE static void softmax_tile(Scores& s, Rows& rows, Output& out, float log2_unit) {
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) {
-      float tile_max = -infinity<float>();
-#pragma unroll
-      for (int n = 0; n < Scores::kN; ++n) tile_max = max_of(tile_max, max_of(s.at(r, n, 0), s.at(r, n, 1)));
-      const float rescale = rows[r].update(row_max(tile_max), log2_unit);
-      float shift = rows[r].shift(log2_unit);
-      if (RowState<float>::is_far(shift)) {
-        subtract_from_row(s, r, rows[r].m);
-        shift = 0.f;
-      }
-#pragma unroll
-      for (int n = 0; n < Scores::kN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& p = s.at(r, n, i);
-          p = exp2(fma(p, log2_unit, -shift));
-          rows[r].l += p;
-        }
-      }
-      scale_row(out, r, rescale);
-    }
-  }
 
   // Whole rows leave through Q's memory, in the element type: the loop's last barrier came after every warp's last
   // Q K^T. Row number r of this lane, which is `row` of the tile, times a factor; then the warp's rows, once all are
@@ -94,13 +66,6 @@ struct ForwardSm80 {
   }
 
   // Parts of rows, which are floats, go from the registers.
-  CF_DEVICE static void scale_row(Output& out, int r, float factor) {
-#pragma unroll
-    for (int n = 0; n < Output::kN; ++n) {
-      out.at(r, n, 0) *= factor;
-      out.at(r, n, 1) *= factor;
-    }
-  }
   template <class OutRows>
   CF_DEVICE static void store_parts(const OutRows& rows, Output& out) {
     out.for_each(ptx::lane_index(), [&](float x, int row, int col) {
@@ -144,7 +109,7 @@ struct ForwardSm80 {
 
     Output out;
     out.clear();
-    Rows rows;
+    RowState<float> rows[kRowsPerLane];
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) rows[r].init();
 

@@ -44,6 +44,13 @@ CF_DEVICE int count_around(int* address, int last) {
   return before;
 }
 
+// The same, and who counts sees all that those who counted before had written or, by a barrier of their block, seen.
+CF_DEVICE int count_around_in_order(int* address, int last) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(last) : "memory");
+  return before;
+}
+
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld
 CF_DEVICE int load_acquire(const int* address) {
   int x;

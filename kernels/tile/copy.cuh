@@ -27,28 +27,29 @@ struct VectorOf<16> {
   using Type = uint4;
 };
 
-// Starts the copy of the first rows' columns [0, kDim) into `tile`; everything else in the tile becomes zero, so that
-// padding of any content (NaN included) never enters a product. Complete after cp_async_wait and a barrier.
-template <int kDim, int kBytes, int kThreads, class Tile, class Element, template <class> class Rows>
-CF_DEVICE void load_tile_async(Tile& tile, const Rows<const Element>& rows) {
-  constexpr int kWidth = kBytes / sizeof(Element);  // elements of one access
+// Starts the copy of the columns [0, kDim) of the rows that there are into `tile`; everything else in the tile becomes
+// zero, so that padding of any content (NaN included) never enters a product. By kThreads threads of which this is number
+// `thread`; complete after cp_async_wait and a barrier among them.
+template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
+CF_DEVICE void load_tile_async(Tile& tile, const Rows& rows, int thread = ptx::thread_index()) {
+  constexpr int kWidth = kBytes / sizeof(*rows.data);  // elements of one access
   constexpr int kAcross = Tile::kCols / kWidth;
   constexpr int kThreadsAcross = min_of(kThreads, power_of_two_above(kAcross));
   constexpr int kRowsAtOnce = kThreads / kThreadsAcross;
   static_assert(kDim % kWidth == 0 && Tile::kCols % kWidth == 0);
-  const int first_row = ptx::thread_index() / kThreadsAcross, first_col = ptx::thread_index() % kThreadsAcross;
+  const int first_row = thread / kThreadsAcross, first_col = thread % kThreadsAcross;
 #pragma unroll
   for (int across = 0; across < kAcross; across += kThreadsAcross) {
     const int col = (across + first_col) * kWidth;
     if (kAcross % kThreadsAcross != 0 && col >= Tile::kCols) break;
     // A running pointer: independent addresses would be kept in registers over the whole kernel.
-    const Element* source = rows.at(first_row, 0, col);
+    const auto* source = rows.at(first_row, 0, col);
 #pragma unroll
     for (int down = 0; down < Tile::kRows;
          source = rows.below(source, down + first_row, col, kRowsAtOnce), down += kRowsAtOnce) {
       const int row = down + first_row;
       if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
-      const bool valid = row < rows.count && (kDim == Tile::kCols || col < kDim);
+      const bool valid = rows.has(row) && (kDim == Tile::kCols || col < kDim);
       if constexpr (kBytes >= 4) {
         ptx::cp_async<kBytes>(tile.address(row, col), source, valid);
       } else {

@@ -3,6 +3,7 @@
 
 #include "attention/heads.cuh"
 #include "attention/sequence.cuh"
+#include "ptx/sync.cuh"
 
 namespace cuflash {
 
@@ -14,6 +15,7 @@ struct GlobalRows {
   int count;
 
   CF_DEVICE GlobalRows from(int row) const { return {data + row * stride, stride, count - row}; }
+  CF_DEVICE bool has(int row) const { return row < count; }
   CF_DEVICE int64 offset(int row) const { return row * stride; }
 
   // The place of a row's column number first_col + col, and the one `rows` below it.
@@ -21,7 +23,23 @@ struct GlobalRows {
   CF_DEVICE Element* below(Element* place, int /*row*/, int /*col*/, int rows) const { return place + rows * stride; }
 };
 
-// Keys or values in the pages that a table names. Rows behind the last key have its place, so that nothing behind the
+// Where a key lies in the pages that a table names.
+struct PagedKey {
+  int page;
+  int row;
+
+  CF_DEVICE int64 offset(const Strides& stride) const { return page * stride.batch + row * stride.row; }
+};
+
+// A division would cost more than everything else here: it is a product and a shift, whatever the size.
+CF_DEVICE PagedKey look_up(const Pages& pages, const int* table, int key) {
+  const int index = static_cast<int>(static_cast<int64>(key) * pages.multiplier >> pages.shift);
+  const int page = table[index * pages.table_page];
+  CF_ASSERT(0 <= page && page < pages.count);
+  return {page, key - index * pages.size};
+}
+
+// Keys or values in pages. Rows behind the last key have its place, so that nothing behind the
 // number of a sequence's last page is looked up; they are not read.
 template <class Element>
 struct PagedRows {
@@ -33,14 +51,11 @@ struct PagedRows {
   int count;
 
   CF_DEVICE PagedRows from(int row) const { return {data, stride, pages, table, first + row, count - row}; }
+  CF_DEVICE bool has(int row) const { return row < count; }
 
-  // A division would cost more than everything else here: it is a product and a shift, whatever the size.
   CF_DEVICE Element* at(int row, int first_col, int col) const {
-    const int key = first + min_of(row, count - 1);
-    const int index = static_cast<int>(static_cast<int64>(key) * pages.multiplier >> pages.shift);
-    const int page = table[index * pages.table_page];
-    CF_ASSERT(0 <= page && page < pages.count);
-    return data + page * stride.batch + (key - index * pages.size) * stride.row + first_col + col;
+    const PagedKey key = look_up(pages, table, first + min_of(row, count - 1));
+    return data + key.offset(stride) + first_col + col;
   }
   CF_DEVICE Element* below(Element* /*place*/, int row, int col, int rows) const { return at(row + rows, 0, col); }
 };
@@ -75,6 +90,96 @@ CF_DEVICE PagedRows<const Element> kv_rows(const FwdParams& p, const PagedCacheS
   return {data, stride, p.pages, table, sequence.start_kv + first, sequence.len_kv - first};
 }
 
+// Rows whose offsets were looked up before. Those before `begin` are not read either.
+template <class Element, int kRows>
+struct FoundRows {
+  Element* data;
+  const int64* offsets;  // kRows, a power of two
+  int begin;
+  int count;
+
+  CF_DEVICE bool has(int row) const { return begin <= row && row < count; }
+  CF_DEVICE Element* at(int row, int first_col, int col) const { return data + offsets[row % kRows] + first_col + col; }
+  CF_DEVICE Element* below(Element* /*place*/, int row, int col, int rows) const { return at(row + rows, 0, col); }
+};
+
+// Finds the keys and values that a warp copies, kRows neighbours at a time, which one lane each looks up while those
+// before are copied: a copy that waited for the table would come late.
+template <class Sequence, int kRows>
+struct KeyFinder {
+  struct Offsets {};  // in shared memory
+
+  const FwdParams& p;
+  const Sequence& sequence;
+  int first = 0;  // key
+
+  CF_DEVICE KeyFinder(const FwdParams& params, const Sequence& its_sequence, int /*first_visible*/)
+      : p(params), sequence(its_sequence) {}
+  CF_DEVICE void look_up(int key) { first = key; }
+  CF_DEVICE void settle(Offsets&) {}
+  template <class Element>
+  CF_DEVICE GlobalRows<const Element> keys(const Offsets&, const Element* data) const {
+    return kv_rows(p, sequence, data, p.k_stride, first);
+  }
+  template <class Element>
+  CF_DEVICE GlobalRows<const Element> values(const Offsets&, const Element* data) const {
+    return kv_rows(p, sequence, data, p.v_stride, first);
+  }
+};
+
+// The same in pages, whose table has the sequence's key number 0 at `start`.
+template <int kRows>
+struct PagedKeyFinder {
+  struct Offsets {
+    int64 k[kRows], v[kRows];
+  };
+
+  const FwdParams& p;
+  const int* table;
+  const int start, first_visible, len_kv;
+  int next = 0, first = 0;  // keys that were looked up, and those that were settled
+  PagedKey mine{0, 0};
+
+  template <class Sequence>
+  CF_DEVICE PagedKeyFinder(const FwdParams& params, const Sequence& sequence, int start_kv, int visible)
+      : p(params), table(p.pages.table + sequence.batch * p.pages.table_batch), start(start_kv), first_visible(visible),
+        len_kv(sequence.len_kv) {}
+
+  // Starts with the keys from `key` on; those that no query sees have the place of one that is seen.
+  CF_DEVICE void look_up(int key) {
+    next = key;
+    const int seen = clamp_to(key + ptx::lane_index() % kRows, first_visible, len_kv - 1);
+    mine = cuflash::look_up(p.pages, table, start + seen);
+  }
+  // Hands them to the warp, whose copies of those before have been started.
+  CF_DEVICE void settle(Offsets& offsets) {
+    first = next;
+    ptx::sync_warp();
+    offsets.k[ptx::lane_index() % kRows] = mine.offset(p.k_stride);
+    offsets.v[ptx::lane_index() % kRows] = mine.offset(p.v_stride);
+    ptx::sync_warp();
+  }
+  template <class Element>
+  CF_DEVICE FoundRows<const Element, kRows> keys(const Offsets& offsets, const Element* data) const {
+    return {data, offsets.k, first_visible - first, len_kv - first};
+  }
+  template <class Element>
+  CF_DEVICE FoundRows<const Element, kRows> values(const Offsets& offsets, const Element* data) const {
+    return {data, offsets.v, first_visible - first, len_kv - first};
+  }
+};
+
+template <int kRows>
+struct KeyFinder<PagedSequence, kRows> : PagedKeyFinder<kRows> {
+  CF_DEVICE KeyFinder(const FwdParams& params, const PagedSequence& sequence, int visible)
+      : PagedKeyFinder<kRows>(params, sequence, 0, visible) {}
+};
+template <int kRows>
+struct KeyFinder<PagedCacheSequence, kRows> : PagedKeyFinder<kRows> {
+  CF_DEVICE KeyFinder(const FwdParams& params, const PagedCacheSequence& sequence, int visible)
+      : PagedKeyFinder<kRows>(params, sequence, sequence.start_kv, visible) {}
+};
+
 // Rows lie where the query and the head of each do.
 template <class Element>
 struct GroupRows {
@@ -84,6 +189,7 @@ struct GroupRows {
   int first;  // number of row 0 in the group
   int count;
 
+  CF_DEVICE bool has(int row) const { return row < count; }
   CF_DEVICE int64 offset(int row) const { return heads.offset(first + row, stride) - heads.offset(first, stride); }
   CF_DEVICE Element* at(int row, int first_col, int col) const { return data + offset(row) + first_col + col; }
   CF_DEVICE Element* below(Element* /*place*/, int row, int col, int rows) const { return at(row + rows, 0, col); }

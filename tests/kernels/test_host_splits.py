@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from host.build import why_not
-from host.cases import CAUSAL, HostCase, Tensors, check_forward, dense, packed
+from host.cases import CAUSAL, HostCase, Tensors, check_forward, dense, packed, paged
 from host.run import run_plan_on_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,16 +26,18 @@ WINDOW = Mask(left=90, right=5)
 
 
 def plan_of(case: HostCase) -> Plan:
-    return choose(case.problem, named(case.device), case.family)
+    device = named(case.device)
+    return choose(case.problem, replace(device, num_sms=case.num_sms or device.num_sms), case.family)
 
 
 def variant(plan: Plan) -> tuple[str, str]:
     """What the main kernel's rows are, and which keys a block walks."""
-    (step,) = (step for step in plan.steps if step.kernel in ("fwd_sm80", "fwd_simt"))
+    (step,) = (step for step in plan.steps if step.kernel in ("fwd_sm80", "fwd_sm80_few", "fwd_simt"))
     return step.config.heads, step.config.split
 
 
 SPLIT, GROUP, BOTH = ("OneHead", "KeySplits"), ("HeadGroup", "NoSplit"), ("HeadGroup", "KeySplits")
+RANGES = ("HeadGroup", "KeyRanges")
 
 CASES: dict[str, tuple[HostCase, tuple[str, str]]] = {
     "split": (dense("fp16", (2, 2), (100, 330), (64, 64), batch=2, num_splits=2), SPLIT),
@@ -52,7 +54,40 @@ CASES: dict[str, tuple[HostCase, tuple[str, str]]] = {
     "group-one-key": (dense("fp16", (8, 1), (1, 1), (64, 64), num_splits=128), GROUP),
     "group-no-keys": (dense("fp16", (8, 1), (1, 0), (64, 64), num_splits=128), GROUP),
     "group-no-keys-sink": (dense("fp16", (4, 2), (3, 0), (64, 64), num_splits=5, sink=True), GROUP),
-    "decode": (dense("bf16", (8, 1), (1, 700), (128, 128), batch=2), BOTH),
+    "decode": (dense("bf16", (8, 1), (1, 700), (128, 128), batch=2), RANGES),
+    "decode-splits": (dense("bf16", (8, 1), (1, 700), (128, 128), batch=2, num_splits=4), BOTH),
+    "decode-32-rows": (dense("fp16", (4, 1), (8, 700), (64, 48), batch=2, mask=CAUSAL, sink=True), RANGES),
+    "decode-of-7": (dense("bf16", (7, 1), (4, 700), (40, 24), mask=CAUSAL, copy_bytes=8), RANGES),
+    "decode-one-head": (dense("bf16", (2, 2), (3, 700), (33, 7), mask=WINDOW, copy_bytes=2), ("OneHead", "KeyRanges")),
+    "decode-d256": (dense("fp16", (4, 1), (1, 400), (256, 256), device="a10", mask=CAUSAL), RANGES),
+    "decode-few-sms": (dense("fp16", (8, 2), (2, 700), (64, 64), batch=3, num_sms=2, mask=CAUSAL), RANGES),
+    "decode-ranges-mask": (
+        dense("bf16", (4, 1), (5, 500), (64, 64), batch=2, mask=WINDOW, mask_axes="bhqk", num_sms=3), RANGES,
+    ),
+    "decode-ranges-scores": (
+        dense(
+            "fp16", (4, 1), (4, 500), (64, 64), batch=2, mask=CAUSAL, num_sms=3, alibi_axes="bh", bias_axes="bhqk",
+            softcap=3.0, sink=True,
+        ),
+        RANGES,
+    ),
+    "ranges": (
+        packed(
+            "bf16", (4, 1), (1, 0, 3, 8, 2), (500, 40, 0, 300, 1), (64, 64), tail=3, mask=CAUSAL, num_sms=3,
+            seqused_q=(1, 0, 2, 8, 0), seqused_kv=(450, 0, 0, 300, 1),
+        ),
+        RANGES,
+    ),
+    "ranges-of-one-sm": (
+        packed("fp16", (8, 2), (2,) * 9, (300, 10, 0, 65, 64, 63, 1, 200, 128), (16, 16), num_sms=1), RANGES,
+    ),
+    "ranges-paged-window": (
+        paged(
+            "bf16", 3, (4, 1), (1, 2, 1), (500, 340, 7), (64, 64), tail=2, mask=Mask(left=100, right=0), num_sms=2,
+            shared=True,
+        ),
+        RANGES,
+    ),
     "decode-window": (dense("fp16", (4, 1), (3, 2000), (64, 64), num_splits=30, mask=Mask(left=70, right=0)), BOTH),
     "decode-mask": (dense("fp16", (4, 2), (9, 330), (64, 64), batch=2, num_splits=5, mask_axes="bhqk"), BOTH),
     "decode-alibi": (dense("fp16", (8, 2), (9, 330), (64, 64), batch=2, num_splits=4, alibi_axes="bh"), BOTH),

@@ -13,11 +13,11 @@ import numpy as np
 from cuflash.device import Device
 from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
-from cuflash.plan.config import HEADER, CopyConfig, ForwardConfig, SequenceConfig
+from cuflash.plan.config import HEADER, CopyConfig, FewConfig, ForwardConfig, SequenceConfig
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step, Workspace
-from cuflash.plan.splits import Division, divide
-from cuflash.plan.tiles import key_blocks, query_blocks, resident, round_up
+from cuflash.plan.splits import Division, deal, divide
+from cuflash.plan.tiles import key_blocks, query_blocks, resident, round_up, tiles
 from cuflash.problem import Problem
 
 
@@ -97,12 +97,77 @@ def _forward_of(problem: Problem, device: Device, tile_q: int, tile_kv: int, thr
     )
 
 
+_FEW_SHAPES = ((2, 4, 4), (2, 4, 3), (1, 4, 4), (1, 4, 3), (1, 4, 2), (1, 2, 2))
+"""Blocks an SM, warps and stages of ``forward/sm80_few.cuh``, best first: the more bytes in flight the better, and two
+blocks rather than one, as each leaves memory alone while it merges."""
+
+
+def _few_config(problem: Problem, device: Device) -> tuple[FewConfig, str] | None:
+    """The config of ``forward/sm80_few.cuh``, and why; None where rows are many or keys few."""
+    rows, widest = problem.len_q * problem.group, max(_rounded(problem))
+    if problem.num_splits == 1 or problem.dropout or problem.len_kv <= 256 or rows > (32 if widest <= 128 else 16):
+        return None
+    if problem.batch * problem.heads_q * problem.len_kv >= 2**36:  # the kernel counts tiles of keys in 32 bits
+        return None
+    tile_q = 16 if rows <= 16 else 32
+    for blocks, warps, stages in _FEW_SHAPES:
+        smem = _few_smem(problem, tile_q, warps, stages)
+        if smem <= device.smem_per_block and blocks * (smem + 1024) <= device.smem_per_sm:
+            break
+    config = FewConfig(
+        **policies.policies(problem),
+        tile_q=tile_q,
+        tile_kv=16 * warps,
+        threads=32 * warps,
+        blocks_per_sm=blocks,
+        smem_bytes=smem,
+        copy_bytes=policies.copy_bytes(problem),
+        sink=policies.sink(problem),
+        heads="HeadGroup" if problem.group > 1 else "OneHead",
+        split="KeySplits" if problem.num_splits else "KeyRanges",
+        stages=stages,
+    )
+    return config, f"{warps} warps with keys of their own, {stages} tiles ahead"
+
+
+def _few_smem(problem: Problem, tile_q: int, warps: int, stages: int) -> int:
+    """Bytes of ``ForwardSm80Few::SmemPlan``."""
+    dim_qk, dim_v = _rounded(problem)
+    stage = _shared_tile(16, dim_qk) + _shared_tile(16, dim_v)
+    parts = tile_q * (4 * dim_v + 8)
+    return _shared_tile(tile_q, dim_qk) + warps * max(stages * stage, parts) + warps * 2 * 16 * 8 + 8
+
+
 def forward_division(problem: Problem, device: Device) -> Division:
     """How a forward deals rows and keys out to blocks."""
+    if few := _few_config(problem, device):
+        return deal(problem, device, few[0])[0]
     return divide(problem, device, _forward_config(problem, device)[0], _small_forward_config(problem, device)[0])
 
 
+def _few_forward(problem: Problem, device: Device, config: FewConfig, reason: str) -> Plan:
+    """The plan of a forward by ``fwd_sm80_few``, whose blocks merge what they find."""
+    division, blocks = deal(problem, device, config)
+    rows, heads = problem.len_q * problem.group, problem.heads_kv
+    query_tiles = tiles(rows, config.tile_q) * heads * problem.batch
+    workspaces: tuple[Workspace, ...] = ()
+    if not problem.num_splits or division.num_splits > 1:  # ranges begin and end anywhere, whatever the lengths
+        slots = blocks if problem.num_splits else 2 * blocks
+        shape = (slots, config.tile_q)
+        workspaces = (
+            Workspace("partial_out", problem.dtype.accumulator, (*shape, _rounded(problem)[1])),
+            Workspace("partial_state", problem.dtype.accumulator, (*shape, 2)),
+            Workspace("tickets", np.dtype(np.int32), (query_tiles,), kept=True),
+        )
+    launches = (Step("fwd_sm80_few", "FwdParams", config, blocks),)
+    return Plan(
+        problem, device, "sm80", launches, workspaces, reason, num_splits=division.num_splits, division=division.reason
+    )
+
+
 def _forward(problem: Problem, device: Device) -> Plan:
+    if few := _few_config(problem, device):
+        return _few_forward(problem, device, *few)
     return steps.forward(
         problem, device, "sm80", _forward_config(problem, device), _small_forward_config(problem, device)
     )
