@@ -62,7 +62,7 @@ _MOST_PARTS = 32
 
 
 def deal(problem: Problem, device: Device, few: ForwardConfig) -> tuple[Division, int]:
-    """The choice for a kernel of few rows, and its blocks: key tiles in equal ranges, or in as many splits as are asked for."""
+    """The choice for a kernel of few rows, and its blocks: key tiles in equal ranges, or in splits as asked for."""
     grouped = problem.group > 1
     rows, heads = (problem.len_q * problem.group, problem.heads_kv) if grouped else (problem.len_q, problem.heads_q)
     together = f"{problem.group} heads share a tile; " if grouped else ""

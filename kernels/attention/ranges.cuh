@@ -90,9 +90,11 @@ struct RangeStretches {
   CF_DEVICE explicit RangeStretches(const FwdParams& p)
       : a(p.attention), heads(Heads::count(a)), tiles(num_tiles(Heads::rows(a, a.len_q), Config::kTileQ)) {
     const int sequences = Period<Sequence>::sequences(a), places = sequences * tiles;
-    int mine = 0;
-    for (int first = 0; first < places; first += 32) mine += count_of(first, places);
-    per_period = sum_over_lanes(mine) * heads;
+    const int mine = count_of(0, places);
+    int all = mine;
+#pragma unroll 1
+    for (int first = 32; first < places; first += 32) all += count_of(first, places);
+    per_period = sum_over_lanes(all) * heads;
     const int total = per_period * (a.batch / sequences), block = static_cast<int>(ptx::block_index());
     blocks = min_of(ptx::num_blocks(), total);
     if (block >= blocks) return;
@@ -100,7 +102,7 @@ struct RangeStretches {
     longer = total - least * blocks;
     at = first_of(block);
     end = first_of(block + 1);
-    find(places);
+    find(places, mine);
   }
 
   CF_DEVICE bool next(const FwdParams&, Stretch& stretch) {
@@ -154,12 +156,12 @@ struct RangeStretches {
     return mine < places ? key_tiles(mine) : 0;
   }
 
-  // Where the key tile number `at` is.
-  CF_DEVICE void find(int places) {
+  // Where the key tile number `at` is; `mine` are those of this lane's of the first 32 query tiles.
+  CF_DEVICE void find(int places, int mine) {
     const int period = at / per_period;
     begin = period * per_period;
-    for (int first = 0; first < places; first += 32) {
-      const int mine = count_of(first, places);
+#pragma unroll 1
+    for (int first = 0; first < places; first += 32, mine = count_of(first, places)) {
       int up_to = mine;  // those of this lane's query tile and the ones before
       for (int distance = 1; distance < 32; distance *= 2) {
         const int before = ptx::shuffle(up_to, max_of(0, ptx::lane_index() - distance));

@@ -37,7 +37,7 @@ CF_DEVICE void forward_combine(const FwdParams& p) {
                                  static_cast<const Real*>(p.partial_out) + number * Config::kDimV + col, step,
                                  step * Config::kDimV};
       Columns<Real, 1> out;
-      RowState<Real> state = merge_parts(out, parts, p.num_splits, log2_unit);
+      RowState<Real> state = merge_parts<8>(out, parts, p.num_splits, log2_unit);
       const Real rescale = Config::Sink::close(state, a, work.head, unit);
       Whole::out(p, sequence, work.head, 0)[row * p.out_stride.row + col] =
           from_accumulator<Element>(out.x[0] * rescale * state.inverse_sum());

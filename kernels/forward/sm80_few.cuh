@@ -104,12 +104,12 @@ struct ForwardSm80Few {
       if (q_rows <= 0) return;
       walk(stretches.part(mask.kv_tiles(q_first, kTileQ, kTileKv)));
       ptx::sync_threads();  // every warp's part is here
-      merge(kWarps, stretch.parts == 1, [&](int row, int col) {
+      merge<kWarps>(kWarps, stretch.parts == 1, [&](int row, int col) {
         return Parts<float, 4>{&smem.parts.states[0][row], &smem.parts.out[0][row][col], kTileQ, kTileQ * kDimV};
       });
       if (stretch.parts > 1 && is_last()) {
-        merge(stretch.parts, true,
-              [&](int row, int col) { return SlotParts{stretch, state_in(0, row), out_in(0, row) + col}; });
+        merge<8>(stretch.parts, true,
+                 [&](int row, int col) { return SlotParts{stretch, state_in(0, row), out_in(0, row) + col}; });
       }
       ptx::sync_threads();  // before the next stretch's keys take the place of the parts
     }
@@ -209,13 +209,14 @@ struct ForwardSm80Few {
     }
 
     // Merges the parts of every row, four columns a thread, into the result, or into this stretch's part of it.
-    template <class PartsOf>
+    template <int kAtOnce, class PartsOf>
     CF_DEVICE void merge(int count, bool whole, const PartsOf& parts_of) {
       constexpr int kAcross = kDimV / 4;
+#pragma unroll 1
       for (int index = ptx::thread_index(); index < min_of(q_rows, kTileQ) * kAcross; index += kThreads) {
         const int row = index / kAcross, col = index % kAcross * 4;
         FourColumns out;
-        RowState<float> state = merge_parts(out, parts_of(row, col), count, log2_unit());
+        RowState<float> state = merge_parts<kAtOnce>(out, parts_of(row, col), count, log2_unit());
         if (whole) {
           close(row, col, out, state);
         } else {

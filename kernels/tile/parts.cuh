@@ -25,23 +25,41 @@ struct Parts {
 };
 
 // l = sum_i exp(m_i - m) l_i, and out = sum_i exp(m_i - m) l_i out_i, in the order of parts, yet to be divided by l. A
-// part whose l is 0 saw no key, and its out, which may be anything, does not count.
-template <class Real, int kCols, class Parts>
+// part whose l is 0 saw no key, and its out, which may be anything, does not count. kAtOnce parts are read together, as
+// each read takes long to come back.
+template <int kAtOnce, class Real, int kCols, class Parts>
 CF_DEVICE RowState<Real> merge_parts(Columns<Real, kCols>& out, const Parts& parts, int count, Real log2_unit) {
   RowState<Real> whole;
   whole.init();
-#pragma unroll 4
-  for (int part = 0; part < count; ++part) whole.m = max_of(whole.m, parts.state(part).m);
 #pragma unroll
   for (Real& x : out.x) x = Real(0);
-#pragma unroll 4
-  for (int part = 0; part < count; ++part) {
-    const RowState<Real> state = parts.state(part);
-    const Columns<Real, kCols> found = parts.out(part);
-    const Real l = state.l * whole.weight(state.m, log2_unit);
-    whole.l += l;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAtOnce) {
+    RowState<Real> states[kAtOnce];
+    Columns<Real, kCols> found[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kCols; ++i) out.x[i] = state.l == Real(0) ? out.x[i] : fma(l, found.x[i], out.x[i]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      states[i].init();
+      if (first + i < count) {
+        states[i] = parts.state(first + i);
+        found[i] = parts.out(first + i);
+      }
+    }
+    Real largest = states[0].m;
+#pragma unroll
+    for (int i = 1; i < kAtOnce; ++i) largest = max_of(largest, states[i].m);
+    const Real rescale = whole.update(largest, log2_unit);
+#pragma unroll
+    for (Real& x : out.x) x *= rescale;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const Real l = states[i].l * whole.weight(states[i].m, log2_unit);
+      whole.l += l;
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+        out.x[c] = states[i].l == Real(0) ? out.x[c] : fma(l, found[i].x[c], out.x[c]);
+      }
+    }
   }
   return whole;
 }

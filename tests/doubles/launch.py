@@ -93,7 +93,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         monkeypatch.setattr(framework, "is_capturing", lambda self: False)
         monkeypatch.setattr(
             framework, "stream", lambda self: (0, None)
-        )  # one that may be destroyed: nothing is kept for it
+        )  # nothing is kept for it
         for name, byte in (("empty", 0xFF), ("zeros", 0)):  # NaN, where a kernel leaves something unwritten
             monkeypatch.setattr(
                 framework, name,

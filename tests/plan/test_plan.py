@@ -441,7 +441,7 @@ def test_a_split_plan_says_what_it_takes() -> None:
 
 @pytest.mark.parametrize(("family", "variants"), [("sm80", 8), ("simt", 4)])
 def test_sizes_choose_between_few_variants(family: str, variants: int) -> None:
-    """Heads together or not, split or not, and the same of few rows: everything else about sizes is a run-time value."""
+    """Heads together or not, split or not, and the same of few rows: all else about sizes is a run-time value."""
     problems = [
         replace(DECODE, batch=b, len_q=q, len_kv=kv, heads_q=8, heads_kv=h, num_splits=n)
         for b in (1, 50)
