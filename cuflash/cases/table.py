@@ -348,6 +348,7 @@ SMOKE: tuple[str, ...] = (
         )
     ),
     "fwd_sm80-bf16-d64-decode",
+    "fwd_sm80-bf16-d64-decode_causal",
 )
 """Ids that touch every kernel, for slow tools and for architectures that need no full matrix."""
 

@@ -91,9 +91,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     for framework, wrap in ((CuPy, as_cupy), (Torch, as_torch)):
         monkeypatch.setattr(framework, "context", lambda self, ordinal: nullcontext())
         monkeypatch.setattr(framework, "is_capturing", lambda self: False)
-        monkeypatch.setattr(
-            framework, "stream", lambda self: (0, None)
-        )  # nothing is kept for it
+        monkeypatch.setattr(framework, "stream", lambda self: (0, None))  # nothing is kept for it
         for name, byte in (("empty", 0xFF), ("zeros", 0)):  # NaN, where a kernel leaves something unwritten
             monkeypatch.setattr(
                 framework, name,

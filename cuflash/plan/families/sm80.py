@@ -150,16 +150,16 @@ def _few_forward(problem: Problem, device: Device, config: FewConfig, reason: st
     division, blocks = deal(problem, device, config)
     rows, heads = problem.len_q * problem.group, problem.heads_kv
     query_tiles = tiles(rows, config.tile_q) * heads * problem.batch
-    workspaces: tuple[Workspace, ...] = ()
+    workspaces = steps.rotated(problem)
     if not problem.num_splits or division.num_splits > 1:  # ranges begin and end anywhere, whatever the lengths
         slots = blocks if problem.num_splits else 2 * blocks
         shape = (slots, config.tile_q)
-        workspaces = (
+        workspaces += (
             Workspace("partial_out", problem.dtype.accumulator, (*shape, _rounded(problem)[1])),
             Workspace("partial_state", problem.dtype.accumulator, (*shape, 2)),
             Workspace("tickets", np.dtype(np.int32), (query_tiles,), kept=True),
         )
-    launches = (Step("fwd_sm80_few", "FwdParams", config, blocks),)
+    launches = (*steps.append_step(problem), Step("fwd_sm80_few", "FwdParams", config, blocks))
     return Plan(
         problem, device, "sm80", launches, workspaces, reason, num_splits=division.num_splits, division=division.reason
     )
