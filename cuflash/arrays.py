@@ -341,6 +341,10 @@ class Guest:
         self._from_dlpack, self._to_numpy = from_dlpack, to_numpy
         self._from_numpy = from_numpy or (lambda x, beside: from_dlpack(x))
 
+    def beyond(self, arrays: Any, generator: Any = None) -> Adapter | None:
+        """What answers a call on arrays of this library that are not all one piece of memory; None where they are."""
+        return None
+
     def borrow(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[NumPy | CuPy, list[Any]]:
         """View the arrays as NumPy's or, from a GPU, as CuPy's, which CuPy's current stream may read.
 
@@ -506,7 +510,7 @@ def _torch_tensors() -> Any:
 
 
 @cache
-def _jax_tracers() -> Adapter:
+def _jax_tracers() -> Any:
     from cuflash.adapters.jax import Traced
 
     return Traced()
@@ -514,9 +518,9 @@ def _jax_tracers() -> Adapter:
 
 @cache
 def _jax_arrays() -> Guest:
-    jax = sys.modules["jax"]
-    # NumPy's DLPack has no bfloat16; and what it makes of an array has its memory, too.
-    return Guest("JAX", jax.numpy.from_dlpack, np.asarray, lambda x, beside: jax.device_put(x, beside.sharding))
+    from cuflash.adapters.jax import Concrete
+
+    return Concrete(_jax_tracers())
 
 
 @cache

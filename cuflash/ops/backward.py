@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.arrays import Adapter, Launcher, framework_of, framework_of_type
+from cuflash.arrays import Adapter, Guest, Launcher, framework_of, framework_of_type
 from cuflash.ops.answer import answer
 from cuflash.ops.call import Arrays, Gradients, Options
 
@@ -18,6 +18,8 @@ def backward(options: Options, arrays: Arrays) -> tuple[Any, ...]:
     framework = framework_of_type(kind)
     if not isinstance(framework, Launcher):
         framework = framework_of(options.manner.names, arrays)
+    if isinstance(framework, Guest):
+        framework = framework.beyond(arrays) or framework
     if isinstance(framework, Adapter):
         results = framework.answer("backward", options, arrays)
     else:

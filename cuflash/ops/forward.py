@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.arrays import Adapter, Launcher, framework_of, framework_of_type
+from cuflash.arrays import Adapter, Guest, Launcher, framework_of, framework_of_type
 from cuflash.ops import draw
 from cuflash.ops.answer import answer
 from cuflash.ops.call import Arrays, Options
@@ -22,6 +22,8 @@ def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int
     framework = framework_of_type(kind)
     if not isinstance(framework, Launcher):
         framework = framework_of(options.manner.names, arrays)
+    if isinstance(framework, Guest):
+        framework = framework.beyond(arrays, generator) or framework
     if isinstance(framework, Adapter):
         return framework.answer("forward", options, arrays, generator, cached)
     if generator is not None:

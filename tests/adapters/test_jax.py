@@ -231,6 +231,8 @@ def test_dropout_draws_from_a_key() -> None:
     oracle.assert_all_close(actual, exact._replace(lse=naive.lse), naive)
     bits = get(jax.random.bits(key, (2,), np.uint32))
     assert (seed, offset) == (int(bits[0]) + (int(bits[1]) << 32), 0)
+    eager = cuflash.flash_attn_func(*arrays[:3], dropout_p=0.25, generator=key)
+    np.testing.assert_allclose(get(eager), get(out), rtol=1e-6, atol=1e-6)
     again = jax.jit(whole)(*arrays[:4], state)
     assert all((get(a) == get(b)).all() for a, b in zip(again, (out, state, *grads), strict=True))
     other = jax.jit(whole)(*arrays[:4], jax.random.split(key)[0])

@@ -107,6 +107,21 @@ def test_arrays_that_are_sharded(mesh: Any, parts: list[Any], name: str, learnt:
 
 
 @on_four
+def test_arrays_are_divided_outside_programs_too(mesh: Any, parts: list[Any]) -> None:
+    arrays = tensors(2)
+    spec = P("x", None, "y")
+    q, k, v, dout = (jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays[:4])
+    dlse = jax.device_put(arrays[4], NamedSharding(mesh, P("x", "y")))
+    (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, causal=True, return_lse=True)
+    by_hand = out, lse, *pullback(dout, dlse)
+    exact, naive = (f(*arrays, causal=True) for f in (oracle.attention, oracle.naive_in_dtype))
+    for results in (by_hand, whole(q, k, v, dout, dlse)):
+        oracle.assert_all_close(oracle.Attention(*map(np.asarray, results)), exact, naive)
+        assert results[0].sharding.is_equivalent_to(q.sharding, 4)
+    assert {shapes[1:] for shapes in parts} == {((2, 20, 2, 16), (2, 24, 1, 16))}
+
+
+@on_four
 def test_heads_of_packed_sequences_are_divided(mesh: Any, parts: list[Any]) -> None:
     q, k, v = (random(n, h, 16, dtype=FP32, seed=n) for n, h in ((33, 4), (45, 2), (45, 2)))
     starts_q, starts_k = np.array([0, 9, 9, 30], np.int32), np.array([0, 4, 20, 41], np.int32)

@@ -31,7 +31,7 @@ def divided(direction: Direction, options: Options, names: tuple[str, ...]) -> C
         function.def_partition(division.partition, sharding_rule=division.rule, **division.factor_sizes)
         return function(*operands)
 
-    return call
+    return jax.jit(call)  # op by op there would be no program to divide
 
 
 class Division:
