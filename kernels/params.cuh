@@ -145,6 +145,8 @@ struct BwdParams {
   int64 dbias_batch;          // strides in elements
   int64 dbias_head;
   int64 dbias_row;
+  void* dbias_parts;          // [bias_parts] of dbias, to be added up (attention/bias_gradient.cuh); null where there is one
+  int bias_parts;             // blocks that share what adds to one element of dbias, which then has parts
   int* dq_turn;               // [heads_q, tiles] zeroed: key tiles already added to each dq tile; deterministic only
   Strides q_stride;
   Strides k_stride;
@@ -157,12 +159,13 @@ struct BwdParams {
   Strides dq_stride;
   Strides dk_stride;
   Strides dv_stride;
-  TensorMap q_map;            // boxes of q, k, v, dout, dk and dv; sm90 only
+  TensorMap q_map;            // boxes of q, k, v, dout, dk, dv and attention.bias; sm90 only
   TensorMap k_map;
   TensorMap v_map;
   TensorMap dout_map;
   TensorMap dk_map;
   TensorMap dv_map;
+  TensorMap bias_map;         // empty where the kernel loads no boxes of it
 };
 
 // One of the results that are merged (forward/merge.cuh): attention of the same queries over some of the keys.

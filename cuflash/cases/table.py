@@ -143,6 +143,7 @@ VARIATIONS: dict[str, str] = {
     "decode_varlen": "packed short queries, four heads to a key/value head, keys in five splits",
     "decode_everything": "`everything` on nine queries, four heads to a key/value head, keys in five splits",
     "reversed": "keys and values whose heads lie in memory in reverse order",
+    "short": "many short sequences that share a bias, with its gradient",
     "long": "enough queries for the tiles of long sequences",
     "long_causal": "the same, causal",
 }
@@ -167,6 +168,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "dropout_word": {"dropout": "word"},
     "reversed": {"ascending": False},
     "mask_causal": {"mask": replace(_CAUSAL, tensor=True)},
+    "short": {"batch": 150, "len_q": 61, "len_kv": 57, "bias_broadcast": (True, False, False, False)},
     "long": {"batch": 1, "len_q": _LONG_Q},
     "long_causal": {"batch": 1, "len_q": _LONG_Q, "mask": _CAUSAL},
     "everything": {
@@ -218,9 +220,9 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         copy_bytes=widest_copy(dtype.itemsize, (dim_qk, dim_v), base),
     )
     problem = replace(problem, **_CHANGES.get(feature, {}))
-    if feature in ("bias", "bias_apart", "dbias"):
+    if feature in ("bias", "bias_apart", "dbias", "short"):
         problem = replace(problem, bias=dtype)
-    if direction == "backward" and ("dbias" in feature or "everything" in feature):
+    if direction == "backward" and (feature == "short" or "dbias" in feature or "everything" in feature):
         problem = replace(problem, bias_grad=True)
     dropout_p = _DROPOUT_P if problem.dropout else 0.0
     case_id = f"{direction[0]}wd_{family}-{dtype_name}-d{dims}" + (f"-{feature}" if feature else "")
@@ -250,7 +252,11 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "sm90": [
         *(("bf16", dims, ("",)) for dims in ("32", "40", "80")),
         *(("bf16", dims, ("", "causal", "window")) for dims in ("96", "192", "256", "192x128")),
-        ("bf16", "64", ("", *(f for f in VARIATIONS if not f.startswith(("copy", "reversed", "paged", "decode"))))),
+        (
+            "bf16",
+            "64",
+            ("", *(f for f in VARIATIONS if not f.startswith(("copy", "reversed", "paged", "decode", "short")))),
+        ),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "long", "long_causal")),
         ("bf16", "128", ("bias", "dropout", "everything")),
         ("bf16", "96", ("long", "long_causal")),
@@ -272,7 +278,11 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     ],
     "simt": [
         *(("fp32", dims, ("",)) for dims in ("16", "33", "128", "256", "512", "64x128", "1024")),
-        ("fp32", "64", ("", *(f for f in VARIATIONS if f not in ("copy2", "mask_causal", "decode_window", *_LONG)))),
+        (
+            "fp32",
+            "64",
+            ("", *(f for f in VARIATIONS if f not in ("copy2", "mask_causal", "decode_window", "short", *_LONG))),
+        ),
         ("fp32", "256", ("causal",)),
         ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything", "paged48", "decode")),
         ("fp64", "256", ("",)),
@@ -347,6 +357,7 @@ SMOKE: tuple[str, ...] = (
             "simt-fp32-d256",
         )
     ),
+    "bwd_sm80-bf16-d64-short",
     "fwd_sm80-bf16-d64-decode",
     "fwd_sm80-bf16-d64-decode_causal",
 )

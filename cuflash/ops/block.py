@@ -67,6 +67,7 @@ def template(
         shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
         for at, name in enumerate(("batch", "head", "row")):
             block[f"dbias_{name}"] = prod(shape[at + 1 :]) if shape[at] > 1 else 0
+        block["bias_parts"] = plan.bias_parts
 
     if problem.page_size:
         attention["total_kv"] = _UNNUMBERED

@@ -21,6 +21,7 @@ from cuflash.ops.call import OUTPUTS, Arrays, Options, results
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Step, Workspace, choose
+from cuflash.plan.bias import needs_zeros
 from cuflash.problem import Direction, Problem
 
 _MAX_PREPARED = 1024
@@ -230,6 +231,6 @@ def result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
         "lse": problem.dtype.accumulator, "row_state": problem.dtype.accumulator, "rng_state": np.dtype(np.uint64),
         "dbias": problem.dtype.accumulator, "dsink": np.dtype(np.float32), "delta": problem.dtype.accumulator,
     }  # fmt: skip
-    # Kernels write these up to the packed rows there are: fewer than max_seqlen perhaps, and those of no sequence.
-    zeroed = name in ("dbias", "delta") and problem.layout == "varlen"
+    # Kernels write delta up to the packed rows there are: not those of no sequence.
+    zeroed = needs_zeros(problem) if name == "dbias" else name == "delta" and problem.layout == "varlen"
     return Workspace(name, dtypes.get(name, problem.dtype.numpy), shape, zeroed)

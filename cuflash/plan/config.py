@@ -59,6 +59,10 @@ class CopyConfig(AttentionConfig):
     """Width of one global access; 2, 4, 8 or 16."""
 
 
+BIAS_GRADIENT = {HEADER: "attention/bias_gradient.cuh"}
+"""Metadata of the field that says where the gradient of the bias goes: NoBiasGradient, StoredBiasGradient."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardConfig(CopyConfig):
     """``fwd_sm80`` and ``fwd_simt``."""

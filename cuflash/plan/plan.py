@@ -88,6 +88,8 @@ class Plan:
     """Blocks that share the keys of one query tile of a forward."""
     division: str = ""
     """Why so many, and what shares a tile, in words (``plan/splits.py``); forward only."""
+    bias_parts: int = 1
+    """Blocks that share what adds to one tile of the bias' gradient (``plan/bias.py``); backward only."""
 
     def __repr__(self) -> str:
         kernels = ", ".join(step.kernel for step in self.steps)

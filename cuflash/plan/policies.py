@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypedDict
 
 import numpy as np
@@ -58,6 +59,12 @@ def score(problem: Problem) -> str:
     for term in (["Alibi"] if problem.alibi else []) + ([f"Bias<{problem.bias.cuda}>"] if problem.bias else []):
         policy = f"Plus<{policy}, {term}>"
     return policy
+
+
+def score_beside_bias(problem: Problem) -> str:
+    """The score policy, in natural logits, of a kernel that adds the bias itself."""
+    policy = score(replace(problem, bias=None))
+    return policy if problem.alibi else f"NaturalScore<{policy}>"
 
 
 def unit_score(problem: Problem) -> str:

@@ -1,13 +1,12 @@
-"""Launches that families share: dropout's seed, row sums, parts of split rows, gradients of sink and bias."""
+"""Launches that families share: dropout's seed, row sums, parts of split rows, the gradient of the sink."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import prod
 
 from cuflash.device import Device
 from cuflash.plan import policies
-from cuflash.plan.config import HEADER, Config, CopyConfig, ForwardConfig, SequenceConfig
+from cuflash.plan.config import HEADER, Config, ForwardConfig, SequenceConfig
 from cuflash.plan.plan import Plan, Step, Workspace
 from cuflash.plan.splits import divide
 from cuflash.plan.tiles import query_blocks, tiles
@@ -150,15 +149,6 @@ def row_workspaces(problem: Problem) -> tuple[Workspace, ...]:
     return tuple(
         Workspace(name, problem.dtype.accumulator, shape) for name, shape in (("delta", (rows,)), ("shift", (rows, 2)))
     )
-
-
-def bias_step(problem: Problem, kernel: str, config: CopyConfig) -> tuple[Step, ...]:
-    """The launch for the gradient of the bias, where it is wanted."""
-    if not problem.bias_grad:
-        return ()
-    counts = (problem.batch, problem.heads_q, -(-problem.len_q // config.tile_q), -(-problem.len_kv // config.tile_kv))
-    blocks = prod(1 if one else n for n, one in zip(counts, problem.bias_broadcast, strict=True))
-    return (Step(kernel, "BwdParams", config, blocks),)
 
 
 def sink_step(problem: Problem) -> tuple[Step, ...]:

@@ -2,9 +2,11 @@
 // and the ways of the gradients out of the block.
 #pragma once
 
+#include "attention/bias_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "ptx/warpgroup.cuh"
+#include "tile/bias.cuh"
 #include "tile/copy_tma.cuh"
 #include "tile/dq_accum.cuh"
 #include "tile/dropout.cuh"
@@ -37,8 +39,10 @@ struct BackwardBlock {
   using Weights = Operand<16, kTileQ>;
   using Kept = ElementSet<Scores>;  // those that dropout keeps
 
+  using Bias = typename Config::BiasCopies::template Buffers<kTileQ, kTileKv, Config::kBiasStages>;
+
   // What the producer fills.
-  struct Inputs {
+  struct Inputs : Bias {
     KTile k[kKeyTiles];  // dk on the way out
     VTile v[kKeyTiles];  // dv on the way out
     QTile q[kStages];
@@ -47,7 +51,9 @@ struct BackwardBlock {
     Ring<kStages> q_ring, dout_ring;
     uint64 k_full, v_full;
 
+    CF_DEVICE Bias& bias() { return *this; }
     CF_DEVICE void init() {
+      bias().init(kConsumers * 4);
       q_ring.init(kConsumers);
       dout_ring.init(kConsumers);
       ptx::mbarrier_init(ptx::smem_u32(&k_full), 1);
@@ -95,6 +101,7 @@ struct BackwardBlock {
     const Attention& a = p.attention;
     load_keys(smem.k, p.k_map, smem.k_full);
     Cursor at;
+    typename Bias::Cursor bias_at;
     int head = head_first, tile = first_tile;
 #pragma unroll 1
     for (int step = 0; step < num_steps(); ++step) {
@@ -106,6 +113,8 @@ struct BackwardBlock {
                      q_barrier);
       if (step == 0) load_keys(smem.v, p.v_map, smem.v_full);
       load_boxes(smem.dout[at.stage], p.dout_map, origin, smem.dout_ring.acquire(at, sizeof(DoutTile)));
+      smem.bias().load(p.bias_map, a, sequence, head, tile * kTileQ, kv_first, bias_at);
+      bias_at = bias_at.next();
       at = at.next();
       tile = tile_after(tile);
       if (tile == first_tile) ++head;
@@ -179,6 +188,13 @@ struct BackwardBlock {
         }
       }
     }
+  }
+
+  // Leaves dS of a warp's 16 keys from `kv_first` on as the gradient of the bias, if that is what it is.
+  CF_DEVICE void store_bias_gradient(Scores& ds, int head, int q_first, int kv_first) const {
+    const typename Config::BiasGradient bias_gradient(p, sequence, head);
+    ds.for_each(ptx::lane_index(),
+                [&](float x, int row, int col) { bias_gradient.store(q_first + col, kv_first + row, x); });
   }
 
   // Adds a warpgroup's share to the sums; `barrier` is its own named barrier.

@@ -15,6 +15,7 @@
 // second. Recomputing P twice costs two products more than sharing it, and spares an accumulator for dq.
 #pragma once
 
+#include "attention/bias_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "tile/gemm_simt.cuh"
@@ -163,6 +164,8 @@ struct BackwardSimt {
           grad_s(gradient, s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.col_of(n), full);
         }
       }
+      const typename Config::BiasGradient bias_gradient(p, sequence, work.head);
+      dp.for_each([&](Real ds, int row, int col) { bias_gradient.store(q_first + row, kv_first + col, ds); });
       Block::template accumulate<kDimQk>(dq, smem.products.weighted, dp, inputs.k.from(kv_first));
     }
     const Real scale = static_cast<Real>(a.softmax_scale);

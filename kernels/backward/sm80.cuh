@@ -18,6 +18,7 @@
 // registers.
 #pragma once
 
+#include "attention/bias_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "tile/copy.cuh"
@@ -159,6 +160,13 @@ struct BackwardSm80 {
             dp.at(r, n, i) = gradient.of_product(raw, weight, dp.at(r, n, i), delta, keep, q, kv);
           }
         }
+      }
+
+      if (split == 0) {
+        const typename Config::BiasGradient bias_gradient(p, sequence, head);
+        dp.for_each(lane, [&](float ds, int row, int col) {
+          bias_gradient.store(q_first + col, kv_first + warp_row + row, ds);
+        });
       }
 
       Weights weights;

@@ -68,7 +68,7 @@ struct BackwardSm90Wide {
 #pragma unroll 1
       for (int left = block.num_steps(); left > 0; --left) {
         Weights operand;  // P or dS: the product with sum reads it until add_dq has waited
-        me.visit(gradient, tile, at, buffer, operand);
+        me.visit(gradient, head, tile, at, buffer, operand);
         const Cursor next = at.next();
         if (left > 1) me.wait(next);
         // Always the next scores: a choice would end what is under way. Behind the last tile they are for nothing.
@@ -135,7 +135,7 @@ struct BackwardSm90Wide {
       ptx::wgmma_commit();
     }
 
-    CF_DEVICE void visit(const Gradient& gradient, int tile, const Cursor& at, int buffer, Weights& weights) {
+    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, const Cursor& at, int buffer, Weights& weights) {
       auto& in = this->in;
       const int q_first = tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
       const auto& rows = in.rows[at.stage];
@@ -184,7 +184,7 @@ struct BackwardSm90Wide {
       ptx::wgmma_commit();
     }
 
-    CF_DEVICE void visit(const Gradient& gradient, int tile, const Cursor& at, int buffer, Weights& ds) {
+    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, const Cursor& at, int buffer, Weights& ds) {
       auto& in = this->in;
       const int q_first = tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
       Scores p_slope, &dp = this->scores;
@@ -200,6 +200,7 @@ struct BackwardSm90Wide {
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dp.x[0]);
       Block::differentiate(p_slope, dp, gradient, in.rows[at.stage], kept);
+      this->block.store_bias_gradient(dp, head, q_first, kv_first);
       pack_operand<Element>(ds, dp);
       store_transposed(this->smem.ds[buffer], this->warp_row, ptx::lane_index(), ds);
       ptx::fence_proxy_async();

@@ -1,4 +1,4 @@
-// Gradient of the additive bias, on tensor cores.
+// Gradient of a broadcast bias, on tensor cores.
 #include "config.cuh"
 #include "backward/bias_sm80.cuh"
 

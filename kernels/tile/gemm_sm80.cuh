@@ -39,10 +39,10 @@ CF_DEVICE void gemm_abt(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int 
   }
 }
 
-// C += A B with A [M x K] in registers and B [K x N] row-major in shared memory, from column `b_col` on.
+// C += A B with A [M x K] in registers and B [K x N] row-major in shared memory, from column `b_col` and row `b_row` on.
 template <class Element, int kM, int kN, int kK, class TileB>
-CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, const Operand<kM, kK>& a, TileB& b, int b_col = 0) {
-  const uint32 b_address = b.address(down_first_row(), b_col + down_first_col());
+CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, const Operand<kM, kK>& a, TileB& b, int b_col = 0, int b_row = 0) {
+  const uint32 b_address = b.address(b_row + down_first_row(), b_col + down_first_col());
 #pragma unroll
   for (int k = 0; k < kK; k += 16) {
 #pragma unroll
@@ -58,16 +58,16 @@ CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, const Operand<kM, kK>& a, TileB& b, 
   }
 }
 
-// Writes an A operand to rows [first_row, first_row + kM) of a shared tile.
+// Writes an A operand to rows [first_row, first_row + kM) of a shared tile, from column `first_col` on.
 template <class Tile, int kM, int kK>
-CF_DEVICE void store_operand(Tile& tile, int first_row, int lane, const Operand<kM, kK>& operand) {
+CF_DEVICE void store_operand(Tile& tile, int first_row, int lane, const Operand<kM, kK>& operand, int first_col = 0) {
 #pragma unroll
   for (int m = 0; m < kM / 16; ++m) {
 #pragma unroll
     for (int k = 0; k < kK / 16; ++k) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = first_row + row_of(lane, m * 2 + i % 2), col = col_of(lane, k * 2 + i / 2, 0);
+        const int row = first_row + row_of(lane, m * 2 + i % 2), col = first_col + col_of(lane, k * 2 + i / 2, 0);
         *reinterpret_cast<uint32*>(tile.at(row, col)) = operand.x[m][k][i];
       }
     }

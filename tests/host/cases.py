@@ -17,6 +17,7 @@ from cuflash.device import named
 from cuflash.masks import Mask
 from cuflash.ops.call import asked
 from cuflash.plan import choose
+from cuflash.plan.bias import needs_zeros
 from cuflash.problem import Problem
 from cuflash.verify.surroundings import Arena
 from host.run import run_plan_on_host
@@ -282,6 +283,8 @@ def run(case: HostCase, tensors: Tensors, direction: str, seed: int, draw: Seque
             dropout_p=case.dropout_p, dropout_scheme=problem.dropout, unbiased_dropout=case.unbiased
         )
     tensors.before = tensors.arena.snapshot()
+    if problem.bias_grad and needs_zeros(problem):
+        tensors.arrays["dbias"][...] = 0
     conflicts = run_plan_on_host(plan, tensors.arrays, seed, options, draw)
     assert conflicts == 0, "ldmatrix met bank conflicts"
 

@@ -166,6 +166,50 @@ CASES |= {
     ),
 }  # fmt: skip
 
+# As many short sequences as blocks of two multiprocessors share: the first of a block, the next, and the last.
+CASES |= {
+    "short": dense("fp16", (2, 2), (64, 64), (32, 32), batch=5, num_sms=2, bias_axes="hqk"),
+    "short-d64-s128": dense("bf16", (2, 2), (128, 128), (64, 64), batch=5, num_sms=2, bias_axes="hqk", bias=FP32),
+    "short-one-query": dense("fp16", (3, 3), (1, 100), (24, 40), batch=3, num_sms=2, bias_axes="hqk"),
+    "short-one-key": dense("bf16", (2, 2), (50, 1), (16, 16), batch=5, num_sms=2, bias_axes="hk"),
+    "short-causal": dense("fp16", (2, 2), (60, 40), (33, 7), batch=5, num_sms=2, mask=CAUSAL, copy_bytes=2),
+    "short-own-bias": dense("bf16", (2, 2), (40, 90), (32, 64), batch=5, num_sms=2, bias_axes="bhqk", mask=WINDOW),
+    "short-all-pairs": dense("fp16", (2, 2), (70, 30), (64, 32), batch=5, num_sms=2, bias_axes="qk", softcap=2.0),
+    "short-softcap": dense("fp16", (2, 2), (30, 40), (48, 48), batch=4, num_sms=1, bias_axes="hqk", softcap=2.0),
+    "short-everything": dense(
+        "bf16", (2, 2), (50, 61), (40, 24), batch=5, num_sms=2, mask=WINDOW, mask_axes="bhqk", alibi_axes="bh",
+        bias_axes="hqk", softmax_scale=-0.2, sink=True, dropout="byte", copy_bytes=8,
+    ),
+    "short-dropout-word": dense("fp16", (2, 2), (50, 70), (64, 64), batch=2, num_sms=2, dropout="word"),
+    "short-varlen": packed(
+        "fp16", (2, 2), (64, 0, 1, 30, 20), (30, 20, 0, 64, 7), (32, 32), tail=5, num_sms=2, bias_axes="hqk"
+    ),
+    "short-varlen-everything": packed(
+        "bf16", (2, 2), (40, 0, 70, 3), (90, 30, 20, 128), (64, 64), tail=5, seqused_q=(33, 0, 70, 1), num_sms=2,
+        seqused_kv=(70, 9, 20, 99), mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", bias=FP32,
+        sink=True, dropout="byte", deterministic=True,
+    ),
+}  # fmt: skip
+
+# A broadcast bias whose tiles several blocks share, each with several visits: along every axis, of several tiles.
+CASES |= {
+    "bias-parts": dense("fp16", (2, 1), (70, 140), (64, 64), batch=7, bias_axes="hqk", num_sms=9),
+    "bias-parts-d32": dense("bf16", (2, 2), (150, 130), (32, 32), batch=5, bias_axes="qk", bias=FP32, num_sms=4),
+    "bias-parts-rows": dense("bf16", (2, 1), (300, 90), (40, 24), batch=3, bias_axes="hk", num_sms=5),
+    "bias-parts-columns": dense("fp16", (2, 2), (90, 300), (64, 64), batch=2, bias_axes="bq", num_sms=5, mask=CAUSAL),
+    "bias-parts-number": dense("fp16", (2, 1), (130, 140), (16, 16), batch=2, bias_axes="", bias=FP32, num_sms=3),
+    "bias-parts-varlen": packed(
+        "bf16", (2, 1), (70, 0, 1, 130, 64), (30, 20, 0, 150, 64), (64, 64), tail=5, bias_axes="hqk", num_sms=6
+    ),
+    "bias-parts-99KB": dense("fp16", (2, 1), (150, 150), (128, 64), batch=5, bias_axes="hqk", device="a10", num_sms=4),
+    "bias-parts-d256-99KB": dense("bf16", (1, 1), (70, 50), (256, 256), batch=3, bias_axes="hqk", device="a10"),
+    "simt-bias-parts": dense("fp32", (2, 1), (70, 90), (32, 32), family="simt", batch=7, bias_axes="hqk", num_sms=5),
+    "simt-bias-parts-rows": dense(
+        "fp64", (2, 1), (130, 40), (40, 24), family="simt", batch=3, bias_axes="hk", bias=FP32, num_sms=4, mask=CAUSAL
+    ),
+    "simt-bias-own": dense("fp64", (2, 1), (70, 40), (40, 24), family="simt", bias_axes="hqk", bias=FP32, mask=WINDOW),
+}  # fmt: skip
+
 # Two to four consumers of 64 rows; two to four tiles of 32 to 128 keys.
 HOPPER = {
     "sm90-d64": dense("fp16", (2, 2), (270, 300), (64, 64)),

@@ -842,7 +842,8 @@ def test_tiles_and_workspaces_of_hopper_gradients(changes: dict, kernel: str, ti
 
 
 def test_explanation_of_a_hopper_backward() -> None:
-    problem = replace(GRADIENTS, dim_qk=128, dim_v=128, bias=dtypes.BF16, bias_grad=True, sink=True)
+    summed = {"bias_grad": True, "bias_broadcast": (True, False, False, False)}
+    problem = replace(GRADIENTS, dim_qk=128, dim_v=128, bias=dtypes.BF16, sink=True, **summed)
     plan, lines = choose(problem, H100), str(explain(problem, H100)).splitlines()
     assert lines[2] == "  family     sm90: dk and dv take 128 registers, S and dP 64"
     assert lines[3].startswith(

@@ -6,17 +6,26 @@ compile.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from cuflash.device import Device
 from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
-from cuflash.plan.config import CopyConfig, ForwardConfig
+from cuflash.plan.bias import BiasSum, bias_sum, gradient_policy
+from cuflash.plan.config import BIAS_GRADIENT, CopyConfig, ForwardConfig
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step
 from cuflash.plan.tiles import key_blocks, query_blocks, resident, round_up
 from cuflash.problem import Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DqConfig(CopyConfig):
+    """``bwd_simt_dq``."""
+
+    bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
+
 
 _COLS = 64
 """Rows of the other side that a block walks at a time."""
@@ -84,18 +93,20 @@ def _operands(problem: Problem, rows: int, cols: int) -> int:
     return (rows + cols) * (staged_cols + 16 // size) * size
 
 
-def _bias_step(problem: Problem) -> tuple[Step, ...]:
-    """The launch of ``backward/bias_simt.cuh``, which recomputes dS for each element of the bias, where wanted."""
-    edge, size = 64, problem.dtype.accumulator.itemsize
+def _sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
+    """The launches of ``backward/bias.cuh`` by ``bwd_bias_simt``."""
+    edge, threads = 64, 256
+    smem = max(_operands(problem, edge, edge), edge * (edge + 1) * problem.dtype.accumulator.itemsize)
     config = CopyConfig(
         **policies.policies(problem),
         tile_q=edge,
         tile_kv=edge,
-        threads=256,
-        smem_bytes=_operands(problem, edge, edge) + edge * (edge + 1) * size,
+        threads=threads,
+        blocks_per_sm=resident(smem, threads, 128 if problem.dtype.accumulator.itemsize == 4 else 255, device),
+        smem_bytes=smem,
         copy_bytes=policies.copy_bytes(problem),
     )
-    return steps.bias_step(problem, "bwd_bias_simt", config)
+    return bias_sum(problem, device, "bwd_bias_simt", config)
 
 
 def _forward(problem: Problem, device: Device) -> Plan:
@@ -112,16 +123,20 @@ def _forward(problem: Problem, device: Device) -> Plan:
 def _backward(problem: Problem, device: Device) -> Plan:
     tile, reason = _tile(_BACKWARD, problem, device)
     # No block adds to another's rows, so the gradients are always deterministic and the config need not say so.
-    dq = CopyConfig(**policies.policies(problem), **tile, copy_bytes=policies.copy_bytes(problem))
-    dkdv = replace(dq, tile_q=dq.tile_kv, tile_kv=dq.tile_q)  # either kernel owns as many rows
+    common = policies.policies(problem), policies.copy_bytes(problem)
+    dq = DqConfig(**common[0], **tile, copy_bytes=common[1], bias_gradient=gradient_policy(problem))
+    # Either kernel owns as many rows.
+    dkdv = CopyConfig(**common[0], **tile | {"tile_q": dq.tile_kv, "tile_kv": dq.tile_q}, copy_bytes=common[1])
+    bias = _sum_bias_gradient(problem, device)
     launches = (
         steps.delta_step(problem),
         Step("bwd_simt_dkdv", "BwdParams", dkdv, key_blocks(problem, dkdv.tile_kv)),
         Step("bwd_simt_dq", "BwdParams", dq, query_blocks(problem, dq.tile_q)),
-        *_bias_step(problem),
+        *bias.steps,
         *steps.sink_step(problem),
     )
-    return Plan(problem, device, "simt", launches, steps.row_workspaces(problem), reason)
+    workspaces = steps.row_workspaces(problem) + bias.workspaces
+    return Plan(problem, device, "simt", launches, workspaces, reason, bias_parts=bias.parts)
 
 
 SIMT = Family(

@@ -13,7 +13,8 @@ import numpy as np
 from cuflash.device import Device
 from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
-from cuflash.plan.config import HEADER, CopyConfig, FewConfig, ForwardConfig, SequenceConfig
+from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored
+from cuflash.plan.config import BIAS_GRADIENT, HEADER, CopyConfig, FewConfig, ForwardConfig, SequenceConfig
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step, Workspace
 from cuflash.plan.splits import Division, deal, divide
@@ -31,6 +32,17 @@ class BackwardConfig(CopyConfig):
     """Blocks that share the columns of one gradient tile."""
     reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
     """How blocks add to dq: AtomicReduction, OrderedReduction."""
+    bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiasConfig(CopyConfig):
+    """``bwd_bias_sm80``. Its score is that of q.k without the bias."""
+
+    bias: str = field(metadata={HEADER: "element.cuh"})
+    """Element type of the bias."""
+    stages: int
+    """Visits in flight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +217,7 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
                 stages=stages,
                 dim_splits=splits,
                 reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
+                bias_gradient=gradient_policy(problem),
             )
             return config, reason
     raise AssertionError(f"no backward tile of {problem} fits {device}")
@@ -226,25 +239,95 @@ def _backward_smem(problem: Problem, tile_q: int, tile_kv: int, threads: int, st
     return _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v) + _shared_tile(tile_kv, tile_q) + stages * stage
 
 
-def bias_step(problem: Problem) -> tuple[Step, ...]:
-    """The launch of ``backward/bias.cuh``, which recomputes dS for each element of the bias, where that is wanted.
+def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
+    """The launches of ``backward/bias.cuh`` by ``bwd_bias_sm80``."""
+    if problem.bias is None or not problem.bias_grad or is_stored(problem):
+        return BiasSum()
+    edge_q, edge_kv = (_bias_edge(n) for n in (problem.len_q, problem.len_kv))
+    # The largest tile reads the fewest rows for a pair, and the second stage hides how long that takes.
+    candidates = ((edge_q, edge_kv, 2), (edge_q, edge_kv, 1), (64, 64, 2), (64, 64, 1), (32, 32, 1))
+    tile_q, tile_kv, stages, smem = next(
+        (*tile, smem) for tile in candidates if (smem := _bias_smem(problem, *tile)) <= device.smem_per_block
+    )
+    threads = {128 * 128: 256, 32 * 32: 64}.get(tile_q * tile_kv, 128)
+    config = BiasConfig(
+        **policies.policies(problem) | {"score": policies.score_beside_bias(problem)},
+        tile_q=tile_q,
+        tile_kv=tile_kv,
+        threads=threads,
+        blocks_per_sm=resident(smem, threads, 168 if tile_q * tile_kv <= 64 * 64 else 255, device),
+        smem_bytes=smem,
+        copy_bytes=policies.copy_bytes(problem),
+        bias=problem.bias.cuda,
+        stages=stages,
+    )
+    return bias_sum(problem, device, "bwd_bias_sm80", config)
 
-    Its tile is a square that fits every architecture.
-    """
+
+def _bias_edge(length: int) -> int:
+    """Edge of a tile of the bias: 128 unless a quarter more of padding would come with it."""
+    return 128 if 4 * round_up(length, 128) <= 5 * round_up(length, 64) else 64
+
+
+def _bias_smem(problem: Problem, tile_q: int, tile_kv: int, stages: int) -> int:
+    """Bytes of ``BackwardBias::SmemPlan`` with ``BiasTileSm80``."""
+    bias = tile_q * (tile_kv + 8) * problem.bias.itemsize if problem.bias else 0
+    rows = sum(_shared_tile(tile_q + tile_kv, dim) for dim in _rounded(problem))
+    return max(bias + stages * (rows + 3 * 4 * tile_q), tile_q * (tile_kv + 1) * 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortBackwardConfig(CopyConfig):
+    """``bwd_sm80_short``."""
+
+    bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
+    sum_bias: bool
+    """The gradient of a bias that the batch shares is summed on the way."""
+
+
+def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | None:
+    """The config of ``backward/sm80_short.cuh`` where sequences fit in one of its tiles and are many; else None."""
+    longest = max(problem.len_q, problem.len_kv)
+    edge = 64 if longest <= 64 else 128
+    fits = longest <= edge and max(problem.dim_qk, problem.dim_v) <= 64 and problem.group == 1
+    if not fits or problem.batch * problem.heads_q < 2 * device.num_sms:
+        return None
     dim_qk, dim_v = _rounded(problem)
-    edge = 64 if max(dim_qk, dim_v) <= 128 else 32
-    config = CopyConfig(
+    stage = 2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + 3 * 4 * edge
+    smem, threads = _shared_tile(edge, edge) + 2 * stage, 2 * edge
+    if smem > device.smem_per_block:
+        return None
+    return ShortBackwardConfig(
         **policies.policies(problem),
         tile_q=edge,
         tile_kv=edge,
-        threads=2 * edge,
-        smem_bytes=2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + edge * (edge + 1) * 4,
+        threads=threads,
+        blocks_per_sm=resident(smem, threads, 168 if edge == 64 else 255, device),
+        smem_bytes=smem,
         copy_bytes=policies.copy_bytes(problem),
+        bias_gradient=gradient_policy(problem),
+        sum_bias=problem.bias_grad and problem.bias_broadcast == (True, False, False, False) and problem.batch > 1,
     )
-    return steps.bias_step(problem, "bwd_bias_sm80", config)
+
+
+def _short_backward(problem: Problem, device: Device, config: ShortBackwardConfig) -> Plan:
+    parts = even_parts(problem.heads_q, problem.batch, device.num_sms * config.blocks_per_sm)
+    bias = add_parts(problem, parts) if config.sum_bias else sum_bias_gradient(problem, device)
+    launches = (
+        steps.delta_step(problem),
+        Step("bwd_sm80_short", "BwdParams", config, problem.heads_q * parts),
+        *bias.steps,
+        *steps.sink_step(problem),
+    )
+    workspaces = steps.row_workspaces(problem) + bias.workspaces
+    reason = "all queries and keys of a sequence are one tile"
+    return Plan(problem, device, "sm80", launches, workspaces, reason, bias_parts=bias.parts)
 
 
 def _backward(problem: Problem, device: Device) -> Plan:
+    short = short_backward(problem, device)
+    if short is not None:
+        return _short_backward(problem, device, short)
     config, reason = _backward_config(problem, device)
     columns = _dq_columns(problem.dim_qk, config.tile_q, config.threads, config.dim_splits)
     convert = ConvertConfig(
@@ -258,14 +341,16 @@ def _backward(problem: Problem, device: Device) -> Plan:
         copy_bytes=config.copy_bytes,
     )
     blocks = key_blocks(problem, config.tile_kv) * config.dim_splits
+    bias = sum_bias_gradient(problem, device)
     launches = (
         steps.delta_step(problem),
         Step("bwd_sm80", "BwdParams", config, blocks),
         Step("bwd_convert", "BwdParams", convert, query_blocks(problem, config.tile_q)),
-        *bias_step(problem),
+        *bias.steps,
         *steps.sink_step(problem),
     )
-    return Plan(problem, device, "sm80", launches, _backward_workspaces(problem, config, columns), reason)
+    workspaces = _backward_workspaces(problem, config, columns) + bias.workspaces
+    return Plan(problem, device, "sm80", launches, workspaces, reason, bias_parts=bias.parts)
 
 
 def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int) -> tuple[Workspace, ...]:

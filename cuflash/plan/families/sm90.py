@@ -12,9 +12,10 @@ import numpy as np
 
 from cuflash.device import Device
 from cuflash.plan import policies, steps
+from cuflash.plan.bias import gradient_policy
 from cuflash.plan.ceiling import Ceiling
-from cuflash.plan.config import HEADER, AttentionConfig, SequenceConfig
-from cuflash.plan.families.sm80 import bias_step, forward_division
+from cuflash.plan.config import BIAS_GRADIENT, HEADER, AttentionConfig, SequenceConfig
+from cuflash.plan.families.sm80 import forward_division, short_backward, sum_bias_gradient
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
 from cuflash.plan.tiles import key_blocks, query_blocks, round_up
@@ -100,9 +101,8 @@ def _with_bias_copies(config: ForwardConfig, problem: Problem) -> ForwardConfig:
     """The same config with a bias that is copied beside the keys instead of a term of the score, where it can be."""
     if problem.bias is None or not problem.copies_bias:
         return config
-    score = policies.score(replace(problem, bias=None))
     copies = f"{'BiasRow' if problem.bias_broadcast[2] else 'BiasTiles'}<{problem.bias.cuda}>"
-    return replace(config, score=score if problem.alibi else f"NaturalScore<{score}>", bias_copies=copies)
+    return replace(config, score=policies.score_beside_bias(problem), bias_copies=copies)
 
 
 def _forward_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, row_buffers: int) -> int:
@@ -176,6 +176,11 @@ class BackwardConfig(AttentionConfig):
 
     reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
     """AtomicReduction, OrderedReduction."""
+    bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
+    bias_copies: str = field(default="NoBias", metadata={HEADER: "tile/bias.cuh"})
+    """NoBias, BiasTiles, BiasRow."""
+    bias_stages: int = 1
+    """Tiles of the bias in flight."""
     stages: int = 2
     """Query tiles in flight. H200, d 128, 8k: with three, 4 % slower."""
     producer_registers: int = 24
@@ -204,7 +209,7 @@ class ConvertConfig(SequenceConfig):
     copy_bytes: int = 16
 
 
-def _backward_config(problem: Problem) -> tuple[BackwardConfig, str]:
+def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, str]:
     """The config of ``backward/sm90.cuh``, or of ``backward/sm90_wide.cuh`` where its tile has 64 keys; and why."""
     widest = max(problem.dim_qk, problem.dim_v)
     if widest <= 64:
@@ -222,8 +227,26 @@ def _backward_config(problem: Problem) -> tuple[BackwardConfig, str]:
         tile_kv=tile_kv,
         threads=384,
         reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
+        bias_gradient=gradient_policy(problem),
     )
-    return replace(config, smem_bytes=_backward_smem(problem, config)), reason
+    config = replace(config, smem_bytes=_backward_smem(problem, config))
+    return _with_loaded_bias(config, problem, device), reason
+
+
+def _with_loaded_bias(config: BackwardConfig, problem: Problem, device: Device) -> BackwardConfig:
+    """The same config with a bias that is copied beside the queries, where it can be and there is room for a tile."""
+    # H200, d 64, 4k: read element by element it makes the main launch 4 times slower. A soft cap's slope asks for
+    # products, which here become logits.
+    if problem.bias is None or not problem.copies_bias or problem.softcap or config.tile_kv == _ROWS:
+        return config
+    rows = 8 if problem.bias_broadcast[2] else config.tile_q
+    row = 128 * -(-config.tile_kv * problem.bias.itemsize // 128)
+    smem = config.smem_bytes + round_up(config.bias_stages * (rows * row + 16), 1024)  # LoadedBias::Buffers
+    if smem > device.smem_per_block:
+        return config
+    copies = f"{'BiasRow' if problem.bias_broadcast[2] else 'BiasTiles'}<{problem.bias.cuda}>"
+    score = "Plus<MadeScore<float>, Alibi>" if problem.alibi else "MadeScore<float>"
+    return replace(config, smem_bytes=smem, bias_copies=copies, score=score)
 
 
 def _backward_smem(problem: Problem, config: BackwardConfig) -> int:
@@ -247,7 +270,7 @@ def _dq_columns(config: BackwardConfig) -> int:
 
 
 def _backward(problem: Problem, device: Device) -> Plan:
-    config, reason = _backward_config(problem)
+    config, reason = _backward_config(problem, device)
     columns = _dq_columns(config)
     kernel = "bwd_sm90_wide" if config.tile_kv == _ROWS else "bwd_sm90"
     prepare = PrepareConfig(
@@ -267,19 +290,23 @@ def _backward(problem: Problem, device: Device) -> Plan:
         threads=256,
         smem_bytes=config.tile_q * 128 * -(-columns // 64),  # BackwardConvertSm90::SmemPlan
     )
-    boxes = (
+    boxes: tuple[Box, ...] = (
         Box("q", config.tile_q), Box("k", _ROWS), Box("v", _ROWS), Box("dout", config.tile_q), Box("dk", _ROWS),
         Box("dv", _ROWS),
     )  # fmt: skip
+    bias = sum_bias_gradient(problem, device)
+    if config.bias_copies != "NoBias":
+        boxes += (Box("bias", 1 if problem.bias_broadcast[2] else config.tile_q),)
     launches = (
         Step("bwd_prepare_sm90", "BwdParams", prepare, query_blocks(problem, config.tile_q)),
         Step(kernel, "BwdParams", config, key_blocks(problem, config.tile_kv), boxes),
         Step("bwd_convert_sm90", "BwdParams", convert, query_blocks(problem, config.tile_q)),
-        *bias_step(problem),
+        *bias.steps,
         *steps.sink_step(problem),
     )
-    workspaces = _backward_workspaces(problem, config, columns)
-    return Plan(problem, device, "sm90", launches, workspaces, reason, ceiling=_backward_ceiling(problem, config))
+    workspaces = _backward_workspaces(problem, config, columns) + bias.workspaces
+    ceiling = _backward_ceiling(problem, config)
+    return Plan(problem, device, "sm90", launches, workspaces, reason, ceiling=ceiling, bias_parts=bias.parts)
 
 
 def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int) -> tuple[Workspace, ...]:
@@ -324,6 +351,8 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
     if query_blocks(problem, _ROWS) >= 2**31:
         return ["2^31 query tiles or more"]
     if problem.direction == "backward":
+        if short_backward(problem, device) is not None:
+            return ["sm80 serves many short sequences better"]
         # Its two warpgroups share dq's columns, of which there must be two chunks of 64 or a tile of 128 queries.
         return ["dim_v > 64 beside dim_qk <= 64"] if problem.dim_qk <= 64 < problem.dim_v <= 128 else []
     if problem.len_q > _ROWS:

@@ -8,6 +8,7 @@
 #include "attention/score.cuh"
 #include "attention/dropout.cuh"
 #include "tile/dq_accum.cuh"
+#include "attention/bias_gradient.cuh"
 
 namespace cuflash {
 
@@ -18,6 +19,7 @@ struct Config {
   using Score = SoftCapScore<double>;
   using Dropout = NoDropout;
   using Reduction = OrderedReduction;
+  using BiasGradient = NoBiasGradient;
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kSmemBytes = 12345;

@@ -1,0 +1,56 @@
+// BiasGradient: where a kernel that makes dS leaves it as the gradient of the bias.
+#pragma once
+
+#include "params.cuh"
+
+namespace cuflash {
+
+// Nowhere: not wanted, or summed over what the bias is broadcast along by backward/bias.cuh.
+struct NoBiasGradient {
+  template <class Sequence>
+  CF_DEVICE NoBiasGradient(const BwdParams&, const Sequence&, int /*head*/) {}
+  template <class Real>
+  CF_DEVICE void store(int /*q*/, int /*kv*/, Real /*ds*/) const {}
+};
+
+// In its element, which belongs to this pair of this head alone.
+template <class Real>
+struct StoredBiasGradient {
+  int len_q, len_kv;
+  Real* dbias;  // (len_q, len_kv), of this batch element and head
+  int64 row;
+
+  template <class Sequence>
+  CF_DEVICE StoredBiasGradient(const BwdParams& p, const Sequence& sequence, int head)
+      : len_q(sequence.len_q), len_kv(sequence.len_kv),
+        dbias(static_cast<Real*>(p.dbias) + sequence.batch * p.dbias_batch + head * p.dbias_head), row(p.dbias_row) {}
+
+  CF_DEVICE void store(int q, int kv, Real ds) const {
+    if (q < len_q && kv < len_kv) dbias[q * row + kv] = ds;
+  }
+};
+
+// How a sum for the gradient of a broadcast bias is laid out: in dbias itself, or, where several blocks share an element, in
+// one of several parts, of which each has as many rows and columns as there are queries and keys; dbias may have more.
+struct BiasSums {
+  int columns, rows, heads, batches;
+  int64 batch, head, row;  // strides in elements
+  int64 part;              // elements of one
+
+  CF_DEVICE explicit BiasSums(const BwdParams& p)
+      : columns(p.attention.bias_column ? p.attention.len_kv : 1), rows(p.attention.bias_row ? p.attention.len_q : 1),
+        heads(p.attention.bias_head ? p.attention.heads_q : 1), batches(p.attention.bias_batch ? p.attention.batch : 1),
+        batch(p.dbias_batch), head(p.dbias_head), row(p.dbias_row), part(int64(columns) * rows * heads * batches) {
+    if (p.bias_parts == 1) return;
+    row = columns;
+    head = row * rows;
+    batch = head * heads;
+  }
+
+  template <class Real>
+  CF_DEVICE Real* of_part(const BwdParams& p, int number) const {
+    return p.bias_parts == 1 ? static_cast<Real*>(p.dbias) : static_cast<Real*>(p.dbias_parts) + number * part;
+  }
+};
+
+}  // namespace cuflash

@@ -1,0 +1,192 @@
+// Backward attention on mma.sync tensor cores (sm_80 and later) of many short sequences: all queries and keys of one are
+// one tile, so that dq, too, is whole when its products are.
+//
+//   P = exp(score(Q K^T) - m) / l,  dP = dO V^T,  dS = P * (dP - delta) * slope
+//   dV = P^T dO,   dK = scale * dS^T Q,   dQ = scale * dS K
+//
+//              batch elements ->
+//            +----+----+----+----+     One block owns one head and some batch elements. While it computes the gradients
+//   head     |    |####|    |    |     of one, the next one's rows are under way.
+//            +----+----+----+----+
+//
+//   load(first)
+//   for each batch element:   load(next) | S^T = K Q^T | dP^T = V dO^T | P, dS | dV = P^T dO | dK = dS^T Q | dQ = dS K
+//
+// Each warp owns 16 keys, in transposed scores, as in backward/sm80.cuh, and the same 16 rows of dq. The gradient of a bias
+// that the batch shares is summed in registers from one batch element to the next; bwd_bias_sum adds up what several
+// blocks have of a head.
+#pragma once
+
+#include "attention/bias_gradient.cuh"
+#include "attention/gradient.cuh"
+#include "tile/copy.cuh"
+#include "tile/dropout.cuh"
+#include "tile/gemm_sm80.cuh"
+#include "tile/tail.cuh"
+
+namespace cuflash {
+
+template <class Config>
+struct BackwardSm80Short {
+  using Element = typename Config::Element;
+  using Sequence = typename Config::Sequence;
+  using Dropout = typename Config::Dropout;
+  using Gradient = ScoreGradient<Config>;
+  static constexpr int kThreads = Config::kThreads, kTile = Config::kTileQ, kWarpRows = 16;
+  static_assert(Config::kTileKv == kTile && kThreads / 32 * kWarpRows == kTile);
+  static constexpr int kQueries = 64, kPieces = kTile / kQueries;  // queries of which S and dP are in registers at once
+  static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
+  static constexpr int kBytes = Config::kCopyBytes;
+
+  struct Stage {
+    SharedTile<Element, kTile, kDimQk> q;  // dk and dq on the way out
+    SharedTile<Element, kTile, kDimQk> k;
+    SharedTile<Element, kTile, kDimV> dout;
+    SharedTile<Element, kTile, kDimV> v;  // dv on the way out
+    RowShift<float> shift[kTile];
+    float delta[kTile];
+  };
+  struct SmemPlan {
+    SharedTile<Element, kTile, kTile> ds;  // transposed
+    Stage stage[2];
+  };
+
+  using Scores = Fragment<kWarpRows, kQueries>;  // transposed: rows are keys, columns are queries
+  using Weights = Operand<kWarpRows, kQueries>;
+
+  // Starts the copy of what one batch element's gradients are made of.
+  CF_DEVICE static void load(Stage& stage, const BwdParams& p, const Sequence& sequence, int head) {
+    const auto q = query_rows<const Element>(p.q, p.q_stride, sequence, head);
+    load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.q, q);
+    load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.k,
+                                                      key_rows<const Element>(p.k, p.k_stride, sequence, head));
+    load_tile_async<Config::kDimV, kBytes, kThreads>(stage.dout,
+                                                     query_rows<const Element>(p.dout, p.dout_stride, sequence, head));
+    load_tile_async<Config::kDimV, kBytes, kThreads>(stage.v, key_rows<const Element>(p.v, p.v_stride, sequence, head));
+    const int row = ptx::thread_index();
+    if (row < kTile) {
+      const bool valid = row < q.count;
+      const int64 source = query_offset(p.delta_stride, sequence, head) + (valid ? row : 0);
+      ptx::cp_async<8>(ptx::smem_u32(stage.shift + row), static_cast<const RowShift<float>*>(p.shift) + source, valid);
+      ptx::cp_async<4>(ptx::smem_u32(stage.delta + row), static_cast<const float*>(p.delta) + source, valid);
+    }
+    ptx::cp_async_commit();
+  }
+
+  // Writes this warp's rows of a gradient through its rows of a shared tile.
+  template <int kDim, class Tile, int kCols, class Rows>
+  CF_DEVICE static void store(Tile& tile, Fragment<kWarpRows, kCols>& grad, double scale, const Rows& rows) {
+    const int warp_row = ptx::warp_index() * kWarpRows, lane = ptx::lane_index();
+    grad.for_each([&](float& x) { x *= static_cast<float>(scale); });
+    Operand<kWarpRows, kCols> packed;
+    pack_operand<Element>(packed, grad);
+    ptx::sync_warp();
+    store_operand(tile, warp_row, lane, packed);
+    ptx::sync_warp();
+    store_tile<kWarpRows, kCols, kBytes, 32>(rows.from(warp_row), kDim, tile, warp_row, lane);
+  }
+
+  struct State {
+    Fragment<kWarpRows, kTile> dbias;  // transposed, summed over the block's batch elements
+
+    // s becomes p and dp becomes ds.
+    CF_DEVICE void differentiate(Scores& s, Scores& dp, const Stage& stage, const Gradient& gradient, int first_q,
+                                 bool full, const typename Config::BiasGradient& bias_gradient) {
+      const int warp_row = ptx::warp_index() * kWarpRows, lane = ptx::lane_index();
+      const auto kept = kept_transposed<Scores>(gradient.dropout, first_q, warp_row);
+#pragma unroll
+      for (int n = 0; n < Scores::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int q = first_q + col_of(lane, n, i);
+          const RowShift<float> shift = stage.shift[q];
+          const float delta = stage.delta[q];
+#pragma unroll
+          for (int r = 0; r < Scores::kRowsPerLane; ++r) {
+            const int kv = warp_row + row_of(lane, r);
+            const float raw = s.at(r, n, i), weight = gradient.probability(raw, shift, q, kv, full);
+            const bool keep = kept.has(r, n, i);
+            const float ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
+            s.at(r, n, i) = keep ? weight : 0.f;
+            dp.at(r, n, i) = ds * gradient.score.slope(raw, q, kv);
+            bias_gradient.store(q, kv, ds);
+            if (Config::kSumBias) dbias.at(r, first_q / 8 + n, i) += ds;
+          }
+        }
+      }
+    }
+
+    CF_DEVICE void visit(SmemPlan& smem, Stage& stage, const BwdParams& p, const Sequence& sequence, int head) {
+      const Attention& a = p.attention;
+      const int warp_row = ptx::warp_index() * kWarpRows, lane = ptx::lane_index();
+      const Gradient gradient(a, sequence, head);
+      const typename Config::BiasGradient bias_gradient(p, sequence, head);
+      const bool full = gradient.mask.q_tiles(0, kTile, kTile).is_full(0);
+      Fragment<kWarpRows, kDimQk> dk;
+      Fragment<kWarpRows, kDimV> dv;
+      dk.clear();
+      dv.clear();
+#pragma unroll
+      for (int first_q = 0; first_q < kTile; first_q += kQueries) {
+        Scores s, dp;
+        s.clear();
+        dp.clear();
+        gemm_abt<Element>(s, stage.k, warp_row, stage.q, first_q);
+        gemm_abt<Element>(dp, stage.v, warp_row, stage.dout, first_q);
+        differentiate(s, dp, stage, gradient, first_q, full, bias_gradient);
+        Weights weights;
+        pack_operand<Element>(weights, s);
+        gemm_ab<Element>(dv, weights, stage.dout, 0, first_q);
+        pack_operand<Element>(weights, dp);
+        store_operand(smem.ds, warp_row, lane, weights, first_q);
+        gemm_ab<Element>(dk, weights, stage.q, 0, first_q);
+      }
+      store<Config::kDimV>(stage.v, dv, Dropout::scale(a), key_rows<Element>(p.dv, p.dv_stride, sequence, head));
+      ptx::sync_threads();  // ds is whole, and every warp is done with q
+      store<Config::kDimQk>(stage.q, dk, a.softmax_scale, key_rows<Element>(p.dk, p.dk_stride, sequence, head));
+      Fragment<kWarpRows, kDimQk> dq;
+      dq.clear();
+      gemm_atb<Element>(dq, smem.ds, warp_row, stage.k, 0);
+      store<Config::kDimQk>(stage.q, dq, a.softmax_scale, query_rows<Element>(p.dq, p.dq_stride, sequence, head));
+    }
+  };
+
+  CF_DEVICE static void run(const BwdParams& p) {
+    SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
+    const Attention& a = p.attention;
+    // Neighbours differ in the head: blocks in flight read whole rows.
+    const int head = static_cast<int>(ptx::block_index() % a.heads_q);
+    const int part = static_cast<int>(ptx::block_index() / a.heads_q), parts = ptx::num_blocks() / a.heads_q;
+    const int first = static_cast<int>(int64(a.batch) * part / parts);
+    const int end = static_cast<int>(int64(a.batch) * (part + 1) / parts);
+
+    State state;
+    state.dbias.clear();
+    if (first < end) load(smem.stage[0], p, Sequence(a, first), head);
+#pragma unroll 1
+    for (int batch = first; batch < end; ++batch) {
+      const Sequence sequence(a, batch);
+      ptx::cp_async_wait<0>();
+      ptx::sync_threads();  // this batch element is here, and every warp is done with the one before and with ds
+      if (batch + 1 < end) load(smem.stage[(batch - first + 1) % 2], p, Sequence(a, batch + 1), head);
+      store_query_tail<Config, kThreads>(p, sequence, head);
+      store_key_tail<Config, kThreads>(p, sequence, head);
+      state.visit(smem, smem.stage[(batch - first) % 2], p, sequence, head);
+    }
+    if (!Config::kSumBias) return;
+    const BiasSums layout(p);
+    float* sums = layout.of_part<float>(p, part) + head * layout.head;
+    state.dbias.for_each(ptx::lane_index(), [&](float x, int row, int q) {
+      const int kv = ptx::warp_index() * kWarpRows + row;
+      if (q < a.len_q && kv < a.len_kv) sums[q * layout.row + kv] = x;
+    });
+  }
+};
+
+template <class Config>
+CF_DEVICE void backward_sm80_short(const BwdParams& params) {
+  SmemSizeCheck<sizeof(typename BackwardSm80Short<Config>::SmemPlan), Config::kSmemBytes>();
+  BackwardSm80Short<Config>::run(params);
+}
+
+}  // namespace cuflash
