@@ -172,6 +172,40 @@ _LATENT = (8, 16, 16_384), (32, 16, 4096), (128, 16, 4096), (8, 128, 16_384), (3
 """Sequences, heads and keys where all heads share one latent head."""
 
 
+def science() -> list[Case]:
+    """What protein models, physics and teaching bring: pair biases with gradients, many short sequences, fp32, fp64."""
+
+    def biased(name: str, dtype: str, *sizes: int, shared: bool = True, **changes: Any) -> Case:
+        bias = {"bias": DTYPES[dtype], "bias_broadcast": (shared, False, False, False), "bias_grad": True}
+        return _dense(name, dtype, *sizes, **bias | changes)
+
+    def named(kind: str, dtype: str, sizes: tuple[int, int, int, int]) -> str:
+        batch, heads, length, dim = sizes
+        return f"{kind}-{dtype}-b{batch}-h{heads}-s{length}-d{dim}"
+
+    one = 2, 16, 4096
+    return [
+        *(biased(named("pair-bias", "bf16", sizes), "bf16", *sizes) for sizes in _PAIR_BIASES),
+        biased("bias-bf16-d64-s4096", "bf16", *one, 64),
+        biased("own-bias-bf16-d64-s4096", "bf16", *one, 64, shared=False),
+        *(biased(named("short", dtype, sizes), dtype, *sizes) for dtype in ("bf16", "fp32") for sizes in _SHORT),
+        *(_dense(f"fp32-d{dim}-s4096", "fp32", *one, dim) for dim in (64, 128)),
+        *(biased(f"bias-fp32-d{dim}-s4096", "fp32", *one, dim) for dim in (64, 128)),
+        *(_dense(f"bf16-d512-s{length}", "bf16", 2, 4, length, 512) for length in (2048, 8192)),
+        _dense("fp32-d512-s2048", "fp32", 2, 4, 2048, 512),
+        _dense("fp64-d64-s2048", "fp64", 1, 4, 2048, 64),
+    ]
+
+
+_PAIR_BIASES = (
+    (384, 4, 384, 32), (384, 4, 384, 64), (768, 4, 768, 64), (32, 4, 1024, 32), (128, 4, 2048, 32), (128, 4, 2048, 16),
+)  # fmt: skip
+"""Batch, heads, length and head size of AlphaFold 3's attention over pairs, whose bias all batch elements share."""
+
+_SHORT = (1024, 8, 128, 64), (4096, 4, 64, 32)
+"""The same of many short sequences."""
+
+
 def latency() -> list[Case]:
     """Problems too small to keep a GPU busy: what a call costs on the host."""
     return [
@@ -228,6 +262,7 @@ SETS: dict[str, Callable[[], list[Case]]] = {
     "ramp": ramp,
     "features": features,
     "decode": decode,
+    "science": science,
     "latency": latency,
     "numpy": cpu,
     "exactness": exactness,
