@@ -15,7 +15,7 @@ from cuflash.dtypes import BF16
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.generator import default_generator
 from cuflash.ops import Arrays, Options, draw
-from cuflash.ops.answer import answer
+from cuflash.ops.answer import answer as answer_plain
 from cuflash.problem import Direction
 
 
@@ -142,7 +142,23 @@ class Torch(Launcher, Adapter):
         """
         if generator is not None:
             draw.check(generator)
+        torch = self._torch
+        recorded = torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled()
+        if recorded or (torch.is_grad_enabled() and self._needs_grad(options, arrays)):
+            from cuflash.adapters.torch.recorded import answer
+
+            return answer(self, direction, options, arrays, generator, cached)
         return self.plain(direction, options, arrays, generator, cached)
+
+    def _needs_grad(self, options: Options, arrays: Arrays) -> bool:
+        try:
+            for x in arrays:
+                if x is not None and x.requires_grad:
+                    return True
+        except AttributeError:  # of another library
+            framework_of(options.manner.names, arrays)
+            raise
+        return False
 
     def plain(
         self,
@@ -155,10 +171,10 @@ class Torch(Launcher, Adapter):
         """Answer a call on tensors of which nothing is recorded."""
         on_host = None if arrays.q.is_cuda else self.on_host(options.manner.names, arrays)
         if on_host is None:
-            return answer(self, direction, options, arrays, generator, cached)
+            return answer_plain(self, direction, options, arrays, generator, cached)
         if generator is None and options.dropout_p:
             generator = int(self._torch.randint(2**63 - 1, ())), 0
-        results = answer(numpy_arrays, direction, options, Arrays(*on_host), generator, cached)
+        results = answer_plain(numpy_arrays, direction, options, Arrays(*on_host), generator, cached)
         places = arrays.outputs(direction)
         places += (None,) * (len(results) - len(places))
         return tuple(y if place is None else place for y, place in zip(self.from_host(results), places, strict=True))

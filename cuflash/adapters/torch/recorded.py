@@ -1,0 +1,269 @@
+"""Attention that autograd records and torch's transforms map: gradients of q, k, v, a bias and a sink.
+
+A forward of `torch.autograd.Function` keeps what ``ops.vjp`` keeps. Its gradient is a Function of its own where
+something may be recorded or mapped there too, so that a second derivative is refused by name, and the plain call where
+nothing is.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.ops import Arrays, Options
+from cuflash.ops.lengths import with_lengths
+from cuflash.problem import Direction
+
+_READ = Arrays._fields.index("rng_state")
+"""How many arrays come before those that only a backward reads, or that are written."""
+_DIFFERENTIABLE = ("q", "k", "v", "bias", "sink")
+_BIAS = Arrays._fields.index("bias")
+_CACHE = ("table", "k_new", "v_new", "rotary_cos", "rotary_sin", "leftpad", "cache_batch")
+
+
+def answer(
+    framework: Any,
+    direction: Direction,
+    options: Options,
+    arrays: Arrays,
+    generator: Any = None,
+    cached: int | None = None,
+) -> tuple[Any, ...]:
+    """Answer a call on tensors of which some may require grad, be mapped or be cast by autocast.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        If something is to have a gradient that has none.
+    """
+    mapped = torch._C._are_functorch_transforms_active()
+    if direction == "backward":
+        if not (mapped or torch.is_grad_enabled()):
+            return framework.plain(direction, options, arrays)
+        return _AttentionGradient.apply(framework, options, *arrays)
+    arrays = _autocast(arrays)
+    if not (mapped or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays))):
+        return framework.plain(direction, options, arrays, generator, cached)
+    arrays = _differentiated(options, arrays)
+    if not mapped:
+        options = with_lengths(direction, options, arrays)
+    out, lse, row_state, *drawn = _Attention.apply(framework, options, generator, *arrays)
+    return (out, lse, row_state, *drawn) if options.keep_state else (out, lse, *drawn)
+
+
+def _autocast(arrays: Arrays) -> Arrays:
+    """q, k and v in the dtype of torch.autocast where it is on, as torch's own attention takes them."""
+    kind = arrays.q.device.type
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind):
+        return arrays
+    dtype = torch.get_autocast_dtype(kind)
+    wide = (torch.float32, torch.float16, torch.bfloat16)
+    q, k, v = (x.to(dtype) if x.dtype in wide else x for x in arrays[:3])
+    bias = arrays.bias
+    if bias is not None and bias.dtype in wide[1:]:
+        bias = bias.to(q.dtype)
+    return arrays._replace(q=q, k=k, v=v, bias=bias)
+
+
+def _differentiated(options: Options, arrays: Arrays) -> Arrays:
+    """Refuse what would have no gradient; a bias that is expanded is taken before it is."""
+    if arrays.out is not None:
+        raise InvalidArgument(
+            f"{options.name('out')} is given and a gradient may be taken, which torch does not record through arrays "
+            f"that are written. Drop {options.name('out')}, or call under torch.no_grad()."
+        )
+    for name, x in arrays.by_name().items():
+        if name in _CACHE:
+            raise UnsupportedProblem(
+                f"{options.name(name)} is given, and there are no gradients through a cache. "
+                "Call under torch.no_grad() or pass detached tensors."
+            )
+        if x.requires_grad and name not in _DIFFERENTIABLE:
+            raise UnsupportedProblem(
+                f"{options.name(name)} requires grad, and there is no gradient of it. "
+                f"Pass {options.name(name)}.detach()."
+            )
+    bias = arrays.bias
+    if bias is None or 0 not in bias.stride():
+        return arrays
+    for axis, (n, stride) in enumerate(zip(bias.shape, bias.stride(), strict=True)):
+        if n > 1 and stride == 0:
+            bias = bias.narrow(axis, 0, 1)
+    return arrays._replace(bias=bias)
+
+
+@lru_cache(maxsize=1024)
+def _of_gradient(options: Options, bias_grad: bool) -> Options:
+    return options.replace(num_splits=0, keep_state=False, bias_grad=bias_grad)
+
+
+class _Attention(torch.autograd.Function):
+    """(out, lse, row_state), and rng_state with dropout."""
+
+    @staticmethod
+    def forward(framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:  # type: ignore[override]
+        return framework.plain("forward", options.replace(keep_state=True), Arrays(*arrays), generator)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.framework, ctx.options, _, *arrays = inputs
+        out, lse, row_state, *drawn = output
+        ctx.mark_non_differentiable(row_state, *drawn)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arrays[:_READ], drawn[0] if drawn else None, out, lse, row_state)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:  # type: ignore[override]
+        *given, rng_state, out, lse, row_state = ctx.saved_tensors
+        if dout is None:
+            if dlse is None:
+                return (None,) * (3 + len(Arrays._fields))
+            dout = torch.zeros_like(out)
+        bias_grad = ctx.needs_input_grad[3 + _BIAS]
+        options = _of_gradient(ctx.options, bias_grad)
+        arrays = Arrays(*given, rng_state, dout, lse, dlse, row_state, out)
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            results = _AttentionGradient.apply(ctx.framework, options, *arrays)
+        else:
+            results = _AttentionGradient.forward(ctx.framework, options, *arrays)
+        dq, dk, dv, *others = results
+        dbias = others[0].to(arrays.bias.dtype) if bias_grad else None
+        dsink = None if arrays.sink is None else others[-1]
+        unread = (None,) * (len(Arrays._fields) - 7)
+        return (None, None, None, dq, dk, dv, None, dbias, None, dsink, *unread)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedProblem(
+            "cuflash has no forward mode for torch. Take gradients by backward() or torch.func.grad, or call "
+            "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
+        if options.dropout_p and info.randomness != "different":
+            raise UnsupportedProblem(
+                f"randomness is {info.randomness!r} in torch.vmap, and dropout of a batch in one call differs along it. "
+                "Pass randomness='different' to torch.vmap."
+            )
+        fold = _Folded(info.batch_size, options, Arrays(*arrays), in_dims[3:])
+        out, lse, row_state, *drawn = _Attention.apply(framework, options, generator, *fold.arrays())
+        results = fold.unfolded(out, fold.heads), fold.unfolded(lse, fold.rows), fold.unfolded(row_state, fold.rows)
+        return (*results, *drawn), (fold.heads, fold.rows, fold.rows, *(None for _ in drawn))
+
+
+class _AttentionGradient(torch.autograd.Function):
+    """(dq, dk, dv), and dbias and dsink where there are."""
+
+    @staticmethod
+    def forward(framework: Any, options: Options, *arrays: Any) -> Any:  # type: ignore[override]
+        given = Arrays(*arrays)
+        dout, dlse = given.dout, given.dlse
+        if not dout.is_contiguous() and (dout.stride(-1) != 1 or 0 in dout.stride()):  # sum() gives one number to all
+            dout = dout.contiguous()
+        if dlse is not None:
+            dlse = dlse.contiguous()
+        if dout is not given.dout or dlse is not given.dlse:
+            given = given._replace(dout=dout, dlse=dlse)
+        return framework.plain("backward", options, given)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedProblem(
+            "cuflash has no second derivative of attention. Drop create_graph=True and nested gradients, or use "
+            "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _AttentionGradient.backward(ctx)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, framework: Any, options: Options, *arrays: Any) -> Any:
+        given = Arrays(*arrays)
+        fold = _Folded(info.batch_size, options, given, in_dims[2:])
+        results = _AttentionGradient.apply(framework, options, *fold.arrays())
+        dq, dk, dv, *others = results
+        unfolded = [fold.unfolded(x, fold.heads) for x in (dq, dk, dv)]
+        dims = [fold.heads] * 3
+        if options.bias_grad:
+            unfolded.append(fold.bias_gradient(others[0]))
+            dims.append(0)
+        if given.sink is not None:
+            unfolded.append(others[-1].unflatten(0, (info.batch_size, -1)))
+            dims.append(0)
+        return tuple(unfolded), tuple(dims)
+
+
+class _Folded:
+    """Arrays of a mapped call as those of one call with as many more heads."""
+
+    def __init__(self, size: int, options: Options, arrays: Arrays, dims: tuple[int | None, ...]) -> None:
+        self._size, self._options, self._arrays = size, options, arrays
+        self._dims = Arrays(*dims)
+        varlen = arrays.cu_seqlens_q is not None
+        self.heads, self.rows = options.axes(varlen).index("h"), options.row_axes(varlen).index("h")
+        q, dim = arrays.q, self._dims.q
+        shape = [n for axis, n in enumerate(q.shape) if dim is None or axis != dim % q.ndim]
+        self._heads_q = shape[self.heads]
+        axes = dict.fromkeys(("q", "k", "v", "dout", "out"), self.heads)
+        self._axes = axes | dict.fromkeys(("lse", "dlse", "row_state"), self.rows) | {"sink": 0}
+
+    def arrays(self) -> Arrays:
+        """The arrays of the one call."""
+        given = zip(Arrays._fields, self._arrays, self._dims, strict=True)
+        return Arrays(*(None if x is None else self._folded(name, x, dim) for name, x, dim in given))
+
+    def _folded(self, name: str, x: Any, dim: int | None) -> Any:
+        if name in ("mask", "bias"):
+            x, dim = self._pairs(name, x, dim)
+            return x if dim is None else x.flatten(1, 2)
+        axis = self._axes.get(name)
+        if name == "alibi":
+            axis = x.ndim - 1 if dim is None else x.ndim - 2
+        if axis is None:
+            if dim is not None:
+                raise UnsupportedProblem(
+                    f"{self._options.name(name)} is mapped by torch.vmap, and it belongs to a whole call. "
+                    "Map over tensors alone, or pack the sequences."
+                )
+            return x
+        if dim is None:
+            x = x.unsqueeze(axis).expand(*x.shape[:axis], self._size, *x.shape[axis:])
+        else:
+            x = x.movedim(dim, axis)
+        x = x.flatten(axis, axis + 1)
+        return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+    def _pairs(self, name: str, x: Any, dim: int | None) -> tuple[Any, int | None]:
+        """A tensor of pairs as (b, mapped, heads, rows, columns), and where it is mapped; as it is if it need not be."""
+        gradient = name == "bias" and self._options.bias_grad
+        if dim is None and not gradient and (x.ndim < 3 or x.shape[-3] == 1):
+            return x, None
+        if dim is not None:
+            x = x.movedim(dim, 0)
+        else:
+            x = x.unsqueeze(0).expand(self._size, *x.shape)
+        x = x.reshape(x.shape[0], *[1] * (5 - x.ndim), *x.shape[1:]).movedim(0, 1)
+        x = x.expand(*x.shape[:2], self._heads_q, *x.shape[3:])
+        return (x.contiguous() if gradient else x), 1
+
+    def unfolded(self, x: Any, axis: int) -> Any:
+        """A result of the one call, mapped along an axis in front of its heads."""
+        return x.unflatten(axis, (self._size, -1))
+
+    def bias_gradient(self, x: Any) -> Any:
+        """The gradient of a bias, mapped along the first axis, summed over heads that shared it."""
+        bias, dim = self._arrays.bias, self._dims.bias
+        shape = [n for axis, n in enumerate(bias.shape) if dim is None or axis != dim % bias.ndim]
+        x = x.unflatten(1, (self._size, -1)).movedim(1, 0)
+        if len(shape) < 3 or shape[-3] == 1:
+            x = x.sum(2, keepdim=True)
+        return x.reshape(self._size, *shape)
