@@ -44,17 +44,17 @@ def answer(
         if not (mapped or torch.is_grad_enabled()):
             return framework.plain(direction, options, arrays)
         return _AttentionGradient.apply(framework, options, *arrays)
-    arrays = _autocast(arrays)
+    arrays = autocast(arrays)
     if not (mapped or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays))):
         return framework.plain(direction, options, arrays, generator, cached)
-    arrays = _differentiated(options, arrays)
+    arrays = differentiated(options, arrays)
     if not mapped:
         options = with_lengths(direction, options, arrays)
     out, lse, row_state, *drawn = _Attention.apply(framework, options, generator, *arrays)
     return (out, lse, row_state, *drawn) if options.keep_state else (out, lse, *drawn)
 
 
-def _autocast(arrays: Arrays) -> Arrays:
+def autocast(arrays: Arrays) -> Arrays:
     """q, k and v in the dtype of torch.autocast where it is on, as torch's own attention takes them."""
     kind = arrays.q.device.type
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind):
@@ -68,7 +68,7 @@ def _autocast(arrays: Arrays) -> Arrays:
     return arrays._replace(q=q, k=k, v=v, bias=bias)
 
 
-def _differentiated(options: Options, arrays: Arrays) -> Arrays:
+def differentiated(options: Options, arrays: Arrays) -> Arrays:
     """Refuse what would have no gradient; a bias that is expanded is taken before it is."""
     if arrays.out is not None:
         raise InvalidArgument(
@@ -96,8 +96,18 @@ def _differentiated(options: Options, arrays: Arrays) -> Arrays:
 
 
 @lru_cache(maxsize=1024)
-def _of_gradient(options: Options, bias_grad: bool) -> Options:
+def of_gradient(options: Options, bias_grad: bool) -> Options:
     return options.replace(num_splits=0, keep_state=False, bias_grad=bias_grad)
+
+
+def gradient(framework: Any, options: Options, arrays: Arrays) -> tuple[Any, ...]:
+    """The plain call of a backward, of gradients as autograd hands them over."""
+    dout, dlse = arrays.dout, arrays.dlse
+    if not dout.is_contiguous() and (dout.stride(-1) != 1 or 0 in dout.stride()):  # sum() gives one number to all
+        arrays = arrays._replace(dout=dout.contiguous())
+    if dlse is not None and not dlse.is_contiguous():
+        arrays = arrays._replace(dlse=dlse.contiguous())
+    return framework.plain("backward", options, arrays)
 
 
 class _Attention(torch.autograd.Function):
@@ -123,12 +133,12 @@ class _Attention(torch.autograd.Function):
                 return (None,) * (3 + len(Arrays._fields))
             dout = torch.zeros_like(out)
         bias_grad = ctx.needs_input_grad[3 + _BIAS]
-        options = _of_gradient(ctx.options, bias_grad)
+        options = of_gradient(ctx.options, bias_grad)
         arrays = Arrays(*given, rng_state, dout, lse, dlse, row_state, out)
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             results = _AttentionGradient.apply(ctx.framework, options, *arrays)
         else:
-            results = _AttentionGradient.forward(ctx.framework, options, *arrays)
+            results = gradient(ctx.framework, options, arrays)
         dq, dk, dv, *others = results
         dbias = others[0].to(arrays.bias.dtype) if bias_grad else None
         dsink = None if arrays.sink is None else others[-1]
@@ -160,15 +170,7 @@ class _AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(framework: Any, options: Options, *arrays: Any) -> Any:  # type: ignore[override]
-        given = Arrays(*arrays)
-        dout, dlse = given.dout, given.dlse
-        if not dout.is_contiguous() and (dout.stride(-1) != 1 or 0 in dout.stride()):  # sum() gives one number to all
-            dout = dout.contiguous()
-        if dlse is not None:
-            dlse = dlse.contiguous()
-        if dout is not given.dout or dlse is not given.dlse:
-            given = given._replace(dout=dout, dlse=dlse)
-        return framework.plain("backward", options, given)
+        return gradient(framework, options, Arrays(*arrays))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -247,10 +249,7 @@ class _Folded:
         gradient = name == "bias" and self._options.bias_grad
         if dim is None and not gradient and (x.ndim < 3 or x.shape[-3] == 1):
             return x, None
-        if dim is not None:
-            x = x.movedim(dim, 0)
-        else:
-            x = x.unsqueeze(0).expand(self._size, *x.shape)
+        x = x.movedim(dim, 0) if dim is not None else x.unsqueeze(0).expand(self._size, *x.shape)
         x = x.reshape(x.shape[0], *[1] * (5 - x.ndim), *x.shape[1:]).movedim(0, 1)
         x = x.expand(*x.shape[:2], self._heads_q, *x.shape[3:])
         return (x.contiguous() if gradient else x), 1

@@ -140,9 +140,13 @@ class Torch(Launcher, Adapter):
         InvalidArgument, UnsupportedProblem
             As `ops.answer`, and for what has no gradient and is to have one.
         """
+        torch = self._torch
+        if torch.compiler.is_dynamo_compiling() or type(arrays.q).__name__ == "FakeTensor":
+            from cuflash.adapters.torch.operators import traced
+
+            return traced(direction, options, arrays, generator, cached)
         if generator is not None:
             draw.check(generator)
-        torch = self._torch
         recorded = torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled()
         if recorded or (torch.is_grad_enabled() and self._needs_grad(options, arrays)):
             from cuflash.adapters.torch.recorded import answer
