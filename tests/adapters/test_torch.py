@@ -139,7 +139,7 @@ def test_what_has_no_gradient_is_refused(device: str) -> None:
 
 def test_transforms(device: str) -> None:
     """vmap, grad, and one of the other, mapped in any axis or not at all, against a loop."""
-    q, k, v = tensors(device, torch.float64, grad=False)
+    _, k, v = tensors(device, torch.float64, grad=False)
     many = torch.randn(2, 9, 3, 4, 16, device=device, dtype=torch.float64)
     bias = torch.randn(3, 4, 9, 9, device=device, dtype=torch.float64)
     sink = torch.randn(3, 4, device=device)

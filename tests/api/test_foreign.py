@@ -107,11 +107,10 @@ def torch_tensors() -> dict[str, tuple[Any, str]]:
         "sparse": (x.to_sparse(), "k has layout torch.sparse_coo; expected a dense tensor. Pass k.to_dense()."),
         "nested": (torch.nested.nested_tensor([x[0], x[0]], layout=torch.strided), "k is a nested tensor"),
         "jagged": (torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged), "k is a nested tensor"),
-        "grad": (x.clone().requires_grad_(), "k requires grad, but autograd does not see"),
     }
 
 
-@pytest.mark.parametrize("name", ["fake", "wrapper", "meta", "given back", "sparse", "nested", "jagged", "grad"])
+@pytest.mark.parametrize("name", ["fake", "wrapper", "meta", "given back", "sparse", "nested", "jagged"])
 @pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning")
 def test_real_tensors(name: str) -> None:
     torch = pytest.importorskip("torch")
@@ -120,22 +119,6 @@ def test_real_tensors(name: str) -> None:
     with pytest.raises(ERRORS) as caught:
         cuflash.flash_attn_func(x, odd, x)
     assert str(caught.value).startswith(message)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_transforms_of_torch() -> None:
-    torch = pytest.importorskip("torch")
-    x = torch.randn(2, 1, 8, 2, 16)
-    call = cuflash.flash_attn_func
-    with pytest.raises(UnsupportedProblem, match=r"^q is a tensor inside torch.vmap, torch.func or the like"):
-        torch.vmap(lambda y: call(y, y, y))(x)
-    with pytest.raises(ERRORS, match=r"^q (has a tangent|is a tensor inside torch.vmap|requires grad)"):
-        torch.func.grad(lambda y: call(y, y, y).sum())(x[0])
-    with pytest.raises(ERRORS, match=r"^q (has a tangent|is a tensor inside torch.vmap)"):
-        torch.func.jvp(lambda y: call(y, y, y), (x[0],), (x[0],))
-    forward_ad = torch.autograd.forward_ad
-    with forward_ad.dual_level(), pytest.raises(UnsupportedProblem, match=r"^v has a tangent of torch's forward mode"):
-        call(x[0], x[0], forward_ad.make_dual(x[0], x[1]))
 
 
 def test_arrays_of_jax() -> None:

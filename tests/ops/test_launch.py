@@ -995,12 +995,6 @@ def test_gradients_come_from_a_family_that_has_them(hopper: Launches) -> None:
 
 
 FAKE_GPU_REFUSALS = {
-    "requires-grad": (
-        lambda x: FakeTensor(x, requires_grad=True),
-        "k requires grad, but autograd does not see cuflash's kernels: its gradient would be lost. "
-        "Pass k.detach() (or call under torch.no_grad()), and take gradients from "
-        "cuflash.flash_attn_vjp or cuflash.flash_attn_backward.",
-    ),
     "cpu": (
         lambda x: FakeTensor(x, "cpu"),
         "k is on cpu but q is on cuda:0; all arrays of a call must be on one device. Move one of them.",
@@ -1033,6 +1027,18 @@ def test_requires_grad_is_fine_where_grad_is_off(launches: Launches, monkeypatch
     x = FakeTensor(random(1, 8, 2, 16), requires_grad=True)
     cuflash.flash_attn_func(x, x, x)
     assert launches.take() == ["fwd_sm80"]
+
+
+def test_prepared_calls_record_nothing(launches: Launches) -> None:
+    plain, grad = (FakeTensor(random(1, 8, 2, 16), requires_grad=grad) for grad in (False, True))
+    attend = cuflash.flash_attn_prepare(plain, plain, plain)
+    with pytest.raises(InvalidArgument) as caught:
+        attend(plain, grad, plain)
+    assert str(caught.value) == (
+        "k requires grad, and autograd does not see prepared calls: its gradient would be lost. "
+        "Pass k.detach(), or call flash_attn_func."
+    )
+    assert launches.take() == []
 
 
 @needs_cupy

@@ -97,6 +97,7 @@ def differentiated(options: Options, arrays: Arrays) -> Arrays:
 
 @lru_cache(maxsize=1024)
 def of_gradient(options: Options, bias_grad: bool) -> Options:
+    """What the backward of a forward asks for."""
     return options.replace(num_splits=0, keep_state=False, bias_grad=bias_grad)
 
 
@@ -114,7 +115,7 @@ class _Attention(torch.autograd.Function):
     """(out, lse, row_state), and rng_state with dropout."""
 
     @staticmethod
-    def forward(framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:  # type: ignore[override]
+    def forward(framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
         return framework.plain("forward", options.replace(keep_state=True), Arrays(*arrays), generator)
 
     @staticmethod
@@ -126,7 +127,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(*arrays[:_READ], drawn[0] if drawn else None, out, lse, row_state)
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
         *given, rng_state, out, lse, row_state = ctx.saved_tensors
         if dout is None:
             if dlse is None:
@@ -134,7 +135,7 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         bias_grad = ctx.needs_input_grad[3 + _BIAS]
         options = of_gradient(ctx.options, bias_grad)
-        arrays = Arrays(*given, rng_state, dout, lse, dlse, row_state, out)
+        arrays = Arrays._make((*given, rng_state, dout, lse, dlse, row_state, out, None, None, None))
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             results = _AttentionGradient.apply(ctx.framework, options, *arrays)
         else:
@@ -156,7 +157,7 @@ class _Attention(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
         if options.dropout_p and info.randomness != "different":
             raise UnsupportedProblem(
-                f"randomness is {info.randomness!r} in torch.vmap, and dropout of a batch in one call differs along it. "
+                f"randomness is {info.randomness!r} in torch.vmap, and dropout of what is mapped differs along it. "
                 "Pass randomness='different' to torch.vmap."
             )
         fold = _Folded(info.batch_size, options, Arrays(*arrays), in_dims[3:])
@@ -169,7 +170,7 @@ class _AttentionGradient(torch.autograd.Function):
     """(dq, dk, dv), and dbias and dsink where there are."""
 
     @staticmethod
-    def forward(framework: Any, options: Options, *arrays: Any) -> Any:  # type: ignore[override]
+    def forward(framework: Any, options: Options, *arrays: Any) -> Any:
         return gradient(framework, options, Arrays(*arrays))
 
     @staticmethod
@@ -245,7 +246,7 @@ class _Folded:
         return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
     def _pairs(self, name: str, x: Any, dim: int | None) -> tuple[Any, int | None]:
-        """A tensor of pairs as (b, mapped, heads, rows, columns), and where it is mapped; as it is if it need not be."""
+        """A tensor of pairs as (b, mapped, heads, rows, columns), and its mapped axis; as it is, and None, if it may."""
         gradient = name == "bias" and self._options.bias_grad
         if dim is None and not gradient and (x.ndim < 3 or x.shape[-3] == 1):
             return x, None

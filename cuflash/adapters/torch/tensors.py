@@ -141,7 +141,7 @@ class Torch(Launcher, Adapter):
             As `ops.answer`, and for what has no gradient and is to have one.
         """
         torch = self._torch
-        if torch.compiler.is_dynamo_compiling() or type(arrays.q).__name__ == "FakeTensor":
+        if torch.compiler.is_dynamo_compiling() or type(arrays.q).__module__ == "torch._subclasses.fake_tensor":
             from cuflash.adapters.torch.operators import traced
 
             return traced(direction, options, arrays, generator, cached)
@@ -231,7 +231,7 @@ class Torch(Launcher, Adapter):
     def _check_kind(self, name: str, x: Any, names: Sequence[str], arrays: Sequence[Any]) -> None:
         """Refuse what is of another library, or what torch would warn of when it is asked for its memory."""
         framework_of(names, arrays)
-        if type(x).__name__ == "FakeTensor" and type(x).__module__.startswith("torch."):
+        if type(x).__module__ == "torch._subclasses.fake_tensor":
             raise self._without_memory(name, x)
 
     def _refuse_tangents(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
@@ -244,9 +244,8 @@ class Torch(Launcher, Adapter):
 
     def _on_tape(self, name: str, x: Any) -> InvalidArgument:
         return InvalidArgument(
-            f"{name} requires grad, but autograd does not see cuflash's kernels: its gradient would be lost. "
-            f"Pass {name}.detach() (or call under torch.no_grad()), and take gradients from "
-            "cuflash.flash_attn_vjp or cuflash.flash_attn_backward."
+            f"{name} requires grad, and autograd does not see prepared calls: its gradient would be lost. "
+            f"Pass {name}.detach(), or call flash_attn_func."
         )
 
     def _without_memory(self, name: str, x: Any) -> InvalidArgument | UnsupportedProblem:
