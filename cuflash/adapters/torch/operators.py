@@ -143,6 +143,7 @@ def backward(
     )  # fmt: skip
     framework: Any = framework_of_type(torch.Tensor)
     dq, dk, dv, *others = gradient(framework, of_gradient(options, bias_grad), arrays)
+    dq, dk, dv = (x.contiguous() for x in (dq, dk, dv))  # NumPy's follow the strides of rows before heads
     empty = lse.new_empty(0)
     return dq, dk, dv, others[0] if bias_grad else empty, lse.new_empty(0) if sink is None else others[-1]
 

@@ -21,6 +21,8 @@ _READ = Arrays._fields.index("rng_state")
 """How many arrays come before those that only a backward reads, or that are written."""
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "sink")
 _BIAS = Arrays._fields.index("bias")
+_UNREAD = (None,) * (len(Arrays._fields) - 7)
+"""The gradients of what comes after the sink."""
 _CACHE = ("table", "k_new", "v_new", "rotary_cos", "rotary_sin", "leftpad", "cache_batch")
 
 
@@ -50,7 +52,8 @@ def answer(
     arrays = differentiated(options, arrays)
     if not mapped:
         options = with_lengths(direction, options, arrays)
-    out, lse, row_state, *drawn = _Attention.apply(framework, options, generator, *arrays)
+    record = _Attention if mapped else _Recorded
+    out, lse, row_state, *drawn = record.apply(framework, options, generator, *arrays)
     return (out, lse, row_state, *drawn) if options.keep_state else (out, lse, *drawn)
 
 
@@ -111,20 +114,23 @@ def gradient(framework: Any, options: Options, arrays: Arrays) -> tuple[Any, ...
     return framework.plain("backward", options, arrays)
 
 
-class _Attention(torch.autograd.Function):
+def _keep(ctx: Any, framework: Any, options: Options, arrays: Any, output: Any) -> None:
+    """Save what the gradient reads."""
+    out, lse, row_state, *drawn = output
+    ctx.framework, ctx.options = framework, options
+    ctx.mark_non_differentiable(row_state, *drawn)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*arrays[:_READ], drawn[0] if drawn else None, out, lse, row_state)
+
+
+class _Recorded(torch.autograd.Function):
     """(out, lse, row_state), and rng_state with dropout."""
 
     @staticmethod
-    def forward(framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
-        return framework.plain("forward", options.replace(keep_state=True), Arrays(*arrays), generator)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.framework, ctx.options, _, *arrays = inputs
-        out, lse, row_state, *drawn = output
-        ctx.mark_non_differentiable(row_state, *drawn)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arrays[:_READ], drawn[0] if drawn else None, out, lse, row_state)
+    def forward(ctx: Any, framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
+        output = framework.plain("forward", options.replace(keep_state=True), Arrays._make(arrays), generator)
+        _keep(ctx, framework, options, arrays, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
@@ -143,8 +149,7 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv, *others = results
         dbias = others[0].to(arrays.bias.dtype) if bias_grad else None
         dsink = None if arrays.sink is None else others[-1]
-        unread = (None,) * (len(Arrays._fields) - 7)
-        return (None, None, None, dq, dk, dv, None, dbias, None, dsink, *unread)
+        return (None, None, None, dq, dk, dv, None, dbias, None, dsink, *_UNREAD)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -152,6 +157,19 @@ class _Attention(torch.autograd.Function):
             "cuflash has no forward mode for torch. Take gradients by backward() or torch.func.grad, or call "
             "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
         )
+
+
+class _Attention(_Recorded):
+    """The same inside torch's transforms, which torch calls by way of the signatures of two functions, 50 us a call."""
+
+    @staticmethod
+    def forward(framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:  # type: ignore[override]
+        return framework.plain("forward", options.replace(keep_state=True), Arrays._make(arrays), generator)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        framework, options, _, *arrays = inputs
+        _keep(ctx, framework, options, arrays, output)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
@@ -246,7 +264,7 @@ class _Folded:
         return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
     def _pairs(self, name: str, x: Any, dim: int | None) -> tuple[Any, int | None]:
-        """A tensor of pairs as (b, mapped, heads, rows, columns), and its mapped axis; as it is, and None, if it may."""
+        """A tensor of pairs as (b, mapped, heads, rows, columns), and its mapped axis; as it is and None if it may."""
         gradient = name == "bias" and self._options.bias_grad
         if dim is None and not gradient and (x.ndim < 3 or x.shape[-3] == 1):
             return x, None
