@@ -42,6 +42,8 @@ class GivenCall:
     options: Options
     arrays: tuple[tuple[str, tuple[int, ...], str], ...]
     """Name, shape and element type of those that it reads, in the order of `Arrays`."""
+    room: int = 0
+    """Bytes of scratch memory that a program has for it: what it needs on the GPU that the program is made for."""
 
     @cached_property
     def views(self) -> dict[str, View]:
@@ -84,6 +86,7 @@ class GivenCall:
         """The call in words that :func:`from_text` reads."""
         options = {name: x for name, x in self.options.values().items() if x != _DEFAULTS[name]}
         content = {"version": _VERSION, "direction": self.direction, "options": options, "arrays": self.arrays}
+        content |= {"room": self.room} if self.room else {}
         return json.dumps(content, separators=(",", ":"))
 
 
@@ -103,7 +106,7 @@ def from_text(text: str | bytes) -> GivenCall:
         )
     options: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in content["options"].items()}
     arrays = tuple((name, tuple(shape), dtype) for name, shape, dtype in content["arrays"])
-    return GivenCall(content["direction"], asked(**options), arrays)
+    return GivenCall(content["direction"], asked(**options), arrays, content.get("room", 0))
 
 
 def plain(options: Options) -> Options:
@@ -150,6 +153,11 @@ def on_gpu(call: GivenCall, ordinal: int) -> Callable[[list[int], int], None]:
     """
     gpu = device.current(ordinal)
     planned, scratch = call.plan(gpu), call.scratch(gpu)
+    if scratch.nbytes != call.room:
+        raise UnsupportedProblem(
+            f"a compiled program has {call.room} bytes of scratch memory for a call that needs {scratch.nbytes} on "
+            f"{gpu}: it was made for another GPU. Compile it where it runs."
+        )
     launches, params = planned.load(ordinal), planned.params(ordinal)
     num_read, zeroed, starts = len(call.arrays), scratch.nbytes_zeroed, scratch.starts
     cleared = [(num_read + i, r.nbytes) for i, r in enumerate(call.results) if r.zeroed and r.nbytes]

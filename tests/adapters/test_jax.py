@@ -389,6 +389,17 @@ def test_programs_are_exported() -> None:
     np.testing.assert_array_equal(get(export.deserialize(stored).call(x, x, x)), get(jax.jit(attend)(x, x, x)))
 
 
+def test_programs_are_made_for_devices_that_are_there(place: str) -> None:
+    from jax import export
+
+    x = jax.ShapeDtypeStruct((2, 19, 2, 16), FP32)
+    with pytest.raises(UnsupportedProblem, match=r"^a program is made for a device that cuflash does not know"):
+        export.export(jax.jit(attend), platforms=["tpu"])(x, x, x)
+    if place == "cpu" and jax.default_backend() == "cpu":
+        with pytest.raises(UnsupportedProblem, match=r"^a program for CUDA is made where JAX sees no GPU"):
+            export.export(jax.jit(attend), platforms=["cuda"])(x, x, x)
+
+
 # Refusals
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -59,6 +60,7 @@ def on_gpu(call: GivenCall, arrays: list[np.ndarray], results: list[np.ndarray])
     scratch = place((call.scratch(device.named("a100")).nbytes,), np.uint8)
     memory = [scratch] if scratch.size else []
     pointers = [x.ctypes.data for x in (*arrays, *results, *memory)]
+    call = replace(call, room=scratch.size)
     for _ in range(2):  # what a first run leaves in the scratch memory must not matter
         given.on_gpu(call, 0)(list(pointers), 5)
 
@@ -129,6 +131,16 @@ def test_scratch_memory_is_one_piece_with_what_is_cleared_in_front() -> None:
     assert all(start % 256 == 0 for start, _ in spans) and spans[-1][1] <= scratch.nbytes
     for start, w in zip(scratch.starts, workspaces, strict=True):
         assert (start + w.nbytes <= scratch.nbytes_zeroed) == (w.zeroed or w.kept)
+
+
+def test_programs_of_another_gpu_are_refused(launches: Launches) -> None:
+    arrays = tuple((name, (1, n, 4, 32), "float16") for name, n in (("q", 4), ("k", 1024), ("v", 1024)))
+    call = GivenCall("forward", given.plain(flash_words.options({"num_splits": 4})), arrays)
+    needed = call.scratch(device.named("a100")).nbytes
+    assert needed and given.from_text(replace(call, room=needed).text()).room == needed
+    for room in (0, needed - 256, needed + 256):
+        with pytest.raises(UnsupportedProblem, match=rf"has {room} bytes .* needs {needed} on NVIDIA"):
+            given.on_gpu(replace(call, room=room), 0)
 
 
 def test_another_version_is_refused() -> None:

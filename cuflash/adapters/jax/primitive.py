@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -92,9 +93,18 @@ def _on_gpu(*operands: Any, call: GivenCall) -> list[Any]:
         return [jnp.full(r.shape, planned.fills[r.name], r.dtype) for r in call.results]
     scratch = call.scratch(gpu).nbytes
     types = [*_types(call), *([jax.ShapeDtypeStruct((scratch,), np.uint8)] if scratch else [])]
-    return jax.ffi.ffi_call(_GPU, types)(*operands, call=call.text())[: len(call.results)]
+    text = replace(call, room=scratch).text()
+    return jax.ffi.ffi_call(_GPU, types)(*operands, call=text)[: len(call.results)]
 
 
+def _elsewhere(*operands: Any, call: GivenCall) -> list[Any]:
+    raise UnsupportedProblem(
+        "a program is made for a device that cuflash does not know: it runs on the CPU and on GPUs of NVIDIA. "
+        "Place the arrays there, or use jax.nn.dot_product_attention."
+    )
+
+
+mlir.register_lowering(primitive, mlir.lower_fun(_elsewhere, multiple_results=True))
 mlir.register_lowering(primitive, mlir.lower_fun(_on_cpu, multiple_results=True), platform="cpu")
 mlir.register_lowering(primitive, mlir.lower_fun(_on_gpu, multiple_results=True), platform="cuda")
 
@@ -159,12 +169,24 @@ def _launch(text: bytes, pointers: list[int], stream: Any) -> None:
     They could not be loaded while a command buffer records what is launched.
     """
     if not pointers:
-        for ordinal in _gpus():
-            _launcher(text, ordinal)
+        _prepare(text)
         return
     ordinal = device.ordinal()
     launch = _launchers.get((text, ordinal)) or _launcher(text, ordinal)
     launch(pointers, stream())
+
+
+def _prepare(text: bytes) -> None:
+    """Have the kernels of a call ready on every GPU that is like the one its program is made for."""
+    why_not: list[UnsupportedProblem] = []
+    gpus = _gpus()
+    for ordinal in gpus:
+        try:
+            _launcher(text, ordinal)
+        except UnsupportedProblem as error:
+            why_not.append(error)
+    if len(why_not) == len(gpus):
+        raise why_not[0]
 
 
 def _launcher(text: bytes, ordinal: int) -> Any:
