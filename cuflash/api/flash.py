@@ -157,8 +157,8 @@ def flash_attn_func(
         beyond 3.4e38 times `softmax_scale` counts as that much.
     generator : PhiloxGenerator, (int, int) or JAX key, optional
         What dropout draws from: a generator, which moves on, or a seed and an offset. By default the generator that
-        `manual_seed` seeds, torch's own for its tensors. Inside JAX's transformations a key, a (4,) uint32 array like
-        `rng_state`, or two numbers.
+        `manual_seed` seeds, torch's own for its tensors. With JAX also a key or a (4,) uint32 array like `rng_state`;
+        inside its transformations nothing else but two numbers.
     dropout_scheme : {"byte", "word"}
         How random numbers decide. ``byte`` spends 8 bits on a probability and keeps the same ones as PyTorch's flash
         kernels for the same seed and offset, at chances that are multiples of 1/256. ``word`` spends 32 bits, as
