@@ -119,14 +119,14 @@ class KVCache:
                 self._uses = [0] * pages
                 self._free = list(range(pages))[::-1]
                 self._held = np.zeros(self.sequences, np.int32)
-            ordinal = framework.ordinal(like)
             shapes = [(*outer, heads, dim) for dim in dims]
             sizes = [int(np.prod(shape)) for shape in shapes]
             with framework.arithmetic(like):
-                self._memory = framework.empty((sum(sizes),), like.dtype, ordinal)
+                self._memory = framework.full((sum(sizes),), 0, like.dtype, like)
                 self.k = self._memory[: sizes[0]].reshape(shapes[0])
                 self.v = self._memory[sizes[0] :].reshape(shapes[1])
                 self._lengths = np.zeros(self.sequences, np.int32)
+                self._sent: dict[int, np.ndarray] = {}
                 self.seqlens = framework.moved(self._lengths.copy(), like)
                 self.block_table = None if self.page_size is None else framework.moved(self._table.copy(), like)
             self._room = 0
@@ -403,13 +403,15 @@ class KVCache:
             self._free.append(page)
 
     def _upload(self) -> None:
-        """Bring lengths and pages to where kernels read them."""
+        """Bring lengths and pages to where kernels read them, if they are others than those there."""
         hosts: list[tuple[Any, np.ndarray]] = [(self.seqlens, self._lengths)]
         if self.block_table is not None:
             hosts.append((self.block_table, self._table))
         with self._framework.arithmetic(self._memory):
-            for array, values in hosts:
-                array[...] = self._framework.moved(values.copy(), array)
+            for number, (array, values) in enumerate(hosts):
+                if not np.array_equal(values, self._sent.get(number, 0)):
+                    self._sent[number] = values.copy()
+                    array[...] = self._framework.moved(self._sent[number], array)
 
     def _check_rows(self, k: Array) -> None:
         """New rows must be those that room was made for."""

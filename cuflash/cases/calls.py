@@ -17,6 +17,8 @@ Call = Callable[[], tuple[Array, ...]]
 
 def of(case: Case, inputs: Inputs) -> Call:
     """The call that computes the case, once its forward has run: what it returns is named by :func:`results`."""
+    if case.problem.layout == "cache":
+        return _over_cache(case, inputs)
     run_forward, run_backward = _held_to_family(case, inputs) if case.family else _public(case, inputs)
     if case.problem.direction == "forward":
         return run_forward
@@ -62,8 +64,20 @@ def arrays(inputs: Inputs) -> Arrays:
     return Arrays(
         q=inputs.q, k=inputs.k, v=inputs.v, mask=inputs.mask_tensor, bias=inputs.bias, alibi=inputs.alibi_slopes,
         sink=inputs.sink, cu_seqlens_q=inputs.cu_seqlens_q, cu_seqlens_kv=inputs.cu_seqlens_kv,
-        seqused_q=inputs.seqused_q, seqused_kv=inputs.seqused_kv, table=inputs.block_table,
+        seqused_q=inputs.seqused_q, seqused_kv=inputs.seqused_kv, table=inputs.block_table, k_new=inputs.k_new,
+        v_new=inputs.v_new, rotary_cos=inputs.rotary_cos, rotary_sin=inputs.rotary_sin,
     )  # fmt: skip
+
+
+def _over_cache(case: Case, inputs: Inputs) -> Call:
+    """The function for caches; what it appends it appends again in every call, to the same place."""
+    words, problem = VOCABULARIES["kvcache"], case.problem
+    given = {words.get(name, name): x for name, x in arrays(inputs).by_name().items()}
+    names = "softmax_scale", "causal", "window_size", "softcap"
+    given |= {name: value for name, value in keywords(case).items() if name in names}
+    interleaved = problem.rotary is None or problem.rotary.interleaved
+    given |= {"rotary_interleaved": interleaved, "num_splits": problem.num_splits}
+    return lambda: cuflash.flash_attn_with_kvcache(**given, return_softmax_lse=True)
 
 
 def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:

@@ -41,6 +41,12 @@ class Inputs:
     """Philox seed and offset of dropout."""
     block_table: Array | None = None
     """(b, max_pages) int32: the pages of each sequence, and behind them numbers of none."""
+    k_new: Array | None = None
+    """Appended to a cache, like `v_new`: (b, appended, heads_kv, dim_qk)."""
+    v_new: Array | None = None
+    rotary_cos: Array | None = None
+    """(len_kv, rotary dim / 2), like `rotary_sin`."""
+    rotary_sin: Array | None = None
     dlse: Array | None = None
     """Upstream gradient of the log-sum-exp, in its shape; None where it has none."""
 
@@ -131,6 +137,16 @@ def make(case: Case, normals: Normals) -> Inputs:
     if varlen:
         inputs.cu_seqlens_q = xp.asarray(np.array([0, *accumulate(case.lens_q)], np.int32))
         inputs.cu_seqlens_kv = xp.asarray(np.array([0, *accumulate(case.lens_kv)], np.int32))
+    if problem.layout == "cache":
+        inputs.seqused_kv = xp.full(problem.batch, problem.len_kv - problem.appended, np.int32)
+        if problem.appended:
+            last = slice(problem.len_kv - problem.appended, problem.len_kv)
+            inputs.k_new, inputs.v_new = (xp.ascontiguousarray(x[:, last]) for x in (k, v))
+        if problem.rotary is not None:
+            steps = np.arange(0, problem.rotary.dim, 2) / problem.rotary.dim
+            angles = np.arange(problem.len_kv)[:, None] * 10_000.0**-steps
+            of_angles = (f(angles).astype(problem.rotary.dtype.numpy) for f in (np.cos, np.sin))
+            inputs.rotary_cos, inputs.rotary_sin = map(xp.asarray, of_angles)
     if case.seqused_kv:
         inputs.seqused_kv = xp.asarray(np.array(case.seqused_kv, np.int32))
     if case.seqused_q:

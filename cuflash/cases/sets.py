@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from cuflash.cases.table import Case, widest_copy
-from cuflash.dtypes import DTYPES
+from cuflash.dtypes import BF16, DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.problem import Problem
+from cuflash.problem import Problem, Rotary
 
 _CAUSAL = Mask(right=0)
 
@@ -135,6 +135,11 @@ def _decode(name: str, batch: int, len_kv: int, len_q: int = 1, **changes: Any) 
     return _dense(name, "bf16", batch, 32, len_kv, 128, **{"heads_kv": 8, "len_q": len_q} | changes)
 
 
+def _appending(name: str, batch: int, len_kv: int, **changes: Any) -> Case:
+    """One query to each sequence of a cache whose lengths the device knows."""
+    return _decode(name, batch, len_kv, mask=_CAUSAL, layout="cache", total_kv=batch * len_kv, **changes)
+
+
 def _latent(batch: int, heads: int, len_kv: int) -> Case:
     """One query of every head over one latent key head, whose first 512 of 576 columns are the values."""
     name = f"decode-latent-h{heads}-b{batch}-s{len_kv // 1024}k"
@@ -159,6 +164,8 @@ def decode() -> list[Case]:
             for len_q, batch, length in ((4, 16, 8192), (16, 16, 8192), (128, 4, 16_384), (512, 1, 32_768))
         ),
         *(_latent(*sizes) for sizes in _LATENT),
+        _appending("decode-attend-b64-s4k", 64, 4096),
+        _appending("decode-append-rotary-b64-s4k", 64, 4096, appended=1, rotary=Rotary(128, False, BF16, False)),
         _cached("decode-ragged-paged16", tuple(lens), 16),
         _cached("decode-even-paged16", (sum(lens) // 64,) * 64, 16),
         *(replace(_decode(f"decode-sm80-{name}", batch, length), family="sm80") for name, batch, length in sizes),

@@ -48,7 +48,7 @@ class Case:
     @property
     def sequences(self) -> list[tuple[int, int]]:
         """(len_q, len_kv) of every sequence, counting only what takes part."""
-        if self.problem.layout == "dense":
+        if self.problem.layout != "varlen":
             return [(self.problem.len_q, self.problem.len_kv)] * self.problem.batch
         return list(zip(self.seqused_q or self.lens_q, self.seqused_kv or self.lens_kv, strict=True))
 

@@ -37,7 +37,7 @@ from cuflash.cases.table import Case
 from cuflash.dtypes import BF16, FP32
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.problem import Problem
+from cuflash.problem import Problem, Rotary
 
 CAUSAL = Mask(right=0)
 PLAIN = Problem("forward", FP32, 2, 4, 4, 70, 70, 16, 16, softmax_scale=0.3)
@@ -95,6 +95,10 @@ def test_flash_attention_3_is_asked_for_the_case(fa3, name):
 
 CACHED = {
     "few": replace(PLAIN, heads_kv=2, len_q=3, mask=CAUSAL),
+    "attend": replace(PLAIN, layout="cache", heads_kv=2, len_q=3, total_kv=140, mask=CAUSAL),
+    "append": replace(
+        PLAIN, layout="cache", len_q=2, total_kv=140, mask=CAUSAL, appended=2, rotary=Rotary(8, False, FP32, False)
+    ),
     "paged": replace(PACKED, total_q=10, len_q=5, page_size=16, total_kv=16 * 13, mask=CAUSAL, softcap=2.0),
 }
 

@@ -16,8 +16,10 @@ from cuflash.cases.table import CASES, SMOKE, Case, select, widest_copy
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.features import needs
+from cuflash.masks import Mask
 from cuflash.ops import on_numpy
 from cuflash.plan import FAMILIES, choose
+from cuflash.problem import Rotary
 
 H100 = named("h100")
 
@@ -158,6 +160,20 @@ def test_decode_reads_every_key_of_every_sequence_once():
     ragged, even = cases["decode-ragged-paged16"], cases["decode-even-paged16"]
     assert 0 <= sum(ragged.lens_kv) - sum(even.lens_kv) < 64
     assert all(64 <= n <= 65_536 for n in ragged.lens_kv) and max(ragged.lens_kv) > 30_000
+
+
+def test_a_case_may_append_to_a_cache():
+    problem = replace(sets.decode()[0].problem, batch=2, heads_q=4, heads_kv=2, len_kv=40, dim_qk=16, dim_v=16)
+    rotary = Rotary(8, True, dtypes.FP32, False)
+    problem = replace(problem, layout="cache", total_kv=80, appended=3, len_q=3, mask=Mask(right=0), rotary=rotary)
+    case = Case("append", None, problem)
+    inputs = make(case, Normals(np))
+    k, v = inputs.k.copy(), inputs.v.copy()
+    out, _ = calls.of(case, inputs)()
+    again, _ = calls.of(case, inputs)()
+    np.testing.assert_array_equal(out.view(np.uint16), again.view(np.uint16))
+    np.testing.assert_array_equal(inputs.v.view(np.uint16), v.view(np.uint16))
+    assert (inputs.k[:, 37:] != k[:, 37:]).any() and not (inputs.k[:, :37] != k[:, :37]).any()
 
 
 def test_values_may_be_columns_of_the_keys():

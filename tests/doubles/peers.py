@@ -36,8 +36,10 @@ def flash_attn_3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
 def flash_attn_3_with_kvcache(
     q, k_cache, v_cache, cache_seqlens=None, page_table=None, cu_seqlens_q=None, max_seqlen_q=None, **options
 ):
+    if cache_seqlens is not None and page_table is None:
+        return cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=cache_seqlens, **options)
     if page_table is None:
-        assert cache_seqlens is cu_seqlens_q is max_seqlen_q is None
+        assert cu_seqlens_q is max_seqlen_q is None
         return cuflash.flash_attn_func(q, k_cache, v_cache, **options)
     cu_seqlens_k = np.concatenate([[0], np.cumsum(cache_seqlens)]).astype(np.int32)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, int(cache_seqlens.max())

@@ -418,3 +418,41 @@ def test_heads_of_keys_may_lie_between_those_of_values() -> None:
 
 def values(x: Any) -> np.ndarray:
     return x if isinstance(x, np.ndarray) else to_numpy(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_a_captured_graph_serves_every_length(page_size: int) -> None:
+    """Lengths and pages that change after the capture are those that a replay reads and appends by."""
+    import cupy
+
+    rng = np.random.default_rng(2)
+    room, table = 400, np.arange(50, dtype=np.int32).reshape(2, 25)
+    shape = (50, 16, 2, 64) if page_size else (2, room, 2, 64)
+    host = [random(*shape, dtype=FP16, seed=seed) for seed in (1, 2)]
+    q, k, v = (random(2, 1, heads, 64, dtype=FP16, seed=heads) for heads in (8, 2, 2))
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        caches = [cupy.asarray(x) for x in host]
+        given = [cupy.asarray(x) for x in (q, k, v)]
+        used, pages = cupy.zeros(2, np.int32), cupy.asarray(table)
+        words = {"cache_seqlens": used, "block_table": pages if page_size else None, "causal": True}
+        attend = cuflash.flash_attn_prepare(*given, cache=caches, **words)
+        pool = cupy.cuda.MemoryPool()
+        with cupy.cuda.using_allocator(pool.malloc):
+            attend(*given)
+            stream.synchronize()
+            stream.begin_capture()
+            results = attend(*given)
+            graph = stream.end_capture()
+        for lengths in ([0, 399], [17, 3], [250, 300]):
+            used.set(np.array(lengths, np.int32))
+            pages.set(rng.permutation(table.ravel()).astype(np.int32).reshape(table.shape))
+            for cache, x in zip(caches, host, strict=True):
+                cache.set(x)
+            graph.launch(stream)
+            replayed = [x.get() for x in (*results, *caches)]
+            for cache, x in zip(caches, host, strict=True):
+                cache.set(x)
+            called = cuflash.flash_attn_with_kvcache(given[0], *caches, *given[1:], **words, return_softmax_lse=True)
+            for x, y in zip(replayed, (*called, *caches), strict=True):
+                np.testing.assert_array_equal(x.view(np.uint8), y.get().view(np.uint8))

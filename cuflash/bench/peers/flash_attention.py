@@ -34,6 +34,7 @@ class FlashAttention3(Torch):
         built = [x for x in ("window", "softcap", "varlen", "paged") if x not in self._left_out]
         if problem.direction in self._left_out:
             return f"built without {problem.direction}"
+        built += ["cache"] if hasattr(self._module, "flash_attn_with_kvcache") else []
         return beyond(problem, "causal", "deterministic", *built) or aligned_otherwise(problem, "bottom-right")
 
     def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
@@ -58,12 +59,20 @@ class FlashAttention3(Torch):
             options |= {"cu_seqlens_q": starts_q, "max_seqlen_q": problem.len_q}
             options |= {"cache_seqlens": starts_kv[1:] - starts_kv[:-1]}
             options["page_table"] = torch.from_dlpack(inputs.block_table)
+        if problem.layout == "cache":
+            given = {
+                "cache_seqlens": inputs.seqused_kv, "k": inputs.k_new, "v": inputs.v_new,
+                "rotary_cos": inputs.rotary_cos, "rotary_sin": inputs.rotary_sin,
+            }  # fmt: skip
+            options |= {name: torch.from_dlpack(x) for name, x in given.items() if x is not None}
+            if problem.rotary is not None:
+                options["rotary_interleaved"] = problem.rotary.interleaved
         return lambda: function(q, k, v, **options)
 
 
 def _few_queries(problem: Problem) -> bool:
     """Whether a forward is one of new queries over a longer cache."""
-    return problem.direction == "forward" and problem.layout == "dense" and problem.len_q < problem.len_kv
+    return problem.direction == "forward" and problem.layout != "varlen" and problem.len_q < problem.len_kv
 
 
 class FlashAttention4(Torch):

@@ -27,6 +27,7 @@ def beyond(problem: Problem, *features: str) -> str | None:
     """Which needs of the problem are not among these features, in words."""
     everywhere = "backward", "gqa", "dim_v != dim_qk", "unaligned rows"
     missing = [need for need in needs(problem) if need not in (*everywhere, *features)]
+    missing += ["cache"] if problem.layout == "cache" and "cache" not in features else []
     return f"no {', '.join(missing)}" if missing else None
 
 
