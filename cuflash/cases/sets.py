@@ -183,7 +183,11 @@ def science() -> list[Case]:
     """What protein models, physics and teaching bring: pair biases with gradients, many short sequences, fp32, fp64."""
 
     def biased(name: str, dtype: str, *sizes: int, shared: bool = True, **changes: Any) -> Case:
-        bias = {"bias": DTYPES[dtype], "bias_broadcast": (shared, False, False, False), "bias_grad": True}
+        bias: dict[str, Any] = {
+            "bias": DTYPES[dtype],
+            "bias_broadcast": (shared, False, False, False),
+            "bias_grad": True,
+        }
         return _dense(name, dtype, *sizes, **bias | changes)
 
     def named(kind: str, dtype: str, sizes: tuple[int, int, int, int]) -> str:
