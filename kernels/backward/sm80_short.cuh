@@ -19,7 +19,6 @@
 
 #include "attention/bias_gradient.cuh"
 #include "attention/gradient.cuh"
-#include "tile/bias_tile.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
@@ -47,8 +46,7 @@ struct BackwardSm80Short {
     RowShift<float> shift[kTile];
     float delta[kTile];
   };
-  using BiasTile = typename Config::BiasTile::template Buffer<kTile>;
-  struct SmemPlan : BiasTile {
+  struct SmemPlan {
     SharedTile<Element, kTile, kTile> ds;  // transposed
     Stage stage[2];
   };
@@ -92,9 +90,8 @@ struct BackwardSm80Short {
     Fragment<kWarpRows, kTile> dbias;  // transposed, summed over the block's batch elements
 
     // s becomes p and dp becomes ds.
-    CF_DEVICE void differentiate(Scores& s, Scores& dp, const Stage& stage, const BiasTile& bias,
-                                 const Gradient& gradient, int first_q, int len_q, bool full,
-                                 const typename Config::BiasGradient& bias_gradient) {
+    CF_DEVICE void differentiate(Scores& s, Scores& dp, const Stage& stage, const Gradient& gradient, int first_q,
+                                 bool full, const typename Config::BiasGradient& bias_gradient) {
       const int warp_row = ptx::warp_index() * kWarpRows, lane = ptx::lane_index();
       const auto kept = kept_transposed<Scores>(gradient.dropout, first_q, warp_row);
 #pragma unroll
@@ -107,10 +104,7 @@ struct BackwardSm80Short {
 #pragma unroll
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
             const int kv = warp_row + row_of(lane, r);
-            // Of a row past the end of a shorter sequence, the bias may be anything.
-            const float raw = s.at(r, n, i), logit = gradient.score.apply(raw, q, kv) + bias.at(q, kv);
-            const bool seen = full || (q < len_q && gradient.mask.keep(q, kv));
-            const float weight = seen ? shift.probability(logit, gradient.log2_unit) : 0.f;
+            const float raw = s.at(r, n, i), weight = gradient.probability(raw, shift, q, kv, full);
             const bool keep = kept.has(r, n, i);
             const float ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
             s.at(r, n, i) = keep ? weight : 0.f;
@@ -127,7 +121,7 @@ struct BackwardSm80Short {
       const int warp_row = ptx::warp_index() * kWarpRows, lane = ptx::lane_index();
       const Gradient gradient(a, sequence, head);
       const typename Config::BiasGradient bias_gradient(p, sequence, head);
-      const bool full = sequence.len_q == kTile && gradient.mask.q_tiles(0, kTile, kTile).is_full(0);
+      const bool full = gradient.mask.q_tiles(0, kTile, kTile).is_full(0);
       Fragment<kWarpRows, kDimQk> dk;
       Fragment<kWarpRows, kDimV> dv;
       dk.clear();
@@ -139,7 +133,7 @@ struct BackwardSm80Short {
         dp.clear();
         gemm_abt<Element>(s, stage.k, warp_row, stage.q, first_q);
         gemm_abt<Element>(dp, stage.v, warp_row, stage.dout, first_q);
-        differentiate(s, dp, stage, smem, gradient, first_q, sequence.len_q, full, bias_gradient);
+        differentiate(s, dp, stage, gradient, first_q, full, bias_gradient);
         Weights weights;
         pack_operand<Element>(weights, s);
         gemm_ab<Element>(dv, weights, stage.dout, 0, first_q);
@@ -168,7 +162,6 @@ struct BackwardSm80Short {
 
     State state;
     state.dbias.clear();
-    smem.load(a, head, kThreads);
     if (first < end) load(smem.stage[0], p, Sequence(a, first), head);
 #pragma unroll 1
     for (int batch = first; batch < end; ++batch) {

@@ -285,8 +285,6 @@ class ShortBackwardConfig(CopyConfig):
     """``bwd_sm80_short``."""
 
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
-    bias_tile: str = field(default="NoBiasTile", metadata={HEADER: "tile/bias_tile.cuh"})
-    """NoBiasTile, SharedBiasTile."""
     sum_bias: bool
     """The gradient of a bias that the batch shares is summed on the way."""
 
@@ -303,15 +301,8 @@ def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | No
     smem, threads = _shared_tile(edge, edge) + 2 * stage, 2 * edge
     if smem > device.smem_per_block:
         return None
-    policy, bias_tile = policies.policies(problem), "NoBiasTile"
-    if problem.bias and problem.bias_broadcast == (True, False, False, False):
-        bias = edge * (edge + 8) * problem.bias.itemsize  # SharedBiasTile::Buffer
-        if smem + bias <= device.smem_per_block:
-            smem, bias_tile = smem + bias, f"SharedBiasTile<{problem.bias.cuda}>"
-            policy["score"] = policies.score_beside_bias(problem)
     return ShortBackwardConfig(
-        **policy,
-        bias_tile=bias_tile,
+        **policies.policies(problem),
         tile_q=edge,
         tile_kv=edge,
         threads=threads,
