@@ -159,13 +159,12 @@ struct BwdParams {
   Strides dq_stride;
   Strides dk_stride;
   Strides dv_stride;
-  TensorMap q_map;            // boxes of q, k, v, dout, dk, dv and attention.bias; sm90 only
+  TensorMap q_map;            // boxes of q, k, v, dout, dk and dv; sm90 only
   TensorMap k_map;
   TensorMap v_map;
   TensorMap dout_map;
   TensorMap dk_map;
   TensorMap dv_map;
-  TensorMap bias_map;         // empty where the kernel loads no boxes of it
 };
 
 // One of the results that are merged (forward/merge.cuh): attention of the same queries over some of the keys.

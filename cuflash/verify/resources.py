@@ -57,7 +57,6 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm90", "*-d64-window", 32, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-alibi", 84, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-bias*", 648, _GRADIENTS_90),
-    Allowance("bwd_sm90", "*-d64-dbias*", 176, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-dropout", 48, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d128-mask", 8, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d128-softcap", 8, _GRADIENTS_90),

@@ -84,18 +84,6 @@ struct ExactSoftCapScore {
   }
 };
 
-// x = s, which a kernel has made the natural logit before.
-template <class Real>
-struct MadeScore {
-  using Number = Real;
-
-  template <class Sequence>
-  CF_DEVICE MadeScore(const Attention&, const Sequence&, int /*head*/) {}
-  CF_DEVICE Real unit() const { return Real(1); }
-  CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return s; }
-  CF_DEVICE Real slope(Real /*s*/, int /*q*/, int /*kv*/) const { return Real(1); }
-};
-
 // The score of another policy in natural logits, for a kernel that adds to them.
 template <class Inner>
 struct NaturalScore {

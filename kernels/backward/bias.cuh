@@ -51,7 +51,6 @@ struct BackwardBias {
   using Real = Accumulator<typename Config::Element>;
   using Sequence = typename Config::Sequence;
   static constexpr int kThreads = Config::kThreads, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
-  static_assert(kThreads % kTileKv == 0, "threads that store share a column");
 
   union SmemPlan {
     typename Engine::SmemPlan engine;
@@ -150,11 +149,8 @@ struct BackwardBias {
     const BiasSums layout(p);
     Real* sums = layout.of_part<Real>(p, own.part) + own.batch * layout.batch + own.head * layout.head +
                  own.q_tile * kTileQ * layout.row + own.kv_tile * kTileKv;
-    const int col = ptx::thread_index() % kTileKv;
-    if (col >= cols) return;
-#pragma unroll 4
-    for (int row = ptx::thread_index() / kTileKv; row < rows; row += kThreads / kTileKv) {
-      sums[row * layout.row + col] = smem.sum[row][col];
+    for (int index = ptx::thread_index(); index < rows * cols; index += kThreads) {
+      sums[index / cols * layout.row + index % cols] = smem.sum[index / cols][index % cols];
     }
   }
 

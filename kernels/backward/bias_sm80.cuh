@@ -1,6 +1,6 @@
 // One tile of dS on mma.sync tensor cores, for the gradient of a broadcast bias.
 //
-// Every visit of a block adds the same bias, which therefore lies in shared memory. A warp owns
+// Every visit of a block adds the same bias, which therefore lies in shared memory, in the order of fragments. A warp owns
 // 32 rows of up to 64 columns, and goes through them 32 at a time: registers hold the sums, but not all of S and dP too.
 #pragma once
 
@@ -31,7 +31,7 @@ struct BiasTileSm80 {
   };
 
   struct SmemPlan {
-    alignas(16) Bias bias[kTileQ][kTileKv + 8];  // rows of which a warp reads eight at once lie in different banks
+    BiasPair bias[kPieces][Piece::kElements / 2][kThreads];  // each thread's own
     struct Stage {
       SharedTile<Element, kTileQ, kDimQk> q;
       SharedTile<Element, kTileQ, kDimV> dout;
@@ -76,15 +76,25 @@ struct BiasTileSm80 {
     // For the tile of dbias that begins with this row and column; numbers of broadcast axes are 0.
     CF_DEVICE State(SmemPlan& smem, const Attention& a, int batch, int head, int q_first, int kv_first) {
       const Bias* g_bias = static_cast<const Bias*>(a.bias) + batch * a.bias_batch + head * a.bias_head;
+      const int row_first = q_first + warp_row(), col_first = kv_first + warp_col();
       const bool one_row = a.bias_row == 0, one_column = a.bias_column == 0;
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) total[piece].clear();
-      const int col = ptx::thread_index() % kTileKv, kv = kv_first + col;
-#pragma unroll 8
-      for (int row = ptx::thread_index() / kTileKv; row < kTileQ; row += kThreads / kTileKv) {
-        const int q = q_first + row;
-        const bool some = (one_row || q < a.len_q) && (one_column || kv < a.len_kv);
-        smem.bias[row][col] = some ? g_bias[q * a.bias_row + kv * a.bias_column] : Bias(0.f);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        total[piece].clear();
+#pragma unroll
+        for (int r = 0; r < Piece::kRowsPerLane; ++r) {
+          const int row = row_first + row_of(ptx::lane_index(), r);
+#pragma unroll
+          for (int n = 0; n < Piece::kN; ++n) {
+            BiasPair& pair = smem.bias[piece][Piece::number_of(r, n, 0) / 2][ptx::thread_index()];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int col = col_first + piece * kCols + col_of(ptx::lane_index(), n, i);
+              const bool some = (one_row || row < a.len_q) && (one_column || col < a.len_kv);
+              pair.x[i] = some ? g_bias[row * a.bias_row + col * a.bias_column] : Bias(0.f);
+            }
+          }
+        }
       }
     }
 
@@ -124,8 +134,7 @@ struct BiasTileSm80 {
         const float delta = stage.delta[row];
 #pragma unroll
         for (int n = 0; n < Piece::kN; ++n) {
-          const int col = warp_col() + piece * kCols + col_of(lane, n, 0);
-          const BiasPair pair = *reinterpret_cast<const BiasPair*>(&smem.bias[row][col]);
+          const BiasPair pair = smem.bias[piece][Piece::number_of(r, n, 0) / 2][ptx::thread_index()];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const int kv = kv_first + col_of(lane, n, i);

@@ -6,7 +6,6 @@
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "ptx/warpgroup.cuh"
-#include "tile/bias.cuh"
 #include "tile/copy_tma.cuh"
 #include "tile/dq_accum.cuh"
 #include "tile/dropout.cuh"
@@ -39,10 +38,8 @@ struct BackwardBlock {
   using Weights = Operand<16, kTileQ>;
   using Kept = ElementSet<Scores>;  // those that dropout keeps
 
-  using Bias = typename Config::BiasCopies::template Buffers<kTileQ, kTileKv, Config::kBiasStages>;
-
   // What the producer fills.
-  struct Inputs : Bias {
+  struct Inputs {
     KTile k[kKeyTiles];  // dk on the way out
     VTile v[kKeyTiles];  // dv on the way out
     QTile q[kStages];
@@ -51,9 +48,7 @@ struct BackwardBlock {
     Ring<kStages> q_ring, dout_ring;
     uint64 k_full, v_full;
 
-    CF_DEVICE Bias& bias() { return *this; }
     CF_DEVICE void init() {
-      bias().init(kConsumers * 4);
       q_ring.init(kConsumers);
       dout_ring.init(kConsumers);
       ptx::mbarrier_init(ptx::smem_u32(&k_full), 1);
@@ -101,7 +96,6 @@ struct BackwardBlock {
     const Attention& a = p.attention;
     load_keys(smem.k, p.k_map, smem.k_full);
     Cursor at;
-    typename Bias::Cursor bias_at;
     int head = head_first, tile = first_tile;
 #pragma unroll 1
     for (int step = 0; step < num_steps(); ++step) {
@@ -113,8 +107,6 @@ struct BackwardBlock {
                      q_barrier);
       if (step == 0) load_keys(smem.v, p.v_map, smem.v_full);
       load_boxes(smem.dout[at.stage], p.dout_map, origin, smem.dout_ring.acquire(at, sizeof(DoutTile)));
-      smem.bias().load(p.bias_map, a, sequence, head, tile * kTileQ, kv_first, bias_at);
-      bias_at = bias_at.next();
       at = at.next();
       tile = tile_after(tile);
       if (tile == first_tile) ++head;

@@ -67,7 +67,6 @@ struct BackwardSm90 {
     CF_DEVICE void walk() {
       const bool far = block.some_row_is_far();
       Cursor at;
-      typename Block::Bias::Cursor bias_at;
       int head = block.head_first, tile = block.first_tile, buffer = 0;
       Gradient gradient(block.p.attention, block.sequence, head);
       in.wait_k();
@@ -76,12 +75,11 @@ struct BackwardSm90 {
       for (int left = block.num_steps(); left > 0; --left) {
         // A choice for all of a visit, before anything of it is under way: one within it costs 3 to 20 % of the whole.
         if (far || !block.tiles.is_full(tile)) {
-          visit<true>(gradient, head, tile, at, bias_at, buffer);
+          visit<true>(gradient, head, tile, at, buffer);
         } else {
-          visit<false>(gradient, head, tile, at, bias_at, buffer);
+          visit<false>(gradient, head, tile, at, buffer);
         }
         at = at.next();
-        bias_at = bias_at.next();
         buffer ^= 1;
         tile = block.tile_after(tile);
         if (tile == block.first_tile && ++head < block.head_end) {
@@ -92,8 +90,7 @@ struct BackwardSm90 {
 
     // One tile of queries; `kCareful` where some element may be hidden or some row is far.
     template <bool kCareful>
-    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, const Cursor& at,
-                         const typename Block::Bias::Cursor& bias_at, int buffer) {
+    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, const Cursor& at, int buffer) {
       const int q_first = tile * Config::kTileQ;
       const auto& rows = in.rows[at.stage];
       Scores s, dp;
@@ -110,8 +107,6 @@ struct BackwardSm90 {
       ptx::wgmma_hold(s.x[0]);
 
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
-      in.bias().make_logits(s, static_cast<float>(block.p.attention.softmax_scale), block.sequence.len_q - q_first,
-                            number * Block::kRows + warp_row, ptx::lane_index(), bias_at);
       Block::template weigh<kCareful>(s, weights, gradient, rows, q_first, kv_first, kept);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dp.x[0]);

@@ -23,7 +23,6 @@ struct NoBias {
     CF_DEVICE void load(const TensorMap&, const Attention&, const Sequence&, int, int, int, const Cursor&) {}
     CF_DEVICE void add(Fragment<16, kTileKv>&, int, int, const Cursor&) {}
     CF_DEVICE void release(const Cursor&) {}
-    CF_DEVICE void make_logits(Fragment<16, kTileQ>&, float, int, int, int, const Cursor&) {}
   };
 };
 
@@ -59,32 +58,6 @@ CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<float, kRows, kCols
   }
 }
 
-// Makes logits of a warp's transposed products, whose rows are keys and the tile's columns from `key` on, and whose columns
-// are the tile's rows, of which `rows` exist: scale * s + bias.
-template <bool kOneRow, class Element, int kRows, int kCols, int kQ>
-CF_DEVICE void make_transposed_logits(Fragment<16, kQ>& s, SwizzledTile<Element, kRows, kCols>& tile, float scale,
-                                      int rows, int key, int lane) {
-#pragma unroll
-  for (int n = 0; n < kQ / 8; n += 2) {
-    uint32 pairs[4];
-    ptx::ldmatrix_x4_trans(pairs, tile.address(kOneRow ? 0 : n * 8 + lane / 16 * 8 + lane % 8, key + lane / 8 % 2 * 8));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const Element* pair = reinterpret_cast<const Element*>(&pairs[i / 2]);
-      float& x = s.at(i / 2 % 2, n + i / 4, i % 2);
-      x = fma(x, scale, col_of(lane, n + i / 4, i % 2) < rows ? to_accumulator(pair[i % 2]) : 0.f);
-    }
-  }
-}
-
-template <bool kOneRow, int kRows, int kCols, int kQ>
-CF_DEVICE void make_transposed_logits(Fragment<16, kQ>& s, SwizzledTile<float, kRows, kCols>& tile, float scale,
-                                      int rows, int key, int lane) {
-  s.for_each(lane, [&](float& x, int row, int col) {
-    x = fma(x, scale, col < rows ? *tile.at(kOneRow ? 0 : col, key + row) : 0.f);
-  });
-}
-
 template <class Element, bool kOneRow>
 struct LoadedBias {
   template <int kTileQ, int kTileKv, int kStages>
@@ -118,16 +91,6 @@ struct LoadedBias {
     CF_DEVICE void add(Fragment<16, kTileKv>& s, int row, int lane, const Cursor& at) {
       ring.wait(at);
       add_tile<kOneRow>(s, tiles[at.stage], kOneRow ? 0 : row, lane);
-    }
-
-    // The same for the transposed products of a warp, which become natural logits; its rows are the tile's keys from `key`
-    // on, and `rows` of the tile's queries exist: of a shorter sequence, the tensor may hold anything behind them. The
-    // warp gives the tile back.
-    CF_DEVICE void make_logits(Fragment<16, kTileQ>& s, float scale, int rows, int key, int lane, const Cursor& at) {
-      ring.wait(at);
-      make_transposed_logits<kOneRow>(s, tiles[at.stage], scale, rows, key, lane);
-      ptx::sync_warp();
-      if (lane == 0) ring.release(at);
     }
 
     // Gives the tile back, one lane of each warp.

@@ -275,7 +275,7 @@ def _bias_edge(length: int) -> int:
 
 def _bias_smem(problem: Problem, tile_q: int, tile_kv: int, stages: int) -> int:
     """Bytes of ``BackwardBias::SmemPlan`` with ``BiasTileSm80``."""
-    bias = tile_q * (tile_kv + 8) * problem.bias.itemsize if problem.bias else 0
+    bias = tile_q * tile_kv * problem.bias.itemsize if problem.bias else 0
     rows = sum(_shared_tile(tile_q + tile_kv, dim) for dim in _rounded(problem))
     return max(bias + stages * (rows + 3 * 4 * tile_q), tile_q * (tile_kv + 1) * 4)
 

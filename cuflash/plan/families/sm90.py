@@ -177,10 +177,6 @@ class BackwardConfig(AttentionConfig):
     reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
     """AtomicReduction, OrderedReduction."""
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
-    bias_copies: str = field(default="NoBias", metadata={HEADER: "tile/bias.cuh"})
-    """NoBias, BiasTiles, BiasRow."""
-    bias_stages: int = 1
-    """Tiles of the bias in flight."""
     stages: int = 2
     """Query tiles in flight. H200, d 128, 8k: with three, 4 % slower."""
     producer_registers: int = 24
@@ -209,7 +205,7 @@ class ConvertConfig(SequenceConfig):
     copy_bytes: int = 16
 
 
-def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, str]:
+def _backward_config(problem: Problem) -> tuple[BackwardConfig, str]:
     """The config of ``backward/sm90.cuh``, or of ``backward/sm90_wide.cuh`` where its tile has 64 keys; and why."""
     widest = max(problem.dim_qk, problem.dim_v)
     if widest <= 64:
@@ -229,24 +225,7 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
         reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
         bias_gradient=gradient_policy(problem),
     )
-    config = replace(config, smem_bytes=_backward_smem(problem, config))
-    return _with_loaded_bias(config, problem, device), reason
-
-
-def _with_loaded_bias(config: BackwardConfig, problem: Problem, device: Device) -> BackwardConfig:
-    """The same config with a bias that is copied beside the queries, where it can be and there is room for a tile."""
-    # H200, d 64, 4k: read element by element it makes the main launch 4 times slower. A soft cap's slope asks for
-    # products, which here become logits.
-    if problem.bias is None or not problem.copies_bias or problem.softcap or config.tile_kv == _ROWS:
-        return config
-    rows = 8 if problem.bias_broadcast[2] else config.tile_q
-    row = 128 * -(-config.tile_kv * problem.bias.itemsize // 128)
-    smem = config.smem_bytes + round_up(config.bias_stages * (rows * row + 16), 1024)  # LoadedBias::Buffers
-    if smem > device.smem_per_block:
-        return config
-    copies = f"{'BiasRow' if problem.bias_broadcast[2] else 'BiasTiles'}<{problem.bias.cuda}>"
-    score = "Plus<MadeScore<float>, Alibi>" if problem.alibi else "MadeScore<float>"
-    return replace(config, smem_bytes=smem, bias_copies=copies, score=score)
+    return replace(config, smem_bytes=_backward_smem(problem, config)), reason
 
 
 def _backward_smem(problem: Problem, config: BackwardConfig) -> int:
@@ -270,7 +249,7 @@ def _dq_columns(config: BackwardConfig) -> int:
 
 
 def _backward(problem: Problem, device: Device) -> Plan:
-    config, reason = _backward_config(problem, device)
+    config, reason = _backward_config(problem)
     columns = _dq_columns(config)
     kernel = "bwd_sm90_wide" if config.tile_kv == _ROWS else "bwd_sm90"
     prepare = PrepareConfig(
@@ -290,13 +269,11 @@ def _backward(problem: Problem, device: Device) -> Plan:
         threads=256,
         smem_bytes=config.tile_q * 128 * -(-columns // 64),  # BackwardConvertSm90::SmemPlan
     )
-    boxes: tuple[Box, ...] = (
+    boxes = (
         Box("q", config.tile_q), Box("k", _ROWS), Box("v", _ROWS), Box("dout", config.tile_q), Box("dk", _ROWS),
         Box("dv", _ROWS),
     )  # fmt: skip
     bias = sum_bias_gradient(problem, device)
-    if config.bias_copies != "NoBias":
-        boxes += (Box("bias", 1 if problem.bias_broadcast[2] else config.tile_q),)
     launches = (
         Step("bwd_prepare_sm90", "BwdParams", prepare, query_blocks(problem, config.tile_q)),
         Step(kernel, "BwdParams", config, key_blocks(problem, config.tile_kv), boxes),
