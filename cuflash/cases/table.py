@@ -168,7 +168,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "dropout_word": {"dropout": "word"},
     "reversed": {"ascending": False},
     "mask_causal": {"mask": replace(_CAUSAL, tensor=True)},
-    "short": {"batch": 150, "len_q": 61, "len_kv": 57, "bias_broadcast": (True, False, False, False)},
+    "short": {"batch": 171, "len_q": 61, "len_kv": 57, "bias_broadcast": (True, False, False, False)},
     "long": {"batch": 1, "len_q": _LONG_Q},
     "long_causal": {"batch": 1, "len_q": _LONG_Q, "mask": _CAUSAL},
     "everything": {

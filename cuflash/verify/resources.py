@@ -64,6 +64,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("fwd_simt", "*-d64x128", 28, _SIMT_64),
     Allowance("fwd_sm90", "*-d256-everything", 64, _EVERYTHING),
     Allowance("fwd_sm80", "*-d256-everything", 16, _EVERYTHING),
+    Allowance("bwd_bias_sm80", "*everything", 768, _EVERYTHING),
     Allowance("bwd_sm90", "*-d64-*everything", 856, _EVERYTHING),
     Allowance("bwd_sm90", "*-d128-everything", 192, _EVERYTHING),
     Allowance("bwd_sm90_wide", "*-d256-everything", 600, _EVERYTHING),

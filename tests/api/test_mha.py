@@ -669,9 +669,9 @@ def test_every_function_of_packed_sequences_hands_validate_on(monkeypatch: pytes
     parameters = {x: inspect.signature(x).parameters for x in vars(cuflash).values() if inspect.isfunction(x)}
     flash = {cuflash.flash_attn_varlen_func, cuflash.flash_attn_backward, cuflash.flash_attn_vjp}
     assert {x for x, names in parameters.items() if "validate" in names} == flash | calls.keys()
-    hands_on, runs_nothing = cuflash.flash_attn_varlen_kvpacked_func, cuflash.explain
+    hands_on, runs_nothing, always = cuflash.flash_attn_varlen_kvpacked_func, cuflash.explain, cuflash.attention_map
     packed = {x for x, names in parameters.items() if "cu_seqlens_q" in names}
-    assert packed == flash | calls.keys() | {hands_on, runs_nothing}
+    assert packed == flash | calls.keys() | {hands_on, runs_nothing, always}
 
 
 def test_too_many_arguments_for_the_convention() -> None:

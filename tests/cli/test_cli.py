@@ -111,7 +111,14 @@ def test_explain_goes_on_where_the_compiler_does_not_know_the_device(monkeypatch
             ["--len=1x900", "--heads=16/4", "--num-splits=99"],
             "splits     15: 4 heads share a tile; of 99: one for each",
         ),
-        (["--len=1x900", "--heads=4/2"], "splits     13: 2 heads share a tile; 4 blocks for 132 multiprocessors"),
+        (
+            ["--len=1x900", "--heads=4/2"],
+            "splits     15: 2 heads share a tile; at most, as 60 blocks share all tiles of keys alike",
+        ),
+        (
+            ["--len=1x900", "--heads=4/2", "--dtype=fp32"],
+            "splits     13: 2 heads share a tile; 4 blocks for 132 multiprocessors",
+        ),
     ],
 )
 def test_explain_reads_its_options(no_compiler, arguments, expected):
