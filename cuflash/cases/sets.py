@@ -217,6 +217,21 @@ _SHORT = (1024, 8, 128, 64), (4096, 4, 64, 32)
 """The same of many short sequences."""
 
 
+def training() -> list[Case]:
+    """Beside ``prefill`` and ``hopper``: bit-equal gradients, heads of two sizes, features of small heads."""
+    window = Mask(left=1024, right=0)
+    dropout = _dense("d64-dropout0.1-s8192", "bf16", 2, 32, 8192, 64, dropout="byte")
+    return [
+        _dense("d128-causal-s8192", "bf16", 2, 16, 8192, 128, mask=_CAUSAL),
+        _dense("d128-causal-deterministic-s8192", "bf16", 2, 16, 8192, 128, deterministic=True, mask=_CAUSAL),
+        _dense("d192x128-causal-s8192", "bf16", 2, 16, 8192, 192, dim_v=128, mask=_CAUSAL),
+        _dense("d64-window1024-s8192", "bf16", 2, 32, 8192, 64, mask=window),
+        _dense("d64-softcap30-s8192", "bf16", 2, 32, 8192, 64, softcap=30.0),
+        _dense("d64-alibi-s8192", "bf16", 2, 32, 8192, 64, alibi=True),
+        replace(dropout, dropout_p=0.1),
+    ]
+
+
 def latency() -> list[Case]:
     """Problems too small to keep a GPU busy: what a call costs on the host."""
     return [
@@ -272,6 +287,7 @@ SETS: dict[str, Callable[[], list[Case]]] = {
     "scores": scores,
     "ramp": ramp,
     "features": features,
+    "training": training,
     "decode": decode,
     "science": science,
     "latency": latency,

@@ -107,6 +107,15 @@ def test_a_union_of_sets_is_its_sets():
         sets.of("hopper9")
 
 
+def test_training_adds_what_no_other_set_has():
+    cases = sets.of("training")["training"]
+    others = [case for name in ("prefill", "gqa", "window", "varlen", "scores") for case in sets.SETS[name]()]
+    news = [case.id for case in cases if all(case.problem != other.problem for other in others)]
+    assert news == [case.id for case in cases if case.id != "d128-causal-s8192"]
+    plain, ordered = (case.turned("backward").problem for case in cases[:2])
+    assert ordered == replace(plain, deterministic=True)
+
+
 def test_lengths_are_log_uniform_and_always_the_same():
     (case,) = sets.varlen()
     assert case == sets.varlen()[0]
