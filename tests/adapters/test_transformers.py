@@ -107,6 +107,45 @@ def test_a_model_learns_what_it_learns_without(make: Callable[[], Any], beside: 
         assert apart(learned(model, register(), ids, torch.ones_like(real))[1:], expected[1:]) > 1e-3
 
 
+def t5(**others: Any) -> Any:
+    """Biases of positions, an encoder, a decoder, and attention between them."""
+    config = transformers.T5Config(
+        vocab_size=61, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, **others
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def modern_bert(**others: Any) -> Any:
+    """Windows on both sides."""
+    names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    config = transformers.ModernBertConfig(**SIZES, pad_token_id=0, local_attention=4, **dict.fromkeys(names, 1))
+    return transformers.ModernBertForMaskedLM(config)
+
+
+def llama4(**others: Any) -> Any:
+    """Chunks, for which no rule stands."""
+    config = transformers.Llama4TextConfig(
+        **GROUPED, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=64, **others
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("make", [t5, modern_bert, llama4])
+def test_a_model_of_another_kind_says_what_it_says_without(make, padding):
+    model, (ids, real) = make().eval(), batch(padding)
+    others = {"decoder_input_ids": ids} if make is t5 else {}
+    rows = ... if make is t5 else real.bool()
+    logits = []
+    for implementation in ("sdpa", register()):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        found = model(input_ids=ids, attention_mask=real, **others).logits[rows]
+        found.square().sum().backward()
+        logits.append([found.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert apart(logits[1], logits[0]) < 1e-5
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("make", [llama, mistral, bert])
 def test_the_mask_itself_says_what_its_rule_says(make, padding, monkeypatch):
@@ -169,8 +208,9 @@ def test_a_rule_makes_the_mask_it_stands_for(kind, q_offset):
     assert torch.equal(seen & rule.keys, mask)
 
 
+@pytest.mark.parametrize("kind", [None, "static"])
 @pytest.mark.parametrize("make", [llama, mistral])
-def test_a_cache_grows_as_it_does_without(make):
+def test_a_cache_grows_as_it_does_without(make, kind):
     model, (ids, real) = make().eval(), batch("left")
     words = {}
     for implementation in ("sdpa", register()):
@@ -178,7 +218,7 @@ def test_a_cache_grows_as_it_does_without(make):
         with torch.no_grad():
             words[implementation] = model.generate(
                 ids, attention_mask=real, max_new_tokens=9, do_sample=False, output_logits=True,
-                return_dict_in_generate=True,
+                return_dict_in_generate=True, cache_implementation=kind, disable_compile=True,
             )  # fmt: skip
     theirs, ours = words.values()
     assert torch.equal(ours.sequences, theirs.sequences)
