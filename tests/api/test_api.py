@@ -592,7 +592,7 @@ def test_explain_says_what_would_run() -> None:
     )
     problem = report.problem
     assert (problem.bias.name, problem.bias_grad, problem.sink, problem.dropout) == ("fp32", True, True, "byte")
-    assert problem.bias_broadcast == (False,) * 4 and "bwd_bias_sm80" in str(report)
+    assert problem.bias_broadcast == (False,) * 4 and "bwd_sm90:" in str(report) and "bwd_bias" not in str(report)
     report = cuflash.explain(*packed, **lengths, device="sm_86", backward=True, deterministic=True)
     problem = report.problem
     assert (problem.direction, problem.layout, problem.deterministic) == ("backward", "varlen", True)
