@@ -173,7 +173,7 @@ def test_the_longest_lengths_may_be_those_in_use(launches: Launches, family: str
 DECODE = {
     "plan": {},
     "whole": {"num_splits": 1},
-    "five": {"num_splits": 5, "causal": True, "sink": SINK},
+    "two": {"num_splits": 2, "causal": True, "sink": SINK},
     "most": {"num_splits": 128, "alibi_slopes": SLOPES[:2]},
     "packed": {"num_splits": 3, "causal": True, "cu_seqlens_q": np.array([0, 1, 1, 4], np.int32),
                "cu_seqlens_k": np.array([0, 300, 310, 370], np.int32), "max_seqlen_q": 3, "max_seqlen_k": 300,
@@ -189,7 +189,7 @@ def test_few_queries_on_host_memory(launches: Launches, name: str) -> None:
     rows_q, rows_kv = ((4,), (370,)) if packed else ((2, 3), (2, 370))
     q, k, v = random(*rows_q, 4, 32), random(*rows_kv, 1, 32, seed=1), random(*rows_kv, 1, 24, seed=2)
     function = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
-    splits = {"plan": 6, "whole": 1, "five": 5, "most": 6, "packed": 3}[name]
+    splits = {"whole": 1, "two": 2}.get(name, 3)  # no more than there are tiles of 128 keys
 
     def call(wrap: Any) -> list[np.ndarray]:
         wrapped = {n: wrap(x) if isinstance(x, np.ndarray) else x for n, x in given.items()}
@@ -214,7 +214,7 @@ def test_gradients_take_what_splits_found(launches: Launches, num_splits: int) -
     options = {"causal": True, "num_splits": num_splits, "return_lse": True}
     (out, lse), pullback = cuflash.flash_attn_vjp(q, k, v, **options)
     assert launches.take() == ["fwd_sm80" if num_splits == 1 else "fwd_sm80_few"]
-    assert launches.params[-1]["num_splits"] == (num_splits or 6), "0 leaves it to the plan"
+    assert launches.params[-1]["num_splits"] == (num_splits or 3), "0 leaves it to the plan"
     dout = random(*out.shape, seed=3)
     results = [to_numpy(x) for x in (out, lse, *pullback(as_torch(dout)))]
     assert launches.take() == ["bwd_delta", "bwd_sm80", "bwd_convert"]
