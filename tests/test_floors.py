@@ -22,14 +22,15 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 HEADERS = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cu*"))
 
 GROUND = {"errors", "numbers", "settings", "dtypes", "device", "sheet", "drawing", "arrays"}
-DESCRIPTIONS = GROUND | {"problem", "masks", "dropout", "features", "generator"}
+DESCRIPTIONS = GROUND | {"problem", "masks", "mods", "dropout", "features", "generator"}
 PARTS = DESCRIPTIONS | {"reference", "plan", "jit", "ops", "api", "__init__"}
 FLOORS = {
     **dict.fromkeys(GROUND, GROUND),
     "masks": GROUND,
+    "mods": GROUND | {"mods"},
     "dropout": GROUND,
     "generator": GROUND,
-    "problem": GROUND | {"masks", "dropout"},
+    "problem": GROUND | {"masks", "mods", "dropout"},
     "features": GROUND | {"problem", "masks"},
     "reference": DESCRIPTIONS | {"reference"},
     "plan": DESCRIPTIONS | {"plan"},
@@ -54,6 +55,7 @@ LIBRARIES = {
     "drawing": {"matplotlib"},
     "reference": {"numpy", "threadpoolctl"},
     "dtypes": {"numpy", "ml_dtypes"},
+    "mods": {"numpy", "ml_dtypes"},
     "adapters": {"numpy"},
     "verify": {"numpy", "ml_dtypes"},
     "bench": {"numpy", "ml_dtypes", "rich"},
