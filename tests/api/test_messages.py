@@ -12,6 +12,7 @@ import pytest
 
 import cuflash
 from cuflash.arrays import NumPy
+from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.ops import check
 from cuflash.ops.call import asked
@@ -65,7 +66,7 @@ read_only.flags.writeable = False
 shared = full(2, 6, 4, 24)
 misaligned = np.zeros(2 * 6 * 4 * 8 * 2 + 1, np.uint8)[1:].view(np.float16).reshape(2, 6, 4, 8)
 odd_rows = np.zeros((2, 6, 4, 17), np.uint8)[..., :16].view(np.float16)
-problem = Problem("forward", check._DTYPES["float16"], 1, 1, 1, 8, 8, 16, 16)
+problem = Problem("forward", DTYPES["fp16"], 1, 1, 1, 8, 8, 16, 16)
 
 CALLS: dict[str, Call] = {
     "not-an-array": Call(

@@ -1,0 +1,15 @@
+"""The arrays and keywords of a call to its Problem, or an InvalidArgument that says what is wrong with which."""
+
+from cuflash.ops.check.array import check_output, pair_strides
+from cuflash.ops.check.cache import cached_rows
+from cuflash.ops.check.dropout import dropout_of
+from cuflash.ops.check.layout import check_on_cuda, layout_of
+from cuflash.ops.check.options import settled
+from cuflash.ops.check.packed import LENGTHS, length
+from cuflash.ops.check.problem import problem_of, written
+from cuflash.ops.check.sizes import MAX_LENGTH, shapes
+
+__all__ = [
+    "LENGTHS", "MAX_LENGTH", "cached_rows", "check_on_cuda", "check_output", "dropout_of", "layout_of", "length",
+    "pair_strides", "problem_of", "settled", "shapes", "written",
+]  # fmt: skip
