@@ -29,9 +29,14 @@ def check_rows(view: View) -> None:
 
 def check_alignment(view: View) -> None:
     """Elements must start at multiples of their size."""
-    strides = [stride for n, stride in zip(view.shape, view.strides, strict=True) if n > 1]
-    if not view.empty and any(n % view.itemsize for n in (view.pointer, *strides)):
+    if not is_aligned(view):
         raise misaligned(view)
+
+
+def is_aligned(view: View) -> bool:
+    """Whether all elements start at multiples of their size."""
+    strides = [stride for n, stride in zip(view.shape, view.strides, strict=True) if n > 1]
+    return view.empty or not any(n % view.itemsize for n in (view.pointer, *strides))
 
 
 def misaligned(view: View) -> InvalidArgument:
@@ -40,6 +45,18 @@ def misaligned(view: View) -> InvalidArgument:
         f"{view.name} is misaligned: not all of its elements start at a multiple of their {view.itemsize} bytes. "
         "Pass a contiguous copy of it."
     )
+
+
+def check_int32(view: View) -> None:
+    """Numbers of sequences, rows and pages must be of this type."""
+    if view.dtype != "int32":
+        raise InvalidArgument(f"{view.name} is {view.dtype}; expected int32. Convert it.")
+
+
+def check_contiguous(view: View) -> None:
+    """Numbers along one dimension must be neighbours."""
+    if (view.shape[0] > 1 and view.strides[0] != view.itemsize) or view.pointer % view.itemsize:
+        raise InvalidArgument(f"{view.name} is not contiguous; pass a contiguous copy of it.")
 
 
 def check_writeable(view: View) -> None:

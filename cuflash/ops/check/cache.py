@@ -9,6 +9,7 @@ from cuflash.arrays import View
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import integer, shown
 from cuflash.ops.call import Options
+from cuflash.ops.check.array import check_contiguous, check_int32
 from cuflash.ops.check.packed import check_table
 from cuflash.ops.check.sizes import check_ranks
 
@@ -21,15 +22,13 @@ _PER_SEQUENCE = "seqused_kv", "leftpad", "cache_batch"
 def check_cache(options: Options, views: Mapping[str, View]) -> None:
     """What says which part of a cache is in use and what is appended to it must be complete and fit q and the cache."""
     check_ranks(options, views)
-    q, k, v = (views[name] for name in ("q", "k", "v"))
+    q, k = views["q"], views["k"]
     batch = q.shape[0]
     for view in (views[name] for name in _PER_SEQUENCE if name in views):
-        if view.dtype != "int32":
-            raise InvalidArgument(f"{view.name} is {view.dtype}; expected int32. Convert it.")
+        check_int32(view)
         if view.shape != (batch,):
             raise InvalidArgument(f"{view.name} has shape {view.shape}; expected ({batch},), one for each sequence.")
-        if (view.shape[0] > 1 and view.strides[0] != view.itemsize) or view.pointer % view.itemsize:
-            raise InvalidArgument(f"{view.name} is not contiguous; pass a contiguous copy of it.")
+        check_contiguous(view)
     if "table" in views:
         check_table(views["table"], batch)
         if "cache_batch" in views:
@@ -42,17 +41,23 @@ def check_cache(options: Options, views: Mapping[str, View]) -> None:
             f"{k.name} has batch size {k.shape[0]} but {q.name} has {batch}; "
             f"pass {options.name('cache_batch')} to say which of them each sequence has."
         )
-    new = [views.get(name) for name in NEW]
-    if (new[0] is None) != (new[1] is None):
-        given, missing = NEW if new[1] is None else reversed(NEW)
+    _check_new(options, views)
+
+
+def _check_new(options: Options, views: Mapping[str, View]) -> None:
+    """What is appended must be keys and values, of every sequence and like those of the cache."""
+    q, caches = views["q"], (views["k"], views["v"])
+    new = [views[name] for name in NEW if name in views]
+    if len(new) == 1:
+        given, missing = sorted(NEW, key=views.__contains__, reverse=True)
         raise InvalidArgument(
             f"{options.name(given)} is given but {options.name(missing)} is not; both are appended, or none."
         )
-    for view, cache in ((view, cache) for view, cache in zip(new, (k, v), strict=True) if view is not None):
+    for view, cache in zip(new, caches, strict=False):
         rows = view.shape[1] if len(view.shape) == 4 else 0
-        expected = batch, rows, *cache.shape[2:]
+        expected = q.shape[0], rows, *cache.shape[2:]
         if view.shape != expected:
-            of_cache = f"({batch}, new keys, {cache.shape[2]}, {cache.shape[3]})"
+            of_cache = f"({q.shape[0]}, new keys, {cache.shape[2]}, {cache.shape[3]})"
             raise InvalidArgument(
                 f"{view.name} has shape {view.shape}; expected {of_cache}, with the batch of {q.name} and the heads of "
                 f"{cache.name}."
@@ -61,10 +66,9 @@ def check_cache(options: Options, views: Mapping[str, View]) -> None:
             raise InvalidArgument(
                 f"{view.name} is {view.dtype} but {cache.name} is {cache.dtype}; convert one of them."
             )
-    if new[0] is not None and new[1] is not None and new[0].shape[1] != new[1].shape[1]:
-        raise InvalidArgument(
-            f"{new[1].name} has length {new[1].shape[1]} but {new[0].name} has {new[0].shape[1]}; they must be equal."
-        )
+    if len({view.shape[1] for view in new}) > 1:
+        k, v = new
+        raise InvalidArgument(f"{v.name} has length {v.shape[1]} but {k.name} has {k.shape[1]}; they must be equal.")
 
 
 def cached_rows(name: str, cached: Any, room: int, appended: int) -> int:

@@ -8,6 +8,7 @@ from cuflash.arrays import View
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import integer, shown
 from cuflash.ops.call import Options
+from cuflash.ops.check.array import check_contiguous, check_int32, is_aligned
 
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_kv", "seqused_q", "seqused_kv")
 """The arrays that say where sequences lie."""
@@ -27,12 +28,10 @@ def is_packed(options: Options, views: Mapping[str, View]) -> bool:
         missing = options.name(next(name for name in LENGTHS if name not in views))
         raise InvalidArgument(f"{starts[0].name} is given but {missing} is not; packed sequences need both.")
     for view in (views[name] for name in LENGTHS if name in views):
-        if view.dtype != "int32":
-            raise InvalidArgument(f"{view.name} is {view.dtype}; expected int32. Convert it.")
+        check_int32(view)
         if len(view.shape) != 1:
             raise InvalidArgument(f"{view.name} has shape {view.shape}; expected one dimension.")
-        if (view.shape[0] > 1 and view.strides[0] != view.itemsize) or view.pointer % view.itemsize:
-            raise InvalidArgument(f"{view.name} is not contiguous; pass a contiguous copy of it.")
+        check_contiguous(view)
     counts = [view.shape[0] for view in starts]
     if counts[0] == 0:
         raise InvalidArgument("cu_seqlens_q is empty; expected batch + 1 numbers, the first of them 0.")
@@ -53,16 +52,14 @@ def is_packed(options: Options, views: Mapping[str, View]) -> bool:
 
 def check_table(table: View, batch: int) -> None:
     """The numbers of every sequence's pages, by any strides."""
-    if table.dtype != "int32":
-        raise InvalidArgument(f"{table.name} is {table.dtype}; expected int32. Convert it.")
+    check_int32(table)
     if len(table.shape) != 2:
         raise InvalidArgument(f"{table.name} has shape {table.shape}; expected (b, max_pages).")
     if table.shape[0] != batch:
         raise InvalidArgument(
             f"{table.name} has {table.shape[0]} rows; expected one for each of the {batch} sequences."
         )
-    steps = [stride for n, stride in zip(table.shape, table.strides, strict=True) if n > 1]
-    if not table.empty and any(n % table.itemsize for n in (table.pointer, *steps)):
+    if not is_aligned(table):
         raise InvalidArgument(f"{table.name} is misaligned; pass a contiguous copy of it.")
 
 
