@@ -36,6 +36,8 @@ FP32 = DType("fp32", "float", np.dtype(np.float32), np.dtype(np.float32))
 FP64 = DType("fp64", "double", np.dtype(np.float64), np.dtype(np.float64))
 
 DTYPES: dict[str, DType] = {d.name: d for d in (FP16, BF16, FP32, FP64)}
+BY_NUMPY_NAME: dict[str, DType] = {d.numpy.name: d for d in DTYPES.values()}
+"""The same by the names that NumPy has for them, and views carry: ``float16``, ``bfloat16``, ..."""
 _BY_NUMPY: dict[np.dtype, DType] = {d.numpy: d for d in DTYPES.values()}
 
 

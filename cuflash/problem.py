@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cuflash.dropout import Scheme
-from cuflash.dtypes import DTYPES, DType
+from cuflash.dtypes import BY_NUMPY_NAME, DTYPES, DType
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.numbers import shown
@@ -188,9 +188,8 @@ def _dtype(name: str, dtype: Any) -> DType:
     """An element type, also by its name."""
     if isinstance(dtype, DType):
         return dtype
-    for known in DTYPES.values():
-        if isinstance(dtype, str) and dtype in (known.name, known.numpy.name):
-            return known
+    if isinstance(dtype, str) and (known := DTYPES.get(dtype) or BY_NUMPY_NAME.get(dtype)):
+        return known
     raise InvalidArgument(f"{name} is {shown(dtype)}; expected one of {', '.join(DTYPES)}.")
 
 

@@ -180,7 +180,7 @@ def test_conventions_of_pytorch_stand_on_what_is_nobodys(name):
 
 OPS_FLOORS = (
     {"call", "draw", "overlap", "scratch"},
-    {"check/array", "check/options"}, {"check/dropout", "check/packed"}, {"check/sizes"},
+    {"check/array", "check/options"}, {"check/dropout", "check/packed", "check/parts"}, {"check/sizes"},
     {"check/bias", "check/cache", "check/mask", "check/rotary"}, {"check/layout"}, {"check/problem"},
     {"check/__init__"}, {"lengths", "boxes"}, {"block"}, {"launch", "on_numpy", "merge"},
     {"given", "answer"}, {"forward", "backward", "explain", "prepared"}, {"vjp"}, {"__init__"},

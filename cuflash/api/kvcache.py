@@ -11,7 +11,7 @@ import numpy as np
 from cuflash.api.cache import flash_attn_with_kvcache
 from cuflash.api.prepare import flash_attn_prepare
 from cuflash.arrays import Array, Guest, framework_in_memory
-from cuflash.dtypes import DTYPES
+from cuflash.dtypes import BY_NUMPY_NAME
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import integer, shown
 from cuflash.ops import PreparedAttention
@@ -95,9 +95,8 @@ class KVCache:
                     "Pass an array of NumPy or CuPy or a torch tensor."
                 )
             view = framework.view("like", like)
-            known = [dtype.numpy.name for dtype in DTYPES.values()]
-            if view.dtype not in known:
-                raise InvalidArgument(f"like is {view.dtype}; expected {', '.join(known)}.")
+            if view.dtype not in BY_NUMPY_NAME:
+                raise InvalidArgument(f"like is {view.dtype}; expected {', '.join(BY_NUMPY_NAME)}.")
             self.sequences = _size("sequences", sequences)
             self.length = _size("length", length)
             self.layers = _size("layers", layers)

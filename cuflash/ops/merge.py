@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cuflash import jit, reference
 from cuflash.arrays import Guest, Launcher, Library, NumPy, View, framework_in_memory
-from cuflash.dtypes import DTYPES, DType
-from cuflash.errors import InvalidArgument
+from cuflash.dtypes import BY_NUMPY_NAME, DType
 from cuflash.ops import check
 from cuflash.plan import merge as plans
 
-MOST = 32
+MAX_PARTS = 32
 """Parts that one launch merges; more are merged in groups first, in the accumulator's type."""
 
-_BY_NAME = {dtype.numpy.name: dtype for dtype in DTYPES.values()}
 _AXES = ("batch", "row", "head")
 _OF_OUT, _OF_LSE = (0, 1, 2), (0, 2, 1)
 """Where these are in (b, s, h, d) and in (b, h, s)."""
@@ -37,17 +35,13 @@ class Merged(NamedTuple):
 
 def merge(outs: Sequence[Any], lses: Sequence[Any], exact: bool = False) -> Merged:
     """Merge parts; `exact` leaves out in the accumulator's type, for gradients."""
-    names = _names(outs, lses)
-    framework = framework_in_memory(names, [*outs, *lses])
-    if isinstance(framework, Guest):
-        _, borrowed = framework.borrow(names, [*outs, *lses])
-        merged = merge(borrowed[: len(outs)], borrowed[len(outs) :], exact)
-        out, lse = framework.lend([merged.out, merged.lse], borrowed, outs[0])
+    names, arrays = _names(outs, lses), [*outs, *lses]
+    framework = framework_in_memory(names, arrays)
+    if (plain := _plain(framework, names, arrays, outs[0])) is not None:
+        merged = merge(plain.arrays[: len(outs)], plain.arrays[len(outs) :], exact)
+        out, lse = plain.hand_back([merged.out, merged.lse])
         return Merged(out, lse, list(outs), list(lses))
-    if (on_host := framework.on_host(names, [*outs, *lses])) is not None:
-        merged = merge(on_host[: len(outs)], on_host[len(outs) :], exact)
-        out, lse = framework.from_host([merged.out, merged.lse])
-        return Merged(out, lse, list(outs), list(lses))
+    assert isinstance(framework, Library)
     dtype = _checked(framework, names, outs, lses)
     if isinstance(framework, NumPy):
         outs, lses = ([np.asarray(x) for x in arrays] for arrays in (outs, lses))
@@ -57,6 +51,22 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], exact: bool = False) -> Merg
     with framework.context(framework.ordinal(outs[0])):
         out, lse = _merge_on_gpu(framework, outs, lses, _real(dtype) if exact else dtype)
     return Merged(out, lse, list(outs), list(lses))
+
+
+class _Plain(NamedTuple):
+    """Arrays of another library as NumPy's or CuPy's, None where they were, and what makes results its own."""
+
+    arrays: list[Any]
+    hand_back: Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+def _plain(framework: Library | Guest, names: Sequence[str], arrays: Sequence[Any], beside: Any) -> _Plain | None:
+    """Arrays that others than NumPy, or kernels, cannot compute with as they are; None where they can."""
+    if isinstance(framework, Guest):
+        _, borrowed = framework.borrow(names, arrays)
+        return _Plain(borrowed, lambda results: framework.lend(results, borrowed, beside))
+    on_host = framework.on_host(names, arrays)
+    return None if on_host is None else _Plain(on_host, framework.from_host)
 
 
 def as_parts(merged: Merged) -> Any:
@@ -75,23 +85,17 @@ def merge_backward(merged: Merged, dout: Any, dlse: Any) -> tuple[list[Any], lis
     names = [*_names(outs, lses), "dout", "dlse", "out", "lse"]
     arrays = [*outs, *lses, dout, dlse, merged.out, merged.lse]
     framework = framework_in_memory(names, arrays)
-    if isinstance(framework, Guest):
-        _, borrowed = framework.borrow(names, arrays)
+    if (plain := _plain(framework, names, arrays, dout)) is not None:
         n = len(outs)
-        theirs = Merged(borrowed[-2], borrowed[-1], borrowed[:n], borrowed[n : 2 * n])
-        douts, dlses = merge_backward(theirs, borrowed[2 * n], borrowed[2 * n + 1])
-        lent = framework.lend([*douts, *dlses], borrowed, dout)
-        return list(lent[:n]), list(lent[n:])
-    if (on_host := framework.on_host(names, arrays)) is not None:
-        n = len(outs)
-        theirs = Merged(on_host[-2], on_host[-1], on_host[:n], on_host[n : 2 * n])
-        douts, dlses = merge_backward(theirs, on_host[2 * n], on_host[2 * n + 1])
-        lent = framework.from_host([*douts, *dlses])
-        return list(lent[:n]), list(lent[n:])
+        *parts, plain_dout, plain_dlse, out, lse = plain.arrays
+        douts, dlses = merge_backward(Merged(out, lse, parts[:n], parts[n:]), plain_dout, plain_dlse)
+        gradients = plain.hand_back([*douts, *dlses])
+        return list(gradients[:n]), list(gradients[n:])
+    assert isinstance(framework, Library)
     dtype = _checked(framework, names[: 2 * len(outs)], outs, lses)
-    _check_gradient(framework, "dout", dout, "outs[0]", outs[0])
+    check.check_gradient(*_views(framework, ["dout", "outs[0]"], [dout, outs[0]]))
     if dlse is not None:
-        _check_gradient(framework, "dlse", dlse, "lses[0]", lses[0])
+        check.check_gradient(*_views(framework, ["dlse", "lses[0]"], [dlse, lses[0]]))
     if isinstance(framework, NumPy):
         given = None if dlse is None else np.asarray(dlse)
         return reference.merge_backward(outs, lses, merged.out, merged.lse, np.asarray(dout), given)
@@ -103,11 +107,11 @@ def merge_backward(merged: Merged, dout: Any, dlse: Any) -> tuple[list[Any], lis
 def _merge_on_gpu(framework: Launcher, outs: Sequence[Any], lses: Sequence[Any], result: DType) -> tuple[Any, Any]:
     """(out, lse) of parts that have been checked; groups of them first where they are many."""
     views = [framework.view("", x) for x in (*outs, *lses)]
-    dtype, ordinal = _BY_NAME[views[0].dtype], framework.ordinal(outs[0])
-    if len(outs) > MOST:
+    dtype, ordinal = BY_NUMPY_NAME[views[0].dtype], framework.ordinal(outs[0])
+    if len(outs) > MAX_PARTS:
         groups = [
-            _merge_on_gpu(framework, outs[first : first + MOST], lses[first : first + MOST], _real(dtype))
-            for first in range(0, len(outs), MOST)
+            _merge_on_gpu(framework, outs[first : first + MAX_PARTS], lses[first : first + MAX_PARTS], _real(dtype))
+            for first in range(0, len(outs), MAX_PARTS)
         ]
         return _merge_on_gpu(framework, [out for out, _ in groups], [lse for _, lse in groups], result)
     out = framework.empty(views[0].shape, framework.dtype(result.numpy), ordinal)
@@ -129,8 +133,8 @@ def _backward_on_gpu(
     element, real = (framework.dtype(x) for x in (dtype.numpy, dtype.accumulator))
     douts = [framework.empty(tuple(x.shape), element, ordinal) for x in merged.outs]
     dlses = [framework.empty(tuple(x.shape), real, ordinal) for x in merged.lses]
-    for first in range(0, len(douts), MOST):
-        group = slice(first, first + MOST)
+    for first in range(0, len(douts), MAX_PARTS):
+        group = slice(first, first + MAX_PARTS)
         views = [[framework.view("", x) for x in arrays[group]] for arrays in (merged.outs, merged.lses)]
         params = _params(*views)
         rows, dim = int(params["rows"][0]), int(params["dim"][0])
@@ -182,7 +186,7 @@ def _copy_bytes(views: Sequence[View], dim: int) -> int:
 
 def _real(dtype: DType) -> DType:
     """The accumulator's own type."""
-    return _BY_NAME[dtype.accumulator.name]
+    return BY_NUMPY_NAME[dtype.accumulator.name]
 
 
 def _names(outs: Sequence[Any], lses: Sequence[Any]) -> list[str]:
@@ -191,52 +195,13 @@ def _names(outs: Sequence[Any], lses: Sequence[Any]) -> list[str]:
 
 def _checked(framework: Library, names: Sequence[str], outs: Sequence[Any], lses: Sequence[Any]) -> DType:
     """The element type of parts that fit each other."""
-    framework.describe(names, [*outs, *lses])
-    views = [framework.view(name, x) for name, x in zip(names, (*outs, *lses), strict=True)]
+    views = _views(framework, names, [*outs, *lses])
     if not isinstance(framework, NumPy):
         check.check_on_cuda(framework.name, {view.name: view for view in views})
-    first, *_ = views
-    if first.dtype not in _BY_NAME:
-        raise InvalidArgument(f"{first.name} is {first.dtype}; expected {', '.join(_BY_NAME)}. Convert every part.")
-    if len(first.shape) not in (3, 4):
-        raise InvalidArgument(
-            f"{first.name} has {len(first.shape)} dimensions, shape {first.shape}; expected (b, s, h, d), or "
-            "(total, h, d) of packed sequences."
-        )
-    dtype = _BY_NAME[first.dtype]
-    *batch, length, heads, dim = first.shape
-    if dim == 0:
-        raise InvalidArgument(f"{first.name} has head dimension 0, shape {first.shape}; expected at least 1.")
-    for i, view in enumerate(views):
-        of_out = i < len(outs)
-        shape = first.shape if of_out else (*batch, heads, length)
-        wanted = first.dtype if of_out else dtype.accumulator.name
-        _check_part(view, first, shape, wanted)
-        if of_out and not view.empty and view.shape[-1] > 1 and view.strides[-1] != view.itemsize:
-            raise InvalidArgument(
-                f"{view.name} is not contiguous along its last dimension; pass a contiguous copy of it."
-            )
-    return dtype
+    return check.dtype_of_parts(views[: len(outs)], views[len(outs) :])
 
 
-def _check_part(view: View, first: View, shape: tuple[int, ...], dtype: str) -> None:
-    if view.device != first.device:
-        raise InvalidArgument(
-            f"{view.name} is on {view.device} but {first.name} is on {first.device}; move one of them."
-        )
-    if view.shape != shape:
-        raise InvalidArgument(f"{view.name} has shape {view.shape}; expected {shape}, by that of {first.name}.")
-    if view.dtype != dtype:
-        raise InvalidArgument(f"{view.name} is {view.dtype}; expected {dtype}, by that of {first.name}.")
-    steps = [step for n, step in zip(view.shape, view.strides, strict=True) if n > 1]
-    if not view.empty and any(n % view.itemsize for n in (view.pointer, *steps)):
-        raise InvalidArgument(f"{view.name} is misaligned; pass a contiguous copy of it.")
-
-
-def _check_gradient(framework: Library, name: str, x: Any, like_name: str, like: Any) -> None:
-    """A gradient has the shape and dtype of what it is of."""
-    framework.describe([name, like_name], [x, like])
-    view, of = framework.view(name, x), framework.view(like_name, like)
-    _check_part(view, of, of.shape, of.dtype)
-    if name == "dout" and not view.empty and view.shape[-1] > 1 and view.strides[-1] != view.itemsize:
-        raise InvalidArgument(f"{name} is not contiguous along its last dimension; pass a contiguous copy of it.")
+def _views(framework: Library, names: Sequence[str], arrays: Sequence[Any]) -> list[View]:
+    """The arrays spelled out, which must be of one library."""
+    framework.describe(names, arrays)
+    return [framework.view(name, x) for name, x in zip(names, arrays, strict=True)]

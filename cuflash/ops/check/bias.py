@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cuflash.arrays import View
-from cuflash.dtypes import DType
+from cuflash.dtypes import BY_NUMPY_NAME, DType
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import flag
 from cuflash.ops.call import Options
 from cuflash.ops.check.array import check_alignment, check_like, check_pairs, check_rows, pair_strides
-from cuflash.ops.check.sizes import NUMPY_DTYPES
 
 
 def bias_of(
@@ -41,7 +40,7 @@ def bias_of(
     boxes = ascending and not any(n % 16 for n in (view.pointer, *(stride * view.itemsize for stride in outer)))
     broadcast = [n == 1 or wide for n, wide in zip(view.shape, expanded, strict=True)]
     along_batch, along_heads, along_rows, along_keys = [True] * (4 - len(broadcast)) + broadcast
-    return NUMPY_DTYPES[view.dtype], (along_batch, along_heads, along_rows, along_keys), boxes
+    return BY_NUMPY_NAME[view.dtype], (along_batch, along_heads, along_rows, along_keys), boxes
 
 
 def check_sink(view: View, heads: int) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cuflash.arrays import View
-from cuflash.dtypes import DType
+from cuflash.dtypes import BY_NUMPY_NAME, DType
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import flag, pair
 from cuflash.ops.call import Options
 from cuflash.ops.check.array import check_like, check_rows
-from cuflash.ops.check.sizes import NUMPY_DTYPES
 from cuflash.problem import Rotary
 
 
@@ -41,4 +40,4 @@ def rotary_of(options: Options, views: Mapping[str, View], dtype: DType, room: i
     for name in given:
         check_rows(views[name])
     together = not flag("causal", options.causal) and pair(options.window_size) == (-1, -1)
-    return Rotary(2 * cos.shape[1], interleaved, NUMPY_DTYPES[cos.dtype], together)
+    return Rotary(2 * cos.shape[1], interleaved, BY_NUMPY_NAME[cos.dtype], together)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cuflash.arrays import View
 from cuflash.dropout import Dropout
-from cuflash.dtypes import DTYPES, DType
+from cuflash.dtypes import BY_NUMPY_NAME, DType
 from cuflash.errors import InvalidArgument
 from cuflash.numbers import flag
 from cuflash.ops.call import Options
@@ -15,9 +15,6 @@ from cuflash.ops.check.packed import length
 
 MAX_LENGTH = 2**30
 """Rows of one sequence: positions and the distances between any two are 32-bit numbers in the kernels."""
-
-NUMPY_DTYPES = {dtype.numpy.name: dtype for dtype in DTYPES.values()}
-"""The element types of a call, by the names that views carry."""
 
 _PAGES = ("num_pages", "page_size", "h", "d")
 """The axes of keys and values in the pages of a cache."""
@@ -62,14 +59,14 @@ def check_ranks(options: Options, views: Mapping[str, View]) -> None:
 
 def dtype_of(q: View, k: View, v: View) -> DType:
     """The element type, which is that of all three."""
-    if q.dtype not in NUMPY_DTYPES:
+    if q.dtype not in BY_NUMPY_NAME:
         raise InvalidArgument(
-            f"{q.name} is {q.dtype}; expected {', '.join(NUMPY_DTYPES)}. Convert {q.name}, {k.name} and {v.name}."
+            f"{q.name} is {q.dtype}; expected {', '.join(BY_NUMPY_NAME)}. Convert {q.name}, {k.name} and {v.name}."
         )
     for view in (k, v):
         if view.dtype != q.dtype:
             raise InvalidArgument(f"{view.name} is {view.dtype} but {q.name} is {q.dtype}; convert one of them.")
-    return NUMPY_DTYPES[q.dtype]
+    return BY_NUMPY_NAME[q.dtype]
 
 
 def check_sizes(options: Options, views: Mapping[str, View]) -> None:
