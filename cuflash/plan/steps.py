@@ -9,7 +9,7 @@ from cuflash.plan import policies
 from cuflash.plan.config import HEADER, Config, ForwardConfig, SequenceConfig
 from cuflash.plan.plan import Plan, Step, Workspace
 from cuflash.plan.splits import divide
-from cuflash.plan.tiles import query_blocks, tiles
+from cuflash.plan.tiles import packed_tiles, query_blocks, tiles
 from cuflash.problem import Problem
 
 
@@ -122,8 +122,7 @@ def _combine_step(problem: Problem) -> Step:
 
 def _part_workspaces(problem: Problem, num_splits: int) -> tuple[Workspace, ...]:
     """What the blocks of split rows leave: ``PartRows`` of ``attention/split.cuh``."""
-    rows = problem.rows_q + (problem.batch if problem.layout == "varlen" else 0)
-    shape = (num_splits, rows, problem.heads_q)
+    shape = (num_splits, packed_tiles(problem, 1), problem.heads_q)
     return (
         Workspace("partial_out", problem.dtype.accumulator, (*shape, problem.dim_v)),
         Workspace("partial_state", problem.dtype.accumulator, (*shape, 2)),

@@ -19,6 +19,13 @@ def tiles(longest: int, tile: int) -> int:
     return max(1, -(-longest // tile))
 
 
+def packed_tiles(problem: Problem, tile_q: int) -> int:
+    """Query tiles of all sequences where each starts a new one: ``num_q_tiles`` of ``attention/sequence.cuh``."""
+    if problem.layout == "varlen":  # as many as there may be, whatever the lengths are
+        return problem.total_q // tile_q + problem.batch
+    return problem.batch * -(-problem.len_q // tile_q)
+
+
 def query_blocks(problem: Problem, tile_q: int) -> int:
     """Blocks of a kernel that has one for each query tile of each head."""
     return tiles(problem.len_q, tile_q) * problem.heads_q * problem.batch

@@ -18,7 +18,7 @@ from cuflash.plan.config import BIAS_GRADIENT, HEADER, CopyConfig, FewConfig, Fo
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step, Workspace
 from cuflash.plan.splits import Division, deal, divide
-from cuflash.plan.tiles import key_blocks, query_blocks, resident, round_up, tiles
+from cuflash.plan.tiles import key_blocks, packed_tiles, query_blocks, resident, round_up, tiles
 from cuflash.problem import Problem
 
 
@@ -359,14 +359,11 @@ def _backward(problem: Problem, device: Device) -> Plan:
 
 def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int) -> tuple[Workspace, ...]:
     """Row sums, dq in fp32, and whose turn it is to add to it."""
-    if problem.layout == "varlen":  # VarlenSequence::num_q_tiles
-        q_tiles = problem.total_q // config.tile_q + problem.batch
-    else:
-        q_tiles = problem.batch * -(-problem.len_q // config.tile_q)
-    shape = (problem.heads_q * q_tiles, config.tile_q, columns)
+    q_tiles = problem.heads_q * packed_tiles(problem, config.tile_q)
+    shape = (q_tiles, config.tile_q, columns)
     workspaces = (*steps.row_workspaces(problem), Workspace("dq_accum", np.dtype(np.float32), shape, zeroed=True))
     if problem.deterministic:
-        turns = (problem.heads_q * q_tiles * config.dim_splits,)
+        turns = (q_tiles * config.dim_splits,)
         workspaces += (Workspace("dq_turn", np.dtype(np.int32), turns, zeroed=True),)
     return workspaces
 

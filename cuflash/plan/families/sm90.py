@@ -18,7 +18,7 @@ from cuflash.plan.config import BIAS_GRADIENT, HEADER, AttentionConfig, Sequence
 from cuflash.plan.families.sm80 import forward_division, short_backward, sum_bias_gradient
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
-from cuflash.plan.tiles import key_blocks, query_blocks, round_up
+from cuflash.plan.tiles import key_blocks, packed_tiles, query_blocks, round_up
 from cuflash.problem import Problem
 
 _ROWS = 64
@@ -136,11 +136,10 @@ def heads_per_section(problem: Problem) -> int:
 
 def _forward(problem: Problem, device: Device) -> Plan:
     config, reason = _forward_config(problem, device)
-    works = query_blocks(problem, config.tile_q)
-    if problem.layout == "varlen":  # as many tiles as there may be
-        works = problem.heads_q * (problem.total_q // config.tile_q + problem.batch)
+    varlen = problem.layout == "varlen"
+    works = problem.heads_q * packed_tiles(problem, config.tile_q) if varlen else query_blocks(problem, config.tile_q)
     blocks = min(works, device.num_sms)  # they go from one tile to another, and load the next while they store the last
-    differ = problem.layout == "varlen" or problem.mask.kind != "none"  # tiles in length, so they are drawn
+    differ = varlen or problem.mask.kind != "none"  # tiles in length, so they are drawn
     tickets = Workspace("tickets", np.dtype(np.int32), (2,), kept=True)
     workspaces = (tickets,) if differ and blocks < works else ()
     boxes: tuple[Box, ...] = (
@@ -288,11 +287,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
 
 def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int) -> tuple[Workspace, ...]:
     """Row sums, and of every query tile what its rows need, dq in fp32, and whose turn it is to add to it."""
-    if problem.layout == "varlen":  # VarlenSequence::num_q_tiles
-        q_tiles = problem.total_q // config.tile_q + problem.batch
-    else:
-        q_tiles = problem.batch * -(-problem.len_q // config.tile_q)
-    q_tiles *= problem.heads_q
+    q_tiles = problem.heads_q * packed_tiles(problem, config.tile_q)
     workspaces = (
         *steps.row_workspaces(problem),
         Workspace("row_tiles", np.dtype(np.uint8), (q_tiles, _row_tile(config.tile_q))),
