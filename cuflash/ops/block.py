@@ -40,11 +40,36 @@ def template(
 ) -> np.ndarray:
     """The parameter block of every call on arrays of this kind, with zeros for pointers."""
     problem, params = plan.problem, jit.params.dtype(plan.steps[0].params)
-    varlen = problem.layout == "varlen"
     block = np.zeros(1, params)
-    attention = block["attention"]
+    _attention(block["attention"], problem, options, views)
+    if problem.direction == "forward":
+        block["num_splits"] = plan.num_splits
+        block["heads_per_section"] = heads_per_section(problem)
+        block["empty_lse"], block["tail_lse"] = options.empty_lse, options.tail_lse
+        if problem.dropout:
+            block["increment"] = np.uint64(draw.increment(problem)).astype(np.int64)
+    if problem.bias_grad:
+        shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
+        for at, name in enumerate(("batch", "head", "row")):
+            block[f"dbias_{name}"] = prod(shape[at + 1 :]) if shape[at] > 1 else 0
+        block["bias_parts"] = plan.bias_parts
+    if problem.page_size:
+        block["pages"] = pages_of(views["k"], views["table"])
+    if problem.layout == "cache":
+        _append(block["append"], problem, views)
+    for member in jit.params.members(params):
+        name = member.removesuffix("_stride")
+        if name != member and (name != "dlse" or name in views):
+            _strides(block[member], name, problem, options, views, shapes)
+    return block
+
+
+def _attention(attention: np.ndarray, problem: Problem, options: Options, views: Mapping[str, View]) -> None:
+    """Fill in the ``Attention`` struct but for its pointers."""
     for name in ("softmax_scale", "softcap", "batch", "heads_q", "heads_kv", "len_q", "len_kv", "total_q", "total_kv"):
         attention[name] = getattr(problem, name)
+    if problem.page_size:
+        attention["total_kv"] = _UNNUMBERED
     mask = problem.mask
     attention["window_left"] = UNBOUNDED if mask.left is None else mask.left
     attention["window_right"] = UNBOUNDED if mask.right is None else mask.right
@@ -57,42 +82,31 @@ def template(
     dropout = check.dropout_of(options)
     attention["keep_scale"] = dropout.keep_scale if dropout else 1.0
     attention["dropout_p"] = dropout.p if dropout else 0.0
-    if problem.direction == "forward":
-        block["num_splits"] = plan.num_splits
-        block["heads_per_section"] = heads_per_section(problem)
-        block["empty_lse"], block["tail_lse"] = options.empty_lse, options.tail_lse
-        if dropout:
-            block["increment"] = np.uint64(draw.increment(problem)).astype(np.int64)
-    if problem.bias_grad:
-        shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
-        for at, name in enumerate(("batch", "head", "row")):
-            block[f"dbias_{name}"] = prod(shape[at + 1 :]) if shape[at] > 1 else 0
-        block["bias_parts"] = plan.bias_parts
-
-    if problem.page_size:
-        attention["total_kv"] = _UNNUMBERED
-        block["pages"] = pages_of(views["k"], views["table"])
     if problem.layout == "cache":
         attention["appended"] = problem.appended
-        _append(block["append"], problem, views)
 
-    for member in jit.params.members(params):
-        name = member.removesuffix("_stride")
-        if name == member or (name == "dlse" and name not in views):
-            continue
-        packed = varlen and not (problem.page_size and name in ("k", "v"))  # pages lie like batch elements
-        axes = options.row_axes(packed) if name in _PER_ROW else options.axes(packed)
-        read = "rotated" if name == "q" and problem.rotary is not None else name
-        shape_and_step = zip(axes, shape_and_steps(read, views, shapes), strict=True)
-        steps = {axis: step if n > 1 else 0 for axis, (n, step) in shape_and_step}
-        block[member]["batch"] = steps.get("b", 0)
-        block[member]["row"] = steps["total" if packed else "s"]
-        block[member]["head"] = steps["h"]
-    return block
+
+def _strides(
+    strides: np.ndarray,
+    name: str,
+    problem: Problem,
+    options: Options,
+    views: Mapping[str, View],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Fill in the ``Strides`` of an array, 0 along axes of one element."""
+    packed = problem.layout == "varlen" and not (problem.page_size and name in ("k", "v"))  # pages lie like batches
+    axes = options.row_axes(packed) if name in _PER_ROW else options.axes(packed)
+    read = "rotated" if name == "q" and problem.rotary is not None else name
+    shape_and_step = zip(axes, shape_and_steps(read, views, shapes), strict=True)
+    steps = {axis: step if n > 1 else 0 for axis, (n, step) in shape_and_step}
+    strides["batch"] = steps.get("b", 0)
+    strides["row"] = steps["total" if packed else "s"]
+    strides["head"] = steps["h"]
 
 
 def _append(append: np.ndarray, problem: Problem, views: Mapping[str, View]) -> None:
-    """The ``Append`` struct without its pointers; all its tensors are (b, s, h, d)."""
+    """Fill in the ``Append`` struct but for its pointers; all its tensors are (b, s, h, d)."""
     for name in ("k_new", "v_new", "q"):
         if name in views:
             for axis, (n, step) in zip(("batch", "row", "head"), shape_and_steps(name, views, {}), strict=False):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cuflash import reference
-from cuflash.arrays import View, numpy_arrays
+from cuflash.arrays import numpy_arrays
 from cuflash.dropout import Dropout
 from cuflash.ops import check, draw, lengths, overlap
 from cuflash.ops.call import Arrays, Options
@@ -120,8 +120,7 @@ def checked(direction: Direction, options: Options, arrays: Arrays) -> Checked:
 
 def check_kind(direction: Direction, options: Options, arrays: Arrays) -> Checked:
     """Check a call on arrays of this kind."""
-    views: Mapping[str, View] = options.views(numpy_arrays, arrays)
-    check.layout_of(direction, options, views)
+    views = options.views(numpy_arrays, arrays)
     problem = check.problem_of(direction, options, views)
     written = check.written(direction, views)
     separate = overlap.checker(views, written) if written else None

@@ -22,9 +22,8 @@ from cuflash.ops.check.dropout import check_rng_state, dropout_of
 from cuflash.ops.check.layout import layout_of
 from cuflash.ops.check.mask import mask_of
 from cuflash.ops.check.options import num_splits_of, softcap_of, softmax_scale_of
-from cuflash.ops.check.packed import length
 from cuflash.ops.check.rotary import rotary_of
-from cuflash.ops.check.sizes import check_sizes, dtype_of, rows_of, shapes, sizes_of
+from cuflash.ops.check.sizes import check_sizes, dtype_of, rows_of, scores_of, shapes, sizes_of
 from cuflash.problem import Direction, Problem
 
 _LIKE_Q = ("out", "dout", "dq", "dk", "dv")
@@ -43,9 +42,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
     dropout = dropout_of(options)
     rows = rows_of(options, views, dropout)
     _check_memory(direction, options, views, dtype)
-    scores = (rows.batch, heads, rows.len_q, rows.len_kv)
-    if layout == "varlen":  # the lengths as given, which a tensor of pairs has been made for
-        scores = (rows.batch, heads, length(options, "max_seqlen_q"), length(options, "max_seqlen_k"))
+    scores = scores_of(options, rows, heads, layout == "varlen")
     bias, broadcast, bias_boxes = bias_of(options, views, dtype, scores)
     if "alibi" in views:
         check_alibi(views["alibi"], rows.batch, heads)

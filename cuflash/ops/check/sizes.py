@@ -152,3 +152,10 @@ def rows_of(options: Options, views: Mapping[str, View], dropout: Dropout | None
                 "expected at most 2**30 in a sequence, and fewer than 2**31 in all packed ones."
             )
     return Rows(batch, len_q, len_kv, total_q, total_kv, page_size)
+
+
+def scores_of(options: Options, rows: Rows, heads: int, varlen: bool) -> tuple[int, int, int, int]:
+    """The shape that tensors of pairs broadcast to; of packed sequences by the longest lengths as they are given."""
+    if varlen:
+        return rows.batch, heads, length(options, "max_seqlen_q"), length(options, "max_seqlen_k")
+    return rows.batch, heads, rows.len_q, rows.len_kv
