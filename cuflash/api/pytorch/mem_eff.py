@@ -284,7 +284,7 @@ def efficient_attention_forward(
     """
     try:
         library = explicit.library_of("query", query)
-        packed = _starts(cu_seqlens_q, cu_seqlens_k)
+        packed = _is_packed(cu_seqlens_q, cu_seqlens_k)
         flag("compute_log_sumexp", compute_log_sumexp)
         options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
         if packed:
@@ -390,7 +390,7 @@ def efficient_attention_backward(
     """
     try:
         library = explicit.library_of("query", query)
-        packed = _starts(cu_seqlens_q, cu_seqlens_k)
+        packed = _is_packed(cu_seqlens_q, cu_seqlens_k)
         ordered = _ordered(num_splits_key, flag("deterministic", deterministic))
         options = _options(scale, custom_mask_type, window_size, dropout_p, max_seqlen_q, max_seqlen_k, validate)
         options = options.replace(deterministic=ordered)
@@ -462,7 +462,7 @@ def _options(
     )  # fmt: skip
 
 
-def _starts(cu_seqlens_q: Array | None, cu_seqlens_k: Array | None) -> bool:
+def _is_packed(cu_seqlens_q: Array | None, cu_seqlens_k: Array | None) -> bool:
     """Whether sequences are packed."""
     is_there = {"cu_seqlens_q": cu_seqlens_q is not None, "cu_seqlens_k": cu_seqlens_k is not None}
     if sum(is_there.values()) == 1:
