@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cuflash.api.cache import flash_attn_with_kvcache
+from cuflash.api.pages import Pages
 from cuflash.api.prepare import flash_attn_prepare
 from cuflash.arrays import Array, Guest, framework_in_memory
 from cuflash.dtypes import BY_NUMPY_NAME
@@ -101,37 +102,40 @@ class KVCache:
             self.length = _size("length", length)
             self.layers = _size("layers", layers)
             self.page_size = None if page_size is None else _size("page_size", page_size)
-            heads, dims = (
-                _size("heads_kv", heads_kv),
-                [_size("dim", dim), _size("dim_v", dim if dim_v is None else dim_v)],
-            )
+            heads = _size("heads_kv", heads_kv)
+            dims = _size("dim", dim), _size("dim_v", dim if dim_v is None else dim_v)
             self._framework, self._device, self._dtype = framework, view.device, view.dtype
-            if self.page_size is None:
-                if num_pages is not None:
-                    raise InvalidArgument(f"num_pages is {shown(num_pages)} but page_size is None; pass both.")
-                outer = self.layers, self.sequences, self.length
-            else:
-                most = -(-self.length // self.page_size)
-                self._table = np.zeros((self.sequences, most), np.int32)
-                pages = self.sequences * most if num_pages is None else _size("num_pages", num_pages)
-                outer = self.layers, pages, self.page_size
-                self._uses = [0] * pages
-                self._free = list(range(pages))[::-1]
-                self._held = np.zeros(self.sequences, np.int32)
-            shapes = [(*outer, heads, dim) for dim in dims]
-            sizes = [int(np.prod(shape)) for shape in shapes]
-            with framework.arithmetic(like):
-                self._memory = framework.full((sum(sizes),), 0, like.dtype, like)
-                self.k = self._memory[: sizes[0]].reshape(shapes[0])
-                self.v = self._memory[sizes[0] :].reshape(shapes[1])
-                self._lengths = np.zeros(self.sequences, np.int32)
-                self._sent: dict[int, np.ndarray] = {}
-                self.seqlens = framework.moved(self._lengths.copy(), like)
-                self.block_table = None if self.page_size is None else framework.moved(self._table.copy(), like)
+            self._pages = self._paged(num_pages)
+            self._allocate(like, heads, dims)
             self._room = 0
         except REFUSALS as error:
             shorten(error)
             raise
+
+    def _paged(self, num_pages: int | None) -> Pages | None:
+        """The pages of the cache, all of them free; None where sequences have rows of their own."""
+        if self.page_size is None:
+            if num_pages is not None:
+                raise InvalidArgument(f"num_pages is {shown(num_pages)} but page_size is None; pass both.")
+            return None
+        most = -(-self.length // self.page_size)
+        count = self.sequences * most if num_pages is None else _size("num_pages", num_pages)
+        return Pages(self.sequences, most, count, self.page_size)
+
+    def _allocate(self, like: Array, heads: int, dims: tuple[int, int]) -> None:
+        """Allocate keys and values in one piece, and what kernels read of lengths and pages."""
+        framework, pages = self._framework, self._pages
+        outer = (self.sequences, self.length) if pages is None else (pages.count, pages.size)
+        shapes = [(self.layers, *outer, heads, dim) for dim in dims]
+        sizes = [int(np.prod(shape)) for shape in shapes]
+        with framework.arithmetic(like):
+            self._memory = framework.full((sum(sizes),), 0, like.dtype, like)
+            self.k = self._memory[: sizes[0]].reshape(shapes[0])
+            self.v = self._memory[sizes[0] :].reshape(shapes[1])
+            self._lengths = np.zeros(self.sequences, np.int32)
+            self._sent: dict[int, np.ndarray] = {}
+            self.seqlens = framework.moved(self._lengths.copy(), like)
+            self.block_table = None if pages is None else framework.moved(pages.table.copy(), like)
 
     @property
     def lengths(self) -> list[int]:
@@ -273,7 +277,7 @@ class KVCache:
                     f"{self.sequences - 1}."
                 )
             index = np.array(order, np.int64)
-            if self.page_size is None:
+            if self._pages is None:
                 moved = np.flatnonzero(index != np.arange(self.sequences))
                 with self._framework.arithmetic(self._memory):
                     taken = [x[:, [int(index[i]) for i in moved]] for x in (self.k, self.v)] if len(moved) else []
@@ -281,7 +285,11 @@ class KVCache:
                         for at, i in enumerate(moved.tolist()):
                             x[:, i] = rows[:, at]
             else:
-                self._share(index, self.page_size)
+                copies = self._pages.share(self._lengths, index)
+                with self._framework.arithmetic(self._memory):
+                    for page, copy in copies:
+                        for x in (self.k, self.v):
+                            x[:, copy] = x[:, page]
             self._lengths = self._lengths[index]
             self._upload()
         except REFUSALS as error:
@@ -328,84 +336,20 @@ class KVCache:
                 f"sequence {at} has {self._lengths[at]} rows and would get {rows} more, but length is {self.length}. "
                 "Make the cache longer, or clear the sequence."
             )
-        if self.page_size is None:
-            return
-        have, need = self._pages_of(self._lengths), self._pages_of(ends)
-        if (need - have).sum() > len(self._free):
-            raise InvalidArgument(
-                f"{(need - have).sum()} more pages are needed, but {len(self._free)} of {len(self._uses)} are free. "
-                "Make the cache larger, or clear a sequence."
-            )
-        for b in range(self.sequences):
-            for at in range(have[b], need[b]):
-                self._table[b, at] = self._take_page()
-        self._held = need
-        self._upload()
+        if self._pages is not None:
+            self._pages.grow(self._lengths, ends)
+            self._upload()
 
     def _trim(self) -> None:
         """Give back the pages behind the rows in use."""
-        if self.page_size is None:
-            return
-        need = self._pages_of(self._lengths)
-        for b in range(self.sequences):
-            for at in range(need[b], self._held[b]):
-                self._give_page(int(self._table[b, at]))
-        self._held = need
-
-    def _share(self, order: np.ndarray, page_size: int) -> None:
-        """Let sequences hold the pages of others, and copies of those that more than one would write to."""
-        before = self._table.copy()
-        whole, begun = self._lengths[order] // page_size, self._lengths[order] % page_size > 0
-        owners: set[int] = set()
-        copies: list[tuple[int, int]] = []
-        for b in np.flatnonzero(begun).tolist():
-            page = int(before[order[b], whole[b]])
-            if page in owners:
-                copies.append((b, page))
-            owners.add(page)
-        kept = {int(page) for b in range(self.sequences) for page in before[order[b], : whole[b] + begun[b]]}
-        held = {int(page) for b in range(self.sequences) for page in before[b, : self._held[b]]}
-        if len(copies) > len(self._free) + len(held - kept):
-            raise InvalidArgument(
-                f"{len(copies)} pages are needed for copies, but {len(self._free) + len(held - kept)} are free. "
-                "Make the cache larger, or clear a sequence."
-            )
-        for b in range(self.sequences):
-            for page in before[order[b], : whole[b] + begun[b]]:
-                self._uses[int(page)] += 1
-        for b in range(self.sequences):
-            for page in before[b, : self._held[b]]:
-                self._give_page(int(page))
-        self._table = before[order]
-        with self._framework.arithmetic(self._memory):
-            for b, page in copies:
-                self._give_page(page)
-                copy = self._take_page()
-                self._table[b, whole[b]] = copy
-                for x in (self.k, self.v):
-                    x[:, copy] = x[:, page]
-        self._held = whole + begun
-
-    def _pages_of(self, lengths: np.ndarray) -> np.ndarray:
-        """How many pages rows take."""
-        assert self.page_size is not None
-        return -(-lengths // self.page_size)
-
-    def _take_page(self) -> int:
-        page = self._free.pop()
-        self._uses[page] = 1
-        return page
-
-    def _give_page(self, page: int) -> None:
-        self._uses[page] -= 1
-        if not self._uses[page]:
-            self._free.append(page)
+        if self._pages is not None:
+            self._pages.trim(self._lengths)
 
     def _upload(self) -> None:
         """Bring lengths and pages to where kernels read them, if they are others than those there."""
         hosts: list[tuple[Any, np.ndarray]] = [(self.seqlens, self._lengths)]
-        if self.block_table is not None:
-            hosts.append((self.block_table, self._table))
+        if self._pages is not None:
+            hosts.append((self.block_table, self._pages.table))
         with self._framework.arithmetic(self._memory):
             for number, (array, values) in enumerate(hosts):
                 if not np.array_equal(values, self._sent.get(number, 0)):
@@ -440,10 +384,11 @@ class KVCache:
         some = ", ".join(map(str, lengths[:8])) + (", ..." if len(lengths) > 8 else "")
         words = [f"{self.layers} layers"] if self.layers > 1 else []
         words.append(f"{self.sequences} sequences of {some} rows")
-        if self.page_size is None:
+        if self._pages is None:
             words.append(f"{self.length} at most")
         else:
-            words.append(f"{len(self._uses) - len(self._free)} of {len(self._uses)} pages of {self.page_size} in use")
+            count, size = self._pages.count, self._pages.size
+            words.append(f"{count - len(self._pages.free)} of {count} pages of {size} in use")
         heads, dim, dim_v = self.k.shape[3], self.k.shape[4], self.v.shape[4]
         words.append(f"{heads} heads of {dim}" + (f" and {dim_v}" if dim_v != dim else ""))
         return [*words, f"{self._dtype} on {self._device}", f"{self.nbytes:,} bytes"]

@@ -87,10 +87,10 @@ def test_a_cache_holds_what_was_appended(data: st.DataObject) -> None:
     if page_size:
         table = zip(cache.block_table.tolist(), cache.lengths, strict=True)
         used = {page for pages, rows in table for page in pages[: -(-rows // page_size)]}
-        assert len(cache._free) + len(used) == cache.k.shape[1]
+        assert len(cache._pages.free) + len(used) == cache.k.shape[1]
     cache.clear()
     assert cache.lengths == [0] * batch
-    assert not page_size or sorted(cache._free) == list(range(cache.k.shape[1]))
+    assert not page_size or sorted(cache._pages.free) == list(range(cache.k.shape[1]))
 
 
 def test_ragged_prompts_see_their_own_rows_alone() -> None:
