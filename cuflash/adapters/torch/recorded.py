@@ -7,6 +7,7 @@ nothing is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,9 +21,9 @@ from cuflash.problem import Direction
 _READ = Arrays._fields.index("rng_state")
 """How many arrays come before those that only a backward reads, or that are written."""
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "sink")
+_OTHERS = [(i, name) for i, name in enumerate(Arrays._fields[:_READ]) if name not in _DIFFERENTIABLE]
+"""What a forward reads and has no gradient of, and where among its arrays."""
 _BIAS = Arrays._fields.index("bias")
-_UNREAD = (None,) * (len(Arrays._fields) - 7)
-"""The gradients of what comes after the sink."""
 _CACHE = ("table", "k_new", "v_new", "rotary_cos", "rotary_sin", "leftpad", "cache_batch")
 
 
@@ -49,12 +50,26 @@ def answer(
     arrays = autocast(arrays)
     if not (mapped or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays))):
         return framework.plain(direction, options, arrays, generator, cached)
-    arrays = differentiated(options, arrays)
     if not mapped:
-        options = with_lengths(direction, options, arrays)
-    record = _Attention if mapped else _Recorded
-    out, lse, row_state, *drawn = record.apply(framework, options, generator, *arrays)
+        return recorded(framework, options, arrays, generator)
+    arrays = differentiated(options, arrays)
+    out, lse, row_state, *drawn = _Mapped.apply(framework, options, generator, *arrays)
     return (out, lse, row_state, *drawn) if options.keep_state else (out, lse, *drawn)
+
+
+def recorded(framework: Any, options: Options, arrays: Arrays, generator: Any = None) -> tuple[Any, ...]:
+    """Answer a forward that autograd records, and nothing else of torch's has to see.
+
+    Raises
+    ------
+    InvalidArgument, UnsupportedProblem
+        If something is to have a gradient that has none.
+    """
+    arrays = differentiated(options, arrays)
+    options = with_lengths("forward", options, arrays)
+    # Autograd is shown what it may ask gradients of, as each argument more takes it time.
+    results = _Recorded.apply(framework, options, generator, arrays, *arrays[:3], arrays.bias, arrays.sink)
+    return results if options.keep_state else (*results[:2], *results[3:])
 
 
 def autocast(arrays: Arrays) -> Arrays:
@@ -78,13 +93,16 @@ def differentiated(options: Options, arrays: Arrays) -> Arrays:
             f"{options.name('out')} is given and a gradient may be taken, which torch does not record through arrays "
             f"that are written. Drop {options.name('out')}, or call under torch.no_grad()."
         )
-    for name, x in arrays.by_name().items():
+    for i, name in _OTHERS:
+        x = arrays[i]
+        if x is None:
+            continue
         if name in _CACHE:
             raise UnsupportedProblem(
                 f"{options.name(name)} is given, and there are no gradients through a cache. "
                 "Call under torch.no_grad() or pass detached tensors."
             )
-        if x.requires_grad and name not in _DIFFERENTIABLE:
+        if x.requires_grad:
             raise UnsupportedProblem(
                 f"{options.name(name)} requires grad, and there is no gradient of it. "
                 f"Pass {options.name(name)}.detach()."
@@ -114,42 +132,18 @@ def gradient(framework: Any, options: Options, arrays: Arrays) -> tuple[Any, ...
     return framework.plain("backward", options, arrays)
 
 
-def _keep(ctx: Any, framework: Any, options: Options, arrays: Any, output: Any) -> None:
-    """Save what the gradient reads."""
-    out, lse, row_state, *drawn = output
-    ctx.framework, ctx.options = framework, options
-    ctx.mark_non_differentiable(row_state, *drawn)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*arrays[:_READ], drawn[0] if drawn else None, out, lse, row_state)
-
-
 class _Recorded(torch.autograd.Function):
-    """(out, lse, row_state), and rng_state with dropout."""
+    """(out, lse, row_state), and rng_state with dropout; q, k, v, bias and sink come once more behind all arrays."""
 
     @staticmethod
-    def forward(ctx: Any, framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
-        output = framework.plain("forward", options.replace(keep_state=True), Arrays._make(arrays), generator)
+    def forward(ctx: Any, framework: Any, options: Options, generator: Any, arrays: Arrays, *_: Any) -> Any:
+        output = framework.plain("forward", options.replace(keep_state=True), arrays, generator)
         _keep(ctx, framework, options, arrays, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
-        *given, rng_state, out, lse, row_state = ctx.saved_tensors
-        if dout is None:
-            if dlse is None:
-                return (None,) * (3 + len(Arrays._fields))
-            dout = torch.zeros_like(out)
-        bias_grad = ctx.needs_input_grad[3 + _BIAS]
-        options = of_gradient(ctx.options, bias_grad)
-        arrays = Arrays._make((*given, rng_state, dout, lse, dlse, row_state, out, None, None, None))
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            results = _AttentionGradient.apply(ctx.framework, options, *arrays)
-        else:
-            results = gradient(ctx.framework, options, arrays)
-        dq, dk, dv, *others = results
-        dbias = others[0].to(arrays.bias.dtype) if bias_grad else None
-        dsink = None if arrays.sink is None else others[-1]
-        return (None, None, None, dq, dk, dv, None, dbias, None, dsink, *_UNREAD)
+        return None, None, None, None, *_gradients(ctx, dout, dlse, ctx.needs_input_grad[7])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -159,17 +153,50 @@ class _Recorded(torch.autograd.Function):
         )
 
 
-class _Attention(_Recorded):
-    """The same inside torch's transforms, which torch calls by way of the signatures of two functions, 50 us a call."""
+def _keep(ctx: Any, framework: Any, options: Options, arrays: Sequence[Any], output: tuple[Any, ...]) -> None:
+    """Save what the gradient reads."""
+    out, lse, row_state, *drawn = output
+    ctx.framework, ctx.options = framework, options
+    ctx.mark_non_differentiable(row_state, *drawn)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*arrays[:_READ], drawn[0] if drawn else None, out, lse, row_state)
+
+
+def _gradients(ctx: Any, dout: Any, dlse: Any, bias_grad: bool) -> tuple[Any, ...]:
+    """Of q, k, v, bias and sink."""
+    *given, rng_state, out, lse, row_state = ctx.saved_tensors
+    if dout is None:
+        if dlse is None:
+            return (None,) * len(_DIFFERENTIABLE)
+        dout = torch.zeros_like(out)
+    options = of_gradient(ctx.options, bias_grad)
+    arrays = Arrays._make((*given, rng_state, dout, lse, dlse, row_state, out, None, None, None))
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        results = _AttentionGradient.apply(ctx.framework, options, *arrays)
+    else:
+        results = gradient(ctx.framework, options, arrays)
+    dbias = results[3].to(arrays.bias.dtype) if bias_grad else None
+    return *results[:3], dbias, None if arrays.sink is None else results[-1]
+
+
+class _Mapped(torch.autograd.Function):
+    """The same inside torch's transforms, which map tensors that are arguments, and in forms that they know."""
 
     @staticmethod
-    def forward(framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:  # type: ignore[override]
-        return framework.plain("forward", options.replace(keep_state=True), Arrays._make(arrays), generator)
+    def forward(framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
+        return framework.plain("forward", options.replace(keep_state=True), Arrays(*arrays), generator)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         framework, options, _, *arrays = inputs
         _keep(ctx, framework, options, arrays, output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
+        dq, dk, dv, dbias, dsink = _gradients(ctx, dout, dlse, ctx.needs_input_grad[3 + _BIAS])
+        return None, None, None, *Arrays(dq, dk, dv, bias=dbias, sink=dsink)
+
+    jvp = _Recorded.jvp
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
@@ -179,7 +206,7 @@ class _Attention(_Recorded):
                 "Pass randomness='different' to torch.vmap."
             )
         fold = _Folded(info.batch_size, options, Arrays(*arrays), in_dims[3:])
-        out, lse, row_state, *drawn = _Attention.apply(framework, options, generator, *fold.arrays())
+        out, lse, row_state, *drawn = _Mapped.apply(framework, options, generator, *fold.arrays())
         results = fold.unfolded(out, fold.heads), fold.unfolded(lse, fold.rows), fold.unfolded(row_state, fold.rows)
         return (*results, *drawn), (fold.heads, fold.rows, fold.rows, *(None for _ in drawn))
 

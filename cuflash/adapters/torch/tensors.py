@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -141,18 +141,27 @@ class Torch(Launcher, Adapter):
             As `ops.answer`, and for what has no gradient and is to have one.
         """
         torch = self._torch
-        if torch.compiler.is_dynamo_compiling() or type(arrays.q).__module__ == "torch._subclasses.fake_tensor":
+        kind = type(arrays.q)
+        if torch.compiler.is_dynamo_compiling() or kind.__module__ == "torch._subclasses.fake_tensor":
             from cuflash.adapters.torch.operators import traced
 
             return traced(direction, options, arrays, generator, cached)
         if generator is not None:
             draw.check(generator)
-        recorded = torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled()
-        if recorded or (torch.is_grad_enabled() and self._needs_grad(options, arrays)):
-            from cuflash.adapters.torch.recorded import answer
-
-            return answer(self, direction, options, arrays, generator, cached)
+        if torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled():
+            return self._recorded.answer(self, direction, options, arrays, generator, cached)
+        if torch.is_grad_enabled() and self._needs_grad(options, arrays):
+            if direction == "forward":
+                return self._recorded.recorded(self, options, arrays, generator)
+            return self._recorded.answer(self, direction, options, arrays)
         return self.plain(direction, options, arrays, generator, cached)
+
+    @cached_property
+    def _recorded(self) -> Any:
+        """The module for what autograd records, once something is."""
+        from cuflash.adapters.torch import recorded
+
+        return recorded
 
     def _needs_grad(self, options: Options, arrays: Arrays) -> bool:
         try:
@@ -276,7 +285,7 @@ class Torch(Launcher, Adapter):
     def context(self, device: int) -> AbstractContextManager[Any]:
         """Where launches and allocations for the device belong."""
         cuda = cupy_module().cuda
-        stream = self._torch.cuda.current_stream(device).cuda_stream
+        stream = self._torch._C._cuda_getCurrentRawStream(device)  # as compiled graphs ask: no object
         if cuda.runtime.getDevice() == device and cuda.get_current_stream().ptr == stream:
             return self._here
         return _on_stream(device, stream)
