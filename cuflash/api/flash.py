@@ -213,6 +213,9 @@ def flash_attn_func(
     cuflash inside ``jax.shard_map``. Programs that were stored by ``jax.export`` need
     ``cuflash.adapters.jax.register()`` before another process runs them.
 
+    DTensors of torch have to be divided along the batch or the heads, or not at all; each process attends to its part.
+    Anything else, dropout and further arrays included, is refused: call cuflash on ``to_local()`` of each.
+
     Calls on NumPy arrays use as many threads as ``CUFLASH_NUM_THREADS`` says, all cores that the process may use by
     default, and give the same bits with any number. While one runs, the BLAS of the process is held to one thread.
 

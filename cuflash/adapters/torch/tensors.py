@@ -142,6 +142,10 @@ class Torch(Launcher, Adapter):
         """
         torch = self._torch
         kind = type(arrays.q)
+        if kind is not torch.Tensor and kind.__name__ == "DTensor":
+            from cuflash.adapters.torch import sharded
+
+            return sharded.answer(self, direction, options, arrays, generator)
         if torch.compiler.is_dynamo_compiling() or kind.__module__ == "torch._subclasses.fake_tensor":
             from cuflash.adapters.torch.operators import traced
 
