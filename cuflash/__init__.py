@@ -1,6 +1,6 @@
 """Exact attention, forward and backward, for NumPy and CUDA arrays; kernels are compiled at run time."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cuflash.api.cache import flash_attn_with_kvcache
 from cuflash.api.explain import Explanation, explain
@@ -35,6 +35,7 @@ from cuflash.problem import Problem
 
 __all__ = [
     "AttentionMap",
+    "BlockMask",
     "CompileError",
     "Explanation",
     "FlashOptions",
@@ -52,6 +53,7 @@ __all__ = [
     "check_contiguous",
     "check_last_contiguous",
     "check_range",
+    "create_block_mask",
     "efficient_attention_backward",
     "efficient_attention_forward",
     "explain",
@@ -84,10 +86,16 @@ __all__ = [
 
 __version__: str
 
-if not TYPE_CHECKING:  # a checker that saw it would believe in every name
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask, create_block_mask
+else:  # a checker that saw it would believe in every name
 
-    def __getattr__(name: str) -> str:
-        """The version, looked up when it is asked for: reading it takes longer than half of ``import cuflash``."""
+    def __getattr__(name: str) -> Any:
+        """What few programs ask for, when they do: to read the version takes longer than half of ``import cuflash``."""
+        if name in ("BlockMask", "create_block_mask"):
+            from cuflash import blocks
+
+            return getattr(blocks, name)
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import PackageNotFoundError, version

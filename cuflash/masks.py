@@ -14,9 +14,6 @@ from cuflash.sheet import Sheet, spelled
 
 Alignment = Literal["bottom-right", "top-left"]
 
-_DRAWN = 512
-"""Tiles along a side of a picture; of more, some are left out."""
-
 
 class Lengths(Protocol):
     """What has so many queries and keys, as a Problem has."""
@@ -41,6 +38,9 @@ class Mask:
     array (True = take part) given at the call must let an element through as well.
 
     ``Mask()`` lets every query see every key.
+
+    ``a & b`` is the mask of what both let through, and ``a | b`` of what one of them does, where that is a band again;
+    a `BlockMask` takes either with everything else.
     """
 
     left: int | None = None
@@ -102,6 +102,43 @@ class Mask:
         right = self.right if self.right is not None and self.right < reach else None
         return replace(self, left=left, right=right)
 
+    def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        alignment = self._aligned_with(other, "&")
+        bounds = {side: _inner(getattr(self, side), getattr(other, side)) for side in ("left", "right")}
+        return Mask(**bounds, alignment=alignment, tensor=self.tensor or other.tensor)
+
+    def __or__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        alignment = self._aligned_with(other, "|")
+        if self.tensor != other.tensor:
+            raise self._no_band(other, "|", "only one of them has a boolean tensor")
+        for one, rest in ((self, other), (other, self)):
+            if one.left is not None and one.right is not None and one.right < -one.left:  # which lets nothing through
+                return rest
+        left, right = (_outer(getattr(self, side), getattr(other, side)) for side in ("left", "right"))
+        apart = any(
+            a.left is not None and b.right is not None and b.right + 1 < -a.left
+            for a, b in ((self, other), (other, self))
+        )
+        if apart:
+            raise self._no_band(other, "|", "they do not meet")
+        return Mask(left, right, alignment, self.tensor)
+
+    def _aligned_with(self, other: Mask, sign: str) -> Alignment:
+        """The alignment of both, where one has bounds to be aligned."""
+        if self.alignment != other.alignment and "none" not in (self.kind, other.kind):
+            raise self._no_band(other, sign, "they are aligned differently")
+        return other.alignment if self.kind == "none" else self.alignment
+
+    def _no_band(self, other: Mask, sign: str, why: str) -> InvalidArgument:
+        return InvalidArgument(
+            f"{self!r} {sign} {other!r} is no band: {why}. Compose block masks instead: "
+            f"create_block_mask(a, len_q=..., len_kv=...) {sign} b."
+        )
+
     def plot(
         self, problem: Lengths, tile: tuple[int, int] = (64, 64), attn_mask: Any = None, ax: Any = None
     ) -> drawing.Picture:
@@ -132,34 +169,11 @@ class Mask:
         if sizes is None or min(sizes) < 1:
             raise InvalidArgument(f"tile is {shown(tile)}; expected two sizes of at least 1, of queries and keys.")
         counts, kinds, pairs = self._tiles(len_q, len_kv, sizes, self._seen(attn_mask, len_q, len_kv))
-        ax = drawing.panel(ax, 4.4, 4.6)
-        names = list(drawing.SHADES)
-        shades = np.array([[int(drawing.SHADES[name][i : i + 2], 16) for i in (1, 3, 5)] for name in names], np.uint8)
-        # The last tiles may reach beyond the last query and key.
-        reach = [-(-n // size) * size for n, size in zip((len_q, len_kv), sizes, strict=True)]
-        ax.imshow(shades[kinds], extent=(0, reach[1], reach[0], 0), interpolation="nearest", aspect="auto")
-        ax.set(xlim=(0, max(len_kv, 1)), ylim=(max(len_q, 1), 0))
         share = pairs / max(len_q * len_kv, 1)
-        size = "{} x {}".format(*sizes)
-        drawing.title(ax, str(self), f"{share:.1%} of the pairs; tiles of {size}")
-        total = max(sum(counts), 1)
-        for name, count in zip(names, counts, strict=True):
-            shade = drawing.SHADES[name]
-            label = f"{name} {count / total:.1%}"
-            ax.plot([], [], "s", markersize=9, color=shade, markeredgecolor=drawing.GRID, label=label)
-        ax.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=8.5, handletextpad=0.2,
-            labelcolor=drawing.INK,
-        )  # fmt: skip
-        ax.set_xlabel("key", fontsize=9, color=drawing.INK)
-        ax.set_ylabel("query", fontsize=9, color=drawing.INK)
-        drawing.quiet(ax)
-        if max(kinds.shape) <= 32:
-            ax.set_xticks(range(0, len_kv, sizes[1]), minor=True)
-            ax.set_yticks(range(0, len_q, sizes[0]), minor=True)
-            ax.grid(which="minor", color="white", linewidth=0.8)
-            ax.tick_params(which="minor", length=0)
-        return drawing.Picture(ax.figure)
+        below = f"{share:.1%} of the pairs; tiles of {sizes[0]} x {sizes[1]}"
+        return drawing.tiles(
+            drawing.panel(ax, 4.4, 4.6), kinds, counts, (len_q, len_kv), sizes, text=str(self), below=below
+        )
 
     def _seen(self, attn_mask: Any, len_q: int, len_kv: int) -> np.ndarray | None:
         """The boolean tensor of one head, if the mask has one."""
@@ -203,8 +217,18 @@ class Mask:
             whole = sums == np.outer(bottoms + 1 - tops, rights - lefts)
         kinds = np.where(whole & touched, 0, np.where(touched, 1, 2))
         counts = [int((kinds == kind).sum()) for kind in range(3)]
-        drawn = [np.linspace(0, max(n - 1, 0), min(n, _DRAWN)).round().astype(int) for n in kinds.shape]
+        drawn = [np.linspace(0, max(n - 1, 0), min(n, drawing.DRAWN)).round().astype(int) for n in kinds.shape]
         return counts, kinds[np.ix_(*drawn)], pairs
+
+
+def _inner(a: int | None, b: int | None) -> int | None:
+    """The nearer bound."""
+    return a if b is None else b if a is None else min(a, b)
+
+
+def _outer(a: int | None, b: int | None) -> int | None:
+    """The further bound."""
+    return None if a is None or b is None else max(a, b)
 
 
 def band(causal: bool, window_size: tuple[int, int], alignment: Alignment = "bottom-right") -> Mask:

@@ -22,12 +22,13 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 HEADERS = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cu*"))
 
 GROUND = {"errors", "numbers", "settings", "dtypes", "device", "sheet", "drawing", "arrays"}
-DESCRIPTIONS = GROUND | {"problem", "masks", "mods", "dropout", "features", "generator"}
+DESCRIPTIONS = GROUND | {"problem", "masks", "blocks", "mods", "dropout", "features", "generator"}
 PARTS = DESCRIPTIONS | {"reference", "plan", "jit", "ops", "api", "__init__"}
 FLOORS = {
     **dict.fromkeys(GROUND, GROUND),
     "masks": GROUND,
     "mods": GROUND | {"mods"},
+    "blocks": GROUND | {"masks", "mods", "blocks"},
     "dropout": GROUND,
     "generator": GROUND,
     "problem": GROUND | {"masks", "mods", "dropout"},
@@ -38,7 +39,7 @@ FLOORS = {
     "ops": DESCRIPTIONS | {"reference", "plan", "jit", "ops"},
     "api": DESCRIPTIONS | {"ops", "api"},
     "adapters": DESCRIPTIONS | {"ops", "adapters"},
-    "__init__": {"api", "errors", "generator", "masks", "problem"},
+    "__init__": {"api", "blocks", "errors", "generator", "masks", "problem"},
     "cases": PARTS | {"cases"},
     "verify": PARTS | {"cases", "verify"},
     "bench": PARTS | {"cases", "verify", "bench"},

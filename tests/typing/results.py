@@ -120,6 +120,8 @@ def maps(q: Dense, starts: Lengths, problem: cuflash.Problem) -> None:
     found.mass.sum()
     found.plot(head=0, tokens=["a"]).save("map.png")
     problem.mask.plot(problem, tile=(64, 128)).save("mask.svg")
+    seen = cuflash.create_block_mask(problem.mask & cuflash.Mask(left=99), len_q=512, len_kv=512)
+    assert_type(seen & (lambda b, h, q, k: k % 2 == 0) | ~seen, cuflash.BlockMask)
 
 
 def handed_on(q: Dense, **keywords: Any) -> Dense:

@@ -1,0 +1,78 @@
+"""What a block mask can be made of, as one kind of rule: an expression of the position and NumPy's arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cuflash.arrays import Guest, framework_in_memory, numpy_arrays
+from cuflash.errors import InvalidArgument
+from cuflash.masks import Mask
+from cuflash.mods import Captured, Traced, trace
+
+
+def in_host_memory(name: str, array: Any) -> np.ndarray:
+    """An array of any library as NumPy's view.
+
+    Raises
+    ------
+    InvalidArgument
+        If it lies on a GPU.
+    """
+    framework = framework_in_memory([name], [array])
+    if isinstance(framework, Guest):
+        framework, [array] = framework.borrow([name], [array])
+    if framework is not numpy_arrays:
+        held = framework.on_host([name], [array])
+        if held is None:
+            raise InvalidArgument(
+                f"{name} is a {framework.name} array on a GPU; lists of blocks are made in host memory. "
+                "Pass a copy of it there."
+            )
+        [array] = held
+    return np.asarray(array)
+
+
+def traced_rule(function: Callable[..., Any]) -> Traced:
+    """A mask that is written as a function, and the arrays that it reads as NumPy's."""
+    mod, arrays = trace("mask_mod", function)
+    return Traced(mod, tuple(in_host_memory("an array that mask_mod reads", x) for x in arrays))
+
+
+def of_array(seen: np.ndarray) -> Callable[..., Any]:
+    """The rule of a boolean array (b|1, h|1, len_q|1, len_kv|1), which leaves out what it does not depend on."""
+    varying = [axis for axis, n in enumerate(seen.shape) if n != 1]
+    held = Captured(seen.reshape([seen.shape[axis] for axis in varying]))
+    if not varying:
+        shown = bool(seen.item())
+        return lambda b, h, q, k: (k >= 0) if shown else (k < 0)
+    return lambda *position: held[tuple(position[axis] for axis in varying)]
+
+
+def of_band(mask: Mask, len_q: int, len_kv: int) -> Callable[..., Any]:
+    """The rule of a band around the diagonal of these lengths; its numbers are no part of what is compiled."""
+    off = mask.offset(len_q, len_kv)
+    first, last = (
+        None if side is None else Captured(np.array(off + sign * side, np.int32))
+        for sign, side in ((-1, mask.left), (1, mask.right))
+    )
+
+    def rule(b: Any, h: Any, q: Any, k: Any) -> Any:
+        seen = k >= 0 if first is None else k - q >= first
+        return seen if last is None else k - q <= last if first is None else seen & (k - q <= last)
+
+    return rule
+
+
+def of_blocks(blocks: np.ndarray, block_size: tuple[int, int]) -> Callable[..., Any]:
+    """The rule of a boolean array of whole blocks, (b|1, h|1, rows|1, columns|1)."""
+    rule = of_array(blocks)
+    return lambda b, h, q, k: rule(b, h, q // block_size[0], k // block_size[1])
+
+
+def of_documents(starts: np.ndarray, length: int) -> Callable[..., Any]:
+    """The rule of rows packed one document behind the other: each sees its own; rows behind the last are one more."""
+    document = Captured(np.searchsorted(starts, np.arange(length), side="right").astype(np.int32))
+    return lambda b, h, q, k: document[q] == document[k]
