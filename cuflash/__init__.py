@@ -18,12 +18,8 @@ from cuflash.api.packed import (
 )
 from cuflash.api.prepare import PreparedAttention, flash_attn_prepare
 from cuflash.api.pytorch.backend import preferred_backend
-from cuflash.api.pytorch.mem_eff import (
-    efficient_attention_backward,
-    efficient_attention_forward,
-    mem_eff_backward,
-    mem_eff_forward,
-)
+from cuflash.api.pytorch.efficient import efficient_attention_backward, efficient_attention_forward
+from cuflash.api.pytorch.mem_eff import mem_eff_backward, mem_eff_forward
 from cuflash.api.pytorch.mha import mha_bwd, mha_fwd, mha_varlen_bwd, mha_varlen_fwd
 from cuflash.api.pytorch.mha_ck import mha_bwd_ck, mha_fwd_ck, mha_varlen_bwd_ck, mha_varlen_fwd_ck
 from cuflash.api.pytorch.validators import check_aligned, check_contiguous, check_last_contiguous, check_range

@@ -103,15 +103,8 @@ def flash_attn_kvpacked_func(
     try:
         k, v = _unpacked("kv", kv, ("b", "s", "2", "h", "d"))
         options = (
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-        )
+            dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
         return flash_attn_func(q, k, v, *options, return_lse=return_lse, return_rng_state=return_rng_state, **keywords)
     except REFUSALS as error:
         shorten(error)
@@ -208,15 +201,8 @@ def flash_attn_qkvpacked_func(
     try:
         q, k, v = _unpacked("qkv", qkv, ("b", "s", "3", "h", "d"))
         options = (
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-        )
+            dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
         return flash_attn_func(q, k, v, *options, return_lse=return_lse, return_rng_state=return_rng_state, **keywords)
     except REFUSALS as error:
         shorten(error)
@@ -329,15 +315,8 @@ def flash_attn_varlen_kvpacked_func(
     try:
         k, v = _unpacked("kv", kv, ("total", "2", "h", "d"))
         options = (
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-        )
+            dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
         return flash_attn_varlen_func(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options, return_lse=return_lse,
             return_rng_state=return_rng_state, **keywords,
@@ -443,15 +422,8 @@ def flash_attn_varlen_qkvpacked_func(
     try:
         q, k, v = _unpacked("qkv", qkv, ("total", "3", "h", "d"))
         options = (
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-        )
+            dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
         return flash_attn_varlen_func(
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options, return_lse=return_lse,
             return_rng_state=return_rng_state, **keywords,

@@ -1,4 +1,4 @@
-"""What the `mha_*` and `mem_eff_*` functions share: forward and backward with everything in and out said explicitly."""
+"""What PyTorch's explicit functions share: forward and backward with everything in and out said."""
 
 from __future__ import annotations
 
@@ -85,6 +85,16 @@ def require(**arrays: Any) -> None:
     for name, x in arrays.items():
         if x is None:
             raise InvalidArgument(f"{name} is None; expected an array.")
+
+
+def dense_lengths(options: Options, q: Any, k: Any) -> Options:
+    """Check longest lengths of dense tensors, which are their lengths, and drop them."""
+    for name, x in (("max_seqlen_q", q), ("max_seqlen_k", k)):
+        length = getattr(options, name)
+        shape: tuple[int, ...] = getattr(x, "shape", ())
+        if length is not None and len(shape) == 4 and integer(length) != shape[1]:
+            raise InvalidArgument(f"{name} is {shown(length)} but the tensor has {shape[1]} rows; pass that, or None.")
+    return options.replace(max_seqlen_q=None, max_seqlen_k=None)
 
 
 @contextmanager
