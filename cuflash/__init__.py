@@ -24,6 +24,7 @@ from cuflash.api.pytorch.mha import mha_bwd, mha_fwd, mha_varlen_bwd, mha_varlen
 from cuflash.api.pytorch.mha_ck import mha_bwd_ck, mha_fwd_ck, mha_varlen_bwd_ck, mha_varlen_fwd_ck
 from cuflash.api.pytorch.validators import check_aligned, check_contiguous, check_last_contiguous, check_range
 from cuflash.api.sdpa import scaled_dot_product_attention
+from cuflash.api.tangents import flash_attn_jvp
 from cuflash.errors import CompileError, InvalidArgument, UnsupportedProblem
 from cuflash.generator import PhiloxGenerator, manual_seed
 from cuflash.masks import Mask
@@ -55,6 +56,7 @@ __all__ = [
     "explain",
     "flash_attn_backward",
     "flash_attn_func",
+    "flash_attn_jvp",
     "flash_attn_kvpacked_func",
     "flash_attn_prepare",
     "flash_attn_qkvpacked_func",

@@ -70,6 +70,10 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def answer_along(self, options: Any, arrays: Any, tangents: Any, generator: Any = None) -> tuple[Any, ...]:
+        """The same of a call of ``ops.jvp``."""
+        raise NotImplementedError
+
     def outline(self, name: str, x: Any) -> View:
         """Spell an array out that may have no memory: it is looked at, and not read."""
         raise NotImplementedError

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import oracle
@@ -12,13 +14,27 @@ from cuflash import masks, reference
 from cuflash.dropout import Dropout
 
 
-def run(
-    q, k, v, dout, dlse, *, keep_state=False, causal=False, window=(-1, -1), alignment="bottom-right", scale=None,
-    mask=None, alibi_slopes=None, dropout_p=0.0, dropout_scheme="byte", dropout_unbiased=False, rng_state=(0, 0),
-    cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
-    **features,
-) -> oracle.Attention:  # fmt: skip
-    """The backend's forward and backward, from the oracle's arguments."""
+class Reference(NamedTuple):
+    """The backend's functions for dense or packed tensors, with what the oracle's arguments are to both of them."""
+
+    functions: tuple[Callable, Callable]
+    lengths: tuple[np.ndarray, ...]
+    options: dict[str, Any]
+
+    def forward(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, **given: Any) -> tuple[np.ndarray, np.ndarray]:
+        return self.functions[0](q, k, v, *self.lengths, **self.options | given)
+
+    def backward(self, dout: np.ndarray, *tensors: np.ndarray, **given: Any) -> reference.Gradients:
+        given["bias_grad"] = self.options.get("bias") is not None
+        return self.functions[1](dout, *tensors, *self.lengths, **self.options | given)
+
+
+def translated(
+    q: np.ndarray, *, causal=False, window=(-1, -1), alignment="bottom-right", scale=None, mask=None, alibi_slopes=None,
+    dropout_p=0.0, dropout_scheme="byte", dropout_unbiased=False, rng_state=(0, 0), cu_seqlens_q=None,
+    cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, **features,
+) -> Reference:  # fmt: skip
+    """The backend, from the oracle's arguments."""
     options = {
         "band": replace(masks.band(causal, window, alignment), tensor=mask is not None),
         "mask": mask,
@@ -28,21 +44,22 @@ def run(
         "alibi": alibi_slopes,
         **features,
     }
-    backward_only = {"dlse": dlse, "bias_grad": features.get("bias") is not None}
+    if cu_seqlens_q is None:
+        return Reference((reference.forward, reference.backward), (), options)
+    options |= {"seqused_q": seqused_q, "seqused_kv": seqused_k, "len_q": max_seqlen_q, "len_kv": max_seqlen_k}
+    return Reference((reference.forward_varlen, reference.backward_varlen), (cu_seqlens_q, cu_seqlens_k), options)
+
+
+def run(q, k, v, dout, dlse, *, keep_state=False, **options) -> oracle.Attention:
+    """The backend's forward and backward, from the oracle's arguments."""
+    backend = translated(q, **options)
     row_state = None
     if keep_state:
         real = FP64 if q.dtype == FP64 else FP32
-        shape = (*q.shape[1::-1], 2) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1], 2)
+        shape = (*q.shape[1::-1], 2) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1], 2)
         row_state = np.full(shape, np.nan, real)
-        backward_only["row_state"] = row_state
-    if cu_seqlens_q is None:
-        out, lse = reference.forward(q, k, v, row_state=row_state, **options)
-        return oracle.Attention(out, lse, *reference.backward(dout, q, k, v, out, lse, **backward_only, **options))
-    options |= {"seqused_q": seqused_q, "seqused_kv": seqused_k, "len_q": max_seqlen_q, "len_kv": max_seqlen_k}
-    cu = cu_seqlens_q, cu_seqlens_k
-    out, lse = reference.forward_varlen(q, k, v, *cu, row_state=row_state, **options)
-    gradients = reference.backward_varlen(dout, q, k, v, out, lse, *cu, **backward_only, **options)
-    return oracle.Attention(out, lse, *gradients)
+    out, lse = backend.forward(q, k, v, row_state=row_state)
+    return oracle.Attention(out, lse, *backend.backward(dout, q, k, v, out, lse, dlse=dlse, row_state=row_state))
 
 
 def check(inputs: list[np.ndarray], keep_state: bool = False, **options) -> oracle.Attention:

@@ -181,10 +181,10 @@ def test_conventions_of_pytorch_stand_on_what_is_nobodys(name):
 
 OPS_FLOORS = (
     {"call", "draw", "overlap", "scratch"},
-    {"check/array", "check/options"}, {"check/dropout", "check/packed", "check/parts"}, {"check/sizes"},
-    {"check/bias", "check/cache", "check/mask", "check/rotary"}, {"check/layout"}, {"check/problem"},
+    {"check/array", "check/options"}, {"check/dropout", "check/packed", "check/parts", "check/tangents"},
+    {"check/sizes"}, {"check/bias", "check/cache", "check/mask", "check/rotary"}, {"check/layout"}, {"check/problem"},
     {"check/__init__"}, {"lengths", "boxes"}, {"block"}, {"launch", "on_numpy", "merge"},
-    {"given", "answer"}, {"forward", "backward", "explain", "prepared"}, {"vjp"}, {"__init__"},
+    {"given", "answer"}, {"forward", "jvp", "backward", "explain", "prepared"}, {"vjp"}, {"__init__"},
 )  # fmt: skip
 """The files of ``ops``, from what a call consists of up to its answer."""
 JOINED = {

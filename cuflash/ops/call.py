@@ -56,6 +56,19 @@ class Arrays(NamedTuple):
         return (self.out,) if direction == "forward" else self[-3:]
 
 
+class Tangents(NamedTuple):
+    """How arrays of a call change, by their names: shaped and typed like them; None is not at all."""
+
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    bias: Any = None
+    sink: Any = None
+    out: Any = None
+    """Written by a forward; a backward reads those of dout and dlse here, like the next."""
+    lse: Any = None
+
+
 new = Arrays.__new__
 """``new(Arrays, q=q, ...)`` is ``Arrays(q=q, ...)`` in half the time: it makes no dictionary of the keywords first."""
 

@@ -11,7 +11,7 @@ from cuflash import reference
 from cuflash.arrays import numpy_arrays
 from cuflash.dropout import Dropout
 from cuflash.ops import check, draw, lengths, overlap
-from cuflash.ops.call import Arrays, Options
+from cuflash.ops.call import Arrays, Options, Tangents
 from cuflash.problem import Direction, Problem
 
 _MAX_CHECKED = 1024
@@ -31,8 +31,17 @@ class Checked(NamedTuple):
     """Refuses pointers with which one of them meets another; None when all results are allocated."""
 
 
-def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int | None = None) -> tuple[Any, ...]:
-    """(out, lse), row_state if the options keep it, and rng_state with dropout."""
+def forward(
+    options: Options,
+    arrays: Arrays,
+    generator: Any = None,
+    cached: int | None = None,
+    along: Tangents | None = None,
+) -> tuple[Any, ...]:
+    """(out, lse), row_state if the options keep it, and rng_state with dropout.
+
+    Tangents of out and lse are filled in `along`, those of the arrays there.
+    """
     place = arrays.out  # of a subclass as it came
     arrays = _plain(arrays)
     kind = checked("forward", options, arrays)
@@ -46,6 +55,8 @@ def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
     keywords = arrays._replace(row_state=row_state, rng_state=rng_state).by_name() | _features(kind)
     keywords["empty_lse"] = options.empty_lse
+    if along is not None:
+        keywords["along"] = _along(options, arrays, along)
     if problem.layout == "varlen":
         keywords["tail_lse"] = options.tail_lse
     elif options.manner.layout == "bhsd":
@@ -61,8 +72,17 @@ def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int
     return (place, lse, *(x for x in (row_state, rng_state) if x is not None))
 
 
-def backward(options: Options, arrays: Arrays) -> tuple[Any, ...]:
-    """(dq, dk, dv), and of dbias, dsink and delta those that are asked for."""
+def jvp(options: Options, arrays: Arrays, tangents: Tangents, generator: Any = None) -> tuple[np.ndarray, ...]:
+    """(out, lse) and the tangents of both, along those of the arrays."""
+    kind = checked("forward", options, _plain(arrays))
+    tangent_out = np.empty(kind.shapes["out"], kind.problem.dtype.numpy)
+    tangent_lse = np.empty(kind.shapes["lse"], kind.problem.dtype.accumulator)
+    out, lse, *_ = forward(options, arrays, generator, along=tangents._replace(out=tangent_out, lse=tangent_lse))
+    return out, lse, tangent_out, tangent_lse
+
+
+def backward(options: Options, arrays: Arrays, along: Tangents | None = None) -> tuple[Any, ...]:
+    """(dq, dk, dv), and of dbias, dsink and delta those that are asked for; or the tangents of all but delta."""
     places = arrays.outputs("backward")  # of a subclass as they came
     arrays = _plain(arrays)
     kind = checked("backward", options, arrays)
@@ -70,6 +90,8 @@ def backward(options: Options, arrays: Arrays) -> tuple[Any, ...]:
     keywords = arrays._replace(dq=None, dk=None, dv=None).by_name() | _features(kind)
     if "rng_state" in keywords:
         keywords["rng_state"] = np.ascontiguousarray(keywords["rng_state"]).view(np.uint64)
+    if along is not None:
+        keywords["along"] = _along(options, arrays, along)
     delta = np.empty(kind.shapes["delta"], problem.dtype.accumulator) if options.keep_delta else None
     run = reference.backward_varlen if problem.layout == "varlen" else reference.backward
     heads_first = options.manner.layout == "bhsd"
@@ -82,6 +104,17 @@ def backward(options: Options, arrays: Arrays) -> tuple[Any, ...]:
         dsink = None if dsink is None else dsink.astype(np.float32)
     stored = (_stored(result, place) for result, place in zip(gradients, places, strict=True))
     return (*stored, *(x for x in (dbias, dsink, delta) if x is not None))
+
+
+def _along(options: Options, arrays: Arrays, tangents: Tangents) -> reference.Tangents:
+    """Tangents that fit their arrays, with rows before heads; those of out and lse are of our making."""
+    along = reference.Tangents(*(None if x is None else np.asarray(x) for x in tangents))
+    given = {name: x for name, x in along._asdict().items() if x is not None}
+    views = {name: numpy_arrays.view(f"d{name}", x) for name, x in given.items() if name not in ("out", "lse")}
+    check.check_tangents(options.views(numpy_arrays, arrays), views, options)
+    if options.manner.layout == "bhsd":
+        along = along._replace(**{name: given[name].swapaxes(1, 2) for name in given.keys() & {"q", "k", "v", "out"}})
+    return along
 
 
 def _plain(arrays: Arrays) -> Arrays:

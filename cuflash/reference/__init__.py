@@ -11,9 +11,10 @@ from cuflash.reference.attention import (
     forward_varlen,
 )
 from cuflash.reference.cache import forward_cache
+from cuflash.reference.loops import Tangents
 from cuflash.reference.merge import merge, merge_backward
 
 __all__ = [
-    "Gradients", "backward", "backward_varlen", "forward", "forward_cache", "forward_paged", "forward_varlen", "merge",
-    "merge_backward",
+    "Gradients", "Tangents", "backward", "backward_varlen", "forward", "forward_cache", "forward_paged",
+    "forward_varlen", "merge", "merge_backward",
 ]  # fmt: skip

@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash import dtypes
+from cuflash.masks import Mask
 from cuflash.reference import loops, pool
 from cuflash.reference.features import Features
+from cuflash.reference.loops import Tangents
 from cuflash.reference.paged import PagedRows
 from cuflash.reference.pool import Job, Scratch
 from cuflash.reference.tiles import grouped_pairs
@@ -49,6 +51,7 @@ def forward(
     out: np.ndarray | None = None,
     row_state: np.ndarray | None = None,
     empty_lse: float = -np.inf,
+    along: Tangents | None = None,
     **features: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of dense tensors.
@@ -64,6 +67,8 @@ def forward(
         exponentials relative to it: what `backward` needs beyond lse for rows of P to sum to 1 whatever their size.
     empty_lse : float
         The lse of queries that see no key.
+    along : Tangents, optional
+        Those of out and lse are filled, along the others; not together with `row_state`.
     **features
         The fields of `Features`; `band` and `softmax_scale` are needed.
 
@@ -79,7 +84,11 @@ def forward(
         out = np.empty((batch, len_q, heads_q, v.shape[-1]), q.dtype)
     lse = np.empty((batch, heads_q, len_q), _real(q))
     policies = Features(**features).policies(q.shape, k.shape)
-    pool.run(loops.forward(q, k, v, out, lse, policies, row_state, empty_lse), lse.size * k.shape[1])
+    if along is None:
+        jobs = loops.forward(q, k, v, out, lse, policies, row_state, empty_lse)
+    else:
+        jobs = loops.forward_along(_of_sequence(along, q, k), q, k, v, out, lse, policies, empty_lse)
+    pool.run(jobs, lse.size * k.shape[1])
     return out, lse
 
 
@@ -95,6 +104,7 @@ def backward(
     row_state: np.ndarray | None = None,
     delta: np.ndarray | None = None,
     bias_grad: bool = False,
+    along: Tangents | None = None,
     **features: Any,
 ) -> Gradients:
     """Gradients of `forward` for the upstream gradients `dout` of out and `dlse` of lse (None: zero).
@@ -102,13 +112,19 @@ def backward(
     `lse` may hold -inf or +inf for rows that see no key; with `row_state` it says no more than which those are. dq, dk
     and dv are shaped and typed like q, k and v; `bias_grad` asks for the gradient of the bias. `delta`, shaped and
     typed like lse, is filled with the sum of dout * out of each row less its dlse, and 0 where it sees no key.
+
+    `along` asks for the tangents of the gradients instead: second derivatives of (dout . out + dlse . lse) times a
+    change of q, k, v, the bias and the sink, and what follows from one of dout and dlse; `delta` is left alone.
     """
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
     rules = Features(**features)
     sums = _Sums(rules, len(q), k.shape[-2], bias_grad, _real(q))
     policies = rules.policies(q.shape, k.shape)
-    grads = {"dq": dq, "dk": dk, "dv": dv, **sums.of(0, len(q))}
-    sums.add(0, loops.backward(dout, q, k, v, out, lse, dlse, policies, row_state=row_state, row_delta=delta, **grads))
+    grads = {"row_state": row_state, "dq": dq, "dk": dk, "dv": dv, **sums.of(0, len(q))}
+    if along is None:
+        sums.add(0, loops.backward(dout, q, k, v, out, lse, dlse, policies, row_delta=delta, **grads))
+    else:
+        sums.add(0, loops.backward_along(_of_sequence(along, q, k), dout, q, k, v, lse, dlse, policies, **grads))
     return sums.run(dq, dk, dv, scores=lse.size * k.shape[1])
 
 
@@ -127,6 +143,7 @@ def forward_varlen(
     row_state: np.ndarray | None = None,
     empty_lse: float = -np.inf,
     tail_lse: float = -np.inf,
+    along: Tangents | None = None,
     **features: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of packed sequences: `forward` for each of them, its mask aligned to its own lengths.
@@ -146,6 +163,8 @@ def forward_varlen(
         (heads_q, total_q, 2), filled as by `forward`.
     empty_lse, tail_lse : float
         The lse of queries that see no key, and of rows that take part in nothing.
+    along : Tangents, optional
+        As of `forward`; 0 for what takes part in nothing.
     **features
         The fields of `Features`.
 
@@ -161,16 +180,21 @@ def forward_varlen(
         out = np.empty((total_q, heads_q, v.shape[-1]), q.dtype)
     lse = np.full((heads_q, total_q), tail_lse, _real(q))
     out[...] = 0
-    if row_state is not None:
-        row_state[...] = 0
+    for x in (row_state, *(() if along is None else (along.out, along.lse))):
+        if x is not None:
+            x[...] = 0
     rules = Features(**features)
     longest = _longest(cu_seqlens_q, len_q), _longest(cu_seqlens_kv, len_kv)
     jobs, scores = [], 0
     for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv):
         q1, k1, v1 = q[None, rows], k[None, keys], v[None, keys]
         policies = rules.policies(q1.shape, k1.shape, first=b, longest=longest)
-        state = None if row_state is None else row_state[None, :, rows]
-        jobs.append(loops.forward(q1, k1, v1, out[None, rows], lse[None, :, rows], policies, state, empty_lse))
+        of_one = q1, k1, v1, out[None, rows], lse[None, :, rows], policies
+        if along is None:
+            state = None if row_state is None else row_state[None, :, rows]
+            jobs.append(loops.forward(*of_one, state, empty_lse))
+        else:
+            jobs.append(loops.forward_along(_of_sequence(along, q1, k1, b, rows, keys), *of_one, empty_lse))
         scores += heads_q * q1.shape[1] * k1.shape[1]
     pool.run(chain.from_iterable(jobs), scores)
     return out, lse
@@ -194,9 +218,10 @@ def backward_varlen(
     row_state: np.ndarray | None = None,
     delta: np.ndarray | None = None,
     bias_grad: bool = False,
+    along: Tangents | None = None,
     **features: Any,
 ) -> Gradients:
-    """Gradients of `forward_varlen`; rows and keys that take no part get 0, in `delta` too."""
+    """Gradients of `forward_varlen`, or their tangents; rows and keys that take no part get 0, in `delta` too."""
     dq, dk, dv = (np.zeros(x.shape, x.dtype) for x in (q, k, v))
     if delta is not None:
         delta[...] = 0
@@ -210,8 +235,13 @@ def backward_varlen(
         lse1 = lse[None, :, rows]
         dlse1, state, delta1 = (None if x is None else x[None, :, rows] for x in (dlse, row_state, delta))
         grads = {"dq": dq[None, rows], "dk": dk[None, keys], "dv": dv[None, keys], **sums.of(b, 1)}
-        of_one = dout[None, rows], q1, k1, v1, out[None, rows], lse1, dlse1, policies
-        sums.add(b, loops.backward(*of_one, row_state=state, row_delta=delta1, **grads))
+        grads["row_state"] = state
+        of_one, dout1 = (lse1, dlse1, policies), dout[None, rows]
+        if along is None:
+            sums.add(b, loops.backward(dout1, q1, k1, v1, out[None, rows], *of_one, row_delta=delta1, **grads))
+        else:
+            along1 = _of_sequence(along, q1, k1, b, rows, keys)
+            sums.add(b, loops.backward_along(along1, dout1, q1, k1, v1, *of_one, **grads))
         scores += q.shape[-2] * q1.shape[1] * k1.shape[1]
     return sums.run(dq, dk, dv, scores=scores)
 
@@ -321,6 +351,25 @@ class _Sums:
         with np.errstate(all="ignore"):
             dsink = None if self._dsink is None else self._dsink.sum(axis=0).ravel()
         return Gradients(dq, dk, dv, self._dbias, dsink)
+
+
+def _of_sequence(
+    along: Tangents,
+    q: np.ndarray,
+    k: np.ndarray,
+    first: int = 0,
+    rows: slice | None = None,
+    keys: slice | None = None,
+) -> Tangents:
+    """The tangents of dense q and k, or of the packed sequence of that number, as the loops take them."""
+    rules = Features(band=Mask(), softmax_scale=1.0, bias=along.bias, sink=along.sink)
+    scores, sink, _ = rules.policies(q.shape, k.shape, first=first)
+    if rows is not None:
+        along = along._replace(lse=None if along.lse is None else along.lse[None, :, rows])
+        spans = {"q": rows, "k": keys, "v": keys, "out": rows}
+        given = {name: x for name in spans if (x := getattr(along, name)) is not None}
+        along = along._replace(**{name: x[None, spans[name]] for name, x in given.items()})
+    return along._replace(bias=scores.bias, sink=sink)
 
 
 def _in_order(jobs: Iterable[Job], scratch: Scratch) -> None:

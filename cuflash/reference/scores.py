@@ -92,6 +92,10 @@ class Scores:
         """The derivative of `capped`, 1 - tanh(x / softcap)^2, from its result; None where it is 1."""
         return 1 - np.square(capped / self.softcap) if self.softcap else None
 
+    def curvature(self, capped: np.ndarray, slope: np.ndarray, dx: np.ndarray) -> np.ndarray:
+        """The tangent of `slope` along that of x, where there is a slope."""
+        return capped * slope * dx * (-2 / self.softcap**2)
+
     def finish(self, capped: np.ndarray, tile: Tile, keep: np.ndarray | None, group: int) -> np.ndarray:
         """Add ALiBi and bias and set what is not kept to -inf, whatever it was, in place."""
         if keep is None and self.slopes is None and self.bias is None:
@@ -106,6 +110,21 @@ class Scores:
         if keep is not None:
             np.copyto(s, -np.inf, where=~keep)
         return capped
+
+    def tangent(
+        self, dx: np.ndarray, slope: np.ndarray | None, dbias: np.ndarray | None, tile: Tile, keep: np.ndarray | None,
+        group: int,
+    ) -> np.ndarray:  # fmt: skip
+        """The tangent of logits from those of x and of the bias (grouped pairs), in place; 0 for what is not kept."""
+        if slope is not None:
+            np.multiply(dx, slope, out=dx)
+        if dbias is not None or keep is not None:
+            ds = stacked(dx, group)
+            if dbias is not None:
+                ds += tile.of(dbias).astype(ds.dtype, copy=False)
+            if keep is not None:
+                np.copyto(ds, 0, where=~keep)
+        return dx
 
 
 def _distances(tile: Tile) -> np.ndarray:

@@ -35,32 +35,44 @@ class RowSoftmax:
 
     def update(self, s: np.ndarray, v: np.ndarray, kept: np.ndarray | None) -> None:
         """Take in a tile of logits (overwritten) and its values; `kept` says what dropout keeps, None is everything."""
+        p = self._weights(s)
+        if kept is not None:
+            np.multiply(p, kept, out=p)
+        self._add_values(p, v)
+
+    def _weights(self, s: np.ndarray) -> np.ndarray:
+        """exp(s - m), overwriting s, once m and l have taken these logits in."""
         if not self._small:
             np.subtract(s, self._rise_to(s.max(axis=-1, keepdims=True)), out=s)
         p = np.exp(s, out=s)
         self.l += row_sums(p)
-        if kept is not None:
-            np.multiply(p, kept, out=p)
+        return p
+
+    def _add_values(self, p: np.ndarray, v: np.ndarray) -> None:
         if self._empty:
             np.matmul(p, v, out=self.acc)
             self._empty = False
         else:
             self.acc += np.matmul(p, v, out=self._scratch("pv", self.acc.shape, p.dtype))
 
-    def add_sink(self, logit: np.ndarray) -> None:
-        """Take in one logit a row that has no value."""
-        self.l += np.exp(logit - self._rise_to(logit))
+    def add_sink(self, logit: np.ndarray) -> np.ndarray:
+        """Take in one logit a row that has no value; returns its weight."""
+        weight = np.exp(logit - self._rise_to(logit))
+        self.l += weight
+        return weight
 
     def _rise_to(self, s_max: np.ndarray) -> np.ndarray:
         """Raise m; what was summed so far shrinks by exp(m_old - m). Returns what to subtract from logits."""
         m = np.maximum(self.m, s_max)
         shift = np.where(m == -np.inf, 0, m)
         if not self._empty:
-            shrink = np.exp(self.m - shift)
-            self.l *= shrink
-            self.acc *= shrink
+            self._shrink(np.exp(self.m - shift))
         self.m = m
         return shift
+
+    def _shrink(self, factor: np.ndarray) -> None:
+        self.l *= factor
+        self.acc *= factor
 
     def finish(self, empty_lse: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the output rows acc / l (until the scratch is used again) and lse = m + log(l), or that of nothing."""
@@ -77,6 +89,61 @@ class RowSoftmax:
         # As if m were lse: what P is divided by in the backward is then near 1, whatever it is multiplied with.
         l = np.exp((self.m - lse) + np.log(self.l, dtype=np.float64))
         return np.concatenate([lse, l.astype(lse.dtype)], axis=-1)
+
+
+class RowTangents(RowSoftmax):
+    """The same with the tangents of its results, along those of logits and values, in one pass.
+
+    With a tangent s' of the logits, P has the tangent P * (s' - mean) where mean = sum_j P_j s'_j is that of lse, so
+
+        out' = sum_j D_j P_j (v'_j + s'_j v_j) - mean out
+
+    and two more sums do, which shrink like the others (Lu and Song 2024, arXiv 2410.11081, in an appendix).
+    """
+
+    def __init__(self, shape: tuple[int, ...], dim_v: int, real: np.dtype, scratch: Scratch) -> None:
+        super().__init__(shape, dim_v, real, scratch, small=False)
+        self._sum = np.zeros((*shape, 1), real)  # sum of exp(s - m) s'
+        self._acc = scratch("acc tangent", (*shape, dim_v), real)  # of exp(s - m) (s' v + v') over what dropout keeps
+        self._acc.fill(0)
+
+    def update_along(
+        self, s: np.ndarray, ds: np.ndarray, v: np.ndarray, dv: np.ndarray | None, kept: np.ndarray | None
+    ) -> None:
+        """Take in a tile of logits and their tangents (both overwritten), its values and theirs (None: zero)."""
+        p = self._weights(s)
+        np.multiply(ds, p, out=ds)
+        self._sum += row_sums(ds)
+        if kept is not None:
+            np.multiply(p, kept, out=p)
+            np.multiply(ds, kept, out=ds)
+        self._add(ds, v)
+        if dv is not None:
+            self._add(p, dv)
+        self._add_values(p, v)
+
+    def _add(self, weight: np.ndarray, values: np.ndarray) -> None:
+        self._acc += np.matmul(weight, values, out=self._scratch("pv", self._acc.shape, weight.dtype))
+
+    def add_sink_along(self, logit: np.ndarray, tangent: np.ndarray | None) -> None:
+        """Take in one logit a row that has no value, and its tangent."""
+        weight = self.add_sink(logit)
+        if tangent is not None:
+            self._sum += weight * tangent
+
+    def _shrink(self, factor: np.ndarray) -> None:
+        super()._shrink(factor)
+        self._sum *= factor
+        self._acc *= factor
+
+    def finish_along(self, empty_lse: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return what `finish` does, and the tangents of both; rows that see nothing have tangents 0."""
+        l = np.maximum(self.l, np.finfo(self.l.dtype).tiny)
+        out, lse = self.finish(empty_lse)
+        mean = self._sum / l
+        tangent = np.divide(self._acc, l, out=self._acc)
+        tangent -= mean * out
+        return out, lse, tangent, mean
 
 
 def row_sums(p: np.ndarray) -> np.ndarray:

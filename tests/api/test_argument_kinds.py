@@ -43,6 +43,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "flash_attn_varlen_func": SEQUENCES,
     "flash_attn_backward": GRADIENTS | {"lse": LSE},
     "flash_attn_vjp": FORWARD,
+    "flash_attn_jvp": FORWARD,
     "flash_attn_prepare": FORWARD,
     "scaled_dot_product_attention": {"query": X, "key": X, "value": X},
     "explain": FORWARD | {"device": "h100"},

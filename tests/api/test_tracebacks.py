@@ -32,6 +32,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "flash_attn_backward": lambda: cuflash.flash_attn_backward(X, X, WRONG, X, X, LSE),
     "flash_attn_vjp": lambda: cuflash.flash_attn_vjp(X, X, X, attn_bias=X),
     "flash_attn_vjp's pullback": lambda: cuflash.flash_attn_vjp(X, X, X)[1](WRONG),
+    "flash_attn_jvp": lambda: cuflash.flash_attn_jvp(X, X, X, WRONG),
     "flash_attn_with_kvcache": lambda: cuflash.flash_attn_with_kvcache(X, X, X, cache_seqlens=4),
     "flash_attn_prepare": lambda: cuflash.flash_attn_prepare(X, WRONG, X),
     "scaled_dot_product_attention": lambda: cuflash.scaled_dot_product_attention(X, WRONG, X),

@@ -225,6 +225,7 @@ def test_rows_are_about_functions_that_are_public() -> None:
     functions = {x for group in GROUPS.values() for x in group}
     public = {x for x in vars(cuflash).values() if inspect.isfunction(x) and "q" in inspect.signature(x).parameters}
     follows = {cuflash.flash_attn_vjp, cuflash.flash_attn_kvpacked_func, cuflash.flash_attn_varlen_kvpacked_func}
+    follows |= {cuflash.flash_attn_jvp}
     about = {cuflash.attention_map, cuflash.explain, cuflash.flash_attn_prepare}
     assert public - about <= functions | follows
 

@@ -13,7 +13,7 @@ from grid import DTYPES, FACTORS, features
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import BF16, FP16, FP32, FP64, arrays
-from numpy_backend import check, in_head_order, run
+from numpy_backend import check, in_head_order, run, translated
 
 from cuflash import reference
 from cuflash.dropout import Dropout
@@ -87,6 +87,49 @@ def test_every_pair_of_features_matches_the_oracle(case: dict) -> None:
         assert actual.dbias.shape == options["bias"].shape
     if "sink" in options:
         assert actual.dsink.shape == options["sink"].shape
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.sample(6)
+def test_every_pair_of_features_has_tangents(case: dict) -> None:
+    """Of results, <u, J t> = <J^T u, t>; of gradients, they are finite differences."""
+    (q, k, v, dout, dlse), options = problem(case | {"dtype": "fp64", "bias_dtype": "same"})
+    backend = translated(q, **options)
+    read = {
+        name: x for name, x in {"q": q, "k": k, "v": v, **options}.items() if name in ("q", "k", "v", "bias", "sink")
+    }
+    rng = np.random.default_rng(5)
+    changes = {name: rng.standard_normal(x.shape) for name, x in read.items() if rng.random() < 0.75}
+    out, lse = backend.forward(q, k, v)
+    places = {"out": np.full_like(out, NAN), "lse": np.full_like(lse, NAN)}
+    results = backend.forward(q, k, v, along=reference.Tangents(**changes, **places))
+    for a, b in zip(results, (out, lse), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+    dlse = np.ones(lse.shape) if dlse is None else dlse
+    gradients = backend.backward(dout, q, k, v, out, lse, dlse=dlse)
+    pulled = sum((getattr(gradients, f"d{name}") * change).sum() for name, change in changes.items())
+    pushed = dout * places["out"], dlse * places["lse"]
+    assert abs(pulled - sum(x.sum() for x in pushed)) <= 1e-13 * (1 + sum(np.abs(x).sum() for x in pushed))
+
+    of_upstream = {"out": rng.standard_normal(dout.shape), "lse": rng.standard_normal(lse.shape)}
+    along = reference.Tangents(**changes, **of_upstream)
+    tangents = backend.backward(dout, q, k, v, out, lse, dlse=dlse, along=along)
+
+    def moved(step: float) -> reference.Gradients:
+        there = {name: x + step * changes.get(name, 0) for name, x in read.items()}
+        q, k, v = (there.pop(name) for name in ("q", "k", "v"))
+        out, lse = backend.forward(q, k, v, **there)
+        upstream = dout + step * of_upstream["out"], dlse + step * of_upstream["lse"]
+        return backend.backward(upstream[0], q, k, v, out, lse, dlse=upstream[1], **there)
+
+    step = 1e-6
+    for name, tangent, after, before in zip(tangents._fields, tangents, moved(step), moved(-step), strict=True):
+        if tangent is not None:
+            numeric = (after - before) / (2 * step)
+            np.testing.assert_allclose(
+                tangent, numeric, rtol=1e-6, atol=1e-7 * (1 + np.abs(tangent).max()), err_msg=name
+            )
 
 
 @given(data=st.data())

@@ -12,9 +12,9 @@ from cuflash import generator as generators
 from cuflash.adapters.jax.differentiation import differentiable, once
 from cuflash.adapters.jax.primitive import alike
 from cuflash.arrays import Adapter, View
-from cuflash.errors import InvalidArgument
+from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.numbers import shown
-from cuflash.ops import check, given, lengths
+from cuflash.ops import Tangents, check, given, lengths
 from cuflash.ops.call import OUTPUTS, Arrays, Options
 from cuflash.ops.given import GivenCall
 from cuflash.problem import Direction
@@ -53,6 +53,14 @@ class Traced(Adapter):
             return once(direction, options, names)(*values)
         results = differentiable(options, names)(*values)
         return results if arrays.rng_state is None else (*results, arrays.rng_state)
+
+    def answer_along(
+        self, options: Options, arrays: Arrays, tangents: Tangents, generator: Any = None
+    ) -> tuple[Any, ...]:
+        """Not yet."""
+        raise UnsupportedProblem(
+            "flash_attn_jvp is called inside JAX's transformations; it takes concrete arrays. Call it outside of them."
+        )
 
     def outline(self, name: str, x: Any) -> View:
         """Spell an array out as it will lie in memory."""

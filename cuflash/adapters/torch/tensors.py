@@ -14,8 +14,9 @@ from cuflash.arrays import Adapter, Launcher, View, cupy_module, framework_of, n
 from cuflash.dtypes import BF16
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.generator import default_generator
-from cuflash.ops import Arrays, Options, draw
+from cuflash.ops import Arrays, Options, Tangents, draw, on_numpy
 from cuflash.ops.answer import answer as answer_plain
+from cuflash.ops.jvp import NAMES, ON_GPU
 from cuflash.problem import Direction
 
 
@@ -167,6 +168,33 @@ class Torch(Launcher, Adapter):
 
         return recorded
 
+    def answer_along(
+        self, options: Options, arrays: Arrays, tangents: Tangents, generator: Any = None
+    ) -> tuple[Any, ...]:
+        """Answer a call of `ops.jvp` on tensors in host memory, which autograd does not see."""
+        if generator is not None:
+            draw.check(generator)
+        names, given = [*options.manner.names, *NAMES], [*arrays, *tangents]
+        framework_of(names, given)
+        for name, x in zip(names, given, strict=True):
+            if x is not None and x.requires_grad and self._torch.is_grad_enabled():
+                raise InvalidArgument(
+                    f"{name} requires grad, and autograd does not see flash_attn_jvp: its gradient would be lost. "
+                    f"Pass {name}.detach()."
+                )
+        on_host = None if arrays.q.is_cuda else self.on_host(names, given)
+        if on_host is None:
+            raise UnsupportedProblem(ON_GPU)
+        borrowed = Arrays(*on_host[: len(arrays)])
+        along = Tangents(*on_host[len(arrays) :])
+        return self.from_host(on_numpy.jvp(options, borrowed, along, self._drawn(options, generator)))
+
+    def _drawn(self, options: Options, generator: Any) -> Any:
+        """What dropout in host memory draws from: torch's own generator, where a call names none."""
+        if generator is None and options.dropout_p:
+            return int(self._torch.randint(2**63 - 1, ())), 0
+        return generator
+
     def _needs_grad(self, options: Options, arrays: Arrays) -> bool:
         try:
             for x in arrays:
@@ -189,9 +217,8 @@ class Torch(Launcher, Adapter):
         on_host = None if arrays.q.is_cuda else self.on_host(options.manner.names, arrays)
         if on_host is None:
             return answer_plain(self, direction, options, arrays, generator, cached)
-        if generator is None and options.dropout_p:
-            generator = int(self._torch.randint(2**63 - 1, ())), 0
-        results = answer_plain(numpy_arrays, direction, options, Arrays(*on_host), generator, cached)
+        drawn = self._drawn(options, generator)
+        results = answer_plain(numpy_arrays, direction, options, Arrays(*on_host), drawn, cached)
         places = arrays.outputs(direction)
         places += (None,) * (len(results) - len(places))
         return tuple(y if place is None else place for y, place in zip(self.from_host(results), places, strict=True))

@@ -9,8 +9,9 @@ from cuflash.ops.check.packed import LENGTHS, length
 from cuflash.ops.check.parts import check_gradient, dtype_of_parts
 from cuflash.ops.check.problem import problem_of, written
 from cuflash.ops.check.sizes import MAX_LENGTH, shapes
+from cuflash.ops.check.tangents import check_tangents
 
 __all__ = [
-    "LENGTHS", "MAX_LENGTH", "cached_rows", "check_gradient", "check_on_cuda", "check_output", "dropout_of",
-    "dtype_of_parts", "layout_of", "length", "pair_strides", "problem_of", "settled", "shapes", "written",
+    "LENGTHS", "MAX_LENGTH", "cached_rows", "check_gradient", "check_on_cuda", "check_output", "check_tangents",
+    "dropout_of", "dtype_of_parts", "layout_of", "length", "pair_strides", "problem_of", "settled", "shapes", "written",
 ]  # fmt: skip

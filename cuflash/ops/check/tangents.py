@@ -1,0 +1,19 @@
+"""How a call's arrays change: each like what it is the tangent of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cuflash.arrays import View
+from cuflash.errors import InvalidArgument
+from cuflash.ops.call import Options
+from cuflash.ops.check.array import check_like
+
+
+def check_tangents(views: Mapping[str, View], tangents: Mapping[str, View], options: Options) -> None:
+    """Tangents go by the names of what they are of, as the arrays of `views` do."""
+    for name, view in tangents.items():
+        of = views.get(name)
+        if of is None:
+            raise InvalidArgument(f"{view.name} is given but {options.name(name)} is not; pass both, or neither.")
+        check_like(view, of.shape, of.dtype)
