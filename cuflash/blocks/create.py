@@ -15,7 +15,7 @@ from cuflash.blocks import kinds, rules
 from cuflash.blocks.kinds import Grid
 from cuflash.blocks.lists import listed
 from cuflash.blocks.mask import BlockMask
-from cuflash.errors import InvalidArgument
+from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Mask
 from cuflash.mods import Traced
 from cuflash.numbers import integer, is_array, pair, shown
@@ -82,6 +82,24 @@ def create_block_mask(
     >>> causal & (lambda b, h, q, k: q - k < 256)
     <BlockMask: 1024 x 1024 in blocks of 128 x 128, 67.2% empty>
     """
+    try:
+        return _created(mask, batch, heads, len_q, len_kv, block_size, blocks, cu_seqlens)
+    except REFUSALS as error:
+        shorten(error)
+        raise
+
+
+def _created(
+    mask: Any,
+    batch: int | None,
+    heads: int | None,
+    len_q: int | None,
+    len_kv: int | None,
+    block_size: int | tuple[int, int],
+    blocks: Array | None,
+    cu_seqlens: Array | None,
+) -> BlockMask:
+    """The block mask of these arguments."""
     seen = _bools("mask", mask) if is_array(mask) else None
     kept = None if blocks is None else _bools("blocks", blocks)
     starts = None if cu_seqlens is None else _starts(cu_seqlens)

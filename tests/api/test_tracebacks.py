@@ -38,6 +38,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "scaled_dot_product_attention": lambda: cuflash.scaled_dot_product_attention(X, WRONG, X),
     "explain": lambda: cuflash.explain(X, X, X, device="abacus"),
     "attention_map": lambda: cuflash.attention_map(X, WRONG),
+    "create_block_mask": lambda: cuflash.create_block_mask(len_q=3, len_kv=3, block_size=0),
     "preferred_backend": lambda: cuflash.preferred_backend("abacus"),
     "merge_attention": lambda: cuflash.merge_attention([X, WRONG], [LSE, LSE]),
     "merge_attention_vjp": lambda: cuflash.merge_attention_vjp([X], [X]),
