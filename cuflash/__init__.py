@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from cuflash.api.cache import flash_attn_with_kvcache
 from cuflash.api.explain import Explanation, explain
 from cuflash.api.flash import flash_attn_func, flash_attn_varlen_func
-from cuflash.api.gradients import Gradients, flash_attn_backward, flash_attn_vjp
+from cuflash.api.gradients import CapturedGradients, Gradients, flash_attn_backward, flash_attn_vjp
 from cuflash.api.keywords import FlashOptions, VarlenOptions
 from cuflash.api.kvcache import KVCache
 from cuflash.api.maps import AttentionMap, attention_map
@@ -33,6 +33,7 @@ from cuflash.problem import Problem
 __all__ = [
     "AttentionMap",
     "BlockMask",
+    "CapturedGradients",
     "CompileError",
     "Explanation",
     "FlashOptions",

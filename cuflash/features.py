@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from cuflash.dtypes import BF16
 from cuflash.masks import Mask
+from cuflash.mods import trace
 from cuflash.problem import Problem
 
 PLAIN = Problem("forward", BF16, batch=1, heads_q=4, heads_kv=4, len_q=256, len_kv=256, dim_qk=64, dim_v=64)
@@ -60,6 +61,15 @@ FEATURES: dict[str, Feature] = {feature.name: feature for feature in (
     Feature("bias gradient", "reduced over the broadcast axes in fp32, always deterministic",
         lambda problem: problem.bias_grad,
         replace(PLAIN, bias_grad=True)),
+    Feature("written score", "a Python function of the score and its position",
+        lambda problem: problem.score_mod is not None,
+        replace(PLAIN, score_mod=trace("score_mod", lambda score, b, h, q, k: score - 0.5 * abs(q - k)).mod)),
+    Feature("written mask", "a Python function of the position",
+        lambda problem: problem.mask_mod is not None,
+        replace(PLAIN, mask_mod=trace("mask_mod", lambda b, h, q, k: (q ^ k) % 3 != 0).mod)),
+    Feature("captured gradient", "of the numbers that a written score reads",
+        lambda problem: problem.captured_grad,
+        replace(PLAIN, captured_grad=True)),
     Feature("sink", "learnable logit per head, with its gradient",
         lambda problem: problem.sink,
         replace(PLAIN, sink=True)),
@@ -85,6 +95,10 @@ FEATURES: dict[str, Feature] = {feature.name: feature for feature in (
         lambda problem: problem.direction == "forward" and problem.num_splits > 1,
         replace(PLAIN, num_splits=4)),
 )}  # fmt: skip
+
+
+ON_NUMPY_ALONE = ("written score", "written mask", "captured gradient")
+"""What no kernel computes yet."""
 
 
 def needs(problem: Problem) -> list[str]:

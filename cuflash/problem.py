@@ -9,6 +9,7 @@ from cuflash.dropout import Scheme
 from cuflash.dtypes import BY_NUMPY_NAME, DTYPES, DType
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
+from cuflash.mods import Mod
 from cuflash.numbers import shown
 from cuflash.sheet import Sheet, spelled
 
@@ -77,6 +78,12 @@ class Problem:
     axes may be broadcast."""
     bias_grad: bool = False
     """Backward only: the gradient of the bias is wanted."""
+    score_mod: Mod | None = None
+    """What a caller's function makes of the scaled and capped score, before ALiBi and bias; None leaves it alone."""
+    mask_mod: Mod | None = None
+    """Which pairs a caller's function lets take part, if the mask lets them too."""
+    captured_grad: bool = False
+    """Backward only: the gradients of the real numbers that `score_mod` reads are wanted."""
     sink: bool = False
     """A learnable logit per head takes part in every row's softmax without a value."""
     dropout: Scheme | None = None
@@ -98,6 +105,13 @@ class Problem:
     def copies_bias(self) -> bool:
         """Whether the copy engine can bring a bias to where it is used: one number a row is none of its affairs."""
         return self.bias is not None and self.bias_boxes and not self.bias_broadcast[3]
+
+    @property
+    def captured_gradients(self) -> tuple[int, ...]:
+        """Which of the arrays that `score_mod` reads, by number, have gradients that are wanted."""
+        if self.score_mod is None or not self.captured_grad:
+            return ()
+        return tuple(i for i, operand in enumerate(self.score_mod.operands) if operand.kind == "real")
 
     @property
     def group(self) -> int:
@@ -140,6 +154,7 @@ class Problem:
             kv = (self.total_kv // self.page_size, self.page_size)
         score = [f"times {self.softmax_scale:.4g}"]
         score += [f"soft cap {self.softcap:g}"] if self.softcap else []
+        score += [f"as {self.score_mod}"] if self.score_mod else []
         score += ["less ALiBi's distances"] if self.alibi else []
         score += [f"plus a bias in {self.bias}"] if self.bias else []
         score += ["a sink for each head"] if self.sink else []
@@ -147,13 +162,14 @@ class Problem:
             ("q", f"{(*q, self.heads_q, self.dim_qk)} {self.dtype}{longest.format(self.len_q)}"),
             ("k", f"{(*kv, self.heads_kv, self.dim_qk)} {self.dtype}{longest.format(self.len_kv)}"),
             ("v", f"{(*kv, self.heads_kv, self.dim_v)} {self.dtype}"),
-            ("mask", str(self.mask)),
+            ("mask", str(self.mask) + (f", where {self.mask_mod}" if self.mask_mod else "")),
             ("scores", ", ".join(score)),
         ]
         lines += [("appended", f"{self.appended} keys to each sequence of the cache")] if self.appended else []
         lines += [("rotary", f"turns {self.rotary.dim} columns")] if self.rotary else []
         lines += [("dropout", f"by the {self.dropout} scheme")] if self.dropout else []
         lines += [("wanted", "the gradient of the bias too")] if self.bias_grad else []
+        lines += [("wanted", "the gradients of what the score reads too")] if self.captured_grad else []
         lines += [("wanted", "the same bits on every run")] if self.deterministic else []
         lines += [("splits", f"{self.num_splits} of the keys, asked for")] if self.num_splits else []
         lines += [("FLOPs", f"{self.flops() / 1e9:,.2f} G")]
@@ -177,6 +193,9 @@ class Problem:
         parts += ["alibi"] if self.alibi else []
         parts += [f"bias-{self.bias}"] if self.bias else []
         parts += ["dbias"] if self.bias_grad else []
+        parts += ["score_mod"] if self.score_mod else []
+        parts += ["mask_mod"] if self.mask_mod else []
+        parts += ["dcaptured"] if self.captured_grad else []
         parts += ["sink"] if self.sink else []
         parts += [f"dropout-{self.dropout}"] if self.dropout else []
         parts += ["deterministic"] if self.deterministic else []

@@ -32,7 +32,7 @@ FLOORS = {
     "dropout": GROUND,
     "generator": GROUND,
     "problem": GROUND | {"masks", "mods", "dropout"},
-    "features": GROUND | {"problem", "masks"},
+    "features": GROUND | {"problem", "masks", "mods"},
     "reference": DESCRIPTIONS | {"reference"},
     "plan": DESCRIPTIONS | {"plan"},
     "jit": DESCRIPTIONS | {"jit", "plan"},
@@ -180,9 +180,10 @@ def test_conventions_of_pytorch_stand_on_what_is_nobodys(name):
 
 
 OPS_FLOORS = (
-    {"call", "draw", "overlap", "scratch"},
+    {"call", "draw", "overlap", "scratch"}, {"written"},
     {"check/array", "check/options"}, {"check/dropout", "check/packed", "check/parts", "check/tangents"},
-    {"check/sizes"}, {"check/bias", "check/cache", "check/mask", "check/rotary"}, {"check/layout"}, {"check/problem"},
+    {"check/sizes"}, {"check/bias", "check/cache", "check/mask", "check/rotary", "check/written"}, {"check/layout"},
+    {"check/problem"},
     {"check/__init__"}, {"lengths", "boxes"}, {"block"}, {"launch", "on_numpy", "merge"},
     {"given", "answer"}, {"forward", "jvp", "backward", "explain", "prepared"}, {"vjp"}, {"__init__"},
 )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 import cuflash
 from cuflash import drawing
 from cuflash.errors import InvalidArgument
-from cuflash.features import FEATURES
+from cuflash.features import FEATURES, ON_NUMPY_ALONE, needs
 from cuflash.masks import Mask, band
 from cuflash.problem import Problem, visible_pairs
 
@@ -29,7 +29,8 @@ def text_of(page: str) -> str:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=list(FEATURES))
 def test_what_a_problem_and_its_mask_print_makes_them_again(problem: Problem) -> None:
     names = {"Problem": Problem, "Mask": Mask}
-    assert eval(repr(problem), names) == problem
+    if problem.score_mod is None and problem.mask_mod is None:  # which are functions
+        assert eval(repr(problem), names) == problem
     assert eval(repr(problem.mask), names) == problem.mask
     assert "False" not in repr(problem).replace("bias_boxes=False", "").replace("ascending=False", "")
     assert len(repr(problem)) < 220
@@ -43,6 +44,9 @@ def test_a_notebook_shows_what_the_report_says(problem: Problem) -> None:
         assert shown.startswith("<pre ") and shown.count("<pre") == 1
         assert text_of(shown).split() == str(report).split()
     plan = explanation.plan
+    if set(needs(problem)) & set(ON_NUMPY_ALONE):
+        assert plan is None
+        return
     assert plan is not None
     shown_words = text_of(plan._repr_html_()).split()
     for label, text in plan.lines():

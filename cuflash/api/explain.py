@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from cuflash import ops
+from cuflash.api.keywords import WrittenMask, WrittenScore
 from cuflash.arrays import Array
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
-from cuflash.ops import Arrays, Explanation, asked
+from cuflash.ops import Arrays, Explanation, asked, with_mods
 from cuflash.problem import Problem
 
 
@@ -31,12 +32,15 @@ def explain(
     alibi_slopes: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    score_mod: WrittenScore = None,
+    mask_mod: WrittenMask = None,
     block_table: Array | None = None,
     dropout_p: float = 0.0,
     dropout_scheme: Scheme = "byte",
     num_splits: int = 0,
     deterministic: bool = False,
     bias_grad: bool = False,
+    captured_grad: bool = False,
     device: str | None = None,
     backward: bool = False,
 ) -> Explanation:
@@ -51,11 +55,13 @@ def explain(
         Keys and values.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As for `flash_attn_func`.
+    score_mod, mask_mod
+        As for `flash_attn_func`.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table
         As for `flash_attn_varlen_func`.
     dropout_p, dropout_scheme, num_splits
         As for `flash_attn_func`; `num_splits` acts without ``backward=True``.
-    deterministic, bias_grad : bool
+    deterministic, bias_grad, captured_grad : bool
         As for `flash_attn_backward`; act with ``backward=True``.
     device : str, optional
         A GPU by name or architecture (``"h100"``, ``"sm_90a"``), which need not be there; the arrays' own by default.
@@ -92,6 +98,8 @@ def explain(
             q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k, table=block_table,
         )  # fmt: skip
+        if score_mod is not None or mask_mod is not None or captured_grad is not False:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad)
         return ops.explain(options, arrays, device, backward)
     except REFUSALS as error:
         shorten(error)

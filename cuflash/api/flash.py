@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal, Unpack, overload
 
 from cuflash import ops
-from cuflash.api.keywords import FlashOptions, Generator, VarlenOptions
+from cuflash.api.keywords import FlashOptions, Generator, VarlenOptions, WrittenMask, WrittenScore
 from cuflash.api.probabilities import check_drawn, probabilities
 from cuflash.arrays import Array, ArrayT, framework_in_memory
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
-from cuflash.ops import Arrays, Options, asked, new
+from cuflash.ops import Arrays, Options, asked, new, with_mods
 from cuflash.ops.lengths import with_lengths
 
 
@@ -82,6 +82,8 @@ def flash_attn_func(
     attn_mask: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    score_mod: WrittenScore = None,
+    mask_mod: WrittenMask = None,
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
@@ -155,6 +157,14 @@ def flash_attn_func(
     sink : array of float32, (heads_q,), optional
         Logits that take part in the softmax of every query, and in the log-sum-exp, but have no value. On a GPU one
         beyond 3.4e38 times `softmax_scale` counts as that much.
+    score_mod : callable, ``(score, b, h, q, k) -> score``, optional
+        What becomes of a scaled score, after the soft cap and before ALiBi and `attn_bias`, of batch element ``b``,
+        query head ``h``, query ``q`` and key ``k``, each from 0; -inf hides a key. Called once, with symbols: it uses
+        Python's operators and the functions of `cuflash.mods`, and may index arrays, which it captures: NumPy's, or of
+        the library and on the device of q. Ready ones are in `cuflash.mods`, and ``cuflash.mods.trace("score_mod",
+        function)`` may be passed as well, which spares the tracing. On NumPy arrays alone: kernels do not have it yet.
+    mask_mod : callable, ``(b, h, q, k) -> bool``, optional
+        Whether a query sees a key, if the other masks let it too; as `score_mod` otherwise.
     generator : PhiloxGenerator, (int, int) or JAX key, optional
         What dropout draws from: a generator, which moves on, or a seed and an offset. By default the generator that
         `manual_seed` seeds, torch's own for its tensors. With JAX also a key or a (4,) uint32 array like `rng_state`;
@@ -237,6 +247,8 @@ def flash_attn_func(
             num_splits=num_splits, deterministic=deterministic,
         )  # fmt: skip
         arrays = new(Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, out=out)
+        if score_mod is not None or mask_mod is not None:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod)
         return _forward(options, arrays, generator, return_attn_probs, return_lse, return_rng_state)
     except REFUSALS as error:
         shorten(error)
@@ -323,6 +335,8 @@ def flash_attn_varlen_func(
     attn_mask: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    score_mod: WrittenScore = None,
+    mask_mod: WrittenMask = None,
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
@@ -366,6 +380,8 @@ def flash_attn_varlen_func(
     attn_mask, attn_bias : array, optional
         As for `flash_attn_func`, of the shape (b, heads_q, max_seqlen_q, max_seqlen_k): row and column count from the
         first query and key of each sequence. The ``word`` scheme of dropout numbers probabilities by this shape.
+    score_mod, mask_mod : callable, optional
+        As for `flash_attn_func`; ``b`` is the number of a sequence, in which ``q`` and ``k`` count from 0.
     out : array, (total_q, heads_q, dim_v), optional
         Written and returned instead of a new array.
     validate : bool
@@ -410,6 +426,8 @@ def flash_attn_varlen_func(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
             table=block_table, out=out,
         )  # fmt: skip
+        if score_mod is not None or mask_mod is not None:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod)
         return _forward(options, arrays, generator, return_attn_probs, return_lse, return_rng_state)
     except REFUSALS as error:
         shorten(error)
@@ -448,7 +466,7 @@ def _countable(options: Options, arrays: Arrays) -> Options:
             "return_attn_probs is True and block_table is given; probabilities of keys in pages are not returned. "
             "Gather the pages into packed k and v."
         )
-    check_drawn(framework_in_memory(options.manner.names, arrays), options)
+    check_drawn(framework_in_memory(options.names(arrays), arrays.each()), options)
     return with_lengths("forward", options, arrays)
 
 

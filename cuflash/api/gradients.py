@@ -5,40 +5,45 @@ from __future__ import annotations
 from typing import Any, Literal, Unpack, overload
 
 from cuflash import ops
-from cuflash.api.keywords import BackwardOptions, Generator, Pullback, VjpOptions
+from cuflash.api.keywords import BackwardOptions, Generator, Pullback, VjpOptions, WrittenMask, WrittenScore
 from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
-from cuflash.ops import Arrays, Gradients, asked, new
+from cuflash.ops import Arrays, CapturedGradients, Gradients, asked, new, with_mods
 
 
 @overload
 def flash_attn_backward(
     dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: None = ...,
-    bias_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
+    bias_grad: Literal[False] = ..., captured_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
 ) -> tuple[ArrayT, ArrayT, ArrayT]: ...  # fmt: skip
 @overload
 def flash_attn_backward(
+    dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array | None = ...,
+    bias_grad: bool = ..., captured_grad: Literal[True], **keywords: Unpack[BackwardOptions],
+) -> CapturedGradients[ArrayT]: ...  # fmt: skip
+@overload
+def flash_attn_backward(
     dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: None = ...,
-    bias_grad: Literal[True], **keywords: Unpack[BackwardOptions],
+    bias_grad: Literal[True], captured_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
 ) -> Gradients[ArrayT, Array, None]: ...  # fmt: skip
 @overload
 def flash_attn_backward(
     dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array,
-    bias_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
+    bias_grad: Literal[False] = ..., captured_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
 ) -> Gradients[ArrayT, None, Array]: ...  # fmt: skip
 @overload
 def flash_attn_backward(
     dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array,
-    bias_grad: Literal[True], **keywords: Unpack[BackwardOptions],
+    bias_grad: Literal[True], captured_grad: Literal[False] = ..., **keywords: Unpack[BackwardOptions],
 ) -> Gradients[ArrayT, Array, Array]: ...  # fmt: skip
 @overload
 def flash_attn_backward(
     dout: Array, q: ArrayT, k: ArrayT, v: ArrayT, out: Array, lse: Array, *, sink: Array | None = ...,
-    bias_grad: bool = ..., **keywords: Unpack[BackwardOptions],
-) -> tuple[ArrayT, ArrayT, ArrayT] | Gradients[ArrayT, Any, Any]: ...  # fmt: skip
+    bias_grad: bool = ..., captured_grad: bool = ..., **keywords: Unpack[BackwardOptions],
+) -> tuple[ArrayT, ArrayT, ArrayT] | Gradients[ArrayT, Any, Any] | CapturedGradients[ArrayT]: ...  # fmt: skip
 def flash_attn_backward(
     dout: Array,
     q: Array,
@@ -62,18 +67,21 @@ def flash_attn_backward(
     alibi_slopes: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    score_mod: WrittenScore = None,
+    mask_mod: WrittenMask = None,
     dropout_p: float = 0.0,
     rng_state: Array | None = None,
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
     deterministic: bool = False,
     bias_grad: bool = False,
+    captured_grad: bool = False,
     dlse: Array | None = None,
     dq: Array | None = None,
     dk: Array | None = None,
     dv: Array | None = None,
     validate: bool = False,
-) -> tuple[Array, Array, Array] | Gradients[Any, Any, Any]:
+) -> tuple[Array, Array, Array] | Gradients[Any, Any, Any] | CapturedGradients[Any]:
     """Gradients of q, k and v, and of a bias and a sink, given those of the output.
 
     Parameters
@@ -88,6 +96,8 @@ def flash_attn_backward(
         away; `flash_attn_vjp` hands over more.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As in the forward.
+    score_mod, mask_mod
+        As in the forward.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As in `flash_attn_varlen_func`.
     dropout_p, dropout_scheme, unbiased_dropout
@@ -98,6 +108,8 @@ def flash_attn_backward(
         Give the same bits on every run, for some of the speed.
     bias_grad : bool
         Also compute the gradient of `attn_bias`, whose broadcast axes must then have size 1.
+    captured_grad : bool
+        Also compute the gradients of the arrays of real numbers that `score_mod` reads.
     dlse : array, shaped like `lse`, optional
         Gradient of the log-sum-exp; zero by default.
     dq, dk, dv : array, optional
@@ -111,6 +123,9 @@ def flash_attn_backward(
     Gradients
         Instead, with `bias_grad` or a sink: the same with the fields `dbias` and `dsink`, in float32 (dbias of float64
         tensors in float64), None where not asked for.
+    CapturedGradients
+        Instead, with `captured_grad`: the same with the field `dcaptured`, a tuple of one gradient for each array that
+        `score_mod` reads, in the order of first use, in float32 (float64 for float64 tensors); None for integers.
 
     Raises
     ------
@@ -129,6 +144,8 @@ def flash_attn_backward(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
             rng_state=rng_state, dout=dout, lse=lse, dlse=dlse, out=out, dq=dq, dk=dk, dv=dv,
         )  # fmt: skip
+        if score_mod is not None or mask_mod is not None or captured_grad is not False:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad)
         return ops.backward(options, arrays)
     except REFUSALS as error:
         shorten(error)
@@ -138,47 +155,57 @@ def flash_attn_backward(
 @overload
 def flash_attn_vjp(
     q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[False] = ...,
-    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+    captured_grad: Literal[False] = ..., return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
 ) -> tuple[ArrayT, Pullback[tuple[ArrayT, ArrayT, ArrayT]]]: ...  # fmt: skip
 @overload
 def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array | None = ..., bias_grad: bool = ...,
+    captured_grad: Literal[True], return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+) -> tuple[ArrayT, Pullback[CapturedGradients[ArrayT]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
     q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[True],
-    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+    captured_grad: Literal[False] = ..., return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
 ) -> tuple[ArrayT, Pullback[Gradients[ArrayT, Array, None]]]: ...  # fmt: skip
 @overload
 def flash_attn_vjp(
     q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[False] = ...,
-    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+    captured_grad: Literal[False] = ..., return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
 ) -> tuple[ArrayT, Pullback[Gradients[ArrayT, None, Array]]]: ...  # fmt: skip
 @overload
 def flash_attn_vjp(
     q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[True],
-    return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
+    captured_grad: Literal[False] = ..., return_lse: Literal[False] = ..., **keywords: Unpack[VjpOptions],
 ) -> tuple[ArrayT, Pullback[Gradients[ArrayT, Array, Array]]]: ...  # fmt: skip
 @overload
 def flash_attn_vjp(
     q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[False] = ...,
-    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+    captured_grad: Literal[False] = ..., return_lse: Literal[True], **keywords: Unpack[VjpOptions],
 ) -> tuple[tuple[ArrayT, Array], Pullback[tuple[ArrayT, ArrayT, ArrayT]]]: ...  # fmt: skip
 @overload
 def flash_attn_vjp(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array | None = ..., bias_grad: bool = ...,
+    captured_grad: Literal[True], return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+) -> tuple[tuple[ArrayT, Array], Pullback[CapturedGradients[ArrayT]]]: ...  # fmt: skip
+@overload
+def flash_attn_vjp(
     q: ArrayT, k: ArrayT, v: ArrayT, *, sink: None = ..., bias_grad: Literal[True],
-    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+    captured_grad: Literal[False] = ..., return_lse: Literal[True], **keywords: Unpack[VjpOptions],
 ) -> tuple[tuple[ArrayT, Array], Pullback[Gradients[ArrayT, Array, None]]]: ...  # fmt: skip
 @overload
 def flash_attn_vjp(
     q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[False] = ...,
-    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+    captured_grad: Literal[False] = ..., return_lse: Literal[True], **keywords: Unpack[VjpOptions],
 ) -> tuple[tuple[ArrayT, Array], Pullback[Gradients[ArrayT, None, Array]]]: ...  # fmt: skip
 @overload
 def flash_attn_vjp(
     q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array, bias_grad: Literal[True],
-    return_lse: Literal[True], **keywords: Unpack[VjpOptions],
+    captured_grad: Literal[False] = ..., return_lse: Literal[True], **keywords: Unpack[VjpOptions],
 ) -> tuple[tuple[ArrayT, Array], Pullback[Gradients[ArrayT, Array, Array]]]: ...  # fmt: skip
 @overload
 def flash_attn_vjp(
-    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array | None = ..., bias_grad: bool = ..., return_lse: bool = ...,
-    **keywords: Unpack[VjpOptions],
+    q: ArrayT, k: ArrayT, v: ArrayT, *, sink: Array | None = ..., bias_grad: bool = ...,
+    captured_grad: bool = ..., return_lse: bool = ..., **keywords: Unpack[VjpOptions],
 ) -> tuple[ArrayT | tuple[ArrayT, Array], Pullback[tuple[Any, ...]]]: ...  # fmt: skip
 def flash_attn_vjp(
     q: Array,
@@ -200,6 +227,8 @@ def flash_attn_vjp(
     alibi_slopes: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    score_mod: WrittenScore = None,
+    mask_mod: WrittenMask = None,
     dropout_p: float = 0.0,
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
@@ -207,6 +236,7 @@ def flash_attn_vjp(
     num_splits: int = 0,
     deterministic: bool = False,
     bias_grad: bool = False,
+    captured_grad: bool = False,
     return_lse: bool = False,
     validate: bool = False,
 ) -> tuple[Array | tuple[Array, Array], Pullback[tuple[Any, ...]]]:
@@ -222,6 +252,8 @@ def flash_attn_vjp(
         two numbers a row are kept until the pullback is dropped.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As for `flash_attn_func`.
+    score_mod, mask_mod
+        As for `flash_attn_func` and, with `cu_seqlens_q`, `flash_attn_varlen_func`.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As for `flash_attn_varlen_func`.
     dropout_p, generator, dropout_scheme, unbiased_dropout
@@ -232,6 +264,8 @@ def flash_attn_vjp(
         Make the pullback give the same bits on every run, for some of the speed.
     bias_grad : bool
         Let the pullback return the gradient of `attn_bias` too.
+    captured_grad : bool
+        Let the pullback return the gradients of the arrays of real numbers that `score_mod` reads too.
     return_lse : bool
         Also return the log-sum-exp.
 
@@ -240,7 +274,7 @@ def flash_attn_vjp(
     out : array
         As from `flash_attn_func`; (out, lse) with `return_lse`.
     pullback : callable
-        ``pullback(dout, dlse=None) -> (dq, dk, dv)``, or `Gradients` with `bias_grad` or a sink, as
+        ``pullback(dout, dlse=None) -> (dq, dk, dv)``, or `Gradients` or `CapturedGradients`, as from
         `flash_attn_backward`.
 
     Raises
@@ -267,6 +301,8 @@ def flash_attn_vjp(
             Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
         )  # fmt: skip
+        if score_mod is not None or mask_mod is not None or captured_grad is not False:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad)
         return_lse = flag("return_lse", return_lse)
         out, lse, pullback = ops.vjp(options, arrays, generator)
         return ((out, lse) if return_lse else out), pullback

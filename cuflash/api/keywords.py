@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypedDict, TypeVar
+from collections.abc import Callable
+from typing import Any, Protocol, TypedDict, TypeVar
 
 from cuflash.arrays import Array
 from cuflash.dropout import Scheme
 from cuflash.generator import PhiloxGenerator
 from cuflash.masks import Alignment
+from cuflash.mods import Traced
 
 Generator = PhiloxGenerator | tuple[int, int] | None
 """What dropout draws from."""
+
+WrittenScore = Callable[[Any, Any, Any, Any, Any], Any] | Traced | None
+"""A score as a function of the score, the batch element, the query head, the query and the key."""
+WrittenMask = Callable[[Any, Any, Any, Any], Any] | Traced | None
+"""The same of whether the query sees the key."""
 
 
 class FlashOptions(TypedDict, total=False):
@@ -20,6 +27,8 @@ class FlashOptions(TypedDict, total=False):
     attn_mask: Array | None
     attn_bias: Array | None
     sink: Array | None
+    score_mod: WrittenScore
+    mask_mod: WrittenMask
     generator: Generator
     dropout_scheme: Scheme
     unbiased_dropout: bool
@@ -52,6 +61,8 @@ class _GradientOptions(TypedDict, total=False):
     seqused_k: Array | None
     alibi_slopes: Array | None
     attn_bias: Array | None
+    score_mod: WrittenScore
+    mask_mod: WrittenMask
     dropout_p: float
     dropout_scheme: Scheme
     unbiased_dropout: bool

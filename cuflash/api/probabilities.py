@@ -27,11 +27,11 @@ def check_drawn(framework: Framework, options: Options) -> None:
 
 def probabilities(options: Options, arrays: Arrays, rng_state: Any) -> Any:
     """`signed_probabilities` of the arrays of a forward call, of any library."""
-    names, arrays = options.manner.names, arrays._replace(out=None)
-    framework = framework_in_memory(names, arrays)
+    names, arrays = options.names(arrays), arrays._replace(out=None)
+    framework = framework_in_memory(names, arrays.each())
     if isinstance(framework, Guest):
-        _, views = framework.borrow(names, arrays._replace(rng_state=rng_state))
-        borrowed = Arrays(*views)
+        _, views = framework.borrow(names, arrays._replace(rng_state=rng_state).each())
+        borrowed = arrays.like(views)
         state = None if rng_state is None else borrowed.rng_state.view(np.uint64)
         signed = probabilities(options, borrowed._replace(rng_state=None), state)
         return framework.lend([signed], borrowed, arrays.q)[0]
@@ -63,7 +63,7 @@ def signed_probabilities(
         softmax_scale=0.0, dropout_p=options.dropout_p, dropout_scheme=options.dropout_scheme,
         max_seqlen_q=options.max_seqlen_q, max_seqlen_k=options.max_seqlen_k, vocabulary=options.manner.vocabulary,
     )  # fmt: skip
-    every_pair = arrays._replace(mask=None, bias=None, alibi=None, sink=None)
+    every_pair = arrays._replace(mask=None, bias=None, alibi=None, sink=None, captured=None)
     drawn = tuple(int(x) % 2**64 for x in rng_state.tolist()) if options.dropout_p else None
 
     rounded = (length + -length % multiple for length in (len_q, len_kv))

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.mods.tracing import Captured, Mod, Symbol, Traced, operation, trace
+from cuflash.mods.tracing import CAPTURABLE, Captured, Mod, Symbol, Traced, operation, trace
 
 __all__ = [
-    "Captured", "Mod", "Symbol", "Traced", "abs", "captured", "cos", "exp", "floor", "log", "maximum", "minimum", "sin",
-    "sqrt", "tanh", "trace", "where",
+    "CAPTURABLE", "Captured", "Mod", "Symbol", "Traced", "abs", "captured", "cos", "exp", "floor", "log", "maximum",
+    "minimum", "sin", "sqrt", "tanh", "trace", "where",
 ]  # fmt: skip
 
 

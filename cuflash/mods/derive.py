@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
-from cuflash.mods.expression import ONE, ZERO, Node, apply, constant, converted, in_order
+from cuflash.mods.expression import ONE, SCORE, ZERO, Node, apply, constant, converted, in_order
+from cuflash.mods.tracing import Mod
 
 _Rule = Callable[..., Node]
+
+
+class Slopes(NamedTuple):
+    """How a written score moves."""
+
+    by_score: Node
+    by_load: tuple[tuple[Node, Node], ...]
+    """A load of a real number each, and how the score moves with it; not those that it does not move with."""
+
+
+@lru_cache(maxsize=1024)
+def slopes(mod: Mod) -> Slopes:
+    """The derivatives of a written score by the score and by everything that it reads."""
+    loads = [node for node in in_order(mod.expression) if node.op == "load" and node.kind == "real"]
+    by_load = ((load, derivative(mod.expression, load)) for load in loads)
+    return Slopes(derivative(mod.expression, SCORE), tuple(pair for pair in by_load if pair[1] is not ZERO))
 
 
 def derivative(result: Node, leaf: Node) -> Node:

@@ -399,7 +399,8 @@ class Captured(Symbol):
         return Node("load", index, number, self.operand.kind)
 
 
-_CAPTURABLE = ("float16", "bfloat16", "float32", "float64", "int32", "int64", "uint8", "bool")
+CAPTURABLE = ("float16", "bfloat16", "float32", "float64", "int32", "int64", "uint8", "bool")
+"""NumPy's names of the element types that arrays which a mod reads may have."""
 
 
 def _dtype(array: Any) -> np.dtype:
@@ -409,8 +410,8 @@ def _dtype(array: Any) -> np.dtype:
         dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
     except TypeError:
         dtype = np.dtype(object)
-    if dtype.name not in _CAPTURABLE:
-        raise InvalidArgument(f"an array of {name} was captured; expected one of {', '.join(_CAPTURABLE)}.")
+    if dtype.name not in CAPTURABLE:
+        raise InvalidArgument(f"an array of {name} was captured; expected one of {', '.join(CAPTURABLE)}.")
     return dtype
 
 

@@ -47,8 +47,8 @@ def _for_guest(
             f"{name} is a {framework.name} array to be appended, and cuflash does not write to the cache of such. "
             f"Append it yourself, and drop {name}."
         )
-    native, borrowed = framework.borrow(options.manner.names, arrays)
-    results = answer(native, direction, options, Arrays(*borrowed), generator, cached)
+    native, borrowed = framework.borrow(options.names(arrays), arrays.each())
+    results = answer(native, direction, options, arrays.like(borrowed), generator, cached)
     if direction == "forward":  # rng_state: JAX has no 64-bit integers by default
         results = tuple(x.view(np.uint32) if x.dtype == np.uint64 else x for x in results)
     return framework.lend(results, borrowed, arrays.q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from math import inf
@@ -10,11 +11,12 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from cuflash.arrays import ArrayT, Library, View
 from cuflash.dropout import Scheme
 from cuflash.masks import Alignment
+from cuflash.mods import Mod
 from cuflash.problem import Direction, Problem
 
 
 class Arrays(NamedTuple):
-    """The arrays of a call by the names of ``params.cuh``, outputs last; None where one is left out."""
+    """The arrays of a call by the names of ``params.cuh``; None where one is left out."""
 
     q: Any
     k: Any
@@ -46,14 +48,30 @@ class Arrays(NamedTuple):
     dq: Any = None
     dk: Any = None
     dv: Any = None
+    captured: Any = None
+    """A tuple of what the written score reads, then of what the written mask reads."""
+
+    def each(self) -> tuple[Any, ...]:
+        """All arrays one by one, the captured ones last."""
+        return self if self.captured is None else (*self[:-1], *self.captured)
+
+    def like(self, each: Sequence[Any]) -> Arrays:
+        """Others in the places of these, as many as `each` gives."""
+        if self.captured is None:
+            return Arrays(*each)
+        own = len(self) - 1
+        return Arrays._make((*each[:own], tuple(each[own:])))
 
     def by_name(self) -> dict[str, Any]:
-        """Those that were not left out, by name."""
-        return {name: x for name, x in zip(self._fields, self, strict=True) if x is not None}
+        """Those that were not left out, by name, the captured ones by number: ``captured0``."""
+        names: tuple[str, ...] = self._fields
+        if self.captured is not None:
+            names = (*names[:-1], *(f"captured{i}" for i in range(len(self.captured))))
+        return {name: x for name, x in zip(names, self.each(), strict=True) if x is not None}
 
     def outputs(self, direction: Direction) -> tuple[Any, ...]:
         """Those that a call writes where they are given; it allocates the others."""
-        return (self.out,) if direction == "forward" else self[-3:]
+        return (self.out,) if direction == "forward" else self[-4:-1]
 
 
 class Tangents(NamedTuple):
@@ -159,6 +177,10 @@ class Options:
     """Backward only."""
     bias_grad: bool = False
     """Backward only."""
+    score_mod: Mod | None = None
+    mask_mod: Mod | None = None
+    captured_grad: bool = False
+    """Backward only."""
     keep_delta: bool = False
     """Backward only: also return `delta`, the sum of dout * out of each row less its dlse."""
     manner: Manner = Manner()
@@ -167,7 +189,19 @@ class Options:
 
     def name(self, argument: str) -> str:
         """What the caller knows an array or an option as."""
+        if argument.startswith("captured") and argument[8:].isdigit():
+            return self._captured_names[int(argument[8:])]
         return VOCABULARIES[self.manner.vocabulary].get(argument, argument)
+
+    def names(self, arrays: Arrays) -> tuple[str, ...]:
+        """What the caller knows each of the arrays as, those that are left out too."""
+        names = self.manner.names
+        return names if arrays.captured is None else (*names[:-1], *self._captured_names)
+
+    @cached_property
+    def _captured_names(self) -> tuple[str, ...]:
+        mods = ("score_mod", self.score_mod), ("mask_mod", self.mask_mod)
+        return tuple(f"captured{i} of {name}" for name, mod in mods if mod for i in range(len(mod.operands)))
 
     def views(self, framework: Library, arrays: Arrays) -> dict[str, View]:
         """The arrays that are given, spelled out under the caller's names."""
@@ -296,11 +330,32 @@ class Gradients(NamedTuple, Generic[ArrayT, BiasGradT, SinkGradT]):
     dsink: SinkGradT = None  # type: ignore[assignment]
 
 
+class CapturedGradients(NamedTuple, Generic[ArrayT]):
+    """Gradients of one call with ``captured_grad=True``.
+
+    Attributes
+    ----------
+    dq, dk, dv, dbias, dsink : array
+        As in `Gradients`.
+    dcaptured : tuple of array
+        One for each array that `score_mod` reads, in the order of first use, of its shape, in float32 (float64 for
+        float64 tensors); None for those of integers and truth values.
+    """
+
+    dq: ArrayT
+    dk: ArrayT
+    dv: ArrayT
+    dbias: Any
+    dsink: Any
+    dcaptured: tuple[Any, ...]
+
+
 def results(problem: Problem, keep_state: bool = False, keep_delta: bool = False) -> tuple[str, ...]:
     """What a call returns."""
     if problem.direction == "forward":
         extra = [name for name, wanted in (("row_state", keep_state), ("rng_state", problem.dropout)) if wanted]
         return ("out", "lse", *extra)
-    wanted = {"dbias": problem.bias_grad, "dsink": problem.sink, "delta": keep_delta}
+    wanted = {"dbias": problem.bias_grad, "dsink": problem.sink}
     extra = [name for name in wanted if wanted[name]]
-    return ("dq", "dk", "dv", *extra)
+    extra += [f"dcaptured{i}" for i in problem.captured_gradients]
+    return ("dq", "dk", "dv", *extra, *(["delta"] if keep_delta else []))

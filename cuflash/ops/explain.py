@@ -29,18 +29,20 @@ def explain(options: Options, arrays: Arrays, device: str | None, backward: bool
             raise InvalidArgument("device is None; name the one to explain a Problem for, for example device='h100'.")
         return plan.explain(arrays.q, devices.named(device))
 
-    names = options.manner.names
-    framework = framework_of(names, arrays)
+    names = options.names(arrays)
+    framework = framework_of(names, arrays.each())
     library = framework.name
     if isinstance(framework, Guest):
-        framework, borrowed = framework.borrow(names, arrays)
-        arrays = Arrays(*borrowed)
+        framework, borrowed = framework.borrow(names, arrays.each())
+        arrays = arrays.like(borrowed)
     options = with_lengths("forward", options, arrays)
     views = {name: framework.outline(options.name(name), x) for name, x in arrays.by_name().items()}
     problem = check.problem_of("forward", options, views)
     if backward:
-        wanted = bool(options.deterministic), bool(options.bias_grad)
-        problem = replace(problem, direction="backward", num_splits=0, deterministic=wanted[0], bias_grad=wanted[1])
+        problem = replace(
+            problem, direction="backward", num_splits=0, deterministic=bool(options.deterministic),
+            bias_grad=bool(options.bias_grad), captured_grad=bool(options.captured_grad),
+        )  # fmt: skip
     if device is not None:
         return plan.explain(problem, devices.named(device))
     where = views["q"].device

@@ -21,9 +21,9 @@ def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int
     kind: type = type(arrays.q)
     framework = framework_of_type(kind)
     if not isinstance(framework, Launcher):
-        framework = framework_of(options.manner.names, arrays)
+        framework = framework_of(options.names(arrays), arrays.each())
     if isinstance(framework, Guest):
-        framework = framework.beyond(arrays, generator) or framework
+        framework = framework.beyond(arrays.each(), generator) or framework
     if isinstance(framework, Adapter):
         return framework.answer("forward", options, arrays, generator, cached)
     if generator is not None:

@@ -38,7 +38,11 @@ def run(
 ) -> tuple[Any, ...]:
     """Answer a call on arrays that live on a GPU."""
     options = with_lengths(direction, options, arrays)
-    pointers, described = framework.describe(options.manner.names, arrays)
+    names = options.manner.names
+    each: tuple[Any, ...] = arrays
+    if arrays.captured is not None:
+        names, each = options.names(arrays), arrays.each()
+    pointers, described = framework.describe(names, each)
     key = direction, options, described
     prepared = _prepared.get(key)
     if prepared is None:

@@ -30,10 +30,11 @@ def with_lengths(direction: Direction, options: Options, arrays: Arrays) -> Opti
         what, remedy = "max_seqlen_q or max_seqlen_k is None and", "Pass both."
     else:
         what, remedy = "validate is True:", "Validate before capturing."
-    framework = framework_of(options.manner.names, arrays)
+    names = options.names(arrays)
+    framework = framework_of(names, arrays.each())
     if isinstance(framework, Guest):
-        framework, borrowed = framework.borrow(options.manner.names, arrays)
-        arrays = Arrays(*borrowed)
+        framework, borrowed = framework.borrow(names, arrays.each())
+        arrays = arrays.like(borrowed)
     if not isinstance(framework, Library):
         return options
     check_readable(framework, f"{what} cu_seqlens", remedy)

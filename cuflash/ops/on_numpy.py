@@ -10,6 +10,7 @@ import numpy as np
 from cuflash import reference
 from cuflash.arrays import numpy_arrays
 from cuflash.dropout import Dropout
+from cuflash.errors import UnsupportedProblem
 from cuflash.ops import check, draw, lengths, overlap
 from cuflash.ops.call import Arrays, Options, Tangents
 from cuflash.problem import Direction, Problem
@@ -53,7 +54,7 @@ def forward(
         arrays = arrays._replace(out=place)
     row_state = np.empty(shapes["row_state"], problem.dtype.accumulator) if options.keep_state else None
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
-    keywords = arrays._replace(row_state=row_state, rng_state=rng_state).by_name() | _features(kind)
+    keywords = _keywords(kind, arrays._replace(row_state=row_state, rng_state=rng_state))
     keywords["empty_lse"] = options.empty_lse
     if along is not None:
         keywords["along"] = _along(options, arrays, along)
@@ -87,7 +88,7 @@ def backward(options: Options, arrays: Arrays, along: Tangents | None = None) ->
     arrays = _plain(arrays)
     kind = checked("backward", options, arrays)
     problem = kind.problem
-    keywords = arrays._replace(dq=None, dk=None, dv=None).by_name() | _features(kind)
+    keywords = _keywords(kind, arrays._replace(dq=None, dk=None, dv=None))
     if "rng_state" in keywords:
         keywords["rng_state"] = np.ascontiguousarray(keywords["rng_state"]).view(np.uint64)
     if along is not None:
@@ -97,17 +98,21 @@ def backward(options: Options, arrays: Arrays, along: Tangents | None = None) ->
     heads_first = options.manner.layout == "bhsd"
     if heads_first:
         keywords |= {name: keywords[name].swapaxes(1, 2) for name in ("q", "k", "v", "out", "dout")}
-    *gradients, dbias, dsink = run(**keywords, bias_grad=problem.bias_grad, delta=delta)
+    *gradients, dbias, dsink, dcaptured = run(
+        **keywords, bias_grad=problem.bias_grad, captured_grad=problem.captured_grad, delta=delta
+    )
     if heads_first:
         gradients = [x.swapaxes(1, 2) for x in gradients]
     with np.errstate(all="ignore"):
         dsink = None if dsink is None else dsink.astype(np.float32)
     stored = (_stored(result, place) for result, place in zip(gradients, places, strict=True))
-    return (*stored, *(x for x in (dbias, dsink, delta) if x is not None))
+    return (*stored, *(x for x in (dbias, dsink, *dcaptured, delta) if x is not None))
 
 
 def _along(options: Options, arrays: Arrays, tangents: Tangents) -> reference.Tangents:
     """Tangents that fit their arrays, with rows before heads; those of out and lse are of our making."""
+    if options.score_mod is not None:
+        raise UnsupportedProblem("score_mod is given, and written scores have no tangents yet. Take gradients instead.")
     along = reference.Tangents(*(None if x is None else np.asarray(x) for x in tangents))
     given = {name: x for name, x in along._asdict().items() if x is not None}
     views = {name: numpy_arrays.view(f"d{name}", x) for name, x in given.items() if name not in ("out", "lse")}
@@ -119,7 +124,7 @@ def _along(options: Options, arrays: Arrays, tangents: Tangents) -> reference.Ta
 
 def _plain(arrays: Arrays) -> Arrays:
     """The arrays without the arithmetic of subclasses, whose ``*`` may be another product or know of units."""
-    return Arrays(*(None if x is None else np.asarray(x) for x in arrays))
+    return arrays.like([None if x is None else np.asarray(x) for x in arrays.each()])
 
 
 def checked(direction: Direction, options: Options, arrays: Arrays) -> Checked:
@@ -132,7 +137,7 @@ def checked(direction: Direction, options: Options, arrays: Arrays) -> Checked:
         views = options.views(numpy_arrays, arrays)
         if check.layout_of(direction, options, views) == "varlen":
             options = lengths.read(options, views, arrays)
-    pointers, described = numpy_arrays.describe(Arrays._fields, arrays)
+    pointers, described = numpy_arrays.describe(options.names(arrays), arrays.each())
     key = direction, options, described
     kind = _checked.get(key)
     if kind is None:
@@ -160,16 +165,17 @@ def check_kind(direction: Direction, options: Options, arrays: Arrays) -> Checke
     return Checked(problem, check.shapes(options, views), check.dropout_of(options), written, separate)
 
 
-def _features(kind: Checked) -> dict[str, Any]:
-    """The keywords of every function of the backend that are no arrays."""
+def _keywords(kind: Checked, arrays: Arrays) -> dict[str, Any]:
+    """The keywords of every function of the backend."""
     problem = kind.problem
-    features = {
+    keywords = {name: x for name, x in zip(arrays._fields, arrays, strict=True) if x is not None}
+    keywords |= {
         "band": problem.mask, "softmax_scale": problem.softmax_scale, "softcap": problem.softcap,
-        "dropout": kind.dropout,
+        "score_mod": problem.score_mod, "mask_mod": problem.mask_mod, "dropout": kind.dropout,
     }  # fmt: skip
     if problem.layout == "dense":
-        return features
-    return features | {"len_q": problem.len_q, "len_kv": problem.len_kv}
+        return keywords
+    return keywords | {"len_q": problem.len_q, "len_kv": problem.len_kv}
 
 
 def _stored(result: np.ndarray, output: np.ndarray | None) -> np.ndarray:

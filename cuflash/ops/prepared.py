@@ -19,7 +19,7 @@ class PreparedAttention(Generic[ArrayT]):
     """
 
     def __init__(self, options: Options, arrays: Arrays, cached: int | None = None) -> None:
-        framework = framework_in_memory(options.manner.names, arrays)
+        framework = framework_in_memory(options.names(arrays), arrays.each())
         if isinstance(framework, Guest):
             raise InvalidArgument(
                 f"q is a {framework.name} array; expected an array of CuPy or NumPy or a torch tensor, which prepared "
@@ -41,7 +41,7 @@ class PreparedAttention(Generic[ArrayT]):
         else:
             assert isinstance(framework, Launcher)
             self._prepared = launch.prepare(framework, "forward", self._options, arrays)
-            self._pointers, _ = framework.describe(options.manner.names, arrays)
+            self._pointers, _ = framework.describe(options.names(arrays), arrays.each())
             there = list(arrays.by_name())
             places = [there.index(name) for name in self._names if name in there]
             self._places = None if len(places) == len(there) else places

@@ -1,6 +1,6 @@
 """Exact attention by tiles with an online softmax, forward and backward; memory grows with the lengths only.
 
-With x_ij = softmax_scale * q_i.k_j, or softcap * tanh(x / softcap) of it,
+With x_ij = softmax_scale * q_i.k_j, softcap * tanh(x / softcap) of it, or what a written score makes of that,
 
     s_ij = x_ij - slope * |i + off - j| + bias_ij
     lse_i = log(exp(sink) + sum_j exp(s_ij))    P_ij = exp(s_ij - lse_i)    out_i = sum_j D_ij P_ij v_j
@@ -25,10 +25,11 @@ from cuflash import dtypes
 from cuflash.masks import Mask
 from cuflash.reference import loops, pool
 from cuflash.reference.features import Features
-from cuflash.reference.loops import Tangents
+from cuflash.reference.loops import GradientJob, Tangents
 from cuflash.reference.paged import PagedRows
-from cuflash.reference.pool import Job, Scratch
+from cuflash.reference.pool import Scratch
 from cuflash.reference.tiles import grouped_pairs
+from cuflash.reference.written import CapturedSums
 
 
 class Gradients(NamedTuple):
@@ -41,6 +42,8 @@ class Gradients(NamedTuple):
     """The shape of the bias, in the accumulator dtype: summed over the axes along which the bias was broadcast."""
     dsink: np.ndarray | None = None
     """(heads_q,) in the accumulator dtype; None without a sink."""
+    dcaptured: tuple[np.ndarray, ...] = ()
+    """In the accumulator dtype, of the arrays of real numbers that the written score reads; empty if not wanted."""
 
 
 def forward(
@@ -104,21 +107,23 @@ def backward(
     row_state: np.ndarray | None = None,
     delta: np.ndarray | None = None,
     bias_grad: bool = False,
+    captured_grad: bool = False,
     along: Tangents | None = None,
     **features: Any,
 ) -> Gradients:
     """Gradients of `forward` for the upstream gradients `dout` of out and `dlse` of lse (None: zero).
 
     `lse` may hold -inf or +inf for rows that see no key; with `row_state` it says no more than which those are. dq, dk
-    and dv are shaped and typed like q, k and v; `bias_grad` asks for the gradient of the bias. `delta`, shaped and
-    typed like lse, is filled with the sum of dout * out of each row less its dlse, and 0 where it sees no key.
+    and dv are shaped and typed like q, k and v; `bias_grad` asks for the gradient of the bias, `captured_grad` for
+    those of what the written score reads. `delta`, shaped and typed like lse, is filled with the sum of dout * out of
+    each row less its dlse, and 0 where it sees no key.
 
     `along` asks for the tangents of the gradients instead: second derivatives of (dout . out + dlse . lse) times a
     change of q, k, v, the bias and the sink, and what follows from one of dout and dlse; `delta` is left alone.
     """
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
     rules = Features(**features)
-    sums = _Sums(rules, len(q), k.shape[-2], bias_grad, _real(q))
+    sums = _Sums(rules, len(q), k.shape[-2], bias_grad, captured_grad, _real(q))
     policies = rules.policies(q.shape, k.shape)
     grads = {"row_state": row_state, "dq": dq, "dk": dk, "dv": dv, **sums.of(0, len(q))}
     if along is None:
@@ -218,6 +223,7 @@ def backward_varlen(
     row_state: np.ndarray | None = None,
     delta: np.ndarray | None = None,
     bias_grad: bool = False,
+    captured_grad: bool = False,
     along: Tangents | None = None,
     **features: Any,
 ) -> Gradients:
@@ -226,7 +232,7 @@ def backward_varlen(
     if delta is not None:
         delta[...] = 0
     rules = Features(**features)
-    sums = _Sums(rules, len(cu_seqlens_q) - 1, k.shape[-2], bias_grad, _real(q))
+    sums = _Sums(rules, len(cu_seqlens_q) - 1, k.shape[-2], bias_grad, captured_grad, _real(q))
     longest = _longest(cu_seqlens_q, len_q), _longest(cu_seqlens_kv, len_kv)
     scores = 0
     for b, rows, keys in _sequences(cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv):
@@ -318,13 +324,19 @@ def forward_paged(
 class _Sums:
     """The gradients that sequences add to, and the jobs that do so."""
 
-    def __init__(self, rules: Features, batch: int, heads_kv: int, bias_grad: bool, real: np.dtype) -> None:
-        self._heads_kv = heads_kv
+    def __init__(
+        self, rules: Features, batch: int, heads_kv: int, bias_grad: bool, captured_grad: bool, real: np.dtype
+    ) -> None:
+        self._heads_kv, self._real = heads_kv, real
+        self._captured = None
+        if captured_grad and rules.score_mod is not None:
+            read = zip(rules.score_mod.operands, rules.of_score_mod, strict=True)
+            self._captured = CapturedSums({i: x for i, (operand, x) in enumerate(read) if operand.kind == "real"})
         self._dbias = np.zeros(rules.bias.shape, real) if bias_grad and rules.bias is not None else None
         self._dsink = None
         if rules.sink is not None:
             self._dsink = np.zeros((batch, heads_kv, len(rules.sink) // heads_kv), real)
-        self._parts: dict[tuple[int, int], list[Job]] = {}
+        self._parts: dict[tuple[int, int], list[GradientJob]] = {}
 
     def of(self, first: int, batch: int) -> dict[str, Any]:
         """Views of what batch elements from `first` on add to, as `loops.backward` takes them."""
@@ -336,7 +348,7 @@ class _Sums:
         dsink = None if self._dsink is None else self._dsink[first : first + batch]
         return {"dbias": dbias, "dsink": dsink, "most_heads": 1 if shared else None}
 
-    def add(self, first: int, jobs: Iterable[tuple[tuple[int, int], Job]]) -> None:
+    def add(self, first: int, jobs: Iterable[tuple[tuple[int, int], GradientJob]]) -> None:
         """Take in the jobs of batch elements from `first` on; they run in this order where they add to the same."""
         for (batch, head), job in jobs:
             if self._dbias is None:
@@ -347,10 +359,17 @@ class _Sums:
 
     def run(self, dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, scores: int) -> Gradients:
         """Run the jobs and return the gradients that they fill and add to."""
-        pool.run([partial(_in_order, jobs) for jobs in self._parts.values()], scores)
+        parts = list(self._parts.values())
+        if self._captured is None:
+            runs = [partial(_in_order, jobs, None) for jobs in parts]
+        else:
+            shares = self._captured.parts(len(parts))
+            runs = [partial(_in_order, list(chain.from_iterable(parts[which])), sums) for which, sums in shares]
+        pool.run(runs, scores)
         with np.errstate(all="ignore"):
             dsink = None if self._dsink is None else self._dsink.sum(axis=0).ravel()
-        return Gradients(dq, dk, dv, self._dbias, dsink)
+            dcaptured = () if self._captured is None else self._captured.totals(self._real)
+        return Gradients(dq, dk, dv, self._dbias, dsink, dcaptured)
 
 
 def _of_sequence(
@@ -372,9 +391,9 @@ def _of_sequence(
     return along._replace(bias=scores.bias, sink=sink)
 
 
-def _in_order(jobs: Iterable[Job], scratch: Scratch) -> None:
+def _in_order(jobs: Iterable[GradientJob], dcaptured: dict[int, np.ndarray] | None, scratch: Scratch) -> None:
     for job in jobs:
-        job(scratch)
+        job(scratch, dcaptured)
 
 
 def _real(q: np.ndarray) -> np.dtype:

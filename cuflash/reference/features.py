@@ -9,9 +9,11 @@ import numpy as np
 
 from cuflash.dropout import Dropout
 from cuflash.masks import Mask
+from cuflash.mods import Mod
 from cuflash.reference.dropout import KeepMask
 from cuflash.reference.scores import Scores
 from cuflash.reference.tiles import grouped_pairs
+from cuflash.reference.written import Written
 
 
 class Policies(NamedTuple):
@@ -42,12 +44,23 @@ class Features:
     """(heads_q,) or (b, heads_q) fp32; ``slope * |i + off - j|`` is taken off, ``i + off`` on the band's diagonal."""
     bias: np.ndarray | None = None
     """Added to the logits, any float dtype, broadcastable to (b, heads_q, len_q, len_kv); -inf hides a pair."""
+    score_mod: Mod | None = None
+    """What a caller's function makes of the capped score, before ALiBi and bias; -inf hides a pair."""
+    mask_mod: Mod | None = None
+    """Lets a pair take part that the band lets through too."""
+    captured: tuple[np.ndarray, ...] = ()
+    """The arrays that `score_mod` reads, then those of `mask_mod`."""
     sink: np.ndarray | None = None
     """(heads_q,) logits that take part in every row's softmax, and in its lse, without a value."""
     dropout: Dropout | None = None
     """What happens to probabilities after the softmax; lse is not affected."""
     rng_state: tuple[int, int] | np.ndarray | None = None
     """Philox seed and offset, needed with dropout."""
+
+    @property
+    def of_score_mod(self) -> tuple[np.ndarray, ...]:
+        """The arrays that `score_mod` reads."""
+        return () if self.score_mod is None else self.captured[: len(self.score_mod.operands)]
 
     def policies(
         self,
@@ -73,7 +86,14 @@ class Features:
         # (h,) and (b, h) slopes are pairs that broadcast along rows and keys.
         slopes = None if self.alibi is None else pairs(self.alibi[..., None, None])
         unit, softcap = float(self.softmax_scale), float(self.softcap)
-        scores = Scores(self.band, len_q, len_kv, unit, softcap, pairs(self.mask), slopes, pairs(self.bias))
+        read = self.of_score_mod
+        score_mod, mask_mod = (
+            None if mod is None else Written(mod, captured, first, group)
+            for mod, captured in ((self.score_mod, read), (self.mask_mod, self.captured[len(read) :]))
+        )
+        scores = Scores(
+            self.band, len_q, len_kv, unit, softcap, pairs(self.mask), slopes, pairs(self.bias), score_mod, mask_mod
+        )
         sink = None if self.sink is None else self.sink.reshape(heads_kv, group)
         if self.dropout is None or not self.dropout.p:
             return Policies(scores, sink, None)

@@ -8,7 +8,7 @@ each (and of some rows, in a forward), which may run in any order and at once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -31,6 +31,10 @@ from cuflash.reference.softmax import (
     weights,
 )
 from cuflash.reference.tiles import FEW_ROWS, KeyTiles, Tile, grouped, head_tiles, load, stacked, store
+
+GradientJob = Callable[[Scratch, dict[int, np.ndarray] | None], object]
+"""A job of the backward, which also takes what it adds the gradients of captured arrays to, by number; None if those
+are not wanted."""
 
 ROW_TILES = 4
 """Of so many tiles of rows one job is made: some ten milliseconds with thousands of keys."""
@@ -68,7 +72,7 @@ def forward(
                 softmax = RowSoftmax(q_tile.shape[:-1], v.shape[-1], real, scratch, small)
                 for tile, keep in scores.kv_tiles(batches, heads, rows):
                     s = _product("s", q_tile, k_columns[tile.keys], scratch)
-                    s = scores.finish(scores.capped(s), tile, keep, group)
+                    s = scores.finish(scores.written(scores.capped(s), tile, group), tile, keep, group)
                     softmax.update(s, v_rows[tile.keys], None if dropout is None else _kept(dropout, tile))
                 if sink is not None:
                     softmax.add_sink(_sink_rows(sink[heads], softmax.l))
@@ -181,16 +185,17 @@ def backward(
     dbias: np.ndarray | None = None,
     dsink: np.ndarray | None = None,
     most_heads: int | None = None,
-) -> Iterator[tuple[tuple[int, int], Job]]:
+) -> Iterator[tuple[tuple[int, int], GradientJob]]:
     """Fill dq, dk, dv and row_delta and add to dbias and dsink: FlashAttention-2, algorithm 2, query tiles outside.
 
     delta_i = dout_i . out_i - dlse_i    dP = keep * keep_scale * dout v^T    dS = P * (dP - delta)    dX = dS * ds/dx
     dv = (keep * keep_scale * P)^T dout    dq = unit * dX k    dk = dX^T (unit * q)
-    dbias = dS    dsink = -sum_i exp(sink - lse_i) delta_i
+    dbias = dS    dsink = -sum_i exp(sink - lse_i) delta_i    dcaptured = sum_ij dS_ij * ds_ij/dcaptured
 
     The factor of `normalizers` is the same for a whole row, and taken into dout and delta instead of P.
     dbias is of grouped pairs and sums over the axes where it has size 1; dsink is (b, heads_kv, group). Jobs come with
     the first batch element and head of the part of dbias that they add to; those with equal ones add to the same part.
+    What they add gradients of captured arrays to they are given when they run.
     """
     scores, sink, dropout = policies
     real, heads_kv = lse.dtype, k.shape[2]
@@ -203,8 +208,8 @@ def backward(
     row_tiles = list(scores.row_tiles(group))
     every_key = slice(0, scores.len_kv)
 
-    def job(batches: slice, heads: slice) -> Job:
-        def run(scratch: Scratch) -> None:
+    def job(batches: slice, heads: slice) -> GradientJob:
+        def run(scratch: Scratch, dcaptured: dict[int, np.ndarray] | None) -> None:
             every = batches, every_key, heads
             keys = _Keys(k, v, every, real, scores.len_q * group)
             k_rows, k_columns, v_rows = keys.tiles(scratch)
@@ -236,6 +241,7 @@ def backward(
                 for tile, keep in scores.kv_tiles(batches, heads, rows):
                     capped = scores.capped(_product("s", q_tile, k_columns[tile.keys], scratch))
                     slope = scores.slope(capped)
+                    written = scores.written_with_slopes(capped, tile, group, dcaptured is not None)
                     p = weights(scores.finish(capped, tile, keep, group), shift)
                     dp = _product("dp", dout_tile, v_columns[tile.keys], scratch)
                     if dropout is None:
@@ -247,6 +253,10 @@ def backward(
                     ds = np.multiply(p, np.subtract(dp, delta, out=dp), out=dp)
                     if dbias is not None:
                         _add_reduced(tile.of(dbias), stacked(ds, group))
+                    if written is not None:
+                        if dcaptured is not None:
+                            written.add_captured(stacked(ds, group), dcaptured)
+                        written.to_score(stacked(ds, group))
                     dx = ds if slope is None else np.multiply(ds, slope, out=ds)
                     dq_tile += _product("dq", dx, k_rows[tile.keys], scratch)
                     dk_sum[:, :, tile.keys] += _product("dk", dx.mT, q_tile, scratch)
@@ -278,7 +288,7 @@ def backward_along(
     dbias: np.ndarray | None = None,
     dsink: np.ndarray | None = None,
     most_heads: int | None = None,
-) -> Iterator[tuple[tuple[int, int], Job]]:
+) -> Iterator[tuple[tuple[int, int], GradientJob]]:
     """Fill dq, dk and dv and add to dbias and dsink the tangents of what `backward` gives; its jobs.
 
     With a prime for the tangent, s' that of the logits and mean = sum_j P_j s'_j, over all keys of a row and the sink,
@@ -305,8 +315,8 @@ def backward_along(
     every_key = slice(0, scores.len_kv)
     keep_scale = 1 if dropout is None else dropout.dropout.keep_scale
 
-    def job(batches: slice, heads: slice) -> Job:
-        def run(scratch: Scratch) -> None:
+    def job(batches: slice, heads: slice) -> GradientJob:
+        def run(scratch: Scratch, _: object) -> None:
             every = batches, every_key, heads
             readers = scores.len_q * group
             keys = _Keys(k, v, every, real, readers)

@@ -10,11 +10,12 @@ import numpy as np
 from cuflash.masks import Mask
 from cuflash.reference import tiles
 from cuflash.reference.tiles import Tile, stacked
+from cuflash.reference.written import Slopes, Written
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The logits of one dense problem, s = softcap * tanh(x / softcap) - slope * |distance| + bias."""
+    """The logits of one dense problem, s = score_mod(softcap * tanh(x / softcap)) - slope * |distance| + bias."""
 
     band: Mask
     len_q: int
@@ -24,11 +25,14 @@ class Scores:
     keep: np.ndarray | None = None  # bool, grouped pairs; None: the band alone decides
     slopes: np.ndarray | None = None  # (b|1, heads_kv, group, 1, 1)
     bias: np.ndarray | None = None  # grouped pairs
+    score_mod: Written | None = None
+    mask_mod: Written | None = None
 
     @property
     def plain(self) -> bool:
         """Whether logits are products of queries and keys, with nothing but a band to hide some."""
-        return not self.softcap and self.keep is None and self.slopes is None and self.bias is None
+        terms = self.keep, self.slopes, self.bias, self.score_mod, self.mask_mod
+        return not self.softcap and all(term is None for term in terms)
 
     def row_tiles(self, group: int) -> Iterator[slice]:
         """Cut len_q so that the rows of a group of heads make tiles of ROWS, and smaller ones at a band's edge.
@@ -74,6 +78,12 @@ class Scores:
                 if not seen.any():
                     continue
                 keep = seen if keep is None else seen & keep
+            if self.mask_mod is not None:
+                seen = self.mask_mod.mask(tile)
+                if not seen.any():
+                    continue
+                if not seen.all():
+                    keep = seen if keep is None else seen & keep
             yield tile, keep
 
     def _band(self) -> tuple[int, int]:
@@ -95,6 +105,18 @@ class Scores:
     def curvature(self, capped: np.ndarray, slope: np.ndarray, dx: np.ndarray) -> np.ndarray:
         """The tangent of `slope` along that of x, where there is a slope."""
         return capped * slope * dx * (-2 / self.softcap**2)
+
+    def written(self, capped: np.ndarray, tile: Tile, group: int) -> np.ndarray:
+        """Apply the written score in place."""
+        if self.score_mod is not None:
+            self.score_mod.apply(stacked(capped, group), tile)
+        return capped
+
+    def written_with_slopes(self, capped: np.ndarray, tile: Tile, group: int, of_captured: bool) -> Slopes | None:
+        """Apply the written score in place; how it moves, None where none is written."""
+        if self.score_mod is None:
+            return None
+        return self.score_mod.apply_with_slopes(stacked(capped, group), tile, of_captured)
 
     def finish(self, capped: np.ndarray, tile: Tile, keep: np.ndarray | None, group: int) -> np.ndarray:
         """Add ALiBi and bias and set what is not kept to -inf, whatever it was, in place."""

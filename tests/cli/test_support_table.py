@@ -29,7 +29,7 @@ from cuflash.cli.support import (
 )
 from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
-from cuflash.features import FEATURES
+from cuflash.features import FEATURES, ON_NUMPY_ALONE
 
 PAGE = Path(__file__).parents[2] / "cuflash" / "README.md"
 IDS = [row.what for row in ROWS]
@@ -55,7 +55,7 @@ SERVED: list[tuple[set[str], list[str]]] = [
     ({FLASH, SDPA}, ["boolean mask"]),
     ({FLASH, SDPA, CK, MEM_EFF, EFFICIENT}, ["bias"]),
     ({FLASH, CK, MEM_EFF, EFFICIENT}, ["bias gradient"]),
-    ({FLASH}, ["sink", "gradient of the log-sum-exp taken in"]),
+    ({FLASH}, ["written score", "written mask", "captured gradient", "sink", "gradient of the log-sum-exp taken in"]),
     ({FLASH, MHA, CK, MEM_EFF}, ["probabilities, and which were dropped", "gradients written into your arrays"]),
     ({FLASH, SDPA, MHA, CK, MEM_EFF}, ["output written into your array"]),
     ({MHA, CK, MEM_EFF}, ["what rows of no sequence hold"]),
@@ -125,7 +125,7 @@ def test_everything_but_size_and_precision_runs_on_sm80_and_simt() -> None:
     """In each direction that a row is about; a family that lacks a feature is not in the row."""
     runs_on = {row.what: families_of(row) for row in ROWS}
     assert {what for what, families in runs_on.items() if families != "all" and "`sm80`, `simt`" not in families} == {
-        "fp32 and fp64", "head dimensions up to 1024", "head dimensions above 1024",
+        "fp32 and fp64", "head dimensions up to 1024", "head dimensions above 1024", *ON_NUMPY_ALONE,
     }  # fmt: skip
 
 

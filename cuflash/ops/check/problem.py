@@ -24,6 +24,7 @@ from cuflash.ops.check.mask import mask_of
 from cuflash.ops.check.options import num_splits_of, softcap_of, softmax_scale_of
 from cuflash.ops.check.rotary import rotary_of
 from cuflash.ops.check.sizes import check_sizes, dtype_of, rows_of, scores_of, shapes, sizes_of
+from cuflash.ops.check.written import captured_grad_of
 from cuflash.problem import Direction, Problem
 
 _LIKE_Q = ("out", "dout", "dq", "dk", "dv")
@@ -50,6 +51,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         check_sink(views["sink"], heads)
     if direction == "backward":
         check_rng_state(options, dropout, views.get("rng_state"))
+    captured_grad = captured_grad_of(options, views)
     tensors = _tensors(views)
     return Problem(
         direction=direction,
@@ -70,6 +72,9 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         bias_broadcast=broadcast,
         bias_boxes=bias_boxes,
         bias_grad=options.bias_grad and direction == "backward",
+        score_mod=options.score_mod,
+        mask_mod=options.mask_mod,
+        captured_grad=captured_grad and direction == "backward",
         sink="sink" in views,
         dropout=dropout.scheme if dropout else None,
         deterministic=flag("deterministic", options.deterministic) and direction == "backward",

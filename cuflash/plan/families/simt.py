@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from cuflash.device import Device
-from cuflash.features import FEATURES
+from cuflash.features import FEATURES, ON_NUMPY_ALONE
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, bias_sum, gradient_policy
 from cuflash.plan.config import BIAS_GRADIENT, CopyConfig, ForwardConfig
@@ -145,7 +145,7 @@ SIMT = Family(
     min_capability=(7, 0),
     dtypes=("fp16", "bf16", "fp32", "fp64"),
     max_dim=1024,
-    features=tuple(FEATURES),
+    features=tuple(name for name in FEATURES if name not in ON_NUMPY_ALONE),
     caches=True,
     forward=_forward,
     backward=_backward,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cuflash.device import Device
-from cuflash.features import FEATURES
+from cuflash.features import FEATURES, ON_NUMPY_ALONE
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored
 from cuflash.plan.config import BIAS_GRADIENT, HEADER, CopyConfig, FewConfig, ForwardConfig, SequenceConfig
@@ -374,7 +374,7 @@ SM80 = Family(
     min_capability=(8, 0),
     dtypes=("fp16", "bf16"),
     max_dim=256,
-    features=tuple(FEATURES),
+    features=tuple(name for name in FEATURES if name not in ON_NUMPY_ALONE),
     caches=True,
     forward=_forward,
     backward=_backward,

@@ -1,0 +1,40 @@
+"""A call with scores and masks that its caller wrote as functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cuflash.errors import InvalidArgument
+from cuflash.mods import Traced, trace
+from cuflash.ops.call import Arrays, Options
+
+
+def with_mods(
+    options: Options, arrays: Arrays, score_mod: Any, mask_mod: Any, captured_grad: Any = False
+) -> tuple[Options, Arrays]:
+    """The call with what the functions do in its options, and with the arrays that they read.
+
+    Raises
+    ------
+    InvalidArgument
+        If a function cannot be traced.
+    """
+    score, mask = _traced("score_mod", score_mod), _traced("mask_mod", mask_mod)
+    options = options.replace(score_mod=score.mod, mask_mod=mask.mod, captured_grad=captured_grad)
+    return options, arrays._replace(captured=(*score.arrays, *mask.arrays) or None)
+
+
+_NOTHING = Traced(None, ())  # type: ignore[arg-type]
+
+
+def _traced(argument: str, function: Any) -> Traced:
+    """What a function does, which may have been traced before."""
+    if function is None:
+        return _NOTHING
+    if not isinstance(function, Traced):
+        return trace(argument, function)
+    is_mask = function.mod.expression.kind == "bool"
+    if is_mask != (argument == "mask_mod"):
+        other = "mask_mod" if is_mask else "score_mod"
+        raise InvalidArgument(f"{argument} was traced as a {other}; pass it as that, or trace it as a {argument}.")
+    return function
