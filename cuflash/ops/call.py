@@ -8,6 +8,8 @@ from functools import cached_property, lru_cache
 from math import inf
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+import numpy as np
+
 from cuflash.arrays import ArrayT, Library, View
 from cuflash.dropout import Scheme
 from cuflash.masks import Alignment
@@ -52,15 +54,22 @@ class Arrays(NamedTuple):
     """A tuple of what the written score reads, then of what the written mask reads."""
 
     def each(self) -> tuple[Any, ...]:
-        """All arrays one by one, the captured ones last."""
-        return self if self.captured is None else (*self[:-1], *self.captured)
+        """All arrays one by one, the captured ones last, but None for those of NumPy that are beside another library's.
+
+        Captured arrays may be in host memory whatever the others are.
+        """
+        if self.captured is None:
+            return self
+        host = () if isinstance(self.q, np.ndarray) else np.ndarray
+        return (*self[:-1], *(None if isinstance(x, host) else x for x in self.captured))
 
     def like(self, each: Sequence[Any]) -> Arrays:
-        """Others in the places of these, as many as `each` gives."""
+        """Others in the places of all that `each` gives."""
         if self.captured is None:
             return Arrays(*each)
         own = len(self) - 1
-        return Arrays._make((*each[:own], tuple(each[own:])))
+        captured = zip(self.captured, each[own:], strict=True)
+        return Arrays._make((*each[:own], tuple(x if other is None else other for x, other in captured)))
 
     def by_name(self) -> dict[str, Any]:
         """Those that were not left out, by name, the captured ones by number: ``captured0``."""

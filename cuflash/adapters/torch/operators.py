@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuflash.adapters.torch.recorded import autocast, differentiated, gradient, of_gradient
+from cuflash.adapters.torch.recorded import autocast, differentiated, gradient, of_gradient, refuse_written
 from cuflash.arrays import framework_of_type
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import Arrays, Options, asked
@@ -33,6 +33,7 @@ def traced(
             "torch.compile traces attention whose gradient autograd takes, and no explicit gradients or caches. "
             "Call them outside of the compiled function, or behind torch.compiler.disable."
         )
+    refuse_written(options, "to a call that torch.compile traces")
     if not (generator is None or isinstance(generator, tuple)):
         raise InvalidArgument(
             "generator is an object, which a compiled graph cannot advance. Pass None, for torch's own generator, or a "

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from cuflash.errors import InvalidArgument, UnsupportedProblem
@@ -43,12 +44,14 @@ def answer(
         If something is to have a gradient that has none.
     """
     mapped = torch._C._are_functorch_transforms_active()
+    if mapped:
+        refuse_written(options, "inside torch.vmap, torch.func and the like")
     if direction == "backward":
         if not (mapped or torch.is_grad_enabled()):
             return framework.plain(direction, options, arrays)
-        return _AttentionGradient.apply(framework, options, *arrays)
+        return _AttentionGradient.apply(framework, options, _on_host(arrays.captured), *arrays.each())
     arrays = autocast(arrays)
-    if not (mapped or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays))):
+    if not (mapped or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays.each()))):
         return framework.plain(direction, options, arrays, generator, cached)
     if not mapped:
         return recorded(framework, options, arrays, generator)
@@ -68,8 +71,18 @@ def recorded(framework: Any, options: Options, arrays: Arrays, generator: Any = 
     arrays = differentiated(options, arrays)
     options = with_lengths("forward", options, arrays)
     # Autograd is shown what it may ask gradients of, as each argument more takes it time.
-    results = _Recorded.apply(framework, options, generator, arrays, *arrays[:3], arrays.bias, arrays.sink)
+    captured = arrays.captured or ()
+    results = _Recorded.apply(framework, options, generator, arrays, *arrays[:3], arrays.bias, arrays.sink, *captured)
     return results if options.keep_state else (*results[:2], *results[3:])
+
+
+def refuse_written(options: Options, where: str) -> None:
+    """Refuse scores and masks that were written as functions, where torch does not see what they read."""
+    for name, mod in (("score_mod", options.score_mod), ("mask_mod", options.mask_mod)):
+        if mod is not None:
+            raise UnsupportedProblem(
+                f"{name} is given {where}, which cuflash does not support. Call it on plain tensors."
+            )
 
 
 def autocast(arrays: Arrays) -> Arrays:
@@ -107,6 +120,11 @@ def differentiated(options: Options, arrays: Arrays) -> Arrays:
                 f"{options.name(name)} requires grad, and there is no gradient of it. "
                 f"Pass {options.name(name)}.detach()."
             )
+    read = len(options.score_mod.operands) if options.score_mod else 0
+    for i, x in enumerate(arrays.captured or ()):
+        if i >= read and getattr(x, "requires_grad", False):
+            name = options.name(f"captured{i}")
+            raise UnsupportedProblem(f"{name} requires grad, and a mask has no gradient. Pass it detached.")
     bias = arrays.bias
     if bias is None or 0 not in bias.stride():
         return arrays
@@ -117,9 +135,9 @@ def differentiated(options: Options, arrays: Arrays) -> Arrays:
 
 
 @lru_cache(maxsize=1024)
-def of_gradient(options: Options, bias_grad: bool) -> Options:
+def of_gradient(options: Options, bias_grad: bool, captured_grad: bool = False) -> Options:
     """What the backward of a forward asks for."""
-    return options.replace(num_splits=0, keep_state=False, bias_grad=bias_grad)
+    return options.replace(num_splits=0, keep_state=False, bias_grad=bias_grad, captured_grad=captured_grad)
 
 
 def gradient(framework: Any, options: Options, arrays: Arrays) -> tuple[Any, ...]:
@@ -133,7 +151,10 @@ def gradient(framework: Any, options: Options, arrays: Arrays) -> tuple[Any, ...
 
 
 class _Recorded(torch.autograd.Function):
-    """(out, lse, row_state), and rng_state with dropout; q, k, v, bias and sink come once more behind all arrays."""
+    """(out, lse, row_state), and rng_state with dropout.
+
+    What has gradients, q, k, v, bias, sink and what is captured, comes once more behind all arrays.
+    """
 
     @staticmethod
     def forward(ctx: Any, framework: Any, options: Options, generator: Any, arrays: Arrays, *_: Any) -> Any:
@@ -143,7 +164,8 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
-        return None, None, None, None, *_gradients(ctx, dout, dlse, ctx.needs_input_grad[7])
+        _, _, _, _, _, _, _, bias_grad, _, *captured_grads = ctx.needs_input_grad
+        return None, None, None, None, *_gradients(ctx, dout, dlse, bias_grad, captured_grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -159,24 +181,49 @@ def _keep(ctx: Any, framework: Any, options: Options, arrays: Sequence[Any], out
     ctx.framework, ctx.options = framework, options
     ctx.mark_non_differentiable(row_state, *drawn)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*arrays[:_READ], drawn[0] if drawn else None, out, lse, row_state)
+    ctx.on_host = _on_host(arrays[-1])
+    tensors = (x if host is None else None for x, host in zip(arrays[-1] or (), ctx.on_host, strict=True))
+    ctx.save_for_backward(*arrays[:_READ], drawn[0] if drawn else None, out, lse, row_state, *tensors)
 
 
-def _gradients(ctx: Any, dout: Any, dlse: Any, bias_grad: bool) -> tuple[Any, ...]:
-    """Of q, k, v, bias and sink."""
-    *given, rng_state, out, lse, row_state = ctx.saved_tensors
+def _on_host(captured: tuple[Any, ...] | None) -> tuple[np.ndarray | None, ...]:
+    """NumPy's arrays among those that are captured."""
+    return tuple(x if isinstance(x, np.ndarray) else None for x in captured or ())
+
+
+def _rejoined(on_host: tuple[np.ndarray | None, ...], each: Sequence[Any]) -> Arrays:
+    """The arrays of which `Arrays.each` gives these."""
+    if not on_host:
+        return Arrays(*each)
+    own = len(Arrays._fields) - 1
+    captured = tuple(x if host is None else host for x, host in zip(each[own:], on_host, strict=True))
+    return Arrays._make((*each[:own], captured))
+
+
+def _gradients(ctx: Any, dout: Any, dlse: Any, bias_grad: bool, captured_grads: Sequence[bool] = ()) -> tuple[Any, ...]:
+    """Of q, k, v, bias, sink and what is captured."""
+    saved = ctx.saved_tensors
+    given, (rng_state, out, lse, row_state, *tensors) = saved[:_READ], saved[_READ:]
     if dout is None:
         if dlse is None:
-            return (None,) * len(_DIFFERENTIABLE)
+            return (None,) * (len(_DIFFERENTIABLE) + len(tensors))
         dout = torch.zeros_like(out)
-    options = of_gradient(ctx.options, bias_grad)
-    arrays = Arrays._make((*given, rng_state, dout, lse, dlse, row_state, out, None, None, None))
+    options = of_gradient(ctx.options, bias_grad, any(captured_grads))
+    each = *given, rng_state, dout, lse, dlse, row_state, out, None, None, None, *(tensors or (None,))
+    arrays = _rejoined(ctx.on_host, each)
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        results = _AttentionGradient.apply(ctx.framework, options, *arrays)
+        dq, dk, dv, *others = _AttentionGradient.apply(ctx.framework, options, ctx.on_host, *each)
     else:
-        results = gradient(ctx.framework, options, arrays)
-    dbias = results[3].to(arrays.bias.dtype) if bias_grad else None
-    return *results[:3], dbias, None if arrays.sink is None else results[-1]
+        dq, dk, dv, *others = gradient(ctx.framework, options, arrays)
+    dbias = others.pop(0).to(arrays.bias.dtype) if bias_grad else None
+    dsink = None if arrays.sink is None else others.pop(0)
+    dcaptured: list[Any] = [None] * len(tensors)
+    if options.captured_grad and options.score_mod is not None:
+        for i, operand in enumerate(options.score_mod.operands):
+            if operand.kind == "real":
+                found = others.pop(0)
+                dcaptured[i] = found.to(tensors[i].dtype) if captured_grads[i] else None
+    return dq, dk, dv, dbias, dsink, *dcaptured
 
 
 class _Mapped(torch.autograd.Function):
@@ -212,11 +259,11 @@ class _Mapped(torch.autograd.Function):
 
 
 class _AttentionGradient(torch.autograd.Function):
-    """(dq, dk, dv), and dbias and dsink where there are."""
+    """(dq, dk, dv), and dbias, dsink and gradients of what is captured where there are."""
 
     @staticmethod
-    def forward(framework: Any, options: Options, *arrays: Any) -> Any:
-        return gradient(framework, options, Arrays(*arrays))
+    def forward(framework: Any, options: Options, on_host: Any, *each: Any) -> Any:
+        return gradient(framework, options, _rejoined(on_host, each))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -234,10 +281,10 @@ class _AttentionGradient(torch.autograd.Function):
         return _AttentionGradient.backward(ctx)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, framework: Any, options: Options, *arrays: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, framework: Any, options: Options, on_host: Any, *arrays: Any) -> Any:
         given = Arrays(*arrays)
-        fold = _Folded(info.batch_size, options, given, in_dims[2:])
-        results = _AttentionGradient.apply(framework, options, *fold.arrays())
+        fold = _Folded(info.batch_size, options, given, in_dims[3:])
+        results = _AttentionGradient.apply(framework, options, on_host, *fold.arrays())
         dq, dk, dv, *others = results
         unfolded = [fold.unfolded(x, fold.heads) for x in (dq, dk, dv)]
         dims = [fold.heads] * 3

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from cuflash.adapters.torch.recorded import refuse_written
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import Arrays, Options
 from cuflash.problem import Direction
@@ -55,6 +56,7 @@ def _check(direction: Direction, options: Options, arrays: Arrays) -> None:
             f"{first} is a DTensor and {options.name('dropout_p')} is {options.dropout_p}: dropout draws by the number "
             f"of a batch element and a head, which a process does not know of its part. {remedy}"
         )
+    refuse_written(options, "with DTensors, of which a process does not know the number of a batch element and a head")
     q = arrays.q
     axes = options.axes(False)
     for name, x in arrays.by_name().items():

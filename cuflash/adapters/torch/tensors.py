@@ -197,11 +197,11 @@ class Torch(Launcher, Adapter):
 
     def _needs_grad(self, options: Options, arrays: Arrays) -> bool:
         try:
-            for x in arrays:
+            for x in arrays if arrays.captured is None else arrays.each():
                 if x is not None and x.requires_grad:
                     return True
         except AttributeError:  # of another library
-            framework_of(options.manner.names, arrays)
+            framework_of(options.names(arrays), arrays.each())
             raise
         return False
 
@@ -214,11 +214,11 @@ class Torch(Launcher, Adapter):
         cached: int | None = None,
     ) -> tuple[Any, ...]:
         """Answer a call on tensors of which nothing is recorded."""
-        on_host = None if arrays.q.is_cuda else self.on_host(options.manner.names, arrays)
+        on_host = None if arrays.q.is_cuda else self.on_host(options.names(arrays), arrays.each())
         if on_host is None:
             return answer_plain(self, direction, options, arrays, generator, cached)
         drawn = self._drawn(options, generator)
-        results = answer_plain(numpy_arrays, direction, options, Arrays(*on_host), drawn, cached)
+        results = answer_plain(numpy_arrays, direction, options, arrays.like(on_host), drawn, cached)
         places = arrays.outputs(direction)
         places += (None,) * (len(results) - len(places))
         return tuple(y if place is None else place for y, place in zip(self.from_host(results), places, strict=True))
