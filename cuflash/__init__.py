@@ -86,6 +86,7 @@ __all__ = [
 __version__: str
 
 if TYPE_CHECKING:
+    from cuflash import parallel as parallel
     from cuflash.blocks import BlockMask, create_block_mask
 else:  # a checker that saw it would believe in every name
 
@@ -95,6 +96,10 @@ else:  # a checker that saw it would believe in every name
             from cuflash import blocks
 
             return getattr(blocks, name)
+        if name == "parallel":
+            import cuflash.parallel
+
+            return cuflash.parallel
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import PackageNotFoundError, version

@@ -74,6 +74,18 @@ class Adapter:
         """The same of a call of ``ops.jvp``."""
         raise NotImplementedError
 
+    def divided(self, method: str, asked: Any, tensors: Any, group: Any) -> tuple[Any, Any]:
+        """(out, lse) of a call that devices share, by the name of a function of ``cuflash.parallel``.
+
+        Raises
+        ------
+        UnsupportedProblem
+            Where a library's arrays are not divided.
+        """
+        raise UnsupportedProblem(
+            f"{method} does not divide arrays of {self.name} over devices. Call it under JAX or CuPy."
+        )
+
     def outline(self, name: str, x: Any) -> View:
         """Spell an array out that may have no memory: it is looked at, and not read."""
         raise NotImplementedError

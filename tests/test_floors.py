@@ -38,12 +38,13 @@ FLOORS = {
     "jit": DESCRIPTIONS | {"jit", "plan"},
     "ops": DESCRIPTIONS | {"reference", "plan", "jit", "ops"},
     "api": DESCRIPTIONS | {"ops", "api"},
-    "adapters": DESCRIPTIONS | {"ops", "adapters"},
-    "__init__": {"api", "blocks", "errors", "generator", "masks", "problem"},
+    "parallel": GROUND | {"masks", "ops", "parallel"},
+    "adapters": DESCRIPTIONS | {"ops", "parallel", "adapters"},
+    "__init__": {"api", "parallel", "blocks", "errors", "generator", "masks", "problem"},
     "cases": PARTS | {"cases"},
     "verify": PARTS | {"cases", "verify"},
     "bench": PARTS | {"cases", "verify", "bench"},
-    "cli": PARTS | {"cases", "verify", "bench", "cli"},
+    "cli": PARTS | {"parallel", "cases", "verify", "bench", "cli"},
     "__main__": {"cli"},
 }
 """What each part of the package may import of it; ``__init__`` is ``import cuflash``. Only ``ops`` joins ``reference``
@@ -65,7 +66,7 @@ LIBRARIES = {
 """What each part may import from outside the standard library, at the top of a file; a room of ``adapters``, the
 library that it is for, too."""
 
-MAY_USE_CUPY = {"device.py", "arrays.py", "generator.py", "jit/compile.py", "jit/kernel.py"}
+MAY_USE_CUPY = {"device.py", "arrays.py", "generator.py", "jit/compile.py", "jit/kernel.py", "parallel/nccl.py"}
 """Files that import cupy, inside functions; verify, bench and cli may as well."""
 
 

@@ -44,6 +44,14 @@ def test_import_does_not_look_for_the_version() -> None:
     assert done.stderr.strip().endswith("AttributeError: module 'cuflash' has no attribute 'nothing'")
 
 
+def test_attention_over_devices_is_loaded_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, cuflash; print('cuflash.parallel' in sys.modules); print(cuflash.parallel.ring_attention.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "ring_attention"]
+
+
 def explanation(**changes: int) -> cuflash.Explanation:
     sizes = {"batch": 1, "heads_q": 8, "heads_kv": 2, "len_q": 1024, "len_kv": 1024, "dim_qk": 64, "dim_v": 64}
     problem = cuflash.Problem("forward", BF16, **(sizes | changes), mask=cuflash.Mask(right=0))

@@ -61,7 +61,7 @@ def differentiable(options: Options, names: tuple[str, ...]) -> Callable[..., tu
 
     def guarded(*operands: Any) -> tuple[Any, ...]:
         return attend(
-            *(_reverse_only(x) if name in _WITH_GRADIENTS else x for name, x in zip(names, operands, strict=True))
+            *(reverse_only(x) if name in _WITH_GRADIENTS else x for name, x in zip(names, operands, strict=True))
         )
 
     return guarded
@@ -121,11 +121,12 @@ class _Wanted:
 
 
 @jax.custom_jvp
-def _reverse_only(x: Any) -> Any:
+def reverse_only(x: Any) -> Any:
+    """The same, with words for who takes a gradient in forward mode."""
     return x
 
 
-@_reverse_only.defjvp
+@reverse_only.defjvp
 def _reverse_only_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
     return primals[0], _tangent.bind(tangents[0])
 

@@ -68,6 +68,12 @@ class Traced(Adapter):
             "flash_attn_jvp is called inside JAX's transformations; it takes concrete arrays. Call it outside of them."
         )
 
+    def divided(self, method: str, asked: Any, tensors: Any, group: Any) -> tuple[Any, Any]:
+        """(out, lse) of this device's rows of a call that the devices along an axis of a mesh share."""
+        from cuflash.adapters.jax import parallel
+
+        return parallel.divided(method, asked, tensors, group)
+
     def outline(self, name: str, x: Any) -> View:
         """Spell an array out as it will lie in memory."""
         return given.contiguous(name, x.shape, x.dtype.name)

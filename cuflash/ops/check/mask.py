@@ -14,8 +14,8 @@ from cuflash.ops.call import Options
 from cuflash.ops.check.array import check_pairs
 
 
-def mask_of(options: Options, views: Mapping[str, View], scores: tuple[int, int, int, int]) -> Mask:
-    """The band of the keywords, and the boolean tensor, which must broadcast to the shape of the scores."""
+def band_of(options: Options) -> Mask:
+    """The band of the keywords."""
     causal = flag(options.name("causal"), options.causal)
     if not isinstance(options.alignment, str) or options.alignment not in get_args(Alignment):
         raise InvalidArgument(f"alignment is {shown(options.alignment)}; expected 'bottom-right' or 'top-left'.")
@@ -26,7 +26,12 @@ def mask_of(options: Options, views: Mapping[str, View], scores: tuple[int, int,
         )
     if not all(-1 <= bound < 2**31 for bound in window):
         raise InvalidArgument(f"window_size is {window}; expected bounds from 0 to 2**31 - 1, or -1 for unbounded.")
-    mask = band(causal, window, options.alignment)
+    return band(causal, window, options.alignment)
+
+
+def mask_of(options: Options, views: Mapping[str, View], scores: tuple[int, int, int, int]) -> Mask:
+    """The band of the keywords, and the boolean tensor, which must broadcast to the shape of the scores."""
+    mask = band_of(options)
     view = views.get("mask")
     if view is None:
         return mask

@@ -1,0 +1,258 @@
+"""Attention of sequences that are divided over an axis of a mesh, inside ``jax.shard_map``: by JAX's collectives.
+
+Every device runs one program. What differs between them, which rows meet, is a branch that each takes by its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cuflash import dtypes, ops
+from cuflash.adapters.jax.differentiation import reverse_only
+from cuflash.adapters.jax.primitive import alike
+from cuflash.errors import InvalidArgument
+from cuflash.numbers import shown
+from cuflash.ops import Arrays, Options
+from cuflash.parallel.asked import Asked
+from cuflash.parallel.calls import Device, rows_of
+from cuflash.parallel.division import Call, Division, Step
+from cuflash.parallel.heads import check_heads, checked_rows, order_of
+
+Pair = tuple[Any, Any]
+"""Keys and values, or gradients of both."""
+
+
+def divided(method: str, asked: Asked, tensors: Sequence[Any], group: Any) -> Pair:
+    """(out, lse) of this device's rows."""
+    devices = _size(group)
+    asked.check(*tensors)
+    q, k, v = (reverse_only(x) for x in alike(tensors))
+    return (_by_ring if method == "ring_attention" else _by_heads)(asked, devices, group, q, k, v)
+
+
+def _size(group: Any) -> int:
+    """How many devices there are along an axis of the mesh, or several."""
+    names = group if isinstance(group, tuple) else (group,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InvalidArgument(
+            f"group is {shown(group)}; expected the name of an axis of the mesh that sequences are divided over, or a "
+            "tuple of names."
+        )
+    try:
+        return jax.lax.axis_size(group)
+    except NameError as error:
+        raise InvalidArgument(
+            f"group is {shown(group)}, and no mesh has such an axis here. Call this inside jax.shard_map over it."
+        ) from error
+
+
+def _by_ring(asked: Asked, devices: int, group: Any, q: Any, k: Any, v: Any) -> Pair:
+    division = asked.division(devices, q.shape, k.shape)
+    longest = asked.longest(q.shape[0] * devices) if asked.packed else None
+    if asked.packed and longest is None:
+        raise _unknown()
+    starts = (jnp.asarray(asked.cu_seqlens, np.int32),) if asked.packed else ()
+    return _ring(division, asked.options, group, longest)(*alike((q, k, v, *starts)))
+
+
+def _unknown() -> InvalidArgument:
+    return InvalidArgument("cu_seqlens is traced and max_seqlen is None; pass the length of the longest sequence.")
+
+
+@lru_cache(maxsize=256)
+def _ring(division: Division, options: Options, group: Any, longest: int | None) -> Callable[..., Pair]:
+    """The ring, forward and backward, on q, k, v and, packed, cu_seqlens."""
+
+    def device(starts: Sequence[Any]) -> Device:
+        return Device(division, options, jnp, starts[0] if starts else None, longest)
+
+    @jax.custom_vjp
+    def attend(q: Any, k: Any, v: Any, *starts: Any) -> Pair:
+        return _forward(device(starts), group, q, k, v)
+
+    def forward(q: Any, k: Any, v: Any, *starts: Any) -> tuple[Pair, Any]:
+        out, lse = _forward(device(starts), group, q, k, v)
+        return (out, lse), (q, k, v, out, lse, starts)
+
+    def backward(residuals: Any, gradients: Pair) -> tuple[Any, ...]:
+        q, k, v, out, lse, starts = residuals
+        return (*_backward(device(starts), group, q, k, v, out, lse, *gradients), *(None for _ in starts))
+
+    attend.defvjp(forward, backward)
+    return attend
+
+
+def _forward(on: Device, group: Any, q: Any, k: Any, v: Any) -> Pair:
+    real = _real(q)
+    *batch, length, heads, _ = q.shape
+    out = jnp.zeros((*q.shape[:-1], v.shape[-1]), real)
+    lse = jnp.full((*batch, heads, length), -jnp.inf, real)
+    out, lse, *_ = alike((out, lse, q))
+
+    def add(calls: Sequence[Call], q: Any, kv: Sequence[Any], sums: Pair) -> Pair:
+        out, lse = sums
+        for call in calls:
+            part, part_lse = on.attend(call, q, kv)
+            merged = _merged(rows_of(out, call.q), lse[..., call.q], part, part_lse)
+            out, lse = _put(out, call.q, merged[0]), lse.at[..., call.q].set(merged[1])
+        return out, lse
+
+    def own(calls: Any, q: Any, kv: Pair, sums: Pair) -> Pair:
+        return add(calls, q, kv, sums)
+
+    def received(work: Any, q: Any, moved: Sequence[Pair], sums: Pair) -> Pair:
+        return sums if work is None else add(work.calls, q, moved[work.move], sums)
+
+    division, kv, sums = on.division, (k, v), (out, lse)
+    steps = division.steps
+    arriving = _moved(steps[0], group, kv) if steps else []
+    sums = _chosen(group, [division.own(i) for i in range(division.schedule.devices)], own, q, kv, sums)
+    for index, step in enumerate(steps):
+        here = arriving
+        if index + 1 < len(steps):  # not earlier: the keys of all steps would be there at once
+            kv, sums = jax.lax.optimization_barrier((kv, sums))
+            arriving = _moved(steps[index + 1], group, kv)
+        sums = _chosen(group, step.work, received, q, here, sums)
+    return sums[0].astype(q.dtype), sums[1]
+
+
+def _backward(
+    on: Device, group: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, dlse: Any
+) -> tuple[Any, Any, Any]:
+    real, kv = _real(q), (k, v)
+    given = q, out, lse, dout, dlse
+    dq, dk, dv, *_ = alike((*(jnp.zeros(x.shape, real) for x in (q, k, v)), q))
+
+    def add(calls: Sequence[Call], given: Any, kv: Sequence[Any], dq: Any, dkv: Sequence[Any]) -> tuple[Any, Pair]:
+        q, out, lse, dout, dlse = given
+        dk, dv = dkv
+        for call in calls:
+            of_q, of_k, of_v = on.gradients(call, q, kv, out, lse, dout, dlse)
+            dq, dk, dv = (
+                _put(total, rows, rows_of(total, rows) + part.astype(total.dtype))
+                for total, rows, part in ((dq, call.q, of_q), (dk, call.kv, of_k), (dv, call.kv, of_v))
+            )
+        return dq, (dk, dv)
+
+    def received(work: Any, given: Any, moved: Sequence[Pair], dq: Any, made: Sequence[Pair]) -> Any:
+        made = list(made)
+        if work is not None:
+            dq, made[work.move] = add(work.calls, given, moved[work.move], dq, made[work.move])
+        return dq, made
+
+    division = on.division
+    steps = division.steps
+    arriving = _moved(steps[0], group, kv) if steps else []
+    dq, dkv = _chosen(group, [division.own(i) for i in range(division.schedule.devices)], add, given, kv, dq, (dk, dv))
+    for index, step in enumerate(steps):
+        here = arriving
+        if index + 1 < len(steps):
+            kv, dq = jax.lax.optimization_barrier((kv, dq))
+            arriving = _moved(steps[index + 1], group, kv)
+        zeros = [[jnp.zeros(x.shape, real if step.sums else x.dtype) for x in pair] for pair in here]
+        made = [tuple(alike((*pair, dq))[:2]) for pair in zeros]
+        dq, made = _chosen(group, step.work, received, given, here, dq, made)
+        for move, pair in zip(step.moves, made, strict=True):
+            home = [(target, source) for source, target in move.pairs]
+            parts = [jax.lax.ppermute(x, group, home) for x in pair]
+            dkv = tuple(
+                _put(total, move.rows, rows_of(total, move.rows) + part.astype(real))
+                for total, part in zip(dkv, parts, strict=True)
+            )
+    return dq.astype(q.dtype), dkv[0].astype(k.dtype), dkv[1].astype(v.dtype)
+
+
+def _moved(step: Step, group: Any, kv: Pair) -> list[Pair]:
+    """The keys and values of each move of a step, zeros where none arrive."""
+    return [tuple(jax.lax.ppermute(rows_of(x, of.rows), group, of.pairs) for x in kv) for of in step.moves]
+
+
+def _chosen(group: Any, work: Sequence[Any], function: Callable[..., Any], *operands: Any) -> Any:
+    """``function(work of this device, *operands)``."""
+    kinds: list[Any] = []
+    for one in work:
+        if one not in kinds:
+            kinds.append(one)
+    if len(kinds) == 1:
+        return function(kinds[0], *operands)
+    kind = jnp.asarray([kinds.index(one) for one in work])[jax.lax.axis_index(group)]
+    return jax.lax.switch(kind, [lambda *operands, one=one: function(one, *operands) for one in kinds], *operands)
+
+
+def _put(x: Any, rows: slice, part: Any) -> Any:
+    return x.at[..., rows, :, :].set(part)
+
+
+def _merged(out: Any, lse: Any, part: Any, part_lse: Any) -> Pair:
+    """Results of the same queries over further keys, as `cuflash.merge_attention` merges them."""
+    parts = (out, lse), (part.astype(out.dtype), part_lse)
+    top = jnp.maximum(lse, part_lse)
+    top = jnp.where(jnp.isneginf(top), 0, top)
+    lse = top + jnp.log(sum(jnp.exp(x - top) for _, x in parts))
+    total = jnp.zeros_like(out)
+    for x, x_lse in parts:
+        weight = jnp.where(jnp.isneginf(x_lse), 0, jnp.exp(x_lse - lse)).swapaxes(-1, -2)[..., None]
+        total += jnp.where(weight == 0, 0, weight * x)
+    return total, lse
+
+
+def _by_heads(asked: Asked, devices: int, group: Any, q: Any, k: Any, v: Any) -> Pair:
+    rows, heads_kv = q.shape[-3], k.shape[-2]
+    check_heads(devices, q.shape[-2], heads_kv)
+    longest = checked_rows(asked, devices, rows, k.shape[-3])
+    options, starts = asked.options, {}
+    if asked.packed:
+        if longest is None:
+            raise _unknown()
+        whole = jnp.asarray(asked.cu_seqlens, np.int32)
+        options = options.replace(max_seqlen_q=longest, max_seqlen_k=longest)
+        starts = {"cu_seqlens_q": whole, "cu_seqlens_kv": whole}
+    if heads_kv % devices:
+        k, v = (_repeated(devices // heads_kv, x) for x in (k, v))
+    q, k, v = (_exchanged(x, group, x.ndim - 2, x.ndim - 3) for x in (q, k, v))
+    order = order_of(asked, jnp, rows * devices, devices)
+    if order is not None:
+        q, k, v = (_ordered(x, order[0], -3) for x in (q, k, v))
+    out, lse, *_ = ops.forward(options, Arrays(q=q, k=k, v=v, **starts))
+    if order is not None:
+        out, lse = _ordered(out, order[1], -3), _ordered(lse, order[1], -1)
+    return _exchanged(out, group, out.ndim - 3, out.ndim - 2), _exchanged(lse, group, lse.ndim - 1, lse.ndim - 2)
+
+
+def _exchanged(x: Any, group: Any, split: int, joined: int) -> Any:
+    return jax.lax.all_to_all(x, group, split, joined, tiled=True)
+
+
+def _ordered(x: Any, order: Any, axis: int) -> Any:
+    return jnp.take(x, order, axis, mode="clip", unique_indices=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _repeated(times: int, x: Any) -> Any:
+    """Every head so many times, whose gradients are added in float32."""
+    return jnp.repeat(x, times, axis=-2)
+
+
+def _repeated_forward(times: int, x: Any) -> tuple[Any, None]:
+    return _repeated(times, x), None
+
+
+def _repeated_backward(times: int, _: None, dx: Any) -> tuple[Any]:
+    *before, heads, dim = dx.shape
+    return (dx.reshape(*before, heads // times, times, dim).astype(_real(dx)).sum(axis=-2).astype(dx.dtype),)
+
+
+_repeated.defvjp(_repeated_forward, _repeated_backward)
+
+
+def _real(q: Any) -> Any:
+    """The dtype of sums."""
+    dtype = dtypes.of(q.dtype)
+    assert dtype is not None
+    return dtype.accumulator

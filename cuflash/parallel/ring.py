@@ -1,0 +1,156 @@
+"""Ring attention as one device runs it, on arrays of NumPy and CuPy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from cuflash import dtypes
+from cuflash.ops import merge as merging
+from cuflash.parallel.calls import Device, rows_of
+from cuflash.parallel.division import Call, Step
+from cuflash.parallel.exchange import Message, Post, Program
+
+
+def forward(on: Device, xp: Any, rank: int, q: Any, k: Any, v: Any) -> Program[tuple[Any, Any]]:
+    """(out, lse) of this device's queries and the keys of all devices.
+
+    The keys of a step are on their way while those before are attended to.
+    """
+    real = _real(q)
+    *batch, length, heads, _ = q.shape
+    out = xp.zeros((*q.shape[:-1], v.shape[-1]), real)
+    lse = xp.full((*batch, heads, length), -xp.inf, real)
+
+    def add(calls: Sequence[Call], keys: Sequence[Any]) -> None:
+        for call in calls:
+            part, part_lse = on.attend(call, q, keys)
+            mine, mine_lse = rows_of(out, call.q), lse[..., call.q]
+            merged = merging.merge([mine, part.astype(real)], [mine_lse, part_lse], exact=True)
+            mine[...], mine_lse[...] = merged.out, merged.lse
+
+    traffic = _Traffic(on.division.steps, xp, rank, k, v)
+    calls, keys = on.division.own(rank), [k, v]
+    for coming in traffic.coming():
+        wait = yield Post(coming.sent, coming.received)
+        add(calls, keys)
+        wait()
+        calls, keys = coming.calls, coming.arrays
+    add(calls, keys)
+    return out.astype(q.dtype), lse
+
+
+def backward(
+    on: Device, xp: Any, rank: int, q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, dlse: Any
+) -> Program[tuple[Any, Any, Any]]:
+    """(dq, dk, dv) of this device's queries and keys, by the output and log-sum-exp of all keys.
+
+    Gradients of received keys go home while the next are computed, and are added there in the order of the steps. They
+    travel in the dtype of the keys where one call made them, which gives them in no other, and in the accumulator's
+    where they are sums.
+    """
+    real = _real(q)
+    dq, dk, dv = (xp.zeros(x.shape, real) for x in (q, k, v))
+
+    def add(calls: Sequence[Call], keys: Sequence[Any], totals: Sequence[Any]) -> None:
+        for call in calls:
+            parts = on.gradients(call, q, keys, out, lse, dout, dlse)
+            for total, part, rows in zip((dq, *totals), parts, (call.q, call.kv, call.kv), strict=True):
+                mine = rows_of(total, rows)
+                mine += part
+
+    traffic = _Traffic(on.division.steps, xp, rank, k, v)
+    here: _Keys | None = None
+    going: _Back | None = None
+    for coming in chain(traffic.coming(), [None]):
+        returning, going = going, None
+        posts = [x for x in (coming, returning) if x is not None]
+        wait = yield Post([m for x in posts for m in x.sent], [m for x in posts for m in x.received])
+        if here is None:
+            add(on.division.own(rank), (k, v), (dk, dv))
+        else:
+            made = [xp.zeros(x.shape, real if here.step.sums else x.dtype) for x in here.arrays]
+            add(here.calls, here.arrays, made)
+            going = traffic.back(here.step, made, real)
+        wait()
+        if returning is not None:
+            returning.add(dk, dv)
+        here = coming
+    if going is not None:
+        wait = yield Post(going.sent, going.received)
+        wait()
+        going.add(dk, dv)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+class _Keys(NamedTuple):
+    """Keys and values on their way at one step, and what they are for."""
+
+    step: Step
+    calls: tuple[Call, ...]
+    arrays: list[Any]
+    """Those that this device receives, if any."""
+    sent: list[Message]
+    received: list[Message]
+
+
+class _Back(NamedTuple):
+    """Gradients of keys on their way home."""
+
+    homes: list[tuple[slice, list[Any]]]
+    """Rows of this device's keys, and what is added to their gradients."""
+    sent: list[Message]
+    received: list[Message]
+
+    def add(self, *totals: Any) -> None:
+        """Add what has arrived."""
+        for rows, parts in self.homes:
+            for total, part in zip(totals, parts, strict=True):
+                mine = rows_of(total, rows)
+                mine += part
+
+
+class _Traffic:
+    """What one device sends and receives."""
+
+    def __init__(self, steps: Sequence[Step], xp: Any, rank: int, k: Any, v: Any) -> None:
+        self._steps, self._xp, self._rank, self._kv = steps, xp, rank, (k, v)
+
+    def coming(self) -> Iterator[_Keys]:
+        """The steps' keys; memory for them is allocated when the step is asked for."""
+        return map(self._keys, range(len(self._steps)))
+
+    def _keys(self, index: int) -> _Keys:
+        step, work = self._steps[index], self._steps[index].work[self._rank]
+        found = _Keys(step, () if work is None else work.calls, [], [], [])
+        for move in step.moves:
+            for source, target in move.pairs:
+                parts = [rows_of(x, move.rows) for x in self._kv]
+                if source == self._rank:
+                    found.sent.extend(Message(target, self._xp.ascontiguousarray(x)) for x in parts)
+                if target == self._rank:
+                    found.arrays.extend(self._xp.empty(x.shape, x.dtype) for x in parts)
+                    found.received.extend(Message(source, x) for x in found.arrays)
+        return found
+
+    def back(self, step: Step, made: Sequence[Any], real: Any) -> _Back:
+        """Gradients of the keys of a step, the other way."""
+        found = _Back([], [], [])
+        for move in step.moves:
+            for home, away in move.pairs:
+                if away == self._rank:
+                    found.sent.extend(Message(home, x) for x in made)
+                if home == self._rank:
+                    parts = [rows_of(x, move.rows) for x in self._kv]
+                    empty = [self._xp.empty(x.shape, real if step.sums else x.dtype) for x in parts]
+                    found.homes.append((move.rows, empty))
+                    found.received.extend(Message(away, x) for x in empty)
+        return found
+
+
+def _real(q: Any) -> Any:
+    """The dtype of sums."""
+    dtype = dtypes.of(q.dtype)
+    assert dtype is not None
+    return dtype.accumulator
