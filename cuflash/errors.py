@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 HOW_TO_GET_CUPY = (
     "In cuflash's checkout run `pip install -e '.[cuda13]'`, or with '.[cuda12]' where the driver is older than CUDA 13"
 )
@@ -35,6 +37,9 @@ def shorten(error: Exception) -> None:
 
     Public functions do so where they re-raise, at no cost to calls that succeed.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_dynamo_compiling():
+        return  # torch.compile tells the error by its message, and cannot trace how settings are read
     from cuflash import settings  # which raises errors of this module
 
     if not settings.read().debug:

@@ -106,6 +106,36 @@ def test_explaining_needs_shapes_only(library: Any) -> None:
         cuflash.explain(q, q, q)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_explicit_functions_of_pytorch_take_its_tensors(dropout_p: float) -> None:
+    library = OfTorch()
+    x = [random(2, 9, 2, 8, seed=seed, dtype=FP32) for seed in range(4)]
+    starts = np.array([0, 3, 3, 18], np.int32)
+    packed = [y.reshape(18, 2, 8) for y in x]
+    state = {"gen_": (5, 8)} if dropout_p else {}
+    varlen = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 15, "max_seqlen_k": 15}
+    for function, arrays_of, chance, others in (
+        (cuflash.mha_fwd, x, "p_dropout", {}), (cuflash.mha_fwd_ck, x, "p_dropout", {}),
+        (cuflash.mha_varlen_fwd, [*packed[:3], None, starts, starts], "p_dropout", {}),
+        (cuflash.mem_eff_forward, x, "p_dropout", {}), (cuflash.mem_eff_forward, packed, "p_dropout", varlen),
+        (cuflash.efficient_attention_forward, x, "dropout_p", {}),
+        (cuflash.efficient_attention_forward, x, "dropout_p", {"compute_log_sumexp": True}),
+    ):  # fmt: skip
+        given = arrays_of if len(arrays_of) > 4 else arrays_of[:3]
+        options = {chance: dropout_p, **state}
+        put = lambda y: library.put(y) if isinstance(y, np.ndarray) else y  # noqa: E731
+        expected = function(*given, **others, **options)
+        found = function(*map(put, given), **{name: put(y) for name, y in others.items()}, **options)
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            same = np.testing.assert_array_equal if isinstance(b, np.ndarray) else lambda a, b: a == b or pytest.fail()
+            same(library.get(a) if isinstance(b, np.ndarray) else a, b)
+    out, lse = cuflash.flash_attn_func(*x[:3], return_lse=True)
+    expected = cuflash.mha_bwd(x[3], *x[:3], out, lse)
+    for a, b in zip(cuflash.mha_bwd(*map(library.put, (x[3], *x[:3], out, lse))), expected, strict=True):
+        np.testing.assert_array_equal(library.get(a), b)
+
+
 def test_what_is_given_to_write_to_is_written() -> None:
     library = OfTorch()
     q, out = library.put(random(1, 9, 2, 8, dtype=BF16)), library.put(np.full((1, 9, 2, 8), np.nan, BF16))

@@ -135,6 +135,28 @@ def test_what_has_no_gradient_is_refused(device: str) -> None:
         cuflash.flash_attn_func(q, k, v, out=torch.empty_like(q))
     with pytest.raises(UnsupportedProblem, match=r"^alibi_slopes requires grad, and there is no gradient of it"):
         cuflash.flash_attn_func(q, k, v, alibi_slopes=torch.ones(4, device=device, requires_grad=True))
+    with pytest.raises(UnsupportedProblem, match=r"^k_cache is a cache, and there are no gradients of it or beside it"):
+        cuflash.flash_attn_with_kvcache(q, k, v)
+
+
+def test_what_is_refused_is_refused_where_it_is_traced() -> None:
+    """By the same words: a tangent that a compiled graph lost would be zero."""
+    mode, attend = torch.autograd.forward_ad, lambda x: cuflash.flash_attn_func(x, x, x)
+
+    def dual(x: Any) -> Any:
+        with mode.dual_level():
+            return mode.unpack_dual(attend(mode.make_dual(x, x))).tangent
+
+    for function, words in (
+        (lambda x: torch.func.jvp(attend, (x,), (x,)), "cuflash has no forward mode for torch"),
+        (lambda x: torch.func.jacfwd(attend)(x), "cuflash has no forward mode for torch"),
+        (dual, "cuflash has no forward mode for torch"),
+        (lambda x: torch.func.grad(lambda y: attend(y).sum())(x), "attention inside torch.func.grad"),
+        (lambda x: attend(x[..., :3, :]) * cuflash.flash_attn_func(x, x, x, out=x), "out is given to a call that"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=words):
+            torch.compile(function, backend="eager", fullgraph=True)(torch.randn(1, 5, 4, 8))
 
 
 def test_transforms(device: str) -> None:

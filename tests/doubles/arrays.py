@@ -84,6 +84,9 @@ class FakeTensor:
     def __getitem__(self, index: Any) -> FakeTensor:
         return FakeTensor(self.x[index])
 
+    def view(self, dtype: FakeDtype) -> FakeTensor:
+        return FakeTensor(self.x.view(to_numpy_dtype(dtype)))
+
     def reshape(self, *shape: Any) -> FakeTensor:
         return FakeTensor(self.x.reshape(*shape))
 
@@ -113,6 +116,7 @@ FAKE_TORCH.Tensor = FakeTensor
 FAKE_TORCH.is_grad_enabled = lambda: True
 FAKE_TORCH.strided = FakeTensor.layout
 FAKE_TORCH.no_grad = nullcontext
+FAKE_TORCH.full = lambda shape, value, dtype, device: as_torch(np.full(shape, value, to_numpy_dtype(dtype)))
 FAKE_TORCH.cuda = SimpleNamespace(is_available=lambda: False, default_generators=[SimpleNamespace()])
 FAKE_TORCH.compiler = SimpleNamespace(is_dynamo_compiling=lambda: False)
 FAKE_TORCH._C = SimpleNamespace(

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuflash.adapters.torch.recorded import autocast, differentiated, gradient, of_gradient, refuse_written
+from cuflash.adapters.torch.recorded import (
+    NO_FORWARD_MODE,
+    autocast,
+    differentiated,
+    gradient,
+    of_gradient,
+    refuse_written,
+)
 from cuflash.arrays import framework_of_type
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import Arrays, Options, asked
@@ -34,6 +41,14 @@ def traced(
             "Call them outside of the compiled function, or behind torch.compiler.disable."
         )
     refuse_written(options, "to a call that torch.compile traces")
+    transforms = _transforms()
+    if "Jvp" in transforms:
+        raise UnsupportedProblem(NO_FORWARD_MODE)
+    if "Grad" in transforms:
+        raise UnsupportedProblem(
+            "torch.compile traces attention inside torch.func.grad, vjp or the like, where operators have no gradient. "
+            "Take it outside of the compiled function, or by backward()."
+        )
     if not (generator is None or isinstance(generator, tuple)):
         raise InvalidArgument(
             "generator is an object, which a compiled graph cannot advance. Pass None, for torch's own generator, or a "
@@ -65,6 +80,13 @@ def traced(
     )  # fmt: skip
     results = (out, lse, row_state) if options.keep_state else (out, lse)
     return (*results, rng_state.view(torch.uint64)) if options.dropout_p else results
+
+
+@torch.compiler.assume_constant_result
+def _transforms() -> tuple[str, ...]:
+    """What is active of torch.func, by the names of its levels; known when a call is traced."""
+    levels = [level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return (*levels, "Jvp") if torch.autograd.forward_ad._current_level >= 0 else tuple(levels)
 
 
 def _options(

@@ -25,7 +25,11 @@ _DIFFERENTIABLE = ("q", "k", "v", "bias", "sink")
 _OTHERS = [(i, name) for i, name in enumerate(Arrays._fields[:_READ]) if name not in _DIFFERENTIABLE]
 """What a forward reads and has no gradient of, and where among its arrays."""
 _BIAS = Arrays._fields.index("bias")
-_CACHE = ("table", "k_new", "v_new", "rotary_cos", "rotary_sin", "leftpad", "cache_batch")
+
+NO_FORWARD_MODE = (
+    "cuflash has no forward mode for torch. Take gradients by backward() or torch.func.grad, or call "
+    "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+)
 
 
 def answer(
@@ -106,11 +110,16 @@ def differentiated(options: Options, arrays: Arrays) -> Arrays:
             f"{options.name('out')} is given and a gradient may be taken, which torch does not record through arrays "
             f"that are written. Drop {options.name('out')}, or call under torch.no_grad()."
         )
+    if options.cache:
+        raise UnsupportedProblem(
+            f"{options.name('k')} is a cache, and there are no gradients of it or beside it. "
+            "Call under torch.no_grad() or pass detached tensors; or call flash_attn_func."
+        )
     for i, name in _OTHERS:
         x = arrays[i]
         if x is None:
             continue
-        if name in _CACHE:
+        if name == "table":
             raise UnsupportedProblem(
                 f"{options.name(name)} is given, and there are no gradients through a cache. "
                 "Call under torch.no_grad() or pass detached tensors."
@@ -169,10 +178,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise UnsupportedProblem(
-            "cuflash has no forward mode for torch. Take gradients by backward() or torch.func.grad, or call "
-            "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-        )
+        raise UnsupportedProblem(NO_FORWARD_MODE)
 
 
 def _keep(ctx: Any, framework: Any, options: Options, arrays: Sequence[Any], output: tuple[Any, ...]) -> None:

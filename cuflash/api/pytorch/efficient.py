@@ -140,7 +140,7 @@ def efficient_attention_forward(
                 else:
                     lse = extended(library, lse, rows, np.inf)
         else:
-            lse = library.empty((batch, heads, 0), lse.dtype, library.ordinal(query))
+            lse = library.full((batch, heads, 0), 0, lse.dtype, query)
         seed, offset = explicit.scalars(library, drawn[0] if drawn else None, query)
         return Efficient(out, lse, seed, offset, *lengths)
     except REFUSALS as error:

@@ -163,7 +163,7 @@ def forward(
             )  # fmt: skip
             probabilities = random_values(library, probabilities) if random else probabilities
     else:
-        probabilities = library.empty((0,), library.xp.uint8 if random else q.dtype, library.ordinal(q))
+        probabilities = library.full((0,), 0, library.xp.uint8 if random else q.dtype, q)
     return Forward(out, q, k, v, lse, *_state(library, convention, rng_state, q), probabilities)
 
 
@@ -306,7 +306,7 @@ def _number(name: str, x: Any) -> int:
 def scalars(library: Library, state: Any, beside: Any) -> tuple[Any, Any]:
     """Seed and offset, int64 without dimensions; empty without dropout."""
     if state is None:
-        seed, offset = (library.empty((0,), library.xp.int64, library.ordinal(beside)) for _ in range(2))
+        seed, offset = (library.full((0,), 0, library.xp.int64, beside) for _ in range(2))
         return seed, offset
     numbers = state.view(library.xp.int64)
     return numbers[0:1].reshape(()), numbers[1:2].reshape(())
@@ -316,7 +316,7 @@ def _state(library: Library, convention: Convention, state: Any, beside: Any) ->
     """The two results that hold the random state."""
     if convention.scalars:
         return scalars(library, state, beside)
-    zeros = library.zeros((3 if state is None else 1,), library.xp.uint64, library.ordinal(beside))
+    zeros = library.full((3 if state is None else 1,), 0, library.xp.int64, beside).view(library.xp.uint64)
     return zeros[:2] if state is None else state, zeros[-1:].reshape(())
 
 
