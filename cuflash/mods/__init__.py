@@ -20,11 +20,30 @@ from typing import Any
 
 import numpy as np
 
+from cuflash.mods.library import (
+    alibi,
+    block_window,
+    both,
+    causal,
+    dilated_window,
+    distance_decay,
+    document,
+    either,
+    negated,
+    prefix_lm,
+    relative_bias,
+    sliding_window,
+    softcap,
+    t5_bias,
+    tree,
+)
 from cuflash.mods.tracing import CAPTURABLE, Captured, Mod, Symbol, Traced, operation, trace
 
 __all__ = [
-    "CAPTURABLE", "Captured", "Mod", "Symbol", "Traced", "abs", "captured", "cos", "exp", "floor", "log", "maximum",
-    "minimum", "sin", "sqrt", "tanh", "trace", "where",
+    "CAPTURABLE", "Captured", "Mod", "Symbol", "Traced", "abs", "alibi", "block_window", "both", "captured", "causal",
+    "cos", "dilated_window", "distance_decay", "document", "either", "exp", "floor", "log", "maximum", "minimum",
+    "negated", "prefix_lm", "relative_bias", "sin", "sliding_window", "softcap", "sqrt", "t5_bias", "tanh", "trace",
+    "tree", "where",
 ]  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def backward(options: Options, arrays: Arrays, along: Tangents | None = None) ->
     with np.errstate(all="ignore"):
         dsink = None if dsink is None else dsink.astype(np.float32)
     stored = (_stored(result, place) for result, place in zip(gradients, places, strict=True))
-    return (*stored, *(x for x in (dbias, dsink, *dcaptured, delta) if x is not None))
+    return (*stored, *(x for x in (dbias, dsink, *(dcaptured or ()), delta) if x is not None))
 
 
 def _along(options: Options, arrays: Arrays, tangents: Tangents) -> reference.Tangents:

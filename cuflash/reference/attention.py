@@ -42,8 +42,8 @@ class Gradients(NamedTuple):
     """The shape of the bias, in the accumulator dtype: summed over the axes along which the bias was broadcast."""
     dsink: np.ndarray | None = None
     """(heads_q,) in the accumulator dtype; None without a sink."""
-    dcaptured: tuple[np.ndarray, ...] = ()
-    """In the accumulator dtype, of the arrays of real numbers that the written score reads; empty if not wanted."""
+    dcaptured: tuple[np.ndarray, ...] | None = None
+    """In the accumulator dtype, of the arrays of real numbers that the written score reads; None if not wanted."""
 
 
 def forward(
@@ -368,7 +368,7 @@ class _Sums:
         pool.run(runs, scores)
         with np.errstate(all="ignore"):
             dsink = None if self._dsink is None else self._dsink.sum(axis=0).ravel()
-            dcaptured = () if self._captured is None else self._captured.totals(self._real)
+            dcaptured = None if self._captured is None else self._captured.totals(self._real)
         return Gradients(dq, dk, dv, self._dbias, dsink, dcaptured)
 
 
