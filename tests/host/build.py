@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -75,24 +76,25 @@ def twin() -> Path:
     made = CACHE / f"twin-{key_of(compiler, digest_of(HOST, sources), kernels, PRELUDE, FLAGS, TWIN_FLAGS, UNIT_FLAGS)}"
     if made.exists():
         return made
+    import fcntl  # here, as other systems lack it, and g++
+
     CACHE.mkdir(parents=True, exist_ok=True)
-    forget_old()
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        folder = Path(scratch, "twin")
-        place(folder, [*map(Path, TWIN_KERNELS), *(path.relative_to(HOST) for path in HOST.rglob("*.cuh"))])
-        (folder / "prelude.hpp").write_text(PRELUDE)
-        header = f"{folder}/prelude.hpp"
-        compile(*UNIT_FLAGS, f"-I{folder}", f"-I{HOST}", "-x", "c++-header", header, "-o", f"{header}.gch")
-        objects = []
-        for number, source in enumerate(sorted(HOST.rglob("*.cpp"))):
-            objects.append(f"{folder}/{number}.o")
-            compile(*TWIN_FLAGS, f"-I{folder}", f"-I{HOST}", "-c", source, "-o", objects[-1])
-        subprocess.run(["ar", "rcs", f"{folder}/libtwin.a", *objects], check=True)
-        try:
+    with open(CACHE / "lock", "w") as lock, ThreadPoolExecutor(os.cpu_count()) as compilers:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait and leave their cores to g++
+        if made.exists():
+            return made
+        forget_old()
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            folder = Path(scratch, "twin")
+            place(folder, [*map(Path, TWIN_KERNELS), *(path.relative_to(HOST) for path in HOST.rglob("*.cuh"))])
+            (folder / "prelude.hpp").write_text(PRELUDE)
+            header, include = f"{folder}/prelude.hpp", [f"-I{folder}", f"-I{HOST}"]
+            objects = {source: f"{folder}/{number}.o" for number, source in enumerate(sorted(HOST.rglob("*.cpp")))}
+            units = [[*UNIT_FLAGS, *include, "-x", "c++-header", header, "-o", f"{header}.gch"]]
+            units += [[*TWIN_FLAGS, *include, "-c", source, "-o", target] for source, target in objects.items()]
+            list(compilers.map(lambda unit: compile(*unit), units))
+            subprocess.run(["ar", "rcs", f"{folder}/libtwin.a", *objects.values()], check=True)
             os.rename(folder, made)
-        except OSError:  # another process was faster
-            if not made.exists():
-                raise
     return made
 
 
