@@ -303,7 +303,10 @@ def test_only_tiles_with_something_visible_are_visited_and_only_boundaries_maske
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "mask-tensor"])
-def test_memory_grows_with_the_lengths_only(masked: bool) -> None:
+def test_memory_grows_with_the_lengths_only(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "1")  # each has tiles of its own, and those of which calls is chance
+    monkeypatch.setattr(pool, "tile_scratch", pool.SpareScratch())
+    monkeypatch.setattr(loops, "key_scratch", pool.SpareScratch())
     length = 8192
     shape = {"b": 1, "h": 1, "hk": 1, "sq": length, "sk": length, "d": 16, "dv": 16}
     inputs = arrays(shape, FP32)
