@@ -96,12 +96,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect all but the first and every nth case after it of tests marked ``sample(n)``."""
+    """Deselect all but the first and every nth after it of a test's cases that are marked ``sample(n)``."""
     kept, left_out, seen = [], [], Counter()
     for item in items:
         mark = item.get_closest_marker("sample")
+        if mark is None:
+            kept.append(item)
+            continue
         test = item.nodeid.partition("[")[0]
-        (kept if mark is None or seen[test] % mark.args[0] == 0 else left_out).append(item)
+        (left_out if seen[test] % mark.args[0] else kept).append(item)
         seen[test] += 1
     items[:] = kept
     if left_out:

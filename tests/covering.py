@@ -1,11 +1,16 @@
-"""Few cases that hold every pair of settings: what one feature does to another shows in at least one of them."""
+"""Few cases that hold every pair of settings, or all that many cases hold.
+
+What one feature does to another shows in at least one of the former.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import combinations
 from random import Random
 from typing import Any
+
+import pytest
 
 Combination = dict[str, Any]
 
@@ -35,3 +40,23 @@ def every_pair(factors: Mapping[str, Sequence[str]], tries: int = 30) -> list[Co
             missing.pop(pair, None)
         cases.append({name: best[name] for name in factors})
     return cases
+
+
+def few_with_everything(held: Mapping[str, Collection[Hashable]]) -> list[str]:
+    """Few of the keys: they hold together all that any key holds; always the same ones, greedily chosen."""
+    missing = {thing for things in held.values() for thing in things}
+    few = []
+    while missing:
+        few.append(max(held, key=lambda key: len(missing.intersection(held[key]))))
+        missing.difference_update(held[few[-1]])
+    return few
+
+
+def sampled(cases: Mapping[str, tuple[Any, Collection[Hashable]]], every: int) -> list[Any]:
+    """Parameters of a test, from their names and, for each, its value and what that is an example of.
+
+    In a sample are few that are an example of everything, and of the others one in ``every``.
+    """
+    few = few_with_everything({name: held for name, (_, held) in cases.items()})
+    rest = pytest.mark.sample(every)
+    return [pytest.param(value, id=name, marks=() if name in few else rest) for name, (value, _) in cases.items()]

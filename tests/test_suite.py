@@ -1,4 +1,4 @@
-"""What a run of the suite leaves out, by the rules in conftest.py, on a suite of a dozen tests."""
+"""What a run of the suite leaves out, by the rules in conftest.py, on a suite of a score of tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from covering import sampled
 
 TESTS = """
 import os
@@ -17,6 +18,9 @@ import pytest
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("case", range(10))
 def test_group(case): pass
+
+@pytest.mark.parametrize("case", [pytest.param(n, marks=[pytest.mark.sample(3)] * (n != 1)) for n in range(6)])
+def test_some(case): pass
 
 def test_alone():
     assert "COLUMNS" not in os.environ
@@ -53,15 +57,16 @@ def run(suite: Path, *arguments: str) -> tuple[str, str, set[str]]:
     return header, output.splitlines()[-1], {a or b for a, b in names}
 
 
-GROUP, GPU = {f"test_group[{case}]" for case in range(10)}, {f"test_on_a_gpu[{case}]" for case in range(3)}
-SAMPLE = {"test_group[0]", "test_group[4]", "test_group[8]"}
+GROUP = {f"test_group[{case}]" for case in range(10)} | {f"test_some[{case}]" for case in range(6)}
+GPU = {f"test_on_a_gpu[{case}]" for case in range(3)}
+SAMPLE = {f"test_group[{case}]" for case in (0, 4, 8)} | {f"test_some[{case}]" for case in (0, 1, 4)}
 
 
 def test_a_sample_runs_unless_somebody_asks_for_all(suite: Path) -> None:
     for processes in "-n0", "-n2":
         header, end, ran = run(suite, processes)
         assert "--all" in header and ran == SAMPLE | {"test_alone"} | GPU
-        assert "7 deselected" in end or processes == "-n2"
+        assert "10 deselected" in end or processes == "-n2"
     header, _, ran = run(suite, "-n0", "--all")
     assert header == "cuflash: every case of every group runs" and ran == GROUP | {"test_alone"} | GPU
 
@@ -69,7 +74,7 @@ def test_a_sample_runs_unless_somebody_asks_for_all(suite: Path) -> None:
 @pytest.mark.parametrize("named", ["tests/test_few.py", "-kgroup", "tests/test_few.py::test_group"])
 def test_what_is_named_runs_whole(suite: Path, named: str) -> None:
     header, _, ran = run(suite, named, *["-n0"] * ("::" not in named))
-    assert header == "cuflash: every case of every group runs" and ran >= GROUP
+    assert header == "cuflash: every case of every group runs" and ran >= {test for test in GROUP if "group" in test}
 
 
 def test_where_there_is_a_gpu_one_process_runs_all(suite: Path) -> None:
@@ -77,8 +82,16 @@ def test_where_there_is_a_gpu_one_process_runs_all(suite: Path) -> None:
     note = f"open({str(where)!r}, 'a').write(str(os.getpid()) + chr(10))"
     tests.write_text(tests.read_text().replace("(case): pass", f"(case): {note}"))
     has_gpu(suite, "None")
-    for arguments, tests_run in ([], 6), (["-m", "gpu"], 3):
+    for arguments, tests_run in ([], 9), (["-m", "gpu"], 3):
         where.unlink(missing_ok=True)
         run(suite, *arguments)
         ran = where.read_text().split()
         assert len(ran) == tests_run and len(set(ran)) == 1
+
+
+def test_a_sample_of_cases_has_whatever_any_of_them_has() -> None:
+    cases = {f"case{n}": (n, {n % 3, n // 8}) for n in range(24)} | {"alone": (24, {"what no other has"})}
+    marks = {case.id: [mark.args for mark in case.marks] for case in sampled(cases, every=5)}
+    assert list(marks) == list(cases) and all(args in ([], [(5,)]) for args in marks.values())
+    always = [cases[name] for name, args in marks.items() if not args]
+    assert len(always) < 8 and set().union(*(held for _, held in always)) == {0, 1, 2, "what no other has"}

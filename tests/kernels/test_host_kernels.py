@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import oracle
 import pytest
+from covering import sampled
 from host.build import why_not
 from host.cases import (
     CAUSAL,
@@ -26,6 +27,7 @@ from problems import PROBLEMS, plans
 
 from cuflash import dtypes
 from cuflash.device import NAMED, named
+from cuflash.features import needs
 from cuflash.masks import Mask
 from cuflash.plan import Plan, choose
 from cuflash.plan import why_not as reasons_against
@@ -405,18 +407,47 @@ def differentiable(case: HostCase) -> bool:
 DIFFERENTIABLE = {name: case for name, case in CASES.items() if differentiable(case)}
 
 
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+MAIN_KERNELS = ("fwd_sm90", "fwd_sm80", "fwd_simt", "bwd_sm90", "bwd_sm80", "bwd_simt")
+
+
+def tile(plan: Plan) -> tuple:
+    config = next(step.config for step in plan.steps if step.kernel.startswith(MAIN_KERNELS))
+    names = ("tile_q", "tile_kv", "threads", "stages", "row_buffers", "dim_splits", "ping_pong")
+    return plan.family, plan.problem.direction, *(getattr(config, name, None) for name in names)
+
+
+def plan_of(case: HostCase, direction: str) -> Plan:
+    return choose(replace(case.problem, direction=direction), named(case.device), case.family)
+
+
+def kinds(case: HostCase, direction: str) -> set[tuple]:
+    """What a case is an example of, each with its family: kernels, a tile, features and their forms, odd sizes."""
+    plan = plan_of(case, direction)
+    p = plan.problem
+    of_problem = {"copy": p.copy_bytes, "dropout": p.dropout, "bias": (p.bias, p.bias_boxes), "tile": tile(plan)}
+    of_mask = {"mask": (p.mask.kind, p.mask.alignment)}
+    of_sizes = {"queries": p.len_q > 0, "keys": p.len_kv > 0, "scale": np.sign(p.softmax_scale)}
+    of_data = {name: bool(getattr(case, name)) for name in ("num_sms", "seqused_q", "seqused_kv", "unbiased", "shared")}
+    of_data |= {"ramp": case.key_ramp > 1, "empty": case.empty_lse, "device": case.device}
+    forms = of_problem | of_mask | of_sizes | of_data
+    return {(plan.family, kind) for kind in (*(step.kernel for step in plan.steps), *needs(p), p.dtype, *forms.items())}
+
+
+def cases_of(direction: str, cases: dict[str, HostCase]) -> list:
+    return sampled({name: (case, kinds(case, direction)) for name, case in cases.items()}, every=10)
+
+
+@pytest.mark.parametrize("case", cases_of("forward", CASES))
 def test_forward(case: HostCase) -> None:
     check_forward(case)
 
 
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("case", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE.keys())
+@pytest.mark.parametrize("case", cases_of("backward", DIFFERENTIABLE))
 def test_backward(case: HostCase) -> None:
     check_backward(case)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
     "name",
@@ -513,19 +544,10 @@ def test_a_generator_on_the_device_moves_on() -> None:
     assert generator.tolist() == [7, 2**63 + 8 + 512]
 
 
-MAIN_KERNELS = ("fwd_sm90", "fwd_sm80", "fwd_simt", "bwd_sm90", "bwd_sm80", "bwd_simt")
-
-
 def test_cases_run_every_tile() -> None:
     """Whatever tile a plan for any named device has, some case here has run it."""
-
-    def tile(plan: Plan) -> tuple:
-        config = next(step.config for step in plan.steps if step.kernel.startswith(MAIN_KERNELS))
-        names = ("tile_q", "tile_kv", "threads", "stages", "row_buffers", "dim_splits", "ping_pong")
-        return plan.family, plan.problem.direction, *(getattr(config, name, None) for name in names)
-
     run_here = {
-        tile(choose(replace(case.problem, direction=direction), named(case.device), case.family))
+        tile(plan_of(case, direction))
         for direction, cases in (("forward", CASES), ("backward", DIFFERENTIABLE))
         for case in cases.values()
     }

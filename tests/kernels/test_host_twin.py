@@ -124,6 +124,7 @@ def kernels_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         memoised.cache_clear()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("file", "number"), CALLS)
 def test_every_ordering_call_matters(file: str, number: int, kernels_copy: Path) -> None:
     """Without any one of its barriers and waits, a kernel goes wrong here: the tests of the kernels would notice."""

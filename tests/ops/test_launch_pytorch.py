@@ -124,6 +124,7 @@ DELTA_CASES: dict[str, tuple[dict[str, Any], str, bool]] = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", DELTA_CASES)
 def test_delta_is_returned_where_it_is_kept(backend: Backend, name: str) -> None:
     given, dtype, with_dlse = DELTA_CASES[name]

@@ -45,6 +45,7 @@ def assert_sums_to_one(dv: np.ndarray, dout: np.ndarray, dtype: type) -> None:
     np.testing.assert_allclose(dv.astype(FP64).sum((1, 2)), given, atol=CLOSE[dtype] * 20, rtol=CLOSE[dtype])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("level", [-1e4, 2e5, -1e9, 1e10, -1e31, 2.4e38, LEAST])
 def test_finite_logits_of_any_size_are_weighed(backend: Backend, level: float) -> None:
     for dtype in dtypes_of(backend):
@@ -63,6 +64,7 @@ def test_finite_logits_of_any_size_are_weighed(backend: Backend, level: float) -
         np.testing.assert_allclose(dk.astype(FP64), exact_dk, atol=8 * CLOSE[dtype])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("feature", ["causal", "sink", "splits", "dropout", "packed", "mask", "bias-row"])
 def test_large_logits_beside_everything_else(backend: Backend, feature: str) -> None:
     sq, sk, level = 70, 150, -1e9
@@ -112,6 +114,7 @@ def test_products_far_beyond_the_numbers_of_exponents(backend: Backend) -> None:
             assert_sums_to_one(dv, dout, dtype)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("softcap", [2.0**-126, 0.5, 50.0, 1e4, 1e9, 2.0**126])
 def test_soft_caps_of_every_size(backend: Backend, softcap: float) -> None:
     for dtype in dtypes_of(backend):
