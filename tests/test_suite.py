@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,9 @@ def test_a_sample_of_cases_has_whatever_any_of_them_has() -> None:
     assert list(marks) == list(cases) and all(args in ([], [(5,)]) for args in marks.values())
     always = [cases[name] for name, args in marks.items() if not args]
     assert len(always) < 8 and set().union(*(held for _, held in always)) == {0, 1, 2, "what no other has"}
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Pytest imports files by their names alone, and of two with one name refuses the whole suite."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, number in names.items() if number > 1] == []
