@@ -217,10 +217,13 @@ def flash_attn_func(
     memory and new arrays come from torch's allocator for torch and from CuPy's for all others; CuPy's does not know of
     graphs, so capture with a ``cupy.cuda.MemoryPool`` that lives as long as the graph.
 
-    Inside JAX's transformations arrays have no elements yet: lengths of packed sequences must be given, and arguments
-    are checked when they are traced. The gradient has no derivative, and there is no forward mode. A program on several
-    devices divides a call along the batch and the heads; where arrays are sharded otherwise, or with dropout, call
-    cuflash inside ``jax.shard_map``. Programs that were stored by ``jax.export`` need
+    Autograd of torch records calls on tensors that require grad; ``torch.func.grad``, ``vmap``, checkpoints, autocast
+    and ``torch.compile`` may be around them. Inside JAX's transformations arrays have no elements yet: lengths of
+    packed sequences must be given, and arguments are checked when they are traced. With either the gradient has no
+    derivative and there is no forward mode, which are refused; `flash_attn_jvp` pushes changes forward outside of them.
+
+    A program of JAX on several devices divides a call along the batch and the heads; where arrays are sharded
+    otherwise, or with dropout, call cuflash inside ``jax.shard_map``. Programs that were stored by ``jax.export`` need
     ``cuflash.adapters.jax.register()`` before another process runs them.
 
     DTensors of torch have to be divided along the batch or the heads, or not at all; each process attends to its part.

@@ -1035,8 +1035,8 @@ def test_prepared_calls_record_nothing(launches: Launches) -> None:
     with pytest.raises(InvalidArgument) as caught:
         attend(plain, grad, plain)
     assert str(caught.value) == (
-        "k requires grad, and autograd does not see prepared calls: its gradient would be lost. "
-        "Pass k.detach(), or call flash_attn_func."
+        "k requires grad, and autograd sees neither prepared calls nor merges: its gradient would be lost. "
+        "Pass k.detach(), or call flash_attn_func or merge_attention_vjp."
     )
     assert launches.take() == []
 

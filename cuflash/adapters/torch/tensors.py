@@ -284,8 +284,8 @@ class Torch(Launcher, Adapter):
 
     def _on_tape(self, name: str, x: Any) -> InvalidArgument:
         return InvalidArgument(
-            f"{name} requires grad, and autograd does not see prepared calls: its gradient would be lost. "
-            f"Pass {name}.detach(), or call flash_attn_func."
+            f"{name} requires grad, and autograd sees neither prepared calls nor merges: its gradient would be lost. "
+            f"Pass {name}.detach(), or call flash_attn_func or merge_attention_vjp."
         )
 
     def _without_memory(self, name: str, x: Any) -> InvalidArgument | UnsupportedProblem:
