@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from cuflash.api.cache import flash_attn_with_kvcache
 from cuflash.api.explain import Explanation, explain
 from cuflash.api.flash import flash_attn_func, flash_attn_varlen_func
+from cuflash.api.flex import flex_attention
 from cuflash.api.gradients import CapturedGradients, Gradients, flash_attn_backward, flash_attn_vjp
 from cuflash.api.keywords import FlashOptions, VarlenOptions
 from cuflash.api.kvcache import KVCache
@@ -66,6 +67,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_vjp",
     "flash_attn_with_kvcache",
+    "flex_attention",
     "manual_seed",
     "mem_eff_backward",
     "mem_eff_forward",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 from cuflash import ops
+from cuflash.api.keywords import WrittenMask, WrittenScore
 from cuflash.arrays import Array, ArrayT
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import flag, is_array
-from cuflash.ops import Arrays, Options, asked, new
+from cuflash.ops import Arrays, Options, asked, new, with_mods
 
 
 @overload
@@ -19,7 +20,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
     rotary_interleaved: bool = ..., alibi_slopes: Array | None = ..., num_splits: int = ...,
     return_softmax_lse: Literal[False] = ..., *, attn_mask: Array | None = ..., attn_bias: Array | None = ...,
-    sink: Array | None = ..., out: ArrayT | None = ...,
+    sink: Array | None = ..., score_mod: WrittenScore = ..., mask_mod: WrittenMask = ..., out: ArrayT | None = ...,
 ) -> ArrayT: ...  # fmt: skip
 @overload
 def flash_attn_with_kvcache(
@@ -29,7 +30,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
     rotary_interleaved: bool = ..., alibi_slopes: Array | None = ..., num_splits: int = ..., *,
     return_softmax_lse: Literal[True], attn_mask: Array | None = ..., attn_bias: Array | None = ...,
-    sink: Array | None = ..., out: ArrayT | None = ...,
+    sink: Array | None = ..., score_mod: WrittenScore = ..., mask_mod: WrittenMask = ..., out: ArrayT | None = ...,
 ) -> tuple[ArrayT, Array]: ...  # fmt: skip
 @overload
 def flash_attn_with_kvcache(
@@ -39,7 +40,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
     rotary_interleaved: bool = ..., alibi_slopes: Array | None = ..., num_splits: int = ...,
     return_softmax_lse: bool = ..., *, attn_mask: Array | None = ..., attn_bias: Array | None = ...,
-    sink: Array | None = ..., out: ArrayT | None = ...,
+    sink: Array | None = ..., score_mod: WrittenScore = ..., mask_mod: WrittenMask = ..., out: ArrayT | None = ...,
 ) -> ArrayT | tuple[ArrayT, Array]: ...  # fmt: skip
 def flash_attn_with_kvcache(
     q: Array,
@@ -65,6 +66,8 @@ def flash_attn_with_kvcache(
     attn_mask: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    score_mod: WrittenScore = None,
+    mask_mod: WrittenMask = None,
     out: Array | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of new queries over a cache of keys and values, to which new ones may be appended in place.
@@ -112,6 +115,9 @@ def flash_attn_with_kvcache(
         room for in the cache, and column 0 is its first key, behind the left padding.
     sink : array of float32, (heads_q,), optional
         As for `flash_attn_func`.
+    score_mod, mask_mod : callable, optional
+        As for `flash_attn_func`: ``q`` counts from the first of the new queries, and ``k`` from a sequence's first key,
+        behind the left padding. An array (b,) of their distances, which a function reads, tells the two apart.
     out : array, (b, len_q, heads_q, dim_v), optional
         As for `flash_attn_func`.
 
@@ -148,6 +154,8 @@ def flash_attn_with_kvcache(
             block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
             attn_mask, attn_bias, sink, out,
         )  # fmt: skip
+        if score_mod is not None or mask_mod is not None:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod)
         results = ops.forward(options, arrays, None, cached)
         return (results[0], results[1]) if flag("return_softmax_lse", return_softmax_lse) else results[0]
     except REFUSALS as error:

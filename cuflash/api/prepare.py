@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cuflash.api.cache import cache_call
+from cuflash.api.keywords import WrittenMask, WrittenScore
 from cuflash.arrays import Array, ArrayT
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import shown
-from cuflash.ops import Arrays, PreparedAttention, asked, new
+from cuflash.ops import Arrays, PreparedAttention, asked, new, with_mods
 
 
 def flash_attn_prepare(
@@ -27,6 +28,8 @@ def flash_attn_prepare(
     attn_bias: Array | None = None,
     alibi_slopes: Array | None = None,
     sink: Array | None = None,
+    score_mod: WrittenScore = None,
+    mask_mod: WrittenMask = None,
     out: ArrayT | None = None,
     cache: Sequence[ArrayT] | None = None,
     cache_seqlens: int | Array | None = None,
@@ -52,6 +55,9 @@ def flash_attn_prepare(
         As for `flash_attn_func`; with a `cache`, masks are aligned bottom-right.
     attn_mask, attn_bias, alibi_slopes, sink : array, optional
         As for `flash_attn_func`. Kept, and read anew in every call.
+    score_mod, mask_mod : callable, optional
+        As for `flash_attn_func` and, with a `cache`, `flash_attn_with_kvcache`. Traced once; arrays that they read are
+        kept, and read anew in every call.
     out : array, (b, len_q, heads_q, dim_v), optional
         Like the array that every call will be given to write to; None if calls return new arrays. Not written.
     cache : (array, array), optional
@@ -102,11 +108,14 @@ def flash_attn_prepare(
             if not isinstance(cache, Sequence) or len(cache) != 2:
                 raise InvalidArgument(f"cache is {shown(cache)}; expected a tuple (k_cache, v_cache).")
             k_cache, v_cache = cache
-            return PreparedAttention(*cache_call(
+            options, arrays, cached = cache_call(
                 q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
                 block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
                 attn_mask, attn_bias, sink, out,
-            ))  # fmt: skip
+            )  # fmt: skip
+            if score_mod is not None or mask_mod is not None:
+                options, arrays = with_mods(options, arrays, score_mod, mask_mod)
+            return PreparedAttention(options, arrays, cached)
         of_cache = {
             "cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad,
             "block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin,
@@ -119,6 +128,8 @@ def flash_attn_prepare(
             num_splits=num_splits,
         )  # fmt: skip
         arrays = new(Arrays, q, k, v, attn_mask, attn_bias, alibi_slopes, sink, out=out)
+        if score_mod is not None or mask_mod is not None:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod)
         return PreparedAttention(options, arrays)
     except REFUSALS as error:
         shorten(error)

@@ -37,4 +37,10 @@ def _traced(argument: str, function: Any) -> Traced:
     if is_mask != (argument == "mask_mod"):
         other = "mask_mod" if is_mask else "score_mod"
         raise InvalidArgument(f"{argument} was traced as a {other}; pass it as that, or trace it as a {argument}.")
+    if len(function.arrays) != len(function.mod.operands):
+        reads, given = len(function.mod.operands), len(function.arrays)
+        raise InvalidArgument(
+            f"{argument} reads {reads} {'array' if reads == 1 else 'arrays'}, and {given} are given; pass what "
+            "cuflash.mods.trace returns."
+        )
     return function

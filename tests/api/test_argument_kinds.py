@@ -46,6 +46,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "flash_attn_jvp": FORWARD,
     "flash_attn_prepare": FORWARD,
     "scaled_dot_product_attention": {"query": X, "key": X, "value": X},
+    "flex_attention": {"query": X, "key": X, "value": X},
     "explain": FORWARD | {"device": "h100"},
     "mha_fwd": FORWARD,
     "mha_bwd": SEEDS | NO_OUTPUTS | {"alibi_slopes_": None},

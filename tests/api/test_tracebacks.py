@@ -35,6 +35,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "flash_attn_jvp": lambda: cuflash.flash_attn_jvp(X, X, X, WRONG),
     "flash_attn_with_kvcache": lambda: cuflash.flash_attn_with_kvcache(X, X, X, cache_seqlens=4),
     "flash_attn_prepare": lambda: cuflash.flash_attn_prepare(X, WRONG, X),
+    "flex_attention": lambda: cuflash.flex_attention(X, WRONG, X),
     "scaled_dot_product_attention": lambda: cuflash.scaled_dot_product_attention(X, WRONG, X),
     "explain": lambda: cuflash.explain(X, X, X, device="abacus"),
     "attention_map": lambda: cuflash.attention_map(X, WRONG),

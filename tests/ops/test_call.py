@@ -48,6 +48,7 @@ DOORS: dict[Callable[..., Any], tuple[str, str]] = {
     cuflash.flash_attn_vjp: ("vjp", "flash"),
     cuflash.explain: ("explain", "flash"),
     cuflash.scaled_dot_product_attention: ("forward", "sdpa"),
+    cuflash.flex_attention: ("forward", "sdpa"),
     cuflash.mha_fwd: ("forward", "mha_fwd"),
     cuflash.mha_varlen_fwd: ("forward", "mha_fwd"),
     cuflash.mha_fwd_ck: ("forward", "mha_fwd"),

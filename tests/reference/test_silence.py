@@ -11,6 +11,7 @@ import pytest
 from inputs import BF16, FP16, FP32, FP64
 
 import cuflash
+from cuflash import mods
 
 STARTS = np.array([0, 3, 3, 9], np.int32)
 SINK = np.array([0.5, -1, 1e30, -np.inf], FP32)
@@ -33,6 +34,9 @@ def calls(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, bias: np.n
     def vjp(*arrays: np.ndarray, dout: np.ndarray, dlse: np.ndarray | None = None, **options: Any) -> list[Any]:
         out, pullback = cuflash.flash_attn_vjp(*arrays, **options)
         return [out, *pullback(dout, dlse)]
+
+    def written(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return s * SLOPES[h] + mods.log(mods.abs(s)) / (q - k) - mods.exp(SINK[h] * 100)
 
     def backward() -> Any:
         out, lse = cuflash.flash_attn_func(q, k, v, return_lse=True)
@@ -91,6 +95,8 @@ def calls(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, bias: np.n
         "bias": lambda: vjp(q, k, v, dout=g, attn_bias=bias, bias_grad=True, softcap=2.0),
         "cap": lambda: vjp(q, k, v, dout=g, softcap=1e30, softmax_scale=1e30),
         "dropout": lambda: vjp(q, k, v, dout=g, **DRAWN),
+        "written": lambda: vjp(q, k, v, dout=g, score_mod=written, mask_mod=mods.causal(), captured_grad=True),
+        "flex": lambda: cuflash.flex_attention(*turned, written, enable_gqa=True, return_lse=True),
         "word": lambda: vjp(q, k, v, dout=g, **DRAWN, dropout_scheme="word"),
         "packed": lambda: vjp(*packed, dout=g[0], **lengths, sink=SINK),
         "backward": backward,
@@ -128,7 +134,12 @@ def test_no_function_depends_on_the_error_state(dtype: Any, numbers: str) -> Non
                 expected = list(call())
             with np.errstate(all="raise"):
                 results = list(call())
-            for one, other in zip(results, expected, strict=True):
+            for one, other in zip(_flat(results), _flat(expected), strict=True):
                 if one is not None:
                     one, other = (x.astype(FP32) if getattr(x, "dtype", None) == BF16 else x for x in (one, other))
                     np.testing.assert_array_equal(one, other, err_msg=f"{name} of {numbers} {sorted(changed)}")
+
+
+def _flat(results: list[Any]) -> list[Any]:
+    """The results, those of captured arrays one by one."""
+    return [x for result in results for x in (result if isinstance(result, tuple) else (result,))]
