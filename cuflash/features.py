@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from cuflash.dtypes import BF16
 from cuflash.masks import Mask
 from cuflash.mods import trace
-from cuflash.problem import Problem
+from cuflash.problem import Blocks, Problem
 
 PLAIN = Problem("forward", BF16, batch=1, heads_q=4, heads_kv=4, len_q=256, len_kv=256, dim_qk=64, dim_v=64)
 """A problem that needs no feature."""
@@ -67,6 +67,9 @@ FEATURES: dict[str, Feature] = {feature.name: feature for feature in (
     Feature("written mask", "a Python function of the position",
         lambda problem: problem.mask_mod is not None,
         replace(PLAIN, mask_mod=trace("mask_mod", lambda b, h, q, k: (q ^ k) % 3 != 0).mod)),
+    Feature("block mask", "lists of blocks with a visible pair: others are never visited",
+        lambda problem: problem.block_mask is not None,
+        replace(PLAIN, block_mask=Blocks((128, 128), trace("mask_mod", lambda b, h, q, k: q // 128 >= k // 128).mod))),
     Feature("captured gradient", "of the numbers that a written score reads",
         lambda problem: problem.captured_grad,
         replace(PLAIN, captured_grad=True)),
@@ -97,7 +100,7 @@ FEATURES: dict[str, Feature] = {feature.name: feature for feature in (
 )}  # fmt: skip
 
 
-ON_NUMPY_ALONE = ("written score", "written mask", "captured gradient")
+ON_NUMPY_ALONE = ("written score", "written mask", "block mask", "captured gradient")
 """What no kernel computes yet."""
 
 

@@ -31,6 +31,16 @@ class Rotary:
     """All queries are turned as the first one is, not each by a position of its own."""
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What is compiled in of a block mask; its lists are not."""
+
+    size: tuple[int, int]
+    """Queries and keys of a block."""
+    rule: Mod
+    """What the visible pairs of partial blocks fulfil."""
+
+
 MAX_SPLITS = 128
 """The most blocks that share the keys of one query tile."""
 
@@ -82,6 +92,8 @@ class Problem:
     """What a caller's function makes of the scaled and capped score, before ALiBi and bias; None leaves it alone."""
     mask_mod: Mod | None = None
     """Which pairs a caller's function lets take part, if the mask lets them too."""
+    block_mask: Blocks | None = None
+    """The same by lists of blocks, of which those in no list are not visited."""
     captured_grad: bool = False
     """Backward only: the gradients of the real numbers that `score_mod` reads are wanted."""
     sink: bool = False
@@ -152,6 +164,10 @@ class Problem:
             kv = (self.total_kv // self.len_kv, self.len_kv)
         if self.page_size:
             kv = (self.total_kv // self.page_size, self.page_size)
+        masks = [str(self.mask)]
+        masks += [f"where {self.mask_mod}"] if self.mask_mod else []
+        if self.block_mask:
+            masks.append("blocks of {} x {}".format(*self.block_mask.size) + f" where {self.block_mask.rule}")
         score = [f"times {self.softmax_scale:.4g}"]
         score += [f"soft cap {self.softcap:g}"] if self.softcap else []
         score += [f"as {self.score_mod}"] if self.score_mod else []
@@ -162,7 +178,7 @@ class Problem:
             ("q", f"{(*q, self.heads_q, self.dim_qk)} {self.dtype}{longest.format(self.len_q)}"),
             ("k", f"{(*kv, self.heads_kv, self.dim_qk)} {self.dtype}{longest.format(self.len_kv)}"),
             ("v", f"{(*kv, self.heads_kv, self.dim_v)} {self.dtype}"),
-            ("mask", str(self.mask) + (f", where {self.mask_mod}" if self.mask_mod else "")),
+            ("mask", ", ".join(masks)),
             ("scores", ", ".join(score)),
         ]
         lines += [("appended", f"{self.appended} keys to each sequence of the cache")] if self.appended else []
@@ -195,6 +211,7 @@ class Problem:
         parts += ["dbias"] if self.bias_grad else []
         parts += ["score_mod"] if self.score_mod else []
         parts += ["mask_mod"] if self.mask_mod else []
+        parts += ["blocks{}x{}".format(*self.block_mask.size)] if self.block_mask else []
         parts += ["dcaptured"] if self.captured_grad else []
         parts += ["sink"] if self.sink else []
         parts += [f"dropout-{self.dropout}"] if self.dropout else []

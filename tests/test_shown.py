@@ -29,7 +29,7 @@ def text_of(page: str) -> str:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=list(FEATURES))
 def test_what_a_problem_and_its_mask_print_makes_them_again(problem: Problem) -> None:
     names = {"Problem": Problem, "Mask": Mask}
-    if problem.score_mod is None and problem.mask_mod is None:  # which are functions
+    if problem.score_mod is problem.mask_mod is problem.block_mask is None:  # which are functions
         assert eval(repr(problem), names) == problem
     assert eval(repr(problem.mask), names) == problem.mask
     assert "False" not in repr(problem).replace("bias_boxes=False", "").replace("ascending=False", "")

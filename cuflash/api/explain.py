@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cuflash import ops
 from cuflash.api.keywords import WrittenMask, WrittenScore
 from cuflash.arrays import Array
@@ -10,6 +12,9 @@ from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.ops import Arrays, Explanation, asked, with_mods
 from cuflash.problem import Problem
+
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask
 
 
 def explain(
@@ -34,6 +39,7 @@ def explain(
     sink: Array | None = None,
     score_mod: WrittenScore = None,
     mask_mod: WrittenMask = None,
+    block_mask: BlockMask | None = None,
     block_table: Array | None = None,
     dropout_p: float = 0.0,
     dropout_scheme: Scheme = "byte",
@@ -55,7 +61,7 @@ def explain(
         Keys and values.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As for `flash_attn_func`.
-    score_mod, mask_mod
+    score_mod, mask_mod, block_mask
         As for `flash_attn_func`.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table
         As for `flash_attn_varlen_func`.
@@ -98,8 +104,8 @@ def explain(
             q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k, table=block_table,
         )  # fmt: skip
-        if score_mod is not None or mask_mod is not None or captured_grad is not False:
-            options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad)
+        if captured_grad is not False or any(x is not None for x in (score_mod, mask_mod, block_mask)):
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad, block_mask)
         return ops.explain(options, arrays, device, backward)
     except REFUSALS as error:
         shorten(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from cuflash import ops
 from cuflash.api.keywords import FlashOptions, Generator, VarlenOptions, WrittenMask, WrittenScore
@@ -14,6 +14,9 @@ from cuflash.masks import Alignment
 from cuflash.numbers import flag
 from cuflash.ops import Arrays, Options, asked, new, with_mods
 from cuflash.ops.lengths import with_lengths
+
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask
 
 
 @overload
@@ -84,6 +87,7 @@ def flash_attn_func(
     sink: Array | None = None,
     score_mod: WrittenScore = None,
     mask_mod: WrittenMask = None,
+    block_mask: BlockMask | None = None,
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
@@ -165,6 +169,10 @@ def flash_attn_func(
         function)`` may be passed as well, which spares the tracing. On NumPy arrays alone: kernels do not have it yet.
     mask_mod : callable, ``(b, h, q, k) -> bool``, optional
         Whether a query sees a key, if the other masks let it too; as `score_mod` otherwise.
+    block_mask : BlockMask, optional
+        The same as lists of blocks, from `create_block_mask`: keys in no list are never visited, in the gradients
+        neither, and pairs of full blocks are not tested. Of these lengths, and of one, or all, batch elements and query
+        heads. Other masks hide what they hide as well. On NumPy arrays and others in host memory alone.
     generator : PhiloxGenerator, (int, int) or JAX key, optional
         What dropout draws from: a generator, which moves on, or a seed and an offset. By default the generator that
         `manual_seed` seeds, torch's own for its tensors. With JAX also a key or a (4,) uint32 array like `rng_state`;
@@ -250,8 +258,8 @@ def flash_attn_func(
             num_splits=num_splits, deterministic=deterministic,
         )  # fmt: skip
         arrays = new(Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, out=out)
-        if score_mod is not None or mask_mod is not None:
-            options, arrays = with_mods(options, arrays, score_mod, mask_mod)
+        if score_mod is not None or mask_mod is not None or block_mask is not None:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, block_mask=block_mask)
         return _forward(options, arrays, generator, return_attn_probs, return_lse, return_rng_state)
     except REFUSALS as error:
         shorten(error)
@@ -340,6 +348,7 @@ def flash_attn_varlen_func(
     sink: Array | None = None,
     score_mod: WrittenScore = None,
     mask_mod: WrittenMask = None,
+    block_mask: BlockMask | None = None,
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
@@ -385,6 +394,10 @@ def flash_attn_varlen_func(
         first query and key of each sequence. The ``word`` scheme of dropout numbers probabilities by this shape.
     score_mod, mask_mod : callable, optional
         As for `flash_attn_func`; ``b`` is the number of a sequence, in which ``q`` and ``k`` count from 0.
+    block_mask : BlockMask, optional
+        As for `flash_attn_func`, of the lengths max_seqlen_q and max_seqlen_k: queries and keys count from the first of
+        each sequence, and shorter ones have the first blocks of the lists. A band in it is aligned to these lengths;
+        one that follows each sequence's own end is `causal` and `window_size`.
     out : array, (total_q, heads_q, dim_v), optional
         Written and returned instead of a new array.
     validate : bool
@@ -429,8 +442,8 @@ def flash_attn_varlen_func(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
             table=block_table, out=out,
         )  # fmt: skip
-        if score_mod is not None or mask_mod is not None:
-            options, arrays = with_mods(options, arrays, score_mod, mask_mod)
+        if score_mod is not None or mask_mod is not None or block_mask is not None:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, block_mask=block_mask)
         return _forward(options, arrays, generator, return_attn_probs, return_lse, return_rng_state)
     except REFUSALS as error:
         shorten(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from cuflash import ops
 from cuflash.api.keywords import BackwardOptions, Generator, Pullback, VjpOptions, WrittenMask, WrittenScore
@@ -12,6 +12,9 @@ from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
 from cuflash.ops import Arrays, CapturedGradients, Gradients, asked, new, with_mods
+
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask
 
 
 @overload
@@ -69,6 +72,7 @@ def flash_attn_backward(
     sink: Array | None = None,
     score_mod: WrittenScore = None,
     mask_mod: WrittenMask = None,
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     rng_state: Array | None = None,
     dropout_scheme: Scheme = "byte",
@@ -96,7 +100,7 @@ def flash_attn_backward(
         away; `flash_attn_vjp` hands over more.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As in the forward.
-    score_mod, mask_mod
+    score_mod, mask_mod, block_mask
         As in the forward.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As in `flash_attn_varlen_func`.
@@ -144,8 +148,8 @@ def flash_attn_backward(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
             rng_state=rng_state, dout=dout, lse=lse, dlse=dlse, out=out, dq=dq, dk=dk, dv=dv,
         )  # fmt: skip
-        if score_mod is not None or mask_mod is not None or captured_grad is not False:
-            options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad)
+        if captured_grad is not False or any(x is not None for x in (score_mod, mask_mod, block_mask)):
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad, block_mask)
         return ops.backward(options, arrays)
     except REFUSALS as error:
         shorten(error)
@@ -229,6 +233,7 @@ def flash_attn_vjp(
     sink: Array | None = None,
     score_mod: WrittenScore = None,
     mask_mod: WrittenMask = None,
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
@@ -252,7 +257,7 @@ def flash_attn_vjp(
         two numbers a row are kept until the pullback is dropped.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As for `flash_attn_func`.
-    score_mod, mask_mod
+    score_mod, mask_mod, block_mask
         As for `flash_attn_func` and, with `cu_seqlens_q`, `flash_attn_varlen_func`.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As for `flash_attn_varlen_func`.
@@ -301,8 +306,8 @@ def flash_attn_vjp(
             Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
         )  # fmt: skip
-        if score_mod is not None or mask_mod is not None or captured_grad is not False:
-            options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad)
+        if captured_grad is not False or any(x is not None for x in (score_mod, mask_mod, block_mask)):
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad, block_mask)
         return_lse = flag("return_lse", return_lse)
         out, lse, pullback = ops.vjp(options, arrays, generator)
         return ((out, lse) if return_lse else out), pullback

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from cuflash.arrays import Array
 from cuflash.dropout import Scheme
 from cuflash.generator import PhiloxGenerator
 from cuflash.masks import Alignment
 from cuflash.mods import Traced
+
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask
 
 Generator = PhiloxGenerator | tuple[int, int] | None
 """What dropout draws from."""
@@ -29,6 +32,7 @@ class FlashOptions(TypedDict, total=False):
     sink: Array | None
     score_mod: WrittenScore
     mask_mod: WrittenMask
+    block_mask: BlockMask | None
     generator: Generator
     dropout_scheme: Scheme
     unbiased_dropout: bool
@@ -63,6 +67,7 @@ class _GradientOptions(TypedDict, total=False):
     attn_bias: Array | None
     score_mod: WrittenScore
     mask_mod: WrittenMask
+    block_mask: BlockMask | None
     dropout_p: float
     dropout_scheme: Scheme
     unbiased_dropout: bool

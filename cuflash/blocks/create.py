@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import reduce
 from itertools import product
-from operator import and_
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from cuflash.blocks.mask import BlockMask
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Mask
 from cuflash.mods import Traced
+from cuflash.mods.library import both
 from cuflash.numbers import integer, is_array, pair, shown
 
 _LONGEST = 2**30
@@ -43,11 +42,12 @@ def create_block_mask(
     Parameters
     ----------
     mask : callable, array of bool, Mask or BlockMask, optional
-        What visible pairs fulfil: a function ``(b, h, q, k)`` as `mask_mod` is, written by you or one of those in
-        ``cuflash.mods``; an array of up to four axes that broadcasts to (batch, heads, len_q, len_kv), True where a
-        query sees a key; a band, aligned to `len_q` and `len_kv`; or another block mask, whose sizes stand in for those
-        that are left out. None hides nothing. Of arrays that lie in host memory, of any library; they are read again
-        by every call that takes the block mask, so make another one where they change.
+        What visible pairs fulfil: a function ``(b, h, q, k)`` as `mask_mod` is, written by you or made by `document`,
+        `prefix_lm`, `sliding_window` and others in ``cuflash.mods``; an array of up to four axes that broadcasts to
+        (batch, heads, len_q, len_kv), True where a query sees a key; a band, aligned to `len_q` and `len_kv`; or
+        another block mask, whose sizes stand in for those that are left out. None hides nothing. Arrays lie in host
+        memory, of any library; they are read again by every call that takes the block mask, so make another one where
+        they change.
     batch, heads : int, optional
         Batch elements, and query heads; needed where the function depends on them. Where it does not, or they are left
         out, all share one list.
@@ -106,7 +106,8 @@ def _created(
     if isinstance(mask, BlockMask):
         len_q, len_kv = (mask.len_q if len_q is None else len_q), (mask.len_kv if len_kv is None else len_kv)
         batch, heads = (mask.batch if batch is None else batch), (mask.heads if heads is None else heads)
-    sizes = pair(block_size) if not isinstance(block_size, int) else (block_size, block_size)
+    one = integer(block_size)
+    sizes = pair(block_size) if one is None else (one, one)
     if sizes is None or min(sizes) < 1:
         raise InvalidArgument(f"block_size is {shown(block_size)}; expected one or two integers from 1.")
     implied = seen.shape[2:] if seen is not None else (None, None) if starts is None else (starts[-1],) * 2
@@ -126,7 +127,10 @@ def _created(
     conditions = [_rule(mask, seen, grid)] if mask is not None else []
     conditions += [] if kept is None else [rules.of_blocks(kept, sizes)]
     conditions += [] if starts is None else [rules.of_documents(starts, grid.len_q)]
-    rule = rules.traced_rule(_all(conditions))
+    if len(conditions) == 1:  # whose own mistakes the trace then speaks of
+        rule = rules.traced_rule(conditions[0])
+    else:
+        rule = rules.traced_rule(both(*conditions) if conditions else lambda b, h, q, k: k >= 0)
     read = [kinds.reads(rule, position) for position in ("b", "h")]
     for name, given, number, needed, position in zip(
         ("batch", "heads"), (batch, heads), numbers, read, "bh", strict=True
@@ -152,17 +156,6 @@ def _rule(mask: Any, seen: np.ndarray | None, grid: Grid) -> Callable[..., Any]:
             "create_block_mask(band, ...) & array."
         )
     return rules.of_band(mask, grid.len_q, grid.len_kv)
-
-
-def _all(conditions: list[Callable[..., Any]]) -> Callable[..., Any]:
-    """What fulfils all of some rules."""
-    if len(conditions) == 1:
-        return conditions[0]  # whose own mistakes the trace then speaks of
-
-    def rule(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return reduce(and_, (condition(b, h, q, k) for condition in conditions)) if conditions else k >= 0
-
-    return rule
 
 
 def _kinds(rule: Traced, seen: np.ndarray | None, grid: Grid, batch: int, heads: int) -> Iterator[np.ndarray]:

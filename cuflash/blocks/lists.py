@@ -52,15 +52,15 @@ class Lists:
         kinds[rows, indices] = np.where(whole, FULL, PARTIAL)
         return kinds
 
-    def seen(self, spans: Iterable[tuple[int, int]], columns: int) -> np.ndarray:
-        """The kind of each column over all rows of some spans together, (columns,) int8."""
+    def seen(self, spans: Iterable[tuple[int, int]], columns: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each column, whether some row of some spans lists it, and whether it is full in all of them."""
         visible, whole, rows = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0
         for start, stop in spans:
             _, indices, full = self._entries(start, stop)
             visible += np.bincount(indices, minlength=columns)
             whole += np.bincount(indices[full], minlength=columns)
             rows += stop - start
-        return np.where(whole == rows, FULL, np.where(visible > 0, PARTIAL, EMPTY)).astype(np.int8)
+        return visible > 0, whole == rows
 
     def transposed(self, matrices: int, rows: int, columns: int) -> Lists:
         """The lists of each column, of matrices of `rows` by `columns` blocks that lie one behind the other."""

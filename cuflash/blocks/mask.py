@@ -15,7 +15,8 @@ from cuflash.blocks.kinds import UNKNOWN, Grid
 from cuflash.blocks.lists import EMPTY, FULL, PARTIAL, Lists, listed
 from cuflash.blocks.rules import traced_rule
 from cuflash.errors import InvalidArgument
-from cuflash.mods import Symbol, Traced, trace
+from cuflash.mods import Symbol, Traced
+from cuflash.mods.library import both, either, negated
 from cuflash.mods.replay import function_of
 from cuflash.numbers import integer, shown
 from cuflash.sheet import Sheet
@@ -112,8 +113,7 @@ class BlockMask:
     """Of an array, ``array & mask`` too is a block mask."""
 
     def __invert__(self) -> BlockMask:
-        seen = self.mask_mod
-        rule = trace("mask_mod", lambda b, h, q, k: ~seen(b, h, q, k))
+        rule = traced_rule(negated(self.rule))
         turned = np.array([FULL, PARTIAL, EMPTY], np.int8)
         kinds_of = (turned[kinds] for b, h in self._matrices() for _, kinds in self._kinds(b, h))
         return self._replaced(rule, self.batch, self.heads, kinds_of)
@@ -130,8 +130,8 @@ class BlockMask:
         """Whether queries see keys, bool, at positions that broadcast with one another, with as many axes as they."""
         return kinds.visible(self.rule, b, h, q, k)
 
-    def seen(self, batches: slice, heads: slice, queries: slice) -> np.ndarray:
-        """The kind of each key block (of `blocks.lists`) for some queries of some batch elements and heads together."""
+    def seen(self, batches: slice, heads: slice, queries: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Of each key block, whether some of these queries list it, and whether it is full for all of them."""
         rows = slice(queries.start // self.block_size[0], -(-queries.stop // self.block_size[0]))
         height, columns = self.grid.shape
         batches = batches if self.batch > 1 else slice(0, 1)
@@ -240,8 +240,7 @@ class BlockMask:
         for name, mine, its in (("batch", self.batch, other.batch), ("heads", self.heads, other.heads)):
             if mine != its and 1 not in (mine, its):
                 raise InvalidArgument(f"{self!r} {sign} {other!r} have {name} {mine} and {its}; expected one number.")
-        a, b = self.mask_mod, other.mask_mod
-        rule = traced_rule(lambda *at: a(*at) & b(*at) if sign == "&" else a(*at) | b(*at))
+        rule = traced_rule((both if sign == "&" else either)(self.rule, other.rule))
         batch, heads = (
             mine if its == 1 else its for mine, its in ((self.batch, other.batch), (self.heads, other.heads))
         )
@@ -252,8 +251,8 @@ class BlockMask:
         join = np.minimum if sign == "&" else np.maximum
         for b, h in product(range(batch), range(heads)):
             for (start, mine), (_, its) in zip(self._kinds(b, h), other._kinds(b, h), strict=True):
-                both = np.where((mine == PARTIAL) & (its == PARTIAL), UNKNOWN, join(mine, its))
-                yield kinds.looked_at(both, start, rule, self.grid, b, h)
+                joined = np.where((mine == PARTIAL) & (its == PARTIAL), UNKNOWN, join(mine, its))
+                yield kinds.looked_at(joined, start, rule, self.grid, b, h)
 
     def _replaced(self, rule: Traced, batch: int, heads: int, kinds_of: Iterator[np.ndarray]) -> BlockMask:
         """The same sizes with other blocks."""

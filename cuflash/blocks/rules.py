@@ -11,6 +11,7 @@ from cuflash.arrays import Guest, framework_in_memory, numpy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.mods import Captured, Traced, trace
+from cuflash.mods.library import document
 
 
 def in_host_memory(name: str, array: Any) -> np.ndarray:
@@ -74,5 +75,4 @@ def of_blocks(blocks: np.ndarray, block_size: tuple[int, int]) -> Callable[..., 
 
 def of_documents(starts: np.ndarray, length: int) -> Callable[..., Any]:
     """The rule of rows packed one document behind the other: each sees its own; rows behind the last are one more."""
-    document = Captured(np.searchsorted(starts, np.arange(length), side="right").astype(np.int32))
-    return lambda b, h, q, k: document[q] == document[k]
+    return document(np.searchsorted(starts, np.arange(length), side="right").astype(np.int32))

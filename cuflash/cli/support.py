@@ -92,6 +92,7 @@ ROWS: tuple[Row, ...] = (
     Row("bias gradient", ("bias_grad", "bias_requires_grad"), BACKWARD),
     Row("written score", ("score_mod",)),
     Row("written mask", ("mask_mod",)),
+    Row("block mask", ("block_mask",)),
     Row("captured gradient", ("captured_grad",), BACKWARD),
     Row("sink", ("sink",)),
     Row("dropout", ("dropout_p", "p_dropout")),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from math import inf
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from cuflash.dropout import Scheme
 from cuflash.masks import Alignment
 from cuflash.mods import Mod
 from cuflash.problem import Direction, Problem
+
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask
 
 
 class Arrays(NamedTuple):
@@ -188,6 +191,7 @@ class Options:
     """Backward only."""
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
+    block_mask: BlockMask | None = None
     captured_grad: bool = False
     """Backward only."""
     keep_delta: bool = False

@@ -54,7 +54,7 @@ def forward(
         arrays = arrays._replace(out=place)
     row_state = np.empty(shapes["row_state"], problem.dtype.accumulator) if options.keep_state else None
     rng_state = draw.on_host(generator, problem) if problem.dropout else None
-    keywords = _keywords(kind, arrays._replace(row_state=row_state, rng_state=rng_state))
+    keywords = _keywords(kind, options, arrays._replace(row_state=row_state, rng_state=rng_state))
     keywords["empty_lse"] = options.empty_lse
     if along is not None:
         keywords["along"] = _along(options, arrays, along)
@@ -88,7 +88,7 @@ def backward(options: Options, arrays: Arrays, along: Tangents | None = None) ->
     arrays = _plain(arrays)
     kind = checked("backward", options, arrays)
     problem = kind.problem
-    keywords = _keywords(kind, arrays._replace(dq=None, dk=None, dv=None))
+    keywords = _keywords(kind, options, arrays._replace(dq=None, dk=None, dv=None))
     if "rng_state" in keywords:
         keywords["rng_state"] = np.ascontiguousarray(keywords["rng_state"]).view(np.uint64)
     if along is not None:
@@ -165,13 +165,14 @@ def check_kind(direction: Direction, options: Options, arrays: Arrays) -> Checke
     return Checked(problem, check.shapes(options, views), check.dropout_of(options), written, separate)
 
 
-def _keywords(kind: Checked, arrays: Arrays) -> dict[str, Any]:
+def _keywords(kind: Checked, options: Options, arrays: Arrays) -> dict[str, Any]:
     """The keywords of every function of the backend."""
     problem = kind.problem
     keywords = {name: x for name, x in zip(arrays._fields, arrays, strict=True) if x is not None}
     keywords |= {
         "band": problem.mask, "softmax_scale": problem.softmax_scale, "softcap": problem.softcap,
         "score_mod": problem.score_mod, "mask_mod": problem.mask_mod, "dropout": kind.dropout,
+        "block_mask": options.block_mask,
     }  # fmt: skip
     if problem.layout == "dense":
         return keywords

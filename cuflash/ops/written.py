@@ -1,4 +1,4 @@
-"""A call with scores and masks that its caller wrote as functions."""
+"""A call with scores and masks that its caller wrote as functions, and with masks as lists of blocks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from cuflash.ops.call import Arrays, Options
 
 
 def with_mods(
-    options: Options, arrays: Arrays, score_mod: Any, mask_mod: Any, captured_grad: Any = False
+    options: Options,
+    arrays: Arrays,
+    score_mod: Any,
+    mask_mod: Any,
+    captured_grad: Any = False,
+    block_mask: Any = None,
 ) -> tuple[Options, Arrays]:
-    """The call with what the functions do in its options, and with the arrays that they read.
+    """The call with what the functions do and the block mask in its options, and with the arrays that they read.
 
     Raises
     ------
@@ -21,6 +26,8 @@ def with_mods(
     """
     score, mask = _traced("score_mod", score_mod), _traced("mask_mod", mask_mod)
     options = options.replace(score_mod=score.mod, mask_mod=mask.mod, captured_grad=captured_grad)
+    if block_mask is not None:  # which cannot be hashed, so that such options are kept nowhere
+        options = options.replace(block_mask=block_mask)
     return options, arrays._replace(captured=(*score.arrays, *mask.arrays) or None)
 
 

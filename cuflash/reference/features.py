@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,9 +11,13 @@ from cuflash.dropout import Dropout
 from cuflash.masks import Mask
 from cuflash.mods import Mod
 from cuflash.reference.dropout import KeepMask
+from cuflash.reference.listed import Listed
 from cuflash.reference.scores import Scores
 from cuflash.reference.tiles import grouped_pairs
 from cuflash.reference.written import Written
+
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask
 
 
 class Policies(NamedTuple):
@@ -48,6 +52,8 @@ class Features:
     """What a caller's function makes of the capped score, before ALiBi and bias; -inf hides a pair."""
     mask_mod: Mod | None = None
     """Lets a pair take part that the band lets through too."""
+    block_mask: BlockMask | None = None
+    """The same, by lists of blocks; those in no list are not visited. Of the lengths of q and k, or longer."""
     captured: tuple[np.ndarray, ...] = ()
     """The arrays that `score_mod` reads, then those of `mask_mod`."""
     sink: np.ndarray | None = None
@@ -91,9 +97,9 @@ class Features:
             None if mod is None else Written(mod, captured, first, group)
             for mod, captured in ((self.score_mod, read), (self.mask_mod, self.captured[len(read) :]))
         )
-        scores = Scores(
-            self.band, len_q, len_kv, unit, softcap, pairs(self.mask), slopes, pairs(self.bias), score_mod, mask_mod
-        )
+        listed = None if self.block_mask is None else Listed(self.block_mask, first, group)
+        terms = pairs(self.mask), slopes, pairs(self.bias), score_mod, mask_mod, listed
+        scores = Scores(self.band, len_q, len_kv, unit, softcap, *terms)
         sink = None if self.sink is None else self.sink.reshape(heads_kv, group)
         if self.dropout is None or not self.dropout.p:
             return Policies(scores, sink, None)

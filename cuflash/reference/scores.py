@@ -9,6 +9,7 @@ import numpy as np
 
 from cuflash.masks import Mask
 from cuflash.reference import tiles
+from cuflash.reference.listed import Listed
 from cuflash.reference.tiles import Tile, stacked
 from cuflash.reference.written import Slopes, Written
 
@@ -27,26 +28,37 @@ class Scores:
     bias: np.ndarray | None = None  # grouped pairs
     score_mod: Written | None = None
     mask_mod: Written | None = None
+    listed: Listed | None = None
 
     @property
     def plain(self) -> bool:
         """Whether logits are products of queries and keys, with nothing but a band to hide some."""
-        terms = self.keep, self.slopes, self.bias, self.score_mod, self.mask_mod
+        terms = self.keep, self.slopes, self.bias, self.score_mod, self.mask_mod, self.listed
         return not self.softcap and all(term is None for term in terms)
 
     def row_tiles(self, group: int) -> Iterator[slice]:
         """Cut len_q so that the rows of a group of heads make tiles of ROWS, and smaller ones at a band's edge.
 
-        What a tile computes beyond the edge is wasted: half a tile's height for each of its rows.
+        What a tile computes beyond the edge is wasted: half a tile's height for each of its rows. With a block mask
+        tiles are whole rows of blocks, or equal parts of one, as each visits what some of its rows list.
         """
         rows = tiles.ROWS
         if self.band.left is not None:
             rows //= 4
+        elif self.listed is not None:
+            rows //= 2
         elif self.band.right is not None:
             rows = max(rows // 4, min(rows // 2, self.len_q // 4))
         step = max(1, rows // max(1, group))
-        for start in range(0, self.len_q, step):
-            yield slice(start, min(start + step, self.len_q))
+        together = self.len_q
+        if self.listed is not None:
+            height = self.listed.height
+            together = max(step // height, 1) * height
+            step = -(-together // -(-together // step))
+        for first in range(0, self.len_q, max(together, 1)):
+            end = min(first + together, self.len_q)
+            for start in range(first, end, step):
+                yield slice(start, min(start + step, end))
 
     def keys_of(self, rows: slice) -> slice:
         """The keys that some of these rows may see by the band, from the first to the last."""
@@ -65,8 +77,13 @@ class Scores:
         first, end = self._band()
         last_row, keys = rows.stop - 1, self.keys_of(rows)
         step = tiles.KEYS if 2 * (rows.stop - rows.start) > tiles.ROWS else 2 * tiles.KEYS
-        for start in range(keys.start, keys.stop, step):
-            tile = Tile(batches, heads, rows, slice(start, min(start + step, keys.stop)))
+        if self.listed is not None:
+            pieces = self.listed.key_tiles(batches, heads, rows, keys, step)
+        else:
+            starts = range(keys.start, keys.stop, step)
+            pieces = ((slice(start, min(start + step, keys.stop)), True) for start in starts)
+        for piece, whole in pieces:
+            start, tile = piece.start, Tile(batches, heads, rows, piece)
             keep = None
             if last_row + first > start:
                 keep = _along_diagonals(tile, _distances(tile) >= first)
@@ -78,10 +95,11 @@ class Scores:
                 if not seen.any():
                     continue
                 keep = seen if keep is None else seen & keep
-            if self.mask_mod is not None:
-                seen = self.mask_mod.mask(tile)
-                if not seen.any():
-                    continue
+            tests = (self.mask_mod, None if whole else self.listed)
+            seen_by = [test.mask(tile) for test in tests if test is not None]
+            if not all(seen.any() for seen in seen_by):
+                continue
+            for seen in seen_by:
                 if not seen.all():
                     keep = seen if keep is None else seen & keep
             yield tile, keep

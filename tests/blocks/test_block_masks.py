@@ -19,6 +19,7 @@ from cuflash.blocks.bounds import Bounds, bounds
 from cuflash.blocks.lists import EMPTY, FULL, PARTIAL, Lists
 from cuflash.blocks.mask import BlockMask
 from cuflash.errors import InvalidArgument
+from cuflash.mods import library
 from cuflash.mods.evaluate import evaluate
 
 create = cuflash.create_block_mask
@@ -162,6 +163,30 @@ def test_a_band_is_aligned_to_the_lengths(band, lengths):
     assert mask != again and mask == create(band, len_q=lengths[0], len_kv=lengths[1], block_size=(8, 12))
 
 
+def test_ready_rules_by_name():
+    n, q, k = 40, np.arange(40)[:, None], np.arange(40)
+    ids, parents = IDS[:n], np.array([-1, 0, 0, 1, 3, 2, 1, -1, 7, 8])
+    line = {0: [0], 1: [0, 1], 2: [0, 2], 3: [0, 1, 3], 4: [0, 1, 3, 4], 5: [0, 2, 5], 6: [0, 1, 6], 7: [7]}
+    line |= {8: [7, 8], 9: [7, 8, 9]}
+    ancestors = np.array([[node in line[i] for node in range(10)] for i in range(10)])
+    rules = [
+        (library.document(ids), ids[:, None] == ids),
+        (library.prefix_lm(13), (k < 13) | (k <= q)),
+        (library.sliding_window(9, 2), (k >= q - 9) & (k <= q + 2)),
+        (library.dilated_window(9, -1, 3), (k >= q - 9) & ((k - q) % 3 == 0)),
+        (library.block_window(6, before=1), (k // 6 <= q // 6) & (k // 6 >= q // 6 - 1)),
+        (library.both(library.causal(), library.negated(library.document(ids))), (k <= q) & (ids[:, None] != ids)),
+        (library.either(library.causal(3), lambda b, h, q, k: k < 2), (k <= q + 3) | (k < 2)),
+    ]
+    for rule, dense in rules:
+        check_mask(create(rule, len_q=n, len_kv=n, block_size=(8, 6)), dense[None, None])
+    drafts = np.concatenate([np.ones((10, 20), bool), ancestors], axis=1)
+    check_mask(create(library.tree(parents, 20), len_q=10, len_kv=30, block_size=4), drafts[None, None])
+    lengths = np.array([3, 20], np.int32)
+    prefixes = np.stack([(k < length) | (k <= q) for length in lengths])[:, None]
+    check_mask(create(library.prefix_lm(lengths), batch=2, len_q=n, len_kv=n, block_size=8), prefixes)
+
+
 def test_blocks_of_your_own_hide_what_they_leave_out():
     rng = np.random.default_rng(5)
     blocks = rng.random((2, 1, 4, 5)) < 0.5
@@ -203,7 +228,8 @@ def test_the_kinds_of_some_queries_together():
         queries, rows = slice(first, last + 1), slice(first // 8 * 8, last // 8 * 8 + 8)
         part = dense[batches:2, :heads, rows].reshape(-1, 24)
         expected = naive_kinds(part, (len(part), 8))[0]
-        np.testing.assert_array_equal(mask.seen(slice(batches, 2), slice(0, heads), queries), expected)
+        seen, full = mask.seen(slice(batches, 2), slice(0, heads), queries)
+        np.testing.assert_array_equal(np.where(full, FULL, np.where(seen, PARTIAL, EMPTY)), expected)
 
 
 def test_memory_grows_with_the_blocks_that_are_seen():

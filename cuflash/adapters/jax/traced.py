@@ -34,8 +34,8 @@ class Traced(Adapter):
         cached: int | None = None,
     ) -> tuple[Any, ...]:
         """The results of a call as tracers."""
-        for name, mod in (("score_mod", options.score_mod), ("mask_mod", options.mask_mod)):
-            if mod is not None:
+        for name in ("score_mod", "mask_mod", "block_mask"):
+            if getattr(options, name) is not None:
                 raise UnsupportedProblem(
                     f"{name} is given inside JAX's transformations, which cuflash does not support yet. Call "
                     "flash_attn_vjp or flash_attn_backward on arrays outside of them."

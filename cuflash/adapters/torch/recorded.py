@@ -81,9 +81,9 @@ def recorded(framework: Any, options: Options, arrays: Arrays, generator: Any = 
 
 
 def refuse_written(options: Options, where: str) -> None:
-    """Refuse scores and masks that were written as functions, where torch does not see what they read."""
-    for name, mod in (("score_mod", options.score_mod), ("mask_mod", options.mask_mod)):
-        if mod is not None:
+    """Refuse written scores and masks, and lists of blocks, where torch does not see what they read."""
+    for name in ("score_mod", "mask_mod", "block_mask"):
+        if getattr(options, name) is not None:
             raise UnsupportedProblem(
                 f"{name} is given {where}, which cuflash does not support. Call it on plain tensors."
             )
@@ -143,9 +143,15 @@ def differentiated(options: Options, arrays: Arrays) -> Arrays:
     return arrays._replace(bias=bias)
 
 
-@lru_cache(maxsize=1024)
 def of_gradient(options: Options, bias_grad: bool, captured_grad: bool = False) -> Options:
     """What the backward of a forward asks for."""
+    # Options that are not kept elsewhere may hold the lists of a block mask.
+    make = _of_gradient if options.is_kind else _of_gradient.__wrapped__
+    return make(options, bias_grad, captured_grad)
+
+
+@lru_cache(maxsize=1024)
+def _of_gradient(options: Options, bias_grad: bool, captured_grad: bool) -> Options:
     return options.replace(num_splits=0, keep_state=False, bias_grad=bias_grad, captured_grad=captured_grad)
 
 

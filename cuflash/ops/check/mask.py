@@ -1,4 +1,4 @@
-"""The band of a causal mask or a window, and the boolean tensor."""
+"""The band of a causal mask or a window, the boolean tensor, and the lists of blocks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cuflash.masks import Alignment, Mask, band
 from cuflash.numbers import flag, pair, shown
 from cuflash.ops.call import Options
 from cuflash.ops.check.array import check_pairs
+from cuflash.problem import Blocks
 
 
 def band_of(options: Options) -> Mask:
@@ -39,3 +40,28 @@ def mask_of(options: Options, views: Mapping[str, View], scores: tuple[int, int,
         raise InvalidArgument(f"{view.name} is {view.dtype}; expected bool, True where a query and a key take part.")
     check_pairs(view, scores)
     return replace(mask, tensor=True)
+
+
+def blocks_of(options: Options, scores: tuple[int, int, int, int]) -> Blocks | None:
+    """What is compiled in of a block mask, which must have the lengths of the scores and lists for all of them."""
+    given: object = options.block_mask
+    if given is None:
+        return None
+    from cuflash.blocks import BlockMask  # which few calls need
+
+    if not isinstance(given, BlockMask):
+        raise InvalidArgument(
+            f"block_mask is {shown(given)}; expected a BlockMask. Make one of it by cuflash.create_block_mask."
+        )
+    batch, heads, len_q, len_kv = scores
+    if (given.len_q, given.len_kv) != (len_q, len_kv):
+        raise InvalidArgument(
+            f"block_mask is of {given.len_q} queries and {given.len_kv} keys but the call has {len_q} and {len_kv}, "
+            "of packed sequences the longest. Make another one of these lengths."
+        )
+    for number, there, what in ((given.batch, batch, "batch elements"), (given.heads, heads, "query heads")):
+        if number not in (1, there):
+            raise InvalidArgument(
+                f"block_mask has lists of {number} {what} but the call has {there}. Make another one of that many."
+            )
+    return Blocks(given.block_size, given.rule.mod)

@@ -20,7 +20,7 @@ from cuflash.ops.check.bias import bias_of, check_alibi, check_sink
 from cuflash.ops.check.cache import NEW
 from cuflash.ops.check.dropout import check_rng_state, dropout_of
 from cuflash.ops.check.layout import layout_of
-from cuflash.ops.check.mask import mask_of
+from cuflash.ops.check.mask import blocks_of, mask_of
 from cuflash.ops.check.options import num_splits_of, softcap_of, softmax_scale_of
 from cuflash.ops.check.rotary import rotary_of
 from cuflash.ops.check.sizes import check_sizes, dtype_of, rows_of, scores_of, shapes, sizes_of
@@ -74,6 +74,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         bias_grad=options.bias_grad and direction == "backward",
         score_mod=options.score_mod,
         mask_mod=options.mask_mod,
+        block_mask=blocks_of(options, scores),
         captured_grad=captured_grad and direction == "backward",
         sink="sink" in views,
         dropout=dropout.scheme if dropout else None,
