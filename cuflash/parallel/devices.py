@@ -82,7 +82,7 @@ class Devices:
                 f"cu_seqlens is {shown(asked.cu_seqlens)}; expected a NumPy array: which rows meet follows from it."
             )
         with framework.arithmetic(self._shards[0][0]):
-            self._exchange = None if self._together else _exchange(group)
+            self._exchange = None if self._together else exchange_of(group)
         exchange, every = self._exchange, len(self._shards)
         self._ranks: Sequence[int]
         self._size: int
@@ -145,7 +145,7 @@ def _check_like(name: str, x: Any, of: str, like: Any) -> None:
         )
 
 
-def _exchange(group: Any) -> Exchange:
+def exchange_of(group: Any) -> Exchange:
     """The other devices, as a communicator knows them."""
     if isinstance(group, Exchange):
         return group

@@ -145,7 +145,7 @@ class Heads:
         total = self._xp.zeros((*first.shape[:-2], self._heads_kv, first.shape[-1]), dtype.accumulator)
         for peer, part in enumerate(parts):
             mine = total[..., heads_of(peer, self._devices, self._heads_kv), :]
-            mine += part
+            mine += part.astype(total.dtype)
         return total.astype(first.dtype)
 
     @property

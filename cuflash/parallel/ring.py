@@ -58,7 +58,7 @@ def backward(
             parts = on.gradients(call, q, keys, out, lse, dout, dlse)
             for total, part, rows in zip((dq, *totals), parts, (call.q, call.kv, call.kv), strict=True):
                 mine = rows_of(total, rows)
-                mine += part
+                mine += part.astype(total.dtype)
 
     traffic = _Traffic(on.division.steps, xp, rank, k, v)
     here: _Keys | None = None
@@ -108,7 +108,7 @@ class _Back(NamedTuple):
         for rows, parts in self.homes:
             for total, part in zip(totals, parts, strict=True):
                 mine = rows_of(total, rows)
-                mine += part
+                mine += part.astype(total.dtype)
 
 
 class _Traffic:
