@@ -38,7 +38,7 @@ FLOORS = {
     "jit": DESCRIPTIONS | {"jit", "plan"},
     "ops": DESCRIPTIONS | {"reference", "plan", "jit", "ops"},
     "api": DESCRIPTIONS | {"ops", "api"},
-    "parallel": GROUND | {"masks", "ops", "parallel"},
+    "parallel": GROUND | {"masks", "problem", "ops", "parallel"},
     "adapters": DESCRIPTIONS | {"ops", "parallel", "adapters"},
     "__init__": {"api", "parallel", "blocks", "errors", "generator", "masks", "problem"},
     "cases": PARTS | {"cases"},

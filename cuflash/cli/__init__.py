@@ -11,7 +11,7 @@ import sys
 import click
 
 import cuflash
-from cuflash.cli import bench, cache, check, compile, explain, source, support
+from cuflash.cli import bench, cache, check, compile, divided, explain, source, support
 from cuflash.cli.console import console, prepare_streams
 from cuflash.cli.problem import command
 from cuflash.errors import CompileError, InvalidArgument, UnsupportedProblem
@@ -21,7 +21,12 @@ app = click.Group(
     help="Exact attention on NumPy and CUDA arrays: look at, compile, check and measure its kernels.",
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     commands=[
-        command("explain", explain.show, "Say which kernels run a problem, with which tiles, and why not the others."),
+        command(
+            "explain",
+            explain.show,
+            "Say which kernels run a problem, with which tiles, and why not the others.",
+            divided.OPTIONS,
+        ),
         command("source", source.show, "Print the config.cuh of a problem's kernels and the files they are made of."),
         compile.command,
         check.command,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from cuflash import jit, plan
+from cuflash.cli import divided
 from cuflash.cli.console import console
 from cuflash.cli.problem import Asked
 from cuflash.device import Device
@@ -13,8 +16,8 @@ from cuflash.jit.compile import check_arch
 from cuflash.sheet import Sheet
 
 
-def show(asked: Asked, device: Device) -> None:
-    """Print the choice; status 1 when no family runs the problem."""
+def show(asked: Asked, device: Device, **divided_by: Any) -> None:
+    """Print the choice, and what dividing it over devices takes; status 1 when no family runs the problem."""
     chosen = plan.explain(asked.problem, device, asked.family)
     steps = iter(() if chosen.plan is None else chosen.plan.steps)
     why_unknown = _why_no_compiler(device)
@@ -27,6 +30,7 @@ def show(asked: Asked, device: Device) -> None:
         lines.append((label, text))
     if chosen.plan is not None and why_unknown is not None:
         lines.append(("", f"registers, spills and stack are known after compiling: {why_unknown}"))
+    lines += divided.lines(asked, device, **divided_by)
     console().print(Sheet(chosen.sheet().title, lines))
     if chosen.plan is None:
         raise click.exceptions.Exit(1)

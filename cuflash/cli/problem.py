@@ -83,18 +83,22 @@ _PARAMS: tuple[click.Parameter, ...] = (
 )
 
 
-def command(name: str, show: Callable[[Asked, Device], None], text: str) -> click.Command:
-    """A command that shows something about one problem on one device."""
+def command(
+    name: str, show: Callable[..., None], text: str, more_options: tuple[click.Parameter, ...] = ()
+) -> click.Command:
+    """A command that shows something about one problem on one device, and is told `more_options` by name."""
+    others = [option.name for option in more_options if option.name is not None]
 
     def run(case: str | None, device: str | None, family: str | None, **values: Any) -> None:
         target = _device(device)
+        told = {other: values.pop(other) for other in others}
         if case is None:
-            show(_of_options(family, _Options(**values)), target)
+            show(_of_options(family, _Options(**values)), target, **told)
         else:
-            show(_of_case(case, options_written("case", "device")), target)
+            show(_of_case(case, options_written("case", "device", *others)), target, **told)
 
     more = f"{text}\n\nThe problem is that of a CASE of `check`, by its id, or has what the options say."
-    return click.Command(name, params=list(_PARAMS), callback=run, short_help=text, help=more)
+    return click.Command(name, params=[*_PARAMS, *more_options], callback=run, short_help=text, help=more)
 
 
 def _of_case(case_id: str, options: list[str]) -> Asked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -88,26 +88,27 @@ class Division:
         calls += [call for step in self.steps for work in step.work if work is not None for call in work.calls]
         return tuple(dict.fromkeys(call.packs for call in calls if call.packs is not None))
 
+    def received(self, device: int, shift: int) -> tuple[Call, ...]:
+        """What a device does with the keys of the device so far before it."""
+        tiles = self.schedule.tiles(device, (device - shift) % self.schedule.devices)
+        return tuple(call for tile in tiles for call in self._calls(tile))
+
     def _step(self, shift: int) -> Step:
         devices = self.schedule.devices
-        pairs: list[list[tuple[int, int]]] = []
-        moved: list[slice] = []
+        moves: list[tuple[slice, list[tuple[int, int]]]] = []
         work: list[Work | None] = []
         for device in range(devices):
-            source = (device - shift) % devices
-            calls = [call for tile in self.schedule.tiles(device, source) for call in self._calls(tile)]
+            calls = self.received(device, shift)
             if not calls:
                 work.append(None)
                 continue
-            rows = slice(min(call.kv.start for call in calls), max(call.kv.stop for call in calls))
-            if rows not in moved:
-                moved.append(rows)
-                pairs.append([])
-            index = moved.index(rows)
-            pairs[index].append((source, device))
+            rows = rows_that_travel(calls)
+            index = next((i for i, (of, _) in enumerate(moves) if of == rows), len(moves))
+            if index == len(moves):
+                moves.append((rows, []))
+            moves[index][1].append(((device - shift) % devices, device))
             work.append(Work(index, tuple(call._replace(kv=_from(call.kv, rows.start)) for call in calls)))
-        moves = tuple(Move(rows, tuple(of)) for rows, of in zip(moved, pairs, strict=True))
-        return Step(moves, tuple(work))
+        return Step(tuple(Move(rows, tuple(pairs)) for rows, pairs in moves), tuple(work))
 
     def _calls(self, tile: Tile) -> Iterator[Call]:
         """A tile in rows."""
@@ -133,6 +134,11 @@ class Division:
         pieces = (q, 0), (0, kv), (end_q - q, end_kv - kv), (places - end_q, 0), (0, places - end_kv)
         of_q, of_kv = zip(*(piece for piece in pieces if any(piece)), strict=True)
         return Packs(of_q, of_kv)
+
+
+def rows_that_travel(calls: Sequence[Call]) -> slice:
+    """The rows of keys that calls are about, and those between."""
+    return slice(min(call.kv.start for call in calls), max(call.kv.stop for call in calls))
 
 
 def _call(tile: Tile, of_q: int, of_kv: int, mask: Mask) -> Call | None:

@@ -132,17 +132,35 @@ class Schedule:
         """The tiles of a window, chunk by chunk."""
         for q, i in enumerate(self.chunks(device)):
             for kv, j in enumerate(self.chunks(source)):
-                if any(narrowed(n, n, (i - j) * n, self.mask) for n in self.lengths):
+                if i - j in self._reach:
                     yield Tile((q, q + 1), (kv, kv + 1), i - j, True)
+
+    @cached_property
+    def _reach(self) -> range:
+        """How many chunks a query may be ahead of a key that it sees, in the sequence that has most."""
+        every = self.devices * self.places
+        left, right = (
+            every * max(self.lengths, default=0) if side is None else side for side in (self.mask.left, self.mask.right)
+        )
+        lengths = [n for n in self.lengths if n]
+        # Rows 0 and n - 1 of one chunk are as near to rows n - 1 and 0 of another as these get.
+        furthest = [max(((n - 1 + side) // n for n in lengths), default=-1) for side in (right, left)]
+        return range(-min(furthest[0], every), min(furthest[1], every) + 1)
 
     @cached_property
     def shifts(self) -> tuple[int, ...]:
         """The steps after the first at which some device has work: how far before it the keys are at home."""
-        return tuple(
-            shift
-            for shift in range(1, self.devices)
-            if any(self.tiles(device, (device - shift) % self.devices) for device in range(self.devices))
-        )
+        if self.mask.kind != "window":
+            return tuple(range(1, self.devices))
+        owner = {chunk: device for device in range(self.devices) for chunk in self.chunks(device)}
+        found = {
+            (device - owner[i - ahead]) % self.devices
+            for device in range(self.devices)
+            for i in self.chunks(device)
+            for ahead in self._reach
+            if i - ahead in owner
+        }
+        return tuple(sorted(found - {0}))
 
 
 def places_of(order: Order) -> int:

@@ -82,6 +82,24 @@ def test_explain_shows_the_choice_and_why_not_the_rest(fake_compiler):
     assert f"{2.5 * 4 * 128 * 2 * 16 * 1024 * (3073 + 4096) / 2 / 1e9:,.2f} G" in printed
 
 
+def test_explain_compares_ways_of_dividing_a_call(no_compiler):
+    def lines(*more):
+        words = ["--device=h200", "--batch=1", "--heads=64/8", "--len=131072", "--causal"]
+        printed = " ".join(run("explain", *words, *more).split())
+        return printed[printed.index("on paper") :]
+
+    of_eight = lines("--devices=8")
+    assert "on paper 720 TFLOP/s, 360 GB/s in a node of 8; one device: 390.9" in of_eight
+    assert " on 8 devices, 94% of their speed: waits 0.000 ms for 7 transfers" in of_eight
+    assert "for 2 transfers, 528.5 MB to each device choose all-to-all, in zigzag order" in of_eight
+    of_many = lines("--devices=128", "--tflops=600", "--network=25", "--backward")
+    assert "600 TFLOP/s, 360 GB/s in a node of 8, 25 between nodes" in of_many
+    assert "all-to-all not possible: q has 64 heads for 128 devices" in of_many
+    assert "ring not possible: len_q is 131072; expected a multiple of 6" in lines("--devices=3")
+    case = run("explain", "fwd_sm80-bf16-d64-causal", "--device=h100", "--devices=1", "--order=contiguous")
+    assert "not possible: len_q is 203 and len_kv 331; expected the same where keys are masked" in case
+
+
 def test_explain_says_why_there_are_no_registers(no_compiler):
     printed = run("explain", "--device=h100")
     assert "family     sm90: three consumers" in printed
@@ -157,6 +175,8 @@ def test_explain_ends_with_status_1_when_nothing_runs_the_problem(no_compiler):
         (["--page-size=16"], "--page-size 16 is for packed queries, and at least 1; give --varlen too."),
         (["--varlen", "--page-size=0"], "--page-size 0 is for packed queries, and at least 1"),
         (["--device=abacus"], "device 'abacus' is not known"),
+        (["--link=5"], "--link does nothing here; it goes with --devices."),
+        (["--devices=2", "--dtype=fp32"], "tflops is None, and how fast NVIDIA H100"),
         (["--top-left"], "--top-left does nothing here; it goes with --causal or --window."),
         (["--bias-dtype=fp32"], "--bias-dtype does nothing here; it goes with --bias."),
         (["--backward", "--bias-grad"], "--bias-grad does nothing here; it goes with --bias."),
@@ -287,6 +307,7 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "--batch": sizes("x"), "--scale": NUMBERS, "--softcap": NUMBERS, "--dropout": NUMBERS,
     "--page-size": sizes("x"), "--num-splits": sizes("x"), "--bias": st.sampled_from(["", "k", "bhqk", "kk", "z"]),
     "--device": st.sampled_from(["v100", "sm_86", "h100", "b200", "", "sm_1"]),
+    "--devices": sizes("x"), "--node": sizes("x"), **dict.fromkeys(("--tflops", "--link", "--network"), NUMBERS),
 }  # fmt: skip
 
 
