@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cuflash.api.cache import cache_call
 from cuflash.api.keywords import WrittenMask, WrittenScore
@@ -11,6 +12,9 @@ from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import shown
 from cuflash.ops import Arrays, PreparedAttention, asked, new, with_mods
+
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask
 
 
 def flash_attn_prepare(
@@ -30,6 +34,7 @@ def flash_attn_prepare(
     sink: Array | None = None,
     score_mod: WrittenScore = None,
     mask_mod: WrittenMask = None,
+    block_mask: BlockMask | None = None,
     out: ArrayT | None = None,
     cache: Sequence[ArrayT] | None = None,
     cache_seqlens: int | Array | None = None,
@@ -58,6 +63,8 @@ def flash_attn_prepare(
     score_mod, mask_mod : callable, optional
         As for `flash_attn_func` and, with a `cache`, `flash_attn_with_kvcache`. Traced once; arrays that they read are
         kept, and read anew in every call.
+    block_mask : BlockMask, optional
+        As for `flash_attn_func`, without a `cache`. Kept.
     out : array, (b, len_q, heads_q, dim_v), optional
         Like the array that every call will be given to write to; None if calls return new arrays. Not written.
     cache : (array, array), optional
@@ -115,6 +122,11 @@ def flash_attn_prepare(
             )  # fmt: skip
             if score_mod is not None or mask_mod is not None:
                 options, arrays = with_mods(options, arrays, score_mod, mask_mod)
+            if block_mask is not None:
+                raise InvalidArgument(
+                    "block_mask is given and there is a cache, of which as much is in use as every call says. "
+                    "Pass causal, window_size or mask_mod."
+                )
             return PreparedAttention(options, arrays, cached)
         of_cache = {
             "cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad,
@@ -128,8 +140,8 @@ def flash_attn_prepare(
             num_splits=num_splits,
         )  # fmt: skip
         arrays = new(Arrays, q, k, v, attn_mask, attn_bias, alibi_slopes, sink, out=out)
-        if score_mod is not None or mask_mod is not None:
-            options, arrays = with_mods(options, arrays, score_mod, mask_mod)
+        if score_mod is not None or mask_mod is not None or block_mask is not None:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, block_mask=block_mask)
         return PreparedAttention(options, arrays)
     except REFUSALS as error:
         shorten(error)

@@ -79,6 +79,23 @@ def test_packed_sequences_have_the_first_blocks() -> None:
     np.testing.assert_array_equal(packed, out)
 
 
+def test_other_functions_visit_the_same() -> None:
+    q, k, v, _ = tensors(2, 45, 53)
+    mask = made(45, 53)
+    out, lse = cuflash.flash_attn_func(q, k, v, block_mask=mask, return_lse=True)
+    found = cuflash.flex_attention(
+        *(x.swapaxes(1, 2) for x in (q, k, v)), lambda s, b, h, q, k: s, mask, enable_gqa=True, return_lse=True
+    )
+    np.testing.assert_array_equal(found[0].swapaxes(1, 2), out)
+    np.testing.assert_array_equal(found[1], lse)
+    for x, y in zip(cuflash.flash_attn_prepare(q, k, v, block_mask=mask)(q, k, v), (out, lse), strict=True):
+        np.testing.assert_array_equal(x, y)
+    packed = cuflash.flash_attn_kvpacked_func(q, np.stack([k, k], axis=2), block_mask=mask)
+    np.testing.assert_array_equal(packed, cuflash.flash_attn_func(q, k, k, block_mask=mask))
+    with pytest.raises(InvalidArgument, match=r"^block_mask is given and there is a cache"):
+        cuflash.flash_attn_prepare(q, None, None, cache=(k, v), cache_seqlens=3, block_mask=mask)
+
+
 def test_probabilities_are_of_listed_blocks() -> None:
     q, k, v, _ = tensors(2, 45, 53)
     mask = made(45, 53)

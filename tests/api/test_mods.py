@@ -45,7 +45,7 @@ def test_every_function_computes_what_a_bias_and_a_mask_do() -> None:
     traced = {name: mods.trace(name, function) for name, function in WRITTEN.items()}
     close(cuflash.flash_attn_func(Q, K, V, return_lse=True, **traced), expected)
     out, lse = cuflash.flex_attention(
-        *(x.swapaxes(1, 2) for x in (Q, K, V)), score, seen, enable_gqa=True, return_lse=True
+        *(x.swapaxes(1, 2) for x in (Q, K, V)), score, mask_mod=seen, enable_gqa=True, return_lse=True
     )
     close((out.swapaxes(1, 2), lse), expected)
     place = np.empty_like(expected[0])
