@@ -22,7 +22,7 @@ from cuflash.arrays import View
 from cuflash.errors import UnsupportedProblem
 from cuflash.numbers import integer, is_array
 from cuflash.ops import check, on_numpy
-from cuflash.ops.call import Arrays, Options, asked
+from cuflash.ops.call import Arrays, Options, Tangents, asked
 from cuflash.ops.call import results as names_of_results
 from cuflash.ops.launch import PlannedCall, plan_views, result
 from cuflash.plan import Workspace
@@ -32,6 +32,8 @@ _VERSION = 1
 _ALIGNMENT = 256
 """Of arrays in scratch memory, in bytes; those that are given are trusted to start at multiples of 16."""
 _DEFAULTS = asked().values()
+_TANGENTS = {"dout": "out", "dlse": "lse"}
+"""Arrays whose tangents go by other names."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,17 @@ class GivenCall:
     options: Options
     arrays: tuple[tuple[str, tuple[int, ...], str], ...]
     """Name, shape and element type of those that it reads, in the order of `Arrays`."""
+    along: tuple[str, ...] = ()
+    """Which of them come with a tangent, behind all others: then the call gives the tangents of its results instead,
+    those of out and lse or of the gradients. On a CPU alone."""
     room: int = 0
     """Bytes of scratch memory that a program has for it: what it needs on the GPU that the program is made for."""
+
+    @cached_property
+    def operands(self) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+        """The arrays and their tangents."""
+        by_name = {name: array for array in self.arrays for name in array[:1]}
+        return (*self.arrays, *(by_name[name] for name in self.along))
 
     @cached_property
     def views(self) -> dict[str, View]:
@@ -64,7 +75,8 @@ class GivenCall:
     @cached_property
     def results(self) -> tuple[Workspace, ...]:
         """What it writes, in order; seed and offset of dropout are among what it reads."""
-        names = names_of_results(self.problem, self.options.keep_state, self.options.keep_delta)
+        more = not self.along
+        names = names_of_results(self.problem, self.options.keep_state and more, self.options.keep_delta and more)
         shapes = check.shapes(self.options, self.views)
         return tuple(result(name, self.problem, shapes[name]) for name in names if name != "rng_state")
 
@@ -85,7 +97,14 @@ class GivenCall:
     def text(self) -> str:
         """The call in words that :func:`from_text` reads."""
         options = {name: x for name, x in self.options.values().items() if x != _DEFAULTS[name]}
-        content = {"version": _VERSION, "direction": self.direction, "options": options, "arrays": self.arrays}
+        content: dict[str, Any] = {
+            "version": _VERSION,
+            "direction": self.direction,
+            "options": options,
+            "arrays": self.arrays,
+        }
+        if self.along:
+            content["along"] = self.along
         content |= {"room": self.room} if self.room else {}
         return json.dumps(content, separators=(",", ":"))
 
@@ -106,7 +125,8 @@ def from_text(text: str | bytes) -> GivenCall:
         )
     options: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in content["options"].items()}
     arrays = tuple((name, tuple(shape), dtype) for name, shape, dtype in content["arrays"])
-    return GivenCall(content["direction"], asked(**options), arrays, content.get("room", 0))
+    along = tuple(content.get("along", ()))
+    return GivenCall(content["direction"], asked(**options), arrays, along, content.get("room", 0))
 
 
 def plain(options: Options) -> Options:
@@ -180,18 +200,27 @@ def on_gpu(call: GivenCall, ordinal: int) -> Callable[[list[int], int], None]:
 
 def on_cpu(call: GivenCall, pointers: Sequence[int]) -> None:
     """Compute a call in host memory; pointers of what it reads, then of its results."""
-    described = [*call.arrays, *((r.name, r.shape, r.dtype.name) for r in call.results)]
+    described = [*call.operands, *((r.name, r.shape, r.dtype.name) for r in call.results)]
     arrays = [_array(pointer, x) for pointer, (_, *x) in zip(pointers, described, strict=True)]
-    num_read = len(call.arrays)
+    num_read, num_operands = len(call.arrays), len(call.operands)
     by_name = [(name, array) for (name, *_), array in zip(described, arrays, strict=True)]
-    read, written = dict(by_name[:num_read]), dict(by_name[num_read:])
+    read, changes, written = (
+        dict(part) for part in (by_name[:num_read], by_name[num_read:num_operands], by_name[num_operands:])
+    )
+    along = None
+    if call.along:
+        places = written if call.direction == "forward" else {}
+        along = Tangents(**{_TANGENTS.get(name, name): x for name, x in (changes | places).items()})
     if call.direction == "forward":
         rng_state = read.pop("rng_state", None)
         generator = None if rng_state is None else tuple(rng_state.view(np.uint64).tolist())
+        if along is not None:
+            on_numpy.forward(call.options, Arrays(**read), generator, along=along)
+            return
         computed = on_numpy.forward(call.options, Arrays(**read, out=written["out"]), generator)
     else:
         gradients = {name: written[name] for name in ("dq", "dk", "dv")}
-        computed = on_numpy.backward(call.options, Arrays(**read, **gradients))
+        computed = on_numpy.backward(call.options, Arrays(**read, **gradients), along)
     for place, x in zip(written.values(), computed, strict=False):  # rng_state, the last one, is not written
         if place is not x:
             place[...] = x

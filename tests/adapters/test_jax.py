@@ -379,6 +379,133 @@ def test_explicit_gradients() -> None:
         oracle.assert_all_close(oracle.Attention(*map(get, (out, lse, *grads))), exact, naive)
 
 
+DIFFERENTIATED = {
+    "causal": {"causal": True, "softcap": 1.5, "attn_bias": random(4, 7, 9), "sink": random(4)},
+    "window": {"window_size": (3, 1), "alibi_slopes": random(4) ** 2, "attn_bias": random(2, 1, 1, 9)},
+    "mask": {"attn_mask": random(2, 4, 7, 9) > 0.3, "softmax_scale": -0.4, "attn_bias": random(1, 4, 7, 1)},
+}
+
+
+class Differentiated:
+    """A function of q, k, v and a bias through out and lse, in float64: by cuflash, and written out."""
+
+    def __init__(self, name: str) -> None:
+        words = DIFFERENTIATED[name]
+        self.tensors = [random(*shape, dtype=np.float64) for shape in ((2, 7, 4, 8), (2, 9, 2, 8), (2, 9, 2, 5))]
+        self.tensors.append(words["attn_bias"].astype(np.float64))
+        self.changes = [random(*x.shape, dtype=np.float64, seed=1) for x in self.tensors]
+        self.weights = random(2, 7, 4, 5, dtype=np.float64), random(2, 4, 7, dtype=np.float64)
+        wide = {n: x.astype(FP32) if n in ("sink", "alibi_slopes") else x for n, x in words.items()}
+        self.options = {n: x for n, x in wide.items() if n != "attn_bias"}
+
+    def __call__(self, q: Any, k: Any, v: Any, bias: Any) -> Any:
+        options = {n: put(x) for n, x in self.options.items()}
+        return self._weighed(*cuflash.flash_attn_func(q, k, v, attn_bias=bias, return_lse=True, **options))
+
+    def written_out(self, q: Any, k: Any, v: Any, bias: Any) -> Any:
+        k, v = jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2)
+        s = jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.options.get("softmax_scale", 8**-0.5)
+        cap = self.options.get("softcap")
+        s = s if cap is None else cap * jnp.tanh(s / cap)
+        distance = np.arange(9) - np.arange(7)[:, None] - 2
+        s = s - self.options.get("alibi_slopes", np.zeros(4))[:, None, None] * np.abs(distance) + bias
+        left, right = self.options.get("window_size", (99, 0 if self.options.get("causal") else 99))
+        seen = (distance >= -left) & (distance <= right) & self.options.get("attn_mask", True)
+        sink = self.options.get("sink", np.full(4, -np.inf))
+        s = jnp.concatenate([jnp.where(seen, s, -np.inf), jnp.broadcast_to(sink[:, None, None], (2, 4, 7, 1))], -1)
+        lse = jax.nn.logsumexp(s, -1)
+        return self._weighed(jnp.einsum("bhqk,bkhd->bqhd", jnp.exp(s - lse[..., None])[..., :-1], v), lse)
+
+    def _weighed(self, out: Any, lse: Any) -> Any:
+        return (self.weights[0] * jnp.sin(out)).sum() + (self.weights[1] * lse**2).sum()
+
+
+def pushed(f: Any, *tensors: Any, changes: Any) -> Any:
+    return jax.jvp(f, tensors, changes)[1]
+
+
+def weighed_gradient(f: Any, changes: Any) -> Any:
+    return lambda *x: sum((g * w).sum() for g, w in zip(jax.grad(f, (0, 1, 2, 3))(*x), changes, strict=True))
+
+
+DERIVATIVES: dict[str, Callable[..., Any]] = {
+    "jvp": lambda f, changes: lambda *x: jax.jvp(f, x, changes),
+    "jvp of some": lambda f, changes: lambda q, k, v, b: pushed(lambda q, b: f(q, k, v, b), q, b, changes=changes[::3]),
+    "linearize": lambda f, changes: lambda *x: jax.linearize(f, *x)[1](*changes),
+    "jacfwd": lambda f, changes: (
+        lambda q, k, v, b: jax.jacfwd(lambda x: f(q.at[0, 1, :, 2].set(x), k, v, b))(q[0, 1, :, 2])
+    ),
+    "mapped": lambda f, changes: (
+        lambda q, k, v, b: jax.vmap(lambda q, k: pushed(lambda *x: f(*x, v, b), q, k, changes=changes[:2]), (0, None))(
+            jnp.stack([q, 2 * q]), k
+        )
+    ),
+    "forward over reverse": lambda f, changes: lambda *x: pushed(jax.grad(f, (0, 1, 2, 3)), *x, changes=changes),
+    "reverse over reverse": lambda f, changes: jax.grad(weighed_gradient(f, changes), (0, 1, 2, 3)),
+    "reverse over forward": lambda f, changes: jax.grad(lambda *x: pushed(f, *x, changes=changes), (0, 1, 2, 3)),
+    "checkpoint": lambda f, changes: jax.grad(weighed_gradient(jax.checkpoint(f), changes), (0, 3)),
+    "hessian": lambda f, changes: (
+        lambda q, k, v, b: jax.hessian(lambda x: f(q, k.at[1, 2, 0].set(x), v, b))(k[1, 2, 0])
+    ),
+    "map of reverse": lambda f, changes: (
+        lambda q, k, v, b: jax.grad(
+            lambda q: (jax.vmap(jax.grad(f, 3), (None, None, None, 0))(q, k, v, jnp.stack([b, 2 * b])) ** 2).sum()
+        )(q)
+    ),
+    "pushed and stopped": lambda f, changes: jax.grad(
+        lambda *x: (lambda y, t: y * jax.lax.stop_gradient(t))(*jax.jvp(f, x, changes)), (0, 1, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.sample(5)
+def test_derivatives_in_both_modes_and_of_both_orders(name: str, derivative: str, place: str) -> None:
+    if place != "cpu":
+        pytest.skip("no kernel computes tangents")
+    with jax.enable_x64(True):
+        function = Differentiated(name)
+        tensors, changes = (tuple(map(put, x)) for x in (function.tensors, function.changes))
+        found, expected = (
+            jax.jit(DERIVATIVES[derivative](f, changes))(*tensors) for f in (function, function.written_out)
+        )
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == np.float64
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_derivatives_op_by_op_of_packed_sequences_with_dropout(place: str) -> None:
+    """<u, J t> = <J^T u, t>, and H is symmetric."""
+    if place != "cpu":
+        pytest.skip("no kernel computes tangents")
+    with jax.enable_x64(True):
+        x = [put(random(n, h, 8, dtype=np.float64)) for n, h in ((33, 4), (45, 2), (45, 2))]
+        t, u = ([put(random(*a.shape, dtype=np.float64, seed=i)) for a in x] for i in (1, 2))
+        starts = put(STARTS_Q), put(STARTS_K)
+        keywords = {"causal": True, "dropout_p": 0.3, "generator": (7, 0)}
+        loss = lambda *x: (cuflash.flash_attn_varlen_func(*x, *starts, **keywords) ** 2).sum()  # noqa: E731
+        dots = lambda a, b: sum((y * z).sum() for y, z in zip(a, b, strict=True))  # noqa: E731
+        gradient = jax.grad(loss, (0, 1, 2))
+        np.testing.assert_allclose(jax.jvp(loss, x, t)[1], dots(gradient(*x), t), rtol=1e-10)
+        turned = [dots(jax.jvp(gradient, x, a)[1], b) for a, b in ((t, u), (u, t))]
+        np.testing.assert_allclose(*turned, rtol=1e-10)
+        np.testing.assert_allclose(dots(jax.grad(lambda *x: dots(gradient(*x), t), (0, 1, 2))(*x), u), turned[0])
+
+
+def test_explicit_tangents(place: str) -> None:
+    if place != "cpu":
+        pytest.skip("no kernel computes tangents")
+    q, k, v, *_ = tensors(FP32)
+    call = lambda *x: cuflash.flash_attn_jvp(*x[:3], x[3], dv=x[4], causal=True)  # noqa: E731
+    expected = call(q, k, v, q, 2 * v)
+    for found in (jax.jit(call), call):
+        for a, b in zip(found(*map(put, (q, k, v, q, 2 * v))), expected, strict=True):
+            np.testing.assert_allclose(get(a), b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InvalidArgument, match=r"^dq has shape"):
+        jax.jit(call)(*map(put, (q, k, v, v, v)))
+
+
 def test_programs_are_exported() -> None:
     pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
     from jax import export
@@ -409,17 +536,22 @@ def refused(kind: type[Exception], match: str, function: Callable[..., Any], *ar
             transformed(*arrays)
 
 
-def test_derivatives_that_there_are_none_of() -> None:
+def test_derivatives_that_there_are_none_of(place: str) -> None:
     x, slopes = put(random(2, 9, 2, 16, dtype=FP32)), put(random(2, dtype=FP32))
-    forward_mode = r"^cuflash does not run in JAX's forward mode"
     once = lambda x: attend(x, x, x).sum()  # noqa: E731
-    refused(UnsupportedProblem, forward_mode, lambda x: jax.jvp(once, (x,), (x,)), x)
-    refused(UnsupportedProblem, forward_mode, jax.jacfwd(once), x)
-    refused(UnsupportedProblem, forward_mode, lambda x: jax.linearize(once, x)[1](x), x)
-    refused(UnsupportedProblem, forward_mode, jax.vmap(lambda x: jax.jvp(once, (x,), (x,))), x[None])
-    refused(UnsupportedProblem, r"^cuflash has first derivatives only", jax.grad(lambda x: jax.grad(once)(x).sum()), x)
+    along = lambda x: jax.jvp(once, (x,), (x,))[1]  # noqa: E731
+    if place == "cuda":
+        forward_mode = r"^cuflash does not run in JAX's forward mode on a GPU"
+        refused(UnsupportedProblem, forward_mode, along, x)
+        refused(UnsupportedProblem, forward_mode, jax.jacfwd(once), x)
+        refused(UnsupportedProblem, forward_mode, lambda x: jax.linearize(once, x)[1](x), x)
+        refused(UnsupportedProblem, forward_mode, jax.vmap(along), x[None])
+        refused(UnsupportedProblem, forward_mode, jax.grad(lambda x: jax.grad(once)(x).sum()), x)
+    refused(UnsupportedProblem, r"^cuflash does not run in JAX's forward mode twice", jax.jacfwd(along), x)
+    none_left = r"^cuflash has first and second derivatives of attention, and none of these is differentiated again"
+    refused(UnsupportedProblem, none_left, jax.grad(lambda x: jax.grad(along)(x).sum()), x)
     explicit = lambda x: cuflash.flash_attn_vjp(x, x, x)[1](x)[0].sum()  # noqa: E731
-    refused(UnsupportedProblem, r"^cuflash has first derivatives only", jax.grad(explicit), x)
+    refused(UnsupportedProblem, none_left, jax.grad(explicit), x)
     alibi = lambda slopes: attend(x, x, x, alibi_slopes=slopes).sum()  # noqa: E731
     refused(
         UnsupportedProblem,

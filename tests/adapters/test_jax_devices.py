@@ -157,6 +157,34 @@ def test_shard_map(mesh: Any, parts: list[Any], checked: bool) -> None:
 
 
 @on_four
+@pytest.mark.parametrize("heads_kv", [1, 2])
+@pytest.mark.parametrize("how", ["sharded", "shard_map"])
+def test_tangents_and_second_derivatives_are_divided(mesh: Any, parts: list[Any], how: str, heads_kv: int) -> None:
+    q, k, v, dout, _ = tensors(heads_kv)
+    of_q, of_k = P("x", None, "y"), P("x", None, "y" if heads_kv > 1 else None)
+    call = lambda q, k, v: cuflash.flash_attn_func(q, k, v, causal=True)  # noqa: E731
+    divided = call
+    if how == "shard_map":
+        divided = jax.shard_map(call, mesh=mesh, in_specs=(of_q, of_k, of_k), out_specs=of_q)
+
+    def derivatives(call: Any, *given: Any) -> Any:
+        tensors, changes = given[:3], given[3:]
+        loss = lambda *x: (dout * call(*x) ** 2).sum()  # noqa: E731
+        gradient = jax.grad(loss, (0, 1, 2))
+        return jax.jvp(call, tensors, changes), jax.jvp(gradient, tensors, changes)
+
+    given = [q, k, v, 2 * q, v[..., :16], k[..., :1] * v]
+    expected = jax.block_until_ready(jax.jit(derivatives, static_argnums=0)(call, *given))
+    parts.clear()
+    places = [of_q, of_k, of_k] * 2
+    sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(given, places, strict=True)]
+    found = jax.jit(derivatives, static_argnums=0)(divided, *sharded)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4)
+    assert {shapes[1:] for shapes in parts} == {((2, 20, 2, 16), (2, 24, 1, 16))}
+
+
+@on_four
 def test_types_that_say_where_arrays_lie(parts: list[Any]) -> None:
     axis_type = jax.sharding.AxisType.Explicit
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type, axis_type))

@@ -21,12 +21,17 @@ _PER_ROW = ("lse", "dlse", "row_state")
 
 
 @lru_cache(maxsize=1024)
-def batched(direction: Direction, options: Options, names: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
-    """`sharding.divided`, which may be mapped over new axes of any operands."""
-    call = custom_vmap(divided(direction, options, names))
+def batched(
+    direction: Direction, options: Options, names: tuple[str, ...], along: tuple[str, ...] = ()
+) -> Callable[..., tuple[Any, ...]]:
+    """`sharding.divided`, which may be mapped over new axes of any operands; tangents one after the other."""
+    call = custom_vmap(divided(direction, options, names, along))
 
     @call.def_vmap
     def rule(size: int, mapped: list[bool], *operands: Any) -> tuple[Any, Any]:
+        if along:
+            computed = _one_by_one(call, mapped, operands)
+            return tuple(computed), tuple(True for _ in computed)
         given = dict(zip(names, operands, strict=True))
         is_mapped = dict(zip(names, mapped, strict=True))
         fold = _Fold(direction, options, size, given, is_mapped)

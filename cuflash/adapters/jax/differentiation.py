@@ -1,17 +1,29 @@
-"""`grad` of a call: the gradients of those operands that are differentiated, and words for what has none."""
+"""Derivatives of a call, in both modes and of both orders, and words for those that there are none of.
+
+With x for what a call reads and has gradients of, F(x) for its results and u for gradients of these, there are three
+linear maps: the Jacobian J of F, the gradient's own Jacobian, which is the Hessian H of u.F(x) beside the transposed J,
+and the derivative of J t along x. What each does to tangents a backend computes, or what it does to cotangents:
+
+    map                            pushed forward           pulled back
+    x' -> J x'                     `forward` along x'       u -> `backward`
+    x', u' -> H x' + J^T u'        `backward` along both    w -> H w, J w: `backward` and `forward` along w
+    x' -> (J t)'                   refused                  u -> H t: `backward` along t
+
+As H is symmetric, reverse mode over either mode is forward mode over reverse mode.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
+from cuflash.adapters.jax import linear
 from cuflash.adapters.jax.batching import batched
 from cuflash.adapters.jax.primitive import alike
 from cuflash.errors import InvalidArgument, UnsupportedProblem
@@ -19,67 +31,208 @@ from cuflash.ops.call import Arrays, Options
 from cuflash.problem import Direction
 
 _WITH_GRADIENTS = ("q", "k", "v", "bias", "sink")
+_UPSTREAM = ("dout", "dlse")
+
+Names = tuple[str, ...]
 
 
 @lru_cache(maxsize=1024)
-def differentiable(options: Options, names: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
-    """The results of a forward on operands of these names; gradients of `out` and `lse` are pulled back through it."""
+def differentiable(options: Options, names: Names) -> Callable[..., tuple[Any, ...]]:
+    """The results of a forward on operands of these names, of which `out` and `lse` have derivatives."""
     kept = options.replace(keep_state=True)
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def attend(*operands: Any) -> tuple[Any, ...]:
         return once("forward", options, names)(*operands)
 
-    def forward(*operands: Any) -> tuple[Any, ...]:
-        wanted = frozenset(name for name, x in zip(names, operands, strict=True) if x.perturbed)
-        _check_differentiable(options, names, wanted)
-        values = tuple(x.value for x in operands)
-        out, lse, row_state = once("forward", kept, names)(*values)
-        results = (out, lse, row_state) if options.keep_state else (out, lse)
-        return results, (values, out, lse, row_state, _Wanted(wanted))
+    def rule(operands: Any, tangents: Any) -> tuple[Any, Any]:
+        changes = _changes(names, tangents)
+        _check_differentiable(options, names, frozenset(changes))
+        out, lse, row_state = differentiable(kept, names)(*operands)
+        along = tuple(name for name in changes if name in _WITH_GRADIENTS)
+        given = (*operands, out, lse, row_state)
+        tangents = linear.apply(_Push(options, names, along), given, [changes[x] for x in along], (out, lse))
+        if not options.keep_state:
+            return (out, lse), tuple(tangents)
+        return (out, lse, row_state), (*tangents, jnp.zeros_like(row_state))
 
-    def backward(residuals: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
-        values, out, lse, row_state, wanted = residuals
-        dout, dlse = cotangents[:2]
-        dout = jnp.zeros(out.shape, out.dtype) if isinstance(dout, SymbolicZero) else dout
-        given = dict(zip(names, values, strict=True)) | {
-            "dout": dout, "lse": lse, "row_state": row_state, "out": out,
-        }  # fmt: skip
-        if not isinstance(dlse, SymbolicZero):
-            given["dlse"] = dlse
-        asks = options.replace(num_splits=0, keep_state=False, bias_grad="bias" in wanted.names)
-        order = tuple(name for name in Arrays._fields if name in given)
-        dq, dk, dv, *others = once("backward", asks, order)(*alike([given[name] for name in order]))
-        gradients = {"q": dq, "k": dk, "v": dv}
-        if asks.bias_grad:
-            gradients["bias"] = others.pop(0).astype(given["bias"].dtype)
-        if "sink" in given:
-            gradients["sink"] = others.pop(0)
-        return tuple(gradients.get(name) for name in names)
-
-    attend.defvjp(forward, backward, symbolic_zeros=True)
-
-    def guarded(*operands: Any) -> tuple[Any, ...]:
-        return attend(
-            *(reverse_only(x) if name in _WITH_GRADIENTS else x for name, x in zip(names, operands, strict=True))
-        )
-
-    return guarded
+    attend.defjvp(rule, symbolic_zeros=True)
+    return attend
 
 
 @lru_cache(maxsize=1024)
-def once(direction: Direction, options: Options, names: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
+def _gradients(options: Options, names: Names) -> Callable[..., tuple[Any, ...]]:
+    """The results of a backward whose `out`, `lse` and `row_state` are those of the forward on its other operands."""
+
+    @jax.custom_jvp
+    def pull(*operands: Any) -> tuple[Any, ...]:
+        return once("backward", options, names)(*operands)
+
+    def rule(operands: Any, tangents: Any) -> tuple[Any, Any]:
+        results = once("backward", options, names)(*operands)
+        changes = _changes(names, tangents)
+        along = tuple(name for name in changes if name in (*_WITH_GRADIENTS, *_UPSTREAM))
+        if not along:
+            return results, tuple(jnp.zeros_like(x) for x in results)
+        pushed = linear.apply(_PushGradients(options, names, along), operands, [changes[x] for x in along], results)
+        return results, tuple(pushed)
+
+    pull.defjvp(rule, symbolic_zeros=True)
+    return pull
+
+
+def _changes(names: Names, tangents: Any) -> dict[str, Any]:
+    return {name: x for name, x in zip(names, tangents, strict=True) if not isinstance(x, SymbolicZero)}
+
+
+@dataclass(frozen=True)
+class _Push:
+    """From tangents of a forward's operands to those of out and lse; out, lse and row_state are given too."""
+
+    options: Options
+    names: Names
+    along: Names
+
+    def push(self, given: Any, changes: Any) -> Any:
+        values = given[: len(self.names)]
+        return once("forward", self.options.replace(keep_state=False), self.names, self.along)(
+            *alike([*values, *changes])
+        )
+
+    def pull(self, given: Any, cotangents: Any) -> Any:
+        options, order, operands = _backward(self.options, self.names, given, cotangents, "bias" in self.along)
+        gradients = _named(options, order, operands, _gradients(options, order)(*operands))
+        return tuple(gradients[name] for name in self.along)
+
+    def derivative(self, moving: tuple[int, ...]) -> tuple[linear.Map, tuple[int, ...]]:
+        kept = tuple(i for i in moving if i < len(self.names) and self.names[i] in _WITH_GRADIENTS)
+        return _Turn(self, tuple(self.names[i] for i in kept)), kept
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """From tangents of a forward's operands to those of what `push` makes of changes, which are given too."""
+
+    first: _Push
+    along: Names
+
+    def push(self, given: Any, changes: Any) -> Any:
+        raise UnsupportedProblem(
+            "cuflash does not run in JAX's forward mode twice, one inside the other (jax.jacfwd of jax.jvp). Take the "
+            "inner or the outer derivative in reverse mode: jax.hessian, jax.jvp of jax.grad, jax.grad of jax.jvp."
+        )
+
+    def pull(self, given: Any, cotangents: Any) -> Any:
+        first, count = self.first, len(self.first.names) + 3
+        options, order, operands = _backward(
+            first.options, first.names, given[:count], cotangents, "bias" in self.along
+        )  # fmt: skip
+        results = once("backward", options, order, first.along)(*alike([*operands, *given[count:]]))
+        gradients = _named(options, order, operands, results)
+        return tuple(gradients[name] for name in self.along)
+
+    def derivative(self, moving: tuple[int, ...]) -> tuple[linear.Map, tuple[int, ...]]:
+        return _Third(), moving
+
+
+@dataclass(frozen=True)
+class _PushGradients:
+    """From tangents of a backward's operands to those of its results."""
+
+    options: Options
+    names: Names
+    along: Names
+
+    def push(self, given: Any, changes: Any) -> Any:
+        return once("backward", self.options, self.names, self.along)(*alike([*given, *changes]))
+
+    def pull(self, given: Any, cotangents: Any) -> Any:
+        values = dict(zip(self.names, given, strict=True))
+        weights = {
+            name: x.astype(values[name].dtype)
+            for name, x in zip(_results(self.options, self.names), cotangents, strict=True)
+            if x is not None
+        }
+        if not weights:
+            return (None,) * len(self.along)
+        along: Names = tuple(weights)
+        found: dict[str, Any] = {}
+        if set(self.along) & set(_WITH_GRADIENTS):
+            options = self.options.replace(bias_grad="bias" in self.along)
+            results = once("backward", options, self.names, along)(*alike([*given, *weights.values()]))
+            found |= _named(options, self.names, given, results)
+        if set(self.along) & set(_UPSTREAM):
+            names = tuple(name for name in self.names if name not in _OF_BACKWARD)
+            operands = alike([*(values[name] for name in names), *weights.values()])
+            pushed = once("forward", self.options.replace(bias_grad=False), names, along)(*operands)
+            found |= dict(zip(_UPSTREAM, pushed, strict=True))
+        return tuple(found[name] for name in self.along)
+
+    def derivative(self, moving: tuple[int, ...]) -> tuple[linear.Map, tuple[int, ...]]:
+        return _Third(), moving
+
+
+@dataclass(frozen=True)
+class _Third:
+    """What there is no way through."""
+
+    def push(self, given: Any, changes: Any) -> Any:
+        raise _no_third()
+
+    def pull(self, given: Any, cotangents: Any) -> Any:
+        raise _no_third()
+
+    def derivative(self, moving: tuple[int, ...]) -> tuple[linear.Map, tuple[int, ...]]:
+        return self, moving
+
+
+_OF_BACKWARD = ("dout", "lse", "dlse", "row_state", "out")
+
+
+def _backward(
+    options: Options, names: Names, given: Any, cotangents: Any, bias_grad: bool
+) -> tuple[Options, Names, list[Any]]:
+    """What a backward asks for and reads, of what a forward read and gave and the gradients of out and lse."""
+    *values, out, lse, row_state = given
+    dout, dlse = cotangents
+    arrays = dict(zip(names, values, strict=True)) | {"lse": lse, "row_state": row_state, "out": out}
+    arrays["dout"] = jnp.zeros(out.shape, out.dtype) if dout is None else dout
+    if dlse is not None:
+        arrays["dlse"] = dlse
+    order = tuple(name for name in Arrays._fields if name in arrays)
+    asks = options.replace(num_splits=0, keep_state=False, bias_grad=bias_grad)
+    return asks, order, alike([arrays[name] for name in order])
+
+
+def _results(options: Options, names: Names) -> Names:
+    """What the results of a backward are the gradients of."""
+    return ("q", "k", "v", *(("bias",) if options.bias_grad else ()), *(("sink",) if "sink" in names else ()))
+
+
+def _named(options: Options, names: Names, operands: Any, results: Any) -> Mapping[str, Any]:
+    """The results of a backward by what they are the gradients of, and in its element type."""
+    values = dict(zip(names, operands, strict=True))
+    return {name: x.astype(values[name].dtype) for name, x in zip(_results(options, names), results, strict=True)}
+
+
+@lru_cache(maxsize=1024)
+def once(direction: Direction, options: Options, names: Names, along: Names = ()) -> Callable[..., tuple[Any, ...]]:
     """`batching.batched`, with words for who differentiates it."""
-    call = jax.custom_jvp(batched(direction, options, names))
+    call = jax.custom_jvp(batched(direction, options, names, along))
 
     @call.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
-        raise UnsupportedProblem(
-            "cuflash has first derivatives only: a gradient of attention cannot be differentiated again. Take second "
-            "derivatives of attention that is written out, jax.nn.dot_product_attention(..., implementation='xla')."
-        )
+        raise _no_third()
 
     return call
+
+
+def _no_third() -> UnsupportedProblem:
+    return UnsupportedProblem(
+        "cuflash has first and second derivatives of attention, and none of these is differentiated again; nor are "
+        "explicit gradients, of flash_attn_vjp and flash_attn_backward. Take derivatives of flash_attn_func, or of "
+        "attention that is written out, jax.nn.dot_product_attention(..., implementation='xla')."
+    )
 
 
 def _check_differentiable(options: Options, names: tuple[str, ...], wanted: frozenset[str]) -> None:
@@ -100,47 +253,3 @@ def _check_differentiable(options: Options, names: tuple[str, ...], wanted: froz
             f"gradients of {options.name('k')} or beside it are taken; a cache has none. Call flash_attn_func, or "
             "flash_attn_varlen_func with seqused_k."
         )
-
-
-@jax.tree_util.register_static
-class _Wanted:
-    """Names of operands whose gradients are wanted, of a forward until its backward."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        self.names = names
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Wanted) and self.names == other.names
-
-    def __hash__(self) -> int:
-        return hash(self.names)
-
-
-# Forward mode: JAX's own words for it name `custom_vjp`, which its user never wrote. Reverse mode transposes the
-# tangent's step away before anything runs, lowers or maps it.
-
-
-@jax.custom_jvp
-def reverse_only(x: Any) -> Any:
-    """The same, with words for who takes a gradient in forward mode."""
-    return x
-
-
-@reverse_only.defjvp
-def _reverse_only_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    return primals[0], _tangent.bind(tangents[0])
-
-
-def _refuse_forward_mode(*_: Any, **__: Any) -> Any:
-    raise UnsupportedProblem(
-        "cuflash does not run in JAX's forward mode (jax.jvp, jax.jacfwd, jax.linearize, jax.hessian). "
-        "Take gradients in reverse mode: jax.grad, jax.vjp, jax.jacrev."
-    )
-
-
-_tangent: Primitive = Primitive("cuflash_tangent")
-_tangent.def_impl(_refuse_forward_mode)
-_tangent.def_abstract_eval(lambda x: x)
-ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
-batching.primitive_batchers[_tangent] = _refuse_forward_mode
-mlir.register_lowering(_tangent, _refuse_forward_mode)

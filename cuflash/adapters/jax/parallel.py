@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from cuflash import dtypes, ops
-from cuflash.adapters.jax.differentiation import reverse_only
 from cuflash.adapters.jax.primitive import alike
-from cuflash.errors import InvalidArgument
+from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.numbers import shown
 from cuflash.ops import Arrays, Options
 from cuflash.parallel.asked import Asked
@@ -32,7 +33,7 @@ def divided(method: str, asked: Asked, tensors: Sequence[Any], group: Any) -> Pa
     """(out, lse) of this device's rows."""
     devices = _size(group)
     asked.check(*tensors)
-    q, k, v = (reverse_only(x) for x in alike(tensors))
+    q, k, v = (_reverse_only(x) for x in alike(tensors))
     return (_by_ring if method == "ring_attention" else _by_heads)(asked, devices, group, q, k, v)
 
 
@@ -256,3 +257,32 @@ def _real(q: Any) -> Any:
     dtype = dtypes.of(q.dtype)
     assert dtype is not None
     return dtype.accumulator
+
+
+# Forward mode: JAX's own words for it name `custom_vjp`, which its user never wrote. Reverse mode transposes the
+# tangent's step away before anything runs, lowers or maps it.
+
+
+@jax.custom_jvp
+def _reverse_only(x: Any) -> Any:
+    return x
+
+
+@_reverse_only.defjvp
+def _reverse_only_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    return primals[0], _tangent.bind(tangents[0])
+
+
+def _refuse_forward_mode(*_: Any, **__: Any) -> Any:
+    raise UnsupportedProblem(
+        "attention of sequences that devices share does not run in JAX's forward mode (jax.jvp, jax.jacfwd, "
+        "jax.linearize, jax.hessian). Take gradients in reverse mode: jax.grad, jax.vjp, jax.jacrev."
+    )
+
+
+_tangent: Primitive = Primitive("cuflash_tangent")
+_tangent.def_impl(_refuse_forward_mode)
+_tangent.def_abstract_eval(lambda x: x)
+ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
+batching.primitive_batchers[_tangent] = _refuse_forward_mode
+mlir.register_lowering(_tangent, _refuse_forward_mode)

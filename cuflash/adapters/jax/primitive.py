@@ -31,10 +31,19 @@ primitive: Primitive = Primitive("cuflash_attention")
 primitive.multiple_results = True
 
 
-def bind(direction: Direction, options: Options, names: tuple[str, ...], *operands: Any) -> tuple[Any, ...]:
-    """The results of a call on operands of these names, which may be tracers."""
-    described = tuple((name, x.shape, x.dtype.name) for name, x in zip(names, operands, strict=True))
-    return tuple(primitive.bind(*operands, call=GivenCall(direction, options, described)))
+def given_call(
+    direction: Direction, options: Options, names: tuple[str, ...], along: tuple[str, ...], operands: Sequence[Any]
+) -> GivenCall:
+    """The call on operands of these names, the tangents of some behind all others."""
+    described = tuple((name, x.shape, x.dtype.name) for name, x in zip(names, operands, strict=False))
+    return GivenCall(direction, options, described, along)
+
+
+def bind(
+    direction: Direction, options: Options, names: tuple[str, ...], along: tuple[str, ...], *operands: Any
+) -> tuple[Any, ...]:
+    """The results of a call on operands, which may be tracers."""
+    return tuple(primitive.bind(*operands, call=given_call(direction, options, names, along, operands)))
 
 
 @primitive.def_impl
@@ -50,7 +59,7 @@ def _program(call: GivenCall) -> Any:
 @primitive.def_abstract_eval
 def _results(*operands: Any, call: GivenCall) -> list[Any]:
     """The types of the results, which vary over the mesh as the operands do; gradients lie where their operands do."""
-    by_name = dict(zip((name for name, *_ in call.arrays), operands, strict=True))
+    by_name = dict(zip((name for name, *_ in call.arrays), operands, strict=False))
     q, axes = by_name["q"], axes_of(call)
     on = dict(zip(axes["q"], q.sharding.spec, strict=True))
     on = {axis: on[axis] for axis in DIVISIBLE if axis in on}
@@ -87,6 +96,12 @@ def _on_cpu(*operands: Any, call: GivenCall) -> list[Any]:
 
 
 def _on_gpu(*operands: Any, call: GivenCall) -> list[Any]:
+    if call.along:
+        raise UnsupportedProblem(
+            "cuflash does not run in JAX's forward mode on a GPU (jax.jvp, jax.jacfwd, jax.linearize, jax.hessian): "
+            "no kernel computes tangents. Take first derivatives in reverse mode, jax.grad, jax.vjp or jax.jacrev, or "
+            "place the arrays on the CPU."
+        )
     gpu = _register_gpu()
     planned = call.plan(gpu)
     if planned.fills:

@@ -20,13 +20,14 @@ from cuflash.ops.given import GivenCall
 from cuflash.problem import Direction
 
 
-def divided(direction: Direction, options: Options, names: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
+def divided(
+    direction: Direction, options: Options, names: tuple[str, ...], along: tuple[str, ...] = ()
+) -> Callable[..., tuple[Any, ...]]:
     """`primitive.bind`, which a program over several devices runs on each device's part of the operands."""
-    whole = partial(primitive.bind, direction, options, names)
+    whole = partial(primitive.bind, direction, options, names, along)
 
     def call(*operands: Any) -> tuple[Any, ...]:
-        described = tuple((name, x.shape, x.dtype.name) for name, x in zip(names, operands, strict=True))
-        division = Division(GivenCall(direction, options, described))
+        division = Division(primitive.given_call(direction, options, names, along, operands))
         function = custom_partitioning(whole)
         function.def_partition(division.partition, sharding_rule=division.rule, **division.factor_sizes)
         return function(*operands)
@@ -39,7 +40,7 @@ class Division:
 
     def __init__(self, call: GivenCall) -> None:
         self._call, problem = call, call.problem
-        self._names = [name for name, *_ in call.arrays]
+        self._names = [name for name, *_ in call.operands]
         self._results = [r.name for r in call.results]
         self._axes = axes_of(call)
         self._shared = problem.heads_kv == 1 and problem.heads_q > 1
@@ -123,7 +124,8 @@ class Division:
 
     def _part(self, on: dict[str, tuple[str, ...]], *operands: Any) -> tuple[Any, ...]:
         """The results of one device's part, and of all parts where they are sums over what is divided."""
-        computed = primitive.bind(self._call.direction, self._call.options, tuple(self._names), *operands)
+        names = tuple(name for name, *_ in self._call.arrays)
+        computed = primitive.bind(self._call.direction, self._call.options, names, self._call.along, *operands)
         return tuple(self._summed(name, x, on) for name, x in zip(self._results, computed, strict=True))
 
     def _summed(self, name: str, x: Any, on: dict[str, tuple[str, ...]]) -> Any:

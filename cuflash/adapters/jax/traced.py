@@ -46,14 +46,8 @@ class Traced(Adapter):
                     f"{options.name(name)} is a JAX array, and cuflash does not write to those. "
                     f"Drop {options.name(name)} and use the array that is returned."
                 )
-        if direction == "forward" and check.dropout_of(options):
-            arrays = arrays._replace(rng_state=_rng_state(generator))
-        if options.cache:
-            arrays = _with_rows(options, arrays, cached)
-        options = given.plain(_with_lengths(options, arrays))
+        options, arrays = _described(direction, options, arrays, generator, cached)
         operands = arrays.by_name()
-        described = tuple((name, x.shape, x.dtype.name) for name, x in operands.items())
-        GivenCall(direction, options, described).problem  # noqa: B018  refuses what is wrong
         names, values = tuple(operands), alike(tuple(operands.values()))
         if direction == "backward":
             return once(direction, options, names)(*values)
@@ -63,10 +57,21 @@ class Traced(Adapter):
     def answer_along(
         self, options: Options, arrays: Arrays, tangents: Tangents, generator: Any = None
     ) -> tuple[Any, ...]:
-        """Not yet."""
-        raise UnsupportedProblem(
-            "flash_attn_jvp is called inside JAX's transformations; it takes concrete arrays. Call it outside of them."
-        )
+        """The same of a call of `ops.jvp`."""
+        options, arrays = _described("forward", options, arrays, generator)
+        operands = arrays.by_name()
+        changes = {name: x for name, x in tangents._asdict().items() if x is not None}
+        views = {name: given.contiguous(f"d{name}", x.shape, x.dtype.name) for name, x in changes.items()}
+        check.check_tangents(_views(options, arrays), views, options)
+
+        def attend(moved: dict[str, Any]) -> Any:
+            return differentiable(options, tuple(operands))(*alike([*(operands | moved).values()]))
+
+        if not changes:
+            out, lse = attend({})
+            return out, lse, jnp.zeros_like(out), jnp.zeros_like(lse)
+        results, pushed = jax.jvp(attend, [{name: operands[name] for name in changes}], [changes])
+        return (*results, *pushed)
 
     def divided(self, method: str, asked: Any, tensors: Any, group: Any) -> tuple[Any, Any]:
         """(out, lse) of this device's rows of a call that the devices along an axis of a mesh share."""
@@ -77,6 +82,25 @@ class Traced(Adapter):
     def outline(self, name: str, x: Any) -> View:
         """Spell an array out as it will lie in memory."""
         return given.contiguous(name, x.shape, x.dtype.name)
+
+
+def _described(
+    direction: Direction, options: Options, arrays: Arrays, generator: Any, cached: int | None = None
+) -> tuple[Options, Arrays]:
+    """The options and arrays of a call that has been checked, with random numbers and lengths."""
+    if direction == "forward" and check.dropout_of(options):
+        arrays = arrays._replace(rng_state=_rng_state(generator))
+    if options.cache:
+        arrays = _with_rows(options, arrays, cached)
+    options = given.plain(_with_lengths(options, arrays))
+    described = tuple((name, x.shape, x.dtype.name) for name, x in arrays.by_name().items())
+    GivenCall(direction, options, described).problem  # noqa: B018  refuses what is wrong
+    return options, arrays
+
+
+def _views(options: Options, arrays: Arrays) -> dict[str, View]:
+    """Arrays as they will lie in memory."""
+    return {name: given.contiguous(options.name(name), x.shape, x.dtype.name) for name, x in arrays.by_name().items()}
 
 
 def _with_lengths(options: Options, arrays: Arrays) -> Options:
@@ -91,7 +115,7 @@ def _with_lengths(options: Options, arrays: Arrays) -> Options:
                 f"{asked} and {options.name(name)} is traced by JAX, so that its values are not known yet. "
                 + ("Validate outside jax.jit." if validates else "Pass both.")
             )
-    views = {name: given.contiguous(options.name(name), x.shape, x.dtype.name) for name, x in arrays.by_name().items()}
+    views = _views(options, arrays)
     check.layout_of("forward", options, views)
     return lengths.read(options, views, arrays)
 
