@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cuflash import ops
 from cuflash.api.keywords import Generator
 from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
-from cuflash.ops import Arrays, Tangents, asked, new
+from cuflash.ops import Arrays, Tangents, asked, new, with_mods
+
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask
 
 
 def flash_attn_jvp(
@@ -36,6 +41,7 @@ def flash_attn_jvp(
     alibi_slopes: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     generator: Generator = None,
     dropout_scheme: Scheme = "byte",
@@ -64,7 +70,7 @@ def flash_attn_jvp(
     dbias, dsink : array, optional
         How `attn_bias` and `sink` change, shaped and typed like them; None is not at all. At pairs that are hidden,
         by a mask or by a bias of -inf, `dbias` has no effect.
-    softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
+    softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink, block_mask
         As for `flash_attn_func`.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As for `flash_attn_varlen_func`.
@@ -104,6 +110,8 @@ def flash_attn_jvp(
             Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
         )  # fmt: skip
+        if block_mask is not None:
+            options, arrays = with_mods(options, arrays, None, None, block_mask=block_mask)
         out, lse, tangent_out, tangent_lse = ops.jvp(options, arrays, Tangents(dq, dk, dv, dbias, dsink), generator)
         return out, lse, tangent_out, tangent_lse
     except REFUSALS as error:

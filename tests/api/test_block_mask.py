@@ -96,6 +96,15 @@ def test_other_functions_visit_the_same() -> None:
         cuflash.flash_attn_prepare(q, None, None, cache=(k, v), cache_seqlens=3, block_mask=mask)
 
 
+def test_tangents_are_those_of_the_pairs() -> None:
+    q, k, v, _ = tensors(2, 45, 53)
+    mask, (dq, dk, dv, _) = made(45, 53), tensors(2, 45, 53)
+    found = cuflash.flash_attn_jvp(q, k, v, dq, dk, dv, block_mask=mask, causal=True)
+    expected = cuflash.flash_attn_jvp(q, k, v, dq, dk, dv, attn_mask=mask.to_dense(), causal=True)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, 1e-12, 1e-12)
+
+
 def test_probabilities_are_of_listed_blocks() -> None:
     q, k, v, _ = tensors(2, 45, 53)
     mask = made(45, 53)
