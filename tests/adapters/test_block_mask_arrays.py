@@ -63,6 +63,8 @@ def test_refused_where_torch_or_jax_traces() -> None:
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     with pytest.raises(UnsupportedProblem, match=r"^block_mask is given inside JAX's transformations"):
         jax.jit(lambda *qkv: cuflash.flash_attn_func(*qkv, block_mask=mask))(*map(jax.numpy.asarray, (q, k, v)))
+    with pytest.raises(UnsupportedProblem, match=r"^block_mask is given inside JAX's transformations"):
+        jax.jit(lambda *qkv: cuflash.flash_attn_jvp(*qkv, block_mask=mask))(*map(jax.numpy.asarray, (q, k, v)))
     torch = pytest.importorskip("torch", reason="torch is not installed")
     q, k, v = (torch.from_numpy(x) for x in (q, k, v))
     with pytest.raises(UnsupportedProblem, match=r"^block_mask is given inside torch.vmap"):

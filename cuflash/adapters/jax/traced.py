@@ -34,12 +34,6 @@ class Traced(Adapter):
         cached: int | None = None,
     ) -> tuple[Any, ...]:
         """The results of a call as tracers."""
-        for name in ("score_mod", "mask_mod", "block_mask"):
-            if getattr(options, name) is not None:
-                raise UnsupportedProblem(
-                    f"{name} is given inside JAX's transformations, which cuflash does not support yet. Call "
-                    "flash_attn_vjp or flash_attn_backward on arrays outside of them."
-                )
         for name, x in zip(OUTPUTS[direction], arrays.outputs(direction), strict=True):
             if x is not None:
                 raise InvalidArgument(
@@ -88,6 +82,12 @@ def _described(
     direction: Direction, options: Options, arrays: Arrays, generator: Any, cached: int | None = None
 ) -> tuple[Options, Arrays]:
     """The options and arrays of a call that has been checked, with random numbers and lengths."""
+    for name in ("score_mod", "mask_mod", "block_mask"):
+        if getattr(options, name) is not None:
+            raise UnsupportedProblem(
+                f"{name} is given inside JAX's transformations, which cuflash does not support yet. Call "
+                "flash_attn_vjp or flash_attn_backward on arrays outside of them."
+            )
     if direction == "forward" and check.dropout_of(options):
         arrays = arrays._replace(rng_state=_rng_state(generator))
     if options.cache:
