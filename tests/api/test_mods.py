@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -165,3 +166,50 @@ def test_gradients_of_nothing_are_refused() -> None:
         cuflash.flash_attn_vjp(Q, K, V, mask_mod=seen, captured_grad=True)
     with pytest.raises(InvalidArgument, match="captured_grad is 'x'; expected True or False"):
         cuflash.flash_attn_vjp(Q, K, V, score_mod=score, captured_grad="x")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["fp16", "bf16"])
+def test_narrow_tensors_have_scores_in_float32(dtype: Any) -> None:
+    q, k, v = (x.astype(dtype) for x in (Q, K, V))
+    table = RNG.standard_normal((4, 9)).astype(dtype)
+    found = cuflash.flash_attn_func(q, k, v, score_mod=lambda s, b, h, q, k: s + table[h, k], return_lse=True)
+    bias = table.astype(np.float32)[:, None]
+    expected = cuflash.flash_attn_func(q, k, v, attn_bias=bias, return_lse=True)
+    assert found[0].dtype == dtype and found[1].dtype == np.float32
+    close([x.astype(np.float32) for x in found], [x.astype(np.float32) for x in expected])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0), (2, 5, 4)])
+def test_nothing_to_attend_to_moves_nothing(shape: tuple[int, int, int]) -> None:
+    batch, len_q, len_kv = shape
+    q, k = np.ones((batch, len_q, 4, 8)), np.ones((batch, len_kv, 2, 8))
+    hidden = {"mask_mod": lambda b, h, q, k: k < 0}
+    (out, lse), pullback = cuflash.flash_attn_vjp(
+        q, k, k, score_mod=score, captured_grad=True, return_lse=True, **hidden
+    )
+    gradients = pullback(np.ones_like(out))
+    assert out.shape == q.shape and not out.any() and (lse == -np.inf).all()
+    assert not any(x.any() for x in (*gradients[:3], *gradients.dcaptured))
+    assert gradients.dcaptured[0].shape == SLOPES.shape
+
+
+def test_minus_infinity_hides_like_a_bias_and_moves_nothing() -> None:
+    weight = np.array([0, 1, 2, 0, 1, 1, 1, 0, 3], np.float64)
+
+    def weighted(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return s + mods.log(weight[k])
+
+    q, k, v = (x.astype(np.float64) for x in (Q, K, V))
+    with np.errstate(divide="ignore"):
+        bias = np.log(weight)
+    out, pullback = cuflash.flash_attn_vjp(q, k, v, score_mod=weighted, captured_grad=True)
+    expected, of_bias = cuflash.flash_attn_vjp(q, k, v, attn_bias=bias, bias_grad=True)
+    np.testing.assert_allclose(out, expected, 1e-12)
+    gradients, others = pullback(out), of_bias(out)
+    for one, other in zip(gradients[:3], others[:3], strict=True):
+        np.testing.assert_allclose(one, other, 1e-12, 1e-13)
+    seen_keys = weight > 0
+    np.testing.assert_allclose(
+        gradients.dcaptured[0][seen_keys], (others.dbias / np.where(seen_keys, weight, 1))[seen_keys]
+    )
+    assert not gradients.dcaptured[0][~seen_keys].any()

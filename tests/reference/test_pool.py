@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -99,6 +100,36 @@ def test_packed_sequences_give_the_same_bits_on_any_number_of_threads(
             np.testing.assert_array_equal(a, b)
     if bias is not None:
         np.testing.assert_allclose(results[0].dbias, exact.dbias, atol=1e-4)
+
+
+@pytest.mark.usefixtures("many_jobs")
+@pytest.mark.parametrize("bias", [None, (3, 4, 40, 53)], ids=["alone", "bias"])
+def test_gradients_of_what_a_score_reads_have_the_same_bits_on_any_number_of_threads(
+    bias: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v, dout, dlse = arrays(SHAPE, FP32)
+    table, factor = RNG.standard_normal((4, 9), FP32), RNG.standard_normal((3, 40), FP32)
+    given = {} if bias is None else {"attn_bias": RNG.standard_normal(bias, FP32), "bias_grad": True}
+
+    def written(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return s * factor[b, q] + table[h, k - q + 4]
+
+    def gradients(**others: Any) -> Any:
+        _, pullback = cuflash.flash_attn_vjp(q, k, v, score_mod=written, captured_grad=True, **given, **others)
+        return pullback(dout, dlse)
+
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "1")
+    first = gradients()
+    for threads in ("2", "5", "5"):
+        monkeypatch.setenv("CUFLASH_NUM_THREADS", threads)
+        again = gradients()
+        for a, b in zip((*first[:4], *first.dcaptured), (*again[:4], *again.dcaptured), strict=True):
+            np.testing.assert_array_equal(a, b)
+    q, k, v, dout, dlse, table, factor = (x.astype(np.float64) for x in (q, k, v, dout, dlse, table, factor))
+    given = {name: x.astype(np.float64) if name == "attn_bias" else x for name, x in given.items()}
+    exact = gradients()
+    for a, b in zip(first.dcaptured, exact.dcaptured, strict=True):
+        np.testing.assert_allclose(a, b, 1e-4, 1e-5)
 
 
 @pytest.mark.usefixtures("two_blas_threads", "many_jobs")

@@ -81,6 +81,11 @@ def gradients(q: Dense, k: Dense, v: Dense, lse: Any, bias: Any, sink: Slopes, m
     out, with_bias = cuflash.flash_attn_vjp(q, k, v, attn_bias=bias, bias_grad=True)
     with_bias(out).dbias.sum()
     assert_type(with_bias(out).dsink, None)
+    captured = cuflash.flash_attn_backward(q, q, k, v, q, lse, score_mod=lambda s, b, h, q, k: s, captured_grad=True)
+    assert_type(captured.dq, Dense)
+    assert_type(captured.dcaptured, tuple[Any, ...])
+    out, of_captured = cuflash.flash_attn_vjp(q, k, v, score_mod=lambda s, b, h, q, k: s, captured_grad=True)
+    assert_type(of_captured(out).dk, Dense)
     (out, lse), both = cuflash.flash_attn_vjp(q, k, v, attn_bias=bias, bias_grad=True, sink=sink, return_lse=True)
     dq, dk, dv, dbias, dsink = both(out)
 
