@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple, get_args
@@ -12,15 +13,17 @@ import numpy as np
 
 from cuflash import ops
 from cuflash.arrays import View
+from cuflash.blocks import create_block_mask
 from cuflash.cases.table import CASES, select
 from cuflash.cli.console import options_written
+from cuflash.cli.written import traced
 from cuflash.device import NAMED, Device, current, named
 from cuflash.dropout import Scheme
 from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.ops import Options, check
 from cuflash.plan import FAMILIES
-from cuflash.problem import Direction, Problem
+from cuflash.problem import Blocks, Direction, Problem
 
 _AXES = "bhqk"
 """Batch, query heads, queries and keys."""
@@ -59,6 +62,10 @@ _PARAMS: tuple[click.Parameter, ...] = (
     click.Option(["--bias-dtype"], type=click.Choice(list(DTYPES)), help="That of the tensors if not given."),
     click.Option(["--bias-apart"], is_flag=True, help="Its keys are not neighbours in memory."),
     click.Option(["--bias-grad"], is_flag=True, help="With --backward: its gradient too."),
+    click.Option(["--score-mod"], help="What becomes of a score: 'score - captured0[h] * abs(q - k)'."),
+    click.Option(["--mask-mod"], help="Which keys are seen: 'captured0[q] == captured0[k]', or 'k <= q + 16'."),
+    click.Option(["--captured-grad"], is_flag=True, help="With --backward: gradients of what --score-mod reads too."),
+    click.Option(["--block-mask"], type=click.IntRange(1), help="Lists of blocks of so many queries and keys."),
     click.Option(["--sink"], is_flag=True, help="A learnable logit for each head."),
     click.Option(["--dropout"], type=float, default=0.0, help="The probability of dropping."),
     click.Option(
@@ -132,6 +139,10 @@ class _Options(NamedTuple):
     bias_dtype: str | None
     bias_apart: bool
     bias_grad: bool
+    score_mod: str | None
+    mask_mod: str | None
+    captured_grad: bool
+    block_mask: int | None
     sink: bool
     dropout: float
     dropout_scheme: Scheme
@@ -170,8 +181,14 @@ def _of_options(family: str | None, asked: _Options) -> Asked:
         max_seqlen_k=len_kv if asked.varlen else None,
         bias_grad=asked.bias_grad,
         num_splits=asked.num_splits,
+        captured_grad=asked.captured_grad,
     )
+    written = {name: traced(name, getattr(asked, name)) for name in ("score_mod", "mask_mod")}
+    options = options.replace(**{name: x.mod for name, x in written.items() if x is not None})
     problem = check.problem_of(direction, options, _views(asked, options, q, k, v))
+    if asked.block_mask is not None:  # of which the lists decide nothing here
+        block = create_block_mask(len_q=1, len_kv=1, block_size=asked.block_mask)
+        problem = replace(problem, block_mask=Blocks(block.block_size, block.rule.mod))
     rows = asked.batch * (len_q * heads_q + len_kv * heads_kv)
     nbytes = rows * (dim_qk + dim_v) * problem.dtype.itemsize * (2 if asked.backward else 1)
     return Asked(problem, family, problem.flops(), nbytes)
@@ -183,7 +200,8 @@ def _refuse_idle(asked: _Options, banded: bool, heads_kv: int, len_kv: int) -> N
     for acts, options, goes_with in (
         (asked.causal or banded, ["--top-left"], "--causal or --window"),
         (asked.bias is not None, ["--bias-dtype", "--bias-grad"], "--bias"),
-        (asked.backward, ["--bias-grad", "--deterministic"], "--backward"),
+        (asked.score_mod is not None, ["--captured-grad"], "--score-mod"),
+        (asked.backward, ["--bias-grad", "--captured-grad", "--deterministic"], "--backward"),
         (asked.dropout != 0, ["--dropout-scheme"], "--dropout"),
         (not asked.backward, ["--num-splits"], "the forward alone, without --backward"),
         (heads_kv > 1, ["--reversed"], "several heads"),
@@ -222,6 +240,9 @@ def _views(
     if asked.bias is not None:
         bias = place("attn_bias", _along(asked.bias, scores), DTYPES[asked.bias_dtype or asked.dtype].numpy)
         views["bias"] = _spread(bias) if asked.bias_apart else bias
+    operands = [x for mod in (options.score_mod, options.mask_mod) if mod is not None for x in mod.operands]
+    for i, operand in enumerate(operands):
+        views[f"captured{i}"] = place(options.name(f"captured{i}"), (1,) * operand.ndim, operand.dtype)
     if asked.sink:
         views["sink"] = place("sink", (heads_q,), fp32)
     if asked.backward:

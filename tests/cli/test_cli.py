@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 
 import cuflash.cli.compile
 import cuflash.cli.explain
-from cuflash import jit, plan
+from cuflash import jit, mods, plan
 from cuflash.bench.peers import PEERS
 from cuflash.cases import calls
 from cuflash.cli import app
@@ -37,11 +37,12 @@ def no_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def run(*arguments: str, status: int = 0) -> str:
+def run(*arguments: str, status: int | None = 0) -> str:
+    """What a command prints, whose exit status is this one, or any if it is None."""
     result = CliRunner().invoke(app, arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    assert result.exit_code == status, result.output
+    assert status is None or result.exit_code == status, result.output
     return result.output
 
 
@@ -183,6 +184,10 @@ def test_explain_ends_with_status_1_when_nothing_runs_the_problem(no_compiler):
         (["--bias=k", "--bias-grad"], "--bias-grad does nothing here; it goes with --backward."),
         (["--bias=q", "--bias-apart"], "--bias-apart does nothing here; it goes with a --bias along several keys."),
         (["--deterministic"], "--deterministic does nothing here; it goes with --backward."),
+        (["--backward", "--captured-grad"], "--captured-grad does nothing here; it goes with --score-mod."),
+        (["--score-mod=score", "--captured-grad"], "--captured-grad does nothing here; it goes with --backward."),
+        (["--score-mod=score+"], "--score-mod 'score+' is not an expression of score, b, h, q, k."),
+        (["--mask-mod=score>0"], "mask_mod cannot be traced: NameError: name 'score' is not defined"),
         (["--dropout-scheme=word"], "--dropout-scheme does nothing here; it goes with --dropout."),
         (["--backward", "--num-splits=2"], "--num-splits does nothing here; it goes with the forward alone"),
         (["--heads=4/1", "--reversed"], "--reversed does nothing here; it goes with several heads."),
@@ -236,7 +241,7 @@ def real_arrays(arguments: dict) -> dict:
 
 
 BIAS = np.zeros((1, 4, 24, 40), BF16.numpy)
-SLOPES = np.ones(4, np.float32)
+SLOPES, SEEN = np.ones(4, np.float32), np.ones((2, 40), np.float32)
 PROBLEMS: dict[str, dict] = {
     "": {},
     "--causal --top-left --scale=0.5 --softcap=3": {
@@ -257,6 +262,14 @@ PROBLEMS: dict[str, dict] = {
     "--dropout=0.5 --dropout-scheme=word --backward": {
         "dropout_p": 0.5, "dropout_scheme": "word", "backward": True,
     },
+    "--score-mod=score-captured0[h]*abs(q-k) --backward --captured-grad": {
+        "score_mod": lambda s, b, h, q, k: s - SLOPES[h] * abs(q - k), "backward": True, "captured_grad": True,
+    },
+    "--score-mod=tanh(score)*2 --mask-mod=(captured0[b,k]>0)&(k<=q+16)": {
+        "score_mod": lambda s, b, h, q, k: mods.tanh(s) * 2,
+        "mask_mod": lambda b, h, q, k: (SEEN[b, k] > 0) & (k <= q + 16),
+    },
+    "--block-mask=16": {"block_mask": cuflash.create_block_mask(len_q=24, len_kv=40, block_size=16)},
     "--varlen --causal": {"varlen": True, "causal": True},
     "--varlen --page-size=16 --num-splits=3": {"varlen": True, "page_size": 16, "num_splits": 3},
     "--varlen --backward --sink": {"varlen": True, "sink": SLOPES, "backward": True},
@@ -279,7 +292,7 @@ def asked(monkeypatch) -> list[Problem]:
 
 @pytest.mark.parametrize("arguments", PROBLEMS)
 def test_options_make_the_problem_of_a_call(arguments, asked, no_compiler):
-    run("explain", "--heads=4/2", "--len=24x40", "--dim=16x8", *arguments.split())
+    run("explain", "--heads=4/2", "--len=24x40", "--dim=16x8", *arguments.split(), status=None)
     [problem] = asked
     assert problem == cuflash.explain(**real_arrays(dict(PROBLEMS[arguments])), device="h100").problem
 
@@ -289,7 +302,7 @@ def test_every_member_of_a_problem_has_an_option(asked, no_compiler):
     changes += ["--dim=16x16", "--copy-bytes=2"]
     for arguments in ["", *changes, *PROBLEMS]:
         run("explain", *{"--heads": "--heads=4/2", "--len": "--len=24x40", "--dim": "--dim=16x8"}.values(),
-            *arguments.split())  # fmt: skip
+            *arguments.split(), status=None)  # fmt: skip
     plain, *others = asked
     varied = {f.name for f in fields(Problem) for other in others if getattr(other, f.name) != getattr(plain, f.name)}
     before = {"appended", "rotary"}  # what is done before attention changes nothing of its plan
@@ -307,7 +320,12 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "--batch": sizes("x"), "--scale": NUMBERS, "--softcap": NUMBERS, "--dropout": NUMBERS,
     "--page-size": sizes("x"), "--num-splits": sizes("x"), "--bias": st.sampled_from(["", "k", "bhqk", "kk", "z"]),
     "--device": st.sampled_from(["v100", "sm_86", "h100", "b200", "", "sm_1"]),
-    "--devices": sizes("x"), "--node": sizes("x"), **dict.fromkeys(("--tflops", "--link", "--network"), NUMBERS),
+    "--score-mod": st.sampled_from(
+        ["score", "score * captured0[h]", "h", "", "score if q else k", "captured0[q] + captured0[q, k]"]
+    ),
+    "--mask-mod": st.sampled_from(["q >= k", "k", "captured7[b, h, q, k] > 0", "q >", "__import__('os')"]),
+    "--block-mask": sizes("x"), "--devices": sizes("x"), "--node": sizes("x"),
+    **dict.fromkeys(("--tflops", "--link", "--network"), NUMBERS),
 }  # fmt: skip
 
 
