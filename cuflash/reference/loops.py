@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import cached_property
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from cuflash.reference.softmax import (
     row_sums,
     weights,
 )
-from cuflash.reference.tiles import FEW_ROWS, KeyTiles, Tile, grouped, head_tiles, load, stacked, store
+from cuflash.reference.tiles import FEW_ROWS, KeyTiles, Tile, grouped, head_tiles, load, stacked, store, view
 
 GradientJob = Callable[[Scratch, dict[int, np.ndarray] | None], object]
 """A job of the backward, which also takes what it adds the gradients of captured arrays to, by number; None if those
@@ -67,7 +68,7 @@ def forward(
             _, k_columns, v_rows = keys.tiles(scratch)
             for rows in row_tiles:
                 at_q = batches, rows, heads
-                q_tile = _queries(q, at_q, scores.unit, real, scratch, "q")
+                q_tile = load(q, at_q, real, scratch, "q", scores.unit)
                 small = worth and scores.fewest_keys(rows) >= FEW_KEYS and keys.small_logits(q_tile)
                 softmax = RowSoftmax(q_tile.shape[:-1], v.shape[-1], real, scratch, small)
                 for tile, keep in scores.kv_tiles(batches, heads, rows):
@@ -76,8 +77,10 @@ def forward(
                     softmax.update(s, v_rows[tile.keys], None if dropout is None else _kept(dropout, tile))
                 if sink is not None:
                     softmax.add_sink(_sink_rows(sink[heads], softmax.l))
-                out_tile, lse_tile = softmax.finish(empty_lse)
-                store(out, at_q, out_tile if dropout is None else out_tile * dropout.dropout.keep_scale)
+                place = view(out, at_q, real) if dropout is None else None
+                out_tile, lse_tile = softmax.finish(empty_lse, place)
+                if place is None:
+                    store(out, at_q, out_tile if dropout is None else out_tile * dropout.dropout.keep_scale)
                 store(lse, at_q, lse_tile)
                 if row_state is not None:
                     store(row_state, at_q, softmax.state(lse_tile))
@@ -135,8 +138,8 @@ def forward_along(
             _, dk_columns, dv_rows = dkeys.tiles(scratch)
             for rows in row_tiles:
                 at_q = batches, rows, heads
-                q_tile = _queries(q, at_q, scores.unit, real, scratch, "q")
-                dq_tile = None if dq is None else _queries(dq, at_q, scores.unit, real, scratch, "tangent q")
+                q_tile = load(q, at_q, real, scratch, "q", scores.unit)
+                dq_tile = None if dq is None else load(dq, at_q, real, scratch, "tangent q", scores.unit)
                 softmax = RowTangents(q_tile.shape[:-1], v.shape[-1], real, scratch)
                 for tile, keep in scores.kv_tiles(batches, heads, rows):
                     k_tile, dk_tile = k_columns[tile.keys], None if dk is None else dk_columns[tile.keys]
@@ -209,21 +212,24 @@ def backward(
     every_key = slice(0, scores.len_kv)
 
     def job(batches: slice, heads: slice) -> GradientJob:
+        every = batches, every_key, heads
+        keys = _Keys(k, v, every, real, scores.len_q * group)
+
         def run(scratch: Scratch, dcaptured: dict[int, np.ndarray] | None) -> None:
-            every = batches, every_key, heads
-            keys = _Keys(k, v, every, real, scores.len_q * group)
             k_rows, k_columns, v_rows = keys.tiles(scratch)
             v_columns = v_rows.turned()
-            shape = batches.stop - batches.start, heads.stop - heads.start, scores.len_kv
-            dk_sum, dv_sum = (scratch(name, (*shape, x.shape[-1]), real) for name, x in (("dk sum", k), ("dv sum", v)))
-            dk_sum.fill(0)
-            dv_sum.fill(0)
-            for rows in row_tiles:
-                at_q = batches, rows, heads
-                q_tile, dout_tile, out_tile = (
-                    load(x, at_q, real, scratch, name) for x, name in ((q, "q"), (dout, "dout"), (out, "out"))
-                )
-                np.multiply(q_tile, scores.unit, out=q_tile)
+            dk_sum, dv_sum = (_place(x, every, real, scratch, name) for name, x in (("dk sum", dk), ("dv sum", dv)))
+
+            def clear(start: int, stop: int) -> None:
+                if start < stop:
+                    dk_sum[:, :, start:stop] = dv_sum[:, :, start:stop] = 0
+
+            begun = 0  # sums of keys before this one
+            # The last rows come first: with a causal mask they see the most keys, whose sums begin with theirs.
+            for rows in reversed(row_tiles):
+                at_q, first = (batches, rows, heads), rows is row_tiles[-1]
+                q_tile = load(q, at_q, real, scratch, "q", scores.unit)
+                dout_tile, out_tile = (load(x, at_q, real, scratch, name) for x, name in ((dout, "dout"), (out, "out")))
                 lse_tile = load(lse, at_q, real, scratch, "lse")
                 dlse_tile = 0.0 if dlse is None else load(dlse, at_q, real, scratch, "dlse")
                 delta = delta_of(dout_tile, out_tile, lse_tile, dlse_tile)
@@ -231,24 +237,27 @@ def backward(
                     store(row_delta, at_q, delta)
                 state_tile = None if row_state is None else load(row_state, at_q, real, scratch, "state")
                 shift, factor = normalizers(lse_tile, state_tile)
-                np.multiply(dout_tile, factor, out=dout_tile)
-                delta = delta * factor
+                if state_tile is not None:
+                    np.multiply(dout_tile, factor, out=dout_tile)
+                    delta = delta * factor
                 if sink is not None and dsink is not None:
                     share = weights(_sink_rows(sink[heads], lse_tile), shift)
                     dsink[batches, heads] -= stacked(share * delta, group).sum(axis=(3, 4))
-                dq_tile = scratch("dq sum", q_tile.shape, real)
-                dq_tile.fill(0)
+                dq_sum, none_yet = _place(dq, at_q, real, scratch, "dq sum"), True
                 for tile, keep in scores.kv_tiles(batches, heads, rows):
+                    if first:
+                        clear(begun, tile.keys.start)
+                        begun = tile.keys.stop
                     capped = scores.capped(_product("s", q_tile, k_columns[tile.keys], scratch))
                     slope = scores.slope(capped)
                     written = scores.written_with_slopes(capped, tile, group, dcaptured is not None)
                     p = weights(scores.finish(capped, tile, keep, group), shift)
                     dp = _product("dp", dout_tile, v_columns[tile.keys], scratch)
                     if dropout is None:
-                        dv_sum[:, :, tile.keys] += _product("dv", p.mT, dout_tile, scratch)
+                        _add_product(dv_sum[:, :, tile.keys], p.mT, dout_tile, scratch, first)
                     else:
                         kept, keep_scale = _kept(dropout, tile), dropout.dropout.keep_scale
-                        dv_sum[:, :, tile.keys] += (p * kept).mT @ (dout_tile * keep_scale)
+                        _add_product(dv_sum[:, :, tile.keys], (p * kept).mT, dout_tile * keep_scale, scratch, first)
                         dp = np.where(kept, dp * keep_scale, 0)
                     ds = np.multiply(p, np.subtract(dp, delta, out=dp), out=dp)
                     if dbias is not None:
@@ -258,11 +267,19 @@ def backward(
                             written.add_captured(stacked(ds, group), dcaptured)
                         written.to_score(stacked(ds, group))
                     dx = ds if slope is None else np.multiply(ds, slope, out=ds)
-                    dq_tile += _product("dq", dx, k_rows[tile.keys], scratch)
-                    dk_sum[:, :, tile.keys] += _product("dk", dx.mT, q_tile, scratch)
-                store(dq, at_q, np.multiply(dq_tile, scores.unit, out=dq_tile))
-            store(dk, every, dk_sum)
-            store(dv, every, dv_sum)
+                    _add_product(dq_sum, dx, k_rows[tile.keys], scratch, none_yet)
+                    _add_product(dk_sum[:, :, tile.keys], dx.mT, q_tile, scratch, first)
+                    none_yet = False
+                if first:
+                    clear(begun, scores.len_kv)
+                if none_yet:
+                    dq_sum.fill(0)
+                _keep(dq, at_q, np.multiply(dq_sum, scores.unit, out=dq_sum))
+            if not row_tiles:
+                clear(0, scores.len_kv)
+            _keep(dk, every, dk_sum)
+            _keep(dv, every, dv_sum)
+            keys.give_back()  # no other job reads them
 
         return run
 
@@ -357,8 +374,8 @@ def backward_along(
                 at_q = batches, rows, heads
                 lse_tile = load(lse, at_q, real, scratch, "lse")
                 row = _Row(
-                    _queries(q, at_q, scores.unit, real, scratch, "q"),
-                    None if along_q is None else _queries(along_q, at_q, scores.unit, real, scratch, "tangent q"),
+                    load(q, at_q, real, scratch, "q", scores.unit),
+                    None if along_q is None else load(along_q, at_q, real, scratch, "tangent q", scores.unit),
                     load(dout, at_q, real, scratch, "dout"),
                     rows_of(along_dout, at_q, "tangent dout"),
                     *normalizers(lse_tile, rows_of(row_state, at_q, "state")),
@@ -451,19 +468,27 @@ class _Keys:
         readers: int,
         prefix: str = "",
     ) -> None:
-        self._k, self._v, self._at, self._real, self._readers = k, v, at, real, readers
-        self._prefix = prefix
-        """Of names of scratch arrays, where one job reads two of these."""
+        self._k, self._v = (KeyTiles(x, at, real, prefix + name, readers) for x, name in ((k, "k"), (v, "v")))
+        self._readers = readers
         self._scratch: Scratch | None = None
         self._tiles: tuple[KeyTiles, KeyTiles, KeyTiles] | None = None
+        if self._k.whole is not None and self._v.whole is not None:
+            self._tiles = self._k, self._k.turned(), self._v
         self._lock = threading.Lock()
 
     def __del__(self) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Leave the scratch that they were brought into shape in to others."""
         if self._scratch is not None:
             key_scratch.give_back(self._scratch)
+            self._scratch = self._tiles = None
 
     def tiles(self, scratch: Scratch) -> tuple[KeyTiles, KeyTiles, KeyTiles]:
         """Keys, keys turned, and values; where they are read a tile at a time, into the scratch of the job."""
+        if self._tiles is not None:
+            return self._tiles
         if self._readers < FEW_ROWS:
             return self._made(scratch)
         with self._lock:
@@ -473,10 +498,9 @@ class _Keys:
             return self._tiles
 
     def _made(self, scratch: Scratch) -> tuple[KeyTiles, KeyTiles, KeyTiles]:
-        k, v = (
-            KeyTiles(x, self._at, self._real, scratch, self._prefix + name, self._readers)
-            for x, name in ((self._k, "k"), (self._v, "v"))
-        )
+        k, v = (copy(x) for x in (self._k, self._v))
+        for x in (k, v):
+            x.load(scratch)
         return k, k.turned(), v
 
     def small_logits(self, q_tile: np.ndarray) -> bool:
@@ -499,14 +523,6 @@ def _longest(columns: np.ndarray) -> float:
     return float(np.sqrt(np.fmax.reduce(np.einsum("...dn,...dn->...n", columns, columns), axis=None, initial=0)))
 
 
-def _queries(
-    q: np.ndarray, at: tuple[slice, slice, slice], unit: float, real: np.dtype, scratch: Scratch, name: str
-) -> np.ndarray:
-    """Rows of queries times the unit of scores."""
-    rows = load(q, at, real, scratch, name)
-    return np.multiply(rows, unit, out=rows)
-
-
 def _product(name: str, a: np.ndarray, b: np.ndarray, scratch: Scratch) -> np.ndarray:
     """Matrices a @ b, in the scratch array of that name."""
     return np.matmul(a, b, out=scratch(name, (*a.shape[:-1], b.shape[-1]), a.dtype))
@@ -523,6 +539,26 @@ def _product_along(
         return zeros
     total = _product(name, *terms[0], scratch)
     return total if len(terms) == 1 else np.add(total, _product("term", *terms[1], scratch), out=total)
+
+
+def _add_product(total: np.ndarray, a: np.ndarray, b: np.ndarray, scratch: Scratch, first: bool) -> None:
+    """Add matrices a @ b to the total, or begin it with them."""
+    if first:
+        np.matmul(a, b, out=total)
+    else:
+        total += _product("product", a, b, scratch)
+
+
+def _place(x: np.ndarray, tile: tuple[slice, slice, slice], real: np.dtype, scratch: Scratch, name: str) -> np.ndarray:
+    """Where rows of the result x can be computed: there, or in scratch."""
+    there = view(x, tile, real)
+    return scratch(name, tiles.shape_of(x, tile), real) if there is None else there
+
+
+def _keep(x: np.ndarray, tile: tuple[slice, slice, slice], rows: np.ndarray) -> None:
+    """Store rows that were computed in their `_place`."""
+    if not np.may_share_memory(x, rows):
+        store(x, tile, rows)
 
 
 def _kept(dropout: KeepMask, tile: Tile) -> np.ndarray:

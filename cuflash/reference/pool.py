@@ -12,15 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import LibController, ThreadpoolController
 
 from cuflash import settings
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 WORTH = 2**18
 """Scores below which waking other threads takes longer than a call: half a millisecond on one core."""
@@ -108,27 +106,71 @@ def run(jobs: Iterable[Job], scores: int) -> None:
         try:
             work()
         finally:
-            helpers = [helper for helper in helpers if not helper.cancel()]
-            failures = [helper.exception() for helper in helpers]
+            failures = [helper.end() for helper in helpers]
     for failure in failures:
         if failure is not None:
             raise failure
 
 
-def _start(work: Callable[[], None], most: int) -> list[Future[None]]:
-    """Have the pool's threads do the work too, at most that many."""
-    size = settings.num_threads() - 1
-    if min(size, most) < 1:
-        return []
-    try:
-        pool = _pools.get(size)
-        if pool is None:
-            from concurrent.futures import ThreadPoolExecutor
+class _Helper:
+    """Work of a call that waits for a thread, until one begins it or the call ends.
 
-            pool = _pools.setdefault(size, ThreadPoolExecutor(size, thread_name_prefix="cuflash"))
-        return [pool.submit(work) for _ in range(min(size, most))]
-    except RuntimeError:  # the interpreter is shutting down, or this platform has no more threads
-        return []
+    Made of two locks, as the shortest calls that are shared take half a millisecond, and a future 20 microseconds.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._claim, self._running = threading.Lock(), threading.Lock()
+        self._running.acquire()
+        self._failure: BaseException | None = None
+
+    def begin(self) -> None:
+        """Do the work, if the call has not ended."""
+        if not self._claim.acquire(blocking=False):
+            return
+        try:
+            self._work()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._running.release()
+
+    def end(self) -> BaseException | None:
+        """Wait until what has begun is done, and return its exception; what has not begun never will."""
+        if not self._claim.acquire(blocking=False):
+            self._running.acquire()
+        return self._failure
+
+
+class _Crew:
+    """Threads that wait for helpers' work; as many as a call has ever wanted."""
+
+    def __init__(self) -> None:
+        self._waiting: SimpleQueue[_Helper] = SimpleQueue()
+        self.threads: list[threading.Thread] = []
+
+    def send(self, helpers: list[_Helper]) -> None:
+        """Have the work begun by threads that have nothing to do, where this platform has any."""
+        while len(self.threads) < len(helpers):
+            thread = threading.Thread(target=self._serve, name=f"cuflash_{len(self.threads)}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter is shutting down, or there are no more threads
+                break
+            self.threads.append(thread)
+        for helper in helpers:
+            self._waiting.put(helper)
+
+    def _serve(self) -> None:
+        while True:
+            self._waiting.get().begin()
+
+
+def _start(work: Callable[[], None], most: int) -> list[_Helper]:
+    """Have other threads do the work too, at most that many."""
+    helpers = [_Helper(work) for _ in range(min(settings.num_threads() - 1, most))]
+    _crew.send(helpers)
+    return helpers
 
 
 class _HeldBlas:
@@ -201,14 +243,14 @@ def _set(library: LibController, number: int) -> None:
     library.set_num_threads(number)
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}
+_crew = _Crew()
 _held = _HeldBlas()
 
 
 def _forget() -> None:
-    """Start anew in a forked child, which has the parent's pools and locks, but none of its threads."""
-    global _held
-    _pools.clear()
+    """Start anew in a forked child, which has the parent's queue and locks, but none of its threads."""
+    global _crew, _held
+    _crew = _Crew()
     if _held.calls:
         _held.give_back()
     _held = _HeldBlas()

@@ -43,7 +43,7 @@ class RowSoftmax:
     def _weights(self, s: np.ndarray) -> np.ndarray:
         """exp(s - m), overwriting s, once m and l have taken these logits in."""
         if not self._small:
-            np.subtract(s, self._rise_to(s.max(axis=-1, keepdims=True)), out=s)
+            np.subtract(s, self._rise_to(np.maximum.reduce(s, axis=-1, keepdims=True)), out=s)
         p = np.exp(s, out=s)
         self.l += row_sums(p)
         return p
@@ -64,7 +64,7 @@ class RowSoftmax:
     def _rise_to(self, s_max: np.ndarray) -> np.ndarray:
         """Raise m; what was summed so far shrinks by exp(m_old - m). Returns what to subtract from logits."""
         m = np.maximum(self.m, s_max)
-        shift = np.where(m == -np.inf, 0, m)
+        shift = np.maximum(m, np.finfo(m.dtype).min)  # finite, so that exp(-inf - shift) is 0
         if not self._empty:
             self._shrink(np.exp(self.m - shift))
         self.m = m
@@ -74,13 +74,18 @@ class RowSoftmax:
         self.l *= factor
         self.acc *= factor
 
-    def finish(self, empty_lse: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the output rows acc / l (until the scratch is used again) and lse = m + log(l), or that of nothing."""
+    def finish(self, empty_lse: float, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the output rows acc / l and lse = m + log(l), or that of nothing.
+
+        The rows are written to `out`, or lie in the scratch until it is used again.
+        """
         if self._empty:
             self.acc.fill(0)
-        lse = (self.m + np.log(self.l, dtype=np.float64)).astype(self.l.dtype)
-        lse[self.l == 0] = empty_lse
-        return np.divide(self.acc, np.maximum(self.l, np.finfo(self.l.dtype).tiny), out=self.acc), lse
+        l, lse = self.l, (self.m + np.log(self.l, dtype=np.float64)).astype(self.l.dtype)
+        if np.count_nonzero(l) < l.size:
+            lse[l == 0] = empty_lse
+            l = np.maximum(l, np.finfo(l.dtype).tiny)
+        return np.divide(self.acc, l, out=self.acc if out is None else out), lse
 
     def state(self, lse: np.ndarray) -> np.ndarray:
         """Every row's m and l, (..., rows, 2); lse, one number, rounds l away where m is large."""
@@ -186,5 +191,5 @@ def weights(s: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 def delta_of(dout: np.ndarray, out: np.ndarray, lse: np.ndarray, dlse: np.ndarray | float) -> np.ndarray:
     """The row term of the softmax's gradient, dS = P * (dP - delta); dlse enters through d(lse)/ds = P."""
-    delta = (dout * out).sum(axis=-1, keepdims=True) - dlse
+    delta = np.vecdot(dout, out)[..., None] - dlse
     return np.where(np.isinf(lse), 0, delta)

@@ -73,14 +73,42 @@ def head_tiles(q: np.ndarray, len_kv: int, kept: int, most_heads: int | None = N
 
 
 def load(
-    x: np.ndarray | PagedRows, tile: tuple[slice, slice, slice], real: np.dtype, scratch: Scratch, name: str
+    x: np.ndarray | PagedRows,
+    tile: tuple[slice, slice, slice],
+    real: np.dtype,
+    scratch: Scratch,
+    name: str,
+    unit: float | None = None,
 ) -> np.ndarray:
-    """Read (batches, rows, heads) of a grouped view into the contiguous scratch (batches, heads, group * rows, d)."""
+    """Read (batches, rows, heads) of a grouped view into the contiguous scratch (batches, heads, group * rows, d).
+
+    With a `unit`, multiplied by it.
+    """
     source = x[tile].transpose(0, 2, 3, 1, 4)
     batches, heads, group, rows, dim = source.shape
     loaded = scratch(name, (batches, heads, group * rows, dim), real)
-    loaded.reshape(source.shape)[...] = source
+    target = loaded.reshape(source.shape)
+    if unit is None:
+        target[...] = source
+    else:
+        np.multiply(source, unit, out=target, dtype=real, casting="unsafe")
     return loaded
+
+
+def view(x: np.ndarray | PagedRows, tile: tuple[slice, slice, slice], real: np.dtype) -> np.ndarray | None:
+    """What `load` would read, where it lies, if matrices can be multiplied with it there."""
+    if isinstance(x, PagedRows) or x.shape[3] != 1 or x.dtype != real or not x.flags.aligned:
+        return None
+    _, row, _, _, number = x.strides
+    if number != x.itemsize or row < x.shape[4] * x.itemsize or row % x.itemsize:
+        return None
+    return x[tile][:, :, :, 0].transpose(0, 2, 1, 3)
+
+
+def shape_of(x: np.ndarray, tile: tuple[slice, slice, slice]) -> tuple[int, int, int, int]:
+    """The shape of what `load` would read."""
+    batches, rows, heads, group, dim = x[tile].shape
+    return batches, heads, group * rows, dim
 
 
 def store(x: np.ndarray, tile: tuple[slice, slice, slice], rows: np.ndarray) -> None:
@@ -93,22 +121,22 @@ class KeyTiles:
     """Keys or values of some heads as matrices of the accumulator's dtype, a tile at a time.
 
     Where many rows read them they are brought into shape once, all together; else each tile is, and `whole` is None.
+    Where few do, and matrices of the dtype lie there already, they are read where they are.
     """
 
     def __init__(
-        self,
-        x: np.ndarray | PagedRows,
-        at: tuple[slice, slice, slice],
-        real: np.dtype,
-        scratch: Scratch,
-        name: str,
-        readers: int,
+        self, x: np.ndarray | PagedRows, at: tuple[slice, slice, slice], real: np.dtype, name: str, readers: int
     ) -> None:
         """Of the keys ``at`` (batches, keys, heads), which `readers` query rows read."""
-        self._x, self._real, self._scratch, self._name, self._readers = x, real, scratch, name, readers
-        self._batches, keys, self._heads = at
-        self._first, self._columns = keys.start, False
-        self.whole = load(x, at, real, scratch, name) if readers >= FEW_ROWS else None
+        self._x, self._at, self._real, self._name, self._readers = x, at, real, name, readers
+        self._first, self._columns = at[1].start, False
+        self.whole = view(x, at, real) if FEW_ROWS <= readers < MANY_ROWS else None
+
+    def load(self, scratch: Scratch) -> None:
+        """Bring all of them into shape, or be ready to bring each tile, with this scratch."""
+        self._scratch = scratch
+        if self._readers >= FEW_ROWS and self.whole is None:
+            self.whole = load(self._x, self._at, self._real, scratch, self._name)
 
     def turned(self) -> KeyTiles:
         """The same, transposed; by a copy where it pays, as BLAS multiplies with that faster."""
@@ -122,7 +150,8 @@ class KeyTiles:
     def __getitem__(self, keys: slice) -> np.ndarray:
         """(batches, heads, keys, d), or (batches, heads, d, keys)."""
         if self.whole is None:
-            tile = load(self._x, (self._batches, keys, self._heads), self._real, self._scratch, self._name)
+            batches, _, heads = self._at
+            tile = load(self._x, (batches, keys, heads), self._real, self._scratch, self._name)
             return tile.mT if self._columns else tile
         keys = slice(keys.start - self._first, keys.stop - self._first)
         return self.whole[..., keys] if self._columns else self.whole[..., keys, :]

@@ -268,14 +268,14 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 
 def test_a_small_call_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_pools", {})
+    monkeypatch.setattr(pool, "_crew", pool._Crew())
     monkeypatch.setenv("CUFLASH_NUM_THREADS", "4")
     q, k, v, dout, _ = arrays({"b": 2, "h": 4, "hk": 2, "sq": 64, "sk": 64, "d": 8, "dv": 8}, FP32)
     cuflash.flash_attn_vjp(q, k, v)[1](dout)
-    assert not pool._pools
+    assert not pool._crew.threads
     q, k, v, dout, _ = arrays({"b": 2, "h": 4, "hk": 2, "sq": 512, "sk": 512, "d": 8, "dv": 8}, FP32)
     cuflash.flash_attn_func(q, k, v)
-    assert list(pool._pools) == [3]
+    assert len(pool._crew.threads) == 3
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "9" * 5000])
