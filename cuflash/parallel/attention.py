@@ -93,9 +93,12 @@ def ring_attention(
 
     Notes
     -----
-    Keys come from the device that has them at home, by t places at step t, instead of from hand to hand: as many bytes,
-    and no step waits for another's transfer. Gradients of keys go home in their own dtype, and are added there in
-    float32, in the order of the steps [1]_ [2]_. A device holds the keys of two steps at a time, besides its own.
+    At step t a device has the keys of the device t places before it [1]_, which come straight from there: as many bytes
+    as from hand to hand, and no step waits for another's transfer. Gradients of keys go home in their own dtype, and
+    are added there in float32, in the order of the steps. In zigzag order causal work is balanced as in [2]_. Under JAX
+    keys without a window do go from hand to hand, and the float32 sums of their gradients behind them, in a loop whose
+    size and memory do not depend on the number of devices. A device holds the keys of two steps, besides its own; under
+    JAX with a window, those of all neighbours in it.
 
     References
     ----------
@@ -115,6 +118,15 @@ def ring_attention(
     >>> out = np.concatenate(ring_attention(*parts, causal=True), axis=1)
     >>> bool(np.allclose(out, flash_attn_func(q, k, v, causal=True)))
     True
+
+    The same under JAX, on arrays that are divided along an axis of a mesh, and under CuPy, by one of four processes::
+
+        divided = PartitionSpec(None, "sequence")
+        attend = partial(ring_attention, group="sequence", causal=True)
+        out = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=(divided,) * 3, out_specs=divided))(q, k, v)
+
+        communicator = cupy.cuda.nccl.NcclCommunicator(4, nccl_id, rank)
+        out, pullback = ring_attention_vjp(q, k, v, communicator, causal=True)
     """
     try:
         asked = asked_for(softmax_scale, causal, window_size, softcap, order, cu_seqlens, max_seqlen, deterministic)

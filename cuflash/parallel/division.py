@@ -85,8 +85,18 @@ class Division:
     def packs(self) -> tuple[Packs, ...]:
         """How packed rows are divided in any call."""
         calls = [call for device in range(self.schedule.devices) for call in self.own(device)]
-        calls += [call for step in self.steps for work in step.work if work is not None for call in work.calls]
+        calls += [call for calls in self.below_and_above for call in calls]
         return tuple(dict.fromkeys(call.packs for call in calls if call.packs is not None))
+
+    @property
+    def below_and_above(self) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
+        """What a device does with the keys of a device of a lower number, and of a higher one.
+
+        Without a window neither depends on how far it is.
+        """
+        if self.schedule.devices == 1:
+            return (), ()
+        return self.received(1, 1), self.received(0, 1)
 
     def received(self, device: int, shift: int) -> tuple[Call, ...]:
         """What a device does with the keys of the device so far before it."""

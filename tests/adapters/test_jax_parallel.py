@@ -13,6 +13,7 @@ import oracle
 import pytest
 from inputs import BF16, FP32, random
 
+import cuflash
 from cuflash.parallel import (
     all_to_all_attention,
     all_to_all_attention_vjp,
@@ -141,6 +142,49 @@ def test_with_a_window_neighbours_exchange_what_is_seen() -> None:
     *_, lowered = run(devices=8, causal=True, window_size=(2, 0))
     expected = [(7, "2x2x2x8xf32"), (7, "2x2x2x12xf32")]
     assert permuted(lowered) == 3 * expected, "keys and values in either direction, and gradients back"
+
+
+@on_eight
+def test_memory_does_not_grow_with_the_number_of_devices() -> None:
+    def scratch(devices: int) -> list[float]:
+        """Memory of a device beside arguments and results, in shards of k: forward, gradients, and those of layers."""
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("x",))
+        spec, x = P(None, "x"), jax.ShapeDtypeStruct((1, 256 * devices, 2, 32), np.float32)
+        call = jax.shard_map(
+            lambda q, k, v: RING(q, k, v, "x", causal=True, order="zigzag"),
+            mesh=mesh, in_specs=(spec,) * 3, out_specs=spec,
+        )  # fmt: skip
+
+        def gradients(q: Any, k: Any, v: Any, dout: Any) -> Any:
+            return jax.vjp(call, q, k, v)[1](dout)
+
+        def of_layers(x: Any) -> Any:
+            return jax.grad(lambda x: jax.lax.scan(lambda x, _: (call(x, x, x), None), x, length=3)[0].sum())(x)
+
+        programs = (call, (x,) * 3), (gradients, (x,) * 4), (of_layers, (x,))
+        compiled = [jax.jit(program).lower(*given).compile() for program, given in programs]
+        return [program.memory_analysis().temp_size_in_bytes / (256 * 2 * 32 * 4) for program in compiled]
+
+    for few, many in zip(scratch(4), scratch(8), strict=True):
+        assert many <= few + 0.1 and few < 24
+
+
+@on_eight
+def test_inside_scan_and_checkpoint() -> None:
+    x = random(1, 32, 2, 8, dtype=FP32)
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    spec = P(None, "x")
+    ring = jax.shard_map(lambda q: RING(q, q, q, "x", causal=True), mesh=mesh, in_specs=spec, out_specs=spec)
+
+    def two_layers(attend: Any, x: Any) -> Any:
+        layer = jax.checkpoint(lambda x, _: (x + attend(x), None))
+        return (jax.lax.scan(layer, x, None, length=2)[0] ** 2).sum()
+
+    def whole(x: Any) -> Any:
+        return cuflash.flash_attn_func(x, x, x, causal=True)
+
+    found, expected = (jax.jit(jax.grad(lambda x, f=f: two_layers(f, x)))(x) for f in (ring, whole))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
 
 
 def inside(function: Any, *arrays: Any, group: Any = "x") -> Any:

@@ -22,7 +22,7 @@ from cuflash.numbers import shown
 from cuflash.ops import Arrays, Options
 from cuflash.parallel.asked import Asked
 from cuflash.parallel.calls import Device, rows_of
-from cuflash.parallel.division import Call, Division, Step
+from cuflash.parallel.division import Call, Division, Step, Work
 from cuflash.parallel.heads import check_heads, checked_rows, order_of
 
 Pair = tuple[Any, Any]
@@ -89,89 +89,172 @@ def _ring(division: Division, options: Options, group: Any, longest: int | None)
     return attend
 
 
+# Without a window the keys go from hand to hand, in a loop: a program that had all steps one after the other would have
+# all transfers first, and the keys of all devices in memory at once. What a window shows of neighbours is little, and
+# comes straight from each of them.
+
+
 def _forward(on: Device, group: Any, q: Any, k: Any, v: Any) -> Pair:
-    real = _real(q)
+    """(out, lse) of this device's queries."""
     *batch, length, heads, _ = q.shape
-    out = jnp.zeros((*q.shape[:-1], v.shape[-1]), real)
-    lse = jnp.full((*batch, heads, length), -jnp.inf, real)
+    out = jnp.zeros((*q.shape[:-1], v.shape[-1]), _real(q))
+    lse = jnp.full((*batch, heads, length), -jnp.inf, _real(q))
     out, lse, *_ = alike((out, lse, q))
+    add = partial(_attended, on)
+    sums = (_of_neighbours if on.division.schedule.mask.kind == "window" else _of_all)(
+        on.division, group, add, q, (k, v), (out, lse)
+    )
+    return sums[0].astype(q.dtype), sums[1]
 
-    def add(calls: Sequence[Call], q: Any, kv: Sequence[Any], sums: Pair) -> Pair:
-        out, lse = sums
-        for call in calls:
-            part, part_lse = on.attend(call, q, kv)
-            merged = _merged(rows_of(out, call.q), lse[..., call.q], part, part_lse)
-            out, lse = _put(out, call.q, merged[0]), lse.at[..., call.q].set(merged[1])
-        return out, lse
 
-    def own(calls: Any, q: Any, kv: Pair, sums: Pair) -> Pair:
-        return add(calls, q, kv, sums)
-
-    def received(work: Any, q: Any, moved: Sequence[Pair], sums: Pair) -> Pair:
+def _of_neighbours(division: Division, group: Any, add: Any, q: Any, kv: Pair, sums: Pair) -> Pair:
+    def received(work: Work | None, q: Any, moved: Sequence[Pair], sums: Pair) -> Pair:
         return sums if work is None else add(work.calls, q, moved[work.move], sums)
 
-    division, kv, sums = on.division, (k, v), (out, lse)
-    steps = division.steps
-    arriving = _moved(steps[0], group, kv) if steps else []
-    sums = _chosen(group, [division.own(i) for i in range(division.schedule.devices)], own, q, kv, sums)
-    for index, step in enumerate(steps):
-        here = arriving
-        if index + 1 < len(steps):  # not earlier: the keys of all steps would be there at once
-            kv, sums = jax.lax.optimization_barrier((kv, sums))
-            arriving = _moved(steps[index + 1], group, kv)
+    moved = [_moved(step, group, kv) for step in division.steps]
+    sums = _chosen(group, _own(division), add, q, kv, sums)
+    for step, here in zip(division.steps, moved, strict=True):
         sums = _chosen(group, step.work, received, q, here, sums)
-    return sums[0].astype(q.dtype), sums[1]
+    return sums
+
+
+def _of_all(division: Division, group: Any, add: Any, q: Any, kv: Pair, sums: Pair) -> Pair:
+    devices = division.schedule.devices
+    if devices == 1:
+        return add(division.own(0), q, kv, sums)
+
+    def step(_: Any, carried: tuple[Any, Pair, Pair]) -> tuple[Any, Pair, Pair]:
+        lower, here, sums = carried
+        return lower - 1, _passed_on(here, group, devices), _added(lower, division, add, q, here, sums)
+
+    carried = _lower(group, kv), _passed_on(kv, group, devices), _chosen(group, _own(division), add, q, kv, sums)
+    lower, here, sums = jax.lax.fori_loop(1, devices - 1, step, carried) if devices > 2 else carried
+    return _added(lower, division, add, q, here, sums)
+
+
+def _attended(on: Device, calls: Sequence[Call], q: Any, kv: Pair, sums: Pair) -> Pair:
+    """Sums with what further keys give."""
+    out, lse = sums
+    for call in calls:
+        part, part_lse = on.attend(call, q, kv)
+        merged = _merged(rows_of(out, call.q), lse[..., call.q], part, part_lse)
+        out, lse = _put(out, call.q, merged[0]), _put(lse, call.q, merged[1], -1)
+    return out, lse
 
 
 def _backward(
     on: Device, group: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, dlse: Any
 ) -> tuple[Any, Any, Any]:
-    real, kv = _real(q), (k, v)
-    given = q, out, lse, dout, dlse
-    dq, dk, dv, *_ = alike((*(jnp.zeros(x.shape, real) for x in (q, k, v)), q))
+    """(dq, dk, dv) of this device's queries and keys."""
+    dq, dk, dv, *_ = alike((*(jnp.zeros(x.shape, _real(q)) for x in (q, k, v)), q))
+    add = partial(_pulled_back, on)
+    dq, dk, dv = (_back_from_neighbours if on.division.schedule.mask.kind == "window" else _back_from_all)(
+        on.division, group, add, (q, out, lse, dout, dlse), (k, v), dq, (dk, dv)
+    )
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    def add(calls: Sequence[Call], given: Any, kv: Sequence[Any], dq: Any, dkv: Sequence[Any]) -> tuple[Any, Pair]:
-        q, out, lse, dout, dlse = given
-        dk, dv = dkv
-        for call in calls:
-            of_q, of_k, of_v = on.gradients(call, q, kv, out, lse, dout, dlse)
-            dq, dk, dv = (
-                _put(total, rows, rows_of(total, rows) + part.astype(total.dtype))
-                for total, rows, part in ((dq, call.q, of_q), (dk, call.kv, of_k), (dv, call.kv, of_v))
-            )
-        return dq, (dk, dv)
 
-    def received(work: Any, given: Any, moved: Sequence[Pair], dq: Any, made: Sequence[Pair]) -> Any:
+def _back_from_neighbours(
+    division: Division, group: Any, add: Any, given: Any, kv: Pair, dq: Any, dkv: Pair
+) -> tuple[Any, Any, Any]:
+    def received(work: Work | None, given: Any, moved: Sequence[Pair], dq: Any, made: Sequence[Pair]) -> Any:
         made = list(made)
         if work is not None:
             dq, made[work.move] = add(work.calls, given, moved[work.move], dq, made[work.move])
         return dq, made
 
-    division = on.division
-    steps = division.steps
-    arriving = _moved(steps[0], group, kv) if steps else []
-    dq, dkv = _chosen(group, [division.own(i) for i in range(division.schedule.devices)], add, given, kv, dq, (dk, dv))
-    for index, step in enumerate(steps):
-        here = arriving
-        if index + 1 < len(steps):
-            kv, dq = jax.lax.optimization_barrier((kv, dq))
-            arriving = _moved(steps[index + 1], group, kv)
-        zeros = [[jnp.zeros(x.shape, real if step.sums else x.dtype) for x in pair] for pair in here]
-        made = [tuple(alike((*pair, dq))[:2]) for pair in zeros]
+    dk, dv = dkv
+    moved = [_moved(step, group, kv) for step in division.steps]
+    dq, (dk, dv) = _chosen(group, _own(division), add, given, kv, dq, (dk, dv))
+    for step, here in zip(division.steps, moved, strict=True):
+        made = [_zeros(pair, dk.dtype if step.sums else kv[0].dtype, dq) for pair in here]
         dq, made = _chosen(group, step.work, received, given, here, dq, made)
         for move, pair in zip(step.moves, made, strict=True):
             home = [(target, source) for source, target in move.pairs]
-            parts = [jax.lax.ppermute(x, group, home) for x in pair]
-            dkv = tuple(
-                _put(total, move.rows, rows_of(total, move.rows) + part.astype(real))
-                for total, part in zip(dkv, parts, strict=True)
+            dk, dv = (
+                _put(total, move.rows, rows_of(total, move.rows) + jax.lax.ppermute(x, group, home).astype(dk.dtype))
+                for total, x in zip((dk, dv), pair, strict=True)
             )
-    return dq.astype(q.dtype), dkv[0].astype(k.dtype), dkv[1].astype(v.dtype)
+    return dq, dk, dv
+
+
+def _back_from_all(
+    division: Division, group: Any, add: Any, given: Any, kv: Pair, dq: Any, dkv: Pair
+) -> tuple[Any, Any, Any]:
+    """The sums of gradients of keys are one device behind the keys: they travel beside the step after theirs."""
+    devices = division.schedule.devices
+    if devices == 1:
+        dq, dkv = add(division.own(0), given, kv, dq, dkv)
+        return dq, *dkv
+
+    def summed(lower: Any, here: Pair, dq: Any, behind: Pair) -> tuple[Any, Pair]:
+        arrived = _passed_on(behind, group, devices)
+        dq, made = _added(lower, division, add, given, here, dq, _zeros(here, here[0].dtype, dq))
+        first, second = (x + y.astype(x.dtype) for x, y in zip(arrived, made, strict=True))
+        return dq, (first, second)
+
+    def step(_: Any, carried: tuple[Any, Pair, Any, Pair]) -> tuple[Any, Pair, Any, Pair]:
+        lower, here, dq, behind = carried
+        return lower - 1, _passed_on(here, group, devices), *summed(lower, here, dq, behind)
+
+    here = _passed_on(kv, group, devices)
+    carried = _lower(group, kv), here, *_chosen(group, _own(division), add, given, kv, dq, dkv)
+    dq, dkv = summed(*(jax.lax.fori_loop(1, devices - 1, step, carried) if devices > 2 else carried))
+    return dq, *_passed_on(dkv, group, devices)
+
+
+def _pulled_back(on: Device, calls: Sequence[Call], given: Any, kv: Pair, dq: Any, dkv: Pair) -> tuple[Any, Pair]:
+    """Sums of gradients with those of further pairs of queries and keys."""
+    q, out, lse, dout, dlse = given
+    dk, dv = dkv
+    for call in calls:
+        of_q, of_k, of_v = on.gradients(call, q, kv, out, lse, dout, dlse)
+        dq, dk, dv = (
+            _put(total, rows, rows_of(total, rows) + part.astype(total.dtype))
+            for total, rows, part in ((dq, call.q, of_q), (dk, call.kv, of_k), (dv, call.kv, of_v))
+        )
+    return dq, (dk, dv)
+
+
+def _own(division: Division) -> list[tuple[Call, ...]]:
+    """What each device does with its own keys."""
+    return [division.own(device) for device in range(division.schedule.devices)]
+
+
+def _zeros(like: Pair, dtype: Any, beside: Any) -> Pair:
+    """Zeros for sums, which vary over the mesh as `beside` does."""
+    first, second, *_ = alike((*(jnp.zeros(x.shape, dtype) for x in like), beside))
+    return first, second
+
+
+def _passed_on(kv: Pair, group: Any, devices: int) -> Pair:
+    """What the device before this one has."""
+    ring = [(device, (device + 1) % devices) for device in range(devices)]
+    first, second = (jax.lax.ppermute(x, group, ring) for x in kv)
+    return first, second
 
 
 def _moved(step: Step, group: Any, kv: Pair) -> list[Pair]:
     """The keys and values of each move of a step, zeros where none arrive."""
     return [tuple(jax.lax.ppermute(rows_of(x, of.rows), group, of.pairs) for x in kv) for of in step.moves]
+
+
+def _lower(group: Any, beside: Any) -> Any:
+    """The number of devices with a lower number, whose keys come first.
+
+    It is bound to what comes beside it: JAX's `scan` of layers would compute what depends on nothing else before the
+    loop, and keep what the branches make of it for every step.
+    """
+    lower, _ = jax.lax.optimization_barrier((jax.lax.axis_index(group), beside))
+    return lower
+
+
+def _added(lower: Any, division: Division, function: Callable[..., Any], *operands: Any) -> Any:
+    """``function(calls, *operands)`` for the keys of a device, of a lower number as long as such are left."""
+    below, above = division.below_and_above
+    if below == above:
+        return function(below, *operands)
+    return jax.lax.cond(lower > 0, partial(function, below), partial(function, above), *operands)
 
 
 def _chosen(group: Any, work: Sequence[Any], function: Callable[..., Any], *operands: Any) -> Any:
@@ -183,11 +266,14 @@ def _chosen(group: Any, work: Sequence[Any], function: Callable[..., Any], *oper
     if len(kinds) == 1:
         return function(kinds[0], *operands)
     kind = jnp.asarray([kinds.index(one) for one in work])[jax.lax.axis_index(group)]
-    return jax.lax.switch(kind, [lambda *operands, one=one: function(one, *operands) for one in kinds], *operands)
+    return jax.lax.switch(kind, [partial(function, one) for one in kinds], *operands)
 
 
-def _put(x: Any, rows: slice, part: Any) -> Any:
-    return x.at[..., rows, :, :].set(part)
+def _put(x: Any, rows: slice, part: Any, axis: int = -3) -> Any:
+    """`x` with other rows; they are along an axis that counts from the last one."""
+    if part.shape == x.shape:
+        return part
+    return jax.lax.dynamic_update_slice_in_dim(x, part, rows.start, x.ndim + axis)
 
 
 def _merged(out: Any, lse: Any, part: Any, part_lse: Any) -> Pair:
