@@ -4,6 +4,8 @@ A `score_mod` is a function ``(score, b, h, q, k)`` of a scaled score, the batch
 the key, that returns the score to use; a `mask_mod` is a function ``(b, h, q, k)`` that returns whether the query sees
 the key. They are written with Python's operators, the functions below and numbers, which are compiled in, and may index
 arrays by any integers; each is called once, with symbols. An index outside an array reads its nearest element.
+Ready ones, from `alibi` to `tree`, are made by functions that take their numbers; masks compose by `both`, `either` and
+`negated`.
 
 >>> import numpy as np
 >>> from cuflash import mods

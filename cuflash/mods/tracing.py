@@ -353,6 +353,8 @@ class Captured(Symbol):
     __slots__ = ("array", "operand")
 
     def __init__(self, array: Any) -> None:
+        if isinstance(array, np.ma.MaskedArray):
+            raise InvalidArgument("a masked array was captured, whose mask nothing follows; pass its filled(...).")
         self.array = array
         self.operand = Operand(_dtype(array), len(array.shape))
 

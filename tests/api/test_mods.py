@@ -134,6 +134,7 @@ def test_no_kernel_has_it_yet() -> None:
 
 
 EMPTY, FOREIGN, ALIASED = np.zeros((0, 3), np.float32), np.zeros(3, ">f4"), np.zeros((2, 6, 4, 8), np.float32)
+MASKED = np.ma.masked_array(np.zeros(9, np.float32))
 BYTES = np.zeros(13, np.uint8)[1:].view(np.float32)
 
 
@@ -147,6 +148,7 @@ BYTES = np.zeros(13, np.uint8)[1:].view(np.float32)
         ({"score_mod": lambda s, b, h, q, k: s + EMPTY[q, k]},
          r"captured0 of score_mod has shape \(0, 3\); expected at least one element along each axis"),
         ({"mask_mod": lambda b, h, q, k: FOREIGN[k] > 0}, "captured0 of mask_mod is >f4; expected one of float16"),
+        ({"score_mod": lambda s, b, h, q, k: s + MASKED[k]}, "a masked array was captured, whose mask nothing follows"),
         ({"score_mod": lambda s, b, h, q, k: s + BYTES[k]}, "captured0 of score_mod is misaligned"),
         ({"score_mod": lambda s, b, h, q, k: s + ALIASED[b, q, h, k], "out": ALIASED},
          "out shares memory with captured0 of score_mod, which is still read"),
