@@ -228,8 +228,8 @@ def flash_attn_func(
     Autograd of torch records calls on tensors that require grad; ``torch.func.grad``, ``vmap``, checkpoints, autocast
     and ``torch.compile`` may be around them. Inside JAX's transformations arrays have no elements yet: lengths of
     packed sequences must be given, and arguments are checked when they are traced. Forward mode and derivatives of the
-    gradient are there in JAX on the CPU; programs of JAX for a GPU and torch refuse them. `flash_attn_jvp` pushes
-    changes forward outside of transformations.
+    gradient are there in JAX and torch on the CPU; on a GPU, and where torch.compile traces, they are refused.
+    `flash_attn_jvp` pushes changes forward outside of transformations.
 
     A program of JAX on several devices divides a call along the batch and the heads; where arrays are sharded
     otherwise, or with dropout, call cuflash inside ``jax.shard_map``. Programs that were stored by ``jax.export`` need

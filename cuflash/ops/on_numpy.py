@@ -112,6 +112,11 @@ def backward(options: Options, arrays: Arrays, along: Tangents | None = None) ->
 def _along(options: Options, arrays: Arrays, tangents: Tangents) -> reference.Tangents:
     """Tangents that fit their arrays, with rows before heads; those of out and lse are of our making."""
     if options.score_mod is not None:
+        raise UnsupportedProblem(
+            "score_mod is given to a call in forward mode, or that is differentiated twice, and written scores have "
+            "first derivatives in reverse mode alone. Take these, or write the score out as a bias."
+        )
+    if options.score_mod is not None:
         raise UnsupportedProblem("score_mod is given, and written scores have no tangents yet. Take gradients instead.")
     along = reference.Tangents(*(None if x is None else np.asarray(x) for x in tangents))
     given = {name: x for name, x in along._asdict().items() if x is not None}

@@ -121,16 +121,101 @@ def test_gradcheck(device: str) -> None:
     assert torch.autograd.gradcheck(attend, (q, k, v, bias))
 
 
+def differentiated(device: str) -> tuple[Callable[..., Any], list[Any]]:
+    """A function of q, k, v, a bias and a sink, in float64, and places of theirs."""
+    if device != "cpu":
+        pytest.skip("no kernel computes tangents")
+    shapes = (2, 3, 4, 5), (2, 5, 2, 5), (2, 5, 2, 4), (4, 3, 5)
+    x = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+
+    def loss(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        out, lse = cuflash.flash_attn_func(
+            q, k, v, attn_bias=bias, sink=torch.ones(4), causal=True, softcap=2.0, return_lse=True,
+            dropout_p=0.2, generator=(3, 0),
+        )  # fmt: skip
+        return out.sin().sum() + (lse[lse.isfinite()] ** 2).sum()
+
+    return loss, x
+
+
+def test_second_derivatives_and_forward_mode_are_finite_differences(device: str) -> None:
+    loss, x = differentiated(device)
+    x = [y.requires_grad_() for y in x]
+    torch.autograd.gradcheck(loss, x, check_forward_ad=True, check_backward_ad=False, fast_mode=True)
+    torch.autograd.gradgradcheck(loss, x, check_fwd_over_rev=True, fast_mode=True)
+
+
+def test_forward_mode_inside_transforms(device: str) -> None:
+    loss, x = differentiated(device)
+    changes = [torch.randn_like(y) for y in x]
+    dots = lambda a, b: sum((y * z).sum() for y, z in zip(a, b, strict=True))  # noqa: E731
+    func, every = torch.func, (0, 1, 2, 3)
+    gradient = func.grad(loss, every)
+    pushed = func.jvp(loss, tuple(x), tuple(changes))[1]
+    torch.testing.assert_close(pushed, dots(gradient(*x), changes))
+    turned = func.jvp(gradient, tuple(x), tuple(changes))[1]
+    pulled = func.grad(lambda *x: dots(gradient(*x), changes), every)(*x)
+    for a, b in zip(turned, pulled, strict=True):
+        torch.testing.assert_close(a, b)
+    row = x[0][0, 1, :, 2]
+    of_row = lambda row: loss(x[0].index_put((torch.tensor(0), torch.tensor(1), torch.arange(4), torch.tensor(2)), row),  # noqa: E731
+                              *x[1:])  # fmt: skip
+    torch.testing.assert_close(func.jacfwd(of_row)(row), func.grad(of_row)(row))
+    torch.testing.assert_close(func.hessian(of_row)(row), func.jacrev(func.grad(of_row))(row))
+
+
+def test_mapped_gradients_drop_what_the_forward_dropped(device: str) -> None:
+    q, k, v = (x.detach() for x in tensors(device, length=4))
+    attend = lambda q: cuflash.flash_attn_func(q, k, v, dropout_p=0.4, generator=(3, 0))[0, :2, :, 0]  # noqa: E731
+    rows = [torch.func.vjp(attend, q)[1](row.reshape(2, 4))[0] for row in torch.eye(8, device=device)]
+    torch.testing.assert_close(torch.func.jacrev(attend)(q), torch.stack(rows).reshape(2, 4, *q.shape))
+    if device == "cpu":
+        pushed = lambda q: torch.func.jvp(attend, (q,), (q,))[1]  # noqa: E731
+        with pytest.raises(UnsupportedProblem, match=r"^torch.vmap maps a call with dropout in forward mode"):
+            torch.vmap(pushed, randomness="different")(torch.stack([q, q]))
+
+
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_dual_tensors(device: str, no_grad: bool) -> None:
+    if device != "cpu":
+        pytest.skip("no kernel computes tangents")
+    mode = torch.autograd.forward_ad
+    q, k, v = (x.detach() for x in tensors(device, torch.float64, length=6))
+    with mode.dual_level(), torch.set_grad_enabled(not no_grad):
+        dual = cuflash.flash_attn_func(q, mode.make_dual(k, v), mode.make_dual(v, k), causal=True)
+        out, tangent = mode.unpack_dual(dual)
+    expected = cuflash.flash_attn_jvp(q, k, v, dk=v, dv=k, causal=True)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(tangent, expected[2])
+
+
 def test_what_has_no_gradient_is_refused(device: str) -> None:
     q, k, v = tensors(device)
-    once = torch.autograd.grad(cuflash.flash_attn_func(q, k, v).square().sum(), q, create_graph=True)[0]
-    with pytest.raises(UnsupportedProblem, match=r"^cuflash has no second derivative of attention"):
-        once.sum().backward()
-    with pytest.raises(UnsupportedProblem, match=r"^cuflash has no forward mode for torch"):
-        torch.func.jvp(lambda q: cuflash.flash_attn_func(q, k, v), (q.detach(),), (q.detach(),))
     mode = torch.autograd.forward_ad
-    with mode.dual_level(), pytest.raises(UnsupportedProblem, match=r"forward mode"):
-        cuflash.flash_attn_func(mode.make_dual(q.detach(), q.detach()), k, v)
+    further = r"^cuflash has first and second derivatives of attention, and none of these is differentiated again"
+    once = torch.autograd.grad(cuflash.flash_attn_func(q, k, v).square().sum(), q, create_graph=True)[0]
+    if device == "cpu":
+        twice = torch.autograd.grad(once.square().sum(), q, create_graph=True)[0]
+        with pytest.raises(UnsupportedProblem, match=further):
+            twice.sum().backward()
+    else:
+        on_gpu = r"^no kernel computes tangents"
+        with pytest.raises(UnsupportedProblem, match=on_gpu):
+            once.sum().backward()
+        with pytest.raises(UnsupportedProblem, match=on_gpu):
+            torch.func.jvp(lambda q: cuflash.flash_attn_func(q, k, v), (q.detach(),), (q.detach(),))
+        with mode.dual_level(), pytest.raises(UnsupportedProblem, match=on_gpu):
+            cuflash.flash_attn_func(mode.make_dual(q.detach(), q.detach()), k, v)
+    out, lse = cuflash.flash_attn_func(q, k, v, return_lse=True)
+    explicit = cuflash.flash_attn_backward(torch.ones_like(out), q, k, v, out, lse)[0]
+    with pytest.raises(UnsupportedProblem, match=further):
+        explicit.sum().backward()
+    written = cuflash.flash_attn_func(*(x.float() for x in (q, k, v)), score_mod=lambda s, b, h, i, j: s * 2)
+    (once,) = torch.autograd.grad(written.square().sum(), q, create_graph=True)
+    with pytest.raises(UnsupportedProblem, match=r"^(score_mod is given to a call in forward mode|no kernel)"):
+        once.sum().backward()
+    with mode.dual_level(), pytest.raises(UnsupportedProblem, match=r"has a tangent of torch's forward mode"):
+        cuflash.flash_attn_prepare(mode.make_dual(q.detach(), q.detach()), k.detach(), v.detach())
     with pytest.raises(InvalidArgument, match=r"^out is given and a gradient may be taken"):
         cuflash.flash_attn_func(q, k, v, out=torch.empty_like(q))
     with pytest.raises(UnsupportedProblem, match=r"^alibi_slopes requires grad, and there is no gradient of it"):

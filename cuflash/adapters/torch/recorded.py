@@ -1,8 +1,8 @@
 """Attention that autograd records and torch's transforms map: gradients of q, k, v, a bias and a sink.
 
 A forward of `torch.autograd.Function` keeps what ``ops.vjp`` keeps. Its gradient is a Function of its own where
-something may be recorded or mapped there too, so that a second derivative is refused by name, and the plain call where
-nothing is.
+something may be recorded or mapped there too, and the plain call where nothing is. Tangents of both, and so second
+derivatives, are computed in host memory alone: the Hessian of a gradient is symmetric, and pulls back what it pushes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cuflash.errors import InvalidArgument, UnsupportedProblem
-from cuflash.ops import Arrays, Options
+from cuflash.ops import Arrays, Options, Tangents
 from cuflash.ops.lengths import with_lengths
 from cuflash.problem import Direction
 
@@ -27,9 +27,16 @@ _OTHERS = [(i, name) for i, name in enumerate(Arrays._fields[:_READ]) if name no
 _BIAS = Arrays._fields.index("bias")
 
 NO_FORWARD_MODE = (
-    "cuflash has no forward mode for torch. Take gradients by backward() or torch.func.grad, or call "
+    "cuflash has no forward mode for torch here. Take gradients by backward() or torch.func.grad, or call "
     "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
 )
+NO_FURTHER = (
+    "cuflash has first and second derivatives of attention, and none of these is differentiated again, nor are "
+    "tangents or explicit gradients, of flash_attn_vjp and flash_attn_backward. Use "
+    "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+)
+_UPSTREAM = ("dout", "dlse")
+_WHERE = {name: Arrays._fields.index(name) for name in (*_DIFFERENTIABLE, *_UPSTREAM)}
 
 
 def answer(
@@ -53,7 +60,7 @@ def answer(
     if direction == "backward":
         if not (mapped or torch.is_grad_enabled()):
             return framework.plain(direction, options, arrays)
-        return _AttentionGradient.apply(framework, options, _on_host(arrays.captured), *arrays.each())
+        return _AttentionGradient.apply(framework, options, False, _on_host(arrays.captured), *arrays.each())
     arrays = autocast(arrays)
     if not (mapped or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays.each()))):
         return framework.plain(direction, options, arrays, generator, cached)
@@ -157,12 +164,17 @@ def _of_gradient(options: Options, bias_grad: bool, captured_grad: bool) -> Opti
 
 def gradient(framework: Any, options: Options, arrays: Arrays) -> tuple[Any, ...]:
     """The plain call of a backward, of gradients as autograd hands them over."""
+    return framework.plain("backward", options, _contiguous(arrays))
+
+
+def _contiguous(arrays: Arrays) -> Arrays:
+    """Gradients as kernels read them."""
     dout, dlse = arrays.dout, arrays.dlse
     if not dout.is_contiguous() and (dout.stride(-1) != 1 or 0 in dout.stride()):  # sum() gives one number to all
         arrays = arrays._replace(dout=dout.contiguous())
     if dlse is not None and not dlse.is_contiguous():
         arrays = arrays._replace(dlse=dlse.contiguous())
-    return framework.plain("backward", options, arrays)
+    return arrays
 
 
 class _Recorded(torch.autograd.Function):
@@ -175,6 +187,8 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, framework: Any, options: Options, generator: Any, arrays: Arrays, *_: Any) -> Any:
         output = framework.plain("forward", options.replace(keep_state=True), arrays, generator)
         _keep(ctx, framework, options, arrays, output)
+        if torch.autograd.forward_ad._current_level >= 0:
+            ctx.given = arrays, output[3] if len(output) > 3 else None
         return output
 
     @staticmethod
@@ -184,7 +198,68 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise UnsupportedProblem(NO_FORWARD_MODE)
+        return _pushed(ctx, tangents[4:9], tangents[9:])
+
+
+def _pushed(ctx: Any, changes: Sequence[Any], of_captured: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """Tangents of the results of a forward, for those of q, k, v, bias and sink."""
+    if any(x is not None for x in of_captured):
+        raise UnsupportedProblem("what score_mod reads has a tangent, and cuflash has no forward mode of it.")
+    arrays, drawn = ctx.given
+    pushed = _along(ctx.framework, "forward", ctx.options, arrays._replace(rng_state=drawn), Tangents(*changes))
+    return *pushed, None, *(() if drawn is None else (None,))
+
+
+def _along(
+    framework: Any, direction: Direction, options: Options, arrays: Arrays, tangents: Tangents
+) -> tuple[Any, ...]:
+    """Tangents of the results of a call, of which autograd and maps may want to know."""
+    on_host = _on_host(arrays.captured)
+    return _Along.apply(framework, direction, options, on_host, *tangents, *arrays.each())
+
+
+class _Along(torch.autograd.Function):
+    """Tangents of a call's results."""
+
+    @staticmethod
+    def forward(framework: Any, direction: Direction, options: Options, on_host: Any, *tensors: Any) -> Any:
+        count = len(Tangents._fields)
+        return framework.along(direction, options, _rejoined(on_host, tensors[count:]), Tangents(*tensors[:count]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedProblem(NO_FURTHER)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedProblem(NO_FURTHER)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, framework: Any, direction: Direction, options: Options, *others: Any) -> Any:
+        arrays = Arrays(*in_dims[4 + len(Tangents._fields) :][: len(Arrays._fields)])
+        mapped = arrays._replace(dout=None, dlse=None)
+        if options.dropout_p and any(dim is not None for dim in mapped):
+            raise UnsupportedProblem(
+                "torch.vmap maps a call with dropout in forward mode or that is differentiated twice, and what it "
+                "dropped is not known there. Map over changes alone, or drop nothing."
+            )
+        return _one_by_one(_Along, info.batch_size, in_dims, (framework, direction, options, *others))
+
+
+def _one_by_one(function: Any, size: int, dims: Sequence[Any], operands: Sequence[Any]) -> Any:
+    """The results of a function on every element, and where they are mapped."""
+    each = [
+        function.apply(
+            *(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(operands, dims, strict=True))
+        )
+        for i in range(size)
+    ]
+    results = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+    return results, (0,) * len(results)
 
 
 def _keep(ctx: Any, framework: Any, options: Options, arrays: Sequence[Any], output: tuple[Any, ...]) -> None:
@@ -224,7 +299,7 @@ def _gradients(ctx: Any, dout: Any, dlse: Any, bias_grad: bool, captured_grads: 
     each = *given, rng_state, dout, lse, dlse, row_state, out, None, None, None, *(tensors or (None,))
     arrays = _rejoined(ctx.on_host, each)
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        dq, dk, dv, *others = _AttentionGradient.apply(ctx.framework, options, ctx.on_host, *each)
+        dq, dk, dv, *others = _AttentionGradient.apply(ctx.framework, options, True, ctx.on_host, *each)
     else:
         dq, dk, dv, *others = gradient(ctx.framework, options, arrays)
     dbias = others.pop(0).to(arrays.bias.dtype) if bias_grad else None
@@ -249,13 +324,20 @@ class _Mapped(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         framework, options, _, *arrays = inputs
         _keep(ctx, framework, options, arrays, output)
+        ctx.save_for_forward(*arrays, *output[3:])
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
         dq, dk, dv, dbias, dsink = _gradients(ctx, dout, dlse, ctx.needs_input_grad[3 + _BIAS])
         return None, None, None, *Arrays(dq, dk, dv, bias=dbias, sink=dsink)
 
-    jvp = _Recorded.jvp
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        count = len(Arrays._fields)
+        arrays, drawn = Arrays(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        ctx.given = arrays, drawn[0] if drawn else None
+        changes = Arrays(*tangents[3:])
+        return _pushed(ctx, [getattr(changes, name) for name in _DIFFERENTIABLE])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
@@ -274,29 +356,56 @@ class _AttentionGradient(torch.autograd.Function):
     """(dq, dk, dv), and dbias, dsink and gradients of what is captured where there are."""
 
     @staticmethod
-    def forward(framework: Any, options: Options, on_host: Any, *each: Any) -> Any:
+    def forward(framework: Any, options: Options, own: bool, on_host: Any, *each: Any) -> Any:
         return gradient(framework, options, _rejoined(on_host, each))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        ctx.framework, ctx.options, ctx.own, ctx.on_host, *each = inputs
+        ctx.set_materialize_grads(False)
+        if ctx.own:
+            ctx.save_for_backward(*each)
+            ctx.save_for_forward(*each)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedProblem(
-            "cuflash has no second derivative of attention. Drop create_graph=True and nested gradients, or use "
-            "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-        )
+    def backward(ctx: Any, *weights: Any) -> Any:
+        """Hessians are symmetric: the weights of gradients are a change of what these are of."""
+        arrays = _own(ctx)
+        dq, dk, dv, *others = weights
+        dbias = others.pop(0) if ctx.options.bias_grad else None
+        dbias = None if dbias is None else dbias.to(arrays.bias.dtype)
+        along = Tangents(dq, dk, dv, dbias, None if arrays.sink is None else others.pop(0))
+        wanted = {name: ctx.needs_input_grad[4 + at] for name, at in _WHERE.items()}
+        found: dict[str, Any] = {}
+        if any(wanted[name] for name in _DIFFERENTIABLE):
+            options = of_gradient(ctx.options, wanted["bias"])
+            results = list(_along(ctx.framework, "backward", options, _contiguous(arrays), along))
+            found = dict(zip(("q", "k", "v"), results, strict=False))
+            if wanted["bias"]:
+                found["bias"] = results[3].to(arrays.bias.dtype)
+            if arrays.sink is not None:
+                found["sink"] = results[-1]
+        if wanted["dout"] or wanted["dlse"]:
+            options = of_gradient(ctx.options, False)
+            read = arrays._replace(dout=None, lse=None, dlse=None, row_state=None, out=None)
+            found |= dict(zip(_UPSTREAM, _along(ctx.framework, "forward", options, read, along), strict=True))
+        changes = (found.get(name) if wanted.get(name) else None for name in Arrays._fields[:-1])
+        return None, None, None, None, *changes, *(None for _ in ctx.on_host or (None,))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _AttentionGradient.backward(ctx)
+        arrays, changes = _own(ctx), Arrays(*tangents[4 : 4 + len(Arrays._fields)])
+        along = Tangents(*(getattr(changes, name) for name in (*_DIFFERENTIABLE, *_UPSTREAM)))
+        return _along(ctx.framework, "backward", ctx.options, _contiguous(arrays), along)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, framework: Any, options: Options, on_host: Any, *arrays: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, framework: Any, options: Options, own: bool, on_host: Any, *arrays: Any) -> Any:
         given = Arrays(*arrays)
-        fold = _Folded(info.batch_size, options, given, in_dims[3:])
-        results = _AttentionGradient.apply(framework, options, on_host, *fold.arrays())
+        if options.dropout_p and Arrays(*in_dims[4:]).out is None:  # heads would drop other things than the forward's
+            operands = framework, options, own, on_host, *arrays
+            return _one_by_one(_AttentionGradient, info.batch_size, in_dims, operands)
+        fold = _Folded(info.batch_size, options, given, in_dims[4:])
+        results = _AttentionGradient.apply(framework, options, own, on_host, *fold.arrays())
         dq, dk, dv, *others = results
         unfolded = [fold.unfolded(x, fold.heads) for x in (dq, dk, dv)]
         dims = [fold.heads] * 3
@@ -307,6 +416,13 @@ class _AttentionGradient(torch.autograd.Function):
             unfolded.append(others[-1].unflatten(0, (info.batch_size, -1)))
             dims.append(0)
         return tuple(unfolded), tuple(dims)
+
+
+def _own(ctx: Any) -> Arrays:
+    """What a gradient that autograd asked for read; one that a user asked for may be of another output."""
+    if not ctx.own:
+        raise UnsupportedProblem(NO_FURTHER)
+    return _rejoined(ctx.on_host, ctx.saved_tensors)
 
 
 class _Folded:

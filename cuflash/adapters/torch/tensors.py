@@ -155,6 +155,8 @@ class Torch(Launcher, Adapter):
             draw.check(generator)
         if torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled():
             return self._recorded.answer(self, direction, options, arrays, generator, cached)
+        if direction == "forward" and self._forward_ad._current_level >= 0 and self._moves(arrays):
+            return self._recorded.recorded(self, options, arrays, generator)
         if torch.is_grad_enabled() and self._needs_grad(options, arrays):
             if direction == "forward":
                 return self._recorded.recorded(self, options, arrays, generator)
@@ -182,18 +184,36 @@ class Torch(Launcher, Adapter):
                     f"{name} requires grad, and autograd does not see flash_attn_jvp: its gradient would be lost. "
                     f"Pass {name}.detach()."
                 )
-        on_host = None if arrays.q.is_cuda else self.on_host(names, given)
+        borrowed, changes = self._changing(options, arrays, tangents)
+        return self.from_host(on_numpy.jvp(options, borrowed, changes, self._drawn(options, generator)))
+
+    def along(self, direction: Direction, options: Options, arrays: Arrays, tangents: Tangents) -> tuple[Any, ...]:
+        """The tangents of a call's results, of out and lse or of gradients, where nothing is recorded."""
+        borrowed, changes = self._changing(options, arrays, tangents)
+        if direction == "backward":
+            return self.from_host(on_numpy.backward(options, borrowed, changes))
+        drawn = None if borrowed.rng_state is None else tuple(borrowed.rng_state.view(np.uint64).tolist())
+        return self.from_host(on_numpy.jvp(options, borrowed._replace(rng_state=None), changes, drawn)[2:])
+
+    def _changing(self, options: Options, arrays: Arrays, tangents: Tangents) -> tuple[Arrays, Tangents]:
+        """Tensors in host memory and their tangents as NumPy's views."""
+        each = arrays.each()
+        names = [*options.names(arrays), *NAMES]
+        on_host = None if arrays.q.is_cuda else self.on_host(names, [*each, *tangents])
         if on_host is None:
             raise UnsupportedProblem(ON_GPU)
-        borrowed = Arrays(*on_host[: len(arrays)])
-        along = Tangents(*on_host[len(arrays) :])
-        return self.from_host(on_numpy.jvp(options, borrowed, along, self._drawn(options, generator)))
+        return arrays.like(on_host[: len(each)]), Tangents(*on_host[len(each) :])
 
     def _drawn(self, options: Options, generator: Any) -> Any:
         """What dropout in host memory draws from: torch's own generator, where a call names none."""
         if generator is None and options.dropout_p:
             return int(self._torch.randint(2**63 - 1, ())), 0
         return generator
+
+    def _moves(self, arrays: Arrays) -> bool:
+        """Whether an array has a tangent of torch's forward mode."""
+        tensors = (x for x in arrays.each() if isinstance(x, self._torch.Tensor))
+        return any(self._forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
     def _needs_grad(self, options: Options, arrays: Arrays) -> bool:
         try:
