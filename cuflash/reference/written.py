@@ -10,7 +10,7 @@ import numpy as np
 from cuflash.mods import Mod
 from cuflash.mods.derive import slopes
 from cuflash.mods.evaluate import evaluate
-from cuflash.mods.expression import Node
+from cuflash.mods.expression import ONE, Node
 from cuflash.reference.tiles import Tile
 
 
@@ -46,7 +46,7 @@ class Written(NamedTuple):
             slope, index = next(values), [next(values) for _ in load.args]
             by_load.append((load.value, _flat(index, self.captured[load.value].shape), slope))
         np.copyto(s, result)
-        return Slopes(of_score, by_load)
+        return Slopes(None if by_score is ONE else of_score, by_load)
 
     def _values(
         self, tile: Tile, results: Sequence[Node], score: np.ndarray | None, real: np.dtype
@@ -64,14 +64,15 @@ class Written(NamedTuple):
 class Slopes(NamedTuple):
     """How the written score of a tile's pairs moves."""
 
-    by_score: np.ndarray
-    """With the score, of a shape that broadcasts to grouped pairs."""
+    by_score: np.ndarray | None
+    """With the score, of a shape that broadcasts to grouped pairs; None where it is 1."""
     by_load: list[tuple[int, np.ndarray, np.ndarray]]
     """With what is read: number of the array, where in it, counted as if it were contiguous, and the slope."""
 
     def to_score(self, ds: np.ndarray) -> None:
         """Turn the gradient of grouped pairs into that of the score, in place; what has none stays without."""
-        np.multiply(ds, self.by_score, out=ds, where=ds != 0)
+        if self.by_score is not None:
+            np.multiply(ds, self.by_score, out=ds, where=ds != 0)
 
     def add_captured(self, ds: np.ndarray, totals: dict[int, np.ndarray]) -> None:
         """Add the gradients of what is read to flat totals in float64."""
