@@ -667,7 +667,8 @@ def test_every_function_of_packed_sequences_hands_validate_on(monkeypatch: pytes
                 function(**arguments, **starts, validate=validate)
             assert asked.value.args == (validate,)
     parameters = {x: inspect.signature(x).parameters for x in vars(cuflash).values() if inspect.isfunction(x)}
-    flash = {cuflash.flash_attn_varlen_func, cuflash.flash_attn_backward, cuflash.flash_attn_vjp}
+    flash = {cuflash.flash_attn_varlen_func, cuflash.flash_attn_backward}
+    flash |= {cuflash.flash_attn_vjp, cuflash.flash_attn_jvp}
     assert {x for x, names in parameters.items() if "validate" in names} == flash | calls.keys()
     hands_on, runs_nothing, always = cuflash.flash_attn_varlen_kvpacked_func, cuflash.explain, cuflash.attention_map
     packed = {x for x, names in parameters.items() if "cu_seqlens_q" in names}
