@@ -155,7 +155,8 @@ class Torch(Launcher, Adapter):
             draw.check(generator)
         if torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled():
             return self._recorded.answer(self, direction, options, arrays, generator, cached)
-        if direction == "forward" and self._forward_ad._current_level >= 0 and self._moves(arrays):
+        along = direction == "forward" and self._forward_ad._current_level >= 0 and not arrays.q.is_cuda
+        if along and self._moves(arrays):
             return self._recorded.recorded(self, options, arrays, generator)
         if torch.is_grad_enabled() and self._needs_grad(options, arrays):
             if direction == "forward":
