@@ -187,6 +187,22 @@ def test_inside_scan_and_checkpoint() -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
 
 
+@on_eight
+@pytest.mark.parametrize("method", [RING, HEADS])
+def test_gradients_of_vmap(method: Any) -> None:
+    x = random(2, 1, 16, 4, 8, dtype=FP32)
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    spec = P(None, None, "x")
+    mapped = jax.vmap(lambda q: method(q, q, q, "x", causal=True))
+    of_devices = jax.shard_map(mapped, mesh=mesh, in_specs=spec, out_specs=spec)
+
+    def whole(x: Any) -> Any:
+        return jax.vmap(lambda q: cuflash.flash_attn_func(q, q, q, causal=True))(x)
+
+    found, expected = (jax.jit(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(x) for f in (of_devices, whole))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
+
+
 def inside(function: Any, *arrays: Any, group: Any = "x") -> Any:
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
     spec = P(None, "x")

@@ -33,8 +33,7 @@ def divided(method: str, asked: Asked, tensors: Sequence[Any], group: Any) -> Pa
     """(out, lse) of this device's rows."""
     devices = _size(group)
     asked.check(*tensors)
-    q, k, v = (_reverse_only(x) for x in alike(tensors))
-    return (_by_ring if method == "ring_attention" else _by_heads)(asked, devices, group, q, k, v)
+    return (_by_ring if method == "ring_attention" else _by_heads)(asked, devices, group, *alike(tensors))
 
 
 def _size(group: Any) -> int:
@@ -59,7 +58,8 @@ def _by_ring(asked: Asked, devices: int, group: Any, q: Any, k: Any, v: Any) -> 
     if asked.packed and longest is None:
         raise _unknown()
     starts = (jnp.asarray(asked.cu_seqlens, np.int32),) if asked.packed else ()
-    return _ring(division, asked.options, group, longest)(*alike((q, k, v, *starts)))
+    tensors = (_reverse_only(x) for x in (q, k, v))
+    return _ring(division, asked.options, group, longest)(*alike((*tensors, *starts)))
 
 
 def _unknown() -> InvalidArgument:
@@ -361,8 +361,8 @@ def _reverse_only_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, A
 
 def _refuse_forward_mode(*_: Any, **__: Any) -> Any:
     raise UnsupportedProblem(
-        "attention of sequences that devices share does not run in JAX's forward mode (jax.jvp, jax.jacfwd, "
-        "jax.linearize, jax.hessian). Take gradients in reverse mode: jax.grad, jax.vjp, jax.jacrev."
+        "ring_attention does not run in JAX's forward mode (jax.jvp, jax.jacfwd, jax.linearize, jax.hessian). Take "
+        "gradients in reverse mode: jax.grad, jax.vjp, jax.jacrev."
     )
 
 
@@ -370,5 +370,5 @@ _tangent: Primitive = Primitive("cuflash_tangent")
 _tangent.def_impl(_refuse_forward_mode)
 _tangent.def_abstract_eval(lambda x: x)
 ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
-batching.primitive_batchers[_tangent] = _refuse_forward_mode
+batching.defvectorized(_tangent)
 mlir.register_lowering(_tangent, _refuse_forward_mode)
