@@ -11,8 +11,8 @@ from cuflash.reference.attention import (
     forward_varlen,
 )
 from cuflash.reference.cache import forward_cache
-from cuflash.reference.loops import Tangents
 from cuflash.reference.merge import merge, merge_backward
+from cuflash.reference.tangents import Tangents
 
 __all__ = [
     "Gradients", "Tangents", "backward", "backward_varlen", "forward", "forward_cache", "forward_paged",

@@ -23,11 +23,12 @@ import numpy as np
 
 from cuflash import dtypes
 from cuflash.masks import Mask
-from cuflash.reference import loops, pool
+from cuflash.reference import loops, pool, tangents
 from cuflash.reference.features import Features
-from cuflash.reference.loops import GradientJob, Tangents
+from cuflash.reference.loops import GradientJob
 from cuflash.reference.paged import PagedRows
 from cuflash.reference.pool import Scratch
+from cuflash.reference.tangents import Tangents
 from cuflash.reference.tiles import grouped_pairs
 from cuflash.reference.written import CapturedSums
 
@@ -90,7 +91,7 @@ def forward(
     if along is None:
         jobs = loops.forward(q, k, v, out, lse, policies, row_state, empty_lse)
     else:
-        jobs = loops.forward_along(_of_sequence(along, q, k), q, k, v, out, lse, policies, empty_lse)
+        jobs = tangents.forward_along(_of_sequence(along, q, k), q, k, v, out, lse, policies, empty_lse)
     pool.run(jobs, lse.size * k.shape[1])
     return out, lse
 
@@ -129,7 +130,7 @@ def backward(
     if along is None:
         sums.add(0, loops.backward(dout, q, k, v, out, lse, dlse, policies, row_delta=delta, **grads))
     else:
-        sums.add(0, loops.backward_along(_of_sequence(along, q, k), dout, q, k, v, lse, dlse, policies, **grads))
+        sums.add(0, tangents.backward_along(_of_sequence(along, q, k), dout, q, k, v, lse, dlse, policies, **grads))
     return sums.run(dq, dk, dv, scores=lse.size * k.shape[1])
 
 
@@ -199,7 +200,7 @@ def forward_varlen(
             state = None if row_state is None else row_state[None, :, rows]
             jobs.append(loops.forward(*of_one, state, empty_lse))
         else:
-            jobs.append(loops.forward_along(_of_sequence(along, q1, k1, b, rows, keys), *of_one, empty_lse))
+            jobs.append(tangents.forward_along(_of_sequence(along, q1, k1, b, rows, keys), *of_one, empty_lse))
         scores += heads_q * q1.shape[1] * k1.shape[1]
     pool.run(chain.from_iterable(jobs), scores)
     return out, lse
@@ -247,7 +248,7 @@ def backward_varlen(
             sums.add(b, loops.backward(dout1, q1, k1, v1, out[None, rows], *of_one, row_delta=delta1, **grads))
         else:
             along1 = _of_sequence(along, q1, k1, b, rows, keys)
-            sums.add(b, loops.backward_along(along1, dout1, q1, k1, v1, *of_one, **grads))
+            sums.add(b, tangents.backward_along(along1, dout1, q1, k1, v1, *of_one, **grads))
         scores += q.shape[-2] * q1.shape[1] * k1.shape[1]
     return sums.run(dq, dk, dv, scores=scores)
 

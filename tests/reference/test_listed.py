@@ -69,7 +69,7 @@ def test_blocks_of_your_own(len_q: int, len_kv: int, size: int, share: float, se
 
 def visited(monkeypatch: pytest.MonkeyPatch, call: Any) -> int:
     """Pairs of a query and a key whose product is computed."""
-    pairs, product = [], loops._product
+    pairs, product = [], loops.product
 
     def counted(name: str, a: np.ndarray, b: np.ndarray, scratch: Any) -> np.ndarray:
         result = product(name, a, b, scratch)
@@ -78,7 +78,7 @@ def visited(monkeypatch: pytest.MonkeyPatch, call: Any) -> int:
         return result
 
     with monkeypatch.context() as patched:
-        patched.setattr(loops, "_product", counted)
+        patched.setattr(loops, "product", counted)
         call()
     return sum(pairs)
 

@@ -14,7 +14,7 @@ from numpy_backend import check, run
 
 from cuflash import masks, reference
 from cuflash.masks import Mask
-from cuflash.reference import loops, pool, tiles
+from cuflash.reference import operands, pool, tiles
 from cuflash.reference.scores import Scores
 
 FIELDS = oracle.Attention._fields[:5]  # what every call gives
@@ -306,7 +306,7 @@ def test_only_tiles_with_something_visible_are_visited_and_only_boundaries_maske
 def test_memory_grows_with_the_lengths_only(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUFLASH_NUM_THREADS", "1")  # each has tiles of its own, and those of which calls is chance
     monkeypatch.setattr(pool, "tile_scratch", pool.SpareScratch())
-    monkeypatch.setattr(loops, "key_scratch", pool.SpareScratch())
+    monkeypatch.setattr(operands, "key_scratch", pool.SpareScratch())
     length = 8192
     shape = {"b": 1, "h": 1, "hk": 1, "sq": length, "sk": length, "d": 16, "dv": 16}
     inputs = arrays(shape, FP32)
@@ -340,7 +340,7 @@ def test_heads_share_what_their_keys_are_copied_to(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUFLASH_NUM_THREADS", "2")
     shape = {"b": 1, "h": 48, "hk": 48, "sq": 1024, "sk": 1024, "d": 64, "dv": 64}
     q, k, v, *_ = arrays(shape, FP16)
-    monkeypatch.setattr(loops, "key_scratch", pool.SpareScratch())
+    monkeypatch.setattr(operands, "key_scratch", pool.SpareScratch())
     tracemalloc.start()
     try:
         out, lse = reference.forward(q, k, v, band=Mask(), softmax_scale=0.125)
