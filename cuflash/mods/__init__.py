@@ -39,7 +39,8 @@ from cuflash.mods.library import (
     t5_bias,
     tree,
 )
-from cuflash.mods.tracing import CAPTURABLE, Captured, Mod, Symbol, Traced, operation, trace
+from cuflash.mods.symbols import CAPTURABLE, Captured, Symbol, operation
+from cuflash.mods.tracing import Mod, Traced, trace
 
 __all__ = [
     "CAPTURABLE", "Captured", "Mod", "Symbol", "Traced", "abs", "alibi", "block_window", "both", "captured", "causal",

@@ -18,7 +18,8 @@ import numpy as np
 from cuflash.arrays import Array
 from cuflash.errors import InvalidArgument
 from cuflash.mods.replay import function_of
-from cuflash.mods.tracing import Captured, Symbol, Traced, operation
+from cuflash.mods.symbols import Captured, Symbol, operation
+from cuflash.mods.tracing import Traced
 from cuflash.numbers import finite, integer, shown
 
 Score = Callable[[Any, Any, Any, Any, Any], Any]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cuflash.mods.expression import POSITIONS, SCORE, Node, in_order
-from cuflash.mods.tracing import Captured, Symbol, Traced, operation
+from cuflash.mods.symbols import Captured, Symbol, operation
+from cuflash.mods.tracing import Traced
 
 
 def function_of(traced: Traced) -> Callable[..., Symbol]:
