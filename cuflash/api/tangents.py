@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cuflash import ops
-from cuflash.api.keywords import Generator
+from cuflash.api.keywords import Generator, WrittenMask, WrittenScore
 from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
 from cuflash.errors import REFUSALS, shorten
@@ -41,6 +41,8 @@ def flash_attn_jvp(
     alibi_slopes: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    score_mod: WrittenScore = None,
+    mask_mod: WrittenMask = None,
     block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     generator: Generator = None,
@@ -72,6 +74,8 @@ def flash_attn_jvp(
         by a mask or by a bias of -inf, `dbias` has no effect.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink, block_mask
         As for `flash_attn_func`.
+    score_mod, mask_mod
+        As for `flash_attn_func`. The arrays that they read do not change.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, validate
         As for `flash_attn_varlen_func`.
     dropout_p, generator, dropout_scheme, unbiased_dropout
@@ -110,8 +114,8 @@ def flash_attn_jvp(
             Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
         )  # fmt: skip
-        if block_mask is not None:
-            options, arrays = with_mods(options, arrays, None, None, block_mask=block_mask)
+        if score_mod is not None or mask_mod is not None or block_mask is not None:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, block_mask=block_mask)
         out, lse, tangent_out, tangent_lse = ops.jvp(options, arrays, Tangents(dq, dk, dv, dbias, dsink), generator)
         return out, lse, tangent_out, tangent_lse
     except REFUSALS as error:

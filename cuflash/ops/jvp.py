@@ -21,8 +21,8 @@ ON_GPU = (
 
 def jvp(options: Options, arrays: Arrays, tangents: Tangents, generator: Any = None) -> tuple[Any, ...]:
     """(out, lse) and the tangents of both, as arrays of the same framework; `tangents` has none of out and lse."""
-    names = [*options.manner.names, *NAMES]
-    borrowed: list[Any] = [*arrays, *tangents]
+    names = [*options.names(arrays), *NAMES]
+    borrowed: list[Any] = [*arrays.each(), *tangents]
     framework = framework_of(names, borrowed)
     if isinstance(framework, Guest):
         framework = framework.beyond(borrowed, generator) or framework
@@ -35,6 +35,7 @@ def jvp(options: Options, arrays: Arrays, tangents: Tangents, generator: Any = N
         native, borrowed = framework.borrow(names, borrowed)
     if not isinstance(native, NumPy):
         raise UnsupportedProblem(ON_GPU)
-    given, along = Arrays(*borrowed[: len(arrays)]), Tangents(*borrowed[len(arrays) :])
+    last = len(borrowed) - len(tangents)
+    given, along = arrays.like(borrowed[:last]), Tangents(*borrowed[last:])
     results = on_numpy.jvp(options, given, along, generator)
     return framework.lend(results, borrowed, arrays.q) if isinstance(framework, Guest) else results

@@ -91,6 +91,11 @@ def backward(options: Options, arrays: Arrays, along: Tangents | None = None) ->
     keywords = _keywords(kind, options, arrays._replace(dq=None, dk=None, dv=None))
     if "rng_state" in keywords:
         keywords["rng_state"] = np.ascontiguousarray(keywords["rng_state"]).view(np.uint64)
+    if along is not None and options.score_mod is not None:
+        raise UnsupportedProblem(
+            "score_mod is given to a call that is differentiated twice, and written scores have first derivatives "
+            "alone. Take these, or write the score out as a bias."
+        )
     if along is not None:
         keywords["along"] = _along(options, arrays, along)
     delta = np.empty(kind.shapes["delta"], problem.dtype.accumulator) if options.keep_delta else None
@@ -111,13 +116,6 @@ def backward(options: Options, arrays: Arrays, along: Tangents | None = None) ->
 
 def _along(options: Options, arrays: Arrays, tangents: Tangents) -> reference.Tangents:
     """Tangents that fit their arrays, with rows before heads; those of out and lse are of our making."""
-    if options.score_mod is not None:
-        raise UnsupportedProblem(
-            "score_mod is given to a call in forward mode, or that is differentiated twice, and written scores have "
-            "first derivatives in reverse mode alone. Take these, or write the score out as a bias."
-        )
-    if options.score_mod is not None:
-        raise UnsupportedProblem("score_mod is given, and written scores have no tangents yet. Take gradients instead.")
     along = reference.Tangents(*(None if x is None else np.asarray(x) for x in tangents))
     given = {name: x for name, x in along._asdict().items() if x is not None}
     views = {name: numpy_arrays.view(f"d{name}", x) for name, x in given.items() if name not in ("out", "lse")}

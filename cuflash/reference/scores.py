@@ -153,11 +153,13 @@ class Scores:
 
     def tangent(
         self, dx: np.ndarray, slope: np.ndarray | None, dbias: np.ndarray | None, tile: Tile, keep: np.ndarray | None,
-        group: int,
+        group: int, written: Slopes | None = None,
     ) -> np.ndarray:  # fmt: skip
         """The tangent of logits from those of x and of the bias (grouped pairs), in place; 0 for what is not kept."""
         if slope is not None:
             np.multiply(dx, slope, out=dx)
+        if written is not None:
+            written.to_score(stacked(dx, group))
         if dbias is not None or keep is not None:
             ds = stacked(dx, group)
             if dbias is not None:

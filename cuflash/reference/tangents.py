@@ -66,7 +66,9 @@ def forward_along(
                     k_tile, dk_tile = k_columns[tile.keys], None if dk is None else dk_columns[tile.keys]
                     capped = scores.capped(product("s", q_tile, k_tile, scratch))
                     ds = _product_along("ds", q_tile, k_tile, dq_tile, dk_tile, scratch)
-                    ds = scores.tangent(ds, scores.slope(capped), tangents.bias, tile, keep, group)
+                    slope = scores.slope(capped)
+                    written = scores.written_with_slopes(capped, tile, group, of_captured=False)
+                    ds = scores.tangent(ds, slope, tangents.bias, tile, keep, group, written)
                     s = scores.finish(capped, tile, keep, group)
                     kept = None if dropout is None else kept_of(dropout, tile)
                     softmax.update_along(s, ds, v_rows[tile.keys], None if dv is None else dv_rows[tile.keys], kept)

@@ -70,7 +70,7 @@ class Slopes(NamedTuple):
     """With what is read: number of the array, where in it, counted as if it were contiguous, and the slope."""
 
     def to_score(self, ds: np.ndarray) -> None:
-        """Turn the gradient of grouped pairs into that of the score, in place; what has none stays without."""
+        """Turn gradients of grouped pairs into those of scores, or tangents of scores into theirs, in place."""
         if self.by_score is not None:
             np.multiply(ds, self.by_score, out=ds, where=ds != 0)
 

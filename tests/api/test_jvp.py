@@ -12,6 +12,7 @@ from doubles.launch import Launches
 from inputs import BF16, FP16, FP32, FP64, random
 
 import cuflash
+from cuflash import mods
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 
 WORDS = {
@@ -95,6 +96,36 @@ def test_what_does_not_change_is_left_out(case: str) -> None:
     for (name, gradient), (of_out, of_lse) in zip(gradients, alone, strict=False):
         if name in changes and name != "sink":  # the gradient of which is rounded to fp32
             np.testing.assert_allclose((gradient * changes[name]).sum(), (dout * of_out).sum() + (dlse * of_lse).sum())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_written_scores_and_masks(packed: bool) -> None:
+    table, ids = random(4, 30, dtype=FP64), np.arange(41) // 5
+
+    def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return mods.where(ids[q] == ids[k], 2 * mods.tanh(s + table[h, q]), s * s - b / 3)
+
+    def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q != 4) & ((q + k + h) % 3 != 0)
+
+    read = tensors(packed)
+    options = {"score_mod": score, "mask_mod": seen, "causal": True, "softcap": 1.5}
+    if packed:
+        options |= {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "max_seqlen_q": 12, "max_seqlen_k": 14}
+    changes = {name: random(*x.shape, dtype=FP64, seed=1) for name, x in read.items()}
+    call = cuflash.flash_attn_varlen_func if packed else cuflash.flash_attn_func
+
+    def moved(step: float) -> tuple[np.ndarray, np.ndarray]:
+        return call(**{name: x + step * changes[name] for name, x in read.items()}, **options, return_lse=True)
+
+    step = 1e-6
+    (after, lse_after), (before, lse_before) = moved(step), moved(-step)
+    out, lse, tangent_out, tangent_lse = pushed(read, changes, options)
+    sees = np.isfinite(lse)
+    assert not sees.all() and not tangent_lse[~sees].any() and np.abs(tangent_out).max() > 0.1
+    np.testing.assert_allclose(out, moved(0)[0], atol=1e-12)
+    np.testing.assert_allclose(tangent_out, (after - before) / (2 * step), atol=1e-8)
+    np.testing.assert_allclose(tangent_lse[sees], (lse_after[sees] - lse_before[sees]) / (2 * step), atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=["fp16", "bf16", "fp32"])

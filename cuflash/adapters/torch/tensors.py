@@ -177,7 +177,7 @@ class Torch(Launcher, Adapter):
         """Answer a call of `ops.jvp` on tensors in host memory, which autograd does not see."""
         if generator is not None:
             draw.check(generator)
-        names, given = [*options.manner.names, *NAMES], [*arrays, *tangents]
+        names, given = [*options.names(arrays), *NAMES], [*arrays.each(), *tangents]
         framework_of(names, given)
         for name, x in zip(names, given, strict=True):
             if x is not None and x.requires_grad and self._torch.is_grad_enabled():
