@@ -212,9 +212,7 @@ def test_what_has_no_gradient_is_refused(device: str) -> None:
         explicit.sum().backward()
     written = cuflash.flash_attn_func(*(x.float() for x in (q, k, v)), score_mod=lambda s, b, h, i, j: s * 2)
     (once,) = torch.autograd.grad(written.square().sum(), q, create_graph=True)
-    with pytest.raises(
-        UnsupportedProblem, match=r"^(score_mod is given to a call that is diff|no kernel)"
-    ):
+    with pytest.raises(UnsupportedProblem, match=r"^(score_mod is given to a call that is diff|no kernel)"):
         once.sum().backward()
     with mode.dual_level(), pytest.raises(UnsupportedProblem, match=r"has a tangent of torch's forward mode"):
         cuflash.flash_attn_prepare(mode.make_dual(q.detach(), q.detach()), k.detach(), v.detach())
