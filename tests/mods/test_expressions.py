@@ -161,6 +161,7 @@ def test_arrays_are_found_where_functions_find_them() -> None:
         mods.trace("score_mod", lambda s, b, h, q, k: s + box.table[q])
     table = mods.captured(box.table)
     assert mods.trace("score_mod", lambda s, b, h, q, k: s + table[q]).arrays[0] is box.table
+    assert mods.trace("score_mod", lambda s, b, h, q, k: s + mods.captured(TABLE)[h, k]).arrays == (TABLE,)
     with pytest.raises(InvalidArgument, match="read outside"):
         table[0]
 
