@@ -97,6 +97,8 @@ def test_standing_takes_each_case_from_the_newest_run_and_the_fastest_peer():
     new.rows += rows("forward", "numpy", {"d64-s1024": {"numpy-naive": 1.5}})  # the id of another case of prefill
     costs = {"cuflash": 20.0, "a": 30.0, "b": 50.0}
     host.host = [{"impl": impl, "phase": "backward", "host_us": us} for impl, us in costs.items()]
+    host.driver = "580.1"
+    new.host = [{**cost, "host_us": 900.0} for cost in host.host]  # of a run without a GPU
     for phase in ("forward", "backward"):
         host.start |= {f"{phase}, cold": {"first_call_s": 1.0}, f"{phase}, cached": {"first_call_s": 0.1}}
     runs = [standing.Recorded(name, run) for name, run in (("new.json", new), ("host.json", host), ("old.json", old))]

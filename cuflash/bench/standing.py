@@ -82,8 +82,10 @@ def _compared(line: Line, runs: Sequence[Recorded]) -> list[str] | None:
 
 
 def _host(phase: str, runs: Sequence[Recorded]) -> list[str] | None:
-    """What a call on a tiny problem costs the host, beside the peer that costs it least."""
+    """What a call on a tiny problem costs the host of a GPU, beside the peer that costs it least."""
     for name, report in runs:
+        if not report.driver:  # without a GPU the host computes it
+            continue
         costs = {str(cost["impl"]): float(str(cost["host_us"])) for cost in report.host if cost["phase"] == phase}
         own = costs.pop(OWN, None)
         if own is not None and costs:
