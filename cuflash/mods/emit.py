@@ -1,4 +1,4 @@
-"""Expressions as CUDA text, the statements of a function's body."""
+"""Expressions as CUDA text, the statements of a function's body; no kernel is made of them yet."""
 
 from __future__ import annotations
 

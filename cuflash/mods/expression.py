@@ -28,7 +28,7 @@ class Operation:
     """The kind of its result; None: that of its operands."""
     numpy: Callable[..., Any]
     cuda: str
-    """The operands by number, ``Real`` for the accumulator's type; functions of `kernels/attention/mods.cuh`."""
+    """The operands by number, ``Real`` for the accumulator's type, and functions of a namespace ``mods``."""
 
 
 def _floor_divide(a: Any, b: Any) -> Any:

@@ -13,7 +13,17 @@ import numpy as np
 
 from cuflash.reference import tiles
 from cuflash.reference.features import Policies
-from cuflash.reference.operands import Keys, add_product, add_reduced, keep_rows, kept_of, place_of, product, sink_rows
+from cuflash.reference.operands import (
+    Keys,
+    add_product,
+    add_reduced,
+    keep_rows,
+    kept_of,
+    part_of,
+    place_of,
+    product,
+    sink_rows,
+)
 from cuflash.reference.paged import PagedRows
 from cuflash.reference.pool import Job, Scratch
 from cuflash.reference.softmax import FEW_KEYS, RowSoftmax, delta_of, normalizers, weights
@@ -195,5 +205,4 @@ def backward(
         return run
 
     for batches, heads in head_tiles(q, scores.len_kv, 4 * (k.shape[-1] + v.shape[-1]) * scores.len_kv, most_heads):
-        every_batch, every_head = (False, False) if dbias is None else (len(dbias) == 1, dbias.shape[1] == 1)
-        yield (0 if every_batch else batches.start, 0 if every_head else heads.start), job(batches, heads)
+        yield part_of(dbias, batches, heads), job(batches, heads)

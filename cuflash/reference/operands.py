@@ -126,3 +126,9 @@ def add_reduced(target: np.ndarray, x: np.ndarray) -> None:
     """Add x to target, summed along the axes where target has size 1."""
     axes = tuple(axis for axis, size in enumerate(target.shape) if size == 1)
     target += x.sum(axis=axes, keepdims=True)
+
+
+def part_of(dbias: np.ndarray | None, batches: slice, heads: slice) -> tuple[int, int]:
+    """Which part of dbias, of grouped pairs, these heads add to: its first batch element and head."""
+    every_batch, every_head = (False, False) if dbias is None else (len(dbias) == 1, dbias.shape[1] == 1)
+    return 0 if every_batch else batches.start, 0 if every_head else heads.start

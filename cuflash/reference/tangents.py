@@ -10,7 +10,7 @@ import numpy as np
 from cuflash.reference import tiles
 from cuflash.reference.features import Policies
 from cuflash.reference.loops import ROW_TILES, GradientJob
-from cuflash.reference.operands import Keys, add_reduced, kept_of, product, sink_rows
+from cuflash.reference.operands import Keys, add_reduced, kept_of, part_of, product, sink_rows
 from cuflash.reference.pool import Job, Scratch
 from cuflash.reference.softmax import RowTangents, normalizers, row_sums, weights
 from cuflash.reference.tiles import Tile, grouped, head_tiles, load, stacked, store
@@ -234,8 +234,7 @@ def backward_along(
         return run
 
     for batches, heads in head_tiles(q, scores.len_kv, 6 * (k.shape[-1] + v.shape[-1]) * scores.len_kv, most_heads):
-        every_batch, every_head = (False, False) if dbias is None else (len(dbias) == 1, dbias.shape[1] == 1)
-        yield (0 if every_batch else batches.start, 0 if every_head else heads.start), job(batches, heads)
+        yield part_of(dbias, batches, heads), job(batches, heads)
 
 
 class _Row(NamedTuple):

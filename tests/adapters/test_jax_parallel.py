@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 from inputs import BF16, FP32, random
+from virtual_devices import has_devices, run_with_devices
 
 import cuflash
 from cuflash.parallel import (
@@ -26,19 +23,13 @@ jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
 P = jax.sharding.PartitionSpec
 
-EIGHT = "--xla_force_host_platform_device_count=8"
-INSIDE = EIGHT in os.environ.get("XLA_FLAGS", "")
+INSIDE = has_devices(8)
 on_eight = pytest.mark.skipif(not INSIDE, reason="runs in a process with eight devices, started by another test here")
 
 
 @pytest.mark.skipif(INSIDE, reason="is what starts this process")
 def test_everything_here_on_eight_devices() -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", "-rs", __file__]
-    environment = os.environ | {"XLA_FLAGS": EIGHT, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert "1 skipped" in done.stdout and "is what starts this process" in done.stdout
+    run_with_devices(__file__, 8)
 
 
 RING, HEADS = ring_attention, all_to_all_attention
