@@ -13,14 +13,16 @@ def merge(outs: Sequence[np.ndarray], lses: Sequence[np.ndarray]) -> tuple[np.nd
     Parts whose lse is infinite saw no key; what their out holds is not looked at.
     """
     with np.errstate(all="ignore"):
-        empty = [np.isinf(lse) for lse in lses]
-        hidden = [np.where(none, -np.inf, lse) for none, lse in zip(empty, lses, strict=True)]
+        hidden = [np.where(np.isinf(lse), -np.inf, lse) for lse in lses]
         largest = np.max(hidden, axis=0)
         largest = np.where(np.isneginf(largest), 0, largest)
-        lse = (largest + np.log(np.sum([np.exp(x - largest) for x in hidden], axis=0))).astype(lses[0].dtype)
+        shares = [np.exp(x - largest) for x in hidden]
+        total = np.sum(shares, axis=0)
+        lse = (largest + np.log(total)).astype(lses[0].dtype)
         out = np.zeros(outs[0].shape, lse.dtype)
-        for part, part_lse in zip(outs, lses, strict=True):
-            weight = _weights(part_lse, lse)
+        for part, share in zip(outs, shares, strict=True):
+            # Not by `_weights`: lse is rounded as a number far from 0 is, and they would not add up to 1.
+            weight = np.where(share == 0, 0, share / total).astype(lse.dtype).swapaxes(-1, -2)[..., None]
             out += np.where(weight == 0, 0, weight * part.astype(lse.dtype))
     return out, lse
 

@@ -24,30 +24,36 @@ struct MergeForward {
     return static_cast<const Real*>(part.lse)[row.offset(part.lse_stride)];
   }
 
-  // Relative to the largest of the parts.
-  CF_DEVICE static Real whole_lse(const MergeParams& p, const MergeRow& row) {
-    Real largest = -infinity<Real>(), sum = 0;
-    for (int i = 0; i < p.count; ++i) {
-      const Real lse = lse_of(p.parts[i], row);
-      if (lse != infinity<Real>()) largest = max_of(largest, lse);
+  // Probability of a row relative to that of its largest part. Shares are made from these two: made from the row's lse,
+  // whose rounding is that of a number far from 0, they would not add up to 1.
+  struct Whole {
+    Real largest = -infinity<Real>();
+    Real sum = 0;
+
+    CF_DEVICE Whole(const MergeParams& p, const MergeRow& row) {
+      for (int i = 0; i < p.count; ++i) {
+        const Real lse = lse_of(p.parts[i], row);
+        if (lse != infinity<Real>()) largest = max_of(largest, lse);
+      }
+      if (largest == -infinity<Real>()) largest = Real(0);
+      for (int i = 0; i < p.count; ++i) sum += merge_weight(lse_of(p.parts[i], row), largest);
     }
-    if (largest == -infinity<Real>()) largest = Real(0);
-    for (int i = 0; i < p.count; ++i) sum += merge_weight(lse_of(p.parts[i], row), largest);
-    return sum == Real(0) ? -infinity<Real>() : largest + log(sum);
-  }
+    CF_DEVICE Real lse() const { return sum == Real(0) ? -infinity<Real>() : largest + log(sum); }
+    CF_DEVICE Real share(Real lse) const { return sum == Real(0) ? Real(0) : merge_weight(lse, largest) / sum; }
+  };
 
   CF_DEVICE static void run(const MergeParams& p) {
     const int64 number = ptx::block_index() * kRowsAtOnce + ptx::thread_index() / Config::kAcross;
     if (number >= p.rows) return;
     const MergeRow row(p, number);
-    const Real lse = whole_lse(p, row);
+    const Whole whole(p, row);
     const int lane = ptx::thread_index() % Config::kAcross;
-    if (lane == 0) static_cast<Real*>(p.lse)[row.number_of_lse(p)] = lse;
+    if (lane == 0) static_cast<Real*>(p.lse)[row.number_of_lse(p)] = whole.lse();
     for (int first = lane * kWidth; first < p.dim; first += Config::kAcross * kWidth) {
       Real out[kWidth] = {};
       for (int i = 0; i < p.count; ++i) {
         const MergePart& part = p.parts[i];
-        const Real weight = merge_weight(lse_of(part, row), lse);
+        const Real weight = whole.share(lse_of(part, row));
         if (weight == Real(0)) continue;
         const Vector vector = *reinterpret_cast<const Vector*>(static_cast<const Element*>(part.out) +
                                                                row.offset(part.out_stride) + first);
