@@ -55,6 +55,7 @@ class Torch(Launcher, Adapter):
         self.xp = self._torch = sys.modules["torch"]
         self._forward_ad = self._torch.autograd.forward_ad
         self._here = nullcontext()
+        self._devices: dict[int, Any] = {}
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and everything else about all of them as a key.
@@ -363,11 +364,18 @@ class Torch(Launcher, Adapter):
 
     def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
         """Allocate on torch's current stream."""
-        return self._torch.empty(shape, dtype=dtype, device=f"cuda:{device}")
+        return self._torch.empty(shape, dtype=dtype, device=self._device(device))
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
         """Allocate and clear on torch's current stream."""
-        return self._torch.zeros(shape, dtype=dtype, device=f"cuda:{device}")
+        return self._torch.zeros(shape, dtype=dtype, device=self._device(device))
+
+    def _device(self, number: int) -> Any:
+        """torch's own object of a device, which it need not read from a string."""
+        device = self._devices.get(number)
+        if device is None:
+            device = self._devices[number] = self._torch.device("cuda", number)
+        return device
 
     def pointer(self, x: Any) -> int:
         """Address of the first element."""
