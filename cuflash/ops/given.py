@@ -20,6 +20,7 @@ import numpy as np
 from cuflash import device, jit
 from cuflash.arrays import View
 from cuflash.errors import UnsupportedProblem
+from cuflash.mods import Mod, words
 from cuflash.numbers import integer, is_array
 from cuflash.ops import check, on_numpy
 from cuflash.ops.call import Arrays, Options, Tangents, asked
@@ -32,6 +33,7 @@ _VERSION = 1
 _ALIGNMENT = 256
 """Of arrays in scratch memory, in bytes; those that are given are trusted to start at multiples of 16."""
 _DEFAULTS = asked().values()
+_MODS = ("score_mod", "mask_mod")
 _TANGENTS = {"dout": "out", "dlse": "lse"}
 """Arrays whose tangents go by other names."""
 
@@ -43,7 +45,7 @@ class GivenCall:
     direction: Direction
     options: Options
     arrays: tuple[tuple[str, tuple[int, ...], str], ...]
-    """Name, shape and element type of those that it reads, in the order of `Arrays`."""
+    """Name, shape and element type of those that it reads, in the order of `Arrays.by_name`."""
     along: tuple[str, ...] = ()
     """Which of them come with a tangent, behind all others: then the call gives the tangents of its results instead,
     those of out and lse or of the gradients. On a CPU alone."""
@@ -97,6 +99,7 @@ class GivenCall:
     def text(self) -> str:
         """The call in words that :func:`from_text` reads."""
         options = {name: x for name, x in self.options.values().items() if x != _DEFAULTS[name]}
+        options |= {name: words.to_words(options[name]) for name in _MODS if name in options}
         content: dict[str, Any] = {
             "version": _VERSION,
             "direction": self.direction,
@@ -124,6 +127,7 @@ def from_text(text: str | bytes) -> GivenCall:
             f"version {_VERSION}. Export the program again."
         )
     options: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in content["options"].items()}
+    options |= {name: words.from_words(options[name]) for name in _MODS if name in options}
     arrays = tuple((name, tuple(shape), dtype) for name, shape, dtype in content["arrays"])
     along = tuple(content.get("along", ()))
     return GivenCall(content["direction"], asked(**options), arrays, along, content.get("room", 0))
@@ -137,7 +141,7 @@ def plain(options: Options) -> Options:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_plain, value))
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool | str | Mod):
         return value
     if isinstance(value, np.bool_):
         return bool(value)
@@ -207,6 +211,7 @@ def on_cpu(call: GivenCall, pointers: Sequence[int]) -> None:
     read, changes, written = (
         dict(part) for part in (by_name[:num_read], by_name[num_read:num_operands], by_name[num_operands:])
     )
+    captured = tuple(read.pop(name) for name in [*read] if name.startswith("captured")) or None
     along = None
     if call.along:
         places = written if call.direction == "forward" else {}
@@ -215,12 +220,12 @@ def on_cpu(call: GivenCall, pointers: Sequence[int]) -> None:
         rng_state = read.pop("rng_state", None)
         generator = None if rng_state is None else tuple(rng_state.view(np.uint64).tolist())
         if along is not None:
-            on_numpy.forward(call.options, Arrays(**read), generator, along=along)
+            on_numpy.forward(call.options, Arrays(**read, captured=captured), generator, along=along)
             return
-        computed = on_numpy.forward(call.options, Arrays(**read, out=written["out"]), generator)
+        computed = on_numpy.forward(call.options, Arrays(**read, out=written["out"], captured=captured), generator)
     else:
         gradients = {name: written[name] for name in ("dq", "dk", "dv")}
-        computed = on_numpy.backward(call.options, Arrays(**read, **gradients), along)
+        computed = on_numpy.backward(call.options, Arrays(**read, **gradients, captured=captured), along)
     for place, x in zip(written.values(), computed, strict=False):  # rng_state, the last one, is not written
         if place is not x:
             place[...] = x

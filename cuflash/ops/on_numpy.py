@@ -10,7 +10,6 @@ import numpy as np
 from cuflash import reference
 from cuflash.arrays import numpy_arrays
 from cuflash.dropout import Dropout
-from cuflash.errors import UnsupportedProblem
 from cuflash.ops import check, draw, lengths, overlap
 from cuflash.ops.call import Arrays, Options, Tangents
 from cuflash.problem import Direction, Problem
@@ -91,12 +90,8 @@ def backward(options: Options, arrays: Arrays, along: Tangents | None = None) ->
     keywords = _keywords(kind, options, arrays._replace(dq=None, dk=None, dv=None))
     if "rng_state" in keywords:
         keywords["rng_state"] = np.ascontiguousarray(keywords["rng_state"]).view(np.uint64)
-    if along is not None and options.score_mod is not None:
-        raise UnsupportedProblem(
-            "score_mod is given to a call that is differentiated twice, and written scores have first derivatives "
-            "alone. Take these, or write the score out as a bias."
-        )
     if along is not None:
+        check.refuse_second_derivatives(options)
         keywords["along"] = _along(options, arrays, along)
     delta = np.empty(kind.shapes["delta"], problem.dtype.accumulator) if options.keep_delta else None
     run = reference.backward_varlen if problem.layout == "varlen" else reference.backward

@@ -113,6 +113,32 @@ def test_arrays_are_divided_outside_programs_too(mesh: Any, parts: list[Any]) ->
 
 
 @on_four
+def test_what_a_score_reads_decides_what_is_divided(mesh: Any, parts: list[Any]) -> None:
+    q, k, v, dout, _ = tensors(2)
+    near, by_head = random(60, dtype=FP32), random(4, 60, dtype=FP32)
+    of_q = NamedSharding(mesh, P("x", None, "y"))
+
+    def loss(q: Any, table: Any) -> Any:
+        mod = lambda s, b, h, i, j: s + (table[i - j + 30] if table.ndim == 1 else table[h, i - j + 30])  # noqa: E731
+        return (cuflash.flash_attn_func(q, *map(jnp.asarray, (k, v)), score_mod=mod) * dout).sum()
+
+    _, pullback = cuflash.flash_attn_vjp(
+        q, k, v, score_mod=lambda s, b, h, i, j: s + near[i - j + 30], captured_grad=True
+    )
+    gradients = pullback(dout)
+    program = jax.jit(jax.grad(loss, (0, 1)))
+    dq, dnear = program(jax.device_put(q, of_q), near)
+    np.testing.assert_allclose(dq, gradients.dq, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dnear, gradients.dcaptured[0], rtol=1e-5, atol=1e-5)
+    assert {shapes[1] for shapes in parts} == {(2, 20, 2, 16)}
+    parts.clear()
+    program(jax.device_put(q, NamedSharding(mesh, P("x"))), by_head)
+    assert {shapes[1] for shapes in parts} == {(2, 20, 4, 16)}
+    with pytest.raises(Exception, match="sharded along its heads over y, and a written score or mask reads the number"):
+        program(jax.device_put(q, of_q), by_head)
+
+
+@on_four
 def test_heads_of_packed_sequences_are_divided(mesh: Any, parts: list[Any]) -> None:
     q, k, v = (random(n, h, 16, dtype=FP32, seed=n) for n, h in ((33, 4), (45, 2), (45, 2)))
     starts_q, starts_k = np.array([0, 9, 9, 30], np.int32), np.array([0, 4, 20, 41], np.int32)

@@ -72,5 +72,93 @@ def test_arrays_of_jax() -> None:
         assert isinstance(one, jax.Array)
         np.testing.assert_array_equal(one, other)
     assert gradients.dcaptured[0] is None
-    with pytest.raises(UnsupportedProblem, match="score_mod is given inside JAX's transformations"):
-        jax.grad(lambda table: cuflash.flash_attn_func(put(Q), put(K), put(V), score_mod=score_of(table)).sum())(table)
+
+
+def _of_jax(x: np.ndarray) -> Any:
+    import jax
+
+    return jax.device_put(x, jax.devices("cpu")[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_program_of_jax_differentiates_what_it_reads(compiled: bool) -> None:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    dout = RNG.standard_normal((2, 5, 4, 8)).astype(np.float32)
+    _, pullback = cuflash.flash_attn_vjp(
+        Q, K, V, score_mod=score_of(TABLE), mask_mod=seen, causal=True, captured_grad=True
+    )
+    gradients = pullback(dout)
+    numbers = NUMBERS.astype(np.int32)
+
+    def loss(q: Any, k: Any, v: Any, table: Any) -> Any:
+        out = cuflash.flash_attn_func(q, k, v, score_mod=score_of(table, numbers), mask_mod=seen, causal=True)
+        return (out * dout).sum()
+
+    program = jax.grad(loss, (0, 1, 2, 3))
+    found = (jax.jit(program) if compiled else program)(*map(_of_jax, (Q, K, V, TABLE)))
+    for one, other in zip(found, (*gradients[:3], gradients.dcaptured[1]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    table = jax.grad(loss, 3)(*map(_of_jax, (Q, K, V, TABLE)))
+    np.testing.assert_allclose(table, gradients.dcaptured[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mapped", ["table", "q", "all"])
+def test_a_program_of_jax_maps_what_it_reads(mapped: str) -> None:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    tables = RNG.standard_normal((3, *TABLE.shape)).astype(np.float32)
+    queries = RNG.standard_normal((3, *Q.shape)).astype(np.float32)
+    numbers = NUMBERS.astype(np.int32)
+
+    def attend(q: Any, table: Any) -> Any:
+        return cuflash.flash_attn_func(q, _of_jax(K), _of_jax(V), score_mod=score_of(table, numbers))
+
+    axes = (None if mapped == "table" else 0), (None if mapped == "q" else 0)
+    given = [x if axis == 0 else x[0] for x, axis in zip((queries, tables), axes, strict=True)]
+    found = jax.vmap(attend, axes)(*map(_of_jax, given))
+    for i, out in enumerate(found):
+        q, table = (x[i] if axis == 0 else x for x, axis in zip(given, axes, strict=True))
+        np.testing.assert_array_equal(out, cuflash.flash_attn_func(q, K, V, score_mod=score_of(table)))
+
+
+def test_mapped_queries_that_no_number_tells_apart_are_one_call() -> None:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    queries = _of_jax(RNG.standard_normal((3, *Q.shape)).astype(np.float32))
+    near = lambda q: cuflash.flash_attn_func(  # noqa: E731
+        q, _of_jax(K), _of_jax(V), mask_mod=lambda b, h, q, k: abs(q - k) < 3
+    )
+    told = lambda q: cuflash.flash_attn_func(  # noqa: E731
+        q, _of_jax(K), _of_jax(V), mask_mod=lambda b, h, q, k: abs(q - k) < 3 + h
+    )
+    for function, looped in ((near, False), (told, True)):
+        assert ("while" in jax.jit(jax.vmap(function)).lower(queries).as_text()) == looped
+        for one, q in zip(jax.vmap(function)(queries), queries, strict=True):
+            np.testing.assert_array_equal(one, function(q))
+
+
+def test_what_a_program_of_jax_would_lose_is_refused() -> None:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    q, k, v, table = map(_of_jax, (Q, K, V, TABLE))
+    numbers = NUMBERS.astype(np.int32)
+    attend = lambda table, q: cuflash.flash_attn_func(q, k, v, score_mod=score_of(table, numbers))  # noqa: E731
+    with pytest.raises(UnsupportedProblem, match="cuflash has no forward mode of it"):
+        jax.jvp(attend, (table, q), (table, q))
+    with pytest.raises(UnsupportedProblem, match="written scores have first derivatives alone"):
+        jax.grad(lambda q: (jax.grad(lambda q: attend(table, q).sum())(q) ** 2).sum())(q)
+    with pytest.raises(UnsupportedProblem, match="captured0 of mask_mod is differentiated, and a mask has no gradient"):
+        jax.grad(lambda x: cuflash.flash_attn_func(q, k, v, mask_mod=lambda b, h, q, k: x[h, k] > 0).sum())(table)
+    with pytest.raises(UnsupportedProblem, match="block_mask is given inside JAX's transformations"):
+        mask = cuflash.create_block_mask(seen, batch=2, heads=4, len_q=5, len_kv=7)
+        jax.jit(lambda q: cuflash.flash_attn_func(q, k, v, block_mask=mask))(q)
+
+
+def test_a_score_in_a_program_of_jax_changes_along_queries() -> None:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    change = RNG.standard_normal(Q.shape).astype(np.float32)
+    expected = cuflash.flash_attn_jvp(Q, K, V, dq=change, score_mod=score_of(TABLE))
+    numbers = NUMBERS.astype(np.int32)
+    attend = lambda q: cuflash.flash_attn_func(  # noqa: E731
+        q, _of_jax(K), _of_jax(V), score_mod=score_of(_of_jax(TABLE), numbers), return_lse=True
+    )
+    _, found = jax.jvp(attend, (_of_jax(Q),), (_of_jax(change),))
+    for one, other in zip(found, expected[2:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
+from cuflash.mods.expression import in_order
+from cuflash.ops.call import Options
 from cuflash.ops.given import GivenCall
 
 DIVISIBLE = ("batch", "heads", "kvheads")
@@ -54,7 +56,21 @@ def axes_of(call: GivenCall) -> dict[str, tuple[str, ...]]:
         return tuple(renamed.get(word, word) for word in words)
 
     shapes = {name: shape for name, shape, _ in call.arrays} | {r.name: r.shape for r in call.results}
-    return {name: axes(name, shape) for name, shape in shapes.items()}
+    apart = _told_apart(call)
+    return {name: tuple(apart.get(word, word) for word in axes(name, shape)) for name, shape in shapes.items()}
+
+
+def _told_apart(call: GivenCall) -> dict[str, str]:
+    """Other words for axes along which a call is one call, as what its caller wrote depends on the number there."""
+    read = positions_read(call.options)
+    batch = {"batch": "numberedbatch"} if "b" in read else {}
+    return batch | ({"heads": "numberedheads", "kvheads": "numberedkvheads"} if "h" in read else {})
+
+
+def positions_read(options: Options) -> set[str]:
+    """Which of b, h, q and k written scores and masks depend on."""
+    mods = (mod for mod in (options.score_mod, options.mask_mod) if mod is not None)
+    return {node.value for mod in mods for node in in_order(mod.expression) if node.op == "position"}
 
 
 def places_of(sharding: Any, rank: int) -> list[tuple[str, ...]]:

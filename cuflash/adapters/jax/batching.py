@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from cuflash.adapters.jax.axes import positions_read
 from cuflash.adapters.jax.sharding import divided
 from cuflash.ops.call import Options
 from cuflash.problem import Direction
@@ -75,8 +76,14 @@ class _Fold:
         return batch, heads
 
     def _foldable(self) -> bool:
-        """Whether every number of the call is where no other element's is: packed rows and random numbers are not."""
-        return not self._given.keys() & {"cu_seqlens_q", "seqused_kv", "rng_state"}
+        """Whether every number of the call is where no other element's is, and which element it is of does not matter.
+
+        Packed rows and random numbers are not; written scores may read the number of a batch element or a head.
+        """
+        numbered = positions_read(self._options) & {"b", "h"}
+        mapped = any(self._is_mapped[name] for name in self._given if name.startswith("captured"))
+        summed = self._options.captured_grad
+        return not (self._given.keys() & {"cu_seqlens_q", "seqused_kv", "rng_state"} or numbered or mapped or summed)
 
     def shares_keys(self) -> bool:
         """Whether all queries see the same keys: they are more query heads of each key head."""
@@ -135,7 +142,7 @@ class _Fold:
         batch = self._shape("q")[0]
         operands = dict(self._given)
         for name in operands:
-            if name == "sink" or (name in _PAIRS and not self._is_mapped[name]):
+            if name == "sink" or name.startswith("captured") or (name in _PAIRS and not self._is_mapped[name]):
                 continue
             if name == "alibi":
                 if not self._is_mapped[name] and len(self._shape(name)) == 1:

@@ -27,11 +27,28 @@ from cuflash.adapters.jax import linear
 from cuflash.adapters.jax.batching import batched
 from cuflash.adapters.jax.primitive import alike
 from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.ops import check
 from cuflash.ops.call import Arrays, Options
 from cuflash.problem import Direction
 
 _WITH_GRADIENTS = ("q", "k", "v", "bias", "sink")
 _UPSTREAM = ("dout", "dlse")
+
+
+def _is_captured(name: str) -> bool:
+    """Whether an operand is an array that a written score or mask reads."""
+    return name.startswith("captured")
+
+
+def _has_gradient(name: str) -> bool:
+    return name in _WITH_GRADIENTS or _is_captured(name)
+
+
+def _with_elements(options: Options) -> tuple[str, ...]:
+    """Those of the arrays that a written score reads that have gradients."""
+    operands = options.score_mod.operands if options.score_mod else ()
+    return tuple(f"captured{i}" for i, operand in enumerate(operands) if operand.kind == "real")
+
 
 Names = tuple[str, ...]
 
@@ -49,7 +66,7 @@ def differentiable(options: Options, names: Names) -> Callable[..., tuple[Any, .
         changes = _changes(names, tangents)
         _check_differentiable(options, names, frozenset(changes))
         out, lse, row_state = differentiable(kept, names)(*operands)
-        along = tuple(name for name in changes if name in _WITH_GRADIENTS)
+        along = tuple(name for name in changes if _has_gradient(name))
         given = (*operands, out, lse, row_state)
         tangents = linear.apply(_Push(options, names, along), given, [changes[x] for x in along], (out, lse))
         if not options.keep_state:
@@ -71,7 +88,7 @@ def _gradients(options: Options, names: Names) -> Callable[..., tuple[Any, ...]]
     def rule(operands: Any, tangents: Any) -> tuple[Any, Any]:
         results = once("backward", options, names)(*operands)
         changes = _changes(names, tangents)
-        along = tuple(name for name in changes if name in (*_WITH_GRADIENTS, *_UPSTREAM))
+        along = tuple(name for name in changes if _has_gradient(name) or name in _UPSTREAM)
         if not along:
             return results, tuple(jnp.zeros_like(x) for x in results)
         pushed = linear.apply(_PushGradients(options, names, along), operands, [changes[x] for x in along], results)
@@ -94,18 +111,23 @@ class _Push:
     along: Names
 
     def push(self, given: Any, changes: Any) -> Any:
+        if any(_is_captured(name) for name in self.along):
+            raise UnsupportedProblem(
+                "what score_mod reads has a tangent, and cuflash has no forward mode of it. Take its gradient in "
+                "reverse mode, by jax.grad, jax.vjp or jax.jacrev."
+            )
         values = given[: len(self.names)]
         return once("forward", self.options.replace(keep_state=False), self.names, self.along)(
             *alike([*values, *changes])
         )
 
     def pull(self, given: Any, cotangents: Any) -> Any:
-        options, order, operands = _backward(self.options, self.names, given, cotangents, "bias" in self.along)
+        options, order, operands = _backward(self.options, self.names, given, cotangents, self.along)
         gradients = _named(options, order, operands, _gradients(options, order)(*operands))
         return tuple(gradients[name] for name in self.along)
 
     def derivative(self, moving: tuple[int, ...]) -> tuple[linear.Map, tuple[int, ...]]:
-        kept = tuple(i for i in moving if i < len(self.names) and self.names[i] in _WITH_GRADIENTS)
+        kept = tuple(i for i in moving if i < len(self.names) and _has_gradient(self.names[i]))
         return _Turn(self, tuple(self.names[i] for i in kept)), kept
 
 
@@ -124,9 +146,7 @@ class _Turn:
 
     def pull(self, given: Any, cotangents: Any) -> Any:
         first, count = self.first, len(self.first.names) + 3
-        options, order, operands = _backward(
-            first.options, first.names, given[:count], cotangents, "bias" in self.along
-        )  # fmt: skip
+        options, order, operands = _backward(first.options, first.names, given[:count], cotangents, self.along)
         results = once("backward", options, order, first.along)(*alike([*operands, *given[count:]]))
         gradients = _named(options, order, operands, results)
         return tuple(gradients[name] for name in self.along)
@@ -157,7 +177,7 @@ class _PushGradients:
             return (None,) * len(self.along)
         along: Names = tuple(weights)
         found: dict[str, Any] = {}
-        if set(self.along) & set(_WITH_GRADIENTS):
+        if any(map(_has_gradient, self.along)):
             options = self.options.replace(bias_grad="bias" in self.along)
             results = once("backward", options, self.names, along)(*alike([*given, *weights.values()]))
             found |= _named(options, self.names, given, results)
@@ -190,23 +210,26 @@ _OF_BACKWARD = ("dout", "lse", "dlse", "row_state", "out")
 
 
 def _backward(
-    options: Options, names: Names, given: Any, cotangents: Any, bias_grad: bool
+    options: Options, names: Names, given: Any, cotangents: Any, along: Names
 ) -> tuple[Options, Names, list[Any]]:
-    """What a backward asks for and reads, of what a forward read and gave and the gradients of out and lse."""
+    """What a backward along some names asks for and reads, of what its forward read and gave and their gradients."""
     *values, out, lse, row_state = given
     dout, dlse = cotangents
     arrays = dict(zip(names, values, strict=True)) | {"lse": lse, "row_state": row_state, "out": out}
     arrays["dout"] = jnp.zeros(out.shape, out.dtype) if dout is None else dout
     if dlse is not None:
         arrays["dlse"] = dlse
-    order = tuple(name for name in Arrays._fields if name in arrays)
-    asks = options.replace(num_splits=0, keep_state=False, bias_grad=bias_grad)
+    order = (*(name for name in Arrays._fields if name in arrays), *filter(_is_captured, names))
+    asks = options.replace(
+        num_splits=0, keep_state=False, bias_grad="bias" in along, captured_grad=any(map(_is_captured, along))
+    )
     return asks, order, alike([arrays[name] for name in order])
 
 
 def _results(options: Options, names: Names) -> Names:
     """What the results of a backward are the gradients of."""
-    return ("q", "k", "v", *(("bias",) if options.bias_grad else ()), *(("sink",) if "sink" in names else ()))
+    of: Names = ("q", "k", "v", *(("bias",) if options.bias_grad else ()), *(("sink",) if "sink" in names else ()))
+    return (*of, *_with_elements(options)) if options.captured_grad else of
 
 
 def _named(options: Options, names: Names, operands: Any, results: Any) -> Mapping[str, Any]:
@@ -218,6 +241,8 @@ def _named(options: Options, names: Names, operands: Any, results: Any) -> Mappi
 @lru_cache(maxsize=1024)
 def once(direction: Direction, options: Options, names: Names, along: Names = ()) -> Callable[..., tuple[Any, ...]]:
     """`batching.batched`, with words for who differentiates it."""
+    if direction == "backward" and along:
+        check.refuse_second_derivatives(options)
     call = jax.custom_jvp(batched(direction, options, names, along))
 
     @call.defjvp
@@ -243,6 +268,12 @@ def _check_differentiable(options: Options, names: tuple[str, ...], wanted: froz
             f"{name} is differentiated, but cuflash has no gradient of it. Pass jax.lax.stop_gradient({name}), or a "
             "bias, which has one."
         )
+    for name in filter(_is_captured, wanted):
+        if name not in _with_elements(options):
+            raise UnsupportedProblem(
+                f"{options.name(name)} is differentiated, and a mask has no gradient. Pass it through "
+                "jax.lax.stop_gradient."
+            )
     if "table" in names and wanted:
         raise InvalidArgument(
             f"{options.name('table')} is given and gradients are taken; keys in pages have none. "

@@ -66,7 +66,8 @@ def _results(*operands: Any, call: GivenCall) -> list[Any]:
     types = []
     for r in call.results:
         spec = PartitionSpec(*(on.get(axis) for axis in axes[r.name]))
-        sharding = by_name[LIKE[r.name]].sharding if r.name in LIKE else NamedSharding(q.sharding.mesh, spec)
+        like = r.name[1:] if r.name.startswith("dcaptured") else LIKE.get(r.name)
+        sharding = by_name[like].sharding if like else NamedSharding(q.sharding.mesh, spec)
         types.append(q.update(shape=r.shape, dtype=r.dtype, weak_type=False, sharding=sharding))
     return types
 

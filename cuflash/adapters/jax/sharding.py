@@ -45,7 +45,7 @@ class Division:
         self._axes = axes_of(call)
         self._shared = problem.heads_kv == 1 and problem.heads_q > 1
         """Heads of queries all have the same keys, which every device has then."""
-        compound = not self._shared and problem.group > 1
+        compound = not self._shared and problem.group > 1 and "heads" in self._axes["q"]
         self._words = {"heads": "(kvheads group)"} if compound else {"kvheads": "heads"}
         if self._shared:
             self._words["kvheads"] = "onehead"
@@ -107,6 +107,13 @@ class Division:
         )
 
     def _refused(self, name: str, axis: str, names: tuple[str, ...]) -> UnsupportedProblem:
+        if axis.startswith("numbered"):
+            along, one = ("batch", "batch element") if axis == "numberedbatch" else ("heads", "head")
+            return UnsupportedProblem(
+                f"{self._word(name)} is sharded along its {along} over {' and '.join(names)}, and a written score or "
+                f"mask reads the number of a {one}, which each of several devices would begin at 0. Call cuflash "
+                "inside jax.shard_map, where that is what the number means."
+            )
         what = {"rows": "its length", "keys": "its length", "dim": "its head dimension", "dimv": "its head dimension"}
         return UnsupportedProblem(
             f"{self._word(name)} is sharded along {what.get(axis, 'an axis')} over {' and '.join(names)}; attention "
@@ -130,7 +137,7 @@ class Division:
 
     def _summed(self, name: str, x: Any, on: dict[str, tuple[str, ...]]) -> Any:
         over: list[str] = []
-        if name in ("dbias", "dsink"):
+        if name in ("dbias", "dsink") or name.startswith("dcaptured"):
             over = [place for axis in ("batch", "heads") if axis not in self._axes[name] for place in on.get(axis, ())]
         elif name in ("dk", "dv") and self._shared:
             over = [*on.get("heads", ())]

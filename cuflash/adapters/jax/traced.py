@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -82,12 +83,14 @@ def _described(
     direction: Direction, options: Options, arrays: Arrays, generator: Any, cached: int | None = None
 ) -> tuple[Options, Arrays]:
     """The options and arrays of a call that has been checked, with random numbers and lengths."""
-    for name in ("score_mod", "mask_mod", "block_mask"):
-        if getattr(options, name) is not None:
-            raise UnsupportedProblem(
-                f"{name} is given inside JAX's transformations, which cuflash does not support yet. Call "
-                "flash_attn_vjp or flash_attn_backward on arrays outside of them."
-            )
+    if options.block_mask is not None:
+        raise UnsupportedProblem(
+            "block_mask is given inside JAX's transformations, where its lists would be part of the program. Pass what "
+            "it was made of as mask_mod, or call flash_attn_vjp or flash_attn_backward on arrays outside of them."
+        )
+    if arrays.captured is not None:  # NumPy's, too, are operands of the program
+        arrays = arrays._replace(captured=tuple(jnp.asarray(x) for x in arrays.captured))
+        _check_kinds(options, arrays.captured)
     if direction == "forward" and check.dropout_of(options):
         arrays = arrays._replace(rng_state=_rng_state(generator))
     if options.cache:
@@ -96,6 +99,17 @@ def _described(
     described = tuple((name, x.shape, x.dtype.name) for name, x in arrays.by_name().items())
     GivenCall(direction, options, described).problem  # noqa: B018  refuses what is wrong
     return options, arrays
+
+
+def _check_kinds(options: Options, captured: Sequence[Any]) -> None:
+    """Refuse what JAX has in another element type than that which was traced: without x64 it makes 64 bits 32."""
+    kinds = [operand for mod in (options.score_mod, options.mask_mod) if mod for operand in mod.operands]
+    for i, (operand, x) in enumerate(zip(kinds, captured, strict=True)):
+        if x.dtype != operand.dtype:
+            raise InvalidArgument(
+                f"{options.name(f'captured{i}')} is {operand.dtype}, which JAX makes {x.dtype}; pass it as that, or "
+                "set jax_enable_x64."
+            )
 
 
 def _views(options: Options, arrays: Arrays) -> dict[str, View]:

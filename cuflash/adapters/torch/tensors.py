@@ -371,7 +371,7 @@ class Torch(Launcher, Adapter):
         return self._torch.zeros(shape, dtype=dtype, device=self._device(device))
 
     def _device(self, number: int) -> Any:
-        """torch's own object of a device, which it need not read from a string."""
+        """Torch's own object of a device, which it need not read from a string."""
         device = self._devices.get(number)
         if device is None:
             device = self._devices[number] = self._torch.device("cuda", number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cuflash.arrays import View
-from cuflash.errors import InvalidArgument
+from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.mods import CAPTURABLE
 from cuflash.numbers import flag
 from cuflash.ops.call import Options
@@ -29,3 +29,12 @@ def captured_grad_of(options: Options, views: Mapping[str, View]) -> bool:
             )
         check_alignment(view)
     return wanted
+
+
+def refuse_second_derivatives(options: Options) -> None:
+    """Refuse to differentiate a gradient of a written score."""
+    if options.score_mod is not None:
+        raise UnsupportedProblem(
+            "score_mod is given to a call that is differentiated twice, and written scores have first derivatives "
+            "alone. Take these, or write the score out as a bias."
+        )
