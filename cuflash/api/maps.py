@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cuflash import drawing
 from cuflash.api.bins import BinSums, queries_and_keys
+from cuflash.api.keywords import WrittenMask, WrittenScore
 from cuflash.arrays import Array, Guest, framework_in_memory
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import integer, shown
-from cuflash.ops import Arrays, Options, asked, check
+from cuflash.ops import Arrays, Options, asked, check, with_mods
 from cuflash.ops.lengths import check_readable, with_lengths
 from cuflash.sheet import Sheet
+
+if TYPE_CHECKING:
+    from cuflash.blocks import BlockMask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,6 +187,9 @@ def attention_map(
     alibi_slopes: Array | None = None,
     attn_bias: Array | None = None,
     sink: Array | None = None,
+    score_mod: WrittenScore = None,
+    mask_mod: WrittenMask = None,
+    block_mask: BlockMask | None = None,
 ) -> AttentionMap:
     """Say which share of its probability each query gives to which keys, in memory that grows with the lengths only.
 
@@ -204,6 +211,8 @@ def attention_map(
         further call.
     softmax_scale, causal, window_size, softcap, alignment, attn_mask, alibi_slopes, attn_bias, sink
         As for `flash_attn_func`.
+    score_mod, mask_mod, block_mask
+        Likewise.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
         As for `flash_attn_varlen_func`; their values are read and checked, for which a GPU is waited.
 
@@ -237,6 +246,8 @@ def attention_map(
             q=q, k=k, v=k, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
         )  # fmt: skip
+        if score_mod is not None or mask_mod is not None or block_mask is not None:
+            options, arrays = with_mods(options, arrays, score_mod, mask_mod, block_mask=block_mask)
         return _map(options, arrays, _chosen(rows), _count(bins))
     except REFUSALS as error:
         shorten(error)
@@ -245,14 +256,15 @@ def attention_map(
 
 def _map(options: Options, arrays: Arrays, rows: tuple[int, ...] | None, bins: int) -> AttentionMap:
     """The map, for arrays of any library."""
-    framework = framework_in_memory(options.manner.names, arrays)
+    names = options.names(arrays)
+    framework = framework_in_memory(names, arrays.each())
     if isinstance(framework, Guest):
-        _, views = framework.borrow(options.manner.names, arrays)
-        borrowed = Arrays(*views)
+        _, views = framework.borrow(names, arrays.each())
+        borrowed = arrays.like(views)
         found = _map(options, borrowed, rows, bins)
         lent = framework.lend([found.mass, found.entropy, found.first_share, found.sink_share], borrowed, arrays.q)
-        names = ("mass", "entropy", "first_share", "sink_share")
-        return replace(found, **dict(zip(names, lent, strict=True)))
+        fields = ("mass", "entropy", "first_share", "sink_share")
+        return replace(found, **dict(zip(fields, lent, strict=True)))
     check_readable(framework, "what a map of attention shows", "Draw maps before or after.")
     options = with_lengths("forward", options, arrays)
     problem = check.problem_of("forward", options, options.views(framework, arrays))

@@ -174,6 +174,21 @@ def test_maps_of_packed_sequences(feature: str, used: bool, rows: Any) -> None:
     assert found.len_kv == ((2, 9, 0, 0, 40) if used else tuple(LENGTHS_KV))
 
 
+@pytest.mark.parametrize("rows", [None, [3, -2]])
+def test_maps_of_written_scores_and_masks(rows: Any) -> None:
+    q, k = random(BATCH, LEN_Q, HEADS, DIM), random(BATCH, LEN_KV, HEADS_KV, DIM)
+    table = random(HEADS, LEN_Q + LEN_KV)
+    apart = np.arange(LEN_Q)[:, None] - np.arange(LEN_KV)
+    bias, seen = table[None, :, apart + LEN_KV], (abs(apart) % 3 != 1)[None, None]
+    expected = cuflash.attention_map(q, k, rows=rows, bins=10, attn_mask=seen, attn_bias=bias)
+    blocks = cuflash.create_block_mask(np.broadcast_to(seen, (1, 1, LEN_Q, LEN_KV)), block_size=16)
+    score = lambda s, b, h, i, j: s + table[h, i - j + LEN_KV]  # noqa: E731
+    for mask in ({"mask_mod": lambda b, h, i, j: cuflash.mods.abs(i - j) % 3 != 1}, {"block_mask": blocks}):
+        found = cuflash.attention_map(q, k, rows=rows, bins=10, score_mod=score, **mask)
+        np.testing.assert_allclose(found.mass, expected.mass, atol=1e-5)
+        np.testing.assert_allclose(found.entropy, expected.entropy, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 def test_maps_of_nothing(shape: tuple[int, int, int]) -> None:
     batch, len_q, len_kv = shape

