@@ -165,6 +165,7 @@ struct BwdParams {
   TensorMap dout_map;
   TensorMap dk_map;
   TensorMap dv_map;
+  TensorMap bias_map;         // of attention.bias; empty where the kernel loads no boxes of it
 };
 
 // One of the results that are merged (forward/merge.cuh): attention of the same queries over some of the keys.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "ptx/keep.cuh"
 
 namespace cuflash {
 
@@ -11,6 +12,12 @@ struct NoBiasGradient {
   CF_DEVICE NoBiasGradient(const BwdParams&, const Sequence&, int /*head*/) {}
   template <class Real>
   CF_DEVICE void store(int /*q*/, int /*kv*/, Real /*ds*/) const {}
+
+  struct Walk {
+    CF_DEVICE void store(int /*keys*/, float /*ds*/) const {}
+    CF_DEVICE void go_down(int /*rows*/) {}
+  };
+  CF_DEVICE Walk walk(int /*q*/, int /*kv*/) const { return {}; }
 };
 
 // In its element, which belongs to this pair of this head alone.
@@ -28,6 +35,22 @@ struct StoredBiasGradient {
   CF_DEVICE void store(int q, int kv, Real ds) const {
     if (q < len_q && kv < len_kv) dbias[q * row + kv] = ds;
   }
+
+  // The same from row to row: one address that moves takes fewer registers than as many as there are elements.
+  struct Walk {
+    int rows, keys;  // that are left
+    Real* at;
+    int64 row;
+
+    CF_DEVICE void store(int key, Real ds) const {
+      if (rows > 0 && key < keys) at[key] = ds;
+    }
+    CF_DEVICE void go_down(int by) {
+      rows -= by;
+      at = ptx::keep(at + by * row);
+    }
+  };
+  CF_DEVICE Walk walk(int q, int kv) const { return {len_q - q, len_kv - kv, dbias + q * row + kv, row}; }
 };
 
 // How a sum for the gradient of a broadcast bias is laid out: in dbias itself, or, where several blocks share an element, in

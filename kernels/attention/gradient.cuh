@@ -31,6 +31,11 @@ struct ScoreGradient {
     return full || mask.keep(q, kv) ? shift.probability(score.apply(s, q, kv), log2_unit) : Real(0);
   }
 
+  // The same from the logit.
+  CF_DEVICE Real probability_of(Real logit, const RowShift<Real>& shift, int q, int kv, bool full) const {
+    return full || mask.keep(q, kv) ? shift.probability(logit, log2_unit) : Real(0);
+  }
+
   // d(logit), from dp = dout.v, which does not reach what dropout dropped; a bias has this gradient.
   CF_DEVICE Real of_logit(Real p, Real dp, Real delta, bool kept) const {
     return p * ((kept ? dp * keep_scale : Real(0)) - delta);

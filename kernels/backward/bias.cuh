@@ -45,7 +45,8 @@ struct BiasTile {
 };
 
 // Engine: Config -> a SmemPlan; a State with the tile's sums, which for_each(f(element, row, column)) goes through;
-// load(), which starts to copy what a visit needs into one of kStages buffers; and add(), which adds dS to the sums.
+// begin(), which starts to copy what all visits need; load(), which starts to copy what one needs into one of kStages
+// buffers; and add(), which adds dS to the sums.
 template <class Config, class Engine>
 struct BackwardBias {
   using Real = Accumulator<typename Config::Element>;
@@ -111,14 +112,18 @@ struct BackwardBias {
                          (own.one_row ? tiles_q : 1) * (own.one_column ? tiles_kv : 1);
     const int64 first = visits * own.part / p.bias_parts, end = visits * (own.part + 1) / p.bias_parts;
 
-    typename Engine::State state(smem.engine, a, own.batch, own.head, own.q_tile * kTileQ, own.kv_tile * kTileKv);
+    typename Engine::State state;
+    state.clear();
     Visit visit(a, own, tiles_q, tiles_kv, first, static_cast<int>(end - first));
     visit.find(a, own, tiles_q, tiles_kv);
     const auto load = [&](const Visit& which, int buffer) {
       Engine::load(smem.engine, buffer, p, Sequence(a, which.batch), which.head, which.q_tile * kTileQ,
                    which.kv_tile * kTileKv);
     };
-    if (visit.left > 0) load(visit, 0);
+    if (visit.left > 0) {
+      Engine::begin(smem.engine, a, own.batch, own.head, own.q_tile * kTileQ, own.kv_tile * kTileKv);
+      load(visit, 0);
+    }
     for (int buffer = 0; visit.left > 0; buffer = (buffer + 1) % Engine::kStages) {
       Visit next = visit;
       next.step(a, own, tiles_q, tiles_kv);
@@ -149,8 +154,8 @@ struct BackwardBias {
     const BiasSums layout(p);
     Real* sums = layout.of_part<Real>(p, own.part) + own.batch * layout.batch + own.head * layout.head +
                  own.q_tile * kTileQ * layout.row + own.kv_tile * kTileKv;
-    for (int index = ptx::thread_index(); index < rows * cols; index += kThreads) {
-      sums[index / cols * layout.row + index % cols] = smem.sum[index / cols][index % cols];
+    for (int row = ptx::warp_index(); row < rows; row += kThreads / 32) {
+      for (int col = ptx::lane_index(); col < cols; col += 32) sums[row * layout.row + col] = smem.sum[row][col];
     }
   }
 

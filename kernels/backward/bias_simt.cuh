@@ -21,14 +21,13 @@ struct BiasTileSimt {
   };
 
   // Rows are copied where they are multiplied.
+  CF_DEVICE static void begin(SmemPlan&, const Attention&, int, int, int, int) {}
   CF_DEVICE static void load(SmemPlan&, int, const BwdParams&, const Sequence&, int, int, int) {}
 
   struct State {
     Scores total;
 
-    CF_DEVICE State(SmemPlan&, const Attention&, int /*batch*/, int /*head*/, int /*q_first*/, int /*kv_first*/) {
-      total.clear();
-    }
+    CF_DEVICE void clear() { total.clear(); }
 
     // Adds dS of one tile of one head; `full` where nothing of it is hidden or past the end.
     CF_DEVICE void add(SmemPlan& smem, int, const BwdParams& p, const Sequence& sequence, int head, int q_first,

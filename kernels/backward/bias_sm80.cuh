@@ -1,13 +1,14 @@
 // One tile of dS on mma.sync tensor cores, for the gradient of a broadcast bias.
 //
-// Every visit of a block adds the same bias, which therefore lies in shared memory, in the order of fragments. A warp owns
-// 32 rows of up to 64 columns, and goes through them 32 at a time: registers hold the sums, but not all of S and dP too.
+// Every visit of a block adds the same bias, which therefore lies in shared memory. A warp owns 32 rows of up to 64
+// columns, and goes through them 32 at a time: registers hold the sums, but not all of S and dP too.
 #pragma once
 
 #include "backward/bias.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
+#include "tile/held_bias.cuh"
 
 namespace cuflash {
 
@@ -24,14 +25,10 @@ struct BiasTileSm80 {
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
   static constexpr int kBytes = Config::kCopyBytes;
   using Piece = Fragment<kWarpRows, kCols>;
-
-  using Bias = typename Config::Bias;
-  struct alignas(2 * sizeof(Bias)) BiasPair {  // two neighbours of a row
-    Bias x[2];
-  };
+  using Block = Fragment<16, 16>;
 
   struct SmemPlan {
-    BiasPair bias[kPieces][Piece::kElements / 2][kThreads];  // each thread's own
+    typename HeldBias<typename Config::Bias>::template Tile<kTileQ, kTileKv> bias;
     struct Stage {
       SharedTile<Element, kTileQ, kDimQk> q;
       SharedTile<Element, kTileQ, kDimV> dout;
@@ -44,6 +41,12 @@ struct BiasTileSm80 {
 
   CF_DEVICE static int warp_row() { return ptx::warp_index() / kWarpsAcross * kWarpRows; }
   CF_DEVICE static int warp_col() { return ptx::warp_index() % kWarpsAcross * kWarpCols; }
+
+  // Starts the copy of the bias for the tile of dbias that begins with this row and column; numbers of broadcast axes
+  // are 0.
+  CF_DEVICE static void begin(SmemPlan& smem, const Attention& a, int batch, int head, int q_first, int kv_first) {
+    smem.bias.template load<kThreads>(a, batch, head, q_first, kv_first);
+  }
 
   // Starts the copy of what one visit reads.
   CF_DEVICE static void load(SmemPlan& smem, int buffer, const BwdParams& p, const Sequence& sequence, int head,
@@ -73,29 +76,9 @@ struct BiasTileSm80 {
   struct State {
     Piece total[kPieces];
 
-    // For the tile of dbias that begins with this row and column; numbers of broadcast axes are 0.
-    CF_DEVICE State(SmemPlan& smem, const Attention& a, int batch, int head, int q_first, int kv_first) {
-      const Bias* g_bias = static_cast<const Bias*>(a.bias) + batch * a.bias_batch + head * a.bias_head;
-      const int row_first = q_first + warp_row(), col_first = kv_first + warp_col();
-      const bool one_row = a.bias_row == 0, one_column = a.bias_column == 0;
+    CF_DEVICE void clear() {
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        total[piece].clear();
-#pragma unroll
-        for (int r = 0; r < Piece::kRowsPerLane; ++r) {
-          const int row = row_first + row_of(ptx::lane_index(), r);
-#pragma unroll
-          for (int n = 0; n < Piece::kN; ++n) {
-            BiasPair& pair = smem.bias[piece][Piece::number_of(r, n, 0) / 2][ptx::thread_index()];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const int col = col_first + piece * kCols + col_of(ptx::lane_index(), n, i);
-              const bool some = (one_row || row < a.len_q) && (one_column || col < a.len_kv);
-              pair.x[i] = some ? g_bias[row * a.bias_row + col * a.bias_column] : Bias(0.f);
-            }
-          }
-        }
-      }
+      for (Piece& piece : total) piece.clear();
     }
 
     // Adds dS of one tile of one head; `full` where nothing of it is hidden or past the end.
@@ -126,24 +109,30 @@ struct BiasTileSm80 {
     CF_DEVICE void add_piece(int piece, SmemPlan& smem, int buffer, const ScoreGradient<Config>& gradient, Piece& s,
                              Piece& dp, int len_q, int q_first, int kv_first) {
       const auto& stage = smem.stage[buffer];
-      const int lane = ptx::lane_index();
+      const int lane = ptx::lane_index(), warp_col = BiasTileSm80::warp_col() + piece * kCols;
 #pragma unroll
-      for (int r = 0; r < Piece::kRowsPerLane; ++r) {
-        const int row = warp_row() + row_of(lane, r), q = q_first + row;
-        const RowShift<float> shift = stage.shift[row];
-        const float delta = stage.delta[row];
+      for (int m = 0; m < Piece::kM; ++m) {
+        RowShift<float> shift[2];
+        float delta[2];
 #pragma unroll
-        for (int n = 0; n < Piece::kN; ++n) {
-          const BiasPair pair = smem.bias[piece][Piece::number_of(r, n, 0) / 2][ptx::thread_index()];
+        for (int r = 0; r < 2; ++r) {
+          const int row = warp_row() + row_of(lane, m * 2 + r);
+          shift[r] = stage.shift[row];
+          delta[r] = stage.delta[row];
+        }
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int kv = kv_first + col_of(lane, n, i);
-            const float logit = gradient.score.apply(s.at(r, n, i), q, kv) + to_accumulator(pair.x[i]);
+        for (int n = 0; n < Piece::kN; n += 2) {
+          const auto block = smem.bias.block(warp_row() + m * 16, warp_col + n * 8, lane);
+          Block::for_each_index([&](int down, int across, int i) {
+            const int r = m * 2 + down, q = q_first + warp_row() + row_of(lane, r);
+            const int kv = kv_first + col_of(lane, n + across, i);
+            const float raw = s.at(r, n + across, i);
+            const float logit = block.plus(gradient.score.apply(raw, q, kv), down, across, i);
             const bool seen = !kCareful || (q < len_q && gradient.mask.keep(q, kv));
-            const float weight = seen ? shift.probability(logit, gradient.log2_unit) : 0.f;
+            const float weight = seen ? shift[down].probability(logit, gradient.log2_unit) : 0.f;
             // A row past the end has a bias of its own perhaps, which may be infinite; but it has no dS.
-            total[piece].at(r, n, i) += gradient.of_logit(weight, dp.at(r, n, i), delta, true);
-          }
+            total[piece].at(r, n + across, i) += gradient.of_logit(weight, dp.at(r, n + across, i), delta[down], true);
+          });
         }
       }
     }

@@ -6,6 +6,7 @@
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "ptx/warpgroup.cuh"
+#include "tile/bias.cuh"
 #include "tile/copy_tma.cuh"
 #include "tile/dq_accum.cuh"
 #include "tile/dropout.cuh"
@@ -37,6 +38,9 @@ struct BackwardBlock {
   using Scores = Fragment<16, kTileQ>;  // transposed: rows are keys
   using Weights = Operand<16, kTileQ>;
   using Kept = ElementSet<Scores>;  // those that dropout keeps
+  // One stage: a tile of the bias is read at once, so that the next one has the rest of a visit to come.
+  using Bias = typename Config::BiasCopies::template Buffers<kTileQ, kTileKv, 1>;
+  using BiasCursor = typename Bias::Cursor;
 
   // What the producer fills.
   struct Inputs {
@@ -47,12 +51,14 @@ struct BackwardBlock {
     Rows rows[kStages];  // come with q
     Ring<kStages> q_ring, dout_ring;
     uint64 k_full, v_full;
+    Bias bias;
 
     CF_DEVICE void init() {
       q_ring.init(kConsumers);
       dout_ring.init(kConsumers);
       ptx::mbarrier_init(ptx::smem_u32(&k_full), 1);
       ptx::mbarrier_init(ptx::smem_u32(&v_full), 1);
+      bias.init(kConsumerThreads / 32);
     }
     CF_DEVICE void wait_k() { ptx::mbarrier_wait(ptx::smem_u32(&k_full), 0); }
     CF_DEVICE void wait_v() { ptx::mbarrier_wait(ptx::smem_u32(&v_full), 0); }
@@ -96,6 +102,7 @@ struct BackwardBlock {
     const Attention& a = p.attention;
     load_keys(smem.k, p.k_map, smem.k_full);
     Cursor at;
+    BiasCursor bias_at;
     int head = head_first, tile = first_tile;
 #pragma unroll 1
     for (int step = 0; step < num_steps(); ++step) {
@@ -107,6 +114,8 @@ struct BackwardBlock {
                      q_barrier);
       if (step == 0) load_keys(smem.v, p.v_map, smem.v_full);
       load_boxes(smem.dout[at.stage], p.dout_map, origin, smem.dout_ring.acquire(at, sizeof(DoutTile)));
+      smem.bias.load(p.bias_map, a, sequence, head, tile * kTileQ, kv_first, bias_at);
+      bias_at = bias_at.next();
       at = at.next();
       tile = tile_after(tile);
       if (tile == first_tile) ++head;
@@ -132,16 +141,22 @@ struct BackwardBlock {
     return ptx::any(far);
   }
 
+  // Whether some element of a visit may be hidden, or has a bias that belongs to no query.
+  CF_DEVICE bool is_full(int tile) const {
+    return tiles.is_full(tile) && (!Config::BiasCopies::kLoaded || (tile + 1) * kTileQ <= sequence.len_q);
+  }
+
   // Products of a warp's 16 keys from `kv_first` on with queries, from s = Q K^T to P * slope; what of P is kept into
   // `weights`.
   template <bool kCareful>
-  CF_DEVICE static void weigh(Scores& s, Weights& weights, const Gradient& gradient, const Rows& rows, int q_first,
-                              int kv_first, const Kept& kept) {
+  CF_DEVICE void weigh(Scores& s, Weights& weights, const Gradient& gradient, const Rows& rows, int q_first,
+                       int kv_first, const Kept& kept, Bias& bias, const BiasCursor& bias_at) const {
     const int lane = ptx::lane_index();
 #pragma unroll
     for (int k = 0; k < kTileQ / 16; ++k) {
       const auto shifts = Rows::of_lane(rows.shift, k, lane);
       const auto m = Rows::of_lane(rows.m, k, kCareful ? lane : 0);
+      const auto beside = bias.transposed(k * 16, kv_first - this->kv_first, lane, bias_at);
 #pragma unroll
       for (int n = 2 * k; n < 2 * k + 2; ++n) {
 #pragma unroll
@@ -152,7 +167,13 @@ struct BackwardBlock {
             const int q = q_first + n * 8 + lane % 4 * 2 + i, kv = kv_first + r * 8 + lane / 4;
             const RowShift<float> shift{kCareful ? m.x[n % 2 * 2 + i] : 0.f, shifts.x[n % 2 * 2 + i]};
             const float product = s.at(r, n, i);
-            weight[i] = gradient.probability(product, shift, q, kv, !kCareful);
+            if (Config::BiasCopies::kLoaded) {
+              const float logit =
+                  beside.plus(gradient.score.apply(product, q, kv), r, n % 2, i, !kCareful || q < sequence.len_q);
+              weight[i] = gradient.probability_of(logit, shift, q, kv, !kCareful);
+            } else {
+              weight[i] = gradient.probability(product, shift, q, kv, !kCareful);
+            }
             s.at(r, n, i) = weight[i] * gradient.score.slope(product, q, kv);
             if (!kept.has(r, n, i)) weight[i] = 0.f;
           }
@@ -185,8 +206,17 @@ struct BackwardBlock {
   // Leaves dS of a warp's 16 keys from `kv_first` on as the gradient of the bias, if that is what it is.
   CF_DEVICE void store_bias_gradient(Scores& ds, int head, int q_first, int kv_first) const {
     const typename Config::BiasGradient bias_gradient(p, sequence, head);
-    ds.for_each(ptx::lane_index(),
-                [&](float x, int row, int col) { bias_gradient.store(q_first + col, kv_first + row, x); });
+    const int lane = ptx::lane_index();
+    auto place = bias_gradient.walk(q_first + col_of(lane, 0, 0), kv_first + row_of(lane, 0));
+#pragma unroll
+    for (int n = 0; n < Scores::kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        place.store(0, ds.at(0, n, i));
+        place.store(8, ds.at(1, n, i));
+        place.go_down(i == 0 ? 1 : 7);
+      }
+    }
   }
 
   // Adds a warpgroup's share to the sums; `barrier` is its own named barrier.

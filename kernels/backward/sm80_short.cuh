@@ -12,16 +12,18 @@
 //   load(first)
 //   for each batch element:   load(next) | S^T = K Q^T | dP^T = V dO^T | P, dS | dV = P^T dO | dK = dS^T Q | dQ = dS K
 //
-// Each warp owns 16 keys, in transposed scores, as in backward/sm80.cuh, and the same 16 rows of dq. The gradient of a bias
-// that the batch shares is summed in registers from one batch element to the next; bwd_bias_sum adds up what several
-// blocks have of a head.
+// Each warp owns 16 keys, in transposed scores, as in backward/sm80.cuh, and the same 16 rows of dq. A bias that the batch
+// shares stays in shared memory, and its gradient is summed in registers from one batch element to the next; bwd_bias_sum
+// adds up what several blocks have of a head. What must be known of rows (backward/delta.cuh) is made on the way.
 #pragma once
 
 #include "attention/bias_gradient.cuh"
 #include "attention/gradient.cuh"
+#include "backward/delta.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
+#include "tile/held_bias.cuh"
 #include "tile/tail.cuh"
 
 namespace cuflash {
@@ -46,7 +48,8 @@ struct BackwardSm80Short {
     RowShift<float> shift[kTile];
     float delta[kTile];
   };
-  struct SmemPlan {
+  using Bias = typename Config::BiasHeld::template Tile<kTile, kTile>;
+  struct SmemPlan : Bias {
     SharedTile<Element, kTile, kTile> ds;  // transposed
     Stage stage[2];
   };
@@ -56,21 +59,24 @@ struct BackwardSm80Short {
 
   // Starts the copy of what one batch element's gradients are made of.
   CF_DEVICE static void load(Stage& stage, const BwdParams& p, const Sequence& sequence, int head) {
-    const auto q = query_rows<const Element>(p.q, p.q_stride, sequence, head);
-    load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.q, q);
+    load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.q,
+                                                      query_rows<const Element>(p.q, p.q_stride, sequence, head));
     load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.k,
                                                       key_rows<const Element>(p.k, p.k_stride, sequence, head));
     load_tile_async<Config::kDimV, kBytes, kThreads>(stage.dout,
                                                      query_rows<const Element>(p.dout, p.dout_stride, sequence, head));
     load_tile_async<Config::kDimV, kBytes, kThreads>(stage.v, key_rows<const Element>(p.v, p.v_stride, sequence, head));
-    const int row = ptx::thread_index();
-    if (row < kTile) {
-      const bool valid = row < q.count;
-      const int64 source = query_offset(p.delta_stride, sequence, head) + (valid ? row : 0);
-      ptx::cp_async<8>(ptx::smem_u32(stage.shift + row), static_cast<const RowShift<float>*>(p.shift) + source, valid);
-      ptx::cp_async<4>(ptx::smem_u32(stage.delta + row), static_cast<const float*>(p.delta) + source, valid);
-    }
     ptx::cp_async_commit();
+  }
+
+  // Makes what must be known of its rows, which others read too.
+  CF_DEVICE static void prepare(Stage& stage, const BwdParams& p, const Sequence& sequence, int head) {
+    const Work whole{0, head, static_cast<int>(sequence.batch)};
+    for_each_delta<Config>(p, sequence, whole, [&](int row, const RowShift<float>& shift, float delta) {
+      stage.shift[row] = shift;
+      stage.delta[row] = delta;
+      if (row < sequence.len_q) keep_delta(p, sequence, head, row, shift, delta);
+    });
   }
 
   // Writes this warp's rows of a gradient through its rows of a shared tile.
@@ -90,12 +96,14 @@ struct BackwardSm80Short {
     Fragment<kWarpRows, kTile> dbias;  // transposed, summed over the block's batch elements
 
     // s becomes p and dp becomes ds.
-    CF_DEVICE void differentiate(Scores& s, Scores& dp, const Stage& stage, const Gradient& gradient, int first_q,
-                                 bool full, const typename Config::BiasGradient& bias_gradient) {
+    template <bool kCareful>
+    CF_DEVICE void differentiate(Scores& s, Scores& dp, Bias& bias, const Stage& stage, const Gradient& gradient,
+                                 int first_q, int len_q, const typename Config::BiasGradient& bias_gradient) {
       const int warp_row = ptx::warp_index() * kWarpRows, lane = ptx::lane_index();
       const auto kept = kept_transposed<Scores>(gradient.dropout, first_q, warp_row);
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
+        const auto beside = bias.transposed(first_q + n / 2 * 16, warp_row, lane);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int q = first_q + col_of(lane, n, i);
@@ -104,7 +112,11 @@ struct BackwardSm80Short {
 #pragma unroll
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
             const int kv = warp_row + row_of(lane, r);
-            const float raw = s.at(r, n, i), weight = gradient.probability(raw, shift, q, kv, full);
+            const float raw = s.at(r, n, i);
+            const float logit = beside.plus(gradient.score.apply(raw, q, kv), r, n % 2, i);
+            // A row past the end has a bias of its own perhaps, which may be infinite.
+            const bool seen = !kCareful || (q < len_q && gradient.mask.keep(q, kv));
+            const float weight = seen ? shift.probability(logit, gradient.log2_unit) : 0.f;
             const bool keep = kept.has(r, n, i);
             const float ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
             s.at(r, n, i) = keep ? weight : 0.f;
@@ -116,12 +128,15 @@ struct BackwardSm80Short {
       }
     }
 
-    CF_DEVICE void visit(SmemPlan& smem, Stage& stage, const BwdParams& p, const Sequence& sequence, int head) {
+    // `prepare_next` is called where few registers are in use.
+    template <class PrepareNext>
+    CF_DEVICE void visit(SmemPlan& smem, Stage& stage, const BwdParams& p, const Sequence& sequence, int head,
+                         PrepareNext&& prepare_next) {
       const Attention& a = p.attention;
       const int warp_row = ptx::warp_index() * kWarpRows, lane = ptx::lane_index();
       const Gradient gradient(a, sequence, head);
       const typename Config::BiasGradient bias_gradient(p, sequence, head);
-      const bool full = gradient.mask.q_tiles(0, kTile, kTile).is_full(0);
+      const bool full = gradient.mask.q_tiles(0, kTile, kTile).is_full(0) && sequence.len_q == kTile;
       Fragment<kWarpRows, kDimQk> dk;
       Fragment<kWarpRows, kDimV> dv;
       dk.clear();
@@ -133,7 +148,11 @@ struct BackwardSm80Short {
         dp.clear();
         gemm_abt<Element>(s, stage.k, warp_row, stage.q, first_q);
         gemm_abt<Element>(dp, stage.v, warp_row, stage.dout, first_q);
-        differentiate(s, dp, stage, gradient, first_q, full, bias_gradient);
+        if (full) {
+          differentiate<false>(s, dp, smem, stage, gradient, first_q, sequence.len_q, bias_gradient);
+        } else {
+          differentiate<true>(s, dp, smem, stage, gradient, first_q, sequence.len_q, bias_gradient);
+        }
         Weights weights;
         pack_operand<Element>(weights, s);
         gemm_ab<Element>(dv, weights, stage.dout, 0, first_q);
@@ -144,6 +163,7 @@ struct BackwardSm80Short {
       store<Config::kDimV>(stage.v, dv, Dropout::scale(a), key_rows<Element>(p.dv, p.dv_stride, sequence, head));
       ptx::sync_threads();  // ds is whole, and every warp is done with q
       store<Config::kDimQk>(stage.q, dk, a.softmax_scale, key_rows<Element>(p.dk, p.dk_stride, sequence, head));
+      prepare_next();
       Fragment<kWarpRows, kDimQk> dq;
       dq.clear();
       gemm_atb<Element>(dq, smem.ds, warp_row, stage.k, 0);
@@ -162,16 +182,23 @@ struct BackwardSm80Short {
 
     State state;
     state.dbias.clear();
-    if (first < end) load(smem.stage[0], p, Sequence(a, first), head);
+    if (first < end) {
+      smem.Bias::template load<kThreads>(a, 0, a.bias_head ? head : 0, 0, 0);
+      load(smem.stage[0], p, Sequence(a, first), head);
+      prepare(smem.stage[0], p, Sequence(a, first), head);
+    }
 #pragma unroll 1
     for (int batch = first; batch < end; ++batch) {
       const Sequence sequence(a, batch);
       ptx::cp_async_wait<0>();
       ptx::sync_threads();  // this batch element is here, and every warp is done with the one before and with ds
-      if (batch + 1 < end) load(smem.stage[(batch - first + 1) % 2], p, Sequence(a, batch + 1), head);
+      Stage& next = smem.stage[(batch - first + 1) % 2];
+      if (batch + 1 < end) load(next, p, Sequence(a, batch + 1), head);
       store_query_tail<Config, kThreads>(p, sequence, head);
       store_key_tail<Config, kThreads>(p, sequence, head);
-      state.visit(smem, smem.stage[(batch - first) % 2], p, sequence, head);
+      state.visit(smem, smem.stage[(batch - first) % 2], p, sequence, head, [&] {
+        if (batch + 1 < end) prepare(next, p, Sequence(a, batch + 1), head);
+      });
     }
     if (!Config::kSumBias) return;
     const BiasSums layout(p);

@@ -67,6 +67,7 @@ struct BackwardSm90 {
     CF_DEVICE void walk() {
       const bool far = block.some_row_is_far();
       Cursor at;
+      typename Block::BiasCursor bias_at;
       int head = block.head_first, tile = block.first_tile, buffer = 0;
       Gradient gradient(block.p.attention, block.sequence, head);
       in.wait_k();
@@ -74,12 +75,13 @@ struct BackwardSm90 {
 #pragma unroll 1
       for (int left = block.num_steps(); left > 0; --left) {
         // A choice for all of a visit, before anything of it is under way: one within it costs 3 to 20 % of the whole.
-        if (far || !block.tiles.is_full(tile)) {
-          visit<true>(gradient, head, tile, at, buffer);
+        if (far || !block.is_full(tile)) {
+          visit<true>(gradient, head, tile, at, bias_at, buffer);
         } else {
-          visit<false>(gradient, head, tile, at, buffer);
+          visit<false>(gradient, head, tile, at, bias_at, buffer);
         }
         at = at.next();
+        bias_at = bias_at.next();
         buffer ^= 1;
         tile = block.tile_after(tile);
         if (tile == block.first_tile && ++head < block.head_end) {
@@ -90,7 +92,8 @@ struct BackwardSm90 {
 
     // One tile of queries; `kCareful` where some element may be hidden or some row is far.
     template <bool kCareful>
-    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, const Cursor& at, int buffer) {
+    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, const Cursor& at,
+                         const typename Block::BiasCursor& bias_at, int buffer) {
       const int q_first = tile * Config::kTileQ;
       const auto& rows = in.rows[at.stage];
       Scores s, dp;
@@ -107,7 +110,10 @@ struct BackwardSm90 {
       ptx::wgmma_hold(s.x[0]);
 
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
-      Block::template weigh<kCareful>(s, weights, gradient, rows, q_first, kv_first, kept);
+      in.bias.wait(bias_at);
+      block.template weigh<kCareful>(s, weights, gradient, rows, q_first, kv_first, kept, in.bias, bias_at);
+      ptx::sync_warp();
+      if (ptx::lane_index() == 0) in.bias.release(bias_at);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dp.x[0]);
       Block::differentiate(s, dp, gradient, rows, kept);

@@ -5,15 +5,16 @@
 #pragma once
 
 #include "attention/sequence.cuh"
-#include "ptx/ldmatrix.cuh"
 #include "ptx/tma.cuh"
-#include "tile/fragment.cuh"
+#include "tile/bias_block.cuh"
 #include "tile/ring.cuh"
 #include "tile/shared.cuh"
 
 namespace cuflash {
 
 struct NoBias {
+  static constexpr bool kLoaded = false;
+
   template <int kTileQ, int kTileKv, int kStages>
   struct Buffers {
     using Cursor = RingCursor<kStages>;
@@ -22,44 +23,30 @@ struct NoBias {
     template <class Sequence>
     CF_DEVICE void load(const TensorMap&, const Attention&, const Sequence&, int, int, int, const Cursor&) {}
     CF_DEVICE void add(Fragment<16, kTileKv>&, int, int, const Cursor&) {}
+    CF_DEVICE void wait(const Cursor&) {}
+    CF_DEVICE NoBiasBlock transposed(int, int, int, const Cursor&) { return {}; }
     CF_DEVICE void release(const Cursor&) {}
   };
 };
 
-// Adds the tile's rows from `row` on, or that row alone to all, to a warp's; ldmatrix deals them out as registers lie.
+// Adds the tile's rows from `row` on, or that row alone to all, to a warp's.
 template <bool kOneRow, class Element, int kRows, int kCols>
 CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<Element, kRows, kCols>& tile, int row, int lane) {
 #pragma unroll
   for (int n = 0; n < kCols / 8; n += 2) {
-    uint32 pairs[4];
-    ptx::ldmatrix_x4(pairs, tile.address(row + (kOneRow ? 0 : lane % 16), n * 8 + lane / 16 * 8));
+    const auto block = BiasBlock<Element>::template of<kOneRow>(tile, row, n * 8, lane);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const Element* pair = reinterpret_cast<const Element*>(&pairs[i / 2]);
-      s.at(i / 2 % 2, n + i / 4, i % 2) += to_accumulator(pair[i % 2]);
-    }
-  }
-}
-
-template <bool kOneRow, int kRows, int kCols>
-CF_DEVICE void add_tile(Fragment<16, kCols>& s, SwizzledTile<float, kRows, kCols>& tile, int row, int lane) {
-  struct alignas(8) Pair {
-    float x[2];
-  };
-#pragma unroll
-  for (int n = 0; n < kCols / 8; ++n) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int my_row = row + (kOneRow ? 0 : row_of(lane, r));
-      const Pair pair = *reinterpret_cast<const Pair*>(tile.at(my_row, col_of(lane, n, 0)));
-      s.at(r, n, 0) += pair.x[0];
-      s.at(r, n, 1) += pair.x[1];
+      float& x = s.at(i / 2 % 2, n + i / 4, i % 2);
+      x = block.plus(x, i / 2 % 2, i / 4, i % 2);
     }
   }
 }
 
 template <class Element, bool kOneRow>
 struct LoadedBias {
+  static constexpr bool kLoaded = true;
+
   template <int kTileQ, int kTileKv, int kStages>
   struct Buffers {
     using Tile = SwizzledTile<Element, kOneRow ? 8 : kTileQ, kTileKv>;
@@ -91,6 +78,12 @@ struct LoadedBias {
     CF_DEVICE void add(Fragment<16, kTileKv>& s, int row, int lane, const Cursor& at) {
       ring.wait(at);
       add_tile<kOneRow>(s, tiles[at.stage], kOneRow ? 0 : row, lane);
+    }
+
+    // What the transposed logits of a warp get: queries from the tile's row `row` on and keys from its column `col` on.
+    CF_DEVICE void wait(const Cursor& at) { ring.wait(at); }
+    CF_DEVICE BiasBlock<Element> transposed(int row, int col, int lane, const Cursor& at) {
+      return BiasBlock<Element>::template of_transposed<kOneRow>(tiles[at.stage], kOneRow ? 0 : row, col, lane);
     }
 
     // Gives the tile back, one lane of each warp.

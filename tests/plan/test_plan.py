@@ -853,7 +853,7 @@ def test_explanation_of_a_hopper_backward() -> None:
     assert "row_tiles" in lines[4] and "dq_accum" in lines[4]
     kernels = ("bwd_prepare_sm90", "bwd_sm90", "bwd_convert_sm90", "bwd_bias_sm80", "bwd_sink")
     assert [line.split()[:2] for line in lines[5:10]] == [["kernel", f"{kernel}:"] for kernel in kernels]
-    assert lines[6].endswith("tile 64 x 128, 165,888 bytes of shared memory, 240 registers to compute")
+    assert lines[6].endswith("tile 64 x 128, 183,296 bytes of shared memory, 240 registers to compute")
     assert lines[10:] == ["  not sm80   sm90 comes first", "  not simt   sm90 comes first"]
 
 

@@ -60,6 +60,11 @@ def _shared_tile(rows: int, cols: int) -> int:
     return rows * (cols + 8) * 2
 
 
+def _held_bias(problem: Problem, tile_q: int, tile_kv: int) -> int:
+    """Bytes of a ``HeldBias::Tile`` (tile/held_bias.cuh)."""
+    return tile_q * (tile_kv + 8) * problem.bias.itemsize if problem.bias else 0
+
+
 def _rounded(problem: Problem) -> tuple[int, int]:
     """``dim_qk`` and ``dim_v`` in whole fragments."""
     return round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
@@ -275,9 +280,29 @@ def _bias_edge(length: int) -> int:
 
 def _bias_smem(problem: Problem, tile_q: int, tile_kv: int, stages: int) -> int:
     """Bytes of ``BackwardBias::SmemPlan`` with ``BiasTileSm80``."""
-    bias = tile_q * tile_kv * problem.bias.itemsize if problem.bias else 0
+    bias = _held_bias(problem, tile_q, tile_kv)
     rows = sum(_shared_tile(tile_q + tile_kv, dim) for dim in _rounded(problem))
     return max(bias + stages * (rows + 3 * 4 * tile_q), tile_q * (tile_kv + 1) * 4)
+
+
+def _short_edge(problem: Problem, device: Device) -> int:
+    """The edge of a tile that holds all queries and keys of a sequence, where sequences are many; else 0."""
+    longest = max(problem.len_q, problem.len_kv)
+    few = problem.batch * problem.heads_q < 2 * device.num_sms
+    if longest > 128 or few or max(problem.dim_qk, problem.dim_v) > 64:
+        return 0
+    return 64 if longest <= 64 else 128
+
+
+def _hold_bias(problem: Problem, device: Device, edge: int, smem: int) -> tuple[str, str, int]:
+    """The policies of a score and of a bias beside so many bytes, and the bytes of both.
+
+    A bias that the batch shares stays in shared memory, where there is room.
+    """
+    held = smem + _held_bias(problem, edge, edge)
+    if problem.bias is None or not problem.bias_broadcast[0] or held > device.smem_per_block:
+        return policies.score(problem), "NoHeldBias", smem
+    return policies.score_beside_bias(problem), f"HeldBias<{problem.bias.cuda}>", held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,24 +310,25 @@ class ShortBackwardConfig(CopyConfig):
     """``bwd_sm80_short``."""
 
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
+    bias_held: str = field(default="NoHeldBias", metadata={HEADER: "tile/held_bias.cuh"})
+    """NoHeldBias, HeldBias."""
     sum_bias: bool
     """The gradient of a bias that the batch shares is summed on the way."""
 
 
 def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | None:
     """The config of ``backward/sm80_short.cuh`` where sequences fit in one of its tiles and are many; else None."""
-    longest = max(problem.len_q, problem.len_kv)
-    edge = 64 if longest <= 64 else 128
-    fits = longest <= edge and max(problem.dim_qk, problem.dim_v) <= 64 and problem.group == 1
-    if not fits or problem.batch * problem.heads_q < 2 * device.num_sms:
+    edge = _short_edge(problem, device)
+    if not edge or problem.group > 1:
         return None
     dim_qk, dim_v = _rounded(problem)
     stage = 2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + 3 * 4 * edge
     smem, threads = _shared_tile(edge, edge) + 2 * stage, 2 * edge
     if smem > device.smem_per_block:
         return None
+    score, bias_held, smem = _hold_bias(problem, device, edge, smem)
     return ShortBackwardConfig(
-        **policies.policies(problem),
+        **policies.policies(problem) | {"score": score},
         tile_q=edge,
         tile_kv=edge,
         threads=threads,
@@ -310,6 +336,7 @@ def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | No
         smem_bytes=smem,
         copy_bytes=policies.copy_bytes(problem),
         bias_gradient=gradient_policy(problem),
+        bias_held=bias_held,
         sum_bias=problem.bias_grad and problem.bias_broadcast == (True, False, False, False) and problem.batch > 1,
     )
 
@@ -318,7 +345,6 @@ def _short_backward(problem: Problem, device: Device, config: ShortBackwardConfi
     parts = even_parts(problem.heads_q, problem.batch, device.num_sms * config.blocks_per_sm)
     bias = add_parts(problem, parts) if config.sum_bias else sum_bias_gradient(problem, device)
     launches = (
-        steps.delta_step(problem),
         Step("bwd_sm80_short", "BwdParams", config, problem.heads_q * parts),
         *bias.steps,
         *steps.sink_step(problem),

@@ -81,28 +81,30 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
         if smem <= device.smem_per_block:
             break
     producer, consumer = _REGISTERS[consumers]
+    score, bias_copies = _score_and_bias(problem)
     config = ForwardConfig(
-        **policies.policies(problem),
+        **policies.policies(problem) | {"score": score},
         tile_q=consumers * _ROWS,
         tile_kv=tile_kv,
         threads=128 * (1 + consumers),
         smem_bytes=smem,
         sink=policies.sink(problem),
+        bias_copies=bias_copies,
         stages=stages,
         ping_pong=ping_pong,
         row_buffers=row_buffers,
         producer_registers=producer,
         consumer_registers=consumer,
     )
-    return _with_bias_copies(config, problem), reason
+    return config, reason
 
 
-def _with_bias_copies(config: ForwardConfig, problem: Problem) -> ForwardConfig:
-    """The same config with a bias that is copied beside the keys instead of a term of the score, where it can be."""
+def _score_and_bias(problem: Problem) -> tuple[str, str]:
+    """The policies of a score and of a bias: copied beside the rows where it can be, else a term of the score."""
     if problem.bias is None or not problem.copies_bias:
-        return config
+        return policies.score(problem), "NoBias"
     copies = f"{'BiasRow' if problem.bias_broadcast[2] else 'BiasTiles'}<{problem.bias.cuda}>"
-    return replace(config, score=policies.score_beside_bias(problem), bias_copies=copies)
+    return policies.score_beside_bias(problem), copies
 
 
 def _forward_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, row_buffers: int) -> int:
@@ -113,11 +115,14 @@ def _forward_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, r
     works = 2 * (2 * 8 + 3 * 4)
     tiles = consumers * _ROWS * rows + stages * tile_kv * (row_qk + row_v)
     smem = round_up(tiles + 8 * barriers + works, 1024)
-    if problem.bias and problem.copies_bias:  # LoadedBias::Buffers of tile/bias.cuh
-        rows = 8 if problem.bias_broadcast[2] else consumers * _ROWS
-        row = 128 * -(-tile_kv * problem.bias.itemsize // 128)
-        smem += round_up(stages * (rows * row + 16), 1024)
-    return smem
+    return smem + (_bias_buffers(problem, consumers * _ROWS, tile_kv, stages) if problem.copies_bias else 0)
+
+
+def _bias_buffers(problem: Problem, tile_q: int, tile_kv: int, stages: int) -> int:
+    """Bytes of ``LoadedBias::Buffers`` (tile/bias.cuh)."""
+    rows = 8 if problem.bias_broadcast[2] else tile_q
+    row = 128 * -(-tile_kv * (problem.bias.itemsize if problem.bias else 0) // 128)
+    return round_up(stages * (rows * row + 16), 1024)
 
 
 def heads_per_section(problem: Problem) -> int:
@@ -176,6 +181,8 @@ class BackwardConfig(AttentionConfig):
     reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
     """AtomicReduction, OrderedReduction."""
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
+    bias_copies: str = field(default="NoBias", metadata={HEADER: "tile/bias.cuh"})
+    """NoBias, BiasTiles, BiasRow."""
     stages: int = 2
     """Query tiles in flight. H200, d 128, 8k: with three, 4 % slower."""
     producer_registers: int = 24
@@ -204,7 +211,7 @@ class ConvertConfig(SequenceConfig):
     copy_bytes: int = 16
 
 
-def _backward_config(problem: Problem) -> tuple[BackwardConfig, str]:
+def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, str]:
     """The config of ``backward/sm90.cuh``, or of ``backward/sm90_wide.cuh`` where its tile has 64 keys; and why."""
     widest = max(problem.dim_qk, problem.dim_v)
     if widest <= 64:
@@ -224,7 +231,14 @@ def _backward_config(problem: Problem) -> tuple[BackwardConfig, str]:
         reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
         bias_gradient=gradient_policy(problem),
     )
-    return replace(config, smem_bytes=_backward_smem(problem, config)), reason
+    config = replace(config, smem_bytes=_backward_smem(problem, config))
+    # Beside the widest heads there is no room for a tile of the bias, and beside the smallest not for one in fp32.
+    if problem.copies_bias and tile_kv != _ROWS:
+        smem = config.smem_bytes + _bias_buffers(problem, tile_q, tile_kv, 1)
+        if smem <= device.smem_per_block:
+            score, bias_copies = _score_and_bias(problem)
+            config = replace(config, smem_bytes=smem, score=score, bias_copies=bias_copies)
+    return config, reason
 
 
 def _backward_smem(problem: Problem, config: BackwardConfig) -> int:
@@ -248,7 +262,7 @@ def _dq_columns(config: BackwardConfig) -> int:
 
 
 def _backward(problem: Problem, device: Device) -> Plan:
-    config, reason = _backward_config(problem)
+    config, reason = _backward_config(problem, device)
     columns = _dq_columns(config)
     kernel = "bwd_sm90_wide" if config.tile_kv == _ROWS else "bwd_sm90"
     prepare = PrepareConfig(
@@ -268,10 +282,12 @@ def _backward(problem: Problem, device: Device) -> Plan:
         threads=256,
         smem_bytes=config.tile_q * 128 * -(-columns // 64),  # BackwardConvertSm90::SmemPlan
     )
-    boxes = (
+    boxes: tuple[Box, ...] = (
         Box("q", config.tile_q), Box("k", _ROWS), Box("v", _ROWS), Box("dout", config.tile_q), Box("dk", _ROWS),
         Box("dv", _ROWS),
     )  # fmt: skip
+    if config.bias_copies != "NoBias":
+        boxes += (Box("bias", 1 if problem.bias_broadcast[2] else config.tile_q),)
     bias = sum_bias_gradient(problem, device)
     launches = (
         Step("bwd_prepare_sm90", "BwdParams", prepare, query_blocks(problem, config.tile_q)),
