@@ -281,12 +281,13 @@ def _merged(out: Any, lse: Any, part: Any, part_lse: Any) -> Pair:
     parts = (out, lse), (part.astype(out.dtype), part_lse)
     top = jnp.maximum(lse, part_lse)
     top = jnp.where(jnp.isneginf(top), 0, top)
-    lse = top + jnp.log(sum(jnp.exp(x - top) for _, x in parts))
+    shares = [jnp.exp(x - top) for _, x in parts]
+    whole = sum(shares)
     total = jnp.zeros_like(out)
-    for x, x_lse in parts:
-        weight = jnp.where(jnp.isneginf(x_lse), 0, jnp.exp(x_lse - lse)).swapaxes(-1, -2)[..., None]
+    for (x, _), share in zip(parts, shares, strict=True):
+        weight = jnp.where(share == 0, 0, share / whole).swapaxes(-1, -2)[..., None]
         total += jnp.where(weight == 0, 0, weight * x)
-    return total, lse
+    return total, top + jnp.log(whole)
 
 
 def _by_heads(asked: Asked, devices: int, group: Any, q: Any, k: Any, v: Any) -> Pair:
