@@ -101,6 +101,8 @@ class Problem:
     dropout: Scheme | None = None
     deterministic: bool = False
     """Backward only: bit-equal gradients from run to run."""
+    tangents: tuple[str, ...] | None = None
+    """Forward only: which of q, k, v, bias and sink change, where it is wanted how the results do."""
     num_splits: int = 0
     """Forward only: blocks that share the keys of one query tile, at most; 0 leaves the number to the plan."""
     copy_bytes: int = 16
@@ -140,14 +142,19 @@ class Problem:
         """Key rows of the whole call, over all sequences and one head."""
         return self.total_kv if self.layout != "dense" else self.batch * self.len_kv
 
+    @property
+    def forwards(self) -> float:
+        """The work of the products, in that of a forward: five to its two of a backward, six with tangents."""
+        return 2.5 if self.direction == "backward" else 3.0 if self.tangents is not None else 1.0
+
     def flops(self) -> float:
-        """Floating-point operations of the products, the usual convention: visible pairs only, backward 2.5 x forward.
+        """Floating-point operations of the products, the usual convention: visible pairs only.
 
         Varlen problems count every sequence at its maximum length, as lengths live on the device.
         """
         pairs = self.batch * self.heads_q * visible_pairs(self.mask, self.len_q, self.len_kv)
         forward = 2.0 * pairs * (self.dim_qk + self.dim_v)
-        return forward if self.direction == "forward" else 2.5 * forward
+        return self.forwards * forward
 
     def __repr__(self) -> str:
         return spelled(self, "direction", "dtype")
@@ -187,6 +194,8 @@ class Problem:
         lines += [("wanted", "the gradient of the bias too")] if self.bias_grad else []
         lines += [("wanted", "the gradients of what the score reads too")] if self.captured_grad else []
         lines += [("wanted", "the same bits on every run")] if self.deterministic else []
+        if self.tangents is not None:
+            lines.append(("wanted", f"how the results change with {', '.join(self.tangents) or 'nothing'}, too"))
         lines += [("splits", f"{self.num_splits} of the keys, asked for")] if self.num_splits else []
         lines += [("FLOPs", f"{self.flops() / 1e9:,.2f} G")]
         return Sheet(f"problem: {self}", lines)
@@ -216,6 +225,7 @@ class Problem:
         parts += ["sink"] if self.sink else []
         parts += [f"dropout-{self.dropout}"] if self.dropout else []
         parts += ["deterministic"] if self.deterministic else []
+        parts += ["-".join(("tangents", *self.tangents))] if self.tangents is not None else []
         parts += [f"splits{self.num_splits}"] if self.num_splits else []
         return " ".join(parts)
 

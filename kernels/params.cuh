@@ -1,5 +1,6 @@
 // The arguments of every kernel: plain data, mirrored in Python by jit/params.py, which reads this file.
-// One declaration a line, types from {int, int64, double, pointers, structs above}; the comment gives the shape.
+// One declaration a line, types from {int, int64, double, pointers, structs above}; the comment gives the shape. A
+// struct that derives from one above has its members first.
 #pragma once
 
 #include "std.cuh"
@@ -121,6 +122,30 @@ struct FwdParams {
   TensorMap v_map;
   TensorMap out_map;
   TensorMap bias_map;         // empty where the kernel loads no boxes of it
+};
+
+// Of a forward that also finds how its results change along changes of what it reads. Tangents are like what they are
+// of; null: not at all. Here out and lse may be null: not wanted.
+struct JvpParams : FwdParams {
+  const void* tangent_q;
+  const void* tangent_k;
+  const void* tangent_v;
+  const void* tangent_bias;
+  int64 tangent_bias_batch;   // strides in elements, 0 where it broadcasts
+  int64 tangent_bias_head;
+  int64 tangent_bias_row;
+  int64 tangent_bias_column;
+  const float* tangent_sink;  // [heads_q]
+  void* tangent_out;
+  void* tangent_lse;
+  Strides tangent_q_stride;
+  Strides tangent_k_stride;
+  Strides tangent_v_stride;
+  Strides tangent_out_stride;
+  Strides tangent_lse_stride;
+  TensorMap tangent_q_map;    // boxes; sm90 only
+  TensorMap tangent_k_map;
+  TensorMap tangent_v_map;
 };
 
 struct BwdParams {

@@ -51,6 +51,30 @@ def naive_in_dtype(
     return _attention(_Precision(work, q.dtype), q, k, v, dout, dlse, **options)
 
 
+class Tangents(NamedTuple):
+    """Results and how they change."""
+
+    out: Array
+    lse: Array
+    tangent_out: Array
+    tangent_lse: Array
+
+
+def jvp(q: Array, k: Array, v: Array, changes: dict[str, Array], **options) -> Tangents:
+    """`attention` and its derivative along `changes`: of any of q, k, v, bias and sink, each in its shape."""
+    tangents: list[Array] = []
+    results = _attention(_Precision(np.float64, np.float64), q, k, v, None, None, (changes, tangents), **options)
+    return Tangents(results.out, results.lse, *tangents)
+
+
+def naive_jvp_in_dtype(q: Array, k: Array, v: Array, changes: dict[str, Array], **options) -> Tangents:
+    """`jvp` as `naive_in_dtype` computes: every matrix rounded to the dtype of `q`."""
+    tangents: list[Array] = []
+    work = np.float64 if q.dtype == np.float64 else np.float32
+    results = _attention(_Precision(work, q.dtype), q, k, v, None, None, (changes, tangents), **options)
+    return Tangents(results.out, results.lse, *tangents)
+
+
 def assert_close(actual: Array, exact: Array, naive: Array, name: str, dtype: np.dtype | None = None) -> None:
     """Check max|actual - exact| <= 2 max|naive - exact| + eps, after the places of inf, -inf and nan.
 
@@ -114,6 +138,7 @@ def _attention(
     v: Array,
     dout: Array | None,
     dlse: Array | None,
+    along: tuple[dict[str, Array], list[Array]] | None = None,
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
@@ -144,6 +169,7 @@ def _attention(
     dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
     dbias = None if bias is None else np.zeros(bias.shape)
     dsink = None if sink is None else np.zeros(sink.shape)
+    tangent_out, tangent_lse = np.zeros(out.shape), np.zeros(lse.shape)
     if dense:
         max_q, max_kv = q.shape[1], k.shape[1]
     else:
@@ -184,6 +210,14 @@ def _attention(
                 dropped,
             )  # fmt: skip
             out[at_q], lse[at_lse] = head.out, head.lse
+            if along is not None:
+                zeros = {"q": q, "k": k, "v": v, "bias": np.zeros((1, 1)) if bias is None else bias, "sink": sink}
+                moved = {name: along[0].get(name, None if x is None else np.zeros_like(x)) for name, x in zeros.items()}
+                tangent_out[at_q], tangent_lse[at_lse] = head.tangents(
+                    *(moved[name][at].astype(precision.work) for name, at in (("q", at_q), ("k", at_kv), ("v", at_kv))),
+                    _of_head(moved["bias"], b, h, len_q, len_kv).astype(precision.work),
+                    0.0 if sink is None else moved["sink"][h],
+                )
             if dout is not None:
                 dlse_head = np.zeros(len_q) if dlse is None else dlse[at_lse]
                 dq_head, dk_head, dv_head, ds, dsink_head = head.gradients(dout[at_q].astype(precision.work), dlse_head)
@@ -195,6 +229,8 @@ def _attention(
                 if sink is not None:
                     dsink[h] += dsink_head
 
+    if along is not None:
+        along[1][:] = precision.round(tangent_out), tangent_lse
     if dout is None:
         return Attention(precision.round(out), lse)
     r = precision.round
@@ -336,6 +372,15 @@ class _Head:
         self.p_kept = r(self.p * self.dropped)
         self.out = r(self.p_kept @ v)
         self.lse = np.where(self.empty, -np.inf, (top + np.log(total))[:, 0])
+
+    def tangents(self, dq: Array, dk: Array, dv: Array, dbias: Array, dsink: float) -> tuple[Array, Array]:
+        """How out and lse change; hidden pairs have no part in it, whatever dbias has there."""
+        r = self.r
+        ds = r(r(r(r(dq @ self.k.T) + r(self.q @ dk.T)) * self.scale) * self.slope)
+        ds = np.where(self.p > 0, r(ds + dbias), 0)
+        lse = (self.p * ds).sum(axis=1) + (self.p_sink * dsink).sum(axis=1)
+        dp = r(r(self.p * (ds - lse[:, None])) * self.dropped)
+        return r(r(dp @ self.v) + r(self.p_kept @ dv)), lse
 
     def gradients(self, dout: Array, dlse: Array) -> tuple[Array, Array, Array, Array, float]:
         """dq, dk, dv, dscores and dsink; d(lse)/d(score) is p, and softmax's Jacobian is diag(p) - p p^T."""

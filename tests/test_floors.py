@@ -335,8 +335,9 @@ def test_test_files_lie_in_rooms_like_those_of_the_source():
 
 # Kernels
 
-POLICIES = {f"attention/{name}.cuh" for name in ("sequence", "heads", "schedule", "softmax", "dropout")}
-"""Policies that tiles may speak of: whose rows they are, whose work, what sums they have, which elements drop out."""
+POLICIES = {f"attention/{name}.cuh" for name in ("sequence", "heads", "schedule", "softmax", "tangent", "dropout")}
+"""Policies that tiles may speak of: whose rows they are, whose work, what sums they have and how these change, which
+elements drop out."""
 KERNEL_FLOORS = {
     "std.cuh": set(),
     "element.cuh": {"std.cuh", "ptx/convert.cuh"},

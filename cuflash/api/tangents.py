@@ -61,8 +61,6 @@ def flash_attn_jvp(
     scales the others. All sums are taken beside those of the softmax (Lu and Song 2024, arXiv 2410.11081, "Simplifying,
     Stabilizing and Scaling Continuous-Time Consistency Models", in the appendix), and no product of lengths is stored.
 
-    Computed by the NumPy backend, for arrays in host memory: no kernel does so yet.
-
     Parameters
     ----------
     q, k, v : array
@@ -93,7 +91,7 @@ def flash_attn_jvp(
     InvalidArgument
         As `flash_attn_func`; and if a tangent is not like what it is of.
     UnsupportedProblem
-        If the arrays are on a GPU.
+        If no kernel computes it: what a kernel does not support, `score_mod`, `mask_mod` and `block_mask` yet.
 
     Examples
     --------

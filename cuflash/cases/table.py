@@ -75,7 +75,7 @@ class Case:
         problem = self.problem
         pairs = sum(visible_pairs(problem.mask, len_q, len_kv) for len_q, len_kv in self.sequences)
         forward = 2.0 * problem.heads_q * pairs * (problem.dim_qk + problem.dim_v)
-        return forward if problem.direction == "forward" else 2.5 * forward
+        return problem.forwards * forward
 
     def nbytes(self) -> int:
         """Bytes that any algorithm must read and write: the tensors once each, without scratch memory."""
@@ -84,8 +84,9 @@ class Case:
         rows_kv = sum(len_kv for _, len_kv in self.sequences) if problem.page_size else problem.rows_kv
         k, v = (rows_kv * problem.heads_kv * dim for dim in (problem.dim_qk, problem.dim_v))
         v = 0 if self.values_in_keys else v
-        elements = q + k + v + out if problem.direction == "forward" else 2 * (q + k + v) + 2 * out
-        return elements * problem.dtype.itemsize
+        elements = q + k + v + out
+        twice = problem.direction == "backward" or problem.tangents is not None
+        return (2 if twice else 1) * elements * problem.dtype.itemsize
 
 
 # Neither length is a multiple of a tile; both need several tiles of every kernel in the catalogue.
@@ -332,6 +333,33 @@ def _caches() -> Iterator[Case]:
 CACHES: dict[str, Case] = {case.id: case for case in _caches()}
 """Further cases that are compiled; what they compute is held to an oracle by tests of their own."""
 
+
+def _tangents() -> Iterator[Case]:
+    """Forwards with tangents: every dim of a tile, every feature, and every type."""
+    rows: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+        ("sm90", "bf16", "64", ("", "causal", "window", "varlen_causal", "softcap", "alibi", "sink")),
+        ("sm90", "bf16", "128", ("", "causal")),
+        ("sm90", "fp16", "40", ("",)),
+        ("sm80", "bf16", "64", ("", "causal", "varlen_causal", "softcap", "bias", "everything")),
+        ("sm80", "bf16", "128", ("", "everything")),
+        ("sm80", "fp16", "40", ("",)),
+        ("sm80", "bf16", "256", ("causal",)),
+        ("simt", "fp32", "64", ("", "everything")),
+        ("simt", "fp32", "256", ("",)),
+        ("simt", "fp64", "64", ("causal",)),
+        ("simt", "bf16", "33", ("",)),
+    )
+    for family, dtype, dims, features in rows:
+        for feature in features:
+            base = _case(family, "forward", dtype, dims, feature)
+            changed = ("q", "k", "v", *(name for name in ("bias", "sink") if getattr(base.problem, name)))
+            problem = replace(base.problem, tangents=changed)
+            yield replace(base, id=base.id.replace("fwd_", "jvp_"), problem=problem)
+
+
+TANGENTS: dict[str, Case] = {case.id: case for case in _tangents()}
+"""The same of tangents."""
+
 MERGES: tuple[Step, ...] = (
     merge.forward(DTYPES["bf16"], DTYPES["bf16"], 1000, 128, 16),
     merge.backward(DTYPES["bf16"], 1000, 128),
@@ -412,15 +440,15 @@ FULL: dict[str, tuple[str, ...]] = {"sm_80": ("sm80", "simt"), "sm_90a": ("sm90"
 def matrix(architectures: Sequence[str] = ARCHITECTURES, pattern: str | None = None) -> list[tuple[str, str, Step]]:
     """Every (architecture, case id, step) to compile: a pattern's cases, or all where it pays, else smoke."""
     rows = []
+    few = [next(iter(CACHES.values())), *{case.family: case for case in reversed(TANGENTS.values())}.values()]
     for arch in architectures:
         cases = select(pattern or "smoke")
         if pattern is None:
-            cases = [case for case in CASES.values() if case.family in FULL.get(arch, ()) or case in cases]
+            families = FULL.get(arch, ())
+            cases = [case for case in CASES.values() if case.family in families or case in cases]
+            more = (*CACHES.values(), *TANGENTS.values())
+            cases += [case for case in more if case.family in families or case in few]
         rows += [(arch, case_id, step) for case_id, step in variants(cases, named(arch))]
     if pattern is None:
-        first, *others = CACHES.values()
-        for arch in architectures:
-            cases = [first, *(case for case in others if case.family in FULL.get(arch, ()))]
-            rows += [(arch, case_id, step) for case_id, step in variants(cases, named(arch))]
         rows += [(arch, "merge-bf16-d128", step) for arch in architectures for step in MERGES]
     return rows

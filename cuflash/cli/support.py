@@ -119,6 +119,7 @@ ROWS: tuple[Row, ...] = (
     Row("gradients as slices of one new array", ("shared_storage_dqdkdv",), BACKWARD,
         instead="`dq`, `dk` and `dv` may be slices"),
     Row("row sums of dout * out returned", where=BACKWARD, always=(MHA, CK), instead="not returned"),
+    Row("tangents", where=FORWARD, always=(FLASH,)),
     Row("deterministic", ("deterministic",), BACKWARD),
     Row("number of key splits of the gradients", ("num_splits_key",), BACKWARD, instead="`deterministic` is one"),
     Row("split keys", ("num_splits",), FORWARD, always=(SDPA, MHA, CK, MEM_EFF, EFFICIENT), runs_on="kernels"),

@@ -15,7 +15,7 @@ _TYPES: dict[str, np.dtype] = {
     "double": np.dtype(np.float64),
 }  # fmt: skip
 _POINTER = np.dtype(np.uint64)
-_STRUCT = re.compile(r"struct (?:alignas\((?P<alignment>\d+)\) )?(?P<name>\w+) \{")
+_STRUCT = re.compile(r"struct (?:alignas\((?P<alignment>\d+)\) )?(?P<name>\w+)(?: : (?P<base>\w+))? \{")
 _MEMBER = re.compile(r"(?P<type>(?:const )?\w+ ?\*?) (?P<name>\w+)(?:\[(?P<length>\d+)\])?;")
 _OUTSIDE = re.compile(r"#.*|namespace \w+ \{|\}")
 
@@ -50,14 +50,18 @@ def parse(text: str) -> dict[str, np.dtype]:
     known = {name: (kind, kind.alignment) for name, kind in _TYPES.items()}
     name, alignment = "", 1
     members: dict[str, tuple[np.dtype, int]] = {}
+    of_struct: dict[str, dict[str, tuple[np.dtype, int]]] = {}
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("//")[0].strip()
         if not line or (not name and _OUTSIDE.fullmatch(line)):
             continue
         if not name and (opened := _STRUCT.fullmatch(line)):
+            if opened["base"] and opened["base"] not in of_struct:
+                raise CompileError(f"params.cuh({number}): there is no struct {opened['base']} above.")
             name, alignment, members = opened["name"], int(opened["alignment"] or 1), {}
+            members |= of_struct.get(opened["base"], {})
         elif line == "};" and members:
-            known[name] = _layout(members, alignment)
+            known[name], of_struct[name] = _layout(members, alignment), members
             name, members = "", {}
         elif name and (member := _MEMBER.fullmatch(line)):
             kind = member["type"].removeprefix("const ").strip()

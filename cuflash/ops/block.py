@@ -25,8 +25,11 @@ UNBOUNDED = check.MAX_LENGTH - 1
 _UNNUMBERED = 2**31 - 1
 """More rows than cu_seqlens_kv can count: with pages it numbers none."""
 
-_PER_ROW = ("lse", "dlse", "delta")
+_PER_ROW = ("lse", "dlse", "delta", "tangent_lse")
 """Arrays of one number for each head and query row."""
+
+_MAY_LACK = ("dlse", "tangent_q", "tangent_k", "tangent_v")
+"""Arrays without which a call is whole."""
 
 _STRUCTS = {"table": "pages"} | dict.fromkeys(("k_new", "v_new", "rotary_cos", "rotary_sin"), "append")
 """Which struct inside a parameter block holds a pointer, where it is not that of what both directions share."""
@@ -39,7 +42,7 @@ def template(
     plan: Plan, options: Options, views: Mapping[str, View], shapes: Mapping[str, tuple[int, ...]]
 ) -> np.ndarray:
     """The parameter block of every call on arrays of this kind, with zeros for pointers."""
-    problem, params = plan.problem, jit.params.dtype(plan.steps[0].params)
+    problem, params = plan.problem, jit.params.dtype(plan.steps[-1].params)
     block = np.zeros(1, params)
     _attention(block["attention"], problem, options, views)
     if problem.direction == "forward":
@@ -53,13 +56,15 @@ def template(
         for at, name in enumerate(("batch", "head", "row")):
             block[f"dbias_{name}"] = prod(shape[at + 1 :]) if shape[at] > 1 else 0
         block["bias_parts"] = plan.bias_parts
+    if problem.tangents is not None:
+        _pair_strides(block, "tangent_bias", views)
     if problem.page_size:
         block["pages"] = pages_of(views["k"], views["table"])
     if problem.layout == "cache":
         _append(block["append"], problem, views)
     for member in jit.params.members(params):
         name = member.removesuffix("_stride")
-        if name != member and (name != "dlse" or name in views):
+        if name != member and (name not in _MAY_LACK or name in views):
             _strides(block[member], name, problem, options, views, shapes)
     return block
 
@@ -74,9 +79,8 @@ def _attention(attention: np.ndarray, problem: Problem, options: Options, views:
     attention["window_left"] = UNBOUNDED if mask.left is None else mask.left
     attention["window_right"] = UNBOUNDED if mask.right is None else mask.right
     attention["top_left"] = mask.alignment == "top-left"
-    for name, view in ((name, views[name]) for name in ("mask", "bias") if name in views):
-        for axis, stride in zip(("batch", "head", "row", "column"), check.pair_strides(view), strict=True):
-            attention[f"{name}_{axis}"] = stride
+    for name in ("mask", "bias"):
+        _pair_strides(attention, name, views)
     if problem.alibi and len(views["alibi"].shape) == 2:
         attention["alibi_batch"] = check.pair_strides(views["alibi"])[2]
     dropout = check.dropout_of(options)
@@ -84,6 +88,13 @@ def _attention(attention: np.ndarray, problem: Problem, options: Options, views:
     attention["dropout_p"] = dropout.p if dropout else 0.0
     if problem.layout == "cache":
         attention["appended"] = problem.appended
+
+
+def _pair_strides(struct: np.ndarray, name: str, views: Mapping[str, View]) -> None:
+    """Fill in the strides of a tensor of pairs, where it is given."""
+    if name in views:
+        for axis, stride in zip(("batch", "head", "row", "column"), check.pair_strides(views[name]), strict=True):
+            struct[f"{name}_{axis}"] = stride
 
 
 def _strides(

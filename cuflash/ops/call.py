@@ -181,6 +181,9 @@ class Options:
     """Forward only: pairs of columns that turn together are neighbours."""
     keep_state: bool = False
     """Forward only: also return `row_state`, what the backward needs beyond lse for rows of P to sum to 1."""
+    tangents: Literal["no", "too", "alone"] = "no"
+    """Forward only: whether to return how out and lse change along the tangents that come beside the arrays, too, or
+    nothing else."""
     empty_lse: float = -inf
     """Forward only: the log-sum-exp of rows that see no key."""
     tail_lse: float = -inf
@@ -363,11 +366,16 @@ class CapturedGradients(NamedTuple, Generic[ArrayT]):
     dcaptured: tuple[Any, ...]
 
 
-def results(problem: Problem, keep_state: bool = False, keep_delta: bool = False) -> tuple[str, ...]:
+def results(
+    problem: Problem, keep_state: bool = False, keep_delta: bool = False, tangents: str = "no"
+) -> tuple[str, ...]:
     """What a call returns."""
     if problem.direction == "forward":
-        extra = [name for name, wanted in (("row_state", keep_state), ("rng_state", problem.dropout)) if wanted]
-        return ("out", "lse", *extra)
+        wanted = {
+            "out": tangents != "alone", "lse": tangents != "alone", "tangent_out": tangents != "no",
+            "tangent_lse": tangents != "no", "row_state": keep_state, "rng_state": problem.dropout is not None,
+        }  # fmt: skip
+        return tuple(name for name in wanted if wanted[name])
     wanted = {"dbias": problem.bias_grad, "dsink": problem.sink}
     extra = [name for name in wanted if wanted[name]]
     extra += [f"dcaptured{i}" for i in problem.captured_gradients]

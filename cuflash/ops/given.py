@@ -48,7 +48,7 @@ class GivenCall:
     """Name, shape and element type of those that it reads, in the order of `Arrays.by_name`."""
     along: tuple[str, ...] = ()
     """Which of them come with a tangent, behind all others: then the call gives the tangents of its results instead,
-    those of out and lse or of the gradients. On a CPU alone."""
+    those of out and lse or of the gradients; of the gradients on a CPU alone."""
     room: int = 0
     """Bytes of scratch memory that a program has for it: what it needs on the GPU that the program is made for."""
 
@@ -90,7 +90,12 @@ class GivenCall:
         UnsupportedProblem
             If nothing does.
         """
-        return plan_views(self.direction, self.options, self.views, gpu)
+        options, views = self.options, self.views
+        if self.along:
+            options = options.replace(tangents="alone")
+            named = zip(self.along, self.operands[len(self.arrays) :], strict=True)
+            views = views | {check.TANGENT + of: contiguous(f"d{of}", *array[1:]) for of, array in named}
+        return plan_views(self.direction, options, views, gpu)
 
     def scratch(self, gpu: device.Device) -> Scratch:
         """The scratch memory for a GPU."""
@@ -183,7 +188,7 @@ def on_gpu(call: GivenCall, ordinal: int) -> Callable[[list[int], int], None]:
             f"{gpu}: it was made for another GPU. Compile it where it runs."
         )
     launches, params = planned.load(ordinal), planned.params(ordinal)
-    num_read, zeroed, starts = len(call.arrays), scratch.nbytes_zeroed, scratch.starts
+    num_read, zeroed, starts = len(call.operands), scratch.nbytes_zeroed, scratch.starts
     cleared = [(num_read + i, r.nbytes) for i, r in enumerate(call.results) if r.zeroed and r.nbytes]
 
     def launch(pointers: list[int], handle: int) -> None:

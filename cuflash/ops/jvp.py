@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.arrays import Adapter, Guest, NumPy, framework_of
-from cuflash.errors import UnsupportedProblem
-from cuflash.ops import draw, on_numpy
+from cuflash.arrays import Adapter, Guest, Launcher, framework_of
+from cuflash.ops import draw, launch, on_numpy
 from cuflash.ops.call import Arrays, Options, Tangents
 
 NAMES = tuple(f"d{name}" for name in Tangents._fields)
 """What callers know tangents as."""
-
-ON_GPU = (
-    "no kernel computes tangents: forward mode runs on arrays in host memory alone, by the NumPy backend. Move the "
-    "arrays there, or take gradients in reverse mode."
-)
-"""What is said of a call on a GPU."""
 
 
 def jvp(options: Options, arrays: Arrays, tangents: Tangents, generator: Any = None) -> tuple[Any, ...]:
@@ -33,9 +26,17 @@ def jvp(options: Options, arrays: Arrays, tangents: Tangents, generator: Any = N
     native = framework
     if isinstance(framework, Guest):
         native, borrowed = framework.borrow(names, borrowed)
-    if not isinstance(native, NumPy):
-        raise UnsupportedProblem(ON_GPU)
     last = len(borrowed) - len(tangents)
     given, along = arrays.like(borrowed[:last]), Tangents(*borrowed[last:])
-    results = on_numpy.jvp(options, given, along, generator)
+    if isinstance(native, Launcher):
+        results = on_gpu(native, options, given, along, generator)
+    else:
+        results = on_numpy.jvp(options, given, along, generator)
     return framework.lend(results, borrowed, arrays.q) if isinstance(framework, Guest) else results
+
+
+def on_gpu(
+    framework: Launcher, options: Options, arrays: Arrays, tangents: Tangents, generator: Any = None
+) -> tuple[Any, ...]:
+    """The same of arrays on a GPU."""
+    return launch.run(framework, "forward", options.replace(tangents="too"), arrays, generator, tangents=tangents)[:4]

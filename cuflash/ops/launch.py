@@ -17,7 +17,7 @@ import numpy as np
 from cuflash import device, jit
 from cuflash.arrays import Launcher, View
 from cuflash.ops import block, boxes, check, draw, overlap
-from cuflash.ops.call import OUTPUTS, Arrays, Options, results
+from cuflash.ops.call import OUTPUTS, Arrays, Options, Tangents, results
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Step, Workspace, choose
@@ -35,21 +35,24 @@ def run(
     arrays: Arrays,
     generator: Any = None,
     cached: int | None = None,
+    tangents: Tangents | None = None,
 ) -> tuple[Any, ...]:
-    """Answer a call on arrays that live on a GPU."""
+    """Answer a call on arrays that live on a GPU; with tangents where the options ask for those of the results."""
     options = with_lengths(direction, options, arrays)
     names = options.manner.names
     each: tuple[Any, ...] = arrays
     if arrays.captured is not None:
         names, each = options.names(arrays), arrays.each()
+    if tangents is not None:
+        names, each = (*names, *(f"d{name}" for name in tangents._fields)), (*each, *tangents)
     pointers, described = framework.describe(names, each)
     key = direction, options, described
     prepared = _prepared.get(key)
     if prepared is None:
         settled = check.settled(options)
         if settled is not options:
-            return run(framework, direction, settled, arrays, generator, cached)
-        prepared = prepare(framework, direction, options, arrays)
+            return run(framework, direction, settled, arrays, generator, cached, tangents)
+        prepared = prepare(framework, direction, options, arrays, tangents)
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
         if options.is_kind:
@@ -111,9 +114,14 @@ class Prepared:
         return self.results(written)
 
 
-def prepare(framework: Launcher, direction: Direction, options: Options, arrays: Arrays) -> Prepared:
+def prepare(
+    framework: Launcher, direction: Direction, options: Options, arrays: Arrays, tangents: Tangents | None = None
+) -> Prepared:
     """Check a call on arrays of this kind, plan it and load its kernels."""
     views = options.views(framework, arrays)
+    if tangents is not None:
+        given = {name: x for name, x in tangents._asdict().items() if x is not None}
+        views |= {check.TANGENT + name: framework.view(f"d{name}", x) for name, x in given.items()}
     check.check_on_cuda(framework.name, views)
     ordinal = int(views["q"].device.removeprefix("cuda:"))
     call = plan_views(direction, options, views, device.current(ordinal))
@@ -189,7 +197,7 @@ def plan_views(direction: Direction, options: Options, views: Mapping[str, View]
     problem = check.problem_of(direction, options, views)
     plan = choose(problem, gpu, options.manner.family)
     shapes = check.shapes(options, views)
-    names = results(problem, options.keep_state, options.keep_delta)
+    names = results(problem, options.keep_state, options.keep_delta, options.tangents)
     if "rng_state" in views:
         names = tuple(name for name in names if name != "rng_state")
     new = {name: result(name, problem, shapes[name]) for name in names if name not in views}
@@ -234,6 +242,7 @@ def result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
     dtypes = {
         "lse": problem.dtype.accumulator, "row_state": problem.dtype.accumulator, "rng_state": np.dtype(np.uint64),
         "dbias": problem.dtype.accumulator, "dsink": np.dtype(np.float32), "delta": problem.dtype.accumulator,
+        "tangent_lse": problem.dtype.accumulator,
     }  # fmt: skip
     # Kernels write delta up to the packed rows there are: not those of no sequence.
     zeroed = needs_zeros(problem) if name == "dbias" else name == "delta" and problem.layout == "varlen"

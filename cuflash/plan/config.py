@@ -76,6 +76,14 @@ class ForwardConfig(CopyConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JvpConfig(ForwardConfig):
+    """``jvp_simt``."""
+
+    tangent_bias: str = field(default="NoBiasTangent", metadata={HEADER: "attention/tangent.cuh"})
+    """NoBiasTangent, BiasTangent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FewConfig(ForwardConfig):
     """``fwd_sm80_few``."""
 

@@ -61,6 +61,12 @@ def score(problem: Problem) -> str:
     return policy
 
 
+def tangent_bias(problem: Problem) -> str:
+    """The policy that says how a bias changes."""
+    changes = problem.bias if "bias" in (problem.tangents or ()) else None
+    return f"BiasTangent<{changes.cuda}>" if changes else "NoBiasTangent"
+
+
 def score_beside_bias(problem: Problem) -> str:
     """The score policy, in natural logits, of a kernel that adds the bias itself."""
     policy = score(replace(problem, bias=None))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from cuflash.device import Device
 from cuflash.plan import policies
-from cuflash.plan.config import HEADER, Config, ForwardConfig, SequenceConfig
-from cuflash.plan.plan import Plan, Step, Workspace
+from cuflash.plan.config import HEADER, Config, ForwardConfig, JvpConfig, SequenceConfig
+from cuflash.plan.plan import Box, Plan, Step, Workspace
 from cuflash.plan.splits import divide
 from cuflash.plan.tiles import packed_tiles, query_blocks, tiles
 from cuflash.problem import Problem
@@ -74,6 +74,20 @@ def forward(problem: Problem, device: Device, family: str, *tiled: tuple[Forward
     return Plan(
         problem, device, family, steps, workspaces, reason, num_splits=division.num_splits, division=division.reason
     )
+
+
+def jvp(
+    problem: Problem,
+    device: Device,
+    family: str,
+    config: JvpConfig,
+    reason: str,
+    shares: int = 1,
+    boxes: tuple[Box, ...] = (),
+) -> Plan:
+    """The plan of a forward with tangents by ``jvp_<family>``, whose blocks share a query tile by `shares`."""
+    launch = Step(f"jvp_{family}", "JvpParams", config, query_blocks(problem, config.tile_q) * shares, boxes)
+    return Plan(problem, device, family, (*rng_step(problem), launch), reason=reason)
 
 
 def rng_step(problem: Problem) -> tuple[Step, ...]:

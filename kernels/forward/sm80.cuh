@@ -50,15 +50,7 @@ struct ForwardSm80 {
   static constexpr int kRowsPerLane = Scores::kRowsPerLane;
 
   // Whole rows leave through Q's memory, in the element type: the loop's last barrier came after every warp's last
-  // Q K^T. Row number r of this lane, which is `row` of the tile, times a factor; then the warp's rows, once all are
-  // there.
-  CF_DEVICE static void stage_row(SmemPlan& smem, int row, Output& out, int r, float factor) {
-#pragma unroll
-    for (int n = 0; n < Output::kN; ++n) {
-      *reinterpret_cast<uint32*>(smem.out.at(row, col_of(ptx::lane_index(), n, 0))) =
-          ptx::pack<Element>(out.at(r, n, 0) * factor, out.at(r, n, 1) * factor);
-    }
-  }
+  // Q K^T. A warp's rows go once all of them are there.
   template <class OutRows>
   CF_DEVICE static void store_staged(const OutRows& rows, SmemPlan& smem, int warp_row) {
     ptx::sync_warp();
@@ -159,7 +151,7 @@ struct ForwardSm80 {
       const float factor = rescale * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a));
       const int row = warp_row + row_of(lane, r);
       if constexpr (Results::kWhole) {
-        stage_row(smem, row, out, r, factor);
+        store_row<Element>(smem.out, row, out, r, factor);
       } else {
         scale_row(out, r, factor);
       }

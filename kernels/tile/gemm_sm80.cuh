@@ -39,6 +39,36 @@ CF_DEVICE void gemm_abt(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int 
   }
 }
 
+// C += A B^T and D += E B^T at once: each fragment of B serves both.
+template <class Element, int kM, int kN, class TileA, class TileB>
+CF_DEVICE void gemm_abt_pair(Fragment<kM, kN>& c, TileA& a, Fragment<kM, kN>& d, TileA& e, int a_row, TileB& b) {
+  static_assert(TileA::kCols == TileB::kCols);
+  const uint32 a_address = a.address(a_row + down_first_row(), down_first_col());
+  const uint32 e_address = e.address(a_row + down_first_row(), down_first_col());
+  const uint32 b_address = b.address(across_first_row(), across_first_col());
+#pragma unroll 2
+  for (int k = 0; k < TileA::kCols; k += 16) {
+    uint32 a_regs[kM / 16][4], e_regs[kM / 16][4];
+#pragma unroll
+    for (int m = 0; m < kM; m += 16) {
+      ptx::ldmatrix_x4(a_regs[m / 16], a_address + (m * TileA::kPitch + k) * 2);
+      ptx::ldmatrix_x4(e_regs[m / 16], e_address + (m * TileA::kPitch + k) * 2);
+    }
+#pragma unroll
+    for (int n = 0; n < kN; n += 16) {
+      uint32 b_regs[4];
+      ptx::ldmatrix_x4(b_regs, b_address + (n * TileB::kPitch + k) * 2);
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m) {
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs[m], b_regs[0], b_regs[1]);
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs[m], b_regs[2], b_regs[3]);
+        ptx::mma_m16n8k16<Element>(d.x[m][n / 8], e_regs[m], b_regs[0], b_regs[1]);
+        ptx::mma_m16n8k16<Element>(d.x[m][n / 8 + 1], e_regs[m], b_regs[2], b_regs[3]);
+      }
+    }
+  }
+}
+
 // C += A B with A [M x K] in registers and B [K x N] row-major in shared memory, from column `b_col` and row `b_row` on.
 template <class Element, int kM, int kN, int kK, class TileB>
 CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, const Operand<kM, kK>& a, TileB& b, int b_col = 0, int b_row = 0) {
@@ -55,6 +85,38 @@ CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, const Operand<kM, kK>& a, TileB& b, 
         ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a.x[m][k / 16], b_regs[2], b_regs[3]);
       }
     }
+  }
+}
+
+// C += A B and D += E B at once: each fragment of B serves both.
+template <class Element, int kM, int kN, int kK, class TileB>
+CF_DEVICE void gemm_ab_pair(Fragment<kM, kN>& c, const Operand<kM, kK>& a, Fragment<kM, kN>& d,
+                            const Operand<kM, kK>& e, TileB& b, int b_col) {
+  const uint32 b_address = b.address(down_first_row(), b_col + down_first_col());
+#pragma unroll
+  for (int k = 0; k < kK; k += 16) {
+#pragma unroll
+    for (int n = 0; n < kN; n += 16) {
+      uint32 b_regs[4];
+      ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m) {
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a.x[m][k / 16], b_regs[0], b_regs[1]);
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a.x[m][k / 16], b_regs[2], b_regs[3]);
+        ptx::mma_m16n8k16<Element>(d.x[m][n / 8], e.x[m][k / 16], b_regs[0], b_regs[1]);
+        ptx::mma_m16n8k16<Element>(d.x[m][n / 8 + 1], e.x[m][k / 16], b_regs[2], b_regs[3]);
+      }
+    }
+  }
+}
+
+// Writes this lane's part of its row number r, times a factor, to row `row` of a shared tile.
+template <class Element, class Tile, int kM, int kN>
+CF_DEVICE void store_row(Tile& tile, int row, Fragment<kM, kN>& f, int r, float factor) {
+#pragma unroll
+  for (int n = 0; n < Fragment<kM, kN>::kN; ++n) {
+    *reinterpret_cast<uint32*>(tile.at(row, col_of(ptx::lane_index(), n, 0))) =
+        ptx::pack<Element>(f.at(r, n, 0) * factor, f.at(r, n, 1) * factor);
   }
 }
 

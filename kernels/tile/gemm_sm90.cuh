@@ -14,15 +14,15 @@ CF_DEVICE uint64 tile_descriptor(Tile* tiles, int number, int chunk_bytes) {
   return ptx::advance_descriptor(ptx::wgmma_descriptor(tiles->base(), chunk_bytes), number * int(sizeof(Tile)));
 }
 
-// C = A B^T with A [64 x K] and B = tiles[number] [kN x K], both row-major.
+// C = A B^T, or C += A B^T, with A [64 x K] and B = tiles[number] [kN x K], both row-major.
 template <class Element, int kN, class TileA, class TileB>
-CF_DEVICE void issue_abt(Fragment<16, kN>& c, TileA& a, TileB* tiles, int number) {
+CF_DEVICE void issue_abt(Fragment<16, kN>& c, TileA& a, TileB* tiles, int number, bool accumulate = false) {
   static_assert(TileA::kRows == 64 && TileB::kRows == kN && TileA::kCols == TileB::kCols);
   const uint64 a_descriptor = ptx::wgmma_descriptor(a.base(), 0), b_descriptor = tile_descriptor(tiles, number, 0);
 #pragma unroll
   for (int k = 0; k < TileA::kCols; k += ptx::kWgmmaDepth<Element>) {
     ptx::wgmma_abt<Element>(c.x[0], ptx::advance_descriptor(a_descriptor, TileA::bytes_to_col(k)),
-                            ptx::advance_descriptor(b_descriptor, TileB::bytes_to_col(k)), k > 0);
+                            ptx::advance_descriptor(b_descriptor, TileB::bytes_to_col(k)), accumulate || k > 0);
   }
 }
 

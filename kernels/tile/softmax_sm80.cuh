@@ -16,33 +16,37 @@ CF_DEVICE void scale_row(Fragment<kRows, kCols>& f, int r, float factor) {
   }
 }
 
-// Logits to probabilities relative to the running maximum; what was accumulated before shrinks to match.
-// Each lane sums only its own columns into l; row_sum joins them once at the end.
+// Logits of this lane's row number r to probabilities relative to the running maximum; returns the factor by which what
+// was accumulated before shrinks. Each lane sums only its own columns into l; row_sum joins them.
+template <int kRows, int kKeys>
+CF_DEVICE float softmax_row(Fragment<kRows, kKeys>& s, int r, RowState<float>& row, float log2_unit) {
+  float tile_max = -infinity<float>();
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) tile_max = max_of(tile_max, max_of(s.at(r, n, 0), s.at(r, n, 1)));
+  const float rescale = row.update(row_max(tile_max), log2_unit);
+  float shift = row.shift(log2_unit);
+  if (RowState<float>::is_far(shift)) {
+    subtract_from_row(s, r, row.m);
+    shift = 0.f;
+  }
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float& p = s.at(r, n, i);
+      p = exp2(fma(p, log2_unit, -shift));
+      row.l += p;
+    }
+  }
+  return rescale;
+}
+
+// The same of all rows, and of what was accumulated before.
 template <int kRows, int kKeys, int kDim>
 CF_DEVICE void softmax_tile(Fragment<kRows, kKeys>& s, RowState<float> (&rows)[kRows / 8], Fragment<kRows, kDim>& out,
                             float log2_unit) {
 #pragma unroll
-  for (int r = 0; r < kRows / 8; ++r) {
-    float tile_max = -infinity<float>();
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) tile_max = max_of(tile_max, max_of(s.at(r, n, 0), s.at(r, n, 1)));
-    const float rescale = rows[r].update(row_max(tile_max), log2_unit);
-    float shift = rows[r].shift(log2_unit);
-    if (RowState<float>::is_far(shift)) {
-      subtract_from_row(s, r, rows[r].m);
-      shift = 0.f;
-    }
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& p = s.at(r, n, i);
-        p = exp2(fma(p, log2_unit, -shift));
-        rows[r].l += p;
-      }
-    }
-    scale_row(out, r, rescale);
-  }
+  for (int r = 0; r < kRows / 8; ++r) scale_row(out, r, softmax_row(s, r, rows[r], log2_unit));
 }
 
 }  // namespace cuflash

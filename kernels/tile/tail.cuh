@@ -45,4 +45,16 @@ CF_DEVICE void store_tail(const FwdParams& p, const Sequence& sequence, int head
   for (int row = thread; row < sequence.tail_q; row += kThreads) lse[row] = static_cast<Real>(p.tail_lse);
 }
 
+// The same where they may not be wanted, and those of their tangents.
+template <class Config, int kThreads, class Sequence>
+CF_DEVICE void store_tails(const JvpParams& p, const Sequence& sequence, int head) {
+  using Element = typename Config::Element;
+  using Real = Accumulator<Element>;
+  if (p.out) store_tail<Config, kThreads>(p, sequence, head);
+  const auto out = query_rows<Element>(p.tangent_out, p.tangent_out_stride, sequence, head);
+  zero_tail<Config::kDimV, kThreads>(out, sequence.tail_q);
+  const GlobalRows<Real> lse{first_query<Real>(p.tangent_lse, p.tangent_lse_stride, sequence, head), 1, sequence.len_q};
+  zero_tail<1, kThreads>(lse, sequence.tail_q);
+}
+
 }  // namespace cuflash

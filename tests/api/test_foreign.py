@@ -73,8 +73,9 @@ def test_tangents_of_forward_mode(launches: Launches, monkeypatch: pytest.Monkey
     unpack = lambda y: SimpleNamespace(tangent=y if y is v else None)  # noqa: E731
     monkeypatch.setattr(mode, "unpack_dual", unpack, raising=False)
     with pytest.raises(UnsupportedProblem, match=r"^v has a tangent of torch's forward mode, which would be lost"):
-        cuflash.flash_attn_func(x, x, v)
+        cuflash.flash_attn_prepare(x, x, v)
     assert launches.take() == []
+    cuflash.flash_attn_prepare(x, x, x)
     cuflash.flash_attn_func(x, x, x)
     assert launches.take() == ["fwd_sm80"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from doubles.arrays import as_cupy, as_torch, needs_cupy
-from doubles.launch import Launches
+from doubles.arrays import as_cupy, as_torch, needs_cupy, to_numpy
+from doubles.launch import Launches, needs_compiler
 from inputs import BF16, FP16, FP32, FP64, random
 
 import cuflash
@@ -196,11 +196,29 @@ def test_refusals() -> None:
             cuflash.flash_attn_jvp(x, x, x, **given)
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     "put", [pytest.param(as_cupy, marks=needs_cupy, id="cupy"), pytest.param(as_torch, id="torch")]
 )
-def test_arrays_on_a_gpu_are_refused(launches: Launches, put: Any) -> None:
-    x = put(random(1, 4, 2, 8))
-    with pytest.raises(UnsupportedProblem, match=r"^no kernel computes tangents"):
-        cuflash.flash_attn_jvp(x, x, x, x)
-    assert not launches.take()
+def test_arrays_on_a_gpu(launches: Launches, put: Any) -> None:
+    q, k, v, dq, dv = (random(1, n, h, 16, seed=i) for i, (n, h) in enumerate([(9, 4), (7, 2), (7, 2), (9, 4), (7, 2)]))
+    sink, dsink = random(2, 4, dtype=FP32)
+    words: dict[str, Any] = {"causal": True, "dropout_p": 0.3, "generator": (7, 4)}
+    expected = cuflash.flash_attn_jvp(q, k, v, dq, dv=dv, sink=sink, dsink=dsink, **words)
+    results = cuflash.flash_attn_jvp(
+        *map(put, (q, k, v, dq)), dv=put(dv), sink=put(sink), dsink=put(dsink), **words
+    )  # fmt: skip
+    assert launches.take() == ["fwd_rng", "jvp_sm80"]
+    for x, y in zip(results, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(x), y, rtol=2e-3, atol=2e-3)
+    with pytest.raises(InvalidArgument, match=r"^dq has shape"):
+        cuflash.flash_attn_jvp(*map(put, (q, k, v, dq[:, :1])))
+    with pytest.raises(UnsupportedProblem, match=r"no written score"):
+        cuflash.flash_attn_jvp(*map(put, (q, k, v)), score_mod=lambda s, b, h, i, j: 2 * s)
+
+
+@needs_compiler
+def test_nothing_to_attend_to_on_a_gpu(launches: Launches) -> None:
+    q, k = as_torch(random(2, 4, 4, 8)), as_torch(random(2, 0, 4, 8))
+    out, lse, *tangents = map(to_numpy, cuflash.flash_attn_jvp(q, k, k, q))
+    assert not launches.take() and not out.any() and np.isneginf(lse).all() and not any(x.any() for x in tangents)

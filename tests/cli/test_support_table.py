@@ -56,7 +56,7 @@ SERVED: list[tuple[set[str], list[str]]] = [
     ({FLASH, SDPA, CK, MEM_EFF, EFFICIENT}, ["bias"]),
     ({FLASH, CK, MEM_EFF, EFFICIENT}, ["bias gradient"]),
     ({FLASH}, ["written score", "written mask", "block mask", "captured gradient"]),
-    ({FLASH}, ["sink", "gradient of the log-sum-exp taken in"]),
+    ({FLASH}, ["sink", "gradient of the log-sum-exp taken in", "tangents"]),
     ({FLASH, MHA, CK, MEM_EFF}, ["probabilities, and which were dropped", "gradients written into your arrays"]),
     ({FLASH, SDPA, MHA, CK, MEM_EFF}, ["output written into your array"]),
     ({MHA, CK, MEM_EFF}, ["what rows of no sequence hold"]),

@@ -64,7 +64,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         seen.loaded.append((step.kernel, ordinal))
 
         def go(num_blocks: int, params: ctypes.Array, stream: object = None) -> None:
-            (block,) = blocks = np.frombuffer(params, jit.params.dtype(step.params))
+            (block,) = blocks = np.frombuffer(params, jit.params.dtype(step.params), 1)
             assert num_blocks == step.num_blocks
             seen.kernels.append(step.kernel)
             seen.params.append(blocks)

@@ -97,16 +97,15 @@ def _on_cpu(*operands: Any, call: GivenCall) -> list[Any]:
 
 
 def _on_gpu(*operands: Any, call: GivenCall) -> list[Any]:
-    if call.along:
+    if call.along and call.direction == "backward":
         raise UnsupportedProblem(
-            "cuflash does not run in JAX's forward mode on a GPU (jax.jvp, jax.jacfwd, jax.linearize, jax.hessian): "
-            "no kernel computes tangents. Take first derivatives in reverse mode, jax.grad, jax.vjp or jax.jacrev, or "
-            "place the arrays on the CPU."
+            "cuflash does not take second derivatives on a GPU (jax.hessian, jax.jvp of jax.grad): no kernel computes "
+            "tangents of gradients. Place the arrays on the CPU."
         )
     gpu = _register_gpu()
     planned = call.plan(gpu)
     if planned.fills:
-        return [jnp.full(r.shape, planned.fills[r.name], r.dtype) for r in call.results]
+        return [jnp.full(r.shape, x, r.dtype) for r, x in zip(call.results, planned.fills.values(), strict=True)]
     scratch = call.scratch(gpu).nbytes
     types = [*_types(call), *([jax.ShapeDtypeStruct((scratch,), np.uint8)] if scratch else [])]
     text = replace(call, room=scratch).text()

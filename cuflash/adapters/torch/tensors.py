@@ -14,10 +14,16 @@ from cuflash.arrays import Adapter, Launcher, View, cupy_module, framework_of, n
 from cuflash.dtypes import BF16
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.generator import default_generator
-from cuflash.ops import Arrays, Options, Tangents, draw, on_numpy
+from cuflash.ops import Arrays, Options, Tangents, draw, launch, on_numpy
 from cuflash.ops.answer import answer as answer_plain
-from cuflash.ops.jvp import NAMES, ON_GPU
+from cuflash.ops.jvp import NAMES, on_gpu
 from cuflash.problem import Direction
+
+ON_GPU = (
+    "no kernel computes tangents of gradients: second derivatives are taken of arrays in host memory alone, by the "
+    "NumPy backend. Move the arrays there."
+)
+"""What is said of them on a GPU."""
 
 
 class Draws:
@@ -156,7 +162,7 @@ class Torch(Launcher, Adapter):
             draw.check(generator)
         if torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled():
             return self._recorded.answer(self, direction, options, arrays, generator, cached)
-        along = direction == "forward" and self._forward_ad._current_level >= 0 and not arrays.q.is_cuda
+        along = direction == "forward" and self._forward_ad._current_level >= 0
         if along and self._moves(arrays):
             return self._recorded.recorded(self, options, arrays, generator)
         if torch.is_grad_enabled() and self._needs_grad(options, arrays):
@@ -175,7 +181,7 @@ class Torch(Launcher, Adapter):
     def answer_along(
         self, options: Options, arrays: Arrays, tangents: Tangents, generator: Any = None
     ) -> tuple[Any, ...]:
-        """Answer a call of `ops.jvp` on tensors in host memory, which autograd does not see."""
+        """Answer a call of `ops.jvp`, which autograd does not see."""
         if generator is not None:
             draw.check(generator)
         names, given = [*options.names(arrays), *NAMES], [*arrays.each(), *tangents]
@@ -186,24 +192,32 @@ class Torch(Launcher, Adapter):
                     f"{name} requires grad, and autograd does not see flash_attn_jvp: its gradient would be lost. "
                     f"Pass {name}.detach()."
                 )
-        borrowed, changes = self._changing(options, arrays, tangents)
-        return self.from_host(on_numpy.jvp(options, borrowed, changes, self._drawn(options, generator)))
+        on_host = self._changing(options, arrays, tangents)
+        if on_host is None:
+            return on_gpu(self, options, arrays, tangents, generator)
+        return self.from_host(on_numpy.jvp(options, *on_host, self._drawn(options, generator)))
 
     def along(self, direction: Direction, options: Options, arrays: Arrays, tangents: Tangents) -> tuple[Any, ...]:
         """The tangents of a call's results, of out and lse or of gradients, where nothing is recorded."""
-        borrowed, changes = self._changing(options, arrays, tangents)
+        on_host = self._changing(options, arrays, tangents)
+        if on_host is None:
+            if direction == "backward":
+                raise UnsupportedProblem(ON_GPU)
+            changes = Tangents(*(None if x is None else x.contiguous() for x in tangents))
+            return launch.run(self, direction, options.replace(tangents="alone"), arrays, tangents=changes)
+        borrowed, changes = on_host
         if direction == "backward":
             return self.from_host(on_numpy.backward(options, borrowed, changes))
         drawn = None if borrowed.rng_state is None else tuple(borrowed.rng_state.view(np.uint64).tolist())
         return self.from_host(on_numpy.jvp(options, borrowed._replace(rng_state=None), changes, drawn)[2:])
 
-    def _changing(self, options: Options, arrays: Arrays, tangents: Tangents) -> tuple[Arrays, Tangents]:
-        """Tensors in host memory and their tangents as NumPy's views."""
+    def _changing(self, options: Options, arrays: Arrays, tangents: Tangents) -> tuple[Arrays, Tangents] | None:
+        """Tensors in host memory and their tangents as NumPy's views; None where they are on a GPU."""
         each = arrays.each()
         names = [*options.names(arrays), *NAMES]
         on_host = None if arrays.q.is_cuda else self.on_host(names, [*each, *tangents])
         if on_host is None:
-            raise UnsupportedProblem(ON_GPU)
+            return None
         return arrays.like(on_host[: len(each)]), Tangents(*on_host[len(each) :])
 
     def _drawn(self, options: Options, generator: Any) -> Any:

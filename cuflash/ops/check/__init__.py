@@ -10,11 +10,11 @@ from cuflash.ops.check.packed import LENGTHS, length
 from cuflash.ops.check.parts import check_gradient, dtype_of_parts
 from cuflash.ops.check.problem import problem_of, written
 from cuflash.ops.check.sizes import MAX_LENGTH, shapes
-from cuflash.ops.check.tangents import check_tangents
+from cuflash.ops.check.tangents import TANGENT, check_tangents
 from cuflash.ops.check.written import refuse_second_derivatives
 
 __all__ = [
-    "LENGTHS", "MAX_LENGTH", "band_of", "cached_rows", "check_gradient", "check_on_cuda", "check_output",
+    "LENGTHS", "MAX_LENGTH", "TANGENT", "band_of", "cached_rows", "check_gradient", "check_on_cuda", "check_output",
     "check_tangents", "dropout_of", "dtype_of_parts", "layout_of", "length", "pair_strides", "problem_of",
     "refuse_second_derivatives", "settled", "shapes", "written",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from cuflash.ops.check.mask import blocks_of, mask_of
 from cuflash.ops.check.options import num_splits_of, softcap_of, softmax_scale_of
 from cuflash.ops.check.rotary import rotary_of
 from cuflash.ops.check.sizes import check_sizes, dtype_of, rows_of, scores_of, shapes, sizes_of
+from cuflash.ops.check.tangents import TANGENT, check_tangents, tangents_of
 from cuflash.ops.check.written import captured_grad_of
 from cuflash.problem import Direction, Problem
 
@@ -49,6 +50,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         check_alibi(views["alibi"], rows.batch, heads)
     if "sink" in views:
         check_sink(views["sink"], heads)
+    check_tangents(views, tangents_of(views), options)
     if direction == "backward":
         check_rng_state(options, dropout, views.get("rng_state"))
     captured_grad = captured_grad_of(options, views)
@@ -79,6 +81,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         sink="sink" in views,
         dropout=dropout.scheme if dropout else None,
         deterministic=flag("deterministic", options.deterministic) and direction == "backward",
+        tangents=tuple(tangents_of(views)) if options.tangents != "no" else None,
         num_splits=num_splits_of(options) if direction == "forward" else 0,
         copy_bytes=copy_bytes_of(tensors, (dim_qk, dim_v)),
         ascending=all(stride > 0 for view in tensors if not view.empty for stride in outer_strides(view)),
@@ -94,16 +97,19 @@ def _check_memory(direction: Direction, options: Options, views: Mapping[str, Vi
             check_like(views[name], expected[name], dtype.accumulator.name if of_accumulator else views["q"].dtype)
     for view in _tensors(views):
         check_rows(view)
-    for name in _PER_ROW:
+    for name in (*_PER_ROW, TANGENT + "bias"):
         if name in views:
             check_alignment(views[name])
+    if TANGENT + "sink" in views:
+        check_rows(views[TANGENT + "sink"])
     for name in written(direction, views):
         check_writeable(views[name])
 
 
 def _tensors(views: Mapping[str, View]) -> list[View]:
     """The given arrays that have rows of elements."""
-    return [views[name] for name in ("q", "k", "v", *_LIKE_Q, *NEW) if name in views]
+    changes = (TANGENT + name for name in ("q", "k", "v"))
+    return [views[name] for name in ("q", "k", "v", *_LIKE_Q, *NEW, *changes) if name in views]
 
 
 def written(direction: Direction, views: Mapping[str, View]) -> tuple[str, ...]:

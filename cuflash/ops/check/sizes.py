@@ -115,6 +115,7 @@ def shapes(options: Options, views: Mapping[str, View]) -> dict[str, tuple[int, 
     return {
         "out": out, "dout": out, "lse": rows, "dlse": rows, "delta": rows, "row_state": (*rows, 2), "rng_state": (2,),
         "rotated": q, "dq": q, "dk": k, "dv": v, "dbias": bias, "dsink": (sizes["h"],),
+        "tangent_out": out, "tangent_lse": rows,
         **{f"d{name}": view.shape for name, view in views.items() if name.startswith("captured")},
     }  # fmt: skip
 

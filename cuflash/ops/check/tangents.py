@@ -9,6 +9,14 @@ from cuflash.errors import InvalidArgument
 from cuflash.ops.call import Options
 from cuflash.ops.check.array import check_like
 
+TANGENT = "tangent_"
+"""Before the name of an array: that of its tangent, as ``params.cuh`` has it."""
+
+
+def tangents_of(views: Mapping[str, View]) -> dict[str, View]:
+    """The tangents among the arrays, by the names of what they are of."""
+    return {name.removeprefix(TANGENT): view for name, view in views.items() if name.startswith(TANGENT)}
+
 
 def check_tangents(views: Mapping[str, View], tangents: Mapping[str, View], options: Options) -> None:
     """Tangents go by the names of what they are of, as the arrays of `views` do."""

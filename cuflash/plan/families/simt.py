@@ -13,7 +13,7 @@ from cuflash.device import Device
 from cuflash.features import FEATURES, ON_NUMPY_ALONE
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, bias_sum, gradient_policy
-from cuflash.plan.config import BIAS_GRADIENT, CopyConfig, ForwardConfig
+from cuflash.plan.config import BIAS_GRADIENT, CopyConfig, ForwardConfig, JvpConfig
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step
 from cuflash.plan.tiles import key_blocks, query_blocks, resident, round_up
@@ -41,13 +41,13 @@ _FORWARD: tuple[_Candidate, ...] = (
     (2048, 16, 256, 255, "64 registers of out a thread"),
     (4096, 8, 256, 255, "64 registers of out a thread"),
 )
-_BACKWARD: tuple[_Candidate, ...] = (
+_TWO_SUMS: tuple[_Candidate, ...] = (
     (64, 32, 128, 128, "4 x 4 scores a thread; up to four blocks an SM load and multiply by turns"),
     (128, 32, 128, 168, "4 x 4 scores a thread; up to three blocks an SM load and multiply by turns"),
-    (256, 32, 128, 255, "128 registers of dk and dv a thread"),
-    (512, 32, 256, 255, "128 registers of dk and dv a thread"),
-    (1024, 16, 256, 255, "128 registers of dk and dv a thread"),
-    (4096, 8, 256, 255, "at most 128 registers of dk and dv a thread"),
+    (256, 32, 128, 255, "128 registers of both sums a thread"),
+    (512, 32, 256, 255, "128 registers of both sums a thread"),
+    (1024, 16, 256, 255, "128 registers of both sums a thread"),
+    (4096, 8, 256, 255, "at most 128 registers of both sums a thread"),
 )
 
 
@@ -110,6 +110,8 @@ def _sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
 
 
 def _forward(problem: Problem, device: Device) -> Plan:
+    if problem.tangents is not None:
+        return _jvp(problem, device)
     tile, reason = _tile(_FORWARD, problem, device)
     config = ForwardConfig(
         **policies.policies(problem),
@@ -120,8 +122,20 @@ def _forward(problem: Problem, device: Device) -> Plan:
     return steps.forward(problem, device, "simt", (config, reason))
 
 
+def _jvp(problem: Problem, device: Device) -> Plan:
+    tile, reason = _tile(_TWO_SUMS, problem, device)
+    config = JvpConfig(
+        **policies.policies(problem),
+        **tile,
+        copy_bytes=policies.copy_bytes(problem),
+        sink=policies.sink(problem),
+        tangent_bias=policies.tangent_bias(problem),
+    )
+    return steps.jvp(problem, device, "simt", config, reason)
+
+
 def _backward(problem: Problem, device: Device) -> Plan:
-    tile, reason = _tile(_BACKWARD, problem, device)
+    tile, reason = _tile(_TWO_SUMS, problem, device)
     # No block adds to another's rows, so the gradients are always deterministic and the config need not say so.
     common = policies.policies(problem), policies.copy_bytes(problem)
     dq = DqConfig(**common[0], **tile, copy_bytes=common[1], bias_gradient=gradient_policy(problem))

@@ -14,7 +14,7 @@ from cuflash.device import Device
 from cuflash.features import FEATURES, ON_NUMPY_ALONE
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored
-from cuflash.plan.config import BIAS_GRADIENT, HEADER, CopyConfig, FewConfig, ForwardConfig, SequenceConfig
+from cuflash.plan.config import BIAS_GRADIENT, HEADER, CopyConfig, FewConfig, ForwardConfig, JvpConfig, SequenceConfig
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step, Workspace
 from cuflash.plan.splits import Division, deal, divide
@@ -186,7 +186,61 @@ def _few_forward(problem: Problem, device: Device, config: FewConfig, reason: st
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WideJvpConfig(JvpConfig):
+    """``jvp_sm80``."""
+
+    dim_splits: int
+    """Blocks that share the columns of one output tile."""
+
+
+def _jvp_config(problem: Problem, device: Device) -> tuple[WideJvpConfig, str]:
+    """The config of ``forward/jvp_sm80.cuh``, and why these tiles."""
+    widest = max(_rounded(problem))
+    crowded = problem.mask.tensor or problem.bias is not None or problem.dropout is not None or problem.alibi
+    if widest <= 64 and crowded:
+        candidates = [(64, 64, 128, 1, "64 keys: what else makes a score needs registers beside S, S' and both sums")]
+    elif widest <= 64:
+        # H200, 8k, d 64: 318 TFLOP/s, causal 298; 128 x 32 with 32 rows a warp 303 and 292, 64 x 64 292 and 287.
+        candidates = [(64, 128, 128, 1, "16 rows a warp, 128 keys: few barriers and row reductions a score")]
+    elif widest <= 128:
+        # H200, 8k, d 128: 323 TFLOP/s, causal 305.
+        candidates = [(64, 64, 128, 1, "16 rows a warp: both sums take 128 registers, S and S' 64")]
+    else:
+        # H200, 8k, d 256: 195 TFLOP/s.
+        candidates = [(128, 32, 256, 2, "two blocks share the columns of out, which else overflow the registers")]
+    splits = candidates[0][3]
+    candidates += [(64, 32, 128, splits, "the largest that fits"), (32, 32, 64, splits, "what fits in 99 KB")]
+    for tile_q, tile_kv, threads, splits, reason in candidates:
+        smem = _jvp_smem(problem, tile_q, tile_kv, splits)
+        if smem <= device.smem_per_block:
+            config = WideJvpConfig(
+                **policies.policies(problem),
+                tile_q=tile_q,
+                tile_kv=tile_kv,
+                threads=threads,
+                blocks_per_sm=resident(smem, threads, 255, device),
+                smem_bytes=smem,
+                copy_bytes=policies.copy_bytes(problem),
+                sink=policies.sink(problem),
+                tangent_bias=policies.tangent_bias(problem),
+                dim_splits=splits,
+            )
+            return config, reason
+    raise AssertionError(f"no forward tile with tangents of {problem} fits {device}")
+
+
+def _jvp_smem(problem: Problem, tile_q: int, tile_kv: int, splits: int) -> int:
+    """Bytes of ``JvpSm80::SmemPlan``."""
+    dim_qk, dim_v = round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16 * splits)
+    rows = _shared_tile(tile_q, max(dim_qk, dim_v // splits))
+    return 2 * (rows + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v))
+
+
 def _forward(problem: Problem, device: Device) -> Plan:
+    if problem.tangents is not None:
+        config, reason = _jvp_config(problem, device)
+        return steps.jvp(problem, device, "sm80", config, reason, config.dim_splits)
     if few := _few_config(problem, device):
         return _few_forward(problem, device, *few)
     return steps.forward(

@@ -14,7 +14,7 @@ from cuflash.device import Device
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import gradient_policy
 from cuflash.plan.ceiling import Ceiling
-from cuflash.plan.config import BIAS_GRADIENT, HEADER, AttentionConfig, SequenceConfig
+from cuflash.plan.config import BIAS_GRADIENT, HEADER, AttentionConfig, JvpConfig, SequenceConfig
 from cuflash.plan.families.sm80 import forward_division, short_backward, sum_bias_gradient
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
@@ -139,7 +139,55 @@ def heads_per_section(problem: Problem) -> int:
     return min(problem.group << (heads_kv.bit_length() - 1), max(1, problem.batch * problem.heads_q))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarpgroupJvpConfig(JvpConfig):
+    """``jvp_sm90``."""
+
+    stages: int
+    """Key tiles in flight."""
+    producer_registers: int
+    """Of a thread of the warpgroup that loads, and of those that compute."""
+    consumer_registers: int
+
+
+def _jvp(problem: Problem, device: Device) -> Plan:
+    """The plan of ``forward/jvp_sm90.cuh``."""
+    consumers, stages = 2, 2
+    if max(problem.dim_qk, problem.dim_v) <= 64:
+        # H200, 8k, d 64: 631 TFLOP/s; 96 keys 585, 64 keys 529.
+        tile_kv, reason = 128, "two consumers: S, S', out and its tangent take 192 registers"
+    else:
+        # H200, 8k, d 128: 704 TFLOP/s; 48 keys 589.
+        tile_kv, reason = 64, "two consumers: out and its tangent take 128 registers, S and S' 64"
+    producer, consumer = _REGISTERS[consumers]
+    config = WarpgroupJvpConfig(
+        **policies.policies(problem),
+        tile_q=consumers * _ROWS,
+        tile_kv=tile_kv,
+        threads=128 * (1 + consumers),
+        smem_bytes=_jvp_smem(problem, consumers, tile_kv, stages),
+        copy_bytes=policies.copy_bytes(problem),
+        sink=policies.sink(problem),
+        tangent_bias=policies.tangent_bias(problem),
+        stages=stages,
+        producer_registers=producer,
+        consumer_registers=consumer,
+    )
+    rows = {"q": _ROWS, "k": tile_kv, "v": tile_kv}
+    boxes = (Box(tangent + name, n) for tangent in ("", "tangent_") for name, n in rows.items())
+    return steps.jvp(problem, device, "sm90", config, reason, boxes=tuple(boxes))
+
+
+def _jvp_smem(problem: Problem, consumers: int, tile_kv: int, stages: int) -> int:
+    """Bytes of ``JvpSm90::SmemPlan``."""
+    row_qk, row_v = (128 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
+    tiles = consumers * _ROWS * max(row_qk, row_v) + stages * tile_kv * (row_qk + row_v)
+    return round_up(2 * tiles + 2 * 8 * (1 + 2 * stages), 1024)
+
+
 def _forward(problem: Problem, device: Device) -> Plan:
+    if problem.tangents is not None:
+        return _jvp(problem, device)
     config, reason = _forward_config(problem, device)
     varlen = problem.layout == "varlen"
     works = problem.heads_q * packed_tiles(problem, config.tile_q) if varlen else query_blocks(problem, config.tile_q)
@@ -338,6 +386,8 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
     """Why a problem is left to ``sm80``: decoding, where heads share a tile or blocks the keys, or what has no tile."""
     if query_blocks(problem, _ROWS) >= 2**31:
         return ["2^31 query tiles or more"]
+    if problem.tangents is not None:
+        return _leave_tangents_to_sm80(problem)
     if problem.direction == "backward":
         if short_backward(problem, device) is not None:
             return ["sm80 serves many short sequences better"]
@@ -349,6 +399,20 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
     return [] if division.plain else [f"sm80 serves few queries better ({division.reason})"]
 
 
+def _leave_tangents_to_sm80(problem: Problem) -> list[str]:
+    """The same of a forward with tangents."""
+    reasons = []
+    if not {"q", "k", "v"} <= {*(problem.tangents or ())}:
+        reasons.append("no tangents but along all of q, k and v")
+    if max(problem.dim_qk, problem.dim_v) > 128:
+        reasons.append("no tangents of heads over 128")
+    if problem.mask.tensor or problem.bias or problem.dropout:
+        reasons.append("no registers for tangents beside a boolean mask, a bias or dropout")
+    if not reasons and problem.len_q <= _ROWS:
+        reasons.append("sm80 serves few queries better")
+    return reasons
+
+
 SM90 = Family(
     name="sm90",
     summary="warpgroup tensor cores by wgmma, fed by bulk copies",
@@ -358,7 +422,7 @@ SM90 = Family(
     max_dim=256,
     features=(
         "backward", "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient", "sink",
-        "dropout", "gqa", "dim_v != dim_qk", "deterministic",
+        "dropout", "gqa", "dim_v != dim_qk", "deterministic", "tangents",
     ),
     forward=_forward,
     backward=_backward,
