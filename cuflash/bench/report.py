@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.timing import Runner, Timing
-from cuflash.cases.sets import FORWARD_ONLY
+from cuflash.cases.sets import BY_MEMORY
 from cuflash.cases.table import Case
 from cuflash.errors import InvalidArgument
 from cuflash.features import needs
@@ -258,7 +258,7 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
     impls = list(dict.fromkeys(row.impl for row in report.rows if row.impl != OWN))
     products = [impl for impl in impls if impl == PRODUCT]
     peers = [impl for impl in impls if impl != PRODUCT]
-    by_memory = any(name in FORWARD_ONLY for name in report.sets)
+    by_memory = any(name in BY_MEMORY for name in report.sets)
     header = ["phase", "case", f"{OWN} TFLOP/s", *["GB/s"] * by_memory, *(f"of {impl}" for impl in products)]
     header += ["beside the best"] * bool(peers) + [f"{impl} TFLOP/s" for impl in [*peers, *products]]
     set_of = {case: name for name, cases in report.sets.items() for case in cases}

@@ -8,7 +8,7 @@ from typing import Any
 import cuflash
 from cuflash.cases.inputs import Array, Inputs
 from cuflash.cases.table import Case
-from cuflash.ops import backward, forward
+from cuflash.ops import Tangents, backward, forward, jvp
 from cuflash.ops.call import VOCABULARIES, Arrays, Options, asked
 from cuflash.ops.call import results as results_of
 
@@ -19,6 +19,9 @@ def of(case: Case, inputs: Inputs) -> Call:
     """The call that computes the case, once its forward has run: what it returns is named by :func:`results`."""
     if case.problem.layout == "cache":
         return _over_cache(case, inputs)
+    if case.problem.tangents is not None:
+        tangents = Tangents(inputs.tangent_q, inputs.tangent_k, inputs.tangent_v)
+        return lambda: jvp(options(case), arrays(inputs), tangents, inputs.rng_state)
     run_forward, run_backward = _held_to_family(case, inputs) if case.family else _public(case, inputs)
     if case.problem.direction == "forward":
         return run_forward
@@ -28,7 +31,7 @@ def of(case: Case, inputs: Inputs) -> Call:
 
 def results(case: Case) -> tuple[str, ...]:
     """The names of what a call returns."""
-    return results_of(case.problem)
+    return results_of(case.problem, tangents="no" if case.problem.tangents is None else "too")
 
 
 def keywords(case: Case) -> dict[str, Any]:

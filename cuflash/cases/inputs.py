@@ -47,6 +47,10 @@ class Inputs:
     rotary_cos: Array | None = None
     """(len_kv, rotary dim / 2), like `rotary_sin`."""
     rotary_sin: Array | None = None
+    tangent_q: Array | None = None
+    """How q changes, like the next two of k and v."""
+    tangent_k: Array | None = None
+    tangent_v: Array | None = None
     dlse: Array | None = None
     """Upstream gradient of the log-sum-exp, in its shape; None where it has none."""
 
@@ -113,16 +117,14 @@ def make(case: Case, normals: Normals) -> Inputs:
     varlen = problem.layout == "varlen"
     rows_q = (problem.total_q,) if varlen else (problem.batch, problem.len_q)
     rows_kv = (sum(case.lens_kv),) if varlen else (problem.batch, problem.len_kv)
-    q, k, v, dout = normals.tensors(
-        problem.dtype,
-        [
-            (*rows_q, problem.heads_q, problem.dim_qk),
-            (*rows_kv, problem.heads_kv, problem.dim_qk),
-            (*rows_kv, problem.heads_kv, problem.dim_v),
-            (*rows_q, problem.heads_q, problem.dim_v),
-        ],
-        align=problem.copy_bytes,
-    )
+    shapes = [
+        (*rows_q, problem.heads_q, problem.dim_qk),
+        (*rows_kv, problem.heads_kv, problem.dim_qk),
+        (*rows_kv, problem.heads_kv, problem.dim_v),
+        (*rows_q, problem.heads_q, problem.dim_v),
+    ]
+    shapes += shapes[:3] if problem.tangents is not None else []
+    q, k, v, dout, *changes = normals.tensors(problem.dtype, shapes, align=problem.copy_bytes)
     if case.values_in_keys:
         v = k[..., : problem.dim_v]
     if not problem.ascending:
@@ -134,6 +136,8 @@ def make(case: Case, normals: Normals) -> Inputs:
         scale = np.linspace(case.key_ramp, 1, k.shape[-3], dtype=np.float32)[:, None, None]
         k = xp.asarray((host(k).astype(np.float32) * scale).astype(problem.dtype.numpy))
     inputs = Inputs(q, k, v, dout)
+    if changes:
+        inputs.tangent_q, inputs.tangent_k, inputs.tangent_v = changes
     if varlen:
         inputs.cu_seqlens_q = xp.asarray(np.array([0, *accumulate(case.lens_q)], np.int32))
         inputs.cu_seqlens_kv = xp.asarray(np.array([0, *accumulate(case.lens_kv)], np.int32))

@@ -232,6 +232,15 @@ def training() -> list[Case]:
     ]
 
 
+def tangents() -> list[Case]:
+    """Forward mode: 8k tokens, all of q, k and v changing."""
+    return [
+        _dense(f"d{dim}{name}-s8192", "bf16", 1, 1024 // dim, 8192, dim, tangents=("q", "k", "v"), mask=mask)
+        for dim in (64, 128)
+        for name, mask in (("", Mask()), ("-causal", _CAUSAL))
+    ]
+
+
 def latency() -> list[Case]:
     """Problems too small to keep a GPU busy: what a call costs on the host."""
     return [
@@ -290,14 +299,18 @@ SETS: dict[str, Callable[[], list[Case]]] = {
     "training": training,
     "decode": decode,
     "science": science,
+    "tangents": tangents,
     "latency": latency,
     "numpy": cpu,
     "exactness": exactness,
 }
 """Name to cases; all are forward problems, the bench turns them round for the backward."""
 
-FORWARD_ONLY = ("decode",)
-"""Sets whose cases have no backward that anybody runs; their speed is that at which memory is read."""
+BY_MEMORY = ("decode",)
+"""Sets whose speed is that at which memory is read."""
+
+FORWARD_ONLY = (*BY_MEMORY, "tangents")
+"""Sets whose cases have no backward that anybody runs."""
 
 UNIONS: dict[str, tuple[str, ...]] = {"hopper": ("gqa", "window", "varlen", "scores", "ramp")}
 """Names for several sets: ``hopper`` is what beside ``prefill`` the kernels for Hopper are judged by."""

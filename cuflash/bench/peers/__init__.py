@@ -13,7 +13,7 @@ from cuflash.bench.peers.implementation import Implementation
 from cuflash.bench.peers.jax import JaxCudnn, JaxFlashAttention3
 from cuflash.bench.peers.own import CuflashCpu, CuflashGpu, NumpyNaive
 from cuflash.bench.peers.product import product
-from cuflash.bench.peers.torch import FlexAttention, TorchCpu, TorchSdpa, TorchVarlen
+from cuflash.bench.peers.torch import FlexAttention, TorchCpu, TorchJvp, TorchSdpa, TorchVarlen
 from cuflash.errors import InvalidArgument
 
 PEERS: dict[str, Callable[[], Implementation]] = {
@@ -21,6 +21,7 @@ PEERS: dict[str, Callable[[], Implementation]] = {
     "torch-efficient": lambda: TorchSdpa("efficient"),
     "torch-cudnn": lambda: TorchSdpa("cudnn"),
     "torch-varlen": TorchVarlen,
+    "torch-jvp": TorchJvp,
     "fa3": FlashAttention3,
     "fa4": FlashAttention4,
     "flex": FlexAttention,

@@ -92,6 +92,41 @@ class Torch:
         return graph
 
 
+class TorchJvp(Torch):
+    """The tangents of the formula written out, whole score matrices in the element type, by ``torch.func.jvp``."""
+
+    name = "torch-jvp"
+    family = "unfused"
+
+    def why_not(self, problem: Problem) -> str | None:
+        """It is there for tangents alone."""
+        if problem.tangents is None:
+            return "computes tangents alone"
+        return beyond(problem, "causal", "tangents") or aligned_otherwise(problem, "top-left")
+
+    def view(self, x: Any) -> Any:
+        """(b, h, s, d)."""
+        return x.transpose(1, 2)
+
+    def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
+        """One push of the tangents; a mask is added as -inf."""
+        problem = case.problem
+        changes = [self.view(torch.from_dlpack(x)) for x in (inputs.tangent_q, inputs.tangent_k, inputs.tangent_v)]
+        hidden: Any = None
+        if problem.mask.kind == "causal":
+            hidden = torch.full((problem.len_q, problem.len_kv), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            s = q @ k.mT * problem.softmax_scale
+            return torch.softmax(s if hidden is None else s + hidden, -1) @ v
+
+        return lambda: torch.func.jvp(attend, (q, k, v), tuple(changes))
+
+    def tensors(self, case: Case, inputs: Inputs, results: Any) -> list[Any]:
+        """Out alone: what tangents are compared with are tests."""
+        return super().tensors(case, inputs, results[0])
+
+
 class TorchSdpa(Torch):
     """``torch.nn.functional.scaled_dot_product_attention`` held to one of its backends."""
 
