@@ -43,7 +43,7 @@ FLOORS = {
     "__init__": {"api", "parallel", "blocks", "errors", "generator", "masks", "problem"},
     "cases": PARTS | {"cases"},
     "verify": PARTS | {"cases", "verify"},
-    "bench": PARTS | {"cases", "verify", "bench"},
+    "bench": PARTS | {"parallel", "cases", "verify", "bench"},
     "cli": PARTS | {"parallel", "cases", "verify", "bench", "cli"},
     "__main__": {"cli"},
 }

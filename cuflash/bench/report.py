@@ -16,6 +16,8 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
+from cuflash.bench import divided as divided_of
+from cuflash.bench.divided import Divided
 from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.timing import Runner, Timing
 from cuflash.cases.sets import BY_MEMORY
@@ -105,6 +107,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     deviations: list[Deviation] = field(default_factory=list)
     """How far results are from exact ones, where that was measured instead of times."""
+    divided: list[Divided] = field(default_factory=list)
+    """How long attention took that was divided over devices, where that was measured instead."""
     host: list[dict[str, object]] = field(default_factory=list)
     """Host microseconds a call on a tiny problem, by implementation and phase."""
     start: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -116,7 +120,7 @@ class Report:
         """Write JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = asdict(self)
-        lists = {name: content.pop(name) for name in ("deviations", "rows")}
+        lists = {name: content.pop(name) for name in ("deviations", "divided", "rows")}
         text = json.dumps(content, indent=2)[:-2]
         for name, rows in lists.items():
             lines = ",\n".join("    " + json.dumps(row) for row in rows)  # a line each: diffs stay readable
@@ -137,7 +141,8 @@ class Report:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows = [Row(**{name: row[name] for name in known & row.keys()}) for row in content.pop("rows")]
             deviations = [Deviation(**deviation) for deviation in content.pop("deviations", [])]
-            return cls(**content, rows=rows, deviations=deviations)
+            divided = [Divided(**row) for row in content.pop("divided", [])]
+            return cls(**content, rows=rows, deviations=deviations, divided=divided)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidArgument(f"{path} is not what `bench --json` writes ({error}); name such a file.") from error
 
@@ -147,6 +152,7 @@ class Report:
             self,
             rows=[row for row in self.rows if row.phase == phase],
             deviations=[deviation for deviation in self.deviations if deviation.phase == phase],
+            divided=[row for row in self.divided if row.phase == phase],
             host=[cost for cost in self.host if cost["phase"] == phase],
             start={name: times for name, times in self.start.items() if name.startswith(phase)},
         )
@@ -348,6 +354,18 @@ def deviations_table(report: Report) -> Table:
     return _on_screen(f"{report.device}, {report.date}\n{_DEVIATIONS}", *deviations_of.cells(report.deviations))
 
 
+_DIVIDED = (
+    "Milliseconds of the device that is last, the least of the repetitions; kernels, the same program where nothing "
+    "travels; transfers, its messages alone; of the larger, the time over the larger of both; apart, the root mean "
+    "square of the difference from one device over that of its results"
+)
+
+
+def divided_table(report: Report) -> Table:
+    """Times of several devices, for a terminal."""
+    return _on_screen(f"{report.device}, {report.date}\n{_DIVIDED}", *divided_of.cells(report.divided))
+
+
 def markdown(report: Report, name: str) -> str:
     """The results for a page, with the file they are from: a table for each phase and mode, errors, host and start."""
     header, lines = _cells(report)
@@ -361,6 +379,9 @@ def markdown(report: Report, name: str) -> str:
     if report.deviations:
         parts.append(f"{_DEVIATIONS}.")
         parts.append(markdown_table(*deviations_of.cells(report.deviations)))
+    if report.divided:
+        parts.append(f"{_DIVIDED}.")
+        parts.append(markdown_table(*divided_of.cells(report.divided)))
     if report.host:
         parts.append("Host time of a call on a tiny problem, µs.")
         parts.append(markdown_table(["impl", "phase", "µs"], [[str(x) for x in cost.values()] for cost in report.host]))

@@ -241,6 +241,14 @@ def tangents() -> list[Case]:
     ]
 
 
+def parallel() -> list[Case]:
+    """Long sequences that several GPUs share: 32 query heads on 8 key heads, causal."""
+    return [
+        _dense(f"gqa-d128-causal-s{length // 1024}k", "bf16", 1, 32, length, 128, heads_kv=8, mask=_CAUSAL)
+        for length in (2**17, 2**19)
+    ]
+
+
 def latency() -> list[Case]:
     """Problems too small to keep a GPU busy: what a call costs on the host."""
     return [
@@ -303,6 +311,7 @@ SETS: dict[str, Callable[[], list[Case]]] = {
     "latency": latency,
     "numpy": cpu,
     "exactness": exactness,
+    "parallel": parallel,
 }
 """Name to cases; all are forward problems, the bench turns them round for the backward."""
 

@@ -11,7 +11,7 @@ from typing import Literal
 import click
 from rich.console import Console
 
-from cuflash.bench import exactness, plots, report, start
+from cuflash.bench import exactness, parallel, plots, report, start
 from cuflash.bench import standing as standings
 from cuflash.bench.peers import PEERS, find
 from cuflash.bench.peers import chosen as chosen_peers
@@ -34,6 +34,7 @@ from cuflash.problem import Direction
 
     PROBLEMS is one of {", ".join([*sets.SETS, *sets.UNIONS])}; if not given, prefill on a GPU and numpy elsewhere.
     exactness times nothing: it compares what all of them compute with the same in float64, on a GPU by cuBLAS.
+    parallel times cuflash.parallel on all GPUs, beside one of them and what `explain --devices` expects.
     Peers that --peers takes:
 
     \b
@@ -126,6 +127,17 @@ def command(
     ]
     if not cases:
         raise InvalidArgument(f"{problems} has no backward; drop --phase, or name another set.")
+    if problems == parallel.NAME:
+        others = options_written("problems", "case", "seconds", "json")
+        if others:
+            raise InvalidArgument(f"{others[0]} does nothing with {parallel.NAME}, which divides both phases; drop it.")
+        measured = report.new(gpu)
+        measured.sets = {name: [one.id for one in chosen] for name, chosen in by_set.items()}
+        measured.divided = parallel.measure(by_set[parallel.NAME], seconds)
+        _print(measured, console())
+        if json is not None:
+            measured.write(json)
+        return
     run: Bench
     if problems == exactness.NAME:
         timing = options_written("problems", "case", "phase", "peers", "seconds", "json")
@@ -206,6 +218,9 @@ def _matching(problems: str, pattern: str | None) -> dict[str, list[Case]]:
 
 
 def _print(measured: report.Report, screen: Console) -> None:
+    if measured.divided:
+        show(screen, report.divided_table(measured))
+        return
     show(screen, report.deviations_table(measured) if measured.deviations else report.table(measured))
     for cost in measured.host:
         screen.print(f"host, tiny problem: {cost['impl']} {cost['phase']} {cost['host_us']} µs a call")

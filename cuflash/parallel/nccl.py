@@ -22,7 +22,8 @@ class Nccl(Exchange):
         self.rank: int = communicator.rank_id()
         self.size: int = communicator.size()
         self._communicator, self._nccl, self._cuda = communicator, nccl, cupy.cuda
-        self._stream = cupy.cuda.Stream(non_blocking=True)
+        # Before what is computed: kernels that fill the GPU would keep a message waiting until they end.
+        self._stream = cupy.cuda.Stream(non_blocking=True, priority=-1)
 
     def post(self, post: Post) -> Wait:
         """Send and receive once the current stream has come this far."""

@@ -20,12 +20,21 @@ def forward(on: Device, xp: Any, rank: int, q: Any, k: Any, v: Any) -> Program[t
     """
     real = _real(q)
     *batch, length, heads, _ = q.shape
-    out = xp.zeros((*q.shape[:-1], v.shape[-1]), real)
-    lse = xp.full((*batch, heads, length), -xp.inf, real)
+    out: Any = None
+    lse: Any = None
+
+    def begin() -> tuple[Any, Any]:
+        return xp.zeros((*q.shape[:-1], v.shape[-1]), real), xp.full((*batch, heads, length), -xp.inf, real)
 
     def add(calls: Sequence[Call], keys: Sequence[Any]) -> None:
+        nonlocal out, lse
         for call in calls:
             part, part_lse = on.attend(call, q, keys)
+            if out is None and part.shape[:-1] == q.shape[:-1]:
+                out, lse = part.astype(real), part_lse
+                continue
+            if out is None:
+                out, lse = begin()
             mine, mine_lse = rows_of(out, call.q), lse[..., call.q]
             merged = merging.merge([mine, part.astype(real)], [mine_lse, part_lse], exact=True)
             mine[...], mine_lse[...] = merged.out, merged.lse
@@ -38,6 +47,8 @@ def forward(on: Device, xp: Any, rank: int, q: Any, k: Any, v: Any) -> Program[t
         wait()
         calls, keys = coming.calls, coming.arrays
     add(calls, keys)
+    if out is None:
+        out, lse = begin()
     return out.astype(q.dtype), lse
 
 
@@ -51,14 +62,13 @@ def backward(
     where they are sums.
     """
     real = _real(q)
-    dq, dk, dv = (xp.zeros(x.shape, real) for x in (q, k, v))
+    dq, dk, dv = _Sum(xp, q, real), _Sum(xp, k, real), _Sum(xp, v, real)
 
-    def add(calls: Sequence[Call], keys: Sequence[Any], totals: Sequence[Any]) -> None:
+    def add(calls: Sequence[Call], keys: Sequence[Any], *totals: _Sum) -> None:
         for call in calls:
             parts = on.gradients(call, q, keys, out, lse, dout, dlse)
             for total, part, rows in zip((dq, *totals), parts, (call.q, call.kv, call.kv), strict=True):
-                mine = rows_of(total, rows)
-                mine += part.astype(total.dtype)
+                total.add(rows, part)
 
     traffic = _Traffic(on.division.steps, xp, rank, k, v)
     here: _Keys | None = None
@@ -68,11 +78,11 @@ def backward(
         posts = [x for x in (coming, returning) if x is not None]
         wait = yield Post([m for x in posts for m in x.sent], [m for x in posts for m in x.received])
         if here is None:
-            add(on.division.own(rank), (k, v), (dk, dv))
+            add(on.division.own(rank), (k, v), dk, dv)
         else:
-            made = [xp.zeros(x.shape, real if here.step.sums else x.dtype) for x in here.arrays]
-            add(here.calls, here.arrays, made)
-            going = traffic.back(here.step, made, real)
+            made = [_Sum(xp, x, real if here.step.sums else x.dtype) for x in here.arrays]
+            add(here.calls, here.arrays, *made)
+            going = traffic.back(here.step, [x.total for x in made], real)
         wait()
         if returning is not None:
             returning.add(dk, dv)
@@ -81,7 +91,31 @@ def backward(
         wait = yield Post(going.sent, going.received)
         wait()
         going.add(dk, dv)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    of_q, of_k, of_v = (x.total.astype(x.like.dtype) for x in (dq, dk, dv))
+    return of_q, of_k, of_v
+
+
+class _Sum:
+    """What is added to rows of an array in some dtype; whole arrays to begin with are taken as they are."""
+
+    def __init__(self, xp: Any, like: Any, dtype: Any) -> None:
+        self.like, self._xp, self._dtype, self._total = like, xp, dtype, None
+
+    @property
+    def total(self) -> Any:
+        """The sum."""
+        if self._total is None:
+            self._total = self._xp.zeros(self.like.shape, self._dtype)
+        return self._total
+
+    def add(self, rows: slice, part: Any) -> None:
+        """Add to some rows."""
+        part = part.astype(self._dtype, copy=False)
+        if self._total is None and part.shape == self.like.shape:
+            self._total = part
+        else:
+            mine = rows_of(self.total, rows)
+            mine += part
 
 
 class _Keys(NamedTuple):
@@ -103,12 +137,11 @@ class _Back(NamedTuple):
     sent: list[Message]
     received: list[Message]
 
-    def add(self, *totals: Any) -> None:
+    def add(self, *totals: _Sum) -> None:
         """Add what has arrived."""
         for rows, parts in self.homes:
             for total, part in zip(totals, parts, strict=True):
-                mine = rows_of(total, rows)
-                mine += part.astype(total.dtype)
+                total.add(rows, part)
 
 
 class _Traffic:

@@ -71,8 +71,8 @@ UINT8 = 1
 class Stream:
     """A stream, and the events that it was told to wait for."""
 
-    def __init__(self, non_blocking: bool = True) -> None:
-        assert non_blocking
+    def __init__(self, non_blocking: bool = True, priority: int = 0) -> None:
+        assert non_blocking and priority <= 0
         self.ptr, self.waited = id(self), []
 
     def record(self) -> tuple[Stream, int]:
