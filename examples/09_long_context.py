@@ -16,13 +16,11 @@ import os
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
-from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")  # before JAX is imported; of no GPU
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import cuflash
@@ -42,12 +40,26 @@ def step(attention: Callable[..., jax.Array]) -> Step:
     return jax.jit(both)
 
 
-def timed(run: Step, tensors: list[jax.Array]) -> tuple[Any, float]:
-    """Results, and the seconds of a run that compiles nothing."""
-    jax.block_until_ready(run(*tensors))
+def timed(run: Step, tensors: list[jax.Array]) -> tuple[list[jax.Array], float, bool]:
+    """Output and gradients, the seconds of a run that compiles nothing, and whether it repeats the run before it."""
+    first, gradients = jax.block_until_ready(run(*tensors))
     begin = perf_counter()
-    results = jax.block_until_ready(run(*tensors))
-    return results, perf_counter() - begin
+    out, again = jax.block_until_ready(run(*tensors))
+    seconds = perf_counter() - begin
+    return [out, *again], seconds, all(map(same, (first, *gradients), (out, *again)))
+
+
+@jax.jit
+def same(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Whether arrays that lie alike have the same numbers."""
+    return jnp.array_equal(x, y)
+
+
+@jax.jit
+def apart(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The largest difference over the largest number, computed where the arrays lie."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.abs(x - y).max() / jnp.abs(y).max()
 
 
 def main() -> None:
@@ -75,30 +87,30 @@ def main() -> None:
     mesh = jax.make_mesh((devices,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
     divided = PartitionSpec(None, "sequence")
     words = {"causal": True, "window_size": (options.window, 0)}
-    parts = [jax.device_put(x[:, tokens], NamedSharding(mesh, divided)) for x in tensors]
+
+    def as_parts(x: jax.Array) -> jax.Array:
+        return jax.device_put(x[:, tokens], NamedSharding(mesh, divided))
+
+    parts = [as_parts(x) for x in tensors]
     print(f"{options.length:,} tokens on {devices} {jax.default_backend()} devices, {parts[0].dtype}")
 
     def show(name: str, seconds: float, rest: str) -> None:
-        print(f"{name:20} {seconds:9.3f} s a step, {options.length / seconds:12,.0f} tokens/s{rest}")
+        print(f"{name:20} {seconds:9.3f} s a step, {options.length / seconds:12,.0f} tokens/s{rest}", flush=True)
 
-    alone, seconds = timed(step(partial(cuflash.flash_attn_func, **words)), tensors)
+    results, seconds, _ = timed(step(partial(cuflash.flash_attn_func, **words)), tensors)
     show("one device", seconds, "")
-    expected = [np.asarray(x[:, tokens], np.float32) for x in (alone[0], *alone[1])]
+    expected = [as_parts(x) for x in results]
+    del tensors, results
     for attention in ring_attention, all_to_all_attention:
         if attention is all_to_all_attention and options.heads % devices:
             print(f"all_to_all_attention cannot divide {options.heads} heads by {devices} devices")
             continue
         local = partial(attention, group="sequence", order="zigzag", deterministic=True, **words)
         run = step(jax.shard_map(local, mesh=mesh, in_specs=(divided,) * 3, out_specs=divided))
-        (out, gradients), seconds = timed(run, parts)
-        found = [np.asarray(x) for x in (out, *gradients)]
-        apart = max(
-            float(abs(x.astype(np.float32) - y).max() / abs(y).max()) for x, y in zip(found, expected, strict=True)
-        )
-        out, gradients = run(*parts)
-        repeats = all(np.array_equal(x, np.asarray(y)) for x, y in zip(found, (out, *gradients), strict=True))
-        show(attention.__name__, seconds, f"; {apart:.1e} from one device, repeats to the bit: {repeats}")
-        assert apart < (2e-2 if on_gpu else 1e-5) and repeats
+        found, seconds, repeats = timed(run, parts)
+        furthest = max(float(apart(x, y)) for x, y in zip(found, expected, strict=True))
+        show(attention.__name__, seconds, f"; {furthest:.1e} from one device, repeats to the bit: {repeats}")
+        assert furthest < (2e-2 if on_gpu else 1e-5) and repeats
 
 
 if __name__ == "__main__":
