@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cuflash.errors import InvalidArgument, UnsupportedProblem
-from cuflash.ops import Arrays, Options, Tangents
+from cuflash.ops import Arrays, Options, Tangents, new
 from cuflash.ops.lengths import with_lengths
 from cuflash.problem import Direction
 
@@ -79,6 +79,8 @@ def recorded(framework: Any, options: Options, arrays: Arrays, generator: Any = 
     InvalidArgument, UnsupportedProblem
         If something is to have a gradient that has none.
     """
+    if _OfThree.is_enough(options, arrays):
+        return _OfThree.apply(framework, options, *arrays[:3])
     arrays = differentiated(options, arrays)
     options = with_lengths("forward", options, arrays)
     # Autograd is shown what it may ask gradients of, as each argument more takes it time.
@@ -175,6 +177,42 @@ def _contiguous(arrays: Arrays) -> Arrays:
     if dlse is not None and not dlse.is_contiguous():
         arrays = arrays._replace(dlse=dlse.contiguous())
     return arrays
+
+
+class _OfThree(torch.autograd.Function):
+    """(out, lse) of q, k and v and nothing else, where every object that autograd keeps or returns is time.
+
+    `_Recorded` has the same and all else that a call may have.
+    """
+
+    @staticmethod
+    def is_enough(options: Options, arrays: Arrays) -> bool:
+        """Whether it answers a call."""
+        others = [x for x in arrays if x is not None]
+        dropped = options.dropout_p or options.keep_state or options.cache
+        return len(others) == 3 and not dropped and torch.autograd.forward_ad._current_level < 0
+
+    @staticmethod
+    def forward(ctx: Any, framework: Any, options: Options, q: Any, k: Any, v: Any) -> Any:
+        arrays = new(Arrays, q=q, k=k, v=v)
+        out, lse, row_state = framework.plain("forward", options.replace(keep_state=True), arrays)
+        ctx.framework, ctx.options = framework, options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, row_state)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> Any:
+        q, k, v, out, lse, row_state = ctx.saved_tensors
+        if dout is None:
+            if dlse is None:
+                return (None,) * 5
+            dout = torch.zeros_like(out)
+        options = of_gradient(ctx.options, False)
+        arrays = new(Arrays, q=q, k=k, v=v, dout=dout, lse=lse, dlse=dlse, row_state=row_state, out=out)
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return None, None, *_AttentionGradient.apply(ctx.framework, options, True, (), *arrays)
+        return None, None, *gradient(ctx.framework, options, arrays)
 
 
 class _Recorded(torch.autograd.Function):
