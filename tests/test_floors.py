@@ -242,9 +242,9 @@ def test_every_part_of_the_package_has_a_floor():
     assert {part(name) for name in MODULES} == FLOORS.keys()
 
 
-def test_only_peers_and_the_meter_import_by_name():
+def test_only_peers_guests_and_the_meter_import_by_name():
     by_name = {name for name in MODULES if words(name) & {"import_module", "__import__"}}
-    assert {name for name in by_name if not name.startswith("bench/peers/")} == {"bench/meter.py"}
+    assert {name for name in by_name if not name.startswith("bench/peers/")} == {"bench/guests.py", "bench/meter.py"}
     assert by_name >= {f"bench/peers/{name}.py" for name in ("flash_attention", "jax", "product", "torch")}
 
 

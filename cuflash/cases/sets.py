@@ -249,6 +249,11 @@ def parallel() -> list[Case]:
     ]
 
 
+def guests() -> list[Case]:
+    """What is timed through other libraries as well, beside the same kernels on CuPy's arrays."""
+    return [_dense("through-d128-causal-s4096", "bf16", 2, 16, 4096, 128, mask=_CAUSAL)]
+
+
 def latency() -> list[Case]:
     """Problems too small to keep a GPU busy: what a call costs on the host."""
     return [
@@ -312,6 +317,7 @@ SETS: dict[str, Callable[[], list[Case]]] = {
     "numpy": cpu,
     "exactness": exactness,
     "parallel": parallel,
+    "guests": guests,
 }
 """Name to cases; all are forward problems, the bench turns them round for the backward."""
 

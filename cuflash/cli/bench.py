@@ -11,7 +11,7 @@ from typing import Literal
 import click
 from rich.console import Console
 
-from cuflash.bench import exactness, parallel, plots, report, start
+from cuflash.bench import exactness, guests, parallel, plots, report, start
 from cuflash.bench import standing as standings
 from cuflash.bench.peers import PEERS, find
 from cuflash.bench.peers import chosen as chosen_peers
@@ -23,7 +23,7 @@ from cuflash.cli.problem import has_gpu
 from cuflash.cli.soak import check_cublas, compile_all
 from cuflash.cli.support import FILE, write_between
 from cuflash.drawing import SUFFIXES, panels
-from cuflash.errors import InvalidArgument
+from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.problem import Direction
 
 
@@ -34,6 +34,7 @@ from cuflash.problem import Direction
 
     PROBLEMS is one of {", ".join([*sets.SETS, *sets.UNIONS])}; if not given, prefill on a GPU and numpy elsewhere.
     exactness times nothing: it compares what all of them compute with the same in float64, on a GPU by cuBLAS.
+    guests times cuflash on arrays of JAX and torch, and what calls there cost the host.
     parallel times cuflash.parallel on all GPUs, beside one of them and what `explain --devices` expects.
     Peers that --peers takes:
 
@@ -127,6 +128,8 @@ def command(
     ]
     if not cases:
         raise InvalidArgument(f"{problems} has no backward; drop --phase, or name another set.")
+    if problems in (parallel.NAME, guests.NAME) and not gpu:
+        raise UnsupportedProblem(f"{problems} is measured on GPUs, and here is none. Name another set.")
     if problems == parallel.NAME:
         others = options_written("problems", "case", "seconds", "json")
         if others:
@@ -150,7 +153,8 @@ def command(
             compile_all(exactness.steps(cases))
         run = exactness.Exactness(peers_here.implementations, gpu)
     else:
-        peers_here = find(chosen_peers(peers, gpu), gpu)
+        through = problems == guests.NAME and gpu
+        peers_here = find(chosen_peers(guests.PEERS if through and peers is None else peers, gpu), gpu)
         run = Bench(peers_here.implementations, gpu, quick, sustained)
     run.report.sets = {name: [one.id for one in chosen] for name, chosen in by_set.items()}
     run.report.notes += peers_here.notes
@@ -163,7 +167,9 @@ def command(
         run.run(cases, seconds, done)
     if gpu:
         run.report.clocks |= {f"{name}, after": value for name, value in report.clocks().items()}
-    if processes:
+    if problems == guests.NAME:
+        run.report.host = guests.costs()
+    elif processes:
         tiny = (sets.latency() if gpu else sets.cpu())[0]
         run.host([tiny.turned(direction) for direction in ("forward", "backward")])
         try:

@@ -332,7 +332,7 @@ def everything_installed(jax, fa3, fa4, installed) -> None:
     installed("torch.nn.attention.flex_attention")
 
 
-ON_CPU = ["numpy-naive", "torch-cpu"]
+NOT_ON_GPUS_UNLESS_NAMED = ["numpy-naive", "torch-cpu", "cuflash-jax", "cuflash-torch"]
 ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "fa4", "flex", "jax-cudnn", "jax-fa3", "gemm"]
 
 
@@ -352,7 +352,10 @@ ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "fa4",
 def test_who_takes_part(everything_installed, name, takers):
     peers = find(chosen(None, gpu=True), gpu=True)
     assert peers.notes == []
-    assert [peer.name for peer in peers.implementations] == ["cuflash", *(n for n in PEERS if n not in ON_CPU)]
+    assert [peer.name for peer in peers.implementations] == [
+        "cuflash",
+        *(n for n in PEERS if n not in NOT_ON_GPUS_UNLESS_NAMED),
+    ]
     case = next(case for cases in sets.of("hopper").values() for case in cases if case.id == name)
     problem = case.turned("forward").problem
     assert [peer.name for peer in peers.implementations[1:] if peer.why_not(problem) is None] == takers
@@ -412,7 +415,8 @@ def test_peers_are_named_one_by_one_or_by_their_framework():
     assert chosen("fa4", gpu=True) == ["fa4"]
     assert chosen("torch-cudnn,gemm", gpu=True) == ["torch-cudnn", "gemm"]
     assert chosen("numpy", gpu=False) == ["numpy-naive"]
-    assert chosen(None, gpu=False) == ON_CPU and not set(ON_CPU) & set(chosen(None, gpu=True))
+    on_cpu = ["numpy-naive", "torch-cpu"]
+    assert chosen(None, gpu=False) == on_cpu and not set(on_cpu) & set(chosen(None, gpu=True))
     assert chosen("", gpu=True) == []
     with pytest.raises(InvalidArgument, match="--peers names 'torc'"):
         chosen("torc", gpu=True)

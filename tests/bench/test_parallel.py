@@ -19,7 +19,7 @@ from cuflash.bench.divided import ALONE, Divided, cells
 from cuflash.cases import sets
 from cuflash.cases.inputs import Normals
 from cuflash.cli import app
-from cuflash.errors import InvalidArgument
+from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.parallel.nccl import Nccl
 
 
@@ -88,7 +88,16 @@ def test_a_report_keeps_and_renders_them(tmp_path: Path) -> None:
     assert "| a | ring, 2 | both | 500.00 | 345.00 | 1.60x |" in report.markdown(again, path.name)
 
 
-def test_what_it_does_not_do_is_refused() -> None:
+@pytest.mark.parametrize("name", ["parallel", "guests"])
+def test_it_needs_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cuflash.cli.bench.has_gpu", lambda: False)
+    result = CliRunner().invoke(app, ["bench", name], standalone_mode=False)
+    assert isinstance(result.exception, UnsupportedProblem)
+    assert str(result.exception) == f"{name} is measured on GPUs, and here is none. Name another set."
+
+
+def test_what_it_does_not_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cuflash.cli.bench.has_gpu", lambda: True)
     result = CliRunner().invoke(app, ["bench", "parallel", "--quick"], standalone_mode=False)
     assert isinstance(result.exception, InvalidArgument)
     assert str(result.exception).startswith("--quick does nothing with parallel")

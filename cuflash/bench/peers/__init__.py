@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from cuflash.bench.peers.flash_attention import FlashAttention3, FlashAttention4
 from cuflash.bench.peers.implementation import Implementation
-from cuflash.bench.peers.jax import JaxCudnn, JaxFlashAttention3
+from cuflash.bench.peers.jax import JaxCudnn, JaxCuflash, JaxFlashAttention3
 from cuflash.bench.peers.own import CuflashCpu, CuflashGpu, NumpyNaive
 from cuflash.bench.peers.product import product
-from cuflash.bench.peers.torch import FlexAttention, TorchCpu, TorchJvp, TorchSdpa, TorchVarlen
+from cuflash.bench.peers.torch import FlexAttention, TorchCpu, TorchCuflash, TorchJvp, TorchSdpa, TorchVarlen
 from cuflash.errors import InvalidArgument
 
 PEERS: dict[str, Callable[[], Implementation]] = {
@@ -30,14 +30,18 @@ PEERS: dict[str, Callable[[], Implementation]] = {
     "gemm": product,
     "numpy-naive": NumpyNaive,
     "torch-cpu": TorchCpu,
+    "cuflash-jax": JaxCuflash,
+    "cuflash-torch": TorchCuflash,
 }
 """What ``--peers`` may name; ``torch``, ``jax`` and ``numpy`` name all that begin so."""
 
 _ON_CPU = {"numpy-naive", "torch-cpu"}
+_IF_NAMED = {"cuflash-jax", "cuflash-torch"}
+"""No peers, but the same kernels."""
 
 
 def chosen(text: str | None, gpu: bool) -> list[str]:
-    """The peers that ``--peers`` names, in the order of the table; without a text all of the device.
+    """The peers that ``--peers`` names, in the order of the table; without a text all real ones of the device.
 
     Raises
     ------
@@ -45,7 +49,7 @@ def chosen(text: str | None, gpu: bool) -> list[str]:
         If one of the names is neither a peer's nor the beginning of one's.
     """
     if text is None:
-        return [name for name in PEERS if gpu != (name in _ON_CPU)]
+        return [name for name in PEERS if gpu != (name in _ON_CPU) and name not in _IF_NAMED]
     words = [word.strip() for word in text.split(",") if word.strip()]
     for word in words:
         if not any(_names(word, name) for name in PEERS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from cuflash.bench.timing import Runner
 from cuflash.cases.inputs import Inputs
@@ -34,6 +34,16 @@ def beyond(problem: Problem, *features: str) -> str | None:
 def window_size(problem: Problem) -> tuple[int, ...]:
     """Keys left and right of the diagonal, as FlashAttention counts them: -1 is unbounded, causal is (-1, 0)."""
     return tuple(-1 if side is None else side for side in (problem.mask.left, problem.mask.right))
+
+
+def own_words(problem: Problem) -> dict[str, Any]:
+    """The keywords of `flash_attn_func` for the problem, as far as bands and soft caps go."""
+    return {
+        "softmax_scale": problem.softmax_scale,
+        "window_size": window_size(problem),
+        "softcap": problem.softcap,
+        "alignment": problem.mask.alignment,
+    }
 
 
 def aligned_otherwise(problem: Problem, alignment: str) -> str | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from cuflash.bench.peers.implementation import aligned_otherwise, beyond, window_size
+import cuflash
+from cuflash.bench.peers.implementation import aligned_otherwise, beyond, own_words, window_size
 from cuflash.bench.timing import Runner
 from cuflash.cases.inputs import Inputs
 from cuflash.cases.table import Case
@@ -70,6 +72,21 @@ class Jax:
     def array(self, x: Any) -> Any:
         """The same memory as a JAX array."""
         return self._jax.dlpack.from_dlpack(x)
+
+
+class JaxCuflash(Jax):
+    """Cuflash itself inside a JAX program."""
+
+    name = "cuflash-jax"
+    family = "cuflash"
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Dense calls with bands."""
+        return beyond(problem, "causal", "window", "softcap")
+
+    def function(self, problem: Problem, inputs: Inputs) -> Callable[..., Any]:
+        """Attention of (b, s, h, d) arrays."""
+        return partial(cuflash.flash_attn_func, **own_words(problem))
 
 
 class JaxCudnn(Jax):

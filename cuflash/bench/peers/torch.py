@@ -9,7 +9,8 @@ from functools import partial, reduce
 from operator import and_
 from typing import Any, Literal
 
-from cuflash.bench.peers.implementation import aligned_otherwise, beyond, window_size
+import cuflash
+from cuflash.bench.peers.implementation import aligned_otherwise, beyond, own_words, window_size
 from cuflash.bench.timing import Runner
 from cuflash.cases.inputs import Inputs
 from cuflash.cases.table import Case
@@ -173,6 +174,24 @@ class TorchSdpa(Torch):
             options["enable_gqa"] = True
         sdpa = torch.nn.functional.scaled_dot_product_attention
         return lambda: sdpa(q, k, v, **options)
+
+
+class TorchCuflash(Torch):
+    """Cuflash itself on tensors of torch."""
+
+    name = "cuflash-torch"
+    family = "cuflash"
+
+    def __init__(self) -> None:
+        importlib.import_module("torch")
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Dense calls with bands."""
+        return beyond(problem, "causal", "window", "softcap")
+
+    def bind(self, torch: Any, case: Case, inputs: Inputs, q: Any, k: Any, v: Any, bias: Any) -> Callable[[], Any]:
+        """One call of the function."""
+        return partial(cuflash.flash_attn_func, q, k, v, **own_words(case.problem))
 
 
 class TorchCpu(TorchSdpa):
