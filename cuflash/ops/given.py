@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -26,12 +25,10 @@ from cuflash.ops import check, on_numpy
 from cuflash.ops.call import Arrays, Options, Tangents, asked
 from cuflash.ops.call import results as names_of_results
 from cuflash.ops.launch import PlannedCall, plan_views, result
-from cuflash.plan import Workspace
+from cuflash.plan import Scratch, Workspace
 from cuflash.problem import Direction, Problem
 
 _VERSION = 1
-_ALIGNMENT = 256
-"""Of arrays in scratch memory, in bytes; those that are given are trusted to start at multiples of 16."""
 _DEFAULTS = asked().values()
 _MODS = ("score_mod", "mask_mod")
 _TANGENTS = {"dout": "out", "dlse": "lse"}
@@ -161,18 +158,6 @@ def contiguous(name: str, shape: tuple[int, ...], dtype: str) -> View:
     itemsize = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
     strides = tuple(itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return View(name, shape, strides, dtype, itemsize, 0, "jax")
-
-
-class Scratch:
-    """One piece of memory for all scratch arrays, those that start as zeros first."""
-
-    def __init__(self, workspaces: Sequence[Workspace]) -> None:
-        first = sorted(workspaces, key=lambda w: not (w.zeroed or w.kept))
-        sizes = [-(-w.nbytes // _ALIGNMENT) * _ALIGNMENT for w in first]
-        starts = dict(zip((w.name for w in first), accumulate(sizes, initial=0), strict=False))
-        self.nbytes: int = sum(sizes)
-        self.nbytes_zeroed: int = sum(n for w, n in zip(first, sizes, strict=True) if w.zeroed or w.kept)
-        self.starts: tuple[int, ...] = tuple(starts[w.name] for w in workspaces)
 
 
 def on_gpu(call: GivenCall, ordinal: int) -> Callable[[list[int], int], None]:

@@ -20,7 +20,7 @@ from cuflash.ops import block, boxes, check, draw, overlap
 from cuflash.ops.call import OUTPUTS, Arrays, Options, Tangents, results
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.scratch import KeptZeros
-from cuflash.plan import Step, Workspace, choose
+from cuflash.plan import Scratch, Step, Workspace, choose
 from cuflash.plan.bias import needs_zeros
 from cuflash.problem import Direction, Problem
 
@@ -72,7 +72,10 @@ class Prepared:
     """The parameter block for the pointers of the given and of the allocated arrays, and with dropout the address of a
     generator, a seed and an offset, or how many rows of a cache are in use."""
     allocations: tuple[tuple[Any, tuple[int, ...], Any], ...]
-    """(allocator, shape, the framework's dtype) of the results that are not given, and of the workspaces."""
+    """(allocator, shape, the framework's dtype) of the results that are not given, of workspaces that begin as zeros,
+    and of one array for all others."""
+    shared: tuple[int, ...]
+    """At which bytes those others start in the last of these, if there are any."""
     results: Callable[[Sequence[Any]], tuple[Any, ...]]
     """Takes the results out of the given outputs and the allocations."""
     fills: tuple[tuple[int, float], ...]
@@ -106,7 +109,11 @@ class Prepared:
             allocated = [allocate(shape, dtype, self.device) for allocate, shape, dtype in self.allocations]
             written = (*outputs, *allocated)
             if self.launches:
-                params = self.params((*pointers, *[framework.pointer(x) for x in allocated], *drawn))
+                places = [framework.pointer(x) for x in allocated]
+                if self.shared:
+                    base = places.pop()
+                    places += [base + start for start in self.shared]
+                params = self.params((*pointers, *places, *drawn))
                 for kernel, num_blocks in self.launches:
                     kernel.launch(num_blocks, params)
             for index, value in self.fills:
@@ -126,6 +133,10 @@ def prepare(
     ordinal = int(views["q"].device.removeprefix("cuda:"))
     call = plan_views(direction, options, views, device.current(ordinal))
     places = [*(name if name in views else None for name in OUTPUTS[direction]), *(w.name for w in call.results)]
+    allocations = [(_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in (*call.results, *call.apart)]
+    scratch = Scratch(call.shared)
+    if call.shared:
+        allocations.append((framework.empty, (scratch.nbytes,), framework.dtype(np.dtype(np.uint8))))
     written = check.written(direction, views)
     with framework.context(ordinal):
         launches = call.load(ordinal)
@@ -134,7 +145,8 @@ def prepare(
         device=ordinal,
         launches=launches,
         params=call.params(ordinal),
-        allocations=tuple((_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in call.allocated),
+        allocations=tuple(allocations),
+        shared=scratch.starts,
         results=itemgetter(*(places.index(name) for name in call.names)),
         fills=tuple((places.index(name), value) for name, value in call.fills.items()),
         increment=draw.increment(call.problem) if call.draws else None,
@@ -153,7 +165,7 @@ class PlannedCall:
     results: tuple[Workspace, ...]
     """Those of them that are not given."""
     workspaces: tuple[Workspace, ...]
-    """Scratch memory."""
+    """Scratch memory, what begins as zeros first."""
     fills: dict[str, float]
     """What results hold that no kernel writes, as there is nothing to attend to."""
     steps: tuple[Step, ...]
@@ -162,6 +174,16 @@ class PlannedCall:
     maps: dict[str, jit.tensormap.TensorMap]
     given: tuple[str, ...]
     """The arrays of the call, in order."""
+
+    @property
+    def apart(self) -> tuple[Workspace, ...]:
+        """Workspaces that begin as zeros."""
+        return tuple(w for w in self.workspaces if w.zeroed or w.kept)
+
+    @property
+    def shared(self) -> tuple[Workspace, ...]:
+        """The other ones, which may be parts of one array: every array that is allocated takes time."""
+        return tuple(w for w in self.workspaces if not (w.zeroed or w.kept))
 
     @property
     def allocated(self) -> tuple[Workspace, ...]:
@@ -217,7 +239,9 @@ def plan_views(direction: Direction, options: Options, views: Mapping[str, View]
         problem=problem,
         names=names,
         results=tuple(new.values()),
-        workspaces=tuple(workspace for workspace in plan.workspaces if whole and workspace.name not in new),
+        workspaces=tuple(
+            sorted((w for w in plan.workspaces if whole and w.name not in new), key=lambda w: not (w.zeroed or w.kept))
+        ),
         fills={name: fills.get(name, 0.0) for name in names if not whole and name != "rng_state"},
         steps=steps,
         template=block.template(plan, options, views, shapes),

@@ -3,6 +3,18 @@
 from cuflash.plan.choose import choose, explain, why_not
 from cuflash.plan.config import Config
 from cuflash.plan.families import FAMILIES, Family
-from cuflash.plan.plan import Box, Plan, Step, Workspace
+from cuflash.plan.plan import Box, Plan, Scratch, Step, Workspace
 
-__all__ = ["FAMILIES", "Box", "Config", "Family", "Plan", "Step", "Workspace", "choose", "explain", "why_not"]
+__all__ = [
+    "FAMILIES",
+    "Box",
+    "Config",
+    "Family",
+    "Plan",
+    "Scratch",
+    "Step",
+    "Workspace",
+    "choose",
+    "explain",
+    "why_not",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -69,6 +71,22 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes of device memory."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+_ALIGNMENT = 256
+"""Of arrays in one piece of memory, in bytes; those that are given are trusted to start at multiples of 16."""
+
+
+class Scratch:
+    """One piece of memory for all scratch arrays, those that start as zeros first."""
+
+    def __init__(self, workspaces: Sequence[Workspace]) -> None:
+        first = sorted(workspaces, key=lambda w: not (w.zeroed or w.kept))
+        sizes = [-(-w.nbytes // _ALIGNMENT) * _ALIGNMENT for w in first]
+        starts = dict(zip((w.name for w in first), accumulate(sizes, initial=0), strict=False))
+        self.nbytes: int = sum(sizes)
+        self.nbytes_zeroed: int = sum(n for w, n in zip(first, sizes, strict=True) if w.zeroed or w.kept)
+        self.starts: tuple[int, ...] = tuple(starts[w.name] for w in workspaces)
 
 
 @dataclass(frozen=True, slots=True)
