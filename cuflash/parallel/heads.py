@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cuflash import dtypes, ops
 from cuflash.errors import InvalidArgument
 from cuflash.ops import Arrays, new
 from cuflash.parallel.asked import Asked
-from cuflash.parallel.calls import rows_of
 from cuflash.parallel.exchange import Message, Post, Program
-from cuflash.parallel.schedule import tokens_at
+from cuflash.parallel.schedule import chunks_of, tokens_at
 
 
 class Held(NamedTuple):
@@ -70,13 +67,32 @@ def checked_rows(asked: Asked, devices: int, rows: int, keys: int) -> int | None
     return asked.longest(rows * devices)
 
 
-def order_of(asked: Asked, xp: Any, total: int, devices: int) -> tuple[Any, Any] | None:
-    """Where tokens lie, and which token lies where; None where they lie in their order."""
-    if asked.packed or asked.order == "zigzag":
-        starts = asked.cu_seqlens if asked.packed else np.array([0, total])
-        places = tokens_at(xp, xp.asarray(starts), total, asked.order, devices)
+Rows = Any
+"""What brings rows into another order: slices that follow each other, or an array of which row comes where."""
+
+
+def order_of(asked: Asked, xp: Any, total: int, devices: int) -> tuple[Rows, Rows] | None:
+    """How rows of one device after the other come into the order of the sequence, and back; None where they are."""
+    if asked.packed:
+        places = tokens_at(xp, xp.asarray(asked.cu_seqlens), total, asked.order, devices)
         return places, xp.argsort(places)
-    return None
+    if asked.order == "contiguous":
+        return None
+    chunks = [chunk for device in range(devices) for chunk in chunks_of(asked.order, devices, device)]
+    length, numbers = total // len(chunks), range(len(chunks))
+
+    def joined(chunks: Sequence[int]) -> tuple[slice, ...]:
+        return tuple(slice(chunk * length, (chunk + 1) * length) for chunk in chunks)
+
+    return joined([chunks.index(number) for number in numbers]), joined(chunks)
+
+
+def ordered(xp: Any, x: Any, order: Rows, axis: int = -3) -> Any:
+    """Rows, along an axis that counts from the last one, in another order."""
+    if not isinstance(order, tuple):
+        return xp.take(x, order, axis)
+    behind = (slice(None),) * (-1 - axis)
+    return xp.concatenate([x[(..., rows, *behind)] for rows in order], axis)
 
 
 class Heads:
@@ -116,12 +132,12 @@ class Heads:
         """Rows of all devices of this device's heads, in the order of the sequence."""
         parts = [[x[..., heads_of(peer, self._devices, x.shape[-2]), :] for peer in self._peers] for x in arrays]
         whole = [self._xp.concatenate(x, axis=-3) for x in (yield from self._exchanged(parts))]
-        return whole if self._order is None else [rows_of(x, self._order[0]) for x in whole]
+        return whole if self._order is None else [ordered(self._xp, x, self._order[0]) for x in whole]
 
     def _scattered(self, arrays: Sequence[Any]) -> Program[list[list[Any]]]:
         """The way back: this device's rows of each device's heads."""
         if self._order is not None:
-            arrays = [rows_of(x, self._order[1]) for x in arrays]
+            arrays = [ordered(self._xp, x, self._order[1]) for x in arrays]
         return (yield from self._exchanged([self._xp.split(x, self._devices, axis=-3) for x in arrays]))
 
     def _exchanged(self, parts: Sequence[Sequence[Any]]) -> Program[list[list[Any]]]:

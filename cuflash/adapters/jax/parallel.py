@@ -23,7 +23,7 @@ from cuflash.ops import Arrays, Options
 from cuflash.parallel.asked import Asked
 from cuflash.parallel.calls import Device, rows_of
 from cuflash.parallel.division import Call, Division, Step, Work
-from cuflash.parallel.heads import check_heads, checked_rows, order_of
+from cuflash.parallel.heads import check_heads, checked_rows, order_of, ordered
 
 Pair = tuple[Any, Any]
 """Keys and values, or gradients of both."""
@@ -318,6 +318,8 @@ def _exchanged(x: Any, group: Any, split: int, joined: int) -> Any:
 
 
 def _ordered(x: Any, order: Any, axis: int) -> Any:
+    if isinstance(order, tuple):
+        return ordered(jnp, x, order, axis)
     return jnp.take(x, order, axis, mode="clip", unique_indices=True)
 
 
