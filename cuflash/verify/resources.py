@@ -35,6 +35,7 @@ _BACKWARD_128 = "64 x 128 keeps 255 registers busy; on an H200 at 8k it runs 284
 _BACKWARD_256 = "two words stored and loaded, beside the 128 registers that hold dk and dv"
 _GRADIENTS_90 = "S, dP, P, dk and dv fill the 240 registers of consumers; what else makes a score passes through memory"
 _GRADIENTS_256 = "dk or dv, S or dP and a share of dQ fill the 240 registers of consumers, beside what a walk is at"
+_HALVES = "halves of a tile of weights and sums of their own for its products, beside 255 busy registers"
 _SIMT_64 = "held to 168 registers so that three blocks share an SM; seven words do not fit"
 _GROUP_256 = "NVRTC 13.0 keeps more alive beside the 128 registers of out than 13.5, which spills nothing"
 _WORK = "consumers keep what belongs to a work in memory; in the loops over tiles only the softmax's rare branch spills"
@@ -54,6 +55,8 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("jvp_sm80", "*-d64*", 132, _TANGENTS_64),
     Allowance("jvp_sm80", "*-d128*", 96, _TANGENTS_128),
     Allowance("jvp_sm90", "*-d128*", 12, _WORK),
+    Allowance("fwd_sm80", "*-fp32-*", 512, _HALVES),
+    Allowance("bwd_sm80", "*-fp32-*", 1000, _HALVES),
     Allowance("bwd_sm80", "*-d64*", 84, _BACKWARD_64),
     Allowance("bwd_sm80", "*-d128*", 140, _BACKWARD_128),
     Allowance("bwd_sm80", "*-d256*", 16, _BACKWARD_256),

@@ -1,4 +1,4 @@
-// Last step of the tensor-core backward: dq = scale * dq_accum, from fp32 fragment order to rows of 16-bit elements.
+// Last step of the tensor-core backward: dq = scale * dq_accum, from fp32 fragment order to rows of elements.
 #pragma once
 
 #include "attention/schedule.cuh"

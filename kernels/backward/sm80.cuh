@@ -24,7 +24,7 @@
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/dq_accum.cuh"
-#include "tile/gemm_sm80.cuh"
+#include "tile/gradient_products_sm80.cuh"
 #include "tile/tail.cuh"
 
 namespace cuflash {
@@ -41,29 +41,30 @@ struct BackwardSm80 {
   static constexpr int kColsQk = kDimQk / Config::kDimSplits, kColsV = kDimV / Config::kDimSplits;
   static constexpr int kBytes = Config::kCopyBytes, kStages = Config::kStages;
 
+  using Products = GradientProducts<Element, kWarpRows>;
+
   struct Stage {
-    SharedTile<Element, kTileQ, kDimQk> q;
-    SharedTile<Element, kTileQ, kDimV> dout;
+    typename Products::template Tile<kTileQ, kDimQk> q;
+    typename Products::template Tile<kTileQ, kDimV> dout;
     RowShift<float> shift[kTileQ];
     float delta[kTileQ];
   };
   struct SmemPlan {
-    SharedTile<Element, kTileKv, kDimQk> k;  // dk on the way out
-    SharedTile<Element, kTileKv, kDimV> v;   // dv on the way out
-    SharedTile<Element, kTileKv, kTileQ> ds;
+    typename Products::template Tile<kTileKv, kDimQk> k;  // dk on the way out
+    typename Products::template Tile<kTileKv, kDimV> v;   // dv on the way out
+    typename Products::template ScoreTile<kTileKv, kTileQ> ds;
     Stage stage[kStages];
   };
 
   using Scores = Fragment<kWarpRows, kTileQ>;
-  using Weights = Operand<kWarpRows, kTileQ>;
 
   // Starts the copy of one q tile with its dout, shifts and delta.
   CF_DEVICE static void load_q(Stage& stage, const BwdParams& p, const Sequence& sequence, int head, int q_first) {
     const auto q = query_rows<const Element>(p.q, p.q_stride, sequence, head).from(q_first);
     const auto dout = query_rows<const Element>(p.dout, p.dout_stride, sequence, head).from(q_first);
     const int64 row_offset = query_offset(p.delta_stride, sequence, head) + q_first;
-    load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.q, q);
-    load_tile_async<Config::kDimV, kBytes, kThreads>(stage.dout, dout);
+    Products::template load<Config::kDimQk, kBytes, kThreads>(stage.q, q);
+    Products::template load<Config::kDimV, kBytes, kThreads>(stage.dout, dout);
 #pragma unroll 1
     for (int row = ptx::thread_index(); row < kTileQ; row += kThreads) {
       const bool valid = row < q.count;
@@ -75,19 +76,26 @@ struct BackwardSm80 {
     ptx::cp_async_commit();
   }
 
-  // Writes this warp's rows of a gradient through the shared tile its operand lay in.
+  // Writes this warp's rows of a gradient: floats as they are, others through the shared tile its operand lay in.
   template <int kCols, int kDim, class Tile, class Grad>
   CF_DEVICE static void store_grad(Tile& tile, Grad& grad, float scale, void* pointer, const Strides& stride,
                                    const Sequence& sequence, int head, int kv_first, int first_col) {
     const int warp_row = ptx::warp_index() * kWarpRows, row = kv_first + warp_row;
     grad.for_each([&](float& x) { x *= scale; });
-    Operand<kWarpRows, kCols> packed;
-    pack_operand<Element>(packed, grad);
-    store_operand(tile, warp_row, ptx::lane_index(), packed);
-    ptx::sync_warp();
-    auto rows = key_rows<Element>(pointer, stride, sequence, head).from(row);
-    rows.data += first_col;
-    store_tile<kWarpRows, kCols, kBytes, 32>(rows, kDim - first_col, tile, warp_row, ptx::lane_index());
+    if constexpr (sizeof(Element) == sizeof(float)) {
+      const auto rows = key_rows<Element>(pointer, stride, sequence, head).from(row);
+      grad.for_each(ptx::lane_index(), [&](float x, int down, int col) {
+        if (rows.has(down) && first_col + col < kDim) *rows.at(down, first_col, col) = x;
+      });
+    } else {
+      Operand<kWarpRows, kCols> packed;
+      pack_operand<Element>(packed, grad);
+      store_operand(tile, warp_row, ptx::lane_index(), packed);
+      ptx::sync_warp();
+      auto rows = key_rows<Element>(pointer, stride, sequence, head).from(row);
+      rows.data += first_col;
+      store_tile<kWarpRows, kCols, kBytes, 32>(rows, kDim - first_col, tile, warp_row, ptx::lane_index());
+    }
   }
 
   CF_DEVICE static void run(const BwdParams& p) {
@@ -112,6 +120,7 @@ struct BackwardSm80 {
              (tiles.begin + step % tiles_per_head) * kTileQ);
     };
 
+    Products products;
     Fragment<kWarpRows, kColsQk> dk;
     Fragment<kWarpRows, kColsV> dv;
     dk.clear();
@@ -120,15 +129,18 @@ struct BackwardSm80 {
     if (num_steps > 0) {
       const auto k = key_rows<const Element>(p.k, p.k_stride, sequence, work.head).from(kv_first);
       const auto v = key_rows<const Element>(p.v, p.v_stride, sequence, work.head).from(kv_first);
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k);
-      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v);
+      Products::template load<Config::kDimQk, kBytes, kThreads>(smem.k, k);
+      Products::template load<Config::kDimV, kBytes, kThreads>(smem.v, v);
       load_step(0);
+      Products::template prepare_first<kBytes, kThreads>(smem.k, smem.v);
     }
     for (int step = 0; step < num_steps; ++step) {
       const int head = head_first + step / tiles_per_head, tile = tiles.begin + step % tiles_per_head;
       const int q_first = tile * kTileQ;
       Stage& stage = smem.stage[step % kStages];
       ptx::cp_async_wait<0>();
+      Products::template prepare<kBytes, kThreads>(stage.q);
+      Products::template prepare<kBytes, kThreads>(stage.dout);
       ptx::sync_threads();  // this stage is here, and every warp is done with the one before and with ds
       if (kStages > 1 && step + 1 < num_steps) load_step(step + 1);
 
@@ -136,8 +148,8 @@ struct BackwardSm80 {
       Scores s, dp;
       s.clear();
       dp.clear();
-      gemm_abt<Element>(s, smem.k, warp_row, stage.q);
-      gemm_abt<Element>(dp, smem.v, warp_row, stage.dout);
+      Products::multiply(s, smem.k, warp_row, stage.q);
+      Products::multiply(dp, smem.v, warp_row, stage.dout);
 
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first + warp_row);
 
@@ -169,20 +181,15 @@ struct BackwardSm80 {
         });
       }
 
-      Weights weights;
-      pack_operand<Element>(weights, s);
-      gemm_ab<Element>(dv, weights, stage.dout, split * kColsV);
-      pack_operand<Element>(weights, dp);
-      store_operand(smem.ds, warp_row, lane, weights);
-      gemm_ab<Element>(dk, weights, stage.q, split * kColsQk);
+      products.add_to_dv(dv, s, stage.dout, split * kColsV);
+      products.add_to_dk(dk, dp, smem.ds, smem.k, warp_row, stage.q, split * kColsQk);
       ptx::sync_threads();  // ds is complete, and with one stage every warp is done with q and dout
       if (kStages == 1 && step + 1 < num_steps) load_step(step + 1);
 
       const Tiles kv_tiles = gradient.mask.kv_tiles(q_first, kTileQ, kTileKv);
       if (kv_tiles.contains(work.tile)) {
         typename Accum::Share dq;
-        dq.clear();
-        gemm_atb<Element>(dq, smem.ds, Accum::warp_row(), smem.k, split * kColsQk + Accum::warp_col());
+        products.multiply_dq(dq, smem.ds, Accum::warp_row(), smem.k, split * kColsQk + Accum::warp_col());
         const int64 index = Accum::index(a, sequence, head, tile, split);
         Config::Reduction::wait_turn(p.dq_turn + index, kv_tiles.end - 1 - work.tile);
         Accum::for_each(dq, p.dq_accum + index * Accum::kTileFloats,
@@ -192,10 +199,10 @@ struct BackwardSm80 {
     }
 
     ptx::sync_threads();  // every warp is done with K and V, whose memory dk and dv take over
-    store_grad<kColsQk, Config::kDimQk>(smem.k, dk, static_cast<float>(a.softmax_scale), p.dk, p.dk_stride, sequence,
-                                        work.head, kv_first, split * kColsQk);
-    store_grad<kColsV, Config::kDimV>(smem.v, dv, static_cast<float>(Dropout::scale(a)), p.dv, p.dv_stride, sequence,
-                                      work.head, kv_first, split * kColsV);
+    store_grad<kColsQk, Config::kDimQk>(smem.k, dk, products.of_dk(static_cast<float>(a.softmax_scale)), p.dk,
+                                        p.dk_stride, sequence, work.head, kv_first, split * kColsQk);
+    store_grad<kColsV, Config::kDimV>(smem.v, dv, products.of_dv(static_cast<float>(Dropout::scale(a))), p.dv,
+                                      p.dv_stride, sequence, work.head, kv_first, split * kColsV);
   }
 };
 

@@ -17,8 +17,7 @@
 #include "attention/query_tile.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
-#include "tile/gemm_sm80.cuh"
-#include "tile/softmax_sm80.cuh"
+#include "tile/products_sm80.cuh"
 #include "tile/tail.cuh"
 
 namespace cuflash {
@@ -35,19 +34,21 @@ struct ForwardSm80 {
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileQ / kWarps;
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
   static constexpr int kBytes = Config::kCopyBytes;
+  using Products = cuflash::Products<Element, kWarpRows>;
 
   struct SmemPlan {
     union {
-      SharedTile<Element, kTileQ, kDimQk> q;
-      SharedTile<Element, kTileQ, kDimV> out;  // after the last Q K^T
+      typename Products::template Tile<kTileQ, kDimQk> q;
+      typename Products::template OutTile<kTileQ, kDimV> out;  // after the last Q K^T
     };
-    SharedTile<Element, kTileKv, kDimQk> k;
-    SharedTile<Element, kTileKv, kDimV> v;
+    typename Products::template Tile<kTileKv, kDimQk> k;
+    typename Products::template Tile<kTileKv, kDimV> v;
   };
 
   using Scores = Fragment<kWarpRows, kTileKv>;
   using Output = Fragment<kWarpRows, kDimV>;
   static constexpr int kRowsPerLane = Scores::kRowsPerLane;
+  static constexpr bool kStaged = Results::kWhole && Products::kStagesOut;
 
   // Whole rows leave through Q's memory, in the element type: the loop's last barrier came after every warp's last
   // Q K^T. A warp's rows go once all of them are there.
@@ -57,9 +58,9 @@ struct ForwardSm80 {
     store_tile<kWarpRows, kDimV, kBytes, 32>(rows, Config::kDimV, smem.out, warp_row, ptx::lane_index());
   }
 
-  // Parts of rows, which are floats, go from the registers.
+  // Floats, as parts of rows always are, go from the registers.
   template <class OutRows>
-  CF_DEVICE static void store_parts(const OutRows& rows, Output& out) {
+  CF_DEVICE static void store_floats(const OutRows& rows, Output& out) {
     out.for_each(ptx::lane_index(), [&](float x, int row, int col) {
       if (row < rows.count && col < Config::kDimV) rows.data[rows.offset(row) + col] = x;
     });
@@ -84,12 +85,12 @@ struct ForwardSm80 {
     const Element* g_v = first_key<const Element>(p.v, p.v_stride, sequence, heads.kv);
     const auto load_k = [&](int tile) {
       const auto k = kv_rows(p, sequence, g_k, p.k_stride, tile * kTileKv);
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k);
+      Products::template load<Config::kDimQk, kBytes, kThreads>(smem.k, k);
       ptx::cp_async_commit();
     };
     const auto load_v = [&](int tile) {
       const auto v = kv_rows(p, sequence, g_v, p.v_stride, tile * kTileKv);
-      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v);
+      Products::template load<Config::kDimV, kBytes, kThreads>(smem.v, v);
       ptx::cp_async_commit();
     };
 
@@ -99,6 +100,7 @@ struct ForwardSm80 {
     const float log2_unit = score.unit() * static_cast<float>(kLog2E);
     const Tiles tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
 
+    Products products;
     Output out;
     out.clear();
     RowState<float> rows[kRowsPerLane];
@@ -106,17 +108,18 @@ struct ForwardSm80 {
     for (int r = 0; r < kRowsPerLane; ++r) rows[r].init();
 
     if (tiles.begin < tiles.end) {
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q, q);
+      Products::template load<Config::kDimQk, kBytes, kThreads>(smem.q, q);
       load_k(tiles.begin);
+      Products::template prepare_first<kBytes, kThreads>(smem.q);
     }
     for (int tile = tiles.begin; tile < tiles.end; ++tile) {
       ptx::cp_async_wait<0>();
+      Products::template prepare<kBytes, kThreads>(smem.k);
       ptx::sync_threads();  // K is here, and every warp is done with the V before
       load_v(tile);
 
       Scores s;
-      s.clear();
-      gemm_abt<Element>(s, smem.q, warp_row, smem.k);
+      Products::multiply(s, smem.q, warp_row, smem.k);
       s.for_each(lane, [&](float& x, int row, int col) {
         x = score.apply(x, q_first + warp_row + row, tile * kTileKv + col);
       });
@@ -125,16 +128,15 @@ struct ForwardSm80 {
           if (!mask.keep(q_first + warp_row + row, tile * kTileKv + col)) x = -infinity<float>();
         });
       }
-      softmax_tile(s, rows, out, log2_unit);
+      products.weigh(s, rows, out, log2_unit);
       drop(dropout, s, q_first + warp_row, tile * kTileKv);
 
       ptx::cp_async_wait<0>();
+      Products::template prepare<kBytes, kThreads>(smem.v);
       ptx::sync_threads();  // V is here, and every warp is done with K
       if (tile + 1 < tiles.end) load_k(tile + 1);
 
-      Operand<kWarpRows, kTileKv> weights;
-      pack_operand<Element>(weights, s);
-      gemm_ab<Element>(out, weights, smem.v);
+      products.accumulate(out, s, smem.v);
     }
 
     // The outputs' addresses are made only now: registers are scarce inside the loop.
@@ -148,9 +150,9 @@ struct ForwardSm80 {
       rows[r].l = row_sum(rows[r].l);
       const int head = heads.head(q_first + warp_row + row_of(lane, r));
       const float rescale = Config::Sink::close(rows[r], a, head, score.unit());
-      const float factor = rescale * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a));
+      const float factor = products.of_sum(rescale * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a)));
       const int row = warp_row + row_of(lane, r);
-      if constexpr (Results::kWhole) {
+      if constexpr (kStaged) {
         store_row<Element>(smem.out, row, out, r, factor);
       } else {
         scale_row(out, r, factor);
@@ -160,10 +162,10 @@ struct ForwardSm80 {
       }
     }
     const auto rows_out = rows_at(heads, g_out, Results::out_stride(p), q_first + warp_row, q_rows - warp_row);
-    if constexpr (Results::kWhole) {
+    if constexpr (kStaged) {
       store_staged(rows_out, smem, warp_row);
     } else {
-      store_parts(rows_out, out);
+      store_floats(rows_out, out);
     }
   }
 };

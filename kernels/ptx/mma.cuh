@@ -45,4 +45,10 @@ CF_DEVICE uint32 pack<bf16>(float low, float high) {
   return packed;
 }
 
+// The two fp16 numbers of a register as floats.
+CF_DEVICE void unpack(uint32 packed, float& low, float& high) {
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+      : "=f"(low), "=f"(high) : "r"(packed));
+}
+
 }  // namespace cuflash::ptx

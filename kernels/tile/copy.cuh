@@ -29,12 +29,12 @@ struct VectorOf<16> {
 
 // Starts the copy of the columns [0, kDim) of the rows that there are into `tile`; everything else in the tile becomes
 // zero, so that padding of any content (NaN included) never enters a product. By kThreads threads of which this is number
-// `thread`; complete after cp_async_wait and a barrier among them.
-template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
+// `thread`, at most kMostAcross to a row; complete after cp_async_wait and a barrier among them.
+template <int kDim, int kBytes, int kThreads, int kMostAcross = kThreads, class Tile, class Rows>
 CF_DEVICE void load_tile_async(Tile& tile, const Rows& rows, int thread = ptx::thread_index()) {
   constexpr int kWidth = kBytes / sizeof(*rows.data);  // elements of one access
   constexpr int kAcross = Tile::kCols / kWidth;
-  constexpr int kThreadsAcross = min_of(kThreads, power_of_two_above(kAcross));
+  constexpr int kThreadsAcross = min_of(kMostAcross, power_of_two_above(kAcross));
   constexpr int kRowsAtOnce = kThreads / kThreadsAcross;
   static_assert(kDim % kWidth == 0 && Tile::kCols % kWidth == 0);
   const int first_row = thread / kThreadsAcross, first_col = thread % kThreadsAcross;

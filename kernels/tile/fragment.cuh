@@ -62,6 +62,16 @@ struct Fragment {
   }
 };
 
+// Multiplies this lane's part of its row number r.
+template <int kRows, int kCols>
+CF_DEVICE void scale_row(Fragment<kRows, kCols>& f, int r, float factor) {
+#pragma unroll
+  for (int n = 0; n < kCols / 8; ++n) {
+    f.at(r, n, 0) *= factor;
+    f.at(r, n, 1) *= factor;
+  }
+}
+
 // Takes a number off this lane's part of its row number r.
 template <int kRows, int kCols>
 CF_DEVICE void subtract_from_row(Fragment<kRows, kCols>& f, int r, float x) {

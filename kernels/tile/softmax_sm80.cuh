@@ -6,26 +6,17 @@
 
 namespace cuflash {
 
-// Multiplies this lane's part of its row number r.
-template <int kRows, int kCols>
-CF_DEVICE void scale_row(Fragment<kRows, kCols>& f, int r, float factor) {
-#pragma unroll
-  for (int n = 0; n < kCols / 8; ++n) {
-    f.at(r, n, 0) *= factor;
-    f.at(r, n, 1) *= factor;
-  }
-}
-
 // Logits of this lane's row number r to probabilities relative to the running maximum; returns the factor by which what
-// was accumulated before shrinks. Each lane sums only its own columns into l; row_sum joins them.
-template <int kRows, int kKeys>
+// was accumulated before shrinks. Each lane sums only its own columns into l; row_sum joins them. kExact: the largest score has
+// probability 1 to the last bit, at the price of a subtraction a score.
+template <bool kExact = false, int kRows, int kKeys>
 CF_DEVICE float softmax_row(Fragment<kRows, kKeys>& s, int r, RowState<float>& row, float log2_unit) {
   float tile_max = -infinity<float>();
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) tile_max = max_of(tile_max, max_of(s.at(r, n, 0), s.at(r, n, 1)));
   const float rescale = row.update(row_max(tile_max), log2_unit);
   float shift = row.shift(log2_unit);
-  if (RowState<float>::is_far(shift)) {
+  if (kExact || RowState<float>::is_far(shift)) {
     subtract_from_row(s, r, row.m);
     shift = 0.f;
   }

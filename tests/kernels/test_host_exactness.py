@@ -16,7 +16,7 @@ from host.run import run_plan_on_host
 from cuflash.cases.inputs import Normals, make
 from cuflash.cases.sets import exactness
 from cuflash.device import named
-from cuflash.dtypes import FP16
+from cuflash.dtypes import FP16, FP32
 from cuflash.masks import Mask
 from cuflash.plan import choose
 from cuflash.problem import Problem
@@ -66,3 +66,85 @@ def test_references_that_creep_far_do_not_round():
     exact = oracle.attention(q, k, v, causal=True, scale=0.7)
     np.testing.assert_allclose(out.astype(np.float64), exact.out, rtol=2**-11, atol=2e-5)
     np.testing.assert_allclose(lse, exact.lse, rtol=2**-22)
+
+
+def scaled(kind: str, rng: np.random.Generator, rows: int, keys: int, dim: int) -> list[np.ndarray]:
+    """q, k, v and dout in fp32, of one head."""
+    q, k, v, dout = (rng.standard_normal((n, dim)) for n in (rows, keys, keys, rows))
+    channels = np.exp2(rng.integers(-10, 11, dim))
+    match kind:
+        case "large":
+            q, k, v = q * 2.0**-60, k * 2.0**60, v * 2.0**40
+        case "tiny":
+            q, k, v, dout = (x * 2.0**-100 for x in (q, k, v, dout))
+        case "channels":  # what is small in q is large in k
+            q, k, v = q * channels, k / channels, v * channels
+        case "keys":
+            v *= np.exp2(rng.integers(-30, 31, (keys, 1)))
+        case "lognormal":
+            q, k, v, dout = (x * np.exp(rng.standard_normal(x.shape)) for x in (q, k, v, dout))
+        case "hidden":  # behind the causal mask
+            k[rows:], v[rows:] = k[rows:] * 1e6, v[rows:] * 1e25
+    return [x.astype(np.float32)[None, :, None] for x in (q, k, v, dout)]
+
+
+def hold(name: str, x: np.ndarray, exact: np.ndarray, naive: np.ndarray, kind: str) -> None:
+    """An error of twice naive's and a rounding of the numbers; column by column where small columns must count too."""
+
+    def size(numbers: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.square(numbers.astype(np.float64)).mean(axis=0 if kind == "channels" else None))
+
+    allowed = 2 * size(naive - exact) + 2.0**-23 * size(exact) + 2.0**-126
+    assert np.all(size(x[0, :, 0] - exact) <= allowed), name
+
+
+@pytest.mark.parametrize("kind", ["normal", "large", "tiny", "channels", "keys", "lognormal", "hidden"])
+def test_floats_in_halves_are_as_exact_as_naive_floats(kind):
+    rows, keys, dim = 64, 160, 32
+    q, k, v, dout = scaled(kind, np.random.default_rng(9), rows, keys, dim)
+    hidden = kind == "hidden"
+    mask = Mask(right=0, alignment="top-left") if hidden else Mask()
+    problem = Problem("forward", FP32, 1, 1, 1, rows, keys, dim, dim, mask=mask, softmax_scale=dim**-0.5, num_splits=1)
+    keep = np.tri(rows, keys, dtype=bool) | (not hidden)
+    exact, naive = (
+        Sequential(dtype).attention(*(x[0, :, 0] for x in (q, k, v, dout)), keep) for dtype in (float, "f4")
+    )
+    arrays = {"q": q, "k": k, "v": v, "out": np.full_like(q, np.nan)}
+    arrays["lse"], arrays["row_state"] = (np.full((1, 1, rows, *pair), np.nan, np.float32) for pair in ((), (2,)))
+    run_plan_on_host(choose(problem, named("h100"), "sm80"), arrays)
+    hold("out", arrays["out"], exact[0], naive[0], kind)
+    if not hidden:  # the gradients of what is hidden are 0 times 1e25
+        arrays |= {
+            "dout": dout,
+            "dq": np.full_like(q, np.nan),
+            "dk": np.full_like(k, np.nan),
+            "dv": np.full_like(v, np.nan),
+        }
+        run_plan_on_host(choose(replace(problem, direction="backward", num_splits=0), named("h100"), "sm80"), arrays)
+        for number, name in enumerate(("dq", "dk", "dv"), 1):
+            hold(name, arrays[name], exact[number], naive[number], kind)
+
+
+class Sequential:
+    """Attention of one head in one type, products summed term by term."""
+
+    def __init__(self, dtype: str | type) -> None:
+        self._dtype = np.dtype(dtype)
+
+    def attention(self, q, k, v, dout, keep) -> list[np.ndarray]:
+        """out, dq, dk, dv."""
+        q, k, v, dout = (x.astype(self._dtype) for x in (q, k, v, dout))
+        scale = self._dtype.type(q.shape[-1] ** -0.5)
+        s = np.where(keep, self._product(q, k.T) * scale, -np.inf)
+        p = np.exp(s - s.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        visible = np.where(keep.any(axis=0)[:, None], v, 0)
+        out = self._product(p, visible)
+        ds = p * (self._product(dout, visible.T) - (dout * out).sum(axis=-1, keepdims=True)) * scale
+        return [out, self._product(ds, k), self._product(ds.T, q), self._product(p.T, dout)]
+
+    def _product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        total = np.zeros((len(a), b.shape[1]), self._dtype)
+        for column, row in zip(a.T, b, strict=True):
+            total += column[:, None] * row
+        return total

@@ -362,6 +362,33 @@ CASES |= {
     for name, case in HOPPER.items()
 }
 
+# Floats on sm80 are split into halves.
+CASES |= {
+    "fp32-d64": dense("fp32", (2, 2), (140, 150), (64, 64), batch=2),
+    "fp32-d64-causal": dense("fp32", (4, 2), (150, 200), (64, 64), mask=CAUSAL),
+    "fp32-d128-window": dense("fp32", (2, 1), (150, 200), (128, 128), mask=WINDOW),
+    "fp32-d128-99KB": dense("fp32", (1, 1), (70, 90), (128, 128), device="a10"),
+    "fp32-d256": dense("fp32", (1, 1), (70, 90), (256, 192)),
+    "fp32-d256-99KB": dense("fp32", (1, 1), (70, 40), (256, 256), device="a10"),
+    "fp32-d40-dv24": dense("fp32", (1, 1), (70, 90), (40, 24), bias_axes="hk"),
+    "fp32-copy-8": dense("fp32", (1, 1), (33, 80), (34, 18), copy_bytes=8),
+    "fp32-copy-4": dense("fp32", (1, 1), (70, 40), (33, 7), copy_bytes=4, mask=CAUSAL),
+    "fp32-deterministic": dense("fp32", (2, 1), (70, 200), (64, 64), mask=CAUSAL, deterministic=True),
+    "fp32-splits": dense("fp32", (8, 2), (3, 500), (64, 64), num_splits=4),
+    "fp32-varlen-seqused": packed(
+        "fp32", (4, 2), (40, 70, 3), (150, 90, 60), (64, 64), seqused_q=(40, 50, 1), seqused_kv=(41, 0, 60), tail=3,
+        mask=CAUSAL,
+    ),
+    "fp32-everything": packed(
+        "fp32", (4, 2), (40, 0, 70), (90, 30, 20), (32, 32), tail=5, seqused_q=(33, 0, 70), seqused_kv=(70, 9, 20),
+        mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", softcap=3.0, sink=True, dropout="byte",
+    ),
+    "fp32-paged": paged(
+        "fp32", 48, (4, 2), (40, 0, 70), (90, 30, 20), (32, 32), tail=5, seqused_q=(33, 0, 70), seqused_kv=(70, 9, 20),
+        mask=CAUSAL, dropout="word",
+    ),
+}  # fmt: skip
+
 # The pages of a tile of 64 keys: many, some, one, and part of one.
 CASES |= {
     "paged-1": paged("fp16", 1, (4, 2), (70, 0, 1, 130), (30, 20, 0, 150), (64, 64), tail=5, mask=CAUSAL),

@@ -202,7 +202,7 @@ def test_pages_have_no_gradients() -> None:
         (
             "h100",
             {"direction": "backward", "dtype": dtypes.FP32},
-            {"sm90": ["no fp32 (has fp16, bf16)"], "sm80": ["no fp32 (has fp16, bf16)"], "simt": []},
+            {"sm90": ["no fp32 (has fp16, bf16)"], "sm80": [], "simt": []},
         ),
         (
             "a100",
@@ -215,7 +215,7 @@ def test_pages_have_no_gradients() -> None:
         (
             "h100",
             {"dtype": dtypes.FP32},
-            {"sm90": ["no fp32 (has fp16, bf16)"], "sm80": ["no fp32 (has fp16, bf16)"], "simt": []},
+            {"sm90": ["no fp32 (has fp16, bf16)"], "sm80": [], "simt": []},
         ),
         ("h100", {"dim_qk": 300}, {"sm90": ["dim_qk 300 > 256"], "sm80": ["dim_qk 300 > 256"], "simt": []}),
         (
@@ -228,7 +228,7 @@ def test_pages_have_no_gradients() -> None:
             {"dtype": dtypes.FP64, "dim_qk": 300, "dim_v": 2000},
             {
                 "sm90": ["needs sm_90a", "no fp64 (has fp16, bf16)", "dim_qk 300 > 256", "dim_v 2000 > 256"],
-                "sm80": ["needs sm_80", "no fp64 (has fp16, bf16)", "dim_qk 300 > 256", "dim_v 2000 > 256"],
+                "sm80": ["needs sm_80", "no fp64 (has fp16, bf16, fp32)", "dim_qk 300 > 256", "dim_v 2000 > 256"],
                 "simt": ["dim_v 2000 > 1024"],
             },
         ),
@@ -269,8 +269,8 @@ def test_nothing_runs_it() -> None:
 
 def test_the_named_family_does_not_run_it() -> None:
     with pytest.raises(UnsupportedProblem) as error:
-        choose(replace(BASE, dtype=dtypes.FP32), named("h100"), "sm80")
-    assert "sm80    no fp32" in str(error.value) and "simt" not in str(error.value)
+        choose(replace(BASE, dtype=dtypes.FP64), named("h100"), "sm80")
+    assert "sm80    no fp64" in str(error.value) and "simt" not in str(error.value)
     with pytest.raises(InvalidArgument, match=r"there is no kernel family 'sm75'; there are: sm90, sm80, simt"):
         choose(BASE, named("h100"), ("sm80", "sm75"))
     with pytest.raises(InvalidArgument, match="there is no kernel family 'nope'"):
@@ -317,7 +317,7 @@ def test_explanation() -> None:
 def test_explanation_of_a_family_that_was_asked_for() -> None:
     explanation = explain(replace(BASE, num_splits=0, len_q=700), named("h100"), "sm80")
     assert str(explanation).splitlines()[-2:] == ["  not sm90   not asked for", "  not simt   sm80 comes first"]
-    assert str(explain(replace(BASE, dtype=dtypes.FP32), named("h100"), "sm80")).splitlines()[-1:] == [
+    assert str(explain(replace(BASE, dtype=dtypes.FP64), named("h100"), "sm80")).splitlines()[-1:] == [
         "  not simt   not asked for"
     ]
 

@@ -93,7 +93,7 @@ def _operands(problem: Problem, rows: int, cols: int) -> int:
     return (rows + cols) * (staged_cols + 16 // size) * size
 
 
-def _sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
+def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
     """The launches of ``backward/bias.cuh`` by ``bwd_bias_simt``."""
     edge, threads = 64, 256
     smem = max(_operands(problem, edge, edge), edge * (edge + 1) * problem.dtype.accumulator.itemsize)
@@ -141,7 +141,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
     dq = DqConfig(**common[0], **tile, copy_bytes=common[1], bias_gradient=gradient_policy(problem))
     # Either kernel owns as many rows.
     dkdv = CopyConfig(**common[0], **tile | {"tile_q": dq.tile_kv, "tile_kv": dq.tile_q}, copy_bytes=common[1])
-    bias = _sum_bias_gradient(problem, device)
+    bias = sum_bias_gradient(problem, device)
     launches = (
         steps.delta_step(problem),
         Step("bwd_simt_dkdv", "BwdParams", dkdv, key_blocks(problem, dkdv.tile_kv)),

@@ -15,6 +15,7 @@ from cuflash.features import FEATURES, ON_NUMPY_ALONE
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored
 from cuflash.plan.config import BIAS_GRADIENT, HEADER, CopyConfig, FewConfig, ForwardConfig, JvpConfig, SequenceConfig
+from cuflash.plan.families import simt
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step, Workspace
 from cuflash.plan.splits import Division, deal, divide
@@ -55,9 +56,19 @@ class ConvertConfig(SequenceConfig):
     copy_bytes: int
 
 
-def _shared_tile(rows: int, cols: int) -> int:
-    """Bytes of a ``SharedTile`` (tile/shared.cuh): 16-bit elements, each row padded by eight."""
-    return rows * (cols + 8) * 2
+def _shared_tile(rows: int, cols: int, itemsize: int = 2) -> int:
+    """Bytes of a ``SharedTile`` (tile/shared.cuh), each row padded by eight elements."""
+    return rows * (cols + 8) * itemsize
+
+
+def _in_halves(problem: Problem) -> bool:
+    """Whether elements are floats, which the kernels take as two halves in fp16 (``tile/halves.cuh``)."""
+    return problem.dtype.itemsize == 4
+
+
+def _halves_tile(rows: int, cols: int) -> int:
+    """Bytes of a ``HalvesTile`` (tile/halves.cuh): floats in two halves, and the scale of every row."""
+    return _shared_tile(rows, 2 * cols) + 4 * rows
 
 
 def _held_bias(problem: Problem, tile_q: int, tile_kv: int) -> int:
@@ -73,6 +84,8 @@ def _rounded(problem: Problem) -> tuple[int, int]:
 def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
     """The config of ``forward/sm80.cuh``, and why these tiles."""
     widest = max(_rounded(problem))
+    if _in_halves(problem):
+        return _halves_forward_config(problem, device)
     # 32 rows a warp halve the shared-memory reads per product against 16; wide heads leave registers for 16 only.
     if problem.mask.tensor or problem.bias is not None or problem.dropout == "word":
         candidates = [(64, 64, 128, "16 rows a warp: the addresses of another tensor need the registers")]
@@ -86,7 +99,42 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
         candidates = [(128, 64, 128, "32 rows a warp, 64 keys: out and S fit in 255 registers, two blocks an SM")]
     else:
         candidates = [(128, 64, 256, "16 rows a warp: 256 columns of out take 128 registers")]
-    candidates += [(64, 64, 128, "the largest that fits")]
+    return _first_that_fits(problem, device, (*candidates, (64, 64, 128, "the largest that fits")))
+
+
+def _small_forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
+    """The config of ``forward/sm80.cuh`` where rows are few or keys are split, and why."""
+    if _in_halves(problem):
+        return _first_that_fits(problem, device, _SMALL_HALVES_TILES)
+    return _forward_of(problem, device, 64, 64, 128), "the smallest: few rows, or few keys each"
+
+
+_SMALL_HALVES_TILES = (
+    (64, 64, 128, "16 rows a warp: few rows, or few keys each"),
+    (64, 32, 128, "16 rows a warp, the largest that fits"),
+    (32, 32, 64, "16 rows a warp, the largest that fits"),
+)
+"""Of floats, which are split into halves: twice the shared memory, three times the products."""
+
+
+def _halves_forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
+    """The config of ``forward/sm80.cuh`` for floats, and why these tiles."""
+    widest = max(_rounded(problem))
+    candidates: list[tuple[int, int, int, str]] = []
+    if problem.len_q > 64 and widest <= 128:
+        if problem.mask.kind == "none" and problem.len_q >= 1024:
+            # H200, 4k: d 64 86 TFLOP/s and d 128 98; 128 x 64 80 and 79, 128 x 32 82 and 84, 16 rows a warp 58 and 69.
+            candidates += [(256, 64, 256, "32 rows a warp, eight of which share the keys' halves")]
+        candidates += [(128, 64 if widest <= 64 else 32, 128, "32 rows a warp, two blocks an SM")]
+    elif widest <= 64:
+        candidates += [_SMALL_HALVES_TILES[0]]
+    return _first_that_fits(problem, device, (*candidates, *_SMALL_HALVES_TILES[1:]))
+
+
+def _first_that_fits(
+    problem: Problem, device: Device, candidates: tuple[tuple[int, int, int, str], ...]
+) -> tuple[ForwardConfig, str]:
+    """The config of the first of some tiles, each with a reason, that a block has the shared memory for."""
     for *tile, reason in candidates:
         config = _forward_of(problem, device, *tile)
         if config.smem_bytes <= device.smem_per_block:
@@ -94,14 +142,12 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     raise AssertionError(f"no forward tile of {problem} fits {device}")
 
 
-def _small_forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
-    """The config of ``forward/sm80.cuh`` where rows are few or keys are split, and why."""
-    return _forward_of(problem, device, 64, 64, 128), "the smallest: few rows, or few keys each"
-
-
 def _forward_of(problem: Problem, device: Device, tile_q: int, tile_kv: int, threads: int) -> ForwardConfig:
     dim_qk, dim_v = _rounded(problem)
-    smem = _shared_tile(tile_q, max(dim_qk, dim_v)) + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v)
+    if _in_halves(problem):  # results do not leave through shared memory
+        smem = _halves_tile(tile_q, dim_qk) + _halves_tile(tile_kv, dim_qk) + _halves_tile(tile_kv, dim_v)
+    else:
+        smem = _shared_tile(tile_q, max(dim_qk, dim_v)) + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v)
     return ForwardConfig(
         **policies.policies(problem),
         tile_q=tile_q,
@@ -126,7 +172,13 @@ _FEW_SHAPES_OF_MANY_ROWS = ((1, 8, 3), *_FEW_SHAPES)
 def _few_config(problem: Problem, device: Device) -> tuple[FewConfig, str] | None:
     """The config of ``forward/sm80_few.cuh``, and why; None where rows are many or keys few."""
     rows, widest = problem.len_q * problem.group, max(_rounded(problem))
-    if problem.num_splits == 1 or problem.dropout or problem.len_kv <= 256 or rows > (32 if widest <= 128 else 16):
+    if (
+        _in_halves(problem)
+        or problem.num_splits == 1
+        or problem.dropout
+        or problem.len_kv <= 256
+        or rows > (32 if widest <= 128 else 16)
+    ):
         return None
     if problem.batch * problem.heads_q * problem.len_kv >= 2**36:  # the kernel counts tiles of keys in 32 bits
         return None
@@ -251,7 +303,9 @@ def _forward(problem: Problem, device: Device) -> Plan:
 def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, str]:
     """The config of ``backward/sm80.cuh``, whose dq rows ``backward/convert.cuh`` shares; and why these tiles."""
     widest = max(problem.dim_qk, problem.dim_v)
-    if widest <= 64:
+    if _in_halves(problem):
+        candidates = _halves_backward_tiles(widest)
+    elif widest <= 64:
         # H200, 8k, d 64: 280 TFLOP/s; 16 key rows a warp 236, 64 keys 235; 64 queries 290, but they spill 350 bytes.
         candidates = [(32, 128, 128, 2, 1, "32 key rows a warp halve the shared-memory reads per product against 16")]
     elif widest <= 128:
@@ -286,6 +340,20 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
     raise AssertionError(f"no backward tile of {problem} fits {device}")
 
 
+def _halves_backward_tiles(widest: int) -> list[tuple[int, int, int, int, int, str]]:
+    """Candidates for floats, which are split into halves: twice the shared memory, three times the products."""
+    if widest <= 64:
+        # H200, 4k, d 64: 79 TFLOP/s; 64 keys 65, 64 x 64 66, 256 keys 79.
+        first = [(32, 128, 128, 1, 1, "32 key rows a warp, two blocks an SM")]
+    elif widest <= 128:
+        # H200, 4k, d 128: 81 TFLOP/s; 64 keys 76, 16 queries 62.
+        first = [(32, 128, 256, 1, 1, "16 key rows a warp: dk and dv take 128 registers")]
+    else:
+        why = "two blocks share the columns of dk and dv, which else overflow the registers"
+        return [(16, 64, 128, 1, 2, why)]
+    return [*first, (16, 64, 128, 1, 1, "the largest that fits")]
+
+
 def _dq_columns(dim_qk: int, tile_q: int, threads: int, splits: int) -> int:
     """Columns of q and k in the backward's shared memory and in dq_accum (``DqAccum::kDimQk``)."""
     warps = threads // 32
@@ -298,6 +366,10 @@ def _backward_smem(problem: Problem, tile_q: int, tile_kv: int, threads: int, st
     """Bytes of ``BackwardSm80::SmemPlan``."""
     dim_qk = _dq_columns(problem.dim_qk, tile_q, threads, splits)
     dim_v = round_up(problem.dim_v, 16 * splits)
+    if _in_halves(problem):
+        stage = _halves_tile(tile_q, dim_qk) + _halves_tile(tile_q, dim_v) + 3 * 4 * tile_q
+        scores = _shared_tile(tile_kv, 2 * tile_q) + 4 * threads // 32 * tile_q
+        return _halves_tile(tile_kv, dim_qk) + _halves_tile(tile_kv, dim_v) + scores + stages * stage
     stage = _shared_tile(tile_q, dim_qk) + _shared_tile(tile_q, dim_v) + 3 * 4 * tile_q
     return _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v) + _shared_tile(tile_kv, tile_q) + stages * stage
 
@@ -306,6 +378,8 @@ def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
     """The launches of ``backward/bias.cuh`` by ``bwd_bias_sm80``."""
     if problem.bias is None or not problem.bias_grad or is_stored(problem):
         return BiasSum()
+    if _in_halves(problem):
+        return simt.sum_bias_gradient(problem, device)
     edge_q, edge_kv = (_bias_edge(n) for n in (problem.len_q, problem.len_kv))
     # The largest tile reads the fewest rows for a pair, and the second stage hides how long that takes.
     candidates = ((edge_q, edge_kv, 2), (edge_q, edge_kv, 1), (64, 64, 2), (64, 64, 1), (32, 32, 1))
@@ -373,7 +447,7 @@ class ShortBackwardConfig(CopyConfig):
 def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | None:
     """The config of ``backward/sm80_short.cuh`` where sequences fit in one of its tiles and are many; else None."""
     edge = _short_edge(problem, device)
-    if not edge or problem.group > 1:
+    if not edge or problem.group > 1 or _in_halves(problem):
         return None
     dim_qk, dim_v = _rounded(problem)
     stage = 2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + 3 * 4 * edge
@@ -420,7 +494,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         dim_qk=config.dim_qk,
         tile_q=config.tile_q,
         threads=config.threads,
-        smem_bytes=_shared_tile(config.tile_q, columns),  # BackwardConvert::SmemPlan
+        smem_bytes=_shared_tile(config.tile_q, columns, problem.dtype.itemsize),  # BackwardConvert::SmemPlan
         dim_splits=config.dim_splits,
         copy_bytes=config.copy_bytes,
     )
@@ -448,14 +522,29 @@ def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int)
     return workspaces
 
 
+def _leave(problem: Problem, device: Device) -> list[str]:
+    """What of floats is left to plain multiply-adds: tangents, and gradients whose least tile does not fit."""
+    if not _in_halves(problem):
+        return []
+    if problem.tangents is not None:
+        return ["no tangents in fp32"]
+    if problem.direction == "backward":
+        *_, last = _halves_backward_tiles(max(problem.dim_qk, problem.dim_v))
+        smem = _backward_smem(problem, *last[:-1])
+        if smem > device.smem_per_block:
+            return [f"gradients in fp32 need {smem:,} bytes of shared memory"]
+    return []
+
+
 SM80 = Family(
     name="sm80",
-    summary="tensor cores by mma.sync and cp.async",
+    summary="tensor cores by mma.sync and cp.async, of fp32 in halves",
     min_capability=(8, 0),
-    dtypes=("fp16", "bf16"),
+    dtypes=("fp16", "bf16", "fp32"),
     max_dim=256,
     features=tuple(name for name in FEATURES if name not in ON_NUMPY_ALONE),
     caches=True,
     forward=_forward,
     backward=_backward,
+    leave=_leave,
 )

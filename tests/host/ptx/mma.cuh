@@ -39,4 +39,9 @@ uint32 pack(float low, float high) {
   return packed;
 }
 
+inline void unpack(uint32 packed, float& low, float& high) {
+  low = floats<fp16>()[packed & 0xffff];
+  high = floats<fp16>()[packed >> 16];
+}
+
 }  // namespace cuflash::ptx

@@ -1,0 +1,100 @@
+// Products: how a forward's warp multiplies tiles, by what their elements are.
+#pragma once
+
+#include "tile/copy.cuh"
+#include "tile/softmax_sm80.cuh"
+#include "tile/halves.cuh"
+
+namespace cuflash {
+
+// Of 16-bit elements, as tensor cores take them. kRows rows of a warp.
+template <class Element, int kRows>
+struct Products {
+  static constexpr bool kStagesOut = true;  // results are packed, so they leave through shared memory
+
+  template <int kTileRows, int kDim>
+  using Tile = SharedTile<Element, kTileRows, kDim>;
+  template <int kTileRows, int kDim>
+  using OutTile = SharedTile<Element, kTileRows, kDim>;
+
+  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
+  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
+    load_tile_async<kDim, kBytes, kThreads>(tile, rows);
+  }
+  // What a tile needs between its arrival and its use: by all threads, before the barrier.
+  template <int kBytes, int kThreads, class Tile>
+  CF_DEVICE static void prepare(Tile&) {}
+  template <int kBytes, int kThreads, class Tile>
+  CF_DEVICE static void prepare_first(Tile&) {}
+
+  template <int kKeys, class TileQ, class TileK>
+  CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k) {
+    s.clear();
+    gemm_abt<Element>(s, q, warp_row, k);
+  }
+
+  template <int kKeys, int kDim>
+  CF_DEVICE static void weigh(Fragment<kRows, kKeys>& s, RowState<float> (&rows)[kRows / 8], Fragment<kRows, kDim>& out,
+                              float log2_unit) {
+    softmax_tile(s, rows, out, log2_unit);
+  }
+
+  template <int kKeys, int kDim, class TileV>
+  CF_DEVICE static void accumulate(Fragment<kRows, kDim>& out, const Fragment<kRows, kKeys>& p, TileV& v) {
+    Operand<kRows, kKeys> weights;
+    pack_operand<Element>(weights, p);
+    gemm_ab<Element>(out, weights, v);
+  }
+
+  // From sums to outputs.
+  CF_DEVICE static float of_sum(float factor) { return factor; }
+};
+
+// Of floats, as halves.
+template <int kRows>
+struct Products<float, kRows> {
+  static constexpr bool kStagesOut = false;
+
+  template <int kTileRows, int kDim>
+  using Tile = HalvesTile<kTileRows, kDim>;
+  template <int kTileRows, int kDim>
+  struct OutTile {};
+
+  HalvesSum sum;
+  float rescale[kRows / 8];  // of the output so far, by the softmax of the last tile
+
+  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
+  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
+    load_floats_async<kDim, kBytes, kThreads>(tile, rows);
+  }
+  template <int kBytes, int kThreads, class Tile>
+  CF_DEVICE static void prepare(Tile& tile) {
+    halve_rows<kBytes, kThreads>(tile);
+  }
+  template <int kBytes, int kThreads, class Tile>
+  CF_DEVICE static void prepare_first(Tile& tile) {
+    ptx::cp_async_wait<0>();
+    halve_rows<kBytes, kThreads>(tile);
+  }
+
+  template <int kKeys, class TileQ, class TileK>
+  CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k) {
+    gemm_abt_halves<Role::kQueries>(s, q, warp_row, k);
+  }
+
+  template <int kKeys, int kDim>
+  CF_DEVICE void weigh(Fragment<kRows, kKeys>& s, RowState<float> (&rows)[kRows / 8], Fragment<kRows, kDim>& /*out*/,
+                       float log2_unit) {
+#pragma unroll
+    for (int r = 0; r < kRows / 8; ++r) rescale[r] = softmax_row<true>(s, r, rows[r], log2_unit);
+  }
+
+  template <int kKeys, int kDim, class TileV>
+  CF_DEVICE void accumulate(Fragment<kRows, kDim>& out, Fragment<kRows, kKeys>& p, TileV& v) {
+    sum.add(out, rescale, p, v);
+  }
+
+  CF_DEVICE float of_sum(float factor) const { return factor * sum.unit; }
+};
+
+}  // namespace cuflash
