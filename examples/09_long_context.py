@@ -7,6 +7,7 @@ On GPUs the sequence has 1,048,576 tokens; without one it has 2,048, on four dev
 
     python examples/09_long_context.py
     python examples/09_long_context.py --length 65536 --window 4096
+    python examples/09_long_context.py --no-deterministic
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8, help="heads of queries, a multiple of four")
     parser.add_argument("--dim", type=int, default=128 if on_gpu else 32, help="numbers of a head")
     parser.add_argument("--window", type=int, default=-1, help="tokens that each one sees before itself; -1 is all")
+    parser.add_argument(
+        "--deterministic", action=argparse.BooleanOptionalAction, default=True, help="repeat bits, for slower gradients"
+    )
     options = parser.parse_args()
     devices = jax.device_count()
     if options.length % (2 * devices) or options.heads % 4:
@@ -86,7 +90,7 @@ def main() -> None:
     tokens = token_order(options.length, devices, "zigzag")
     mesh = jax.make_mesh((devices,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
     divided = PartitionSpec(None, "sequence")
-    words = {"causal": True, "window_size": (options.window, 0), "deterministic": True}
+    words = {"causal": True, "window_size": (options.window, 0), "deterministic": options.deterministic}
 
     def as_parts(x: jax.Array) -> jax.Array:
         return jax.device_put(x[:, tokens], NamedSharding(mesh, divided))
@@ -110,7 +114,7 @@ def main() -> None:
         found, seconds, repeats = timed(run, parts)
         furthest = max(float(apart(x, y)) for x, y in zip(found, expected, strict=True))
         show(attention.__name__, seconds, f"; {furthest:.1e} from one device, repeats to the bit: {repeats}")
-        assert furthest < (2e-2 if on_gpu else 1e-5) and repeats
+        assert furthest < (2e-2 if on_gpu else 1e-5) and (repeats or not options.deterministic)
 
 
 if __name__ == "__main__":
