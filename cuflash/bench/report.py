@@ -166,6 +166,8 @@ _PACKAGES = (
     "cupy-cuda13x",
     "nvidia-cuda-nvrtc",
     "nvidia-cuda-nvrtc-cu12",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
     "torch",
     "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13",

@@ -1,7 +1,6 @@
 """The devices of an NCCL communicator, each of which a process or a thread of its own drives.
 
-Messages and their order are tested with a communicator that copies host memory between threads. It has not run on GPUs
-yet.
+Messages and their order are tested with a communicator that copies host memory between threads, too.
 """
 
 from __future__ import annotations
