@@ -184,10 +184,11 @@ struct BwdParams {
   Strides dq_stride;
   Strides dk_stride;
   Strides dv_stride;
-  TensorMap q_map;            // boxes of q, k, v, dout, dk and dv; sm90 only
+  TensorMap q_map;            // boxes of q, k, v, dout, dq, dk and dv; sm90 only
   TensorMap k_map;
   TensorMap v_map;
   TensorMap dout_map;
+  TensorMap dq_map;
   TensorMap dk_map;
   TensorMap dv_map;
   TensorMap bias_map;         // of attention.bias; empty where the kernel loads no boxes of it

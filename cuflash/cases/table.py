@@ -145,6 +145,7 @@ VARIATIONS: dict[str, str] = {
     "decode_everything": "`everything` on nine queries, four heads to a key/value head, keys in five splits",
     "reversed": "keys and values whose heads lie in memory in reverse order",
     "short": "many short sequences that share a bias, with its gradient",
+    "short100": "the same of some hundred rows",
     "long": "enough queries for the tiles of long sequences",
     "long_causal": "the same, causal",
 }
@@ -169,7 +170,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "dropout_word": {"dropout": "word"},
     "reversed": {"ascending": False},
     "mask_causal": {"mask": replace(_CAUSAL, tensor=True)},
-    "short": {"batch": 171, "len_q": 61, "len_kv": 57, "bias_broadcast": (True, False, False, False)},
+    "short": {"batch": 171, "len_q": 61, "len_kv": 57, "bias_broadcast": (True, False, False, False), "num_splits": 0},
+    "short100": {
+        "batch": 171, "len_q": 109, "len_kv": 96, "bias_broadcast": (True, False, False, False), "num_splits": 0,
+    },
     "long": {"batch": 1, "len_q": _LONG_Q},
     "long_causal": {"batch": 1, "len_q": _LONG_Q, "mask": _CAUSAL},
     "everything": {
@@ -221,9 +225,9 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         copy_bytes=widest_copy(dtype.itemsize, (dim_qk, dim_v), base),
     )
     problem = replace(problem, **_CHANGES.get(feature, {}))
-    if feature in ("bias", "bias_apart", "dbias", "short"):
+    if feature in ("bias", "bias_apart", "dbias", "short", "short100"):
         problem = replace(problem, bias=dtype)
-    if direction == "backward" and (feature == "short" or "dbias" in feature or "everything" in feature):
+    if direction == "backward" and ("short" in feature or "dbias" in feature or "everything" in feature):
         problem = replace(problem, bias_grad=True)
     dropout_p = _DROPOUT_P if problem.dropout else 0.0
     case_id = f"{direction[0]}wd_{family}-{dtype_name}-d{dims}" + (f"-{feature}" if feature else "")
@@ -256,7 +260,10 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         (
             "bf16",
             "64",
-            ("", *(f for f in VARIATIONS if not f.startswith(("copy", "reversed", "paged", "decode", "short")))),
+            (
+                "",
+                *(f for f in VARIATIONS if f != "short" and not f.startswith(("copy", "reversed", "paged", "decode"))),
+            ),
         ),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "long", "long_causal")),
         ("bf16", "128", ("bias", "dropout", "everything")),
@@ -287,7 +294,14 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         (
             "fp32",
             "64",
-            ("", *(f for f in VARIATIONS if f not in ("copy2", "mask_causal", "decode_window", "short", *_LONG))),
+            (
+                "",
+                *(
+                    f
+                    for f in VARIATIONS
+                    if f not in ("copy2", "mask_causal", "decode_window", "short", "short100", *_LONG)
+                ),
+            ),
         ),
         ("fp32", "256", ("causal",)),
         ("fp64", "64", ("", "causal", "mask", "softcap", "varlen", "everything", "paged48", "decode")),
@@ -304,6 +318,8 @@ def _exists(feature: str, direction: Direction, family: str) -> bool:
     """Whether a family has a feature in a direction."""
     if direction == "backward":
         return feature not in _FORWARD_ONLY
+    if feature == "short100" and family == "sm90":  # which leaves it to sm80
+        return False
     return feature not in _BACKWARD_ONLY
 
 
@@ -392,7 +408,9 @@ SMOKE: tuple[str, ...] = (
             "simt-fp32-d256",
         )
     ),
+    "fwd_sm80-bf16-d64-short",
     "bwd_sm80-bf16-d64-short",
+    "bwd_sm90-bf16-d64-short100",
     "fwd_sm80-bf16-d64-decode",
     "fwd_sm80-bf16-d64-decode_causal",
 )

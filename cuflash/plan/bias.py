@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from cuflash.device import Device
-from cuflash.plan.config import HEADER, Config, CopyConfig
-from cuflash.plan.plan import Step, Workspace
+from cuflash.plan.config import HEADER, AttentionConfig, Config
+from cuflash.plan.plan import Box, Step, Workspace
 from cuflash.problem import Problem
 
 _MOST_ROUNDS = 4
@@ -37,6 +37,11 @@ def is_stored(problem: Problem) -> bool:
     """
     shared = any(one and n > 1 for n, one in zip(_axes(problem), problem.bias_broadcast, strict=True))
     return problem.bias_grad and not shared and not problem.softcap
+
+
+def sums_on_the_way(problem: Problem) -> bool:
+    """Whether a kernel that goes through the batch can sum the gradient: nothing but the batch shares it."""
+    return problem.bias_grad and problem.bias_broadcast == (True, False, False, False) and problem.batch > 1
 
 
 def needs_zeros(problem: Problem) -> bool:
@@ -67,7 +72,9 @@ class BiasSum:
     """Blocks that share what adds to one tile of the gradient."""
 
 
-def bias_sum(problem: Problem, device: Device, kernel: str, config: CopyConfig) -> BiasSum:
+def bias_sum(
+    problem: Problem, device: Device, kernel: str, config: AttentionConfig, boxes: tuple[Box, ...] = ()
+) -> BiasSum:
     """The launches of ``backward/bias.cuh``; the config's ``blocks_per_sm`` says how many of its blocks run at once."""
     if not problem.bias_grad or is_stored(problem):
         return BiasSum()
@@ -77,7 +84,7 @@ def bias_sum(problem: Problem, device: Device, kernel: str, config: CopyConfig) 
     visits = prod(n for n, one in zip(counts, problem.bias_broadcast, strict=True) if one)
     parts = even_parts(tiles, visits, device.num_sms * config.blocks_per_sm)
     adding = add_parts(problem, parts)
-    return replace(adding, steps=(Step(kernel, "BwdParams", config, tiles * parts), *adding.steps))
+    return replace(adding, steps=(Step(kernel, "BwdParams", config, tiles * parts, boxes), *adding.steps))
 
 
 def add_parts(problem: Problem, parts: int) -> BiasSum:

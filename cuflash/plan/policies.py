@@ -67,9 +67,14 @@ def tangent_bias(problem: Problem) -> str:
     return f"BiasTangent<{changes.cuda}>" if changes else "NoBiasTangent"
 
 
+def score_without_bias(problem: Problem) -> str:
+    """The score policy of a kernel that adds the bias itself to a logit, score times unit, as it makes an exponent."""
+    return score(replace(problem, bias=None))
+
+
 def score_beside_bias(problem: Problem) -> str:
     """The score policy, in natural logits, of a kernel that adds the bias itself."""
-    policy = score(replace(problem, bias=None))
+    policy = score_without_bias(problem)
     return policy if problem.alibi else f"NaturalScore<{policy}>"
 
 

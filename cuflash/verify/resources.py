@@ -34,6 +34,9 @@ _BACKWARD_64 = "32 x 128 keeps 255 registers busy; on an H200 at 8k it runs 280 
 _BACKWARD_128 = "64 x 128 keeps 255 registers busy; on an H200 at 8k it runs 284 TFLOP/s, with 64 keys 264"
 _BACKWARD_256 = "two words stored and loaded, beside the 128 registers that hold dk and dv"
 _GRADIENTS_90 = "S, dP, P, dk and dv fill the 240 registers of consumers; what else makes a score passes through memory"
+_GRADIENTS_SHORT = (
+    "dk, dv and the sums of a shared bias' gradient fill half of the registers, S and dP of some queries the rest"
+)
 _GRADIENTS_256 = "dk or dv, S or dP and a share of dQ fill the 240 registers of consumers, beside what a walk is at"
 _HALVES = "halves of a tile of weights and sums of their own for its products, beside 255 busy registers"
 _SIMT_64 = "held to 168 registers so that three blocks share an SM; seven words do not fit"
@@ -69,10 +72,13 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm90", "*-d64-dropout", 48, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d128-mask", 8, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d128-softcap", 8, _GRADIENTS_90),
+    Allowance("bwd_sm90_short", "*", 24, _GRADIENTS_SHORT),
+    Allowance("bwd_sm80_short", "*-d64-short100", 112, _GRADIENTS_SHORT),
     Allowance("bwd_sm90_wide", "*-d256*", 148, _GRADIENTS_256),
     Allowance("fwd_simt", "*-d64x128", 28, _SIMT_64),
     Allowance("fwd_sm90", "*-d256-everything", 64, _EVERYTHING),
     Allowance("fwd_sm80", "*-d256-everything", 16, _EVERYTHING),
+    Allowance("bwd_bias_sm90", "*everything", 668, _EVERYTHING),
     Allowance("bwd_sm90", "*-d64-*everything", 856, _EVERYTHING),
     Allowance("bwd_sm90", "*-d128-everything", 220, _EVERYTHING),
     Allowance("bwd_sm90_wide", "*-d256-everything", 600, _EVERYTHING),

@@ -31,9 +31,13 @@ struct ScoreGradient {
     return full || mask.keep(q, kv) ? shift.probability(score.apply(s, q, kv), log2_unit) : Real(0);
   }
 
-  // The same from the logit.
-  CF_DEVICE Real probability_of(Real logit, const RowShift<Real>& shift, int q, int kv, bool full) const {
-    return full || mask.keep(q, kv) ? shift.probability(logit, log2_unit) : Real(0);
+  // The same where a bias in natural logits comes beside the score. Of tiles that are visible whole the shift is folded,
+  // which makes two multiply-adds.
+  CF_DEVICE Real probability(Real s, Real bias, const RowShift<Real>& shift, int q, int kv, bool full) const {
+    constexpr Real kLog2 = static_cast<Real>(kLog2E);
+    const Real logit = fma(score.apply(s, q, kv), score.unit(), bias);
+    if (full) return exp2(fma(logit, kLog2, -shift.log2_l));
+    return mask.keep(q, kv) ? shift.probability(logit, kLog2) : Real(0);
   }
 
   // d(logit), from dp = dout.v, which does not reach what dropout dropped; a bias has this gradient.

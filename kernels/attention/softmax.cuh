@@ -95,6 +95,10 @@ struct alignas(2 * sizeof(Real)) RowShift {
     return abs_of(lse) == infinity<Real>() ? empty() : RowShift{Real(0), lse * static_cast<Real>(kLog2E)};
   }
 
+  // With m folded into log2(l) and 0 itself: exact enough but of far rows.
+  CF_DEVICE RowShift folded(Real log2_unit) const { return {Real(0), fma(m, log2_unit, log2_l)}; }
+  CF_DEVICE bool is_far(Real log2_unit) const { return RowState<Real>::is_far(m * log2_unit); }
+
   CF_DEVICE bool is_empty() const { return log2_l == infinity<Real>(); }
   CF_DEVICE Real probability(Real x, Real log2_unit) const { return exp2(fma(x - m, log2_unit, -log2_l)); }
 };

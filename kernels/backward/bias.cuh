@@ -44,6 +44,74 @@ struct BiasTile {
   }
 };
 
+// One (batch, head, q tile, kv tile), and how many are left of the part.
+template <class Config>
+struct BiasVisit {
+  using Sequence = typename Config::Sequence;
+  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+
+  int batch, head, q_tile, kv_tile;
+  int left;
+  bool full;  // nothing of it is hidden or past the end
+
+  // Number `first` among those of a tile.
+  CF_DEVICE BiasVisit(const Attention& a, const BiasTile& own, int tiles_q, int tiles_kv, int64 first, int count)
+      : left(count), full(false) {
+    const auto digit = [&](bool one, int tile, int tiles) {
+      if (!one || tiles == 0) return tile;
+      const int number = static_cast<int>(first % tiles);
+      first /= tiles;
+      return number;
+    };
+    kv_tile = digit(own.one_column, own.kv_tile, tiles_kv);
+    q_tile = digit(own.one_row, own.q_tile, tiles_q);
+    head = digit(own.one_head, own.head, a.heads_q);
+    batch = digit(own.one_batch, own.batch, a.batch);
+  }
+
+  // The first of a block's part of which something is visible.
+  CF_DEVICE static BiasVisit first_of(const BwdParams& p, const BiasTile& own, int tiles_q, int tiles_kv) {
+    const Attention& a = p.attention;
+    const int64 visits = int64(own.one_batch ? a.batch : 1) * (own.one_head ? a.heads_q : 1) *
+                         (own.one_row ? tiles_q : 1) * (own.one_column ? tiles_kv : 1);
+    const int64 first = visits * own.part / p.bias_parts, end = visits * (own.part + 1) / p.bias_parts;
+    BiasVisit visit(a, own, tiles_q, tiles_kv, first, static_cast<int>(end - first));
+    visit.find(a, own, tiles_q, tiles_kv);
+    return visit;
+  }
+
+  // The next one.
+  CF_DEVICE BiasVisit next(const Attention& a, const BiasTile& own, int tiles_q, int tiles_kv) const {
+    BiasVisit visit = *this;
+    visit.step(a, own, tiles_q, tiles_kv);
+    visit.find(a, own, tiles_q, tiles_kv);
+    return visit;
+  }
+
+  CF_DEVICE void step(const Attention& a, const BiasTile& own, int tiles_q, int tiles_kv) {
+    --left;
+    if (own.one_column && ++kv_tile < tiles_kv) return;
+    kv_tile = own.one_column ? 0 : kv_tile;
+    if (own.one_row && ++q_tile < tiles_q) return;
+    q_tile = own.one_row ? 0 : q_tile;
+    if (own.one_head && ++head < a.heads_q) return;
+    head = own.one_head ? 0 : head;
+    ++batch;
+  }
+
+  // Goes on until something of the visit is visible or none is left.
+  CF_DEVICE void find(const Attention& a, const BiasTile& own, int tiles_q, int tiles_kv) {
+    for (; left > 0; step(a, own, tiles_q, tiles_kv)) {
+      const Sequence sequence(a, batch);
+      const int q_first = q_tile * kTileQ;
+      if (q_first >= sequence.len_q) continue;
+      const Tiles seen = typename Config::Mask(a, sequence, head).kv_tiles(q_first, kTileQ, kTileKv);
+      full = seen.is_full(kv_tile) && q_first + kTileQ <= sequence.len_q;
+      if (seen.contains(kv_tile)) return;
+    }
+  }
+};
+
 // Engine: Config -> a SmemPlan; a State with the tile's sums, which for_each(f(element, row, column)) goes through;
 // begin(), which starts to copy what all visits need; load(), which starts to copy what one needs into one of kStages
 // buffers; and add(), which adds dS to the sums.
@@ -51,6 +119,7 @@ template <class Config, class Engine>
 struct BackwardBias {
   using Real = Accumulator<typename Config::Element>;
   using Sequence = typename Config::Sequence;
+  using Visit = BiasVisit<Config>;
   static constexpr int kThreads = Config::kThreads, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
 
   union SmemPlan {
@@ -58,64 +127,15 @@ struct BackwardBias {
     Real sum[kTileQ][kTileKv + 1];
   };
 
-  // One (batch, head, q tile, kv tile), and how many are left of the part.
-  struct Visit {
-    int batch, head, q_tile, kv_tile;
-    int left;
-    bool full;  // nothing of it is hidden or past the end
-
-    // Number `first` among those of a tile.
-    CF_DEVICE Visit(const Attention& a, const BiasTile& own, int tiles_q, int tiles_kv, int64 first, int count)
-        : left(count), full(false) {
-      const auto digit = [&](bool one, int tile, int tiles) {
-        if (!one || tiles == 0) return tile;
-        const int number = static_cast<int>(first % tiles);
-        first /= tiles;
-        return number;
-      };
-      kv_tile = digit(own.one_column, own.kv_tile, tiles_kv);
-      q_tile = digit(own.one_row, own.q_tile, tiles_q);
-      head = digit(own.one_head, own.head, a.heads_q);
-      batch = digit(own.one_batch, own.batch, a.batch);
-    }
-
-    CF_DEVICE void step(const Attention& a, const BiasTile& own, int tiles_q, int tiles_kv) {
-      --left;
-      if (own.one_column && ++kv_tile < tiles_kv) return;
-      kv_tile = own.one_column ? 0 : kv_tile;
-      if (own.one_row && ++q_tile < tiles_q) return;
-      q_tile = own.one_row ? 0 : q_tile;
-      if (own.one_head && ++head < a.heads_q) return;
-      head = own.one_head ? 0 : head;
-      ++batch;
-    }
-
-    // Goes on until something of the visit is visible or none is left.
-    CF_DEVICE void find(const Attention& a, const BiasTile& own, int tiles_q, int tiles_kv) {
-      for (; left > 0; step(a, own, tiles_q, tiles_kv)) {
-        const Sequence sequence(a, batch);
-        const int q_first = q_tile * kTileQ;
-        if (q_first >= sequence.len_q) continue;
-        const Tiles seen = typename Config::Mask(a, sequence, head).kv_tiles(q_first, kTileQ, kTileKv);
-        full = seen.is_full(kv_tile) && q_first + kTileQ <= sequence.len_q;
-        if (seen.contains(kv_tile)) return;
-      }
-    }
-  };
-
   CF_DEVICE static void run(const BwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
     const int tiles_q = cdiv(a.len_q, kTileQ), tiles_kv = cdiv(a.len_kv, kTileKv);
     const BiasTile own(a, ptx::block_index(), tiles_q, tiles_kv);
-    const int64 visits = int64(own.one_batch ? a.batch : 1) * (own.one_head ? a.heads_q : 1) *
-                         (own.one_row ? tiles_q : 1) * (own.one_column ? tiles_kv : 1);
-    const int64 first = visits * own.part / p.bias_parts, end = visits * (own.part + 1) / p.bias_parts;
 
     typename Engine::State state;
     state.clear();
-    Visit visit(a, own, tiles_q, tiles_kv, first, static_cast<int>(end - first));
-    visit.find(a, own, tiles_q, tiles_kv);
+    Visit visit = Visit::first_of(p, own, tiles_q, tiles_kv);
     const auto load = [&](const Visit& which, int buffer) {
       Engine::load(smem.engine, buffer, p, Sequence(a, which.batch), which.head, which.q_tile * kTileQ,
                    which.kv_tile * kTileKv);
@@ -125,9 +145,7 @@ struct BackwardBias {
       load(visit, 0);
     }
     for (int buffer = 0; visit.left > 0; buffer = (buffer + 1) % Engine::kStages) {
-      Visit next = visit;
-      next.step(a, own, tiles_q, tiles_kv);
-      next.find(a, own, tiles_q, tiles_kv);
+      const Visit next = visit.next(a, own, tiles_q, tiles_kv);
       ptx::cp_async_wait<0>();
       ptx::sync_threads();  // this visit's rows are here, and every warp is done with those of the one before
       if (Engine::kStages > 1 && next.left > 0) load(next, (buffer + 1) % Engine::kStages);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "backward/bias.cuh"
+#include "ptx/warpgroup.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
@@ -24,6 +25,7 @@ struct BiasTileSm80 {
   static_assert(kWarpsDown * kWarpsAcross == kWarps && kPieces * kCols == kWarpCols);
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
   static constexpr int kBytes = Config::kCopyBytes;
+  static constexpr float kLog2 = static_cast<float>(kLog2E);
   using Piece = Fragment<kWarpRows, kCols>;
   using Block = Fragment<16, 16>;
 
@@ -86,6 +88,7 @@ struct BiasTileSm80 {
                        int kv_first, bool full) {
       auto& stage = smem.stage[buffer];
       const ScoreGradient<Config> gradient(p.attention, sequence, head);
+      const bool far = ptx::any(stage.shift[warp_row() + ptx::lane_index() % kWarpRows].is_far(kLog2));
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         ptx::sync_warp();  // here and below, or the compiler would begin what follows early, which takes registers
@@ -97,7 +100,7 @@ struct BiasTileSm80 {
         ptx::sync_warp();
         gemm_abt<Element>(dp, stage.dout, warp_row(), stage.v, col);
         drop(gradient.dropout, dp, q_first + warp_row(), kv_first + col);
-        if (full) {
+        if (full && !far) {
           add_piece<false>(piece, smem, buffer, gradient, s, dp, sequence.len_q, q_first, kv_first + col);
         } else {
           add_piece<true>(piece, smem, buffer, gradient, s, dp, sequence.len_q, q_first, kv_first + col);
@@ -117,7 +120,7 @@ struct BiasTileSm80 {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = warp_row() + row_of(lane, m * 2 + r);
-          shift[r] = stage.shift[row];
+          shift[r] = kCareful ? stage.shift[row] : stage.shift[row].folded(kLog2);
           delta[r] = stage.delta[row];
         }
 #pragma unroll
@@ -126,11 +129,9 @@ struct BiasTileSm80 {
           Block::for_each_index([&](int down, int across, int i) {
             const int r = m * 2 + down, q = q_first + warp_row() + row_of(lane, r);
             const int kv = kv_first + col_of(lane, n + across, i);
-            const float raw = s.at(r, n + across, i);
-            const float logit = block.plus(gradient.score.apply(raw, q, kv), down, across, i);
-            const bool seen = !kCareful || (q < len_q && gradient.mask.keep(q, kv));
-            const float weight = seen ? shift[down].probability(logit, gradient.log2_unit) : 0.f;
             // A row past the end has a bias of its own perhaps, which may be infinite; but it has no dS.
+            const float bias = !kCareful || q < len_q ? block.at(down, across, i) : 0.f;
+            const float weight = gradient.probability(s.at(r, n + across, i), bias, shift[down], q, kv, !kCareful);
             total[piece].at(r, n + across, i) += gradient.of_logit(weight, dp.at(r, n + across, i), delta[down], true);
           });
         }

@@ -147,16 +147,16 @@ struct BackwardBlock {
   }
 
   // Products of a warp's 16 keys from `kv_first` on with queries, from s = Q K^T to P * slope; what of P is kept into
-  // `weights`.
-  template <bool kCareful>
-  CF_DEVICE void weigh(Scores& s, Weights& weights, const Gradient& gradient, const Rows& rows, int q_first,
-                       int kv_first, const Kept& kept, Bias& bias, const BiasCursor& bias_at) const {
+  // `weights`. `bias_of(k)` is the bias block of queries 16 * k and on.
+  template <bool kCareful, class BiasOf>
+  CF_DEVICE static void weigh(Scores& s, Weights& weights, const Gradient& gradient, const Rows& rows, int q_first,
+                              int kv_first, int len_q, const Kept& kept, const BiasOf& bias_of) {
     const int lane = ptx::lane_index();
 #pragma unroll
     for (int k = 0; k < kTileQ / 16; ++k) {
       const auto shifts = Rows::of_lane(rows.shift, k, lane);
       const auto m = Rows::of_lane(rows.m, k, kCareful ? lane : 0);
-      const auto beside = bias.transposed(k * 16, kv_first - this->kv_first, lane, bias_at);
+      const auto beside = bias_of(k);
 #pragma unroll
       for (int n = 2 * k; n < 2 * k + 2; ++n) {
 #pragma unroll
@@ -167,10 +167,9 @@ struct BackwardBlock {
             const int q = q_first + n * 8 + lane % 4 * 2 + i, kv = kv_first + r * 8 + lane / 4;
             const RowShift<float> shift{kCareful ? m.x[n % 2 * 2 + i] : 0.f, shifts.x[n % 2 * 2 + i]};
             const float product = s.at(r, n, i);
-            if (Config::BiasCopies::kLoaded) {
-              const float logit =
-                  beside.plus(gradient.score.apply(product, q, kv), r, n % 2, i, !kCareful || q < sequence.len_q);
-              weight[i] = gradient.probability_of(logit, shift, q, kv, !kCareful);
+            if (beside.kSome) {
+              const float bias = !kCareful || q < len_q ? beside.at(r, n % 2, i) : 0.f;
+              weight[i] = gradient.probability(product, bias, shift, q, kv, !kCareful);
             } else {
               weight[i] = gradient.probability(product, shift, q, kv, !kCareful);
             }

@@ -11,16 +11,18 @@
 
 namespace cuflash {
 
-// f(row, shift, delta) for every row of a query tile, by one thread each; rows past the sequence are empty ones.
-template <class Config, class Sequence, class F>
-CF_DEVICE void for_each_delta(const BwdParams& p, const Sequence& sequence, const Work& work, F&& f) {
+// f(row, shift, delta) for every row of a query tile, by one of kThreads threads each, of which this is number `thread`;
+// rows past the sequence are empty ones.
+template <class Config, int kThreads = Config::kThreads, int kUnroll = 4, class Sequence, class F>
+CF_DEVICE void for_each_delta(const BwdParams& p, const Sequence& sequence, const Work& work, F&& f,
+                              int thread = ptx::thread_index()) {
   using Element = typename Config::Element;
   using Real = Accumulator<Element>;
   using Shift = RowShift<Real>;
   using Vector = typename VectorOf<Config::kCopyBytes>::Type;
   constexpr int kWidth = Config::kCopyBytes / sizeof(Element), kVectors = Config::kDimV / kWidth;
   constexpr int kLanes = kVectors > 16 ? 32 : kVectors > 8 ? 16 : kVectors > 4 ? 8 : 4;  // that share a row
-  constexpr int kRowsAtOnce = Config::kThreads / kLanes;
+  constexpr int kRowsAtOnce = kThreads / kLanes;
 
   const Element* g_out = first_query<const Element>(p.out, p.out_stride, sequence, work.head);
   const Element* g_dout = first_query<const Element>(p.dout, p.dout_stride, sequence, work.head);
@@ -28,10 +30,10 @@ CF_DEVICE void for_each_delta(const BwdParams& p, const Sequence& sequence, cons
   const Real* g_dlse = first_query<const Real>(p.dlse, p.dlse_stride, sequence, work.head);
   const auto* g_state = first_query<const RowState<Real>>(p.row_state, p.delta_stride, sequence, work.head);
 
-  const int lane = ptx::thread_index() % kLanes, first = work.tile * Config::kTileQ;
-#pragma unroll 4
+  const int lane = thread % kLanes, first = work.tile * Config::kTileQ;
+#pragma unroll kUnroll
   for (int base = 0; base < Config::kTileQ; base += kRowsAtOnce) {  // the same trip count for every lane of a warp
-    const int in_tile = base + ptx::thread_index() / kLanes, row = first + in_tile;
+    const int in_tile = base + thread / kLanes, row = first + in_tile;
     const bool some = row < sequence.len_q;
     Real sum = 0;
     if (some) {

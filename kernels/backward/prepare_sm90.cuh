@@ -30,15 +30,9 @@ CF_DEVICE void backward_prepare_sm90(const BwdParams& p) {
   if (ptx::thread_index() == 0) rows.far = 0;
   ptx::sync_threads();  // some thread may write 1
   for_each_delta<Config>(p, sequence, work, [&](int row, const RowShift<float>& shift, float delta) {
-    const float whole = shift.m * log2_unit;
-    const bool far = RowState<float>::is_far(whole);
-    const int place = RowTile<kTileQ>::place(row);
-    rows.shift[place] = far ? shift.log2_l : whole + shift.log2_l;
-    rows.m[place] = far ? shift.m : 0.f;
-    rows.delta[place] = delta;
+    rows.put(row, shift, delta, log2_unit);
     const int q = work.tile * kTileQ + row;
     if (q < sequence.len_q) keep_delta(p, sequence, work.head, q, shift, delta);
-    if (far) rows.far = 1;
   });
 }
 

@@ -20,6 +20,7 @@
 #include "attention/bias_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "backward/delta.cuh"
+#include "ptx/warpgroup.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
@@ -36,9 +37,10 @@ struct BackwardSm80Short {
   using Gradient = ScoreGradient<Config>;
   static constexpr int kThreads = Config::kThreads, kTile = Config::kTileQ, kWarpRows = 16;
   static_assert(Config::kTileKv == kTile && kThreads / 32 * kWarpRows == kTile);
-  static constexpr int kQueries = 64, kPieces = kTile / kQueries;  // queries of which S and dP are in registers at once
+  static constexpr int kQueries = Config::kQueries,
+                       kPieces = kTile / kQueries;  // queries of which S and dP are in registers at once
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
-  static constexpr int kBytes = Config::kCopyBytes;
+  static constexpr int kBytes = Config::kCopyBytes, kStages = Config::kStages;
 
   struct Stage {
     SharedTile<Element, kTile, kDimQk> q;  // dk and dq on the way out
@@ -51,7 +53,7 @@ struct BackwardSm80Short {
   using Bias = typename Config::BiasHeld::template Tile<kTile, kTile>;
   struct SmemPlan : Bias {
     SharedTile<Element, kTile, kTile> ds;  // transposed
-    Stage stage[2];
+    Stage stage[kStages];
   };
 
   using Scores = Fragment<kWarpRows, kQueries>;  // transposed: rows are keys, columns are queries
@@ -107,16 +109,21 @@ struct BackwardSm80Short {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int q = first_q + col_of(lane, n, i);
-          const RowShift<float> shift = stage.shift[q];
+          RowShift<float> shift = stage.shift[q];
+          if (Config::BiasHeld::kHeld && !kCareful) shift = shift.folded(static_cast<float>(kLog2E));
           const float delta = stage.delta[q];
 #pragma unroll
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
             const int kv = warp_row + row_of(lane, r);
             const float raw = s.at(r, n, i);
-            const float logit = beside.plus(gradient.score.apply(raw, q, kv), r, n % 2, i);
-            // A row past the end has a bias of its own perhaps, which may be infinite.
-            const bool seen = !kCareful || (q < len_q && gradient.mask.keep(q, kv));
-            const float weight = seen ? shift.probability(logit, gradient.log2_unit) : 0.f;
+            float weight;
+            if (Config::BiasHeld::kHeld) {
+              // A row past the end has a bias of its own perhaps, which may be infinite.
+              const float bias = !kCareful || q < len_q ? beside.at(r, n % 2, i) : 0.f;
+              weight = gradient.probability(raw, bias, shift, q, kv, !kCareful);
+            } else {
+              weight = gradient.probability(raw, shift, q, kv, !kCareful);
+            }
             const bool keep = kept.has(r, n, i);
             const float ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
             s.at(r, n, i) = keep ? weight : 0.f;
@@ -136,7 +143,13 @@ struct BackwardSm80Short {
       const int warp_row = ptx::warp_index() * kWarpRows, lane = ptx::lane_index();
       const Gradient gradient(a, sequence, head);
       const typename Config::BiasGradient bias_gradient(p, sequence, head);
-      const bool full = gradient.mask.q_tiles(0, kTile, kTile).is_full(0) && sequence.len_q == kTile;
+      bool full = gradient.mask.q_tiles(0, kTile, kTile).is_full(0);
+      if (Config::BiasHeld::kHeld) {
+        bool far = false;
+#pragma unroll
+        for (int q = lane; q < kTile; q += 32) far = far || stage.shift[q].is_far(static_cast<float>(kLog2E));
+        full = full && sequence.len_q == kTile && !ptx::any(far);
+      }
       Fragment<kWarpRows, kDimQk> dk;
       Fragment<kWarpRows, kDimV> dv;
       dk.clear();
@@ -192,13 +205,18 @@ struct BackwardSm80Short {
       const Sequence sequence(a, batch);
       ptx::cp_async_wait<0>();
       ptx::sync_threads();  // this batch element is here, and every warp is done with the one before and with ds
-      Stage& next = smem.stage[(batch - first + 1) % 2];
-      if (batch + 1 < end) load(next, p, Sequence(a, batch + 1), head);
+      Stage& next = smem.stage[(batch - first + 1) % kStages];
+      const bool more = batch + 1 < end;
+      if (kStages > 1 && more) load(next, p, Sequence(a, batch + 1), head);
       store_query_tail<Config, kThreads>(p, sequence, head);
       store_key_tail<Config, kThreads>(p, sequence, head);
-      state.visit(smem, smem.stage[(batch - first) % 2], p, sequence, head, [&] {
-        if (batch + 1 < end) prepare(next, p, Sequence(a, batch + 1), head);
+      state.visit(smem, smem.stage[(batch - first) % kStages], p, sequence, head, [&] {
+        if (kStages > 1 && more) prepare(next, p, Sequence(a, batch + 1), head);
       });
+      if (kStages > 1 || !more) continue;
+      ptx::sync_threads();  // every warp is done with this one
+      load(next, p, Sequence(a, batch + 1), head);
+      prepare(next, p, Sequence(a, batch + 1), head);
     }
     if (!Config::kSumBias) return;
     const BiasSums layout(p);

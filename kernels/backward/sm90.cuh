@@ -111,7 +111,11 @@ struct BackwardSm90 {
 
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
       in.bias.wait(bias_at);
-      block.template weigh<kCareful>(s, weights, gradient, rows, q_first, kv_first, kept, in.bias, bias_at);
+      const auto bias_of = [&](int k) {
+        return in.bias.transposed(k * 16, number * Block::kRows + warp_row, ptx::lane_index(), bias_at);
+      };
+      Block::template weigh<kCareful>(s, weights, gradient, rows, q_first, kv_first, block.sequence.len_q, kept,
+                                      bias_of);
       ptx::sync_warp();
       if (ptx::lane_index() == 0) in.bias.release(bias_at);
       ptx::wgmma_wait<0>();

@@ -151,7 +151,8 @@ struct BackwardSm90Wide {
           x = visible ? x - rows.m[Block::Rows::place(col)] : -infinity<float>();
         });
       }
-      this->block.template weigh<!kProducts>(s, weights, gradient, rows, q_first, kv_first, kept, in.bias, {});
+      Block::template weigh<!kProducts>(s, weights, gradient, rows, q_first, kv_first, this->block.sequence.len_q, kept,
+                                        [](int) { return NoBiasBlock{}; });
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
         this->smem.p_slope[n][this->thread] = {s.x[0][n][0], s.x[0][n][1], s.x[0][n][2], s.x[0][n][3]};

@@ -9,12 +9,16 @@ namespace cuflash {
 
 // Where there is no bias in shared memory.
 struct NoBiasBlock {
-  CF_DEVICE float plus(float logit, int /*r*/, int /*n*/, int /*i*/, bool = true) const { return logit; }
+  static constexpr bool kSome = false;
+
+  CF_DEVICE float at(int /*r*/, int /*n*/, int /*i*/) const { return 0.f; }
+  CF_DEVICE float plus(float logit, int /*r*/, int /*n*/, int /*i*/) const { return logit; }
 };
 
 // `kOneRow`: the tile's row `row` stands for all.
 template <class Element>
 struct BiasBlock {
+  static constexpr bool kSome = true;
   uint32 pairs[4];  // [n][r]
 
   template <bool kOneRow = false, class Tile>
@@ -32,11 +36,12 @@ struct BiasBlock {
     return block;
   }
 
-  // A logit plus element (r, n, i), which counts where there is `some`.
-  CF_DEVICE float plus(float logit, int r, int n, int i, bool some = true) const {
+  // Element (r, n, i), and a logit plus it.
+  CF_DEVICE float at(int r, int n, int i) const {
     const Element* pair = reinterpret_cast<const Element*>(&pairs[n * 2 + r]);
-    return logit + (some ? to_accumulator(pair[i]) : 0.f);
+    return to_accumulator(pair[i]);
   }
+  CF_DEVICE float plus(float logit, int r, int n, int i) const { return logit + at(r, n, i); }
 };
 
 template <>
@@ -44,6 +49,7 @@ struct BiasBlock<float> {
   struct alignas(8) Pair {
     float x[2];
   };
+  static constexpr bool kSome = true;
   Pair pairs[4];  // [n][r]
 
   template <bool kOneRow = false, class Tile>
@@ -75,9 +81,8 @@ struct BiasBlock<float> {
     return block;
   }
 
-  CF_DEVICE float plus(float logit, int r, int n, int i, bool some = true) const {
-    return logit + (some ? pairs[n * 2 + r].x[i] : 0.f);
-  }
+  CF_DEVICE float at(int r, int n, int i) const { return pairs[n * 2 + r].x[i]; }
+  CF_DEVICE float plus(float logit, int r, int n, int i) const { return logit + at(r, n, i); }
 };
 
 }  // namespace cuflash

@@ -39,13 +39,14 @@ CF_DEVICE void store_fragment(Tile& tile, int first_row, int first_col, int lane
   }
 }
 
-// Writes the transpose of a warp's 16 rows to the 16 columns of a tile from `first_col` on.
+// Writes the transpose of a warp's 16 rows to the 16 columns of a tile from `first_col` on, from row `first_row` on.
 template <int kN, class Tile>
-CF_DEVICE void store_transposed(Tile& tile, int first_col, int lane, const Operand<16, kN>& operand) {
+CF_DEVICE void store_transposed(Tile& tile, int first_col, int lane, const Operand<16, kN>& operand,
+                                int first_row = 0) {
   const int matrix = lane / 8, col = first_col + matrix % 2 * 8;
 #pragma unroll
   for (int k = 0; k < kN / 16; ++k) {
-    ptx::stmatrix_x4_trans(tile.address(k * 16 + matrix / 2 * 8 + lane % 8, col), operand.x[0][k]);
+    ptx::stmatrix_x4_trans(tile.address(first_row + k * 16 + matrix / 2 * 8 + lane % 8, col), operand.x[0][k]);
   }
 }
 

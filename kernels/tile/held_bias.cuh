@@ -12,10 +12,12 @@ namespace cuflash {
 
 // The bias is a term of the score (attention/score.cuh), or there is none.
 struct NoHeldBias {
+  static constexpr bool kHeld = false;
+
   template <int kRows, int kCols>
   struct Tile {
     template <int kThreads>
-    CF_DEVICE void load(const Attention&, int, int, int, int) {}
+    CF_DEVICE void load(const Attention&, int, int, int, int, int = 0) {}
     CF_DEVICE NoBiasBlock block(int, int, int) { return {}; }
     CF_DEVICE NoBiasBlock transposed(int, int, int) { return {}; }
   };
@@ -23,6 +25,8 @@ struct NoHeldBias {
 
 template <class Element>
 struct HeldBias {
+  static constexpr bool kHeld = true;
+
   template <int kRows, int kCols>
   struct Tile {
     SharedTile<Element, kRows, kCols> tile;  // rows are queries
@@ -30,7 +34,8 @@ struct HeldBias {
     // Starts to copy queries from `q_first` on and keys from `kv_first` on, zeros where there are none; complete as
     // load_tile_async is. Numbers along broadcast axes are 0.
     template <int kThreads>
-    CF_DEVICE void load(const Attention& a, int batch, int head, int q_first, int kv_first) {
+    CF_DEVICE void load(const Attention& a, int batch, int head, int q_first, int kv_first,
+                        int thread = ptx::thread_index()) {
       constexpr int kUnit = 16 / sizeof(Element), kAcross = kCols / kUnit;
       const Element* first = static_cast<const Element*>(a.bias) + batch * a.bias_batch + head * a.bias_head +
                              q_first * a.bias_row + kv_first * a.bias_column;
@@ -39,7 +44,7 @@ struct HeldBias {
       const bool in_units =
           a.bias_column == 1 && a.bias_row % kUnit == 0 && reinterpret_cast<uint64>(first) % sizeof(uint4) == 0;
 #pragma unroll 4
-      for (int index = ptx::thread_index(); index < kRows * kAcross; index += kThreads) {
+      for (int index = thread; index < kRows * kAcross; index += kThreads) {
         const int row = index / kAcross, col = index % kAcross * kUnit;
         const Element* source = first + row * a.bias_row + col * a.bias_column;
         if (in_units && row < rows && col + kUnit <= cols) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/sequence.cuh"
+#include "attention/softmax.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/copy_tma.cuh"
 #include "tile/gemm_sm90.cuh"
@@ -17,7 +18,6 @@ template <class Config>
 struct QueryTiles {
   static constexpr int kTileQ = Config::kTileQ;
   static constexpr bool kByRows = kTileQ == 128;
-  static_assert(kByRows ? Config::kDimQk <= 64 : kTileQ == 64);
   static constexpr int kShares = kByRows ? 2 : cdiv(Config::kDimQk, 64);
   static constexpr int kShareColumns = kByRows ? round_up(Config::kDimQk, 16) : 64;
   static constexpr int kColumns = kByRows ? kShareColumns : 64 * kShares;
@@ -31,6 +31,7 @@ struct QueryTiles {
   // Starts a share of dQ = dS K, with dS = ds[buffer] and K in tiles of 64 keys.
   template <class Element, class DsTile, class KTile>
   CF_DEVICE static void issue(Share& dq, DsTile* ds, int buffer, KTile* k, int share) {
+    static_assert(kByRows ? Config::kDimQk <= 64 : kTileQ == 64);
     issue_ab<Element>(dq, ds, buffer, kByRows ? share * 64 : 0, k, kByRows ? 0 : share * 64);
   }
 
@@ -60,6 +61,15 @@ struct alignas(16) RowTile {
   float m[kTileQ];
   int far;  // whether some row is
   int unused[3];
+
+  // Takes in a row; `far` must have been 0 before all.
+  CF_DEVICE void put(int row, const RowShift<float>& its, float its_delta, float log2_unit) {
+    const bool is_far = its.is_far(log2_unit);
+    shift[place(row)] = is_far ? its.log2_l : its.m * log2_unit + its.log2_l;
+    m[place(row)] = is_far ? its.m : 0.f;
+    delta[place(row)] = its_delta;
+    if (is_far) far = 1;
+  }
 
   // Where a row's numbers are: those of the four columns that a lane has of 16 of a transposed fragment are neighbours,
   // as a load of 16 bytes costs what one of 4 does.

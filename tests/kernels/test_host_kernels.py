@@ -193,6 +193,12 @@ CASES |= {
     ),
 }  # fmt: skip
 
+CASES |= {
+    name: replace(case, problem=replace(case.problem, num_splits=0))
+    for name, case in CASES.items()
+    if name.startswith("short")
+}
+
 # A broadcast bias whose tiles several blocks share, each with several visits: along every axis, of several tiles.
 CASES |= {
     "bias-parts": dense("fp16", (2, 1), (70, 140), (64, 64), batch=7, bias_axes="hqk", num_sms=9),
@@ -388,6 +394,21 @@ CASES |= {
         mask=CAUSAL, dropout="word",
     ),
 }  # fmt: skip
+
+# Whole sequences of 65 to 128 rows, some to a block.
+SHORT_HOPPER = {
+    "sm90-short": dense("bf16", (2, 2), (128, 128), (64, 64), batch=5, bias_axes="hqk"),
+    "sm90-short-d32": dense("fp16", (3, 3), (100, 90), (32, 24), batch=3, bias_axes="hqk", mask=CAUSAL),
+    "sm90-short-all-pairs": dense("bf16", (2, 2), (65, 128), (64, 40), batch=5, bias_axes="qk", softmax_scale=-0.2),
+    "sm90-short-softcap": dense("fp16", (2, 2), (90, 70), (48, 64), batch=4, softcap=2.0, mask=WINDOW),
+    "sm90-short-ramp": dense("fp16", (2, 2), (128, 128), (64, 64), batch=4, bias_axes="hqk", key_ramp=200),
+    "sm90-short-everything": dense(
+        "bf16", (2, 2), (110, 128), (40, 24), batch=5, mask=WINDOW, mask_axes="bhqk", alibi_axes="bh",
+        bias_axes="hqk", softmax_scale=-0.2, sink=True, dropout="byte",
+    ),
+    "sm90-short-dropout-word": dense("fp16", (2, 2), (80, 70), (64, 64), batch=3, dropout="word"),
+}  # fmt: skip
+CASES |= {name: replace(case, family="sm90", num_sms=2) for name, case in SHORT_HOPPER.items()}
 
 # The pages of a tile of 64 keys: many, some, one, and part of one.
 CASES |= {

@@ -841,6 +841,46 @@ def test_tiles_and_workspaces_of_hopper_gradients(changes: dict, kernel: str, ti
     assert sizes == {"delta": 4 * rows, "shift": 8 * rows} | workspaces
 
 
+SHORT = {
+    "s64": ({"len_q": 64, "len_kv": 64}, "fwd_sm80_short", "bwd_sm80_short"),
+    "s128": ({"len_q": 128, "len_kv": 100}, "fwd_sm80_short", "bwd_sm90_short"),
+    "few-keys": ({"len_q": 128, "len_kv": 64}, "fwd_sm80_short", "bwd_sm80_short"),
+    "few-queries": ({"len_q": 32, "len_kv": 128}, "fwd_sm90", "bwd_sm80_short"),
+    "longer": ({"len_q": 129, "len_kv": 128}, "fwd_sm90", "bwd_sm90"),
+    "wider": ({"len_q": 128, "len_kv": 128, "dim_qk": 72, "dim_v": 72}, "fwd_sm90", "bwd_sm90"),
+    "few": ({"len_q": 128, "len_kv": 128, "batch": 32}, "fwd_sm90", "bwd_sm90"),
+    "one-split": ({"len_q": 128, "len_kv": 128, "num_splits": 1}, "fwd_sm90", "bwd_sm90_short"),
+    "grouped": ({"len_q": 128, "len_kv": 128, "heads_kv": 4}, "fwd_sm80_short", "bwd_sm90"),
+    "own-bias": (
+        {"len_q": 128, "len_kv": 128, "bias_broadcast": (False,) * 4, "bias_grad": True},
+        "fwd_sm80_short",
+        "bwd_sm80_short",
+    ),
+}
+
+
+@pytest.mark.parametrize(("sizes", "forward", "backward"), SHORT.values(), ids=SHORT)
+def test_many_short_sequences_have_kernels_of_their_own(sizes: dict, forward: str, backward: str) -> None:
+    shared = {"bias": dtypes.BF16, "bias_broadcast": (True, False, False, False)}
+    problem = replace(BASE, **{"batch": 40, "heads_q": 8, "heads_kv": 8, "num_splits": 0} | shared | sizes)
+    kernels = []
+    for direction in ("forward", "backward"):
+        asked = {"num_splits": 0, "bias_grad": True} if direction == "backward" else {"bias_grad": False}
+        plan = choose(replace(problem, direction=direction, **asked), H100)
+        kernels.append([step.kernel for step in plan.steps])
+    assert kernels[0] == [forward]
+    assert backward in kernels[1] and (len(kernels[1]) <= 2) == backward.endswith("_short")
+
+
+@pytest.mark.parametrize("broadcast", [(True, False, False, False), (True, True, False, False)], ids=["batch", "heads"])
+def test_a_bias_shared_by_batch_or_heads_is_summed_by_wgmma(broadcast: tuple[bool, ...]) -> None:
+    problem = replace(GRADIENTS, dim_qk=64, dim_v=64, bias=dtypes.BF16, bias_grad=True, bias_broadcast=broadcast)
+    names = [step.kernel for step in choose(problem, H100).steps]
+    assert "bwd_bias_sm90" in names and "bwd_bias_sm80" not in names
+    along_rows = replace(problem, bias_broadcast=(True, False, True, False))
+    assert "bwd_bias_sm80" in [step.kernel for step in choose(along_rows, H100).steps]
+
+
 def test_explanation_of_a_hopper_backward() -> None:
     summed = {"bias_grad": True, "bias_broadcast": (True, False, False, False)}
     problem = replace(GRADIENTS, dim_qk=128, dim_v=128, bias=dtypes.BF16, sink=True, **summed)

@@ -13,7 +13,7 @@ import numpy as np
 from cuflash.device import Device
 from cuflash.features import FEATURES, ON_NUMPY_ALONE
 from cuflash.plan import policies, steps
-from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored
+from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored, sums_on_the_way
 from cuflash.plan.config import BIAS_GRADIENT, HEADER, CopyConfig, FewConfig, ForwardConfig, JvpConfig, SequenceConfig
 from cuflash.plan.families import simt
 from cuflash.plan.family import Family
@@ -71,7 +71,7 @@ def _halves_tile(rows: int, cols: int) -> int:
     return _shared_tile(rows, 2 * cols) + 4 * rows
 
 
-def _held_bias(problem: Problem, tile_q: int, tile_kv: int) -> int:
+def held_bias(problem: Problem, tile_q: int, tile_kv: int) -> int:
     """Bytes of a ``HeldBias::Tile`` (tile/held_bias.cuh)."""
     return tile_q * (tile_kv + 8) * problem.bias.itemsize if problem.bias else 0
 
@@ -295,6 +295,8 @@ def _forward(problem: Problem, device: Device) -> Plan:
         return steps.jvp(problem, device, "sm80", config, reason, config.dim_splits)
     if few := _few_config(problem, device):
         return _few_forward(problem, device, *few)
+    if short := short_forward(problem, device):
+        return _short_forward(problem, device, short)
     return steps.forward(
         problem, device, "sm80", _forward_config(problem, device), _small_forward_config(problem, device)
     )
@@ -388,7 +390,7 @@ def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
     )
     threads = {128 * 128: 256, 32 * 32: 64}.get(tile_q * tile_kv, 128)
     config = BiasConfig(
-        **policies.policies(problem) | {"score": policies.score_beside_bias(problem)},
+        **policies.policies(problem) | {"score": policies.score_without_bias(problem)},
         tile_q=tile_q,
         tile_kv=tile_kv,
         threads=threads,
@@ -408,29 +410,74 @@ def _bias_edge(length: int) -> int:
 
 def _bias_smem(problem: Problem, tile_q: int, tile_kv: int, stages: int) -> int:
     """Bytes of ``BackwardBias::SmemPlan`` with ``BiasTileSm80``."""
-    bias = _held_bias(problem, tile_q, tile_kv)
+    bias = held_bias(problem, tile_q, tile_kv)
     rows = sum(_shared_tile(tile_q + tile_kv, dim) for dim in _rounded(problem))
     return max(bias + stages * (rows + 3 * 4 * tile_q), tile_q * (tile_kv + 1) * 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortForwardConfig(CopyConfig):
+    """``fwd_sm80_short``."""
+
+    sink: str = field(default="NoSink", metadata={HEADER: "attention/softmax.cuh"})
+    """NoSink, LearnableSink."""
+    bias_held: str = field(default="NoHeldBias", metadata={HEADER: "tile/held_bias.cuh"})
+    """NoHeldBias, HeldBias."""
+    stages: int
+    """Batch elements in flight."""
 
 
 def _short_edge(problem: Problem, device: Device) -> int:
     """The edge of a tile that holds all queries and keys of a sequence, where sequences are many; else 0."""
     longest = max(problem.len_q, problem.len_kv)
     few = problem.batch * problem.heads_q < 2 * device.num_sms
-    if longest > 128 or few or max(problem.dim_qk, problem.dim_v) > 64:
+    if longest > 128 or few or max(problem.dim_qk, problem.dim_v) > 64 or _in_halves(problem):
         return 0
     return 64 if longest <= 64 else 128
 
 
-def _hold_bias(problem: Problem, device: Device, edge: int, smem: int) -> tuple[str, str, int]:
-    """The policies of a score and of a bias beside so many bytes, and the bytes of both.
+def _hold_bias(problem: Problem, device: Device, edge: int, smem: int) -> tuple[str, int]:
+    """The policy of a bias beside so many bytes, and the bytes of both.
 
     A bias that the batch shares stays in shared memory, where there is room.
     """
-    held = smem + _held_bias(problem, edge, edge)
+    held = smem + held_bias(problem, edge, edge)
     if problem.bias is None or not problem.bias_broadcast[0] or held > device.smem_per_block:
-        return policies.score(problem), "NoHeldBias", smem
-    return policies.score_beside_bias(problem), f"HeldBias<{problem.bias.cuda}>", held
+        return "NoHeldBias", smem
+    return f"HeldBias<{problem.bias.cuda}>", held
+
+
+def short_forward(problem: Problem, device: Device) -> ShortForwardConfig | None:
+    """The config of ``forward/sm80_short.cuh`` where sequences fit in one of its tiles and are many; else None."""
+    edge = _short_edge(problem, device)
+    # With one split asked for, a row's bits depend on its own sequence alone, not on how many there are.
+    if not 4 * problem.len_q > edge > 0 or problem.layout == "cache" or problem.page_size or problem.num_splits:
+        return None
+    dim_qk, dim_v = _rounded(problem)
+    stage = _shared_tile(edge, max(dim_qk, dim_v)) + _shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)
+    stages, threads, registers = (2, 128, 96) if edge == 64 else (2, 256, 255)
+    bias_held, smem = _hold_bias(problem, device, edge, stages * stage)
+    score = policies.score(problem) if bias_held == "NoHeldBias" else policies.score_beside_bias(problem)
+    if smem > device.smem_per_block:
+        return None
+    return ShortForwardConfig(
+        **policies.policies(problem) | {"score": score},
+        tile_q=edge,
+        tile_kv=edge,
+        threads=threads,
+        blocks_per_sm=resident(smem, threads, registers, device),
+        smem_bytes=smem,
+        copy_bytes=policies.copy_bytes(problem),
+        sink=policies.sink(problem),
+        bias_held=bias_held,
+        stages=stages,
+    )
+
+
+def _short_forward(problem: Problem, device: Device, config: ShortForwardConfig) -> Plan:
+    parts = even_parts(problem.heads_q, problem.batch, device.num_sms * config.blocks_per_sm)
+    launches = (*steps.rng_step(problem), Step("fwd_sm80_short", "FwdParams", config, problem.heads_q * parts))
+    return Plan(problem, device, "sm80", launches, (), "all queries and keys of a sequence are one tile")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -440,6 +487,10 @@ class ShortBackwardConfig(CopyConfig):
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
     bias_held: str = field(default="NoHeldBias", metadata={HEADER: "tile/held_bias.cuh"})
     """NoHeldBias, HeldBias."""
+    queries: int
+    """Of which scores are in registers at once."""
+    stages: int
+    """Batch elements in flight."""
     sum_bias: bool
     """The gradient of a bias that the batch shares is summed on the way."""
 
@@ -451,21 +502,25 @@ def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | No
         return None
     dim_qk, dim_v = _rounded(problem)
     stage = 2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + 3 * 4 * edge
-    smem, threads = _shared_tile(edge, edge) + 2 * stage, 2 * edge
+    queries, stages, registers = (64, 2, 168) if edge == 64 else (64, 2, 255)
+    smem, threads = _shared_tile(edge, edge) + stages * stage, 2 * edge
     if smem > device.smem_per_block:
         return None
-    score, bias_held, smem = _hold_bias(problem, device, edge, smem)
+    bias_held, smem = _hold_bias(problem, device, edge, smem)
+    score = policies.score(problem) if bias_held == "NoHeldBias" else policies.score_without_bias(problem)
     return ShortBackwardConfig(
         **policies.policies(problem) | {"score": score},
         tile_q=edge,
         tile_kv=edge,
         threads=threads,
-        blocks_per_sm=resident(smem, threads, 168 if edge == 64 else 255, device),
+        blocks_per_sm=resident(smem, threads, registers, device),
         smem_bytes=smem,
         copy_bytes=policies.copy_bytes(problem),
+        queries=queries,
+        stages=stages,
         bias_gradient=gradient_policy(problem),
         bias_held=bias_held,
-        sum_bias=problem.bias_grad and problem.bias_broadcast == (True, False, False, False) and problem.batch > 1,
+        sum_bias=sums_on_the_way(problem),
     )
 
 

@@ -12,10 +12,16 @@ import numpy as np
 
 from cuflash.device import Device
 from cuflash.plan import policies, steps
-from cuflash.plan.bias import gradient_policy
+from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored, sums_on_the_way
 from cuflash.plan.ceiling import Ceiling
 from cuflash.plan.config import BIAS_GRADIENT, HEADER, AttentionConfig, JvpConfig, SequenceConfig
-from cuflash.plan.families.sm80 import forward_division, short_backward, sum_bias_gradient
+from cuflash.plan.families.sm80 import (
+    forward_division,
+    held_bias,
+    short_backward,
+    short_forward,
+    sum_bias_gradient,
+)
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
 from cuflash.plan.tiles import key_blocks, packed_tiles, query_blocks, round_up
@@ -284,7 +290,7 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
     if problem.copies_bias and tile_kv != _ROWS:
         smem = config.smem_bytes + _bias_buffers(problem, tile_q, tile_kv, 1)
         if smem <= device.smem_per_block:
-            score, bias_copies = _score_and_bias(problem)
+            score, bias_copies = policies.score_without_bias(problem), _score_and_bias(problem)[1]
             config = replace(config, smem_bytes=smem, score=score, bias_copies=bias_copies)
     return config, reason
 
@@ -309,7 +315,104 @@ def _dq_columns(config: BackwardConfig) -> int:
     return round_up(config.dim_qk, 16 if config.tile_q == 128 else 64)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortBackwardConfig(AttentionConfig):
+    """``bwd_sm90_short``."""
+
+    bias_held: str = field(default="NoHeldBias", metadata={HEADER: "tile/held_bias.cuh"})
+    """NoHeldBias, HeldBias."""
+    bias_copies: str = field(default="NoBias", metadata={HEADER: "tile/bias.cuh"})
+    """NoBias."""
+    sum_bias: bool
+    """The gradient of a bias that the batch shares is summed on the way."""
+    stages: int = 2
+    """Batch elements in flight."""
+    copy_bytes: int = 16
+    producer_registers: int = 40
+    """Of a thread of the warpgroup that loads, and of those that compute."""
+    consumer_registers: int = 232
+
+
+_SHORT = 128
+"""Queries and keys of a sequence that ``backward/sm90_short.cuh`` has room for; half as many are left to ``sm80``."""
+
+
+def _short_backward(problem: Problem, device: Device) -> Plan | None:
+    """The plan of a backward by ``bwd_sm90_short``, where there are enough sequences and they fit in its tile."""
+    lengths, widest = (problem.len_q, problem.len_kv), max(problem.dim_qk, problem.dim_v)
+    fits = problem.layout == "dense" and min(lengths) > _ROWS and max(lengths) <= _SHORT and widest <= 64
+    shared = problem.bias is None or problem.bias_broadcast[0]
+    few = problem.batch * problem.heads_q < 2 * device.num_sms
+    if not fits or not shared or few or problem.group > 1 or (problem.bias_grad and problem.softcap):
+        return None
+    tile_q = 64
+    tiles = 2 * _SHORT * 128 * sum(2 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
+    ds, rows, barriers = _SHORT * _SHORT * 2, 2 * _SHORT // tile_q * _row_tile(tile_q), 2 * 2 * 2 * 8
+    smem = tiles + ds + rows + barriers + held_bias(problem, _SHORT, _SHORT)
+    smem = round_up(smem, 1024)
+    if smem > device.smem_per_block:
+        return None
+    config = ShortBackwardConfig(
+        **policies.policies(problem) | {"score": policies.score_without_bias(problem)},
+        tile_q=tile_q,
+        tile_kv=_SHORT,
+        threads=384,
+        smem_bytes=smem,
+        bias_held=f"HeldBias<{problem.bias.cuda}>" if problem.bias else "NoHeldBias",
+        sum_bias=sums_on_the_way(problem),
+    )
+    boxes = tuple(Box(name, tile_q) for name in ("q", "dout", "dq")) + tuple(
+        Box(name, _ROWS) for name in ("k", "v", "dk", "dv")
+    )
+    parts = even_parts(problem.heads_q, problem.batch, device.num_sms)
+    bias = add_parts(problem, parts) if config.sum_bias else sum_bias_gradient(problem, device)
+    launches = (
+        Step("bwd_sm90_short", "BwdParams", config, problem.heads_q * parts, boxes),
+        *bias.steps,
+        *steps.sink_step(problem),
+    )
+    workspaces = steps.row_workspaces(problem) + bias.workspaces
+    reason = "all queries and keys of a sequence are one tile"
+    return Plan(problem, device, "sm90", launches, workspaces, reason, bias_parts=bias.parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiasConfig(AttentionConfig):
+    """``bwd_bias_sm90``. Its score is that of q.k without the bias."""
+
+    bias: str = field(metadata={HEADER: "element.cuh"})
+    """Element type of the bias."""
+    stages: int = 2
+    """Visits in flight."""
+    producer_registers: int = 24
+    """Of a thread of the warpgroup that loads, and of those that compute."""
+    consumer_registers: int = 240
+
+
+def _sum_bias_gradient(problem: Problem, device: Device, boxes: tuple[Box, ...]) -> BiasSum:
+    """The launches that sum a bias' gradient, by ``bwd_bias_sm90`` where batch and heads alone share elements."""
+    along_rows, along_keys = problem.bias_broadcast[2:]
+    widest = max(problem.dim_qk, problem.dim_v)
+    if problem.bias is None or not problem.bias_grad or is_stored(problem) or along_rows or along_keys or widest > 64:
+        return sum_bias_gradient(problem, device)
+    tile = 128
+    stages = 2
+    smem = round_up(stages * tile * 4 * 128 + 2 * 8 * stages + held_bias(problem, tile, tile), 1024)
+    config = BiasConfig(
+        **policies.policies(problem) | {"score": policies.score_without_bias(problem)},
+        tile_q=tile,
+        tile_kv=tile,
+        threads=384,
+        smem_bytes=smem,
+        bias=problem.bias.cuda,
+        stages=stages,
+    )
+    return bias_sum(problem, device, "bwd_bias_sm90", config, boxes)
+
+
 def _backward(problem: Problem, device: Device) -> Plan:
+    if short := _short_backward(problem, device):
+        return short
     config, reason = _backward_config(problem, device)
     columns = _dq_columns(config)
     kernel = "bwd_sm90_wide" if config.tile_kv == _ROWS else "bwd_sm90"
@@ -336,7 +439,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
     )  # fmt: skip
     if config.bias_copies != "NoBias":
         boxes += (Box("bias", 1 if problem.bias_broadcast[2] else config.tile_q),)
-    bias = sum_bias_gradient(problem, device)
+    bias = _sum_bias_gradient(problem, device, boxes)
     launches = (
         Step("bwd_prepare_sm90", "BwdParams", prepare, query_blocks(problem, config.tile_q)),
         Step(kernel, "BwdParams", config, key_blocks(problem, config.tile_kv), boxes),
@@ -389,10 +492,12 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
     if problem.tangents is not None:
         return _leave_tangents_to_sm80(problem)
     if problem.direction == "backward":
-        if short_backward(problem, device) is not None:
+        if _short_backward(problem, device) is None and short_backward(problem, device) is not None:
             return ["sm80 serves many short sequences better"]
         # Its two warpgroups share dq's columns, of which there must be two chunks of 64 or a tile of 128 queries.
         return ["dim_v > 64 beside dim_qk <= 64"] if problem.dim_qk <= 64 < problem.dim_v <= 128 else []
+    if short_forward(problem, device) is not None:
+        return ["sm80 serves many short sequences better"]
     if problem.len_q > _ROWS:
         return []
     division = forward_division(problem, device)
