@@ -37,7 +37,8 @@ def test_the_matrix_is_bounded_and_covers_the_table():
     everything = {step.kernel for _, step in variants(cases, named("h100"))}
     everything |= {step.kernel for step in MERGES}
     assert kernels.pop("sm_90a") == everything
-    hopper = {"fwd_sm90", "jvp_sm90", "bwd_prepare_sm90", "bwd_sm90", "bwd_sm90_wide", "bwd_convert_sm90"}
+    hopper = {"fwd_sm90", "jvp_sm90", "bwd_prepare_sm90", "bwd_sm90", "bwd_sm90_wide", "bwd_sm90_short"}
+    hopper |= {"bwd_convert_sm90", "bwd_bias_sm90"}
     assert set(map(frozenset, kernels.values())) == {frozenset(everything - hopper)}
     for arch, families in FULL.items():
         cases = [case for case in CASES.values() if case.family in families]
