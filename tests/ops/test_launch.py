@@ -332,11 +332,11 @@ def test_sdpa_on_host_memory(launches: Launches, wrap: Any) -> None:
 
 def test_sdpa_runs_the_preferred_kernels(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "launch", lambda *_: None)
-    x, single = as_torch(random(1, 2, 8, 16)), as_torch(random(1, 2, 8, 16, dtype=np.float32))
+    x, double = as_torch(random(1, 2, 8, 16)), as_torch(random(1, 2, 8, 16, dtype=np.float64))
     cuflash.scaled_dot_product_attention(x, x, x, backend="mem_eff")
     assert launches.take() == ["fwd_simt"]
-    with pytest.raises(UnsupportedProblem, match="no fp32"):
-        cuflash.scaled_dot_product_attention(single, single, single, backend="flash")
+    with pytest.raises(UnsupportedProblem, match="no fp64"):
+        cuflash.scaled_dot_product_attention(double, double, double, backend="flash")
     monkeypatch.setenv("CUFLASH_ATTENTION_BACKEND", "mem_eff")
     cuflash.scaled_dot_product_attention(x, x, x)
     cuflash.flash_attn_func(x, x, x)

@@ -45,7 +45,7 @@ def preferred_backend(backend: str | None = None) -> str:
     Parameters
     ----------
     backend : {"default", "flash", "mem_eff"}, optional
-        ``flash`` is tensor cores: 16-bit types and heads up to 256. ``mem_eff`` is plain fused multiply-adds: any type,
+        ``flash`` is tensor cores: 16-bit types and fp32, heads up to 256. ``mem_eff`` is plain multiply-adds: any type,
         GPU and head size. ``default`` takes back what was set: the environment decides, and without it the planner.
         ``aotriton`` stands for ``flash`` and ``ck`` for ``mem_eff``. None changes nothing.
 
