@@ -600,7 +600,17 @@ def hopper(**changes) -> ForwardConfig:
         ({"dim_qk": 72, "dim_v": 72}, 3, 64, True),
         ({"dim_qk": 72, "dim_v": 72, "mask": CAUSAL}, 3, 64, False),
         ({"dim_qk": 40, "dim_v": 128}, 3, 64, True),
-        ({"dim_qk": 128, "dim_v": 128, "len_q": 500, "mask": CAUSAL}, 3, 64, False),
+        ({"dim_qk": 128, "dim_v": 128, "batch": 64, "mask": CAUSAL, "num_splits": 0}, 3, 64, False),
+        ({"dim_qk": 128, "dim_v": 128, "len_q": 500, "num_splits": 0}, 2, 128, True),  # many multiprocessors idle
+        ({"dim_qk": 128, "dim_v": 128, "len_q": 500, "num_splits": 1}, 3, 64, True),
+        (
+            {"dim_qk": 128, "dim_v": 128, "batch": 512, "len_q": 128, "num_splits": 0},
+            2,
+            128,
+            True,
+        ),  # a third of 192 rows
+        ({"dim_qk": 128, "dim_v": 128, "batch": 512, "len_q": 320, "num_splits": 0}, 3, 64, True),
+        ({"dim_qk": 128, "layout": "varlen", "total_q": 500, "num_splits": 0}, 3, 64, True),
         ({"dim_qk": 128, "softcap": 2.0}, 3, 64, True),
         ({"dim_qk": 128, "sink": True}, 3, 64, True),
         ({"dim_qk": 128, "alibi": True}, 2, 128, True),
