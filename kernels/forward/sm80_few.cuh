@@ -7,11 +7,12 @@
 //    q tile |0123|0123|0123|      its keys are shared out: each warp has 16 of every kv tile, copies them for itself
 //           +----+----+----+      some tiles ahead, and waits for no other. It finds a part of every row.
 //
-//   for each stretch:   load_q
+//   for each stretch:
 //     each warp, for each kv tile:   load K and V, kStages - 1 tiles ahead | S = Q K^T | mask | softmax_tile | out += P V
 //     warps' parts -> shared memory -> merged: whole rows, or a part of them in scratch memory
 //     whoever leaves the last part of a query tile merges them all
 //
+// Loads run on into the next stretch, whose Q and first keys arrive while the parts of this one are merged.
 // Warps' parts and blocks' parts are merged by the same few lines (tile/parts.cuh), in the order of warps and of keys.
 #pragma once
 
@@ -44,17 +45,19 @@ struct ForwardSm80Few {
     SharedTile<Element, kKeys, kDimQk> k;
     SharedTile<Element, kKeys, kDimV> v;
   };
-  // What each warp found of every row.
-  struct WarpParts {
-    float out[kWarps][kTileQ][kDimV];
-    RowState<float> states[kWarps][kTileQ];
+  // What a warp found of as many rows as are merged at a time.
+  static constexpr int kRows = 16;
+  struct WarpPart {
+    float out[kRows][kDimV];
+    RowState<float> states[kRows];
+  };
+  union Buffer {
+    Stage keys;
+    WarpPart part;  // in the buffer of the last keys, while the others fill
   };
   struct SmemPlan {
-    SharedTile<Element, kTileQ, kDimQk> q;
-    union {
-      Stage stages[kWarps][kStages];
-      WarpParts parts;  // after the last kv tile
-    };
+    SharedTile<Element, kTileQ, kDimQk> q[2];  // of this stretch and of the next
+    Buffer buffers[kWarps][kStages];
     int64 offsets[kWarps][2 * kKeys];  // Finder's
     bool is_last;                      // whether this block left the last part
   };
@@ -77,46 +80,208 @@ struct ForwardSm80Few {
     }
   };
 
-  // A block's work on one stretch.
-  struct Visit {
+  // A stretch, whose rows and which of their key tiles it is.
+  struct Job {
+    Stretch stretch;
+    Sequence sequence;
+    Heads heads;
+    int q_first, q_rows;  // the tile's first row among the sequence's, and how many there are from that one on
+    Tiles tiles;
+    int first_visible;  // key
+
+    CF_DEVICE Job(const FwdParams& p, const Stretches& stretches, const Stretch& its_stretch)
+        : stretch(its_stretch), sequence(p.attention, stretch.work.batch), heads(p.attention, stretch.work.head),
+          q_first(stretch.work.tile * kTileQ), q_rows(Heads::rows(p.attention, sequence.len_q) - q_first) {
+      const auto mask = heads.template bind<typename Config::Mask>(p.attention, sequence);
+      tiles = q_rows > 0 ? stretches.part(mask.kv_tiles(q_first, kTileQ, kTileKv)) : Tiles{0, 0, 0, 0};
+      first_visible = mask.kv_tiles(q_first, kTileQ, 1).begin;
+    }
+
+    CF_DEVICE int num_tiles() const { return max_of(0, tiles.end - tiles.begin); }
+  };
+
+  // The keys of a job on their way to a warp.
+  struct Loader {
+    Finder finder;
+    const Element *k, *v;  // key 0
+    int key;               // the next
+    int left = 0;          // tiles that have not been started
+
+    CF_DEVICE void turn(const FwdParams& p, const Job& job) {
+      finder.turn(p, job.sequence, job.first_visible);
+      k = first_key<const Element>(p.k, p.k_stride, job.sequence, job.heads.kv);
+      v = first_key<const Element>(p.v, p.v_stride, job.sequence, job.heads.kv);
+      key = job.tiles.begin * kTileKv + ptx::warp_index() * kKeys;
+      left = job.num_tiles();
+      if (left > 0) finder.look_up(p, key);
+    }
+
+    CF_DEVICE void load(const FwdParams& p, Stage& stage, typename Finder::Offsets& offsets) {
+      const int lane = ptx::lane_index();
+      finder.settle(p, offsets);
+      load_tile_async<Config::kDimQk, kBytes, 32, 32, true>(stage.k, finder.keys(p, offsets, k), lane);
+      load_tile_async<Config::kDimV, kBytes, 32, 32, true>(stage.v, finder.values(p, offsets, v), lane);
+      key += kTileKv;
+      if (--left > 0) finder.look_up(p, key);
+    }
+  };
+
+  // What a warp keeps from stretch to stretch.
+  struct Warp {
     const FwdParams& p;
     SmemPlan& smem;
+    const int lane, index;
+    Stretches& stretches;
+    Job job, next_job;  // at hand, and the one after it, if there is one
+    bool has_next;
+    Loader loader;
+    int turned = 0;                 // to how many of the two jobs the loader has turned
+    int ahead = 0;                  // tiles under way
+    int load_stage = 0, stage = 0;  // buffers of the next tile to be loaded, and to be used
+    int q_buffer = 0;
+
+    CF_DEVICE Warp(const FwdParams& params, SmemPlan& plan, Stretches& its_stretches, const Stretch& first)
+        : p(params), smem(plan), lane(ptx::lane_index()), index(ptx::warp_index()), stretches(its_stretches),
+          job(p, stretches, first), next_job(job) {}
+
+    CF_DEVICE void run() {
+      for (;;) {
+        Stretch stretch;
+        has_next = stretches.next(p, stretch);
+        if (has_next) next_job = Job(p, stretches, stretch);
+        Visit(*this, job).run();
+        if (!has_next) break;
+        job = next_job;
+        turned = max_of(turned - 1, 0);
+        q_buffer ^= 1;
+      }
+    }
+
+    CF_DEVICE static int after(int stage) { return stage == kStages - 1 ? 0 : stage + 1; }
+
+    // Starts the tile after those under way, if there is one: of this job or of the next, no further.
+    CF_DEVICE void load() {
+      if (loader.left == 0 && turned <= has_next) {
+        Job to = next_job;  // a copy, as a choice between two references would keep both in memory
+        if (turned == 0) to = job;
+        turn(to, q_buffer ^ turned);
+        ++turned;
+      }
+      if (loader.left > 0) {
+        loader.load(p, smem.buffers[index][load_stage].keys,
+                    reinterpret_cast<typename Finder::Offsets&>(smem.offsets[index]));
+        load_stage = after(load_stage);
+        ++ahead;
+      }
+      ptx::cp_async_commit();
+    }
+
+    // The keys of a job follow; its queries come with the first.
+    CF_DEVICE void turn(const Job& to, int buffer) {
+      loader.turn(p, to);
+      const Element* g_q = first_query<const Element>(p.q, p.q_stride, to.sequence, to.heads.first);
+      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q[buffer],
+                                                        rows_of(to.heads, g_q, p.q_stride, to.q_first, to.q_rows));
+    }
+  };
+
+  // A block's work on one stretch.
+  struct Visit {
+    Warp& me;
+    const FwdParams& p;
+    SmemPlan& smem;
+    const Job& job;
     const Stretch& stretch;
-    const Sequence sequence;
-    const Heads heads;
-    const int q_first, q_rows;  // the tile's first row among the sequence's, and how many there are from that one on
+    const Heads& heads;
+    const int q_first, q_rows;
     const typename Heads::template Bound<typename Config::Mask, Sequence> mask;
     const typename Heads::template Bound<typename Config::Score, Sequence> score;
 
-    CF_DEVICE Visit(const FwdParams& params, SmemPlan& plan, const Stretch& its_stretch)
-        : p(params), smem(plan), stretch(its_stretch), sequence(p.attention, stretch.work.batch),
-          heads(p.attention, stretch.work.head), q_first(stretch.work.tile * kTileQ),
-          q_rows(Heads::rows(p.attention, sequence.len_q) - q_first),
-          mask(heads.template bind<typename Config::Mask>(p.attention, sequence)),
-          score(heads.template bind<typename Config::Score>(p.attention, sequence)) {}
+    CF_DEVICE Visit(Warp& warp, const Job& its_job)
+        : me(warp), p(me.p), smem(me.smem), job(its_job), stretch(job.stretch), heads(job.heads), q_first(job.q_first),
+          q_rows(job.q_rows), mask(heads.template bind<typename Config::Mask>(p.attention, job.sequence)),
+          score(heads.template bind<typename Config::Score>(p.attention, job.sequence)) {}
 
     CF_DEVICE float log2_unit() const { return score.unit() * static_cast<float>(kLog2E); }
 
-    CF_DEVICE void run(const Stretches& stretches) {
+    CF_DEVICE void run() {
       if (stretch.work.tile == 0 && stretch.part == 0) {
-        heads.for_each([&](int head) { store_tail<Config, kThreads>(p, sequence, head); });
+        heads.for_each([&](int head) { store_tail<Config, kThreads>(p, job.sequence, head); });
       }
-      if (q_rows <= 0) return;
-      walk(stretches.part(mask.kv_tiles(q_first, kTileQ, kTileKv)));
-      ptx::sync_threads();  // every warp's part is here
-      merge<kWarps>(kWarps, stretch.parts == 1, [&](int row, int col) {
-        return Parts<float, 4>{&smem.parts.states[0][row], &smem.parts.out[0][row][col], kTileQ, kTileQ * kDimV};
-      });
+      if (q_rows > 0) walk();
+    }
+
+    // This warp's part of every row, its keys of every tile; then all warps'.
+    CF_DEVICE void walk() {
+      Output out;
+      out.clear();
+      RowState<float> rows[kRowsPerLane];
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r) rows[r].init();
+      // The first rounds only load, until as many tiles are under way as there can be beside one in use.
+#pragma unroll 1
+      for (int tile = job.tiles.begin - (kStages - 1 - me.ahead); tile < job.tiles.end; ++tile) {
+        if (tile >= job.tiles.begin) {
+          ptx::cp_async_wait<kStages - 2>();
+          if (tile == job.tiles.begin) {
+            ptx::sync_threads();  // Q is here
+          } else {
+            ptx::sync_warp();  // K and V are here, and every lane is done with those before
+          }
+          --me.ahead;
+        }
+        me.load();
+        if (tile < job.tiles.begin) continue;
+        weigh(tile, smem.buffers[me.index][me.stage].keys, rows, out);
+        me.stage = Warp::after(me.stage);
+      }
+      // Into the buffer of the last keys: the others are full, or being filled, with the next stretch's.
+      const int free = me.stage == 0 ? kStages - 1 : me.stage - 1;
+#pragma unroll
+      for (int r = 0; r < kRowsPerLane; ++r) {
+        rows[r].l = row_sum(rows[r].l);
+        scale_row(out, r, rows[r].inverse_sum());
+      }
+#pragma unroll
+      for (int first = 0; first < kTileQ; first += kRows) {
+        if (first >= q_rows) break;
+        ptx::sync_warp();  // every lane is done with the keys
+        leave(smem.buffers[me.index][free].part, first, rows, out);
+        ptx::sync_threads();  // every warp's part is here
+        merge<kWarps>(first, first + kRows, kWarps, stretch.parts == 1, [&](int row, int col) {
+          const WarpPart& part = smem.buffers[0][free].part;
+          constexpr int kStep = sizeof(Buffer) / sizeof(float) * kStages;
+          return Parts<float, 4>{&part.states[row - first], &part.out[row - first][col],
+                                 kStep / (sizeof(RowState<float>) / sizeof(float)), kStep};
+        });
+        ptx::sync_threads();  // before the next parts or keys take their place
+      }
       if (stretch.parts > 1 && is_last()) {
-        merge<8>(stretch.parts, true,
+        merge<8>(0, kTileQ, stretch.parts, true,
                  [&](int row, int col) { return SlotParts{stretch, state_in(0, row), out_in(0, row) + col}; });
       }
-      ptx::sync_threads();  // before the next stretch's keys take the place of the parts
+    }
+
+    // Adds a tile's keys to this warp's part.
+    CF_DEVICE void weigh(int tile, Stage& keys, RowState<float> (&rows)[kRowsPerLane], Output& out) {
+      const int lane = me.lane, kv_first = tile * kTileKv + me.index * kKeys;
+      Scores s;
+      s.clear();
+      gemm_abt<Element>(s, smem.q[me.q_buffer], 0, keys.k);
+      s.for_each(lane, [&](float& x, int row, int col) { x = score.apply(x, q_first + row, kv_first + col); });
+      if (!job.tiles.is_full(tile)) {
+        s.for_each(lane, [&](float& x, int row, int col) {
+          if (!mask.keep(q_first + row, kv_first + col)) x = -infinity<float>();
+        });
+      }
+      softmax_tile(s, rows, out, log2_unit());
+      Operand<kTileQ, kKeys> weights;
+      pack_operand<Element>(weights, s);
+      gemm_ab<Element>(out, weights, keys.v);
     }
 
     // Whether this block leaves the query tile's last part; what the others left can be read then.
     CF_DEVICE bool is_last() const {
-      ptx::sync_threads();
       if (ptx::thread_index() == 0) {
         const int last = stretch.parts - 1;
         smem.is_last = ptx::count_around_in_order(p.tickets + stretch.query_tile, last) == last;
@@ -133,88 +298,26 @@ struct ForwardSm80Few {
       return static_cast<float*>(p.partial_out) + (slot * kTileQ + row) * kDimV;
     }
 
-    // This warp's part of every row: its keys of every tile.
-    CF_DEVICE void walk(const Tiles& tiles) {
-      const int lane = ptx::lane_index(), warp = ptx::warp_index(), count = tiles.end - tiles.begin;
-      const Element* g_q = first_query<const Element>(p.q, p.q_stride, sequence, heads.first);
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q, rows_of(heads, g_q, p.q_stride, q_first, q_rows));
-      ptx::cp_async_commit();
-
-      const Element* g_k = first_key<const Element>(p.k, p.k_stride, sequence, heads.kv);
-      const Element* g_v = first_key<const Element>(p.v, p.v_stride, sequence, heads.kv);
-      const int first_key = tiles.begin * kTileKv + warp * kKeys;
-      Finder finder(p, sequence, mask.kv_tiles(q_first, kTileQ, 1).begin);
-      auto& offsets = reinterpret_cast<typename Finder::Offsets&>(smem.offsets[warp]);
-      Stage(&stages)[kStages] = smem.stages[warp];
-      if (count > 0) finder.look_up(first_key);
-      const auto load = [&](int number) {
-        if (number < count) {
-          Stage& stage = stages[number % kStages];
-          finder.settle(offsets);
-          load_tile_async<Config::kDimQk, kBytes, 32>(stage.k, finder.keys(offsets, g_k), lane);
-          load_tile_async<Config::kDimV, kBytes, 32>(stage.v, finder.values(offsets, g_v), lane);
-          if (number + 1 < count) finder.look_up(first_key + (number + 1) * kTileKv);
-        }
-        ptx::cp_async_commit();
-      };
-#pragma unroll 1
-      for (int number = 0; number < kStages - 1; ++number) load(number);
-      ptx::cp_async_wait<kStages - 1>();
-      ptx::sync_threads();  // Q is here
-
-      Output out;
-      out.clear();
-      RowState<float> rows[kRowsPerLane];
-#pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) rows[r].init();
-      for (int number = 0; number < count; ++number) {
-        ptx::cp_async_wait<kStages - 2>();
-        ptx::sync_warp();  // K and V are here, and every lane is done with those before
-        load(number + kStages - 1);
-        Stage& stage = stages[number % kStages];
-        const int tile = tiles.begin + number, kv_first = first_key + number * kTileKv;
-        Scores s;
-        s.clear();
-        gemm_abt<Element>(s, smem.q, 0, stage.k);
-        s.for_each(lane, [&](float& x, int row, int col) { x = score.apply(x, q_first + row, kv_first + col); });
-        if (!tiles.is_full(tile)) {
-          s.for_each(lane, [&](float& x, int row, int col) {
-            if (!mask.keep(q_first + row, kv_first + col)) x = -infinity<float>();
-          });
-        }
-        softmax_tile(s, rows, out, log2_unit());
-        Operand<kTileQ, kKeys> weights;
-        pack_operand<Element>(weights, s);
-        gemm_ab<Element>(out, weights, stage.v);
-      }
-      ptx::cp_async_wait<0>();
-      ptx::sync_threads();  // every warp is done with its keys
-      leave(warp, rows, out);
-    }
-
-    CF_DEVICE void leave(int warp, RowState<float> (&rows)[kRowsPerLane], Output& out) {
-      const int lane = ptx::lane_index();
-#pragma unroll
-      for (int r = 0; r < kRowsPerLane; ++r) {
-        rows[r].l = row_sum(rows[r].l);
-        scale_row(out, r, rows[r].inverse_sum());
-        if (lane % 4 == 0) smem.parts.states[warp][row_of(lane, r)] = rows[r];
-      }
+    // Leaves the rows from `first` on.
+    CF_DEVICE void leave(WarpPart& part, int first, RowState<float> (&rows)[kRowsPerLane], Output& out) {
+      const int lane = me.lane;
       Output::for_each_index([&](int r, int n, int i) {
-        if (i == 0) {
-          *reinterpret_cast<Columns<float, 2>*>(&smem.parts.out[warp][row_of(lane, r)][col_of(lane, n, 0)]) = {
-              {out.at(r, n, 0), out.at(r, n, 1)}};
-        }
+        const int row = row_of(lane, r) - first;
+        if (r / 2 * 16 != first || first + row >= q_rows || i != 0) return;
+        if (n == 0 && lane % 4 == 0) part.states[row] = rows[r];
+        *reinterpret_cast<Columns<float, 2>*>(&part.out[row][col_of(lane, n, 0)]) = {
+            {out.at(r, n, 0), out.at(r, n, 1)}};
       });
     }
 
-    // Merges the parts of every row, four columns a thread, into the result, or into this stretch's part of it.
+    // Merges the parts of the rows [first, end), four columns a thread, into the result, or into this stretch's part.
     template <int kAtOnce, class PartsOf>
-    CF_DEVICE void merge(int count, bool whole, const PartsOf& parts_of) {
+    CF_DEVICE void merge(int first, int end, int count, bool whole, const PartsOf& parts_of) {
       constexpr int kAcross = kDimV / 4;
+      const int rows = min_of(q_rows, end) - first;
 #pragma unroll 1
-      for (int index = ptx::thread_index(); index < min_of(q_rows, kTileQ) * kAcross; index += kThreads) {
-        const int row = index / kAcross, col = index % kAcross * 4;
+      for (int index = ptx::thread_index(); index < rows * kAcross; index += kThreads) {
+        const int row = first + index / kAcross, col = index % kAcross * 4;
         FourColumns out;
         RowState<float> state = merge_parts<kAtOnce>(out, parts_of(row, col), count, log2_unit());
         if (whole) {
@@ -234,7 +337,7 @@ struct ForwardSm80Few {
       const int head = heads.head(q_first + row);
       const float rescale = Config::Sink::close(state, p.attention, head, score.unit());
       const float factor = rescale * state.inverse_sum();
-      Element* out = Results::out(p, sequence, heads.first, 0) + heads.offset(q_first + row, p.out_stride) + col;
+      Element* out = Results::out(p, job.sequence, heads.first, 0) + heads.offset(q_first + row, p.out_stride) + col;
       using Vector = typename VectorOf<min_of(8, kBytes)>::Type;
       constexpr int kWidth = sizeof(Vector) / sizeof(Element);
       alignas(8) Element rounded[4];
@@ -247,7 +350,7 @@ struct ForwardSm80Few {
         }
       }
       if (col == 0) {
-        const int64 number = Results::number(p, sequence, heads.first, 0);
+        const int64 number = Results::number(p, job.sequence, heads.first, 0);
         Results::close(p, number + heads.offset(q_first + row, Results::lse_stride(p)), state, score.unit());
       }
     }
@@ -257,7 +360,7 @@ struct ForwardSm80Few {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     Stretches stretches(p);
     Stretch stretch;
-    while (stretches.next(p, stretch)) Visit(p, smem, stretch).run(stretches);
+    if (stretches.next(p, stretch)) Warp(p, smem, stretches, stretch).run();
   }
 };
 

@@ -20,6 +20,12 @@ CF_DEVICE void cp_async(uint32 shared, const void* global, bool valid) {
   }
 }
 
+// The same of 16 bytes, which L2 keeps by a policy (ptx/memory.cuh).
+CF_DEVICE void cp_async_by(uint64 policy, uint32 shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
+               ::"r"(shared), "l"(global), "r"(valid ? 16 : 0), "l"(policy) : "memory");
+}
+
 CF_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's groups are still in flight.

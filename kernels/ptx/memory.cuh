@@ -51,6 +51,14 @@ CF_DEVICE int count_around_in_order(int* address, int last) {
   return before;
 }
 
+// The policy of what is read once, and makes room in L2 first.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-createpolicy
+CF_DEVICE uint64 evict_first() {
+  uint64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld
 CF_DEVICE int load_acquire(const int* address) {
   int x;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ptx/cp_async.cuh"
+#include "ptx/memory.cuh"
 #include "ptx/sync.cuh"
 #include "tile/rows.cuh"
 #include "tile/shared.cuh"
@@ -29,8 +30,9 @@ struct VectorOf<16> {
 
 // Starts the copy of the columns [0, kDim) of the rows that there are into `tile`; everything else in the tile becomes
 // zero, so that padding of any content (NaN included) never enters a product. By kThreads threads of which this is number
-// `thread`, at most kMostAcross to a row; complete after cp_async_wait and a barrier among them.
-template <int kDim, int kBytes, int kThreads, int kMostAcross = kThreads, class Tile, class Rows>
+// `thread`, at most kMostAcross to a row; complete after cp_async_wait and a barrier among them. kOnce: nobody else reads
+// the rows, and L2 need not keep them.
+template <int kDim, int kBytes, int kThreads, int kMostAcross = kThreads, bool kOnce = false, class Tile, class Rows>
 CF_DEVICE void load_tile_async(Tile& tile, const Rows& rows, int thread = ptx::thread_index()) {
   constexpr int kWidth = kBytes / sizeof(*rows.data);  // elements of one access
   constexpr int kAcross = Tile::kCols / kWidth;
@@ -50,7 +52,9 @@ CF_DEVICE void load_tile_async(Tile& tile, const Rows& rows, int thread = ptx::t
       const int row = down + first_row;
       if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) break;
       const bool valid = rows.has(row) && (kDim == Tile::kCols || col < kDim);
-      if constexpr (kBytes >= 4) {
+      if constexpr (kBytes == 16 && kOnce) {
+        ptx::cp_async_by(ptx::evict_first(), tile.address(row, col), source, valid);
+      } else if constexpr (kBytes >= 4) {
         ptx::cp_async<kBytes>(tile.address(row, col), source, valid);
       } else {
         using Vector = typename VectorOf<kBytes>::Type;

@@ -109,21 +109,18 @@ template <class Sequence, int kRows>
 struct KeyFinder {
   struct Offsets {};  // in shared memory
 
-  const FwdParams& p;
-  const Sequence& sequence;
-  int first = 0;  // key
+  int first, count;  // key, and how many there are from number 0 on
 
-  CF_DEVICE KeyFinder(const FwdParams& params, const Sequence& its_sequence, int /*first_visible*/)
-      : p(params), sequence(its_sequence) {}
-  CF_DEVICE void look_up(int key) { first = key; }
-  CF_DEVICE void settle(Offsets&) {}
+  CF_DEVICE void turn(const FwdParams&, const Sequence& sequence, int /*first_visible*/) { count = sequence.len_kv; }
+  CF_DEVICE void look_up(const FwdParams&, int key) { first = key; }
+  CF_DEVICE void settle(const FwdParams&, Offsets&) {}
   template <class Element>
-  CF_DEVICE GlobalRows<const Element> keys(const Offsets&, const Element* data) const {
-    return kv_rows(p, sequence, data, p.k_stride, first);
+  CF_DEVICE GlobalRows<const Element> keys(const FwdParams& p, const Offsets&, const Element* data) const {
+    return {data + first * p.k_stride.row, p.k_stride.row, count - first};
   }
   template <class Element>
-  CF_DEVICE GlobalRows<const Element> values(const Offsets&, const Element* data) const {
-    return kv_rows(p, sequence, data, p.v_stride, first);
+  CF_DEVICE GlobalRows<const Element> values(const FwdParams& p, const Offsets&, const Element* data) const {
+    return {data + first * p.v_stride.row, p.v_stride.row, count - first};
   }
 };
 
@@ -134,25 +131,25 @@ struct PagedKeyFinder {
     int64 k[kRows], v[kRows];
   };
 
-  const FwdParams& p;
   const int* table;
-  const int start, first_visible, len_kv;
-  int next = 0, first = 0;  // keys that were looked up, and those that were settled
-  PagedKey mine{0, 0};
+  int start, first_visible, len_kv;
+  int next, first;  // keys that were looked up, and those that were settled
+  PagedKey mine;
 
   template <class Sequence>
-  CF_DEVICE PagedKeyFinder(const FwdParams& params, const Sequence& sequence, int start_kv, int visible)
-      : p(params), table(p.pages.table + sequence.batch * p.pages.table_batch), start(start_kv), first_visible(visible),
-        len_kv(sequence.len_kv) {}
+  CF_DEVICE void turn(const FwdParams& p, const Sequence& sequence, int start_kv, int visible) {
+    table = p.pages.table + sequence.batch * p.pages.table_batch;
+    start = start_kv, first_visible = visible, len_kv = sequence.len_kv;
+  }
 
   // Starts with the keys from `key` on; those that no query sees have the place of one that is seen.
-  CF_DEVICE void look_up(int key) {
+  CF_DEVICE void look_up(const FwdParams& p, int key) {
     next = key;
     const int seen = clamp_to(key + ptx::lane_index() % kRows, first_visible, len_kv - 1);
     mine = cuflash::look_up(p.pages, table, start + seen);
   }
   // Hands them to the warp, whose copies of those before have been started.
-  CF_DEVICE void settle(Offsets& offsets) {
+  CF_DEVICE void settle(const FwdParams& p, Offsets& offsets) {
     first = next;
     ptx::sync_warp();
     offsets.k[ptx::lane_index() % kRows] = mine.offset(p.k_stride);
@@ -160,24 +157,27 @@ struct PagedKeyFinder {
     ptx::sync_warp();
   }
   template <class Element>
-  CF_DEVICE FoundRows<const Element, kRows> keys(const Offsets& offsets, const Element* data) const {
+  CF_DEVICE FoundRows<const Element, kRows> keys(const FwdParams&, const Offsets& offsets, const Element* data) const {
     return {data, offsets.k, first_visible - first, len_kv - first};
   }
   template <class Element>
-  CF_DEVICE FoundRows<const Element, kRows> values(const Offsets& offsets, const Element* data) const {
+  CF_DEVICE FoundRows<const Element, kRows> values(const FwdParams&, const Offsets& offsets,
+                                                   const Element* data) const {
     return {data, offsets.v, first_visible - first, len_kv - first};
   }
 };
 
 template <int kRows>
 struct KeyFinder<PagedSequence, kRows> : PagedKeyFinder<kRows> {
-  CF_DEVICE KeyFinder(const FwdParams& params, const PagedSequence& sequence, int visible)
-      : PagedKeyFinder<kRows>(params, sequence, 0, visible) {}
+  CF_DEVICE void turn(const FwdParams& p, const PagedSequence& sequence, int visible) {
+    PagedKeyFinder<kRows>::turn(p, sequence, 0, visible);
+  }
 };
 template <int kRows>
 struct KeyFinder<PagedCacheSequence, kRows> : PagedKeyFinder<kRows> {
-  CF_DEVICE KeyFinder(const FwdParams& params, const PagedCacheSequence& sequence, int visible)
-      : PagedKeyFinder<kRows>(params, sequence, sequence.start_kv, visible) {}
+  CF_DEVICE void turn(const FwdParams& p, const PagedCacheSequence& sequence, int visible) {
+    PagedKeyFinder<kRows>::turn(p, sequence, sequence.start_kv, visible);
+  }
 };
 
 // Rows lie where the query and the head of each do.

@@ -207,8 +207,8 @@ def _few_smem(problem: Problem, tile_q: int, warps: int, stages: int) -> int:
     """Bytes of ``ForwardSm80Few::SmemPlan``."""
     dim_qk, dim_v = _rounded(problem)
     stage = _shared_tile(16, dim_qk) + _shared_tile(16, dim_v)
-    parts = tile_q * (4 * dim_v + 8)
-    return _shared_tile(tile_q, dim_qk) + warps * max(stages * stage, parts) + warps * 2 * 16 * 8 + 8
+    part = 16 * (4 * dim_v + 8)
+    return 2 * _shared_tile(tile_q, dim_qk) + warps * stages * max(stage, part) + warps * 2 * 16 * 8 + 8
 
 
 def forward_division(problem: Problem, device: Device) -> Division:

@@ -21,6 +21,8 @@ void cp_async(uint32 shared, const void* global, bool valid) {
   host::start_copy(kBytes, shared, global, valid);
 }
 
+inline void cp_async_by(uint64, uint32 shared, const void* global, bool valid) { cp_async<16>(shared, global, valid); }
+
 void cp_async_commit();
 
 template <int kPending>

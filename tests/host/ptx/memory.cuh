@@ -34,6 +34,8 @@ inline int count_around(int* address, int last) {
 
 inline int count_around_in_order(int* address, int last) { return count_around(address, last); }
 
+inline uint64 evict_first() { return 0; }
+
 inline int load_acquire(const int* address) {
   if (++host::block.current->spins > host::Block::kMaxSpins) {
     host::fail("thread %d waits for a turn that no block before it gives (the flag is %d)", host::block.current->index,
