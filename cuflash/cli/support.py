@@ -126,7 +126,7 @@ ROWS: tuple[Row, ...] = (
     Row("number of key splits of the gradients", ("num_splits_key",), BACKWARD, instead="`deterministic` is one"),
     Row("split keys", ("num_splits",), FORWARD, always=(SDPA, MHA, CK, MEM_EFF, EFFICIENT), runs_on="kernels"),
     Row("query heads of one key head packed into a tile when queries are few", where=FORWARD, always=ALL,
-        problem=replace(PLAIN, len_q=1, heads_kv=1), runs_on="kernels"),
+        problem=replace(PLAIN, len_q=9, heads_q=4, heads_kv=1, num_splits=0), runs_on="kernels"),
     Row("a cache whose lengths the GPU alone knows, with left padding, dense or in pages", ("cache_seqlens",),
         CACHED, problem=replace(PLAIN, layout="cache", len_q=1)),
     Row("keys appended to it in place, and turned by rotary embeddings", ("rotary_cos",), CACHED,

@@ -18,7 +18,8 @@ from cuflash.errors import UnsupportedProblem
 # Enumerations of cuda.h.
 _INVALID_CONTEXT = 201
 _DATA_TYPES = {"fp16": 6, "fp32": 7, "bf16": 9}
-_NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _FILL_WITH_ZEROS = 0, 3, 3, 0
+_NO_INTERLEAVE, _SWIZZLE_128B, _FILL_WITH_ZEROS = 0, 3, 0
+_PROMOTIONS = {128: 2, 256: 3}
 
 _BOX_BYTES = 128
 """Of a row of a box: as many columns as the swizzle spans."""
@@ -37,6 +38,8 @@ class TensorMap:
     """Elements of one copy along each dimension."""
     back: int = 0
     """Bytes from the map's first element to the tensor's."""
+    promotion: int = 256
+    """Bytes that L2 reads together. H200: keys that are read once are read 5 % faster by 128."""
 
 
 def dense(
@@ -50,6 +53,21 @@ def dense(
     return TensorMap(
         dtype, (dim, rows, heads, batch), (row, head, whole), (_BOX_BYTES // dtype.itemsize, box_rows, 1, 1)
     )
+
+
+def grouped(
+    dtype: DType,
+    dim: int,
+    sizes: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    box: tuple[int, int],
+) -> TensorMap:
+    """A (batch, row, head, dim) tensor with coordinates (column, head, row, batch), whose boxes hold several heads.
+
+    ``sizes``, ``strides`` in bytes and ``box`` are of heads, rows and (but for the box) batches.
+    """
+    head, row, whole = _legal(sizes, strides)
+    return TensorMap(dtype, (dim, *sizes), (head, row, whole), (_BOX_BYTES // dtype.itemsize, *box, 1))
 
 
 def ragged(dtype: DType, dim: int, total_rows: int, heads: int, strides: tuple[int, int], box_rows: int) -> TensorMap:
@@ -92,7 +110,7 @@ def encoder(tensor: TensorMap, device: int) -> Callable[[int], tuple[int, ...]]:
         first = -(ctypes.addressof(memory) // 8) % 8  # the driver wants the map aligned to 64 bytes
         arguments = (
             ctypes.byref(memory, 8 * first), data_type, 4, ctypes.c_void_p(address - tensor.back), dims, strides, box,
-            element_strides, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _FILL_WITH_ZEROS,
+            element_strides, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTIONS[tensor.promotion], _FILL_WITH_ZEROS,
         )  # fmt: skip
         status = driver.cuTensorMapEncodeTiled(*arguments)
         if status == _INVALID_CONTEXT:  # a thread on which nothing of CUDA has run yet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 
 from cuflash import jit
@@ -35,7 +36,13 @@ def tensor_map(
         row, head = strides["total"], strides["h"]
         return jit.tensormap.ragged(problem.dtype, dim, sizes["total"], sizes["h"], (row, head), box.rows)
     row, head, whole = strides["s"], strides["h"], strides["b"]
-    return jit.tensormap.dense(problem.dtype, dim, sizes["s"], sizes["h"], sizes["b"], (row, head, whole), box.rows)
+    if box.heads > 1:
+        sizes_in, steps = (sizes["h"], sizes["s"], sizes["b"]), (head, row, whole)
+        return jit.tensormap.grouped(problem.dtype, dim, sizes_in, steps, (box.heads, box.rows // box.heads))
+    whole_map = jit.tensormap.dense(
+        problem.dtype, dim, sizes["s"], sizes["h"], sizes["b"], (row, head, whole), box.rows
+    )
+    return replace(whole_map, promotion=128) if box.once else whole_map
 
 
 def _bias_map(box: Box, dtype: DType, view: View) -> jit.tensormap.TensorMap | None:

@@ -18,11 +18,15 @@ from cuflash.sheet import Sheet
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """What one bulk copy moves: some rows and 128 bytes of columns of one head of a tensor."""
+    """What one bulk copy moves: some rows and 128 bytes of columns of one head of a tensor, or of a group of heads."""
 
     tensor: str
     """``q``, ``k``, ``v``, ``bias``, ``dout`` or a result, which the parameter block describes in ``<tensor>_map``."""
     rows: int
+    heads: int = 1
+    """Of the rows, neighbours are those of as many heads, and then those of the next query."""
+    once: bool = False
+    """Nobody else reads what is in it."""
 
 
 _SIZES: tuple[tuple[set[str], str], ...] = (

@@ -69,8 +69,8 @@ def forward(problem: Problem, device: Device, family: str, *tiled: tuple[Forward
         steps += (Step(kernel, "FwdParams", config, blocks),)
     else:
         config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
-        steps += (Step(kernel, "FwdParams", config, blocks * division.num_splits), _combine_step(problem))
-        workspaces += _part_workspaces(problem, division.num_splits)
+        steps += (Step(kernel, "FwdParams", config, blocks * division.num_splits), combine_step(problem))
+        workspaces += part_workspaces(problem, division.num_splits)
     return Plan(
         problem, device, family, steps, workspaces, reason, num_splits=division.num_splits, division=division.reason
     )
@@ -120,7 +120,7 @@ def rotated(problem: Problem) -> tuple[Workspace, ...]:
     return (Workspace("rotated", problem.dtype.numpy, shape),)
 
 
-def _combine_step(problem: Problem) -> Step:
+def combine_step(problem: Problem) -> Step:
     """The last launch of a forward whose keys are split."""
     config = CombineConfig(
         element=problem.dtype.cuda,
@@ -134,7 +134,7 @@ def _combine_step(problem: Problem) -> Step:
     return Step("fwd_combine", "FwdParams", config, query_blocks(problem, config.tile_q))
 
 
-def _part_workspaces(problem: Problem, num_splits: int) -> tuple[Workspace, ...]:
+def part_workspaces(problem: Problem, num_splits: int) -> tuple[Workspace, ...]:
     """What the blocks of split rows leave: ``PartRows`` of ``attention/split.cuh``."""
     shape = (num_splits, packed_tiles(problem, 1), problem.heads_q)
     return (

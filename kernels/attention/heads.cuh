@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention/mask.cuh"
+#include "attention/sequence.cuh"
 #include "params.cuh"
 
 namespace cuflash {
@@ -26,6 +27,11 @@ struct OneHead {
   CF_DEVICE int head(int /*row*/) const { return first; }
   // Elements from row 0 to another.
   CF_DEVICE int64 offset(int row, const Strides& stride) const { return row * stride.row; }
+  // Where a box of rows starts, from `row` on.
+  template <class Sequence>
+  CF_DEVICE BoxOrigin box(const Attention& a, const Sequence& sequence, int row) const {
+    return sequence.q_box(a, row, first);
+  }
   template <class F>
   CF_DEVICE void for_each(F&& f) const {
     f(first);
@@ -58,6 +64,12 @@ struct HeadGroup {
   CF_DEVICE int head(int row) const { return first + row % size; }
   CF_DEVICE int64 offset(int row, const Strides& stride) const {
     return query(row) * stride.row + row % size * stride.head;
+  }
+  // In a TensorMap (dim, head, row, batch), whose boxes hold the whole group; `row` is a query's first.
+  template <class Sequence>
+  CF_DEVICE BoxOrigin box(const Attention& a, const Sequence& sequence, int row) const {
+    const BoxOrigin at = sequence.q_box(a, query(row), first);
+    return {at.x2, at.x1, at.x3};
   }
   template <class F>
   CF_DEVICE void for_each(F&& f) const {

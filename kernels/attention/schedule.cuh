@@ -9,6 +9,7 @@ struct Work {
   int tile;
   int head;
   int batch;
+  int split = 0;
 };
 
 // Tiles of the longest sequence; never 0, so that outputs of empty sequences are still written.
@@ -40,16 +41,17 @@ constexpr Work kNoWork{-1, 0, 0};
 
 // The work with a number, which must not fall from call to call: packed sequences come one after the other, each with
 // as many tiles as it is long.
-template <class Sequence>
+template <class Sequence, class Heads>
 struct Works {
   int batch = 0;
   int first = 0;  // number of this sequence's first work
 
   CF_DEVICE Work find(const Attention& a, int number, int tile, int heads_per_section) {
     for (; batch < a.batch; ++batch) {
-      const int tiles = num_tiles(Sequence(a, batch).len_q, tile), here = tiles * a.heads_q;
+      const int tiles = num_tiles(Heads::rows(a, Sequence(a, batch).len_q), tile), heads = Heads::count(a);
+      const int here = tiles * heads;
       if (number - first < here) {
-        Work work = section_work(number - first, tiles, a.heads_q, a.heads_q, heads_per_section);
+        Work work = section_work(number - first, tiles, heads, heads, heads_per_section);
         work.batch = batch;
         return work;
       }
@@ -59,11 +61,11 @@ struct Works {
   }
 };
 
-template <>
-struct Works<DenseSequence> {
+template <class Heads>
+struct Works<DenseSequence, Heads> {
   CF_DEVICE Work find(const Attention& a, int number, int tile, int heads_per_section) {
-    const int tiles = num_tiles(a.len_q, tile), heads = a.heads_q * a.batch;
-    return number < tiles * heads ? section_work(number, tiles, a.heads_q, heads, heads_per_section) : kNoWork;
+    const int tiles = num_tiles(Heads::rows(a, a.len_q), tile), heads = Heads::count(a), all = heads * a.batch;
+    return number < tiles * all ? section_work(number, tiles, heads, all, heads_per_section) : kNoWork;
   }
 };
 

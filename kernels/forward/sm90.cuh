@@ -18,8 +18,8 @@
 // take turns at issuing, so that the softmax of one always runs under the products of another. Tiles are visited from
 // the last to the first, so that all but a left bound is masked at the beginning.
 //
-// Whose rows a tile of queries holds is up to Heads, and how they leave it to Store: for others than here, the producer
-// alone must load Q in another way.
+// Whose rows a tile of queries holds is up to Heads, and how they leave it to Store. A lone consumer is for few queries
+// over many keys, where memory decides.
 //
 // A block goes from one work, a tile of queries, to another; rings and phases run on, so that the next work's loads run
 // under the end of this one. Works of equal length are dealt out in turn, others are drawn by tickets, the longest of
@@ -34,6 +34,7 @@
 #include "tile/copy_tma.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm90.cuh"
+#include "tile/parts.cuh"
 #include "tile/ring.cuh"
 #include "tile/softmax_sm90.cuh"
 #include "tile/store.cuh"
@@ -41,7 +42,7 @@
 
 namespace cuflash {
 
-template <class Config, class Heads = OneHead, class Store = BoxStore>
+template <class Config, class Heads = typename Config::Heads, class Store = BoxStore>
 struct ForwardSm90 {
   using Element = typename Config::Element;
   using Sequence = typename Config::Sequence;
@@ -83,6 +84,8 @@ struct ForwardSm90 {
   using Turns = NamedBarriers<1, 2 * ptx::kWarpgroupThreads>;
   using Meetings = NamedBarriers<1 + kConsumers, ptx::kWarpgroupThreads>;
 
+  static constexpr bool kOnce = kConsumers == 1;  // whether nobody else reads the keys of a work
+
   // Whether no tile but the first that is visited can need a test.
   static constexpr bool kAllFull = Mask::kFullFromStart && Mask::kFullToEnd;
 
@@ -100,9 +103,11 @@ struct ForwardSm90 {
     CF_DEVICE void run() {
       const int blocks = ptx::num_blocks();
       WorkRing::Cursor work_at;
-      Works<Sequence> works;
+      Works<Sequence, Heads> works;
       for (int number = ptx::block_index();; number = p.tickets ? blocks + ptx::count(p.tickets) : number + blocks) {
-        const Work work = works.find(p.attention, number, kTileQ, p.heads_per_section);
+        const typename Config::Split split(p, number);
+        Work work = works.find(p.attention, static_cast<int>(split.block), kTileQ, p.heads_per_section);
+        work.split = split.index;
         smem.works.put(work_at, work);
         work_at = work_at.next();
         if (work.tile < 0) break;
@@ -117,25 +122,26 @@ struct ForwardSm90 {
       const Attention& a = p.attention;
       const Heads heads(a, work.head);
       const int q_first = work.tile * kTileQ;
-      const Tiles tiles = heads.template bind<Mask>(a, sequence).kv_tiles(q_first, kTileQ, kTileKv);
-      if (tiles.begin >= tiles.end) load_q(work, sequence);
+      const Tiles seen = heads.template bind<Mask>(a, sequence).kv_tiles(q_first, kTileQ, kTileKv);
+      const Tiles tiles = Config::Split::part(p, work.split, seen);
+      if (tiles.begin >= tiles.end) load_q(work, sequence, heads);
 #pragma unroll 1
       for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
         const BoxOrigin origin = sequence.kv_box(a, tile * kTileKv, heads.kv);
-        load_boxes(smem.k[at.stage], p.k_map, origin, smem.k_ring.acquire(at, sizeof(KTile)));
-        if (tile == tiles.end - 1) load_q(work, sequence);  // after K, which needs not wait for a work before
+        load_boxes<kOnce>(smem.k[at.stage], p.k_map, origin, smem.k_ring.acquire(at, sizeof(KTile)));
+        if (tile == tiles.end - 1) load_q(work, sequence, heads);  // after K, which needs not wait for a work before
         smem.bias.load(p.bias_map, a, sequence, work.head, q_first, tile * kTileKv, at);
-        load_boxes(smem.v[at.stage], p.v_map, origin, smem.v_ring.acquire(at, sizeof(VTile)));
+        load_boxes<kOnce>(smem.v[at.stage], p.v_map, origin, smem.v_ring.acquire(at, sizeof(VTile)));
         at = at.next();
       }
     }
 
-    CF_DEVICE void load_q(const Work& work, const Sequence& sequence) {
+    CF_DEVICE void load_q(const Work& work, const Sequence& sequence, const Heads& heads) {
 #pragma unroll 1
       for (int w = 0; w < kConsumers; ++w) {  // rows that no query has begin with the last query's: see load_boxes
-        const int row = min_of(work.tile * kTileQ + w * kRows, sequence.len_q - 1);
+        const int row = min_of(work.tile * kTileQ + w * kRows, Heads::rows(p.attention, sequence.len_q) - 1);
         const uint32 barrier = smem.rows_rings[w].acquire(rows_at, sizeof(QTile));
-        load_boxes(smem.rows[w][rows_at.stage].q, p.q_map, sequence.q_box(p.attention, row, work.head), barrier);
+        load_boxes(smem.rows[w][rows_at.stage].q, p.q_map, heads.box(p.attention, sequence, row), barrier);
       }
       rows_at = rows_at.next();
     }
@@ -167,7 +173,9 @@ struct ForwardSm90 {
         if (work.tile < 0) break;
         const Sequence sequence(p.attention, work.batch);
         if (work.tile == 0) {
-          store_tail<Config, kConsumerThreads>(p, sequence, work.head, number * ptx::kWarpgroupThreads + thread);
+          Heads(p.attention, work.head).for_each([&](int head) {
+            store_tail<Config, kConsumerThreads>(p, sequence, head, number * ptx::kWarpgroupThreads + thread);
+          });
         }
         if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) Visit(*this, work, sequence).run();
       }
@@ -216,6 +224,7 @@ struct ForwardSm90 {
 
   // What a consumer does for one work: its scores, weights and output, in registers.
   struct Visit {
+    using Results = typename Config::Split::template Rows<Config>;
     using BoundMask = typename Heads::template Bound<Mask, Sequence>;
     using BoundScore = typename Heads::template Bound<Score, Sequence>;
     using BoundDropout = typename Heads::template Bound<Dropout, Sequence>;
@@ -249,8 +258,9 @@ struct ForwardSm90 {
     }
 
     CF_DEVICE void run() {
-      const Tiles loaded = mask.kv_tiles(work.tile * kTileQ, kTileQ, kTileKv);
-      const Tiles tiles = Config::kPingPong ? loaded : own_tiles(loaded);
+      const Tiles seen = mask.kv_tiles(work.tile * kTileQ, kTileQ, kTileKv);
+      const Tiles loaded = Config::Split::part(p, work.split, seen);
+      const Tiles tiles = Config::kPingPong || kConsumers == 1 ? loaded : own_tiles(loaded);
       me.rows_ring().wait(me.rows_at);
       me.skip(loaded.end - tiles.end);
       if (tiles.begin < tiles.end) {
@@ -282,7 +292,7 @@ struct ForwardSm90 {
       int tile = tiles.end - 1;
       if constexpr (kAllFull) {  // without a choice between two softmaxes, a round is one block of instructions
         to_weights(tile, true, true);
-        while (--tile >= 0) {
+        while (--tile >= tiles.begin) {
           start_both();
           to_weights(tile, false, false);
         }
@@ -375,10 +385,9 @@ struct ForwardSm90 {
       Output::for_each_index([&](int r, int n, int i) { out.at(r, n, i) *= factor[r]; });
     }
 
-    // out divided by its sums, and lse.
+    // out divided by its sums, and lse; or what a part has instead.
     CF_DEVICE void finish() {
-      using Results = WholeRows<Config>;
-      const int64 number = Results::number(p, sequence, heads.first, 0);
+      const int64 number = Results::number(p, sequence, heads.first, work.split);
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -394,15 +403,30 @@ struct ForwardSm90 {
     }
 
     CF_DEVICE void store() {
-      store_fragment<Element>(mine.out, me.warp_row, 0, me.lane, out);
-      ptx::fence_proxy_async();  // the copy engine reads the tile next, or writes it
-      me.meet();
-      Store::template store<Config>(p, sequence, heads, q_first, mine.out, me.thread);
-      if (!Store::kByOneThread) me.meet();
+      if constexpr (Results::kWhole) {
+        store_fragment<Element>(mine.out, me.warp_row, 0, me.lane, out);
+        ptx::fence_proxy_async();  // the copy engine reads the tile next, or writes it
+        me.meet();
+        Store::template store<Config>(p, sequence, heads, q_first, mine.out, me.thread);
+        if (!Store::kByOneThread) me.meet();
+      } else {
+        store_part();
+        me.meet();  // no warp reads Q any more
+      }
       if (Config::kRowBuffers == 1 && me.leader) {
         Store::wait_read();
         me.rows_ring().release(me.rows_at);
       }
+    }
+    CF_DEVICE void store_part() {
+      const Strides stride = Results::out_stride(p);
+      auto* part = Results::out(p, sequence, heads.first, work.split);
+      Output::for_each_index([&](int r, int n, int i) {
+        const int row = q_warp + row_of(me.lane, r), col = col_of(me.lane, n, 0);
+        if (i != 0 || row >= rows || col >= Config::kDimV) return;
+        auto* place = part + heads.offset(row, stride) + col;
+        *reinterpret_cast<Columns<float, 2>*>(place) = {{out.at(r, n, 0), out.at(r, n, 1)}};
+      });
     }
   };
 
@@ -420,10 +444,10 @@ struct ForwardSm90 {
     ptx::sync_threads();
     const int warpgroup = ptx::warpgroup_index();
     if (warpgroup == 0) {
-      ptx::lower_registers<Config::kProducerRegisters>();
+      if constexpr (kConsumers > 1) ptx::lower_registers<Config::kProducerRegisters>();
       if (ptx::warp_index() == 0 && ptx::elect()) Producer{p, smem}.run();
     } else {
-      ptx::raise_registers<Config::kConsumerRegisters>();
+      if constexpr (kConsumers > 1) ptx::raise_registers<Config::kConsumerRegisters>();
       Consumer(p, smem, warpgroup - 1).run();
     }
   }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention/sequence.cuh"
+#include "ptx/memory.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/tma.cuh"
 #include "tile/fragment.cuh"
@@ -12,11 +13,17 @@
 
 namespace cuflash {
 
-template <class Tile>
+// kOnce: nobody else reads the tile, and L2 need not keep it.
+template <bool kOnce = false, class Tile>
 CF_DEVICE void load_boxes(Tile& tile, const TensorMap& map, const BoxOrigin& at, uint32 barrier) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    ptx::tma_load(tile.base() + chunk * Tile::kChunkBytes, map, chunk * Tile::kChunkCols, at.x1, at.x2, at.x3, barrier);
+    const uint32 place = tile.base() + chunk * Tile::kChunkBytes;
+    if constexpr (kOnce) {
+      ptx::tma_load_by(ptx::evict_first(), place, map, chunk * Tile::kChunkCols, at.x1, at.x2, at.x3, barrier);
+    } else {
+      ptx::tma_load(place, map, chunk * Tile::kChunkCols, at.x1, at.x2, at.x3, barrier);
+    }
   }
 }
 

@@ -87,7 +87,8 @@ struct WorkRing {
   CF_DEVICE Work take(const Cursor& at) {
     ring.wait(at);
     const Work& work = works[at.stage];
-    const Work taken{ptx::uniform(work.tile), ptx::uniform(work.head), ptx::uniform(work.batch)};
+    const Work taken{ptx::uniform(work.tile), ptx::uniform(work.head), ptx::uniform(work.batch),
+                     ptx::uniform(work.split)};
     if (ptx::lane_index() == 0) ring.release(at);
     return taken;
   }

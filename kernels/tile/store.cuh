@@ -7,16 +7,18 @@
 
 namespace cuflash {
 
-// By the copy engine, as a box: rows that are neighbours, of one head. One thread starts it and goes on.
+// By the copy engine, as a box: queries that are neighbours, of one head or of a group. One thread starts it and goes on.
 struct BoxStore {
   static constexpr bool kByOneThread = true;
 
   // Row 0 of the tile is row number `first` of the heads' in the sequence. Called by the warpgroup's threads.
-  template <class Config, class Tile, class Sequence>
-  CF_DEVICE static void store(const FwdParams& p, const Sequence& sequence, const OneHead& heads, int first, Tile& tile,
+  template <class Config, class Tile, class Sequence, class Heads>
+  CF_DEVICE static void store(const FwdParams& p, const Sequence& sequence, const Heads& heads, int first, Tile& tile,
                               int thread) {
     if (thread != 0) return;
-    if (first < sequence.len_q) store_boxes(p.out_map, sequence.q_box(p.attention, first, heads.first), tile);
+    if (first < Heads::rows(p.attention, sequence.len_q)) {
+      store_boxes(p.out_map, heads.box(p.attention, sequence, first), tile);
+    }
     ptx::tma_store_commit();
   }
 

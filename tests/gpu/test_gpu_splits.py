@@ -120,8 +120,36 @@ def test_capture_with_scratch_memory(cp: Any) -> None:
 def test_scratch_memory_is_what_explain_says(cp: Any) -> None:
     q, k, v = (cp.asarray(x) for x in inputs(3, 4000, 8))
     plan = cuflash.explain(q, k, v, num_splits=11).plan
-    assert plan.workspace_bytes == 11 * 2 * 3 * 16 * (64 + 2) * 4  # out, and two numbers of each row's softmax
+    # In tiles of 32 rows, out and two numbers of each row's softmax; and how many parts of a tile are there.
+    assert plan.workspace_bytes == 11 * 4 * 32 * (64 + 2) * 4 + 4 * 4
     pool = cp.cuda.MemoryPool()
     with cp.cuda.using_allocator(pool.malloc):
         out = cuflash.flash_attn_func(q, k, v, num_splits=11)
         assert pool.total_bytes() <= plan.workspace_bytes + out.nbytes + 16 * 1024
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize(("len_q", "group"), [(5, 8), (9, 4), (16, 4), (32, 2), (1, 64)])
+def test_a_group_of_heads_in_one_tile_of_hoppers(cp: Any, len_q: int, group: int, dtype: Any) -> None:
+    rng = np.random.default_rng(len_q)
+    for len_kv in (1, 65, 700, 3000):
+        dim, batch = int(rng.choice([40, 64, 128])), int(rng.choice([1, 3, 70]))
+        words = {"causal": bool(rng.integers(2)), "softcap": float(rng.choice([0, 2]))}
+        left = int(rng.choice([-1, 40, 3000]))
+        arrays = inputs(len_q, len_kv, group, batch if len_kv == 65 else 1, dim, dtype)
+        sink = random(2 * group, dtype=np.float32, seed=7)
+        given, expected = {"window_size": (left, -1), "sink": cp.asarray(sink)}, {"window": (left, -1), "sink": sink}
+        on_gpu = [*map(cp.asarray, arrays)]
+        if cp.cuda.Device().compute_capability == "90":
+            (step,) = (s for s in cuflash.explain(*on_gpu, **words).plan.steps if s.kernel == "fwd_sm90")
+            assert step.config.heads == "HeadGroup"
+        results = cuflash.flash_attn_func(*on_gpu, **words, **given, return_lse=True)
+        exact, naive = (f(*arrays, **words, **expected) for f in (oracle.attention, oracle.naive_in_dtype))
+        oracle.assert_all_close(oracle.Attention(*(x.get() for x in results)), exact, naive)
+
+
+def test_one_query_over_more_keys_than_a_cache_of_the_gpu_holds(cp: Any) -> None:
+    arrays = inputs(1, 50_000, 4, batch=1, dim=128)
+    results = cuflash.flash_attn_func(*map(cp.asarray, arrays), return_lse=True)
+    exact, naive = (f(*arrays) for f in (oracle.attention, oracle.naive_in_dtype))
+    oracle.assert_all_close(oracle.Attention(*(x.get() for x in results)), exact, naive)

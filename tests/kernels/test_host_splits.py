@@ -34,12 +34,15 @@ def plan_of(case: HostCase) -> Plan:
 
 def variant(plan: Plan) -> tuple[str, str]:
     """What the main kernel's rows are, and which keys a block walks."""
-    (step,) = (step for step in plan.steps if step.kernel in ("fwd_sm80", "fwd_sm80_few", "fwd_simt"))
+    mains = "fwd_sm90", "fwd_sm80", "fwd_sm80_few", "fwd_simt"
+    (step,) = (step for step in plan.steps if step.kernel in mains)
     return step.config.heads, step.config.split
 
 
 SPLIT, GROUP, BOTH = ("OneHead", "KeySplits"), ("HeadGroup", "NoSplit"), ("HeadGroup", "KeySplits")
 RANGES = ("HeadGroup", "KeyRanges")
+HOPPER = {"family": "sm90", "num_splits": 0}
+"""A group of heads in one tile of the copy engine's."""
 
 CASES: dict[str, tuple[HostCase, tuple[str, str]]] = {
     "split": (dense("fp16", (2, 2), (100, 330), (64, 64), batch=2, num_splits=2), SPLIT),
@@ -90,6 +93,23 @@ CASES: dict[str, tuple[HostCase, tuple[str, str]]] = {
         ),
         RANGES,
     ),
+    "ranges-of-few-keys": (
+        packed("bf16", (4, 1), (1,) * 12, (300, 1, 2, 0, 70, 16, 1, 64, 3, 0, 5, 1), (32, 32), num_sms=1), RANGES,
+    ),
+    "hopper": (dense("bf16", (8, 2), (16, 300), (128, 128), batch=2, num_sms=4, mask=CAUSAL, **HOPPER), GROUP),
+    "hopper-split": (
+        dense("bf16", (8, 2), (9, 900), (128, 128), num_sms=8, mask=CAUSAL, sink=True, **HOPPER), BOTH,
+    ),
+    "hopper-split-window": (
+        dense("fp16", (8, 2), (10, 2000), (72, 24), batch=2, num_sms=13, mask=Mask(left=700, right=3), alibi_axes="bh",
+            **HOPPER), BOTH,
+    ),
+    "hopper-works": (
+        dense("fp16", (4, 1), (9, 330), (64, 64), batch=5, num_sms=2, softcap=2.0, mask=TOP_LEFT, **HOPPER), GROUP,
+    ),
+    "hopper-group-of-64": (dense("bf16", (64, 1), (1, 1100), (64, 64), num_sms=3, **HOPPER), BOTH),
+    "hopper-d256": (dense("bf16", (8, 2), (9, 200), (256, 256), num_sms=2, **HOPPER), GROUP),
+    "hopper-no-keys": (dense("bf16", (8, 2), (9, 0), (64, 64), num_sms=2, sink=True, **HOPPER), GROUP),
     "decode-window": (dense("fp16", (4, 1), (3, 2000), (64, 64), num_splits=30, mask=Mask(left=70, right=0)), BOTH),
     "decode-mask": (dense("fp16", (4, 2), (9, 330), (64, 64), batch=2, num_splits=5, mask_axes="bhqk"), BOTH),
     "decode-alibi": (dense("fp16", (8, 2), (9, 330), (64, 64), batch=2, num_splits=4, alibi_axes="bh"), BOTH),

@@ -483,6 +483,33 @@ def test_few_rows_have_a_kernel_of_their_own(changes: dict, few: bool) -> None:
         assert (main_step(plan).kernel == "fwd_sm80_few") is few
 
 
+@pytest.mark.parametrize(
+    ("changes", "splits"),
+    [
+        ({"len_q": 16, "batch": 16}, 1),  # 128 tiles for 132 multiprocessors
+        ({"len_q": 9}, 16),
+        ({"len_q": 9, "len_kv": 600}, 2),  # four tiles of keys each
+        ({"batch": 64, "len_kv": 4096}, 1),
+        ({"batch": 8}, 2),
+        ({"batch": 8, "mask": Mask(right=0), "sink": True}, 2),
+        ({"len_kv": 4096}, None),  # sm80's kernel of few starts sooner
+        ({"len_q": 16, "batch": 16, "num_splits": 1}, None),
+        ({"len_q": 16, "batch": 16, "heads_q": 24}, None),  # three heads do not share 64 rows
+        ({"len_q": 16, "batch": 16, "dropout": "byte"}, None),
+        ({"len_q": 17, "batch": 16}, None),
+    ],
+)
+def test_a_group_of_heads_in_one_tile_of_hoppers(changes: dict, splits: int | None) -> None:
+    plan = choose(replace(DECODE, **changes), named("h100"))
+    step = next(step for step in plan.steps if step.kernel.startswith("fwd_s"))
+    assert (getattr(step.config, "heads", None) == "HeadGroup" and plan.family == "sm90") is (splits is not None)
+    if splits is not None:
+        boxes = [("q", 64, 4, False), ("k", 64, 1, True), ("v", 64, 1, True), ("out", 64, 4, False)]
+        assert [(box.tensor, box.rows, box.heads, box.once) for box in step.boxes] == boxes[: 4 if splits == 1 else 3]
+        assert plan.num_splits == splits and step.num_blocks <= 132
+        assert [s.kernel for s in plan.steps] == ["fwd_sm90", "fwd_combine"][: 1 + (splits > 1)]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 16, 500])
 @pytest.mark.parametrize("len_kv", [300, 4096, 100_000])
 def test_ranges_fill_the_device_and_their_slots_do_not_grow(batch: int, len_kv: int) -> None:
@@ -490,7 +517,7 @@ def test_ranges_fill_the_device_and_their_slots_do_not_grow(batch: int, len_kv: 
     plan = choose(replace(DECODE, batch=batch, len_kv=len_kv), device, "sm80")
     (step,) = plan.steps
     most = 2 * device.num_sms
-    assert step.num_blocks == min(most, 8 * batch * min(32, -(-len_kv // 64)))
+    assert step.num_blocks == min(most, 8 * batch * min(32, max(min(16, -(-len_kv // 64)), len_kv // 1024)))
     shapes = {w.name: w.shape for w in plan.workspaces}
     slots = 2 * step.num_blocks
     assert shapes == {"partial_out": (slots, 16, 128), "partial_state": (slots, 16, 2), "tickets": (8 * batch,)}
@@ -664,7 +691,7 @@ def hopper_smem(
     chunks = [-(-dim // 64) for dim in dims]
     rows = row_buffers * config.tile_q * max(chunks) * 128
     barriers = 2 * (row_buffers * config.tile_q // 64 + (3 if bias_bytes else 2) * stages)
-    works = 2 * (2 * 8 + 3 * 4)
+    works = 2 * (2 * 8 + 4 * 4)
     return rows + stages * (tile_kv * sum(chunks) * 128 + bias_bytes) + 8 * barriers + works
 
 

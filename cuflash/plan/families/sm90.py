@@ -24,15 +24,24 @@ from cuflash.plan.families.sm80 import (
 )
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
+from cuflash.plan.splits import best_splits, key_tiles
 from cuflash.plan.tiles import key_blocks, packed_tiles, query_blocks, round_up
 from cuflash.problem import Problem
 
 _ROWS = 64
 """Rows of a consumer warpgroup, queries in ``forward/sm90.cuh`` and keys in ``backward/sm90.cuh``: those of a wgmma."""
 
-_REGISTERS = {2: (24, 240), 3: (32, 160), 4: (24, 112)}
+_REGISTERS = {1: (240, 240), 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 """Consumers -> registers of a producer and of a consumer thread: what a launch gives a block, and ``setmaxnreg``, which
 counts in eights, may share out."""
+
+_MOST_STAGES = 6
+"""Of a lone consumer: 192 KB of keys and values of 128 columns."""
+_LEAST_TILES = 4
+"""Key tiles that a split is worth."""
+_LEAST_READ = 48 << 20
+"""Bytes of keys and values from which on a lone consumer reads them faster than ``fwd_sm80_few``. H200, d 128: one
+query on 4 times 4k keys 23.9 us instead of 25.2, on 8k keys 16.7 like the other, on 4k keys 13.4 instead of 11.6."""
 
 _LEAST_HEADS = 32
 _L2_BYTES = 32 << 20
@@ -50,6 +59,10 @@ class ForwardConfig(AttentionConfig):
     """NoSink, LearnableSink."""
     bias_copies: str = field(default="NoBias", metadata={HEADER: "tile/bias.cuh"})
     """NoBias, BiasTiles, BiasRow."""
+    heads: str = field(default="OneHead", metadata={HEADER: "attention/heads.cuh"})
+    """Whose rows a query tile holds: OneHead, HeadGroup."""
+    split: str = field(default="NoSplit", metadata={HEADER: "attention/split.cuh"})
+    """Which of its keys a work walks: NoSplit, KeySplits."""
     stages: int
     """Key tiles in flight."""
     ping_pong: bool
@@ -129,7 +142,7 @@ def _forward_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, r
     row_qk, row_v = (128 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
     rows = row_buffers * max(row_qk, row_v)
     barriers = 2 * (row_buffers * consumers + 2 * stages)  # full and empty
-    works = 2 * (2 * 8 + 3 * 4)
+    works = 2 * (2 * 8 + 4 * 4)
     tiles = consumers * _ROWS * rows + stages * tile_kv * (row_qk + row_v)
     smem = round_up(tiles + 8 * barriers + works, 1024)
     return smem + (_bias_buffers(problem, consumers * _ROWS, tile_kv, stages) if problem.copies_bias else 0)
@@ -154,6 +167,58 @@ def heads_per_section(problem: Problem) -> int:
     heads_kv = max(_LEAST_HEADS, _L2_BYTES // max(1, head))
     # Never more than there are, so that a section's works can be counted in 32 bits.
     return min(problem.group << (heads_kv.bit_length() - 1), max(1, problem.batch * problem.heads_q))
+
+
+def _packs_heads(problem: Problem) -> bool:
+    """Whether the queries of a group of heads fill one tile of a lone consumer, whose keys nobody else reads."""
+    group, mask = problem.group, problem.mask
+    plain = problem.dropout is None and not mask.tensor and problem.bias is None
+    free = problem.layout == "dense" and problem.num_splits == 0 and problem.tangents is None
+    whole = group > 1 and group & (group - 1) == 0  # so that tiles and boxes hold whole groups
+    return free and plain and whole and problem.len_q * group <= _ROWS
+
+
+def _packed_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
+    """The config of ``forward/sm90.cuh`` for the queries of a group in one tile: one consumer, keys far ahead."""
+    for stages in range(_MOST_STAGES, 1, -1):
+        smem = _forward_smem(problem, 1, _ROWS, stages, 1)
+        if smem <= device.smem_per_block:
+            break
+    config = ForwardConfig(
+        **policies.policies(problem),
+        tile_q=_ROWS,
+        tile_kv=_ROWS,
+        threads=256,
+        smem_bytes=smem,
+        sink=policies.sink(problem),
+        heads="HeadGroup",
+        stages=stages,
+        ping_pong=False,
+        row_buffers=1,
+        producer_registers=255,
+        consumer_registers=255,
+    )
+    return config, f"one consumer: memory decides, and keys are loaded {stages} tiles ahead"
+
+
+def _packed_forward(problem: Problem, device: Device) -> Plan:
+    """The plan of few queries of many heads over long keys: the tile of a group's queries, its keys in splits."""
+    config, reason = _packed_config(problem, device)
+    works = problem.batch * problem.heads_kv
+    num_splits = best_splits(works, key_tiles(problem, config) // _LEAST_TILES, device.num_sms, 0.95)
+    division = f"{problem.group} heads share a tile; {works} tiles for {device.num_sms} multiprocessors"
+    keys = tuple(Box(name, config.tile_kv, once=True) for name in ("k", "v"))
+    boxes: tuple[Box, ...] = (Box("q", _ROWS, problem.group), *keys)
+    combine: tuple[Step, ...] = ()
+    workspaces: tuple[Workspace, ...] = ()
+    if num_splits == 1:
+        boxes += (Box("out", _ROWS, problem.group),)
+    else:
+        config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
+        combine, workspaces = (steps.combine_step(problem),), steps.part_workspaces(problem, num_splits)
+    blocks = min(works * num_splits, device.num_sms)
+    launches = (Step("fwd_sm90", "FwdParams", config, blocks, boxes), *combine)
+    return Plan(problem, device, "sm90", launches, workspaces, reason, num_splits=num_splits, division=division)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +270,8 @@ def _jvp_smem(problem: Problem, consumers: int, tile_kv: int, stages: int) -> in
 def _forward(problem: Problem, device: Device) -> Plan:
     if problem.tangents is not None:
         return _jvp(problem, device)
+    if _packs_heads(problem):
+        return _packed_forward(problem, device)
     config, reason = _forward_config(problem, device)
     varlen = problem.layout == "varlen"
     works = problem.heads_q * packed_tiles(problem, config.tile_q) if varlen else query_blocks(problem, config.tile_q)
@@ -510,6 +577,10 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
     if short_forward(problem, device) is not None:
         return ["sm80 serves many short sequences better"]
     if problem.len_q > _ROWS:
+        return []
+    read = problem.batch * problem.heads_kv * problem.len_kv * (problem.dim_qk + problem.dim_v) * problem.dtype.itemsize
+    many = problem.len_q * problem.group > 32  # rows for sm80's kernel of few
+    if _packs_heads(problem) and (read >= _LEAST_READ or many):
         return []
     division = forward_division(problem, device)
     return [] if division.plain else [f"sm80 serves few queries better ({division.reason})"]

@@ -193,6 +193,10 @@ void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x
   host::copy_engine.add("tma_load", &known, box_of("tma_load", map, {x0, x1, x2, x3}, shared));
 }
 
+void tma_load_by(uint64, uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier) {
+  tma_load(shared, map, x0, x1, x2, x3, barrier);
+}
+
 static void check_bulk(const char* who, const void* global, int bytes) {
   if (bytes <= 0 || bytes % 16 != 0) host::fail("%s of %d bytes", who, bytes);
   if (reinterpret_cast<size_t>(global) % 16 != 0) host::fail("%s: an address is not a multiple of 16", who);

@@ -11,6 +11,7 @@
 namespace cuflash::ptx {
 
 void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier);
+void tma_load_by(uint64, uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier);
 void bulk_load(uint32 shared, const void* global, int bytes, uint32 barrier);
 void bulk_add(float* global, uint32 shared, int bytes);
 void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, uint32 shared);
