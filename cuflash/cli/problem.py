@@ -21,7 +21,7 @@ from cuflash.device import NAMED, Device, current, named
 from cuflash.dropout import Scheme
 from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
-from cuflash.ops import Options, check
+from cuflash.ops import Options, Tangents, check
 from cuflash.plan import FAMILIES
 from cuflash.problem import Blocks, Direction, Problem
 
@@ -71,6 +71,7 @@ _PARAMS: tuple[click.Parameter, ...] = (
     click.Option(
         ["--dropout-scheme"], type=click.Choice(get_args(Scheme)), default="byte", help="8 or 32 random bits a pair."
     ),
+    click.Option(["--tangents"], help="How the results change along these arrays, too: q,k,v or also bias, sink."),
     click.Option(["--varlen"], is_flag=True, help="Packed sequences, each of the full length."),
     click.Option(["--page-size"], type=int, help="With --varlen: keys lie in pages of so many."),
     click.Option(["--deterministic"], is_flag=True, help="With --backward: bit-equal gradients."),
@@ -146,6 +147,7 @@ class _Options(NamedTuple):
     sink: bool
     dropout: float
     dropout_scheme: Scheme
+    tangents: str | None
     varlen: bool
     page_size: int | None
     deterministic: bool
@@ -182,6 +184,7 @@ def _of_options(family: str | None, asked: _Options) -> Asked:
         bias_grad=asked.bias_grad,
         num_splits=asked.num_splits,
         captured_grad=asked.captured_grad,
+        tangents="no" if asked.tangents is None else "too",
     )
     written = {name: traced(name, getattr(asked, name)) for name in ("score_mod", "mask_mod")}
     options = options.replace(**{name: x.mod for name, x in written.items() if x is not None})
@@ -190,7 +193,7 @@ def _of_options(family: str | None, asked: _Options) -> Asked:
         block = create_block_mask(len_q=1, len_kv=1, block_size=asked.block_mask)
         problem = replace(problem, block_mask=Blocks(block.block_size, block.rule.mod))
     rows = asked.batch * (len_q * heads_q + len_kv * heads_kv)
-    nbytes = rows * (dim_qk + dim_v) * problem.dtype.itemsize * (2 if asked.backward else 1)
+    nbytes = rows * (dim_qk + dim_v) * problem.dtype.itemsize * (2 if asked.backward or asked.tangents else 1)
     return Asked(problem, family, problem.flops(), nbytes)
 
 
@@ -203,7 +206,7 @@ def _refuse_idle(asked: _Options, banded: bool, heads_kv: int, len_kv: int) -> N
         (asked.score_mod is not None, ["--captured-grad"], "--score-mod"),
         (asked.backward, ["--bias-grad", "--captured-grad", "--deterministic"], "--backward"),
         (asked.dropout != 0, ["--dropout-scheme"], "--dropout"),
-        (not asked.backward, ["--num-splits"], "the forward alone, without --backward"),
+        (not asked.backward, ["--num-splits", "--tangents"], "the forward alone, without --backward"),
         (heads_kv > 1, ["--reversed"], "several heads"),
         (len_kv > 1 and "k" in bias, ["--bias-apart"], "a --bias along several keys"),
     ):
@@ -245,6 +248,9 @@ def _views(
         views[f"captured{i}"] = place(options.name(f"captured{i}"), (1,) * operand.ndim, operand.dtype)
     if asked.sink:
         views["sink"] = place("sink", (heads_q,), fp32)
+    if asked.tangents is not None:
+        moved = _changing(asked, views)
+        views |= {check.TANGENT + name: place(f"d{name}", x.shape, np.dtype(x.dtype)) for name, x in moved}
     if asked.backward:
         shapes = check.shapes(options, views)
         views |= {name: place(name, shapes[name], dtype.numpy) for name in ("out", "dout")}
@@ -252,6 +258,17 @@ def _views(
         if asked.dropout:
             views["rng_state"] = place("rng_state", shapes["rng_state"], np.dtype(np.uint64))
     return views
+
+
+def _changing(asked: _Options, views: dict[str, View]) -> list[tuple[str, View]]:
+    """The arrays that --tangents names."""
+    names = (asked.tangents or "").split(",")
+    if wrong := [name for name in names if name not in Tangents._fields[:5] or name not in views]:
+        raise InvalidArgument(
+            f"--tangents {asked.tangents!r} has {wrong[0]!r}; expected some of q, k, v, and of bias and sink those "
+            "that are given, with commas between them."
+        )
+    return [(name, views[name]) for name in names]
 
 
 def _along(axes: str, scores: tuple[int, ...]) -> tuple[int, ...]:
