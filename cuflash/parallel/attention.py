@@ -125,7 +125,9 @@ def ring_attention(
         attend = partial(ring_attention, group="sequence", causal=True)
         out = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=(divided,) * 3, out_specs=divided))(q, k, v)
 
-        communicator = cupy.cuda.nccl.NcclCommunicator(4, nccl_id, rank)
+        from cupy.cuda import nccl
+
+        communicator = nccl.NcclCommunicator(4, nccl_id, rank)
         out, pullback = ring_attention_vjp(q, k, v, communicator, causal=True)
     """
     try:
