@@ -272,7 +272,7 @@ def cpu() -> list[Case]:
 
 
 def exactness() -> list[Case]:
-    """What shows in errors: both 16-bit types, dims, masks, inputs times 1, 3 and 10; then one feature at a time."""
+    """What shows in errors: both 16-bit types, dims, masks, inputs times 1, 3 and 10; one feature at a time; few queries."""
     plain: list[tuple[str, str, int, dict[str, Any]]] = [
         (f"{dtype}-d{dim}{'-causal' if mask.right == 0 else ''}", dtype, dim, {"mask": mask})
         for dtype in ("bf16", "fp16")
@@ -290,13 +290,14 @@ def exactness() -> list[Case]:
         for dtype, dim in (("bf16", 128), ("fp16", 64))
         for feature, change in changes.items()
     ]
-    return [
-        replace(
-            _dense(f"{name}-x{factor}", dtype, 1, 4, 1024, dim, **change),
-            qk_factor=float(factor),
-            dropout_p=0.1 if "dropout" in change else 0.0,
-        )
+    long = [
+        replace(_dense(name, dtype, 1, 4, 1024, dim, **change), dropout_p=0.1 if "dropout" in change else 0.0)
         for name, dtype, dim, change in plain + featured
+    ]
+    few = [_decode("bf16-d128-q1", 4, 4096), _decode("bf16-d128-q16", 4, 4096, 16, mask=_CAUSAL)]
+    return [
+        replace(case, id=f"{case.id}-x{factor}", qk_factor=float(factor))
+        for case in long + few
         for factor in (1, 3, 10)
     ]
 
