@@ -20,7 +20,7 @@ from cuflash.verify.deviations import OUTPUTS, ideal, rms
 pytestmark = pytest.mark.gpu
 
 MOST = 1.06
-"""Of the model's error. Chance hardly shows in these 4 heads of 1024 rows: when probabilities are rounded relative to
+"""Of the model's error. Chance hardly shows in these 16 heads of 1024 rows: when probabilities are rounded relative to
 something else, up to 2 times as large, the ratio to the model has a standard deviation over draws of at most 0.003, of
 0.01 where rows have few keys (causal, factor 1). Each error by itself varies by 0.2 to 4 percent."""
 
