@@ -61,6 +61,12 @@ def prefill() -> list[Case]:
     ]
 
 
+def ampere() -> list[Case]:
+    """The longer ones of ``prefill`` by the kernels for Ampere, which consumer cards run too."""
+    cases = [case for case in prefill() if case.problem.len_q >= 2048]
+    return [replace(case, id=f"sm80-{case.id}", family="sm80") for case in cases]
+
+
 def gqa() -> list[Case]:
     """64 query heads on 8 key/value heads, causal: 32,768 tokens, 2k to 32k of each sequence."""
     return [
@@ -317,6 +323,7 @@ SETS: dict[str, Callable[[], list[Case]]] = {
     "training": training,
     "decode": decode,
     "science": science,
+    "ampere": ampere,
     "tangents": tangents,
     "latency": latency,
     "numpy": cpu,
