@@ -103,7 +103,7 @@ FEATURES: dict[str, Feature] = {feature.name: feature for feature in (
 )}  # fmt: skip
 
 
-ON_NUMPY_ALONE = ("written score", "written mask", "block mask", "captured gradient")
+ON_NUMPY_ALONE = ("block mask",)
 """What no kernel computes yet."""
 
 

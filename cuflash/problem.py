@@ -94,6 +94,9 @@ class Problem:
     """Which pairs a caller's function lets take part, if the mask lets them too."""
     block_mask: Blocks | None = None
     """The same by lists of blocks, of which those in no list are not visited."""
+    captured_flat: tuple[int, ...] = ()
+    """Which of the arrays that `score_mod` and then `mask_mod` read, by number, are contiguous, of less than 2^31
+    elements."""
     captured_grad: bool = False
     """Backward only: the gradients of the real numbers that `score_mod` reads are wanted."""
     sink: bool = False
@@ -119,6 +122,11 @@ class Problem:
     def copies_bias(self) -> bool:
         """Whether the copy engine can bring a bias to where it is used: one number a row is none of its affairs."""
         return self.bias is not None and self.bias_boxes and not self.bias_broadcast[3]
+
+    @property
+    def written(self) -> bool:
+        """Whether a function of the caller's takes part."""
+        return self.score_mod is not None or self.mask_mod is not None
 
     @property
     def captured_gradients(self) -> tuple[int, ...]:

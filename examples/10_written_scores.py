@@ -1,7 +1,7 @@
 """Scores and masks as Python functions: each beside its formula, and a bias that is learned through one.
 
 A function of the score and its place is called once, with symbols; what it does becomes an expression, which NumPy
-computes tile by tile and calculus differentiates. Kernels for it are to come: on a GPU these calls are refused.
+computes tile by tile, a GPU's kernels are compiled with, and calculus differentiates.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,13 @@ import numpy as np
 
 import cuflash
 from cuflash import mods
+
+try:
+    import cupy as xp
+
+    xp.cuda.runtime.getDeviceCount()
+except Exception:  # no CuPy, no driver or no GPU: NumPy runs the same calls on the CPU
+    xp = np
 
 batch, length, heads, dim = 2, 200, 4, 32
 rng = np.random.default_rng(0)
@@ -26,8 +33,9 @@ def attention(logits: np.ndarray) -> np.ndarray:
 
 def show(name: str, logits: np.ndarray, score: Callable | None = None, mask: Callable | None = None) -> None:
     """Compare a call with its closed form."""
-    out = cuflash.flash_attn_func(q, k, v, score_mod=score, mask_mod=mask)
-    error, moved = abs(out - attention(logits)).max(), abs(attention(logits) - attention(scores)).max()
+    out = cuflash.flash_attn_func(*map(xp.asarray, (q, k, v)), score_mod=score, mask_mod=mask)
+    exact = attention(logits)
+    error, moved = float(abs(out - xp.asarray(exact)).max()), abs(exact - attention(scores)).max()
     print(f"{name:<40}differs from its formula by {error:.1e}, and from plain attention by {moved:.2f}")
     assert error < 5e-6 < 0.1 < moved
 
@@ -60,17 +68,18 @@ show("a window and every 16th key before it", np.where(seen, scores, -np.inf), m
 
 # A score has gradients of what it reads. Here a bias by distance learns that head h is to fetch the value that lies
 # 3 h + 1 rows before its query, whatever queries and keys hold.
-table, reach = np.zeros((heads, 33), np.float32), 16
+table, reach = xp.zeros((heads, 33), np.float32), 16
 behind = 3 * np.arange(heads) + 1
 wanted = np.stack([np.roll(v[:, :, head], behind[head], axis=1) for head in range(heads)], axis=2)
-calm = 0.1 * q
+calm, k, v, wanted = map(xp.asarray, (0.1 * q, k, v, wanted))
 for _step in range(60):
     out, pullback = cuflash.flash_attn_vjp(calm, k, v, score_mod=mods.relative_bias(table), captured_grad=True)
     error = (out - wanted)[:, reach:]
-    dout = np.zeros_like(out)
+    dout = xp.zeros_like(out)
     dout[:, reach:] = 2 * error / error.size
     (slope,) = pullback(dout).dcaptured
-    table -= slope * np.float32(2) / np.sqrt((slope**2).mean(axis=1, keepdims=True) + 1e-30)
-found = reach - table.argmax(axis=1)
-print(f"learned to look {found.tolist()} rows back, where {behind.tolist()} was wanted: {np.mean(error**2):.1e} off")
+    table -= slope * np.float32(2) / xp.sqrt((slope**2).mean(axis=1, keepdims=True) + 1e-30)
+found = np.array((reach - table.argmax(axis=1)).tolist())
+off = float((error**2).mean())
+print(f"learned to look {found.tolist()} rows back, where {behind.tolist()} was wanted: {off:.1e} off")
 assert (found == behind).all()

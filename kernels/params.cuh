@@ -3,6 +3,7 @@
 // struct that derives from one above has its members first.
 #pragma once
 
+#include "captured.cuh"
 #include "std.cuh"
 
 namespace cuflash {
@@ -15,8 +16,8 @@ struct Strides {
   int64 head;
 };
 
-// What both directions share: sizes, lengths, mask and score.
-struct Attention {
+// What both directions share: what a written score or mask reads, sizes, lengths, mask and score.
+struct Attention : Captured {
   const int* cu_seqlens_q;    // [batch + 1] first packed row of each sequence; null when dense
   const int* cu_seqlens_kv;   // [batch + 1]
   const int* seqused_q;       // [batch] queries and keys of a packed sequence that take part; null: all

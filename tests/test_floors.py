@@ -159,6 +159,7 @@ def test_jit_knows_the_types_of_a_plan_and_nothing_else_of_it():
     assert {name for name in taken if name.startswith("cuflash.plan")} == {
         "cuflash.plan.config.Config",
         "cuflash.plan.config.HEADER",
+        "cuflash.plan.config.Written",
         "cuflash.plan.plan.Step",
     }
 
@@ -341,10 +342,13 @@ elements drop out."""
 KERNEL_FLOORS = {
     "std.cuh": set(),
     "element.cuh": {"std.cuh", "ptx/convert.cuh"},
-    "params.cuh": {"std.cuh"},
+    "captured.cuh": set(),
+    "params.cuh": {"std.cuh", "captured.cuh"},
     "ptx": {"std.cuh", "element.cuh", "params.cuh"},
     "tile": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", *POLICIES},
-    "attention": {"std.cuh", "element.cuh", "params.cuh", "ptx/keep.cuh", "ptx/sync.cuh", "attention"},
+    "attention": {
+        "std.cuh", "element.cuh", "params.cuh", "attention", "ptx/keep.cuh", "ptx/memory.cuh", "ptx/sync.cuh",
+    },
     "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
     "cache": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
     "backward": {

@@ -166,7 +166,8 @@ def flash_attn_func(
         query head ``h``, query ``q`` and key ``k``, each from 0; -inf hides a key. Called once, with symbols: it uses
         Python's operators and the functions of `cuflash.mods`, and may index arrays, which it captures: NumPy's, or of
         the library and on the device of q. Ready ones are in `cuflash.mods`, and ``cuflash.mods.trace("score_mod",
-        function)`` may be passed as well, which spares the tracing. In host memory alone: kernels do not have it yet.
+        function)`` may be passed as well, which spares the tracing. On a GPU NumPy's arrays are copied to it in every
+        call, and a function that was not met before is compiled; what arrays hold may change without that.
     mask_mod : callable, ``(b, h, q, k) -> bool``, optional
         Whether a query sees a key, if the other masks let it too; as `score_mod` otherwise.
     block_mask : BlockMask, optional

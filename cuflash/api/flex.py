@@ -93,7 +93,7 @@ def flex_attention(
     InvalidArgument
         If an argument is wrong or does not fit another, or a function cannot be traced.
     UnsupportedProblem
-        On a GPU: no kernel has written scores and masks, or block masks, yet.
+        On a GPU: no kernel has block masks yet.
 
     Examples
     --------

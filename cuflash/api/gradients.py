@@ -113,7 +113,8 @@ def flash_attn_backward(
     bias_grad : bool
         Also compute the gradient of `attn_bias`, whose broadcast axes must then have size 1.
     captured_grad : bool
-        Also compute the gradients of the arrays of real numbers that `score_mod` reads.
+        Also compute the gradients of the arrays of real numbers that `score_mod` reads. On a GPU they are added up in
+        whatever order blocks come, so not together with `deterministic`.
     dlse : array, shaped like `lse`, optional
         Gradient of the log-sum-exp; zero by default.
     dq, dk, dv : array, optional

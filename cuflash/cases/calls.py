@@ -8,9 +8,11 @@ from typing import Any
 import cuflash
 from cuflash.cases.inputs import Array, Inputs
 from cuflash.cases.table import Case
+from cuflash.mods import Traced
 from cuflash.ops import Tangents, backward, forward, jvp
 from cuflash.ops.call import VOCABULARIES, Arrays, Options, asked
 from cuflash.ops.call import results as results_of
+from cuflash.ops.written import with_mods
 
 Call = Callable[[], tuple[Array, ...]]
 
@@ -47,6 +49,14 @@ def keywords(case: Case) -> dict[str, Any]:
         "dropout_p": case.dropout_p,
         "dropout_scheme": problem.dropout or "byte",
     }
+
+
+def written(case: Case, inputs: Inputs) -> dict[str, Traced]:
+    """The keywords of a written score and mask; none where there is neither."""
+    score, mask = case.problem.score_mod, case.problem.mask_mod
+    count = len(score.operands) if score else 0
+    found = {"score_mod": (score, inputs.captured[:count]), "mask_mod": (mask, inputs.captured[count:])}
+    return {name: Traced(mod, read) for name, (mod, read) in found.items() if mod is not None}
 
 
 def lengths(case: Case) -> dict[str, Any]:
@@ -86,7 +96,13 @@ def _over_cache(case: Case, inputs: Inputs) -> Call:
 def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array, ...]]]:
     chosen = options(case)
     shared = arrays(inputs)
-    gradients = chosen.replace(deterministic=case.problem.deterministic, bias_grad=case.problem.bias_grad)
+    if mods := written(case, inputs):
+        chosen, shared = with_mods(chosen, shared, mods.get("score_mod"), mods.get("mask_mod"))
+    gradients = chosen.replace(
+        deterministic=case.problem.deterministic,
+        bias_grad=case.problem.bias_grad,
+        captured_grad=case.problem.captured_grad,
+    )
     return (
         lambda: forward(chosen, shared, inputs.rng_state),
         lambda **computed: _without_none(backward(gradients, shared._replace(**computed))),
@@ -97,6 +113,7 @@ def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array
     chosen = keywords(case)
     words = VOCABULARIES["flash"]
     shared = {words.get(name, name): x for name, x in arrays(inputs).by_name().items()} | lengths(case) | chosen
+    shared |= written(case, inputs)
     problem = case.problem
     function: Callable[..., Any] = (
         cuflash.flash_attn_func if problem.layout == "dense" else cuflash.flash_attn_varlen_func
@@ -104,6 +121,7 @@ def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array
     drawn: dict[str, Any] = {"generator": inputs.rng_state, "return_rng_state": True} if problem.dropout else {}
     drawn["num_splits"] = problem.num_splits
     gradients: dict[str, Any] = {"deterministic": problem.deterministic, "bias_grad": problem.bias_grad}
+    gradients["captured_grad"] = problem.captured_grad
     return (
         lambda: function(**shared, **drawn, return_lse=True),
         lambda **computed: _without_none(cuflash.flash_attn_backward(**shared, **gradients, **computed)),
@@ -111,5 +129,6 @@ def _public(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tuple[Array
 
 
 def _without_none(gradients: tuple[Array | None, ...]) -> tuple[Array, ...]:
-    """Without the gradients that were not asked for."""
-    return tuple(x for x in gradients if x is not None)
+    """Without the gradients that were not asked for, and with those of what is read one by one."""
+    each = (y for x in gradients for y in (x if isinstance(x, tuple) else (x,)))
+    return tuple(x for x in each if x is not None)

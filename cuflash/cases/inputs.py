@@ -53,6 +53,8 @@ class Inputs:
     tangent_v: Array | None = None
     dlse: Array | None = None
     """Upstream gradient of the log-sum-exp, in its shape; None where it has none."""
+    captured: tuple[Array, ...] = ()
+    """What a written score reads, then a written mask."""
 
 
 _DRAWN = 2**26
@@ -162,6 +164,7 @@ def make(case: Case, normals: Normals) -> Inputs:
     if problem.alibi:  # as published: powers of 2 from 2 ** -1 down
         slopes = 2.0 ** -np.linspace(1, 8, problem.heads_q)
         inputs.alibi_slopes = xp.asarray(slopes.astype(np.float32))
+    inputs.captured = tuple(map(xp.asarray, case.captured))
     if problem.bias is not None:
         pairs = (problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
         shape = tuple(1 if one else n for n, one in zip(pairs, problem.bias_broadcast, strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cuflash import mods
 from cuflash.cases.table import Case, widest_copy
 from cuflash.dtypes import BF16, DTYPES
 from cuflash.errors import InvalidArgument
@@ -223,6 +224,45 @@ _SHORT = (1024, 8, 128, 64), (4096, 4, 64, 32)
 """The same of many short sequences."""
 
 
+def written() -> list[Case]:
+    """Scores and masks as callers write them, beside the options that say the same: 8k tokens, of 2,048 columns."""
+    return [case for dim in (64, 128) for case in _written(dim)]
+
+
+def _written(dim: int) -> list[Case]:
+    heads, length = 2048 // dim, 8192
+    rng = np.random.default_rng(0)
+    slopes = (2.0 ** -np.linspace(1, 8, heads)).astype(np.float32)
+    table = rng.standard_normal((heads, 2 * length - 1), np.float32)
+    ends = np.sort(rng.choice(np.arange(1, length), 15, replace=False))
+    documents = np.searchsorted(ends, np.arange(length), side="right").astype(np.int32)
+    prefixes = np.array([length // 4, length // 2], np.int32)
+
+    def case(name: str, built_in: dict[str, Any] | None = None, learned: bool = False, **functions: Any) -> Case:
+        traced = {argument: mods.trace(argument, function) for argument, function in functions.items()}
+        captured = tuple(array for _, arrays in traced.values() for array in arrays)
+        changes: dict[str, Any] = {argument: mod for argument, (mod, _) in traced.items()}
+        changes |= {"captured_flat": tuple(range(len(captured))), "captured_grad": learned}
+        plain = _dense(f"{name}-d{dim}", "bf16", 2, heads, length, dim)
+        return replace(
+            plain,
+            problem=replace(plain.problem, **changes),
+            captured=captured,
+            built_in=replace(plain.problem, **built_in) if built_in else None,
+        )
+
+    return [
+        case("plain"),
+        case("alibi", {"alibi": True}, score_mod=mods.alibi(slopes)),
+        case("softcap30", {"softcap": 30.0}, score_mod=mods.softcap(30.0)),
+        case("relative", score_mod=mods.relative_bias(table)),
+        case("relative-learned", score_mod=mods.relative_bias(table), learned=True),
+        case("documents16", mask_mod=mods.document(documents)),
+        case("prefix", mask_mod=mods.prefix_lm(prefixes)),
+        case("window1024", {"mask": Mask(left=1024, right=0)}, mask_mod=mods.sliding_window(1024, 0)),
+    ]
+
+
 def training() -> list[Case]:
     """Beside ``prefill`` and ``hopper``: bit-equal gradients, heads of two sizes, features of small heads."""
     window = Mask(left=1024, right=0)
@@ -325,6 +365,7 @@ SETS: dict[str, Callable[[], list[Case]]] = {
     "science": science,
     "ampere": ampere,
     "tangents": tangents,
+    "mods": written,
     "latency": latency,
     "numpy": cpu,
     "exactness": exactness,

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
+import numpy as np
+
+from cuflash import mods
 from cuflash.device import Device, named
 from cuflash.dropout import Dropout
 from cuflash.dtypes import DTYPES
@@ -44,6 +48,10 @@ class Case:
     """The values are the first dim_v columns of the keys."""
     qk_factor: float = 1.0
     """What q and k are multiplied by: the larger, the more one key outweighs the rest of its row."""
+    captured: tuple[np.ndarray, ...] = field(default=(), compare=False)
+    """What the problem's written score reads, then its mask."""
+    built_in: Problem | None = None
+    """The same problem without a written score or mask, where an option of every call says the same."""
 
     @property
     def sequences(self) -> list[tuple[int, int]]:
@@ -65,10 +73,14 @@ class Case:
     def turned(self, direction: Direction) -> Case:
         """The same case in the other direction; the forward of a backward case does not split keys."""
         bias_grad = self.problem.bias_grad and direction == "backward"
+        captured_grad = self.problem.captured_grad and direction == "backward"
         num_splits = self.problem.num_splits if self.problem.direction == "forward" else 1
         num_splits = num_splits if direction == "forward" else 0
-        problem = replace(self.problem, direction=direction, bias_grad=bias_grad, num_splits=num_splits)
-        return replace(self, problem=problem)
+        problem = replace(
+            self.problem, direction=direction, bias_grad=bias_grad, captured_grad=captured_grad, num_splits=num_splits
+        )
+        built_in = self.built_in and replace(self.built_in, direction=direction, num_splits=num_splits)
+        return replace(self, problem=problem, built_in=built_in)
 
     def flops(self) -> float:
         """Like :meth:`Problem.flops`, with the true lengths of packed sequences."""
@@ -381,6 +393,50 @@ def _tangents() -> Iterator[Case]:
 TANGENTS: dict[str, Case] = {case.id: case for case in _tangents()}
 """The same of tangents."""
 
+_SLOPES, _TABLE, _IDS = np.zeros(2, np.float32), np.zeros((2, 129), np.float32), np.zeros(_LEN_KV, np.int32)
+_WRITTEN: dict[str, dict[str, Any]] = {
+    "written_alibi": {
+        "score_mod": mods.trace("score_mod", lambda s, b, h, q, k: s - _SLOPES[h] * abs(q - k)).mod,
+        "mask": _CAUSAL,
+    },
+    "written_softcap": {"score_mod": mods.trace("score_mod", lambda s, b, h, q, k: 30.0 * mods.tanh(s / 30.0)).mod},
+    "written_mask": {"mask_mod": mods.trace("mask_mod", lambda b, h, q, k: _IDS[q] == _IDS[k]).mod},
+}
+_WRITTEN["written"] = _WRITTEN["written_mask"] | {
+    "score_mod": mods.trace("score_mod", lambda s, b, h, q, k: 2.0 * mods.tanh(s * 0.5) + _TABLE[h, q - k + 64]).mod
+}
+
+
+def _written() -> Iterator[Case]:
+    """Scores and masks as a caller may write them: ALiBi, a soft cap, documents, all with a table to learn."""
+    both: tuple[Direction, ...] = ("forward", "backward")
+    rows: tuple[tuple[tuple[Direction, ...], str, str, str, tuple[str, ...]], ...] = (
+        (both, "sm90", "bf16", "64", ("written_alibi", "written")),
+        (both, "sm90", "bf16", "128", tuple(_WRITTEN)),
+        (both, "sm90", "bf16", "256", ("written_mask",)),
+        (("forward",), "sm90", "bf16", "256", ("written_alibi", "written")),
+        (both, "sm80", "bf16", "64", ("written_alibi", "written")),
+        (both, "sm80", "bf16", "128", ("written_softcap", "written_mask", "written")),
+        (both, "sm80", "bf16", "256", ("written",)),
+        (both, "simt", "fp32", "64", ("written_mask", "written")),
+        (both, "simt", "fp64", "64", ("written",)),
+    )
+    for directions, family, dtype, dims, features in rows:
+        for direction, feature in product(directions, features):
+            base = _case(family, direction, dtype, dims, "")
+            learns = direction == "backward" and feature == "written" and family != "sm90"
+            problem = replace(base.problem, captured_grad=learns, **_WRITTEN[feature])
+            yield Case(f"{base.id}-{feature}", family, replace(problem, captured_flat=(0, 1)))
+    base = _case("sm80", "forward", "bf16", "128", "decode")
+    yield Case(f"{base.id}_written", "sm80", replace(base.problem, **_WRITTEN["written"]))
+
+
+WRITTEN: dict[str, Case] = {case.id: case for case in _written()}
+"""The same with functions of a caller's."""
+
+_EVERYWHERE = "fwd_sm80-bf16-d128-written", "bwd_sm80-bf16-d128-written"
+"""Those of them that are compiled for every architecture."""
+
 MERGES: tuple[Step, ...] = (
     merge.forward(DTYPES["bf16"], DTYPES["bf16"], 1000, 128, 16),
     merge.backward(DTYPES["bf16"], 1000, 128),
@@ -466,12 +522,13 @@ def matrix(architectures: Sequence[str] = ARCHITECTURES, pattern: str | None = N
     """Every (architecture, case id, step) to compile: a pattern's cases, or all where it pays, else smoke."""
     rows = []
     few = [next(iter(CACHES.values())), *{case.family: case for case in reversed(TANGENTS.values())}.values()]
+    few += [WRITTEN[case_id] for case_id in _EVERYWHERE]
     for arch in architectures:
         cases = select(pattern or "smoke")
         if pattern is None:
             families = FULL.get(arch, ())
+            more = (*CACHES.values(), *TANGENTS.values(), *WRITTEN.values())
             cases = [case for case in CASES.values() if case.family in families or case in cases]
-            more = (*CACHES.values(), *TANGENTS.values())
             cases += [case for case in more if case.family in families or case in few]
         rows += [(arch, case_id, step) for case_id, step in variants(cases, named(arch))]
     if pattern is None:

@@ -173,7 +173,8 @@ def command(
         tiny = (sets.latency() if gpu else sets.cpu())[0]
         run.host([tiny.turned(direction) for direction in ("forward", "backward")])
         try:
-            run.report.start = start.measure(gpu)
+            names = {implementation.name for implementation in peers_here.implementations}
+            run.report.start = start.measure(gpu, problems == "mods", problems == "mods" and "flex" in names)
         except subprocess.SubprocessError as error:
             run.report.notes.append(f"start: {error}")
     _print(run.report, console())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cuflash import device
 from cuflash.errors import UnsupportedProblem
+from cuflash.jit import params
 from cuflash.jit.compile import Cubin, compile_together
-from cuflash.plan.config import Config
+from cuflash.plan.config import Config, Written
 from cuflash.plan.plan import Step
 
 MAX_BLOCKS = 2**31 - 1
@@ -28,10 +29,12 @@ class Kernel:
     """The CuPy kernel, of this GPU."""
     argument: Callable[[int], Any]
     """CuPy's words for the address of an argument; those for a NumPy array take 1 us more to find."""
+    first_byte: int = 0
+    """Where its arguments begin in a parameter block (:func:`cuflash.jit.params.first_byte`)."""
 
-    def launch(self, num_blocks: int, params: ctypes.Array[Any], stream: Any = None) -> None:
-        """Launch on a :class:`Stream` or CuPy's current one; ``params``, the struct, is read before this returns."""
-        arguments = (self.argument(ctypes.addressof(params)),)
+    def launch(self, num_blocks: int, block: ctypes.Array[Any], stream: Any = None) -> None:
+        """Launch on a :class:`Stream` or CuPy's current one; the parameter block is read before this returns."""
+        arguments = (self.argument(ctypes.addressof(block) + self.first_byte),)
         self.function((num_blocks,), (self.config.threads,), arguments, self.config.smem_bytes, stream)
 
 
@@ -52,8 +55,10 @@ _loaded: dict[tuple[str, Config, str, int], Kernel] = {}
 """Every kernel of this process by kernel, config, params and GPU."""
 
 
-def load(steps: Sequence[Step], device_index: int) -> list[Kernel]:
+def load(steps: Sequence[Step], device_index: int, written: Written | None = None) -> list[Kernel]:
     """The kernels of a plan's steps on a GPU; read from disk or compiled, side by side, on the first call.
+
+    `written` is what some of them are for besides.
 
     Raises
     ------
@@ -72,10 +77,13 @@ def load(steps: Sequence[Step], device_index: int) -> list[Kernel]:
     missing = [key for key in keys if key not in _loaded]
     if missing:
         arch = device.current(device_index).arch
-        cubins = compile_together([(kernel, config, params, arch) for kernel, config, params, _ in missing])
+        cubins = compile_together([(kernel, config, struct, arch) for kernel, config, struct, _ in missing])
         for key, cubin in zip(missing, cubins, strict=True):
             _loaded[key] = _load(cubin, key[1], device_index)
-    return [_loaded[key] for key in keys]
+    kernels = [_loaded[key] for key in keys]
+    if written is None:
+        return kernels
+    return [replace(kernel, first_byte=params.first_byte(kernel.config, written)) for kernel in kernels]
 
 
 def _load(cubin: Cubin, config: Config, device_index: int) -> Kernel:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, lru_cache
 
 import numpy as np
 
 from cuflash.errors import CompileError
-from cuflash.jit import sources
+from cuflash.jit import sources, written
+from cuflash.plan.config import Config, Written
 
 _TYPES: dict[str, np.dtype] = {
     "int": np.dtype(np.int32), "int64": np.dtype(np.int64), "uint64": np.dtype(np.uint64),
@@ -20,15 +22,15 @@ _MEMBER = re.compile(r"(?P<type>(?:const )?\w+ ?\*?) (?P<name>\w+)(?:\[(?P<lengt
 _OUTSIDE = re.compile(r"#.*|namespace \w+ \{|\}")
 
 
-def dtype(name: str) -> np.dtype:
-    """The aligned dtype of a struct; pointers are uint64.
+def dtype(name: str, written: Written | None = None) -> np.dtype:
+    """The aligned dtype of a struct; pointers are uint64. What a kernel reads of `written` is in front of `Attention`.
 
     Raises
     ------
     CompileError
         If params.cuh has no such struct, or a line the reader does not understand.
     """
-    structs = _parsed()
+    structs = _parsed(written)
     if name not in structs:
         raise CompileError(f"kernels/params.cuh has no struct {name}; it has {', '.join(structs)}.")
     return structs[name]
@@ -40,17 +42,25 @@ def members(struct: np.dtype) -> dict[str, tuple[np.dtype, int]]:
     return {name: (kind, offset) for name, (kind, offset, *_) in (struct.fields or {}).items()}
 
 
-@cache
-def _parsed() -> dict[str, np.dtype]:
-    return parse((sources.root() / "params.cuh").read_text())
+def first_byte(config: Config, written: Written | None) -> int:
+    """Where a kernel's arguments begin in the parameter block of a call that also has kernels of what is written."""
+    if getattr(config, "written", None) is not None:
+        return 0
+    return dtype("Attention", written).itemsize - dtype("Attention").itemsize
 
 
-def parse(text: str) -> dict[str, np.dtype]:
-    """Structs of a header that keeps to one declaration a line, as aligned dtypes by name."""
+@lru_cache(maxsize=1024)
+def _parsed(which: Written | None) -> dict[str, np.dtype]:
+    return parse((sources.root() / "params.cuh").read_text(), written.members(which))
+
+
+def parse(text: str, captured: Mapping[str, np.dtype] | None = None) -> dict[str, np.dtype]:
+    """Structs of a header that keeps to one declaration a line, as aligned dtypes by name; with those of `Captured`."""
     known = {name: (kind, kind.alignment) for name, kind in _TYPES.items()}
     name, alignment = "", 1
     members: dict[str, tuple[np.dtype, int]] = {}
-    of_struct: dict[str, dict[str, tuple[np.dtype, int]]] = {}
+    first = {known: (kind, kind.base.itemsize) for known, kind in (captured or {}).items()}
+    of_struct: dict[str, dict[str, tuple[np.dtype, int]]] = {"Captured": first}
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("//")[0].strip()
         if not line or (not name and _OUTSIDE.fullmatch(line)):

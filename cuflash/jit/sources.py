@@ -14,6 +14,9 @@ _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
 CONFIG, LAYOUT = "config.cuh", "layout.cuh"
 """The headers that are rendered, not read; the config includes the layout."""
 
+CAPTURED = "captured.cuh"
+"""The header that is rendered for a kernel that reads captured arrays, and read for all others."""
+
 
 @cache
 def root() -> Path:

@@ -4,6 +4,9 @@ A `score_mod` is a function ``(score, b, h, q, k)`` of a scaled score, the batch
 the key, that returns the score to use; a `mask_mod` is a function ``(b, h, q, k)`` that returns whether the query sees
 the key. They are written with Python's operators, the functions below and numbers, which are compiled in, and may index
 arrays by any integers; each is called once, with symbols. An index outside an array reads its nearest element.
+Whole numbers have 64 bits; in kernels, positions and numbers of arrays of at most 32 bits have 32, as have their sums,
+differences and multiples by up to 256. Real numbers are of float32, of float64 for float64 tensors; for tensors of 16
+bits `tanh` errs by 2^-23 there.
 Ready ones, from `alibi` to `tree`, are made by functions that take their numbers; masks compose by `both`, `either` and
 `negated`.
 

@@ -1,52 +1,168 @@
-"""Expressions as CUDA text, the statements of a function's body; no kernel is made of them yet."""
+"""Expressions as CUDA text, the statements of a function's body.
+
+Positions, and whole numbers of arrays of at most 32 bits, are ``int``, as are their sums, differences and small
+multiples. Other products, left shifts, constants beyond 32 bits, numbers of arrays of int64, and whatever is made of
+these, are ``int64``, as all are in NumPy.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from cuflash.mods.expression import OPERATIONS, Node, in_order
+import numpy as np
+
+from cuflash.mods.expression import OPERATIONS, Node, constant, in_order
+from cuflash.mods.symbols import Operand
 
 TYPES = {"bool": "bool", "int": "int", "real": "Real"}
 
+_SMALL = 2**8
+"""Products of positions by no more stay within 32 bits up to 8 million of these."""
 
-def emit(*results: Node) -> tuple[list[str], list[str]]:
+
+def emit(
+    *results: Node, operands: Sequence[Operand] = (), known: Mapping[Node, str] | None = None, fast: bool = False
+) -> tuple[list[str], list[str]]:
     """The statements that compute expressions, and what stands for each result after them.
 
-    The text reads the variables ``s`` (the score, a ``Real``), ``b``, ``h``, ``q`` and ``k``, and a captured array as
-    ``captured<0>(i, j)``, of a type as the array's kind has.
+    The text reads ``s`` and ``unit``, of type ``Real``, whose product is the score, the positions by their names, and a
+    captured array as ``captured0(i, j)``, of a type as the array's kind has; `operands` are those arrays. Loads that
+    are `known` have names. What is `fast` errs by some units in the last place of 1, and is for at most a million
+    queries and keys.
     """
+    known = known or {}
+    results = tuple(map(quick, results)) if fast else results
     statements: list[str] = []
     words: dict[Node, str] = {}
-    for node in in_order(*results):
-        args = [words[x] for x in node.args]
-        text = _text(node, args)
+    wide: set[Node] = set()
+    for node in in_order(*results, leaves=known):
+        if _is_wide(node, wide, operands):
+            wide.add(node)
+        if node in known:
+            words[node] = f"static_cast<{TYPES[node.kind]}>({known[node]})" if node.kind == "real" else known[node]
+            continue
+        kind = "int64" if node in wide else TYPES[node.kind]
+        # Operands of whole numbers are converted to the widest among them, and to the result.
+        own = node.op != "load" and (node in wide or any(x in wide for x in node.args))
+        args = [f"static_cast<int64>({words[x]})" if own and x.kind == "int" and x not in wide else words[x]
+                for x in node.args]  # fmt: skip
+        text = _text(node, args, kind)
         if node.args and node.op != "constant":
             name = f"x{len(statements)}"
-            statements.append(f"const {TYPES[node.kind]} {name} = {text};")
+            statements.append(f"const {kind} {name} = {text};")
             text = name
         words[node] = text
     return statements, [words[x] for x in results]
 
 
-def _text(node: Node, args: Sequence[str]) -> str:
+def _is_wide(node: Node, wide: set[Node], operands: Sequence[Operand]) -> bool:
+    """Whether a whole number has 64 bits."""
+    if node.kind != "int":
+        return False
     if node.op == "constant":
-        return _number(node)
+        return not -(2**31) <= node.value < 2**31
+    if node.op == "load":
+        return bool(operands) and operands[node.value].dtype == np.int64
+    if any(x in wide for x in node.args):
+        return True
+    if node.op == "multiply":
+        return not any(x.op == "constant" and abs(x.value) <= _SMALL for x in node.args)
+    return node.op == "left_shift" and not (node.args[1].op == "constant" and 0 <= node.args[1].value <= 8)
+
+
+def _text(node: Node, args: Sequence[str], kind: str) -> str:
+    if node.op == "constant":
+        return _number(node, kind)
     if node.op == "score":
-        return "s"
+        return "(s * unit)"
     if node.op == "position":
         return str(node.value)
     if node.op == "load":
-        return f"captured<{node.value}>({', '.join(args)})"
+        return f"static_cast<{kind}>(captured{node.value}({', '.join(args)}))"
+    if node.op in ("tanh_of_exponent", "small_real"):
+        return f"mods::{node.op}({args[0]})"
+    if node.op == "multiply" and node.args[0].op == "score" and node.args[1].op == "constant":
+        return f"s * (unit * {args[1]})"  # of which the second product is the same for all scores
     return OPERATIONS[node.op].cuda.format(*args)
 
 
-def _number(node: Node) -> str:
+def work(result: Node) -> int:
+    """How many operations an expression does for every pair of a query and a key; a load counts as three."""
+    varies: set[Node] = set()
+    count = 0
+    for node in in_order(result):
+        if node.op == "score" or node.value in ("q", "k") or any(x in varies for x in node.args):
+            varies.add(node)
+            count += {"load": 3, "score": 0, "position": 0}.get(node.op, 1)
+    return count
+
+
+def quick(result: Node) -> Node:
+    """The same but for some roundings, with products by constants put together: numbers for results of 16 bits."""
+    made: dict[Node, Node] = {}
+    bounds: dict[Node, float] = {}
+    for node in in_order(result):
+        args = tuple(made[x] for x in node.args)
+        bounds[node] = _bound(node, [bounds[x] for x in node.args])
+        new = node if args == node.args or node.op == "load" else Node(node.op, args, node.value, node.kind)
+        factor, rest = _factor(new)
+        if node.op == "real" and node.args[0].kind == "int":
+            new = _real(args[0], bounds[node.args[0]] < 2**22)
+        elif node.op == "tanh":
+            new = Node("tanh_of_exponent", (_product(args[0], 2 * math.log2(math.e)),))
+        elif factor is not None:
+            new = _product(rest, factor)
+        made[node] = new
+    return made[result]
+
+
+def _real(node: Node, small: bool) -> Node:
+    """A whole number as a real one; small ones by additions, of which there are more in a cycle than conversions."""
+    if node.op == "abs":
+        return Node("abs", (_real(node.args[0], small),))
+    return Node("small_real" if small else "real", (node,))
+
+
+def _bound(node: Node, of_args: Sequence[float]) -> float:
+    """What the size of a whole number is at most, of at most a million queries and keys."""
+    if node.kind == "int" and node.op == "constant":
+        return abs(node.value)
+    if node.op == "position":
+        return 2**20
+    return sum(of_args) if node.op in ("add", "subtract", "negative", "abs", "minimum", "maximum") else math.inf
+
+
+def _product(node: Node, factor: float) -> Node:
+    """A number times a constant."""
+    inner, rest = _factor(node)
+    if inner is not None and _SMALLEST < abs(factor * inner) < 1 / _SMALLEST:
+        node, factor = rest, factor * inner
+    return node if factor == 1 else Node("multiply", (node, constant(factor)))
+
+
+def _factor(node: Node) -> tuple[float | None, Node]:
+    """A constant, and what it is multiplied by; None where a node is no such product."""
+    if node.kind == "real" and node.op in ("multiply", "divide"):
+        a, b = node.args
+        if node.op == "multiply" and a.op == "constant":
+            a, b = b, a
+        if b.op == "constant" and _SMALLEST < abs(b.value) < 1 / _SMALLEST:
+            return (b.value if node.op == "multiply" else 1 / b.value), a
+    return None, node
+
+
+_SMALLEST = 2.0**-100
+
+
+def _number(node: Node, kind: str) -> str:
     """A constant, to the last bit."""
     if node.kind == "bool":
         return str(node.value).lower()
     if node.kind == "int":
-        return f"{node.value}" if node.value >= 0 else f"({node.value})"
+        value = (node.value + 2**63) % 2**64 - 2**63  # as 64 bits have it
+        text = f"({value + 1} - 1)" if value in (-(2**31), -(2**63)) else f"{value}" if value >= 0 else f"({value})"
+        return f"static_cast<int64>({text})" if kind == "int64" else text
     if math.isinf(node.value):
         return f"({'-' if node.value < 0 else ''}infinity<Real>())"
     return f"static_cast<Real>({node.value.hex()})"

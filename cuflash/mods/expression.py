@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -165,8 +165,8 @@ def _greatest(nodes: Iterable[Node]) -> Kind:
     return max((node.kind for node in nodes), key=_ORDER.index)
 
 
-def in_order(*results: Node) -> list[Node]:
-    """All nodes that the results are made of, each once and after its operands."""
+def in_order(*results: Node, leaves: Container[Node] = ()) -> list[Node]:
+    """All nodes that the results are made of, each once and after its operands, but for what `leaves` are made of."""
     seen: set[Node] = set()
     order: list[Node] = []
     stack = [(node, False) for node in reversed(results)]
@@ -177,7 +177,8 @@ def in_order(*results: Node) -> list[Node]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack += [(x, False) for x in reversed(node.args)]
+            if node not in leaves:
+                stack += [(x, False) for x in reversed(node.args)]
     return order
 
 

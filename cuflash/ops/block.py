@@ -15,7 +15,8 @@ from cuflash.arrays import View
 from cuflash.ops import check, draw
 from cuflash.ops.boxes import shape_and_steps
 from cuflash.ops.call import Options
-from cuflash.plan import Plan
+from cuflash.plan import Plan, policies
+from cuflash.plan.config import Written
 from cuflash.plan.families.sm90 import heads_per_section
 from cuflash.problem import Problem
 
@@ -42,9 +43,12 @@ def template(
     plan: Plan, options: Options, views: Mapping[str, View], shapes: Mapping[str, tuple[int, ...]]
 ) -> np.ndarray:
     """The parameter block of every call on arrays of this kind, with zeros for pointers."""
-    problem, params = plan.problem, jit.params.dtype(plan.steps[-1].params)
+    problem, written = plan.problem, policies.written(plan.problem)
+    params = jit.params.dtype(plan.steps[-1].params, written)
     block = np.zeros(1, params)
     _attention(block["attention"], problem, options, views)
+    if written is not None:
+        _captured(block["attention"], written, views)
     if problem.direction == "forward":
         block["num_splits"] = plan.num_splits
         block["heads_per_section"] = heads_per_section(problem)
@@ -114,6 +118,16 @@ def _strides(
     strides["batch"] = steps.get("b", 0)
     strides["row"] = steps["total" if packed else "s"]
     strides["head"] = steps["h"]
+
+
+def _captured(attention: np.ndarray, written: Written, views: Mapping[str, View]) -> None:
+    """Fill in what a written score or mask reads, but for its pointers."""
+    for number, operand in enumerate(written.operands):
+        if operand.ndim:
+            view = views[f"captured{number}"]
+            if number not in written.flat:
+                attention[f"captured{number}_stride"] = [stride // view.itemsize for stride in view.strides]
+            attention[f"captured{number}_size"] = view.shape
 
 
 def _append(append: np.ndarray, problem: Problem, views: Mapping[str, View]) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 
 from cuflash import device, jit
 from cuflash.arrays import Launcher, View
+from cuflash.errors import InvalidArgument
 from cuflash.ops import block, boxes, check, draw, overlap
 from cuflash.ops.call import OUTPUTS, Arrays, Options, Tangents, results
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.scratch import KeptZeros
-from cuflash.plan import Scratch, Step, Workspace, choose
+from cuflash.plan import Scratch, Step, Workspace, choose, policies
 from cuflash.plan.bias import needs_zeros
 from cuflash.problem import Direction, Problem
 
@@ -42,6 +43,7 @@ def run(
     names = options.manner.names
     each: tuple[Any, ...] = arrays
     if arrays.captured is not None:
+        arrays = _on_device(framework, options, arrays)
         names, each = options.names(arrays), arrays.each()
     if tangents is not None:
         names, each = (*names, *(f"d{name}" for name in tangents._fields)), (*each, *tangents)
@@ -58,6 +60,23 @@ def run(
         if options.is_kind:
             _prepared[key] = prepared
     return prepared(arrays.outputs(direction), pointers, generator, cached)
+
+
+def _on_device(framework: Launcher, options: Options, arrays: Arrays) -> Arrays:
+    """The call with copies on the device of q of what written scores and masks read in host memory."""
+    captured = arrays.captured or ()
+    host = [i for i, x in enumerate(captured) if isinstance(x, np.ndarray)]
+    if not host:
+        return arrays
+    if framework.is_capturing():
+        name = options.name(f"captured{host[0]}")
+        raise InvalidArgument(
+            f"{name} is in host memory, from where a CUDA graph would not copy it anew. Put it on the device of "
+            f"{options.name('q')}."
+        )
+    with framework.context(framework.ordinal(arrays.q)):
+        moved = [framework.moved(x, arrays.q) if i in host else x for i, x in enumerate(captured)]
+    return arrays._replace(captured=tuple(moved))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +221,7 @@ class PlannedCall:
 
     def load(self, ordinal: int) -> tuple[tuple[jit.Kernel, int], ...]:
         """:attr:`Prepared.launches`; call where launches for the GPU belong."""
-        kernels = jit.load(self.steps, ordinal)
+        kernels = jit.load(self.steps, ordinal, policies.written(self.problem))
         return tuple((kernel, step.num_blocks) for kernel, step in zip(kernels, self.steps, strict=True))
 
     def params(self, ordinal: int) -> Callable[[tuple[int, ...]], ctypes.Array]:
@@ -268,6 +287,8 @@ def result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
         "dbias": problem.dtype.accumulator, "dsink": np.dtype(np.float32), "delta": problem.dtype.accumulator,
         "tangent_lse": problem.dtype.accumulator,
     }  # fmt: skip
+    if name.startswith("dcaptured"):  # sums, to which blocks add
+        return Workspace(name, problem.dtype.accumulator, shape, zeroed=True)
     # Kernels write delta up to the packed rows there are: not those of no sequence.
     zeroed = needs_zeros(problem) if name == "dbias" else name == "delta" and problem.layout == "varlen"
     return Workspace(name, dtypes.get(name, problem.dtype.numpy), shape, zeroed)

@@ -33,10 +33,10 @@ _SUM_THREADS = 256
 def is_stored(problem: Problem) -> bool:
     """Whether dS of the main kernel is the gradient of the bias: no two pairs share an element.
 
-    A soft cap's slope is part of its dS but not of this gradient.
+    The slope of a soft cap or a written score is part of its dS but not of this gradient.
     """
     shared = any(one and n > 1 for n, one in zip(_axes(problem), problem.bias_broadcast, strict=True))
-    return problem.bias_grad and not shared and not problem.softcap
+    return problem.bias_grad and not shared and not problem.softcap and problem.score_mod is None
 
 
 def sums_on_the_way(problem: Problem) -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cuflash.mods.tracing import Mod, Operand
+
 HEADER = "header"
 """Key of a field's metadata: the kernel header that declares the types its value names."""
 
@@ -23,6 +25,25 @@ class Config:
     blocks_per_sm: int = 1
     smem_bytes: int = 0
     """Dynamic shared memory; a kernel that has any asserts that it equals ``sizeof(SmemPlan)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A score and a mask that a caller wrote: ``ScoreMod`` and ``MaskMod`` of a kernel's ``config.cuh``."""
+
+    score: Mod | None
+    mask: Mod | None
+    gradients: tuple[int, ...] = ()
+    """Which of the arrays that the score reads, by number, have gradients that are summed."""
+    flat: tuple[int, ...] = ()
+    """Which of all arrays, by number, are contiguous, of less than 2^31 elements."""
+    fast: bool = False
+    """For results of 16 bits, of at most a million queries and keys."""
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What is read: by the score, then by the mask."""
+        return tuple(operand for mod in (self.score, self.mask) if mod is not None for operand in mod.operands)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +65,13 @@ class AttentionConfig(SequenceConfig):
     tile_q: int
     tile_kv: int
     mask: str = field(default="NoMask", metadata={HEADER: "attention/mask.cuh"})
-    """NoMask, CausalMask, WindowMask, TensorMask."""
+    """NoMask, CausalMask, WindowMask, TensorMask, WrittenMask."""
     score: str = field(default="ScaledScore<float>", metadata={HEADER: "attention/score.cuh"})
     """ScaledScore, SignedScore, (Exact)SoftCapScore, and what is made of them."""
     dropout: str = field(default="NoDropout", metadata={HEADER: "attention/dropout.cuh"})
     """NoDropout, ByteDropout, WordDropout."""
+    written: Written | None = None
+    """What ``WrittenScore`` and ``WrittenMask`` are of, printed in front of the struct."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +84,9 @@ class CopyConfig(AttentionConfig):
 
 BIAS_GRADIENT = {HEADER: "attention/bias_gradient.cuh"}
 """Metadata of the field that says where the gradient of the bias goes: NoBiasGradient, StoredBiasGradient."""
+
+CAPTURED_GRADIENT = {HEADER: "attention/captured_gradient.cuh"}
+"""The same of what a written score reads: NoCapturedGradient, AddedCapturedGradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,10 @@ class Family:
         reasons += [f"no {feature}" + (", NumPy alone yet" if feature in ON_NUMPY_ALONE else "") for feature in missing]
         if problem.page_size and problem.direction == "backward":
             reasons.append("no gradients of pages: sequences may share them")
+        if problem.tangents and problem.written:
+            reasons.append("no tangents of written scores and masks")
+        if problem.captured_grad and problem.deterministic:
+            reasons.append("no deterministic gradients of what a written score reads")
         if problem.layout == "cache" and not self.caches:
             reasons.append("no cache whose lengths are on the device")
         if problem.layout == "cache" and problem.direction == "backward":

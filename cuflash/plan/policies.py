@@ -7,6 +7,8 @@ from typing import TypedDict
 
 import numpy as np
 
+from cuflash.mods.emit import work
+from cuflash.plan.config import Written
 from cuflash.problem import Problem
 
 _MASKS = {"none": "NoMask", "causal": "CausalMask", "window": "WindowMask"}
@@ -23,19 +25,20 @@ class Policies(TypedDict):
     mask: str
     score: str
     dropout: str
+    written: Written | None
 
 
 def policies(problem: Problem) -> Policies:
     """What every kernel that computes scores takes from the problem, whatever its tile."""
-    mask = _MASKS[problem.mask.kind]
     return Policies(
         element=problem.dtype.cuda,
         sequence=sequence(problem),
         dim_qk=problem.dim_qk,
         dim_v=problem.dim_v,
-        mask=f"TensorMask<{mask}>" if problem.mask.tensor else mask,
+        mask=mask(problem),
         score=score(problem),
         dropout=_DROPOUTS[problem.dropout],
+        written=written(problem),
     )
 
 
@@ -53,9 +56,36 @@ def sink(problem: Problem) -> str:
     return "LearnableSink" if problem.sink else "NoSink"
 
 
+def mask(problem: Problem) -> str:
+    """The mask policy: a band, and what elements must pass besides."""
+    policy = _MASKS[problem.mask.kind]
+    policy = f"TensorMask<{policy}>" if problem.mask.tensor else policy
+    return f"WrittenMask<{policy}, MaskMod>" if problem.mask_mod else policy
+
+
+def written(problem: Problem) -> Written | None:
+    """The functions that a caller wrote, if any."""
+    if not problem.written:
+        return None
+    fast = problem.dtype.itemsize == 2 and max(problem.len_q, problem.len_kv, problem.batch, problem.heads_q) <= 2**20
+    return Written(problem.score_mod, problem.mask_mod, problem.captured_gradients, problem.captured_flat, fast)
+
+
+def written_work(problem: Problem) -> int:
+    """How many operations a caller's functions do for every pair; one that reads counts as three."""
+    mods = [mod for mod in (problem.score_mod, problem.mask_mod) if mod is not None]
+    return sum(work(mod.expression) for mod in mods)
+
+
+def captured_gradient(problem: Problem) -> str:
+    """The policy that says where the gradients of what a written score reads go."""
+    return "AddedCapturedGradient" if problem.captured_gradients else "NoCapturedGradient"
+
+
 def score(problem: Problem) -> str:
-    """The score policy: a scale or a soft cap, plus a term for each additive bias."""
+    """The score policy: a scale or a soft cap, what a caller makes of that, plus a term for each additive bias."""
     policy = f"{_base_score(problem)}<{_real(problem)}>"
+    policy = f"WrittenScore<{policy}, ScoreMod>" if problem.score_mod else policy
     for term in (["Alibi"] if problem.alibi else []) + ([f"Bias<{problem.bias.cuda}>"] if problem.bias else []):
         policy = f"Plus<{policy}, {term}>"
     return policy
@@ -75,12 +105,13 @@ def score_without_bias(problem: Problem) -> str:
 def score_beside_bias(problem: Problem) -> str:
     """The score policy, in natural logits, of a kernel that adds the bias itself."""
     policy = score_without_bias(problem)
-    return policy if problem.alibi else f"NaturalScore<{policy}>"
+    return policy if problem.alibi or problem.score_mod else f"NaturalScore<{policy}>"
 
 
 def unit_score(problem: Problem) -> str:
     """A score policy with the unit of the problem's, for row-wise kernels that read rows' states."""
-    return f"{'SignedScore' if problem.alibi or problem.bias else _base_score(problem)}<{_real(problem)}>"
+    natural = problem.alibi or problem.bias or problem.score_mod
+    return f"{'SignedScore' if natural else _base_score(problem)}<{_real(problem)}>"
 
 
 def copy_bytes(problem: Problem) -> int:

@@ -44,6 +44,7 @@ _GROUP_256 = "NVRTC 13.0 keeps more alive beside the 128 registers of out than 1
 _FEW_256 = "what the next query tile's keys are loaded by lives on while parts are merged, beside the registers of out"
 _WORK = "consumers keep what belongs to a work in memory; in the loops over tiles only the softmax's rare branch spills"
 _SCORES_90 = "the compiler keeps score terms, in the loops over tiles, for the rare branch that computes scores again"
+_WRITTEN = "what the caller's function computes, beside accumulators that fill the registers"
 _EVERYTHING = "all score features at once: addresses of mask and bias and random numbers beside full accumulators"
 
 # Tiles and speeds are those of plan/families/; the bytes are the most of any architecture and feature.
@@ -77,6 +78,12 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm80_short", "*-d64-short100", 112, _GRADIENTS_SHORT),
     Allowance("bwd_sm90_wide", "*-d256*", 148, _GRADIENTS_256),
     Allowance("fwd_simt", "*-d64x128", 28, _SIMT_64),
+    Allowance("fwd_sm90", "*-d64-written*", 52, _WRITTEN),
+    Allowance("bwd_sm80", "*-d64-written*", 260, _WRITTEN),
+    Allowance("bwd_sm80", "*-d128-written*", 208, _WRITTEN),
+    Allowance("bwd_sm80", "*-d256-written", 168, _WRITTEN),
+    Allowance("bwd_sm90", "*-d64-written*", 552, _WRITTEN),
+    Allowance("bwd_sm90", "*-d128-written*", 56, _WRITTEN),
     Allowance("fwd_sm90", "*-d256-everything", 64, _EVERYTHING),
     Allowance("fwd_sm80", "*-d256-everything", 16, _EVERYTHING),
     Allowance("bwd_bias_sm90", "*everything", 668, _EVERYTHING),

@@ -28,17 +28,20 @@ struct ScoreGradient {
 
   // P, from s = q.k; exactly 0 where masked. Tiles that are visible whole (`full`) need no test.
   CF_DEVICE Real probability(Real s, const RowShift<Real>& shift, int q, int kv, bool full) const {
-    return full || mask.keep(q, kv) ? shift.probability(score.apply(s, q, kv), log2_unit) : Real(0);
+    return full || mask.keep(q, kv) ? shift.probability(logit(s, q, kv), log2_unit) : Real(0);
   }
 
   // The same where a bias in natural logits comes beside the score. Of tiles that are visible whole the shift is folded,
   // which makes two multiply-adds.
   CF_DEVICE Real probability(Real s, Real bias, const RowShift<Real>& shift, int q, int kv, bool full) const {
     constexpr Real kLog2 = static_cast<Real>(kLog2E);
-    const Real logit = fma(score.apply(s, q, kv), score.unit(), bias);
-    if (full) return exp2(fma(logit, kLog2, -shift.log2_l));
-    return mask.keep(q, kv) ? shift.probability(logit, kLog2) : Real(0);
+    const Real sum = fma(logit(s, q, kv), score.unit(), bias);
+    if (full) return exp2(fma(sum, kLog2, -shift.log2_l));
+    return mask.keep(q, kv) ? shift.probability(sum, kLog2) : Real(0);
   }
+
+  // From s = q.k, but for its unit; finite past the last query.
+  CF_DEVICE Real logit(Real s, int q, int kv) const { return score.within(score.apply(s, q, kv), q); }
 
   // d(logit), from dp = dout.v, which does not reach what dropout dropped; a bias has this gradient.
   CF_DEVICE Real of_logit(Real p, Real dp, Real delta, bool kept) const {
@@ -47,7 +50,13 @@ struct ScoreGradient {
 
   // d(q.k) but for softmax_scale: dS of dQ = scale * dS K and dK = scale * dS^T Q.
   CF_DEVICE Real of_product(Real s, Real p, Real dp, Real delta, bool kept, int q, int kv) const {
-    return of_logit(p, dp, delta, kept) * score.slope(s, q, kv);
+    return times_slope(of_logit(p, dp, delta, kept), s, q, kv);
+  }
+
+  // What is 0 stays so, as it is of hidden pairs.
+  CF_DEVICE Real times_slope(Real x, Real s, int q, int kv) const {
+    const Real product = x * score.slope(s, q, kv);
+    return Config::Score::any_slope() && x == Real(0) ? Real(0) : product;
   }
 };
 

@@ -1,7 +1,9 @@
 // Score: from the raw product q.k to the logit, and back for the gradient.
 //
 // apply(s, q, kv) is in units in which p = exp2(log2_unit * (x - max)), log2_unit = log2(e) * unit(). softmax_scale *
-// slope(s, q, kv) is d(logit)/d(q.k); the constant factor is left to the end of the gradient products.
+// slope(s, q, kv) is d(logit)/d(q.k); the constant factor is left to the end of the gradient products. any_slope: it may
+// be infinite or no number, as of a written score (attention/mods.cuh), which has add_gradients, too, and whose scores
+// past the last query may be anything: within() makes them finite, for probabilities that are multiplied by 0.
 #pragma once
 
 #include "element.cuh"
@@ -23,6 +25,8 @@ struct ScaledScore {
   CF_DEVICE Real unit() const { return softmax_scale; }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return s; }
   CF_DEVICE Real slope(Real /*s*/, int /*q*/, int /*kv*/) const { return Real(1); }
+  CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
 // x = softmax_scale * s for a scale of any sign, zero included.
@@ -37,6 +41,8 @@ struct SignedScore {
   CF_DEVICE Real unit() const { return Real(1); }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return softmax_scale * s; }
   CF_DEVICE Real slope(Real /*s*/, int /*q*/, int /*kv*/) const { return Real(1); }
+  CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
 // x = softcap * tanh(softmax_scale * s / softcap), in units of softcap; slope = 1 - tanh^2.
@@ -56,6 +62,8 @@ struct SoftCapScore {
   CF_DEVICE Real tanh(Real s) const { return fma(Real(-2), reciprocal(exp2(s * exponent) + Real(1)), Real(1)); }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return tanh(s); }
   CF_DEVICE Real slope(Real s, int /*q*/, int /*kv*/) const { return Real(1) - tanh(s) * tanh(s); }
+  CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
 // The same in natural logits, exact for caps and scores of every size. SoftCapScore errs by 2^-23 of the cap: too much
@@ -82,6 +90,8 @@ struct ExactSoftCapScore {
     const Real t = tanh(softmax_scale * s * inverse);
     return Real(1) - t * t;
   }
+  CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
 // The score of another policy in natural logits, for a kernel that adds to them.
@@ -95,6 +105,9 @@ struct NaturalScore {
   CF_DEVICE Number unit() const { return Number(1); }
   CF_DEVICE Number apply(Number s, int q, int kv) const { return inner.unit() * inner.apply(s, q, kv); }
   CF_DEVICE Number slope(Number s, int q, int kv) const { return inner.slope(s, q, kv); }
+  CF_DEVICE static constexpr bool any_slope() { return Inner::any_slope(); }
+  CF_DEVICE Number within(Number x, int q) const { return inner.within(x, q); }
+  CF_DEVICE void add_gradients(Number s, Number ds, int q, int kv) const { inner.add_gradients(s, ds, q, kv); }
 };
 
 // The score of another policy plus a term that depends on the position only; natural logits.
@@ -112,6 +125,9 @@ struct Plus {
     return inner.unit() * inner.apply(s, q, kv) + term.template at<Number>(q, kv);
   }
   CF_DEVICE Number slope(Number s, int q, int kv) const { return inner.slope(s, q, kv); }
+  CF_DEVICE static constexpr bool any_slope() { return Inner::any_slope(); }
+  CF_DEVICE Number within(Number x, int q) const { return inner.within(x, q); }
+  CF_DEVICE void add_gradients(Number s, Number ds, int q, int kv) const { inner.add_gradients(s, ds, q, kv); }
 };
 
 // Attention with linear biases (Press et al. 2021, arXiv 2108.12409): -slope * distance from the diagonal. 0 for rows

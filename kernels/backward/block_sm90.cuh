@@ -173,7 +173,7 @@ struct BackwardBlock {
             } else {
               weight[i] = gradient.probability(product, shift, q, kv, !kCareful);
             }
-            s.at(r, n, i) = weight[i] * gradient.score.slope(product, q, kv);
+            s.at(r, n, i) = gradient.times_slope(weight[i], product, q, kv);
             if (!kept.has(r, n, i)) weight[i] = 0.f;
           }
           weights.x[0][k][n % 2 * 2 + r] = ptx::pack<Element>(weight[0], weight[1]);

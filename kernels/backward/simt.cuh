@@ -16,6 +16,7 @@
 #pragma once
 
 #include "attention/bias_gradient.cuh"
+#include "attention/captured_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "tile/gemm_simt.cuh"
@@ -68,10 +69,12 @@ struct BackwardSimt {
   }
 
   // From q.k and dout.v: s becomes the weight of v, exactly 0 where masked or dropped, and dp becomes ds.
+  template <class CapturedGradient>
   CF_DEVICE static void grad_s(const ScoreGradient<Config>& gradient, Real& s, Real& dp, const RowShift<Real>& shift,
                                Real delta, int q, int kv, bool full) {
     const Real weight = gradient.probability(s, shift, q, kv, full);
     const bool kept = gradient.dropout.keep(q, kv);
+    CapturedGradient::add(gradient.score, s, gradient.of_logit(weight, dp, delta, kept), q, kv);
     dp = gradient.of_product(s, weight, dp, delta, kept, q, kv);
     s = kept ? weight : Real(0);
   }
@@ -114,7 +117,7 @@ struct BackwardSimt {
           const Real delta = inputs.delta_of(q);
 #pragma unroll
           for (int m = 0; m < Block::Scores::kM; ++m) {
-            grad_s(gradient, s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.row_of(m), full);
+            grad_s<NoCapturedGradient>(gradient, s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.row_of(m), full);
           }
         }
         Block::template accumulate<kDimV>(dv, smem.products.weighted, s, inputs.dout.from(q_first));
@@ -161,7 +164,8 @@ struct BackwardSimt {
         const Real delta = inputs.delta_of(q);
 #pragma unroll
         for (int n = 0; n < Block::Scores::kN; ++n) {
-          grad_s(gradient, s.x[m][n], dp.x[m][n], shift, delta, q, kv_first + s.col_of(n), full);
+          grad_s<typename Config::CapturedGradient>(gradient, s.x[m][n], dp.x[m][n], shift, delta, q,
+                                                    kv_first + s.col_of(n), full);
         }
       }
       const typename Config::BiasGradient bias_gradient(p, sequence, work.head);

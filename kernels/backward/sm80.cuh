@@ -19,6 +19,7 @@
 #pragma once
 
 #include "attention/bias_gradient.cuh"
+#include "attention/captured_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "tile/copy.cuh"
@@ -169,6 +170,10 @@ struct BackwardSm80 {
             const float weight = gradient.probability(raw, shift, q, kv, full);
             const bool keep = kept.has(r, n, i);
             s.at(r, n, i) = keep ? weight : 0.f;
+            if (split == 0) {
+              const float ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
+              Config::CapturedGradient::add(gradient.score, raw, ds, q, kv);
+            }
             dp.at(r, n, i) = gradient.of_product(raw, weight, dp.at(r, n, i), delta, keep, q, kv);
           }
         }

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "attention/bias_gradient.cuh"
+#include "attention/captured_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "backward/delta.cuh"
 #include "ptx/warpgroup.cuh"
@@ -127,8 +128,9 @@ struct BackwardSm80Short {
             const bool keep = kept.has(r, n, i);
             const float ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
             s.at(r, n, i) = keep ? weight : 0.f;
-            dp.at(r, n, i) = ds * gradient.score.slope(raw, q, kv);
+            dp.at(r, n, i) = gradient.times_slope(ds, raw, q, kv);
             bias_gradient.store(q, kv, ds);
+            Config::CapturedGradient::add(gradient.score, raw, ds, q, kv);
             if (Config::kSumBias) dbias.at(r, first_q / 8 + n, i) += ds;
           }
         }

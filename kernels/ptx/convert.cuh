@@ -17,8 +17,10 @@ CF_DEVICE uint16 fp16_of(float x) {
   return bits;
 }
 
+CF_DEVICE float float_of(uint32 bits) { return __uint_as_float(bits); }
+
 // bfloat16 is the upper half of a float. There is an instruction from sm_80 on, but this suits all.
-CF_DEVICE float float_of_bf16(uint16 bits) { return __uint_as_float(uint32(bits) << 16); }
+CF_DEVICE float float_of_bf16(uint16 bits) { return float_of(uint32(bits) << 16); }
 CF_DEVICE uint16 bf16_of(float x) {
   const uint32 bits = __float_as_uint(x);
   return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;

@@ -18,6 +18,10 @@ CF_DEVICE void red_add(float* address, float x) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory");
 }
 
+CF_DEVICE void red_add(double* address, double x) {
+  asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(address), "d"(x) : "memory");
+}
+
 // Four neighbours, 16 bytes from a multiple of 16 on; each is added on its own. Needs sm_90.
 CF_DEVICE void red_add_x4(float* address, const float (&x)[4]) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -122,15 +123,17 @@ def test_what_a_function_reads_is_read_anew_and_decides_nothing_else() -> None:
     close([call()], [cuflash.flash_attn_func(Q, K, V, attn_bias=table)])
 
 
-def test_no_kernel_has_it_yet() -> None:
+def test_which_kernels_have_it() -> None:
     explanation = cuflash.explain(Q, K, V, device="h100", captured_grad=True, backward=True, **WRITTEN)
-    assert explanation.plan is None
-    features = "written score", "written mask", "captured gradient"
-    assert explanation.why_not["simt"] == [f"no {feature}, NumPy alone yet" for feature in features]
+    assert explanation.plan is not None
     assert "score_mod mask_mod dcaptured" in str(explanation)
     assert "as (score - (captured0[h] * abs((q - k)))) + (0.25 * b)" in str(explanation.problem.sheet())
-    with pytest.raises(UnsupportedProblem, match="no written mask, NumPy alone yet"):
-        cuflash.plan.choose(explanation.problem, explanation.device)
+    problem = replace(explanation.problem, dtype="bf16")
+    assert "no captured gradient" in cuflash.plan.why_not(problem, explanation.device)["sm90"]
+    assert cuflash.plan.choose(problem, explanation.device).family == "sm80"
+    assert cuflash.plan.choose(replace(problem, captured_grad=False), explanation.device).family == "sm90"
+    with pytest.raises(UnsupportedProblem, match="no deterministic gradients of what a written score reads"):
+        cuflash.plan.choose(replace(problem, deterministic=True), explanation.device)
 
 
 EMPTY, FOREIGN, ALIASED = np.zeros((0, 3), np.float32), np.zeros(3, ">f4"), np.zeros((2, 6, 4, 8), np.float32)

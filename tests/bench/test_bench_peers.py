@@ -24,6 +24,7 @@ from doubles.peers import (
 )
 
 import cuflash
+from cuflash import mods
 from cuflash.bench import report
 from cuflash.bench.peers import PEERS, chosen, find
 from cuflash.bench.peers.flash_attention import FlashAttention3, FlashAttention4
@@ -64,6 +65,16 @@ CASES = {
     name: Case(name, None, problem, *(((28, 5, 67), (80, 11, 70)) if problem.layout == "varlen" else ()))
     for name, problem in PROBLEMS.items()
 }
+SLOPES = np.random.default_rng(0).standard_normal((4, 139)).astype(np.float32)
+IDS = np.random.default_rng(1).integers(0, 3, 70).astype(np.int32)
+SCORE = mods.trace("score_mod", lambda s, b, h, q, k: 2.0 * mods.tanh(s / 2.0) + SLOPES[h, k - q + 69])
+RULE = mods.trace("mask_mod", lambda b, h, q, k: (IDS[q] == IDS[k]) | (abs(q - k) < 3))
+CASES["written"] = Case(
+    "written",
+    None,
+    replace(PLAIN, score_mod=SCORE.mod, mask_mod=RULE.mod, captured_flat=(0, 1)),
+    captured=(*SCORE.arrays, *RULE.arrays),
+)
 
 
 @pytest.fixture
@@ -347,6 +358,7 @@ ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "fa4",
         ("bias-d64-s4096", ["torch-efficient", "torch-cudnn", "flex", "jax-cudnn", "gemm"]),
         ("dropout0.1-d128-s8192", ["torch-flash", "torch-efficient", "torch-cudnn", "gemm"]),
         ("ramp16-d128-s8192", ALL_BUT_PACKED),
+        ("documents16-d64", ["flex", "gemm", "built-in"]),
     ],
 )
 def test_who_takes_part(everything_installed, name, takers):
@@ -356,7 +368,8 @@ def test_who_takes_part(everything_installed, name, takers):
         "cuflash",
         *(n for n in PEERS if n not in NOT_ON_GPUS_UNLESS_NAMED),
     ]
-    case = next(case for cases in sets.of("hopper").values() for case in cases if case.id == name)
+    known = [case for cases in (*sets.of("hopper").values(), *sets.of("mods").values()) for case in cases]
+    case = next(case for case in known if case.id == name)
     problem = case.turned("forward").problem
     assert [peer.name for peer in peers.implementations[1:] if peer.why_not(problem) is None] == takers
 

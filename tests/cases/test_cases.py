@@ -12,7 +12,7 @@ import pytest
 from cuflash import dtypes
 from cuflash.cases import calls, sets
 from cuflash.cases.inputs import Normals, make
-from cuflash.cases.table import CASES, SMOKE, TANGENTS, Case, select, widest_copy
+from cuflash.cases.table import CASES, SMOKE, TANGENTS, WRITTEN, Case, select, widest_copy
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
 from cuflash.features import needs
@@ -33,7 +33,7 @@ def test_the_id_names_the_kernel_that_runs_the_case():
 
 def test_the_table_covers_every_family_dtype_and_feature():
     seen = Counter()
-    for case in (*CASES.values(), *TANGENTS.values()):
+    for case in (*CASES.values(), *TANGENTS.values(), *WRITTEN.values()):
         for feature in ("", *needs(case.problem)):
             seen[case.family, case.problem.dtype.name, feature] += 1
     for family in FAMILIES:

@@ -23,6 +23,7 @@ from cuflash.adapters.torch.tensors import Torch
 from cuflash.arrays import CuPy
 from cuflash.ops import launch
 from cuflash.plan import Step
+from cuflash.plan.config import Written
 from doubles.arrays import FAKE_TORCH, as_cupy, as_torch, to_numpy_dtype
 
 needs_compiler = pytest.mark.skipif(build.why_not() is not None, reason=build.why_not() or "")
@@ -57,14 +58,16 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """Where calls on arrays of a GPU are answered without one."""
     seen = Launches()
 
-    def load(steps: Sequence[Step], ordinal: int) -> list[SimpleNamespace]:
-        return [load_one(step, ordinal) for step in steps]
+    def load(steps: Sequence[Step], ordinal: int, written: Written | None = None) -> list[SimpleNamespace]:
+        return [load_one(step, ordinal, written) for step in steps]
 
-    def load_one(step: Step, ordinal: int) -> SimpleNamespace:
+    def load_one(step: Step, ordinal: int, written: Written | None) -> SimpleNamespace:
         seen.loaded.append((step.kernel, ordinal))
 
         def go(num_blocks: int, params: ctypes.Array, stream: object = None) -> None:
-            (block,) = blocks = np.frombuffer(params, jit.params.dtype(step.params), 1)
+            struct = jit.params.dtype(step.params, getattr(step.config, "written", None))
+            block = np.frombuffer(params, np.uint8)[jit.params.first_byte(step.config, written) :]
+            (block,) = blocks = block[: struct.itemsize].view(struct)
             assert num_blocks == step.num_blocks
             seen.kernels.append(step.kernel)
             seen.params.append(blocks)

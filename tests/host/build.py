@@ -20,9 +20,10 @@ KERNELS = HOST.parent.parent / "kernels"
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wno-unknown-pragmas")
 TWIN_FLAGS, UNIT_FLAGS = ("-O2",), ("-Og",)
 """The twin is compiled once and runs all the time, a kernel the other way round."""
-TWIN_KERNELS = ("element.cuh", "params.cuh", "std.cuh")
+TWIN_KERNELS = ("captured.cuh", "element.cuh", "params.cuh", "std.cuh")
 """The headers of kernels/ that the twin includes."""
-PRELUDE = "".join(f'#include "{name}"\n' for name in ("block.hpp", *TWIN_KERNELS))
+PRELUDE = "".join(f'#include "{name}"\n' for name in ("block.hpp", "element.cuh", "std.cuh"))
+"""Nothing that is rendered, nor what includes such headers."""
 CACHE = HOST.parent.parent / ".pytest_cache" / "host"
 DAY = 24 * 3600
 
@@ -114,7 +115,8 @@ def build(source: str, *rendered: tuple[str, str]) -> ctypes.CDLL:
             for name, text in rendered:
                 Path(folder, name).write_text(text)
             Path(folder, "unit.cpp").write_text(source)
-            place(Path(folder), [path.relative_to(KERNELS) for path in KERNELS.rglob("*.cu*")])
+            names = {path.relative_to(KERNELS) for path in KERNELS.rglob("*.cu*")}
+            place(Path(folder), names - {Path(name) for name, _ in rendered})
             compile(
                 *UNIT_FLAGS, "-include", twin() / "prelude.hpp", f"-I{folder}", f"-I{HOST}", "-shared",
                 f"{folder}/unit.cpp", twin() / "libtwin.a", "-o", f"{folder}/unit.so", rendered=rendered,

@@ -6,17 +6,18 @@ worst alignment its case allows; outputs start as NaN and nothing outside them m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import oracle
 
 from cuflash import dtypes
-from cuflash.device import named
+from cuflash.device import Device, named
 from cuflash.masks import Mask
 from cuflash.ops.call import asked
-from cuflash.plan import choose
+from cuflash.plan import Plan, choose
 from cuflash.plan.bias import needs_zeros
 from cuflash.problem import Problem
 from cuflash.verify.surroundings import Arena
@@ -272,10 +273,19 @@ def exact_and_naive(tensors: Tensors, *extra: str) -> tuple[oracle.Attention, or
     return oracle.attention(*inputs, **tensors.options), oracle.naive_in_dtype(*inputs, **tensors.options)
 
 
-def run(case: HostCase, tensors: Tensors, direction: str, seed: int, draw: Sequence[int] = (0, SEED, OFFSET)) -> None:
+def run(
+    case: HostCase,
+    tensors: Tensors,
+    direction: str,
+    seed: int,
+    draw: Sequence[int] = (0, SEED, OFFSET),
+    choose: Callable[[Problem, Device, str], Plan] = choose,
+    **changes: Any,
+) -> None:
+    """Run the kernels of a case, whose problem is changed by further keywords."""
     backward = direction == "backward"
     problem = replace(case.problem, direction=direction, bias_grad=backward and case.problem.bias is not None)
-    device = named(case.device)
+    problem, device = replace(problem, **changes), named(case.device)
     plan = choose(problem, replace(device, num_sms=case.num_sms or device.num_sms), case.family)
     options = asked(empty_lse=EMPTY_LSE, tail_lse=TAIL_LSE)
     if problem.dropout:

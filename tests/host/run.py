@@ -8,12 +8,13 @@ from unittest.mock import patch
 
 import numpy as np
 
+from cuflash import jit
 from cuflash.arrays import View
 from cuflash.jit import tensormap
 from cuflash.jit.render import headers
 from cuflash.ops import block, boxes, check
 from cuflash.ops.call import Options, asked
-from cuflash.plan import Plan, Step
+from cuflash.plan import Plan, Step, policies
 from host.build import build
 
 UNIT = """
@@ -108,10 +109,12 @@ def run_plan_on_host(
         workspaces[workspace.name] = inside.view(workspace.dtype).reshape(workspace.shape)
         surroundings[workspace.name] = buffer[:GUARD], buffer[GUARD + workspace.nbytes :]
 
-    params = parameter_block(plan, {**arrays, **workspaces}, options, draw)
+    params = parameter_block(plan, {**arrays, **workspaces}, options, draw).view(np.uint8)
+    written = policies.written(plan.problem)
     conflicts = 0
     for step in plan.steps:
-        conflicts += launch(step, params, seed)
+        own = params[jit.params.first_byte(step.config, written) :]
+        conflicts += launch(step, own.view(jit.params.dtype(step.params, getattr(step.config, "written", None))), seed)
         for name, sides in surroundings.items():
             if any((side != 0xFF).any() for side in sides):
                 raise LaunchFailed(f"{step.kernel} wrote outside the workspace {name}")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from cuflash import mods
 from cuflash.errors import CompileError
 from cuflash.jit import params, sources
+from cuflash.plan.config import AttentionConfig, Written
+from cuflash.plan.steps import DeltaConfig
 
 STRUCTS = (
     "Strides", "Attention", "Pages", "Append", "TensorMap", "FwdParams", "JvpParams", "BwdParams", "MergePart",
@@ -19,13 +23,16 @@ STRUCTS = (
 ALIGNMENTS = dict.fromkeys(STRUCTS, 8) | dict.fromkeys(("TensorMap", "FwdParams", "JvpParams", "BwdParams"), 64)
 HEADER = (sources.root() / "params.cuh").read_text()
 
+DELTA = DeltaConfig(element="float", dim_v=64, threads=128, tile_q=64, copy_bytes=16)
+ATTENTION = AttentionConfig(threads=1, element="float", dim_qk=1, dim_v=1, tile_q=1, tile_kv=1)
+
 
 def members(struct: str) -> dict[str, str]:
     """Name -> type of the members of a struct of params.cuh, by a reader that knows less than the one under test."""
     _, base, text = re.split(rf"struct (?:alignas\(64\) )?{struct}(?: : (\w+))? {{", HEADER)
     body = re.sub(r"//.*", "", text.split("};")[0])
     declarations = [declaration.replace("*", "* ").split() for declaration in body.split(";") if declaration.strip()]
-    return (members(base) if base else {}) | {words[-1]: " ".join(words[:-1]) for words in declarations}
+    return (members(base) if base in STRUCTS else {}) | {words[-1]: " ".join(words[:-1]) for words in declarations}
 
 
 @pytest.mark.parametrize("struct", STRUCTS)
@@ -83,6 +90,28 @@ def test_layout_is_the_compilers(tmp_path):
         ours |= {f"{struct}.{name}": (offset, kind.itemsize) for name, (kind, offset) in dtype.fields.items()}
     assert ours == compiled
     assert len(ours) > 60
+
+
+def test_what_is_captured_comes_before_all_that_a_kernel_without_it_reads():
+    table, number, ids = np.ones((2, 3)), np.array(2.0), np.arange(9)
+    mod, _ = mods.trace("score_mod", lambda s, b, h, q, k: s * table[h, k] + number * k)
+    scale, _ = mods.trace("score_mod", lambda s, b, h, q, k: s * number)
+    rule, _ = mods.trace("mask_mod", lambda b, h, q, k: ids[q] == ids[k])
+    for written in (Written(mod, rule, (0,)), Written(None, rule), Written(scale, None, (0,)), Written(scale, rule)):
+        first = params.first_byte(DELTA, written)
+        assert first > 0 and first % 64 == 0 and params.first_byte(replace(ATTENTION, written=written), written) == 0
+        for struct in ("FwdParams", "BwdParams"):
+            plain, whole = params.dtype(struct), params.dtype(struct, written)
+            assert whole.itemsize == first + plain.itemsize and whole.isalignedstruct
+            for name in plain.names[1:]:
+                assert whole.fields[name][1] == first + plain.fields[name][1]
+        plain, whole = params.dtype("Attention"), params.dtype("Attention", written)
+        assert {whole.fields[name][1] - first - plain.fields[name][1] for name in plain.names} == {0}
+        captured = [name for name in whole.names if name not in plain.names]
+        assert whole.names == (*captured, *plain.names)
+        assert sum(whole[name].itemsize for name in captured) <= first
+    none, _ = mods.trace("score_mod", lambda s, b, h, q, k: s + k)
+    assert params.dtype("FwdParams", Written(none, None)) == params.dtype("FwdParams")
 
 
 def test_values_land_where_the_names_say():

@@ -12,16 +12,17 @@ import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nvrtc import needs_nvrtc
 
-from cuflash import jit, plan
+from cuflash import jit, mods, plan
 from cuflash.device import named
 from cuflash.dtypes import BF16
 from cuflash.errors import CompileError
 from cuflash.jit import compile, sources
 from cuflash.masks import Mask
-from cuflash.plan.config import ForwardConfig
+from cuflash.plan.config import ForwardConfig, Written
 from cuflash.plan.families import sm90
 from cuflash.plan.families.sm80 import BackwardConfig
 from cuflash.plan.steps import DeltaConfig
@@ -89,6 +90,20 @@ DELTA = DeltaConfig(element="float", dim_v=64, threads=128, tile_q=64, copy_byte
 """A config of ``bwd_delta``, the kernel that compiles fastest."""
 
 
+IDS, SCALES = np.arange(9), np.ones((4, 2), np.float16)
+RULE = mods.trace("mask_mod", lambda b, h, q, k: IDS[q] == IDS[k]).mod
+CAPPED = mods.trace("score_mod", lambda s, b, h, q, k: 30.0 * mods.tanh(s / 30.0)).mod
+SCALED = mods.trace("score_mod", lambda s, b, h, q, k: s * SCALES[h, q]).mod
+WRITTEN = (
+    Written(CAPPED, None),
+    Written(SCALED, None),
+    Written(SCALED, None, (0,)),
+    Written(None, RULE),
+    Written(SCALED, RULE),
+)
+WRITTEN_GOLDEN = Written(SCALED, RULE, (0,), (0,))
+
+
 def example() -> str:
     problem = Problem("forward", BF16, 1, 16, 16, 8192, 8192, 128, 128, mask=Mask(right=0))
     (step,) = plan.choose(problem, named("h100"), "sm80").steps
@@ -99,6 +114,10 @@ RENDERED = {
     sources.root() / "config.example.cuh": example,
     sources.root() / "layout.example.cuh": lambda: jit.render.layout_header("FwdParams"),
     GOLDEN / "bwd_sm80.cuh": lambda: jit.render.config_header("bwd_sm80", BACKWARD),
+    GOLDEN / "written.cuh": lambda: jit.render.config_header("bwd_sm80", replace(BACKWARD, written=WRITTEN_GOLDEN)),
+    GOLDEN / "captured.cuh": lambda: jit.render.headers(
+        "bwd_sm80", replace(BACKWARD, written=WRITTEN_GOLDEN), "BwdParams"
+    )["captured.cuh"],
 }
 
 
@@ -116,20 +135,25 @@ def test_every_choice_appears_once(config):
     types = dict(re.findall(r"using (\w+) = (.+);", struct))
     numbers = {name: int(value) for name, value in re.findall(r"static constexpr int k(\w+) = (-?\d+);", struct)}
     truths = {name: value == "true" for name, value in re.findall(r"constexpr bool k(\w+) = (true|false);", struct)}
-    assert len(types) + len(numbers) + len(truths) == struct.count(";") == len(fields(config))
+    choices = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "written"}
+    assert len(types) + len(numbers) + len(truths) == struct.count(";") == len(choices)
     members = {name.lower(): value for name, value in (types | numbers | truths).items()}
-    assert members == {field.name.replace("_", ""): getattr(config, field.name) for field in fields(config)}
+    assert members == {name.replace("_", ""): value for name, value in choices.items()}
 
 
 def test_every_choice_changes_the_text():
     seen = {jit.render.config_header("fwd_sm90", HOPPER)}
     for field in fields(HOPPER):
         value = getattr(HOPPER, field.name)
+        if field.name == "written":
+            for written in WRITTEN:
+                seen.add(jit.render.config_header("fwd_sm90", replace(HOPPER, written=written)))
+            continue
         changed = value + "x" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
         other = replace(HOPPER, **{field.name: changed})
         seen.add(jit.render.config_header("fwd_sm90", other))
     seen.add(jit.render.config_header("fwd_sm80", HOPPER))
-    assert len(seen) == len(fields(HOPPER)) + 2
+    assert len(seen) == len(fields(HOPPER)) - 1 + len(WRITTEN) + 2
     assert jit.render.layout_header("FwdParams") != jit.render.layout_header("BwdParams")
 
 

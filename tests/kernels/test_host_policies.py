@@ -175,6 +175,7 @@ EXPORT void scores(int kind, int is_double, double scale, double softcap, const 
 // A score and a dropout that differ from place to place.
 template <class Real>
 struct LopsidedScore {
+  CF_DEVICE static constexpr bool any_slope() { return false; }
   Real softmax_scale;
   template <class Sequence>
   LopsidedScore(const Attention& a, const Sequence&, int) : softmax_scale(static_cast<Real>(a.softmax_scale)) {}

@@ -244,7 +244,7 @@ def test_shared_parts_are_computed_and_printed_once() -> None:
 
     mod = mods.trace("score_mod", doubled).mod
     statements, (result,) = emit(mod.expression)
-    assert len(statements) == 60 and statements[0] == "const Real x0 = s + s;" and result == "x59"
+    assert len(statements) == 60 and statements[0] == "const Real x0 = (s * unit) + (s * unit);" and result == "x59"
     assert len(str(mod)) < 600
     (got,) = values(mod.expression, s=np.float64(1), arrays=(), b=0, h=0, q=0, k=0)
     assert got == 2.0**60

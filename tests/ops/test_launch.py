@@ -1274,3 +1274,41 @@ def test_empty_caches(launches: Launches, shape: tuple[int, ...], monkeypatch: p
     assert launches.take() == ["fwd_sm80"] * (shape[0] > 0)
     if shape[0] == 0:
         assert not to_numpy(out).any() and np.isneginf(to_numpy(lse)).all()
+
+
+@needs_compiler
+def test_written_scores_and_masks(launches: Launches) -> None:
+    """As the NumPy backend has them."""
+    q, dout = (random(2, 40, 4, 32, dtype=FP16, seed=seed) for seed in (0, 1))
+    k, v = (random(2, 50, 2, 32, dtype=FP16, seed=seed) for seed in (2, 3))
+    table, scale = random(4, 21, dtype=np.float32, seed=4)[:, ::-1], np.array(0.75, np.float32)
+    ids = np.repeat(np.arange(5, dtype=np.int32), 10)
+
+    def call(wrap: Any) -> list[np.ndarray]:
+        numbers, factor, documents = wrap(table), wrap(scale), wrap(ids)
+        out, lse = cuflash.flash_attn_func(
+            wrap(q),
+            wrap(k),
+            wrap(v),
+            score_mod=lambda s, b, h, q, k: s * factor + numbers[h, q - k + 10],
+            mask_mod=lambda b, h, q, k: documents[q] <= documents[k],
+            return_lse=True,
+        )
+        gradients = cuflash.flash_attn_backward(
+            wrap(dout),
+            wrap(q),
+            wrap(k),
+            wrap(v),
+            out,
+            lse,
+            score_mod=lambda s, b, h, q, k: s * factor + numbers[h, q - k + 10],
+            mask_mod=lambda b, h, q, k: documents[q] <= documents[k],
+            captured_grad=True,
+        )
+        return [out, lse, *gradients[:3], *gradients.dcaptured]
+
+    results = as_each_framework(launches, lambda wrap: [to_numpy(x) for x in call(wrap)])
+    assert launches.take()[:3] == ["fwd_sm80", "bwd_delta", "bwd_sm80"]
+    for result, expected in zip(results, call(np.asarray), strict=True):
+        assert result.shape == expected.shape and result.dtype == expected.dtype
+        np.testing.assert_allclose(result.astype(float), expected.astype(float), rtol=2e-2, atol=1e-2)

@@ -297,6 +297,10 @@ class Torch(Launcher, Adapter):
             return self._torch.from_numpy(x)
         return self._torch.from_numpy(x.view(np.uint16)).view(self._torch.bfloat16)
 
+    def moved(self, x: np.ndarray, beside: Any) -> Any:
+        """A copy of an array in host memory on the device of a tensor."""
+        return self._from_numpy(np.array(x)).to(beside.device)
+
     def cast(self, x: Any, dtype: Any) -> Any:
         """The tensor in another dtype; itself if it has that one."""
         return x.to(dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cuflash.bench.peers.flash_attention import FlashAttention3, FlashAttention4
 from cuflash.bench.peers.implementation import Implementation
 from cuflash.bench.peers.jax import JaxCudnn, JaxCuflash, JaxFlashAttention3
-from cuflash.bench.peers.own import CuflashCpu, CuflashGpu, NumpyNaive
+from cuflash.bench.peers.own import BuiltIn, CuflashCpu, CuflashGpu, NumpyNaive
 from cuflash.bench.peers.product import product
 from cuflash.bench.peers.torch import FlexAttention, TorchCpu, TorchCuflash, TorchJvp, TorchSdpa, TorchVarlen
 from cuflash.errors import InvalidArgument
@@ -28,6 +28,7 @@ PEERS: dict[str, Callable[[], Implementation]] = {
     "jax-cudnn": JaxCudnn,
     "jax-fa3": JaxFlashAttention3,
     "gemm": product,
+    "built-in": BuiltIn,
     "numpy-naive": NumpyNaive,
     "torch-cpu": TorchCpu,
     "cuflash-jax": JaxCuflash,

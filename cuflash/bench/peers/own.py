@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from cuflash.bench.timing import Runner
 from cuflash.cases import calls
 from cuflash.cases.inputs import Array, Inputs
 from cuflash.cases.table import Case
+from cuflash.errors import UnsupportedProblem
 from cuflash.plan import choose
 from cuflash.problem import Problem
 from cuflash.verify.naive import Naive, visible
@@ -54,6 +56,24 @@ class CuflashGpu:
             keep=[pool, outputs, graph],
             tensors=_wide,
         )
+
+
+class BuiltIn(CuflashGpu):
+    """The same functions, asked by their options for what a caller wrote out."""
+
+    name = "built-in"
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Something must be written out."""
+        return None if problem.written else "nothing is written"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Runner:
+        """Compile, warm up and capture."""
+        if case.built_in is None:
+            raise UnsupportedProblem("no option says the same")
+        slopes = inputs.captured[0] if case.built_in.alibi else None
+        own = replace(inputs, captured=(), alibi_slopes=slopes)
+        return super().prepare(replace(case, problem=case.built_in, captured=(), built_in=None), own)
 
 
 class CuflashCpu:

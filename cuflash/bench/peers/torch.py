@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial, reduce
 from operator import and_
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from cuflash.bench.peers.implementation import aligned_otherwise, beyond, own_wo
 from cuflash.bench.timing import Runner
 from cuflash.cases.inputs import Inputs
 from cuflash.cases.table import Case
+from cuflash.mods import Mod
 from cuflash.problem import Problem
 
 
@@ -66,9 +68,14 @@ class Torch:
         problem = case.problem
         q, k, v = (self.view(torch.from_dlpack(x)) for x in (inputs.q, inputs.k, inputs.v))
         bias: Any = None if inputs.bias is None else torch.from_dlpack(inputs.bias)
+        captured = [torch.from_dlpack(x) for x in inputs.captured]
         if problem.direction == "forward":
-            return self.bind(torch, case, inputs, q, k, v, bias)
+            return self.bind(torch, case, replace(inputs, captured=tuple(captured)), q, k, v, bias)
         leaves = q, k, v = [x.detach().requires_grad_() for x in (q, k, v)]
+        for i in problem.captured_gradients:
+            captured[i] = captured[i].detach().requires_grad_()
+            leaves.append(captured[i])
+        inputs = replace(inputs, captured=tuple(captured))
         if problem.bias_grad:
             bias = bias.detach().requires_grad_()
             leaves.append(bias)
@@ -246,6 +253,9 @@ _MOST_PAIRS = 2**31
 """Beyond so many pairs a block mask is made by compiled code, which does not write down the mask of every pair."""
 
 
+_KERNEL_OPTIONS: tuple[dict[str, int], ...] = {}, {"num_stages": 2}, {"num_stages": 1}
+
+
 class FlexAttention(Torch):
     """``torch.nn.attention.flex_attention``, compiled: block masks for bands and documents, scores changed by code."""
 
@@ -259,7 +269,21 @@ class FlexAttention(Torch):
         """What it is asked for here: bands and documents, and what is a function of one score and its place."""
         if problem.layout == "varlen" and problem.bias is not None:
             return "no bias of packed sequences"
-        return beyond(problem, "varlen", "causal", "window", "softcap", "alibi", "bias", "bias gradient")
+        written = "written score", "written mask", "captured gradient"
+        return beyond(problem, "varlen", "causal", "window", "softcap", "alibi", "bias", "bias gradient", *written)
+
+    def call(self, torch: Any, case: Case, inputs: Inputs) -> Callable[[], object]:
+        """As its compiler chooses, or with fewer tiles in flight where those choices need more memory than there is."""
+        for options in _KERNEL_OPTIONS:
+            self._kernel_options = options
+            try:
+                call = super().call(torch, case, inputs)
+                call()
+                return call
+            except RuntimeError as error:
+                if options is _KERNEL_OPTIONS[-1] or "out of resource" not in str(error):
+                    raise
+        raise AssertionError("one of them returns or raises")
 
     def view(self, x: Any) -> Any:
         """(b, h, s, d); packed sequences are one long one."""
@@ -272,19 +296,23 @@ class FlexAttention(Torch):
         functorch: Any = importlib.import_module("torch._functorch.config")
         functorch.donated_buffer = False
         problem = case.problem
+        read = len(problem.score_mod.operands) if problem.score_mod else 0
         places = self._places(torch, case, inputs)
         block_mask = None
-        if visible := _visible(problem, *places):
+        if visible := _visible(problem, *places, _written(torch, problem.mask_mod, inputs.captured[read:])):
             make = self._module.create_block_mask
             if q.shape[2] * k.shape[2] > _MOST_PAIRS:
                 make = torch.compile(make)
             block_mask = make(visible, None, None, q.shape[2], k.shape[2], device=str(q.device))
         options: dict[str, object] = {
-            "score_mod": _score_mod(torch, problem, inputs, bias, places[0]),
+            "score_mod": _written(torch, problem.score_mod, inputs.captured[:read])
+            or _score_mod(torch, problem, inputs, bias, places[0]),
             "block_mask": block_mask,
             "scale": problem.softmax_scale,
             "enable_gqa": problem.group > 1,
         }
+        if self._kernel_options:
+            options["kernel_options"] = self._kernel_options
         function = torch.compile(self._module.flex_attention, dynamic=False, fullgraph=True)
         return lambda: function(q, k, v, **options)
 
@@ -305,11 +333,17 @@ class FlexAttention(Torch):
 
 
 def _visible(
-    problem: Problem, diagonal: Callable[[Any], Any], document_q: Any, document_kv: Any
+    problem: Problem,
+    diagonal: Callable[[Any], Any],
+    document_q: Any,
+    document_kv: Any,
+    written: Callable[..., Any] | None,
 ) -> Callable[..., Any] | None:
     """Whether a query row sees a key, as ``create_block_mask`` asks it; None when every row sees every key."""
     left, right = problem.mask.left, problem.mask.right
     tests: list[Callable[[Any, Any], Any]] = []
+    if written is not None:
+        return written
     if left is not None:
         tests.append(lambda row, key: key >= diagonal(row) - left)
     if right is not None:
@@ -321,6 +355,17 @@ def _visible(
         return reduce(and_, [test(row, key) for test in tests])
 
     return visible if tests else None
+
+
+def _written(torch: Any, mod: Mod | None, captured: Sequence[Any]) -> Callable[..., Any] | None:
+    """A written score or mask as a Python function of torch's numbers, spelled out for torch's compiler."""
+    if mod is None:
+        return None
+    names = [f"captured{i}" for i in range(len(captured))]
+    positions = "b, h, q, k" if mod.expression.kind == "bool" else "score, b, h, q, k"
+    functions = {name: getattr(torch, name) for name in ("tanh", "exp", "log", "sqrt", "where")}
+    made = eval(f"lambda {', '.join(names)}: lambda {positions}: {mod}", {"abs": abs, **functions})
+    return made(*captured)
 
 
 def _score_mod(

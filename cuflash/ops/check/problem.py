@@ -25,7 +25,7 @@ from cuflash.ops.check.options import num_splits_of, softcap_of, softmax_scale_o
 from cuflash.ops.check.rotary import rotary_of
 from cuflash.ops.check.sizes import check_sizes, dtype_of, rows_of, scores_of, shapes, sizes_of
 from cuflash.ops.check.tangents import TANGENT, check_tangents, tangents_of
-from cuflash.ops.check.written import captured_grad_of
+from cuflash.ops.check.written import captured_grad_of, flat_of
 from cuflash.problem import Direction, Problem
 
 _LIKE_Q = ("out", "dout", "dq", "dk", "dv")
@@ -77,6 +77,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         score_mod=options.score_mod,
         mask_mod=options.mask_mod,
         block_mask=blocks_of(options, scores),
+        captured_flat=flat_of(views),
         captured_grad=captured_grad and direction == "backward",
         sink="sink" in views,
         dropout=dropout.scheme if dropout else None,

@@ -19,9 +19,15 @@ def captured_grad_of(options: Options, views: Mapping[str, View]) -> bool:
         raise InvalidArgument(
             "captured_grad is True but score_mod is None; pass the score whose arrays' gradients are wanted."
         )
-    for view in (view for name, view in views.items() if name.startswith("captured")):
+    operands = [operand for mod in (options.score_mod, options.mask_mod) if mod is not None for operand in mod.operands]
+    for view, operand in zip(captured(views), operands, strict=True):
         if view.dtype not in CAPTURABLE:
             raise InvalidArgument(f"{view.name} is {view.dtype}; expected one of {', '.join(CAPTURABLE)}. Convert it.")
+        if (view.dtype, len(view.shape)) != (operand.dtype.name, operand.ndim):
+            raise InvalidArgument(
+                f"{view.name} is {view.dtype} with {len(view.shape)} axes; it was traced as {operand.dtype.name} with "
+                f"{operand.ndim}. Trace the function with the arrays of the call."
+            )
         if view.empty:
             raise InvalidArgument(
                 f"{view.name} has shape {view.shape}; expected at least one element along each axis, as an index "
@@ -38,3 +44,22 @@ def refuse_second_derivatives(options: Options) -> None:
             "score_mod is given to a call that is differentiated twice, and written scores have first derivatives "
             "alone. Take these, or write the score out as a bias."
         )
+
+
+def captured(views: Mapping[str, View]) -> list[View]:
+    """What written scores and masks read, by number."""
+    return [view for name, view in views.items() if name.startswith("captured")]
+
+
+def flat_of(views: Mapping[str, View]) -> tuple[int, ...]:
+    """Which arrays that are read, by number, are contiguous and have few enough elements for 32 bits."""
+    return tuple(i for i, view in enumerate(captured(views)) if _is_flat(view))
+
+
+def _is_flat(view: View) -> bool:
+    size = view.itemsize
+    for n, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if n > 1 and stride != size:
+            return False
+        size *= n
+    return size < 2**31 * view.itemsize

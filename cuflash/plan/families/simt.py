@@ -13,7 +13,7 @@ from cuflash.device import Device
 from cuflash.features import FEATURES, ON_NUMPY_ALONE
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, bias_sum, gradient_policy
-from cuflash.plan.config import BIAS_GRADIENT, CopyConfig, ForwardConfig, JvpConfig
+from cuflash.plan.config import BIAS_GRADIENT, CAPTURED_GRADIENT, CopyConfig, ForwardConfig, JvpConfig
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step
 from cuflash.plan.tiles import key_blocks, query_blocks, resident, round_up
@@ -25,6 +25,7 @@ class DqConfig(CopyConfig):
     """``bwd_simt_dq``."""
 
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
+    captured_gradient: str = field(default="NoCapturedGradient", metadata=CAPTURED_GRADIENT)
 
 
 _COLS = 64
@@ -66,6 +67,7 @@ def _tile(candidates: tuple[_Candidate, ...], problem: Problem, device: Device) 
     # A double takes two registers; exp2 and 1 / x of doubles, another tensor's addresses and random numbers still more.
     double = problem.dtype.accumulator.itemsize == 8
     crowded = double or problem.mask.tensor or problem.bias is not None or problem.dropout is not None
+    crowded = crowded or problem.written
     dim = max(problem.dim_qk, problem.dim_v) * (4 if double else 1)
     _, rows, threads, registers, reason = next(candidate for candidate in candidates if dim <= candidate[0])
     smem = _smem(problem, rows, threads)
@@ -138,7 +140,13 @@ def _backward(problem: Problem, device: Device) -> Plan:
     tile, reason = _tile(_TWO_SUMS, problem, device)
     # No block adds to another's rows, so the gradients are always deterministic and the config need not say so.
     common = policies.policies(problem), policies.copy_bytes(problem)
-    dq = DqConfig(**common[0], **tile, copy_bytes=common[1], bias_gradient=gradient_policy(problem))
+    dq = DqConfig(
+        **common[0],
+        **tile,
+        copy_bytes=common[1],
+        bias_gradient=gradient_policy(problem),
+        captured_gradient=policies.captured_gradient(problem),
+    )
     # Either kernel owns as many rows.
     dkdv = CopyConfig(**common[0], **tile | {"tile_q": dq.tile_kv, "tile_kv": dq.tile_q}, copy_bytes=common[1])
     bias = sum_bias_gradient(problem, device)

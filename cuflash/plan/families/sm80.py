@@ -14,7 +14,16 @@ from cuflash.device import Device
 from cuflash.features import FEATURES, ON_NUMPY_ALONE
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored, sums_on_the_way
-from cuflash.plan.config import BIAS_GRADIENT, HEADER, CopyConfig, FewConfig, ForwardConfig, JvpConfig, SequenceConfig
+from cuflash.plan.config import (
+    BIAS_GRADIENT,
+    CAPTURED_GRADIENT,
+    HEADER,
+    CopyConfig,
+    FewConfig,
+    ForwardConfig,
+    JvpConfig,
+    SequenceConfig,
+)
 from cuflash.plan.families import simt
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step, Workspace
@@ -34,6 +43,7 @@ class BackwardConfig(CopyConfig):
     reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
     """How blocks add to dq: AtomicReduction, OrderedReduction."""
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
+    captured_gradient: str = field(default="NoCapturedGradient", metadata=CAPTURED_GRADIENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +97,7 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     if _in_halves(problem):
         return _halves_forward_config(problem, device)
     # 32 rows a warp halve the shared-memory reads per product against 16; wide heads leave registers for 16 only.
-    if problem.mask.tensor or problem.bias is not None or problem.dropout == "word":
+    if problem.mask.tensor or problem.bias is not None or problem.dropout == "word" or problem.written:
         candidates = [(64, 64, 128, "16 rows a warp: the addresses of another tensor need the registers")]
     elif problem.dropout is not None or (problem.alibi and widest <= 64):
         candidates = [(128, 64, 128, "32 rows a warp, 64 keys")] if widest <= 128 else [(128, 64, 256, "")]
@@ -337,6 +347,7 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
                 dim_splits=splits,
                 reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
                 bias_gradient=gradient_policy(problem),
+                captured_gradient=policies.captured_gradient(problem),
             )
             return config, reason
     raise AssertionError(f"no backward tile of {problem} fits {device}")
@@ -487,6 +498,7 @@ class ShortBackwardConfig(CopyConfig):
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
     bias_held: str = field(default="NoHeldBias", metadata={HEADER: "tile/held_bias.cuh"})
     """NoHeldBias, HeldBias."""
+    captured_gradient: str = field(default="NoCapturedGradient", metadata=CAPTURED_GRADIENT)
     queries: int
     """Of which scores are in registers at once."""
     stages: int
@@ -520,6 +532,7 @@ def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | No
         stages=stages,
         bias_gradient=gradient_policy(problem),
         bias_held=bias_held,
+        captured_gradient=policies.captured_gradient(problem),
         sum_bias=sums_on_the_way(problem),
     )
 

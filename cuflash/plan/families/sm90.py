@@ -43,6 +43,9 @@ _LEAST_READ = 48 << 20
 """Bytes of keys and values from which on a lone consumer reads them faster than ``fwd_sm80_few``. H200, d 128: one
 query on 4 times 4k keys 23.9 us instead of 25.2, on 8k keys 16.7 like the other, on 4k keys 13.4 instead of 11.6."""
 
+_LIGHT = 14
+"""Operations on a score that a caller may write beside four consumers of 64 columns: none spills that has no more."""
+
 _LEAST_HEADS = 32
 _L2_BYTES = 32 << 20
 """Of the 50 MB of an H100's L2 cache, what keys and values may fill beside q and out."""
@@ -78,11 +81,11 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     """The config of ``forward/sm90.cuh``: consumers of 64 query rows each, a producer some kv tiles ahead; and why."""
     dim = round_up(max(problem.dim_qk, problem.dim_v), 16)
     full = problem.mask.kind == "none"
-    crowded = problem.dropout or problem.mask.tensor or (problem.bias is not None and not problem.copies_bias)
-    scored = crowded or problem.softcap or problem.alibi or problem.bias is not None
+    crowded = _is_crowded(problem)
+    scored = crowded or problem.softcap or problem.alibi or problem.bias is not None or problem.written
     if dim > 128:
         consumers, tile_kv, reason = 2, 64, "two consumers: out takes up to 128 registers, S 32"
-    elif crowded or (dim > 64 and scored and not problem.softcap):
+    elif crowded or (dim > 64 and scored and (problem.written or not problem.softcap)):
         consumers, tile_kv = 2, 128
         reason = "two consumers: what else makes a score needs more registers than more consumers have"
     elif dim > 64:
@@ -129,6 +132,12 @@ def _fills_better(problem: Problem, device: Device) -> bool:
     return problem.layout == "dense" and problem.num_splits != 1 and 10 * rows[2] <= 7 * rows[3]
 
 
+def _is_crowded(problem: Problem) -> bool:
+    """Whether what makes a score needs more registers than three or four consumers have."""
+    crowded = problem.dropout or problem.mask.tensor or (problem.bias is not None and not problem.copies_bias)
+    return bool(crowded) or policies.written_work(problem) > _LIGHT
+
+
 def _score_and_bias(problem: Problem) -> tuple[str, str]:
     """The policies of a score and of a bias: copied beside the rows where it can be, else a term of the score."""
     if problem.bias is None or not problem.copies_bias:
@@ -172,7 +181,7 @@ def heads_per_section(problem: Problem) -> int:
 def _packs_heads(problem: Problem) -> bool:
     """Whether the queries of a group of heads fill one tile of a lone consumer, whose keys nobody else reads."""
     group, mask = problem.group, problem.mask
-    plain = problem.dropout is None and not mask.tensor and problem.bias is None
+    plain = problem.dropout is None and not mask.tensor and problem.bias is None and not problem.written
     free = problem.layout == "dense" and problem.num_splits == 0 and problem.tangents is None
     whole = group > 1 and group & (group - 1) == 0  # so that tiles and boxes hold whole groups
     return free and plain and whole and problem.len_q * group <= _ROWS
@@ -572,6 +581,8 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
     if problem.direction == "backward":
         if _short_backward(problem, device) is None and short_backward(problem, device) is not None:
             return ["sm80 serves many short sequences better"]
+        if problem.score_mod is not None and max(problem.dim_qk, problem.dim_v) > 128:
+            return ["the assembler serialises products beside a written score of more than 128 columns"]
         # Its two warpgroups share dq's columns, of which there must be two chunks of 64 or a tile of 128 queries.
         return ["dim_v > 64 beside dim_qk <= 64"] if problem.dim_qk <= 64 < problem.dim_v <= 128 else []
     if short_forward(problem, device) is not None:
@@ -608,8 +619,8 @@ SM90 = Family(
     dtypes=("fp16", "bf16"),
     max_dim=256,
     features=(
-        "backward", "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient", "sink",
-        "dropout", "gqa", "dim_v != dim_qk", "deterministic", "tangents",
+        "backward", "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient",
+        "written score", "written mask", "sink", "dropout", "gqa", "dim_v != dim_qk", "deterministic", "tangents",
     ),
     forward=_forward,
     backward=_backward,

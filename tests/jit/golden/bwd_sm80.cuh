@@ -9,6 +9,7 @@
 #include "attention/dropout.cuh"
 #include "tile/dq_accum.cuh"
 #include "attention/bias_gradient.cuh"
+#include "attention/captured_gradient.cuh"
 
 namespace cuflash {
 
@@ -20,6 +21,7 @@ struct Config {
   using Dropout = NoDropout;
   using Reduction = OrderedReduction;
   using BiasGradient = NoBiasGradient;
+  using CapturedGradient = NoCapturedGradient;
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kSmemBytes = 12345;
