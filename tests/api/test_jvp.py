@@ -214,7 +214,7 @@ def test_arrays_on_a_gpu(launches: Launches, put: Any) -> None:
     with pytest.raises(InvalidArgument, match=r"^dq has shape"):
         cuflash.flash_attn_jvp(*map(put, (q, k, v, dq[:, :1])))
     with pytest.raises(UnsupportedProblem, match=r"no tangents of written scores"):
-        cuflash.flash_attn_jvp(*map(put, (q, k, v)), score_mod=lambda s, b, h, i, j: 2 * s)
+        cuflash.flash_attn_jvp(*map(put, (q, k, v, dq)), score_mod=lambda s, b, h, i, j: 2 * s)
 
 
 @needs_compiler
