@@ -18,6 +18,7 @@ from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.features import FEATURES
 from cuflash.jit import sources
 from cuflash.masks import Mask
+from cuflash.mods import tanh, trace
 from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
 from cuflash.plan.families.sm90 import ForwardConfig, heads_per_section
 from cuflash.problem import Problem, visible_pairs
@@ -889,6 +890,11 @@ SHORT = {
     "few": ({"len_q": 128, "len_kv": 128, "batch": 32}, "fwd_sm90", "bwd_sm90"),
     "one-split": ({"len_q": 128, "len_kv": 128, "num_splits": 1}, "fwd_sm90", "bwd_sm90_short"),
     "grouped": ({"len_q": 128, "len_kv": 128, "heads_kv": 4}, "fwd_sm80_short", "bwd_sm90"),
+    "written": (
+        {"len_q": 128, "len_kv": 100, "score_mod": trace("score_mod", lambda s, b, h, q, k: 2.0 * tanh(s)).mod},
+        "fwd_sm80_short",
+        "bwd_sm80_short",
+    ),
     "own-bias": (
         {"len_q": 128, "len_kv": 128, "bias_broadcast": (False,) * 4, "bias_grad": True},
         "fwd_sm80_short",
