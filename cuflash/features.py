@@ -103,10 +103,6 @@ FEATURES: dict[str, Feature] = {feature.name: feature for feature in (
 )}  # fmt: skip
 
 
-ON_NUMPY_ALONE = ("block mask",)
-"""What no kernel computes yet."""
-
-
 def needs(problem: Problem) -> list[str]:
     """The features that a problem makes use of."""
     return [feature.name for feature in FEATURES.values() if feature.used(problem)]

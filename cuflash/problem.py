@@ -39,6 +39,10 @@ class Blocks:
     """Queries and keys of a block."""
     rule: Mod
     """What the visible pairs of partial blocks fulfil."""
+    batch: int = 1
+    """Batch elements with lists of their own; 1: all have the same."""
+    heads: int = 1
+    """Query heads with lists of their own; 1: all have the same."""
 
 
 MAX_SPLITS = 128
@@ -126,7 +130,7 @@ class Problem:
     @property
     def written(self) -> bool:
         """Whether a function of the caller's takes part."""
-        return self.score_mod is not None or self.mask_mod is not None
+        return any(mod is not None for mod in (self.score_mod, self.mask_mod, self.block_mask))
 
     @property
     def captured_gradients(self) -> tuple[int, ...]:

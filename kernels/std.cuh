@@ -85,6 +85,17 @@ struct IsSame<T, T> {
   static constexpr bool value = true;
 };
 
+template <bool kCondition, class Yes, class No>
+struct If {
+  using Type = Yes;
+};
+template <class Yes, class No>
+struct If<false, Yes, No> {
+  using Type = No;
+};
+
+struct Nothing {};
+
 template <class T>
 CF_DEVICE T infinity() {
   return static_cast<T>(CF_INFINITY);

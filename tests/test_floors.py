@@ -182,7 +182,7 @@ def test_conventions_of_pytorch_stand_on_what_is_nobodys(name):
 
 
 OPS_FLOORS = (
-    {"call", "draw", "overlap", "scratch"}, {"written"},
+    {"call", "draw", "overlap", "scratch"}, {"written", "lists"},
     {"check/array", "check/options"}, {"check/dropout", "check/packed", "check/parts", "check/tangents"},
     {"check/sizes"}, {"check/bias", "check/cache", "check/mask", "check/rotary", "check/written"}, {"check/layout"},
     {"check/problem"},
@@ -192,7 +192,7 @@ OPS_FLOORS = (
 """The files of ``ops``, from what a call consists of up to its answer."""
 JOINED = {
     "reference": {"on_numpy", "merge"},
-    "plan": {"explain", "given", "launch", "block", "boxes", "merge"},
+    "plan": {"explain", "given", "launch", "lists", "block", "boxes", "merge"},
     "jit": {"given", "launch", "block", "boxes", "merge"},
 }
 """Which of them know the rooms that ``ops`` joins."""

@@ -14,7 +14,7 @@ import pytest
 import cuflash
 from cuflash import drawing
 from cuflash.errors import InvalidArgument
-from cuflash.features import FEATURES, ON_NUMPY_ALONE, needs
+from cuflash.features import FEATURES
 from cuflash.masks import Mask, band
 from cuflash.problem import Problem, visible_pairs
 
@@ -44,9 +44,6 @@ def test_a_notebook_shows_what_the_report_says(problem: Problem) -> None:
         assert shown.startswith("<pre ") and shown.count("<pre") == 1
         assert text_of(shown).split() == str(report).split()
     plan = explanation.plan
-    if set(needs(problem)) & set(ON_NUMPY_ALONE):
-        assert plan is None
-        return
     assert plan is not None
     shown_words = text_of(plan._repr_html_()).split()
     for label, text in plan.lines():

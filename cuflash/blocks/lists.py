@@ -48,7 +48,7 @@ class Lists:
     def kinds(self, start: int, stop: int, columns: int) -> np.ndarray:
         """The kinds of all blocks of rows from `start` to before `stop`, (rows, columns) int8."""
         kinds = np.zeros((stop - start, columns), np.int8)
-        rows, indices, whole = self._entries(start, stop)
+        rows, indices, whole = self.entries(start, stop)
         kinds[rows, indices] = np.where(whole, FULL, PARTIAL)
         return kinds
 
@@ -56,7 +56,7 @@ class Lists:
         """Of each column, whether some row of some spans lists it, and whether it is full in all of them."""
         visible, whole, rows = np.zeros(columns, np.int64), np.zeros(columns, np.int64), 0
         for start, stop in spans:
-            _, indices, full = self._entries(start, stop)
+            _, indices, full = self.entries(start, stop)
             visible += np.bincount(indices, minlength=columns)
             whole += np.bincount(indices[full], minlength=columns)
             rows += stop - start
@@ -64,12 +64,12 @@ class Lists:
 
     def transposed(self, matrices: int, rows: int, columns: int) -> Lists:
         """The lists of each column, of matrices of `rows` by `columns` blocks that lie one behind the other."""
-        row, column, whole = self._entries(0, matrices * rows)
+        row, column, whole = self.entries(0, matrices * rows)
         line = row // max(rows, 1) * columns + column
         order = np.argsort(2 * line + ~whole, kind="stable")  # which leaves rows ascending
         return _listed(line[order], (row % max(rows, 1))[order], whole[order], matrices * columns)
 
-    def _entries(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def entries(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row after `start`, column and fullness of every visible block of these rows, as they lie."""
         offsets = self.offsets[start : stop + 1].astype(np.int64)
         rows = np.repeat(np.arange(stop - start), np.diff(offsets))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -67,6 +67,8 @@ class BlockMask:
     """The key blocks of each query block."""
     q: Lists = field(init=False)
     """The query blocks of each key block."""
+    copies: dict[Any, Any] = field(init=False, default_factory=dict)
+    """What is kept of it on devices, by whoever keeps it there."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "q", self.kv.transposed(self.batch * self.heads, *self.grid.shape))
@@ -75,6 +77,11 @@ class BlockMask:
     def grid(self) -> Grid:
         """Its sizes without its heads."""
         return Grid(self.len_q, self.len_kv, self.block_size)
+
+    @property
+    def kind(self) -> Hashable:
+        """All that decides how a kernel reads it, which two masks may have in common."""
+        return self.rule.mod, self._sizes, self.batch, self.heads
 
     @property
     def mask_mod(self) -> Callable[..., Symbol]:

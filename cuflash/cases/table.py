@@ -22,7 +22,7 @@ from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.plan import Step, choose, merge, why_not
-from cuflash.problem import MAX_SPLITS, Direction, Problem, Rotary, visible_pairs
+from cuflash.problem import MAX_SPLITS, Blocks, Direction, Problem, Rotary, visible_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +402,7 @@ _WRITTEN: dict[str, dict[str, Any]] = {
     "written_softcap": {"score_mod": mods.trace("score_mod", lambda s, b, h, q, k: 30.0 * mods.tanh(s / 30.0)).mod},
     "written_mask": {"mask_mod": mods.trace("mask_mod", lambda b, h, q, k: _IDS[q] == _IDS[k]).mod},
 }
+_WRITTEN["blocks"] = {"block_mask": Blocks((128, 128), _WRITTEN["written_mask"]["mask_mod"])}
 _WRITTEN["written"] = _WRITTEN["written_mask"] | {
     "score_mod": mods.trace("score_mod", lambda s, b, h, q, k: 2.0 * mods.tanh(s * 0.5) + _TABLE[h, q - k + 64]).mod
 }
@@ -411,14 +412,14 @@ def _written() -> Iterator[Case]:
     """Scores and masks as a caller may write them: ALiBi, a soft cap, documents, all with a table to learn."""
     both: tuple[Direction, ...] = ("forward", "backward")
     rows: tuple[tuple[tuple[Direction, ...], str, str, str, tuple[str, ...]], ...] = (
-        (both, "sm90", "bf16", "64", ("written_alibi", "written")),
+        (both, "sm90", "bf16", "64", ("written_alibi", "written", "blocks")),
         (both, "sm90", "bf16", "128", tuple(_WRITTEN)),
-        (both, "sm90", "bf16", "256", ("written_mask",)),
+        (both, "sm90", "bf16", "256", ("written_mask", "blocks")),
         (("forward",), "sm90", "bf16", "256", ("written_alibi", "written")),
         (both, "sm80", "bf16", "64", ("written_alibi", "written")),
         (both, "sm80", "bf16", "128", ("written_softcap", "written_mask", "written")),
-        (both, "sm80", "bf16", "256", ("written",)),
-        (both, "simt", "fp32", "64", ("written_mask", "written")),
+        (both, "sm80", "bf16", "256", ("written", "blocks")),
+        (both, "simt", "fp32", "64", ("written_mask", "written", "blocks")),
         (both, "simt", "fp64", "64", ("written",)),
     )
     for directions, family, dtype, dims, features in rows:

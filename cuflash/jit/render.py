@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from cuflash.jit import params as params_header
 from cuflash.jit.sources import CAPTURED, CONFIG, LAYOUT
-from cuflash.jit.written import captured_struct, structs
+from cuflash.jit.written import captured_struct, members, structs
 from cuflash.plan.config import HEADER, Config, Written
 
 
@@ -15,7 +15,7 @@ def headers(kernel: str, config: Config, params: str) -> dict[str, str]:
     """The rendered headers of one variant, by name; ``params`` is the struct that the kernel takes."""
     written = getattr(config, "written", None)
     rendered = {CONFIG: config_header(kernel, config), LAYOUT: layout_header(params, written)}
-    if written is not None and written.operands:
+    if written is not None and members(written):
         rendered[CAPTURED] = _header(kernel, ["std.cuh"], captured_struct(written))
     return rendered
 
@@ -31,7 +31,7 @@ def config_header(kernel: str, config: Config) -> str:
         value = getattr(config, field.name)
         if field.type == "Written | None":
             if value is not None:
-                includes.append("attention/mods.cuh")
+                includes.append("attention/lists.cuh" if value.blocks else "attention/mods.cuh")
                 before = structs(value, value.fast)
             continue
         name = "".join(word.capitalize() for word in field.name.split("_"))

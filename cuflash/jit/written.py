@@ -1,4 +1,4 @@
-"""Written scores and masks as CUDA: ``ScoreMod`` and ``MaskMod`` of ``config.cuh``, and ``captured.cuh``.
+"""Written scores and masks as CUDA: ``ScoreMod``, ``MaskMod`` and ``BlockMod`` of ``config.cuh``, and ``captured.cuh``.
 
 What they read are arguments of the kernels, in front of all others: a kernel of the same call that reads none of it
 finds its own arguments behind them, laid out as ever.
@@ -26,7 +26,10 @@ _BOUNDARY = 64
 
 
 def members(written: Written | None) -> dict[str, np.dtype]:
-    """The members of ``Captured``, pointers as uint64: each array's address, strides in elements and sizes."""
+    """The members of ``Captured``, pointers as uint64: each array's address, strides in elements and sizes.
+
+    With a block mask also its lists (``attention/lists.cuh``), and how many lines are between batch elements and heads.
+    """
     found: dict[str, np.dtype] = {}
     operands = written.operands if written else ()
     for number, operand in enumerate(operands):
@@ -37,6 +40,9 @@ def members(written: Written | None) -> dict[str, np.dtype]:
             if written and number not in written.flat:
                 found[f"captured{number}_stride"] = np.dtype((_STRIDE, (operand.ndim,)))
             found[f"captured{number}_size"] = np.dtype((_SIZE, (operand.ndim,)))
+    if written and written.blocks:
+        found |= dict.fromkeys(("kv_lines", "kv_list", "q_lines", "q_list", "q_turns"), _POINTER)
+        found |= {f"{side}_lines_{axis}": _STRIDE for side in ("kv", "q") for axis in ("batch", "head")}
     nbytes = sum(kind.itemsize + -kind.itemsize % 8 for kind in found.values())
     if nbytes % _BOUNDARY:
         found["padding"] = np.dtype((_STRIDE, (-nbytes % _BOUNDARY // 8,)))
@@ -54,7 +60,7 @@ def captured_struct(written: Written) -> list[str]:
 
 
 def structs(written: Written, fast: bool = False) -> list[str]:
-    """The lines of ``ScoreMod`` and ``MaskMod``, of those that there are; `fast` ones for results of 16 bits."""
+    """The lines of ``ScoreMod``, ``MaskMod`` and ``BlockMod``, if any; `fast` ones for results of 16 bits."""
     lines: list[str] = []
     if written.score is not None:
         printer = _Printer(written.score, written.flat, 0, fast)
@@ -63,9 +69,12 @@ def structs(written: Written, fast: bool = False) -> list[str]:
         if written.gradients:
             body += printer.gradients("void add_gradients(Real s, Real unit, {}, Real ds)", written.gradients)
         lines += printer.struct("ScoreMod", body)
-    if written.mask is not None:
-        printer = _Printer(written.mask, written.flat, len(written.score.operands) if written.score else 0, fast)
-        lines += printer.struct("MaskMod", printer.function("bool value({})", written.mask.expression))
+    first = len(written.score.operands) if written.score else 0
+    for name, mask in (("MaskMod", written.mask), ("BlockMod", written.blocks)):
+        if mask is not None:
+            printer = _Printer(mask, written.flat, first, fast)
+            lines += printer.struct(name, printer.function("bool value({})", mask.expression))
+            first += len(mask.operands)
     return lines
 
 

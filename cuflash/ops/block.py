@@ -12,7 +12,7 @@ import numpy as np
 
 from cuflash import jit
 from cuflash.arrays import View
-from cuflash.ops import check, draw
+from cuflash.ops import check, draw, lists
 from cuflash.ops.boxes import shape_and_steps
 from cuflash.ops.call import Options
 from cuflash.plan import Plan, policies
@@ -49,6 +49,9 @@ def template(
     _attention(block["attention"], problem, options, views)
     if written is not None:
         _captured(block["attention"], written, views)
+    for listing in lists.listings(problem, plan.steps):
+        for axis, lines in zip(("batch", "head"), listing.distances(problem), strict=True):
+            block["attention"][f"{listing.side}_lines_{axis}"] = lines
     if problem.direction == "forward":
         block["num_splits"] = plan.num_splits
         block["heads_per_section"] = heads_per_section(problem)

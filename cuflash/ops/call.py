@@ -212,11 +212,22 @@ class Options:
     def names(self, arrays: Arrays) -> tuple[str, ...]:
         """What the caller knows each of the arrays as, those that are left out too."""
         names = self.manner.names
-        return names if arrays.captured is None else (*names[:-1], *self._captured_names)
+        return names if arrays.captured is None else (*names[:-1], *self._captured_names[: len(arrays.captured)])
+
+    @property
+    def rule(self) -> Mod | None:
+        """What a block mask tests partial blocks by."""
+        return getattr(getattr(self.block_mask, "rule", None), "mod", None)
+
+    @cached_property
+    def kind(self) -> Options:
+        """What stands for them in a key: the same ones, but for a block mask of which they say the kind alone."""
+        kind = getattr(self.block_mask, "kind", None)
+        return self if kind is None else self.replace(block_mask=kind)
 
     @cached_property
     def _captured_names(self) -> tuple[str, ...]:
-        mods = ("score_mod", self.score_mod), ("mask_mod", self.mask_mod)
+        mods = ("score_mod", self.score_mod), ("mask_mod", self.mask_mod), ("block_mask", self.rule)
         return tuple(f"captured{i} of {name}" for name, mod in mods if mod for i in range(len(mod.operands)))
 
     def views(self, framework: Library, arrays: Arrays) -> dict[str, View]:

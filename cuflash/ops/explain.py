@@ -44,7 +44,7 @@ def explain(options: Options, arrays: Arrays, device: str | None, backward: bool
             bias_grad=bool(options.bias_grad), captured_grad=bool(options.captured_grad),
         )  # fmt: skip
     if device is not None:
-        return plan.explain(problem, devices.named(device))
+        return _with_blocks(plan.explain(problem, devices.named(device)), options)
     where = views["q"].device
     if not where.startswith("cuda"):
         place = "" if library == "NumPy" else f" on {where}"
@@ -52,4 +52,13 @@ def explain(options: Options, arrays: Arrays, device: str | None, backward: bool
             f"device is None and the arrays are {library} arrays{place}, which no kernel runs on; "
             "name the device to explain the choice for, for example device='h100'."
         )
-    return plan.explain(problem, devices.current(int(where.removeprefix("cuda:"))))
+    return _with_blocks(plan.explain(problem, devices.current(int(where.removeprefix("cuda:")))), options)
+
+
+def _with_blocks(explanation: Explanation, options: Options) -> Explanation:
+    """The same with what a block mask, if there is one, leaves to be visited."""
+    if options.block_mask is None:
+        return explanation
+    full, partial, empty = options.block_mask.counts
+    share = (full + partial) / max(full + partial + empty, 1)
+    return replace(explanation, blocks=f"{share:.1%} are visited: {full:,} full, {partial:,} partial, {empty:,} empty")

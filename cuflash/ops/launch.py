@@ -17,7 +17,7 @@ import numpy as np
 from cuflash import device, jit
 from cuflash.arrays import Launcher, View
 from cuflash.errors import InvalidArgument
-from cuflash.ops import block, boxes, check, draw, overlap
+from cuflash.ops import block, boxes, check, draw, lists, overlap
 from cuflash.ops.call import OUTPUTS, Arrays, Options, Tangents, results
 from cuflash.ops.lengths import with_lengths
 from cuflash.ops.scratch import KeptZeros
@@ -40,6 +40,7 @@ def run(
 ) -> tuple[Any, ...]:
     """Answer a call on arrays that live on a GPU; with tangents where the options ask for those of the results."""
     options = with_lengths(direction, options, arrays)
+    arrays = lists.with_rule(framework, options, arrays)
     names = options.manner.names
     each: tuple[Any, ...] = arrays
     if arrays.captured is not None:
@@ -48,7 +49,7 @@ def run(
     if tangents is not None:
         names, each = (*names, *(f"d{name}" for name in tangents._fields)), (*each, *tangents)
     pointers, described = framework.describe(names, each)
-    key = direction, options, described
+    key = direction, options.kind, described
     prepared = _prepared.get(key)
     if prepared is None:
         settled = check.settled(options)
@@ -57,9 +58,12 @@ def run(
         prepared = prepare(framework, direction, options, arrays, tangents)
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
-        if options.is_kind:
+        if options.kind.is_kind:
             _prepared[key] = prepared
-    return prepared(arrays.outputs(direction), pointers, generator, cached)
+    listed: tuple[int, ...] = ()
+    if options.block_mask is not None:
+        listed = lists.pointers(framework, options.block_mask, arrays.q, prepared.listings)
+    return prepared(arrays.outputs(direction), pointers, generator, cached, listed)
 
 
 def _on_device(framework: Launcher, options: Options, arrays: Arrays) -> Arrays:
@@ -106,14 +110,21 @@ class Prepared:
     room: tuple[str, int, int] | None
     """Of a cache of which every sequence uses as many rows: what the caller knows their number as, how many rows there
     are, and how many are appended. None where an array says how many are in use, or there is no cache."""
+    listings: tuple[lists.Listing, ...] = ()
+    """The lists of a block mask that the kernels walk."""
 
     def __call__(
-        self, outputs: tuple[Any, ...], pointers: list[int], generator: Any, cached: int | None = None
+        self,
+        outputs: tuple[Any, ...],
+        pointers: list[int],
+        generator: Any,
+        cached: int | None = None,
+        listed: tuple[int, ...] = (),
     ) -> tuple[Any, ...]:
         """Allocate, launch and return the results.
 
         `outputs` are those of the arrays, None where one is allocated, and `pointers` are of all arrays that are given.
-        `cached` rows of a cache are in use, all of them if it is None.
+        `cached` rows of a cache are in use, all of them if it is None. `listed` is where the lists of a block mask are.
         """
         if self.check_separate is not None:
             self.check_separate(tuple(pointers))
@@ -132,7 +143,7 @@ class Prepared:
                 if self.shared:
                     base = places.pop()
                     places += [base + start for start in self.shared]
-                params = self.params((*pointers, *places, *drawn))
+                params = self.params((*pointers, *listed, *places, *drawn))
                 for kernel, num_blocks in self.launches:
                     kernel.launch(num_blocks, params)
             for index, value in self.fills:
@@ -171,6 +182,7 @@ def prepare(
         increment=draw.increment(call.problem) if call.draws else None,
         check_separate=overlap.checker(views, written) if written else None,
         room=(options.name("seqused_kv"), call.problem.len_kv, call.problem.appended) if call.counts else None,
+        listings=lists.listings(call.problem, call.steps),
     )
 
 
@@ -225,8 +237,9 @@ class PlannedCall:
         return tuple((kernel, step.num_blocks) for kernel, step in zip(kernels, self.steps, strict=True))
 
     def params(self, ordinal: int) -> Callable[[tuple[int, ...]], ctypes.Array]:
-        """:attr:`Prepared.params`: pointers of what is given, then of what is allocated."""
-        pointers = (*self.given, *(w.name for w in self.allocated))
+        """:attr:`Prepared.params`: pointers of what is given, of lists of a block mask, then of what is allocated."""
+        listed = (name for listing in lists.listings(self.problem, self.steps) for name in lists.MEMBERS[listing.side])
+        pointers = (*self.given, *listed, *(w.name for w in self.allocated))
         return block.filler(self.template, pointers, self.maps, ordinal, draws=self.draws, counts=self.counts)
 
 

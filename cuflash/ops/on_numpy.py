@@ -136,7 +136,7 @@ def checked(direction: Direction, options: Options, arrays: Arrays) -> Checked:
         if check.layout_of(direction, options, views) == "varlen":
             options = lengths.read(options, views, arrays)
     pointers, described = numpy_arrays.describe(options.names(arrays), arrays.each())
-    key = direction, options, described
+    key = direction, options.kind, described
     kind = _checked.get(key)
     if kind is None:
         settled = check.settled(options)
@@ -145,7 +145,7 @@ def checked(direction: Direction, options: Options, arrays: Arrays) -> Checked:
         kind = check_kind(direction, options, arrays)
         if len(_checked) >= _MAX_CHECKED:
             _checked.clear()
-        if options.is_kind:
+        if options.kind.is_kind:
             _checked[key] = kind
     if kind.check_separate is not None:
         if not all(getattr(arrays, name).flags.writeable for name in kind.written):

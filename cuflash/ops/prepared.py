@@ -8,7 +8,7 @@ from typing import Any, Generic
 from cuflash.arrays import Array, ArrayT, Guest, Launcher, NumPy, View, framework_in_memory, framework_of_type
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.numbers import shown
-from cuflash.ops import check, launch, on_numpy
+from cuflash.ops import check, launch, lists, on_numpy
 from cuflash.ops.call import Arrays, Options
 
 
@@ -20,6 +20,7 @@ class PreparedAttention(Generic[ArrayT]):
 
     def __init__(self, options: Options, arrays: Arrays, cached: int | None = None) -> None:
         framework = framework_in_memory(options.names(arrays), arrays.each())
+        self._listed: tuple[int, ...] = ()
         if isinstance(framework, Guest):
             raise InvalidArgument(
                 f"q is a {framework.name} array; expected an array of CuPy or NumPy or a torch tensor, which prepared "
@@ -40,7 +41,10 @@ class PreparedAttention(Generic[ArrayT]):
             on_numpy.check_kind("forward", self._options, arrays)
         else:
             assert isinstance(framework, Launcher)
+            arrays = lists.with_rule(framework, options, arrays)
             self._prepared = launch.prepare(framework, "forward", self._options, arrays)
+            if options.block_mask is not None:
+                self._listed = lists.pointers(framework, options.block_mask, arrays.q, self._prepared.listings)
             self._pointers, _ = framework.describe(options.names(arrays), arrays.each())
             there = list(arrays.by_name())
             places = [there.index(name) for name in self._names if name in there]
@@ -107,7 +111,7 @@ class PreparedAttention(Generic[ArrayT]):
                     pointers, given = self._pointers[:], pointers
                     for place, pointer in zip(self._places, given, strict=True):
                         pointers[place] = pointer
-                result, lse = self._prepared((out,), pointers, None, cached)
+                result, lse = self._prepared((out,), pointers, None, cached, self._listed)
             return result, lse
         except REFUSALS as error:
             shorten(error)

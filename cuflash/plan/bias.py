@@ -46,7 +46,9 @@ def sums_on_the_way(problem: Problem) -> bool:
 
 def needs_zeros(problem: Problem) -> bool:
     """Whether there are elements of the gradient that no kernel writes: tiles of hidden pairs, rows of no sequence."""
-    return problem.layout == "varlen" or (is_stored(problem) and problem.mask.kind != "none")
+    return problem.layout == "varlen" or (
+        is_stored(problem) and (problem.mask.kind != "none" or problem.block_mask is not None)
+    )
 
 
 def gradient_policy(problem: Problem) -> str:

@@ -54,10 +54,13 @@ class Explanation:
     plan: Plan | None
     """None when no family runs the problem."""
     why_not: dict[str, list[str]]
+    blocks: str = ""
+    """What a block mask leaves to be visited, in words."""
 
     def lines(self) -> list[tuple[str, str]]:
         """The report, line by line: a label and a text."""
         lines = [("FLOPs", f"{self.problem.flops() / 1e9:,.2f} G")]
+        lines += [("blocks", self.blocks)] if self.blocks else []
         lines += self.plan.lines() if self.plan is not None else []
         preferred = True  # to the family that was chosen
         for name, reasons in self.why_not.items():

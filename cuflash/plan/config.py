@@ -29,7 +29,7 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A score and a mask that a caller wrote: ``ScoreMod`` and ``MaskMod`` of a kernel's ``config.cuh``."""
+    """What a caller wrote: ``ScoreMod``, ``MaskMod`` and ``BlockMod`` of a kernel's ``config.cuh``."""
 
     score: Mod | None
     mask: Mod | None
@@ -39,11 +39,14 @@ class Written:
     """Which of all arrays, by number, are contiguous, of less than 2^31 elements."""
     fast: bool = False
     """For results of 16 bits, of at most a million queries and keys."""
+    blocks: Mod | None = None
+    """The rule of the partial blocks of a block mask, whose lists are arguments, too."""
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """What is read: by the score, then by the mask."""
-        return tuple(operand for mod in (self.score, self.mask) if mod is not None for operand in mod.operands)
+        """What is read: by the score, then by the mask, then by the rule of blocks."""
+        mods = self.score, self.mask, self.blocks
+        return tuple(operand for mod in mods if mod is not None for operand in mod.operands)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,7 @@ class AttentionConfig(SequenceConfig):
     tile_q: int
     tile_kv: int
     mask: str = field(default="NoMask", metadata={HEADER: "attention/mask.cuh"})
-    """NoMask, CausalMask, WindowMask, TensorMask, WrittenMask."""
+    """NoMask, CausalMask, WindowMask, TensorMask, WrittenMask, ListedMask."""
     score: str = field(default="ScaledScore<float>", metadata={HEADER: "attention/score.cuh"})
     """ScaledScore, SignedScore, (Exact)SoftCapScore, and what is made of them."""
     dropout: str = field(default="NoDropout", metadata={HEADER: "attention/dropout.cuh"})

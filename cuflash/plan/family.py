@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cuflash.device import Device
 from cuflash.errors import UnsupportedProblem
-from cuflash.features import ON_NUMPY_ALONE, needs
+from cuflash.features import needs
 from cuflash.plan.plan import Plan
 from cuflash.problem import Problem
 
@@ -45,8 +45,7 @@ class Family:
         for name, dim in (("dim_qk", problem.dim_qk), ("dim_v", problem.dim_v)):
             if dim > self.max_dim:
                 reasons.append(f"{name} {dim} > {self.max_dim}")
-        missing = [feature for feature in needs(problem) if feature not in self.features]
-        reasons += [f"no {feature}" + (", NumPy alone yet" if feature in ON_NUMPY_ALONE else "") for feature in missing]
+        reasons += [f"no {feature}" for feature in needs(problem) if feature not in self.features]
         if problem.page_size and problem.direction == "backward":
             reasons.append("no gradients of pages: sequences may share them")
         if problem.tangents and problem.written:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from math import prod
+from typing import Literal
 
 import numpy as np
 
@@ -52,6 +53,8 @@ class Step:
     """Blocks of the one-dimensional grid."""
     boxes: tuple[Box, ...] = ()
     """The tensors that it copies in bulk (``jit/tensormap.py``)."""
+    walks: Literal["", "kv", "q"] = ""
+    """What it walks by lists where there is a block mask: key tiles of its query tiles, or the other way round."""
 
     def __str__(self) -> str:
         sizes = {field.name: getattr(self.config, field.name) for field in fields(self.config)}

@@ -60,7 +60,13 @@ def mask(problem: Problem) -> str:
     """The mask policy: a band, and what elements must pass besides."""
     policy = _MASKS[problem.mask.kind]
     policy = f"TensorMask<{policy}>" if problem.mask.tensor else policy
-    return f"WrittenMask<{policy}, MaskMod>" if problem.mask_mod else policy
+    policy = f"WrittenMask<{policy}, MaskMod>" if problem.mask_mod else policy
+    return f"ListedMask<{policy}, BlockMod>" if problem.block_mask else policy
+
+
+def mask_without_lists(problem: Problem) -> str:
+    """The same for a kernel that walks no lists: their rule says all that they do."""
+    return mask(problem).replace("ListedMask", "WrittenMask")
 
 
 def written(problem: Problem) -> Written | None:
@@ -68,7 +74,8 @@ def written(problem: Problem) -> Written | None:
     if not problem.written:
         return None
     fast = problem.dtype.itemsize == 2 and max(problem.len_q, problem.len_kv, problem.batch, problem.heads_q) <= 2**20
-    return Written(problem.score_mod, problem.mask_mod, problem.captured_gradients, problem.captured_flat, fast)
+    blocks = problem.block_mask.rule if problem.block_mask else None
+    return Written(problem.score_mod, problem.mask_mod, problem.captured_gradients, problem.captured_flat, fast, blocks)
 
 
 def written_work(problem: Problem) -> int:

@@ -37,7 +37,8 @@ def divide(problem: Problem, device: Device, whole: ForwardConfig, small: Forwar
     if problem.num_splits == 1:
         return Division(False, 1, "asked for: a row's bits depend on its own sequence alone")
     group = problem.group
-    grouped = _efficiency(problem.len_q, whole.tile_q) < 0.9 * _efficiency(problem.len_q * group, whole.tile_q)
+    fuller = _efficiency(problem.len_q, whole.tile_q) < 0.9 * _efficiency(problem.len_q * group, whole.tile_q)
+    grouped = fuller and problem.block_mask is None  # whose lists are of query tiles of one head
     rows, heads = (problem.len_q * group, problem.heads_kv) if grouped else (problem.len_q, problem.heads_q)
     together = f"{group} heads share a tile; " if grouped else ""
 

@@ -66,10 +66,11 @@ def forward(problem: Problem, device: Device, family: str, *tiled: tuple[Forward
     steps = rng_step(problem) + append_step(problem)
     workspaces = rotated(problem)
     if division.num_splits == 1:
-        steps += (Step(kernel, "FwdParams", config, blocks),)
+        steps += (Step(kernel, "FwdParams", config, blocks, walks="kv"),)
     else:
         config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
-        steps += (Step(kernel, "FwdParams", config, blocks * division.num_splits), combine_step(problem))
+        main = Step(kernel, "FwdParams", config, blocks * division.num_splits, walks="kv")
+        steps += (main, combine_step(problem))
         workspaces += part_workspaces(problem, division.num_splits)
     return Plan(
         problem, device, family, steps, workspaces, reason, num_splits=division.num_splits, division=division.reason

@@ -26,6 +26,13 @@ def packed_tiles(problem: Problem, tile_q: int) -> int:
     return problem.batch * -(-problem.len_q // tile_q)
 
 
+def fits_blocks(problem: Problem, tile_q: int, tile_kv: int) -> bool:
+    """Whether no tile reaches over several blocks of a block mask: empty ones would be computed with visible ones."""
+    return problem.block_mask is None or not any(
+        block % tile for block, tile in zip(problem.block_mask.size, (tile_q, tile_kv), strict=True)
+    )
+
+
 def query_blocks(problem: Problem, tile_q: int) -> int:
     """Blocks of a kernel that has one for each query tile of each head."""
     return tiles(problem.len_q, tile_q) * problem.heads_q * problem.batch

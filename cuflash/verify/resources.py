@@ -84,6 +84,8 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm80", "*-d256-written", 168, _WRITTEN),
     Allowance("bwd_sm90", "*-d64-written*", 552, _WRITTEN),
     Allowance("bwd_sm90", "*-d128-written*", 56, _WRITTEN),
+    Allowance("fwd_sm90", "*-blocks", 220, _WRITTEN),
+    Allowance("bwd_sm90", "*-d64-blocks", 48, _WRITTEN),
     Allowance("fwd_sm90", "*-d256-everything", 64, _EVERYTHING),
     Allowance("fwd_sm80", "*-d256-everything", 16, _EVERYTHING),
     Allowance("bwd_bias_sm90", "*everything", 668, _EVERYTHING),

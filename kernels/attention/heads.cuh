@@ -95,7 +95,7 @@ struct EachRow {
   CF_DEVICE Policy of(int row) const { return Policy(a, sequence, heads.head(row)); }
 
   CF_DEVICE bool keep(int row, int kv) const { return of(row).keep(heads.query(row), kv); }
-  CF_DEVICE Tiles kv_tiles(int row, int rows, int tile) const {
+  CF_DEVICE auto kv_tiles(int row, int rows, int tile) const {
     const int query = heads.query(row);
     return of(row).kv_tiles(query, heads.query(row + rows - 1) - query + 1, tile);
   }

@@ -6,15 +6,43 @@
 
 namespace cuflash {
 
+// Whether a key tile adds to a query tile's gradient, and how many key tiles do so before it where they take turns.
+struct Turn {
+  bool adds;
+  int before;
+};
+
 // Tiles [begin, end) hold every visible element; those in [full_begin, full_end) are visible whole and need no test.
+// A block walks them in order, by their numbers; those of a list (attention/lists.cuh), which has all that this one has for
+// kernels, by their places in it, which `number` turns into theirs.
 struct Tiles {
+  static constexpr bool kListed = false;
+
   int begin;
   int full_begin;
   int full_end;
   int end;
 
   CF_DEVICE bool is_full(int tile) const { return full_begin <= tile && tile < full_end; }
+  CF_DEVICE bool is_full(int /*place*/, int tile) const { return is_full(tile); }
   CF_DEVICE bool contains(int tile) const { return begin <= tile && tile < end; }
+
+  CF_DEVICE int number(int place) const { return place; }
+  CF_DEVICE int number_after(int place) const { return place + 1; }
+
+  // Steps over these query tiles for each head of a group, one head after the other.
+  CF_DEVICE int steps(int group) const { return (end - begin) * group; }
+  CF_DEVICE int member(int step) const { return step / (end - begin); }
+  CF_DEVICE int place(int step) const { return begin + step % (end - begin); }
+  // Whether the query tile at a place is one of a head's.
+  CF_DEVICE bool is_of(int /*place*/, int /*member*/) const { return true; }
+
+  // The turn of a key tile at the query tile from `q` on, which is at a place. Key tiles take turns in falling order.
+  template <class Mask>
+  CF_DEVICE Turn turn(const Mask& mask, int /*place*/, int q, int rows, int tile, int kv_tile) const {
+    const Tiles kv_tiles = mask.kv_tiles(q, rows, tile);
+    return {kv_tiles.contains(kv_tile), kv_tiles.end - 1 - kv_tile};
+  }
 
   CF_DEVICE Tiles none_full() const { return Tiles{begin, end, end, end}; }
 
@@ -37,6 +65,7 @@ struct BandMask {
   static constexpr bool kFullFromStart = !kLeft;
   static constexpr bool kFullToEnd = !kRight;
   static constexpr bool kNoneFull = false;
+  using Walk = Tiles;  // what kv_tiles and q_tiles return
 
   int len_q, len_kv;
   int first;  // off - left: the first key that query 0 sees
@@ -82,6 +111,7 @@ using WindowMask = BandMask<true, true>;
 template <class Band>
 struct TensorMask {
   static constexpr bool kFullFromStart = false, kFullToEnd = false, kNoneFull = true;
+  using Walk = Tiles;
 
   Band band;
   const uint8* mask;  // (len_q, len_kv) by strides, of this batch element and head

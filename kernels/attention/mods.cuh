@@ -139,6 +139,7 @@ struct WrittenScore {
 template <class Band, class Mod>
 struct WrittenMask {
   static constexpr bool kFullFromStart = false, kFullToEnd = false, kNoneFull = true;
+  using Walk = Tiles;
 
   Band band;
   Mod mod;

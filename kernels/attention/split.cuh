@@ -75,8 +75,14 @@ struct NoSplit {
 
   CF_DEVICE NoSplit(const FwdParams&, int64 block_index) : block(block_index) {}
 
-  CF_DEVICE Tiles part(const Tiles& tiles) const { return tiles; }
-  CF_DEVICE static Tiles part(const FwdParams&, int /*split*/, const Tiles& tiles) { return tiles; }
+  template <class Walk>
+  CF_DEVICE Walk part(const Walk& tiles) const {
+    return tiles;
+  }
+  template <class Walk>
+  CF_DEVICE static Walk part(const FwdParams&, int /*split*/, const Walk& tiles) {
+    return tiles;
+  }
 };
 
 struct KeySplits {
@@ -92,13 +98,18 @@ struct KeySplits {
       : index(static_cast<int>(block_index % p.num_splits)), count(p.num_splits), block(block_index / p.num_splits) {}
 
   CF_DEVICE int parts() const { return count; }
-  CF_DEVICE Tiles part(const Tiles& tiles) const { return part(tiles, index, count); }
-  CF_DEVICE static Tiles part(const FwdParams& p, int split, const Tiles& tiles) {
+  template <class Walk>
+  CF_DEVICE Walk part(const Walk& tiles) const {
+    return part(tiles, index, count);
+  }
+  template <class Walk>
+  CF_DEVICE static Walk part(const FwdParams& p, int split, const Walk& tiles) {
     return part(tiles, split, p.num_splits);
   }
 
  private:
-  CF_DEVICE static Tiles part(Tiles tiles, int index, int count) {
+  template <class Walk>
+  CF_DEVICE static Walk part(Walk tiles, int index, int count) {
     const int first = tiles.begin;
     const int64 number = tiles.end - first;
     tiles.begin = first + static_cast<int>(number * index / count);

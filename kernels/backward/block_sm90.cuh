@@ -22,6 +22,7 @@ struct BackwardBlock {
   using Sequence = typename Config::Sequence;
   using Gradient = ScoreGradient<Config>;
   using Sums = QueryTiles<Config>;
+  using Walk = typename Config::Mask::Walk;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kStages = Config::kStages;
   static constexpr int kRows = 64, kKeyTiles = kTileKv / kRows;
   static constexpr int kConsumers = 2, kConsumerThreads = kConsumers * ptx::kWarpgroupThreads;
@@ -68,8 +69,8 @@ struct BackwardBlock {
   Work work;
   Sequence sequence;
   int kv_first, head_first, head_end;
-  Tiles tiles;     // of queries, the same for every head
-  int first_tile;  // the walk over the tiles of a head goes from this one on and round
+  Walk tiles;      // of queries: the same for every head, or a list of those of all heads
+  int first_tile;  // the walk over the tiles of a head, or over the list, goes from this one, or this place, on and round
 
   CF_DEVICE explicit BackwardBlock(const BwdParams& params)
       : p(params), work(find(params.attention)), sequence(params.attention, work.batch), kv_first(work.tile * kTileKv) {
@@ -88,8 +89,30 @@ struct BackwardBlock {
   }
 
   CF_DEVICE bool empty() const { return tiles.begin >= tiles.end; }
-  CF_DEVICE int num_steps() const { return (tiles.end - tiles.begin) * (head_end - head_first); }
+  CF_DEVICE int num_steps() const { return tiles.steps(head_end - head_first); }
   CF_DEVICE int tile_after(int tile) const { return tile + 1 == tiles.end ? tiles.begin : tile + 1; }
+
+  // Where a walk is that goes by a list. The next tile is looked up while one is worked on.
+  struct ListStep {
+    int place, upcoming;  // and what is listed next
+
+    CF_DEVICE void start(const BackwardBlock& block, int& head, int& tile) {
+      place = block.first_tile;
+      block.take(block.tiles.entry(place), head, tile);
+    }
+    CF_DEVICE void look_ahead(const BackwardBlock& block) { upcoming = block.tiles.entry(block.tile_after(place)); }
+    // Whether the next tile is another head's.
+    CF_DEVICE bool go_on(const BackwardBlock& block, int& head, int& tile) {
+      const int before = head;
+      place = block.tile_after(place);
+      block.take(upcoming, head, tile);
+      return head != before;
+    }
+  };
+  CF_DEVICE void take(int entry, int& head, int& tile) const {
+    head = head_first + tiles.member_of(entry);
+    tile = tiles.number_of(entry);
+  }
 
   // A box of keys that would lie behind the last one begins with it: see load_boxes. No element of it is visible.
   CF_DEVICE BoxOrigin kv_box(int number) const {
@@ -104,8 +127,11 @@ struct BackwardBlock {
     Cursor at;
     BiasCursor bias_at;
     int head = head_first, tile = first_tile;
+    ListStep list;
+    if constexpr (Walk::kListed) list.start(*this, head, tile);
 #pragma unroll 1
     for (int step = 0; step < num_steps(); ++step) {
+      if constexpr (Walk::kListed) list.look_ahead(*this);
       const BoxOrigin origin = sequence.q_box(a, tile * kTileQ, head);
       const uint32 q_barrier = smem.q_ring.acquire(at, sizeof(QTile) + sizeof(Rows));
       load_boxes(smem.q[at.stage], p.q_map, origin, q_barrier);
@@ -117,8 +143,12 @@ struct BackwardBlock {
       smem.bias.load(p.bias_map, a, sequence, head, tile * kTileQ, kv_first, bias_at);
       bias_at = bias_at.next();
       at = at.next();
-      tile = tile_after(tile);
-      if (tile == first_tile) ++head;
+      if constexpr (Walk::kListed) {
+        list.go_on(*this, head, tile);
+      } else {
+        tile = tile_after(tile);
+        if (tile == first_tile) ++head;
+      }
     }
   }
   template <class Tile>
@@ -132,18 +162,27 @@ struct BackwardBlock {
   // Asked once for all tiles that the block walks: few blocks have such a row, and it need not be known tile by tile.
   CF_DEVICE bool some_row_is_far() const {
     bool far = false;
+    if constexpr (Walk::kListed) {
 #pragma unroll 1
-    for (int head = head_first; head < head_end; ++head) {
-      const Rows* rows = static_cast<const Rows*>(p.row_tiles) + Sums::index(p.attention, sequence, head, 0);
+      for (int place = tiles.begin + ptx::lane_index(); place < tiles.end; place += 32) {
+        int head, tile;
+        take(tiles.entry(place), head, tile);
+        far = far || static_cast<const Rows*>(p.row_tiles)[Sums::index(p.attention, sequence, head, tile)].far;
+      }
+    } else {
 #pragma unroll 1
-      for (int tile = tiles.begin + ptx::lane_index(); tile < tiles.end; tile += 32) far = far || rows[tile].far;
+      for (int head = head_first; head < head_end; ++head) {
+        const Rows* rows = static_cast<const Rows*>(p.row_tiles) + Sums::index(p.attention, sequence, head, 0);
+#pragma unroll 1
+        for (int tile = tiles.begin + ptx::lane_index(); tile < tiles.end; tile += 32) far = far || rows[tile].far;
+      }
     }
     return ptx::any(far);
   }
 
   // Whether some element of a visit may be hidden, or has a bias that belongs to no query.
-  CF_DEVICE bool is_full(int tile) const {
-    return tiles.is_full(tile) && (!Config::BiasCopies::kLoaded || (tile + 1) * kTileQ <= sequence.len_q);
+  CF_DEVICE bool is_full(int place, int tile) const {
+    return tiles.is_full(place, tile) && (!Config::BiasCopies::kLoaded || (tile + 1) * kTileQ <= sequence.len_q);
   }
 
   // Products of a warp's 16 keys from `kv_first` on with queries, from s = Q K^T to P * slope; what of P is kept into
@@ -219,15 +258,17 @@ struct BackwardBlock {
   }
 
   // Adds a warpgroup's share to the sums; `barrier` is its own named barrier.
-  CF_DEVICE void add_to_sums(const typename Sums::Share& dq, int head, int tile, int share, int barrier) const {
+  CF_DEVICE void add_to_sums(const typename Sums::Share& dq, int head, int tile, int place, int share,
+                             int barrier) const {
     const Attention& a = p.attention;
     const int64 index = Sums::index(a, sequence, head, tile);
-    const Tiles kv_tiles = typename Config::Mask(a, sequence, head).kv_tiles(tile * kTileQ, kTileQ, kTileKv);
+    const Turn order =
+        tiles.turn(typename Config::Mask(a, sequence, head), place, tile * kTileQ, kTileQ, kTileKv, work.tile);
     // The mask's two views of a tile may differ at its edge, where dS is 0.
-    if (Config::Reduction::kOrdered && !kv_tiles.contains(work.tile)) return;
+    if (Config::Reduction::kOrdered && !order.adds) return;
     const int thread = ptx::thread_index() % ptx::kWarpgroupThreads;
     int* turn = p.dq_turn + index * Sums::kShares + share;
-    Config::Reduction::wait_turn(turn, kv_tiles.end - 1 - work.tile, thread == 0, barrier);
+    Config::Reduction::wait_turn(turn, order.before, thread == 0, barrier);
     float* sums = p.dq_accum + Sums::part(index, share, thread);
 #pragma unroll
     for (int n = 0; n < Sums::Share::kN; ++n) ptx::red_add_x4(sums + n * Sums::kGroupFloats, dq.x[0][n]);

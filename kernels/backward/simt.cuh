@@ -99,17 +99,18 @@ struct BackwardSimt {
     for (int head = work.head * group; head < (work.head + 1) * group; ++head) {
       const Inputs& inputs = share_inputs(smem.inputs, p, sequence, head);
       const ScoreGradient<Config> gradient(a, sequence, head);
-      const Tiles tiles = gradient.mask.q_tiles(kv_first, kTileKv, kTileQ);
+      const auto tiles = gradient.mask.q_tiles(kv_first, kTileKv, kTileQ);
 #pragma unroll 1
-      for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-        const int q_first = tile * kTileQ;
+      for (int place = tiles.begin; place < tiles.end; ++place) {
+        if (!tiles.is_of(place, head - work.head * group)) continue;
+        const int q_first = tiles.number(place) * kTileQ;
         typename Block::Scores s, dp;  // transposed: rows are keys, columns are queries
         s.clear();
         dp.clear();
         Block::template multiply<kDimQk>(s, smem.products.operands, inputs.k.from(kv_first), inputs.q.from(q_first));
         Block::template multiply<kDimV>(dp, smem.products.operands, inputs.v.from(kv_first), inputs.dout.from(q_first));
 
-        const bool full = tiles.is_full(tile);
+        const bool full = tiles.is_full(place);
 #pragma unroll
         for (int n = 0; n < Block::Scores::kN; ++n) {
           const int q = q_first + s.col_of(n);
@@ -143,20 +144,20 @@ struct BackwardSimt {
 
     const Inputs& inputs = share_inputs(smem.inputs, p, sequence, work.head);
     const ScoreGradient<Config> gradient(a, sequence, work.head);
-    const Tiles tiles = gradient.mask.kv_tiles(q_first, kTileQ, kTileKv);
+    const auto tiles = gradient.mask.kv_tiles(q_first, kTileQ, kTileKv);
     typename Block::template Output<kDimQk> dq;
     dq.clear();
 
 #pragma unroll 1
-    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-      const int kv_first = tile * kTileKv;
+    for (int place = tiles.begin; place < tiles.end; ++place) {
+      const int kv_first = tiles.number(place) * kTileKv;
       typename Block::Scores s, dp;
       s.clear();
       dp.clear();
       Block::template multiply<kDimQk>(s, smem.products.operands, inputs.q.from(q_first), inputs.k.from(kv_first));
       Block::template multiply<kDimV>(dp, smem.products.operands, inputs.dout.from(q_first), inputs.v.from(kv_first));
 
-      const bool full = tiles.is_full(tile);
+      const bool full = tiles.is_full(place);
 #pragma unroll
       for (int m = 0; m < Block::Scores::kM; ++m) {
         const int q = q_first + s.row_of(m);

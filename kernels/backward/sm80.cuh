@@ -114,11 +114,11 @@ struct BackwardSm80 {
     if (kv_first >= sequence.len_kv) return;
 
     const int group = a.heads_q / a.heads_kv, head_first = work.head * group;
-    const Tiles tiles = typename Config::Mask(a, sequence, head_first).q_tiles(kv_first, kTileKv, kTileQ);
-    const int tiles_per_head = tiles.end - tiles.begin, num_steps = tiles_per_head * group;
+    const auto tiles = typename Config::Mask(a, sequence, head_first).q_tiles(kv_first, kTileKv, kTileQ);
+    const int num_steps = tiles.steps(group);
     const auto load_step = [&](int step) {
-      load_q(smem.stage[step % kStages], p, sequence, head_first + step / tiles_per_head,
-             (tiles.begin + step % tiles_per_head) * kTileQ);
+      load_q(smem.stage[step % kStages], p, sequence, head_first + tiles.member(step),
+             tiles.number(tiles.place(step)) * kTileQ);
     };
 
     Products products;
@@ -136,7 +136,7 @@ struct BackwardSm80 {
       Products::template prepare_first<kBytes, kThreads>(smem.k, smem.v);
     }
     for (int step = 0; step < num_steps; ++step) {
-      const int head = head_first + step / tiles_per_head, tile = tiles.begin + step % tiles_per_head;
+      const int head = head_first + tiles.member(step), place = tiles.place(step), tile = tiles.number(place);
       const int q_first = tile * kTileQ;
       Stage& stage = smem.stage[step % kStages];
       ptx::cp_async_wait<0>();
@@ -155,7 +155,7 @@ struct BackwardSm80 {
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first + warp_row);
 
       // s becomes p and dp becomes ds, both transposed: rows are keys, columns are queries.
-      const bool full = tiles.is_full(tile);
+      const bool full = tiles.is_full(place);
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
@@ -191,12 +191,12 @@ struct BackwardSm80 {
       ptx::sync_threads();  // ds is complete, and with one stage every warp is done with q and dout
       if (kStages == 1 && step + 1 < num_steps) load_step(step + 1);
 
-      const Tiles kv_tiles = gradient.mask.kv_tiles(q_first, kTileQ, kTileKv);
-      if (kv_tiles.contains(work.tile)) {
+      const Turn turn = tiles.turn(gradient.mask, place, q_first, kTileQ, kTileKv, work.tile);
+      if (turn.adds) {
         typename Accum::Share dq;
         products.multiply_dq(dq, smem.ds, Accum::warp_row(), smem.k, split * kColsQk + Accum::warp_col());
         const int64 index = Accum::index(a, sequence, head, tile, split);
-        Config::Reduction::wait_turn(p.dq_turn + index, kv_tiles.end - 1 - work.tile);
+        Config::Reduction::wait_turn(p.dq_turn + index, turn.before);
         Accum::for_each(dq, p.dq_accum + index * Accum::kTileFloats,
                         [](float x, float* accumulator) { ptx::red_add(accumulator, x); });
         Config::Reduction::pass_turn(p.dq_turn + index);

@@ -69,30 +69,38 @@ struct BackwardSm90 {
       Cursor at;
       typename Block::BiasCursor bias_at;
       int head = block.head_first, tile = block.first_tile, buffer = 0;
+      typename Block::ListStep list;
+      if constexpr (Block::Walk::kListed) list.start(block, head, tile);
       Gradient gradient(block.p.attention, block.sequence, head);
       in.wait_k();
       in.wait_v();
 #pragma unroll 1
       for (int left = block.num_steps(); left > 0; --left) {
+        if constexpr (Block::Walk::kListed) list.look_ahead(block);
         // A choice for all of a visit, before anything of it is under way: one within it costs 3 to 20 % of the whole.
-        if (far || !block.is_full(tile)) {
-          visit<true>(gradient, head, tile, at, bias_at, buffer);
+        const int place = Block::Walk::kListed ? list.place : tile;
+        if (far || !block.is_full(place, tile)) {
+          visit<true>(gradient, head, tile, place, at, bias_at, buffer);
         } else {
-          visit<false>(gradient, head, tile, at, bias_at, buffer);
+          visit<false>(gradient, head, tile, place, at, bias_at, buffer);
         }
         at = at.next();
         bias_at = bias_at.next();
         buffer ^= 1;
-        tile = block.tile_after(tile);
-        if (tile == block.first_tile && ++head < block.head_end) {
-          gradient = Gradient(block.p.attention, block.sequence, head);
+        if constexpr (Block::Walk::kListed) {
+          if (list.go_on(block, head, tile)) gradient = Gradient(block.p.attention, block.sequence, head);
+        } else {
+          tile = block.tile_after(tile);
+          if (tile == block.first_tile && ++head < block.head_end) {
+            gradient = Gradient(block.p.attention, block.sequence, head);
+          }
         }
       }
     }
 
     // One tile of queries; `kCareful` where some element may be hidden or some row is far.
     template <bool kCareful>
-    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, const Cursor& at,
+    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, int place, const Cursor& at,
                          const typename Block::BiasCursor& bias_at, int buffer) {
       const int q_first = tile * Config::kTileQ;
       const auto& rows = in.rows[at.stage];
@@ -142,7 +150,7 @@ struct BackwardSm90 {
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(dq.x[0]);
-      block.add_to_sums(dq, head, tile, number, kMyWarps + number);
+      block.add_to_sums(dq, head, tile, place, number, kMyWarps + number);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dk.x[0]);
       if (leader) in.q_ring.release(at);

@@ -60,6 +60,8 @@ struct BackwardSm90Wide {
       Role& me = static_cast<Role&>(*this);
       Cursor at;
       int head = block.head_first, tile = block.first_tile, buffer = 0;
+      typename Block::ListStep list;
+      if constexpr (Block::Walk::kListed) list.start(block, head, tile);
       Gradient gradient(block.p.attention, block.sequence, head);
       in.wait_k();
       in.wait_v();
@@ -67,21 +69,27 @@ struct BackwardSm90Wide {
       me.start(at.stage);
 #pragma unroll 1
       for (int left = block.num_steps(); left > 0; --left) {
+        if constexpr (Block::Walk::kListed) list.look_ahead(block);
         Weights operand;  // P or dS: the product with sum reads it until add_dq has waited
-        me.visit(gradient, head, tile, at, buffer, operand);
+        const int place = Block::Walk::kListed ? list.place : tile;
+        me.visit(gradient, head, tile, place, at, buffer, operand);
         const Cursor next = at.next();
         if (left > 1) me.wait(next);
         // Always the next scores: a choice would end what is under way. Behind the last tile they are for nothing.
-        add_dq(head, tile, buffer, left > 1 ? next.stage : at.stage);
+        add_dq(head, tile, place, buffer, left > 1 ? next.stage : at.stage);
         if (leader) {
           in.q_ring.release(at);
           in.dout_ring.release(at);
         }
         at = next;
         buffer ^= 1;
-        tile = block.tile_after(tile);
-        if (tile == block.first_tile && ++head < block.head_end) {
-          gradient = Gradient(block.p.attention, block.sequence, head);
+        if constexpr (Block::Walk::kListed) {
+          if (list.go_on(block, head, tile)) gradient = Gradient(block.p.attention, block.sequence, head);
+        } else {
+          tile = block.tile_after(tile);
+          if (tile == block.first_tile && ++head < block.head_end) {
+            gradient = Gradient(block.p.attention, block.sequence, head);
+          }
         }
       }
       ptx::wgmma_wait<0>();
@@ -90,7 +98,7 @@ struct BackwardSm90Wide {
 
     // Every other chunk of dQ's columns, one after the other in the same registers, and behind them the next scores.
     // The product with sum is done before the first chunk.
-    CF_DEVICE void add_dq(int head, int tile, int buffer, int next_stage) {
+    CF_DEVICE void add_dq(int head, int tile, int place, int buffer, int next_stage) {
       Role& me = static_cast<Role&>(*this);
       constexpr int kShares = Block::Sums::kShares, kLast = (kShares - 1 - kNumber) / 2 * 2 + kNumber;
       if (kNumber >= kShares) {
@@ -110,7 +118,7 @@ struct BackwardSm90Wide {
           ptx::wgmma_wait<0>();
         }
         ptx::wgmma_hold(dq.x[0]);
-        block.add_to_sums(dq, head, tile, share, kMyWarps + kNumber);
+        block.add_to_sums(dq, head, tile, place, share, kMyWarps + kNumber);
       }
       ptx::wgmma_hold(sum.x[0]);
     }
@@ -135,7 +143,8 @@ struct BackwardSm90Wide {
       ptx::wgmma_commit();
     }
 
-    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, const Cursor& at, int buffer, Weights& weights) {
+    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, int place, const Cursor& at, int buffer,
+                         Weights& weights) {
       auto& in = this->in;
       const int q_first = tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
       const auto& rows = in.rows[at.stage];
@@ -145,7 +154,7 @@ struct BackwardSm90Wide {
       ptx::wgmma_hold(s.x[0]);
       // Products that are scores are changed where that is needed, so that all others take the short way.
       constexpr bool kProducts = IsSame<typename Config::Score, ScaledScore<float>>::value;
-      if (kProducts && (this->far || !this->block.tiles.is_full(tile))) {
+      if (kProducts && (this->far || !this->block.tiles.is_full(place, tile))) {
         s.for_each(ptx::lane_index(), [&](float& x, int row, int col) {
           const bool visible = gradient.mask.keep(q_first + col, kv_first + row);
           x = visible ? x - rows.m[Block::Rows::place(col)] : -infinity<float>();
@@ -185,7 +194,8 @@ struct BackwardSm90Wide {
       ptx::wgmma_commit();
     }
 
-    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, const Cursor& at, int buffer, Weights& ds) {
+    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, int /*place*/, const Cursor& at, int buffer,
+                         Weights& ds) {
       auto& in = this->in;
       const int q_first = tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
       Scores p_slope, &dp = this->scores;

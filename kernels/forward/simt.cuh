@@ -81,7 +81,7 @@ struct ForwardSimt {
     const auto score = own.template bind<typename Config::Score>(a);
     const auto dropout = own.template bind<typename Config::Dropout>(a);
     const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
-    const Tiles tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
+    const auto tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
 
     Output out;
     out.clear();
@@ -90,13 +90,13 @@ struct ForwardSimt {
     for (int m = 0; m < Scores::kM; ++m) states[m].init();
 
 #pragma unroll 1
-    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-      const int kv_first = tile * kTileKv;
+    for (int place = tiles.begin; place < tiles.end; ++place) {
+      const int kv_first = tiles.number(place) * kTileKv;
       Scores s;
       s.clear();
       Block::template multiply<Config::kDimQk>(s, smem.operands, q, k.from(kv_first));
       s.for_each([&](Real& x, int row, int col) { x = score.apply(x, q_first + row, kv_first + col); });
-      if (!tiles.is_full(tile)) {
+      if (!tiles.is_full(place)) {
         s.for_each([&](Real& x, int row, int col) {
           if (!mask.keep(q_first + row, kv_first + col)) x = -infinity<Real>();
         });

@@ -98,7 +98,7 @@ struct ForwardSm80 {
     const auto score = own.template bind<typename Config::Score>(a);
     const auto dropout = own.template bind<Dropout>(a);
     const float log2_unit = score.unit() * static_cast<float>(kLog2E);
-    const Tiles tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
+    const auto tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
 
     Products products;
     Output out;
@@ -109,10 +109,11 @@ struct ForwardSm80 {
 
     if (tiles.begin < tiles.end) {
       Products::template load<Config::kDimQk, kBytes, kThreads>(smem.q, q);
-      load_k(tiles.begin);
+      load_k(tiles.number(tiles.begin));
       Products::template prepare_first<kBytes, kThreads>(smem.q);
     }
-    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+    for (int place = tiles.begin; place < tiles.end; ++place) {
+      const int tile = tiles.number(place);
       ptx::cp_async_wait<0>();
       Products::template prepare<kBytes, kThreads>(smem.k);
       ptx::sync_threads();  // K is here, and every warp is done with the V before
@@ -123,7 +124,7 @@ struct ForwardSm80 {
       s.for_each(lane, [&](float& x, int row, int col) {
         x = score.apply(x, q_first + warp_row + row, tile * kTileKv + col);
       });
-      if (!tiles.is_full(tile)) {
+      if (!tiles.is_full(place)) {
         s.for_each(lane, [&](float& x, int row, int col) {
           if (!mask.keep(q_first + warp_row + row, tile * kTileKv + col)) x = -infinity<float>();
         });
@@ -134,7 +135,7 @@ struct ForwardSm80 {
       ptx::cp_async_wait<0>();
       Products::template prepare<kBytes, kThreads>(smem.v);
       ptx::sync_threads();  // V is here, and every warp is done with K
-      if (tile + 1 < tiles.end) load_k(tile + 1);
+      if (place + 1 < tiles.end) load_k(tiles.number_after(place));
 
       products.accumulate(out, s, smem.v);
     }

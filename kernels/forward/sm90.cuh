@@ -54,7 +54,9 @@ struct ForwardSm90 {
   static constexpr int kRows = 64, kConsumers = kTileQ / kRows;  // rows of a consumer warpgroup
   static constexpr int kConsumerThreads = kConsumers * ptx::kWarpgroupThreads;
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
-  static_assert(Config::kThreads == ptx::kWarpgroupThreads + kConsumerThreads);
+  // A block may have several teams of consumers, with a thread of the producer each, that work like blocks of their own.
+  static constexpr int kTeams = (Config::kThreads - ptx::kWarpgroupThreads) / kConsumerThreads;
+  static_assert(Config::kThreads == ptx::kWarpgroupThreads + kTeams * kConsumerThreads);
   static_assert(Config::kPingPong || IsSame<Bias, NoBias>::value, "consumers that skip tiles give no bias back");
 
   using QTile = SwizzledTile<Element, kRows, kDimQk>;
@@ -64,6 +66,9 @@ struct ForwardSm90 {
   using KvRing = Ring<kStages>;
   using Cursor = typename KvRing::Cursor;
   using RowsRing = Ring<Config::kRowBuffers>;
+  using Walk = typename Mask::Walk;
+  // What of a list the consumers are handed with a work, as they would else wait for memory to read it.
+  using WorkWalk = typename If<Walk::kListed, Walk, Nothing>::Type;
 
   union Rows {
     QTile q;
@@ -75,14 +80,14 @@ struct ForwardSm90 {
     VTile v[kStages];
     RowsRing rows_rings[kConsumers];
     KvRing k_ring, v_ring;
-    WorkRing works;
+    WorkRing<WorkWalk> works;
     typename Bias::template Buffers<kTileQ, kTileKv, kStages> bias;
   };
 
   // Named barriers, one of each kind a consumer: its turn, for which it waits and the one before it arrives, and
   // where its four warps meet, which all wait.
   using Turns = NamedBarriers<1, 2 * ptx::kWarpgroupThreads>;
-  using Meetings = NamedBarriers<1 + kConsumers, ptx::kWarpgroupThreads>;
+  using Meetings = NamedBarriers<1 + kTeams * kConsumers, ptx::kWarpgroupThreads>;
 
   static constexpr bool kOnce = kConsumers == 1;  // whether nobody else reads the keys of a work
 
@@ -97,39 +102,67 @@ struct ForwardSm90 {
   struct Producer {
     const FwdParams& p;
     SmemPlan& smem;
+    const int team;
     typename RowsRing::Cursor rows_at;
     Cursor at;  // K and V are used in step
 
     CF_DEVICE void run() {
-      const int blocks = ptx::num_blocks();
-      WorkRing::Cursor work_at;
+      const int blocks = ptx::num_blocks() * kTeams;
+      typename WorkRing<WorkWalk>::Cursor work_at;
       Works<Sequence, Heads> works;
-      for (int number = ptx::block_index();; number = p.tickets ? blocks + ptx::count(p.tickets) : number + blocks) {
+      for (int number = ptx::block_index() * kTeams + team;;
+           number = p.tickets ? blocks + ptx::count(p.tickets) : number + blocks) {
         const typename Config::Split split(p, number);
         Work work = works.find(p.attention, static_cast<int>(split.block), kTileQ, p.heads_per_section);
         work.split = split.index;
-        smem.works.put(work_at, work);
-        work_at = work_at.next();
-        if (work.tile < 0) break;
-        const Sequence sequence(p.attention, work.batch);
-        if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) load(work, sequence);
+        if constexpr (Walk::kListed) {
+          if (!listed(work_at, work)) break;
+          work_at = work_at.next();
+        } else {
+          smem.works.put(work_at, work);
+          work_at = work_at.next();
+          if (work.tile < 0) break;
+          const Sequence sequence(p.attention, work.batch);
+          if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) load(work, sequence);
+        }
       }
       // The last of all blocks leaves the tickets as it found them.
       if (p.tickets && ptx::count_around(p.tickets + 1, blocks - 1) == blocks - 1) p.tickets[0] = 0;
     }
 
-    CF_DEVICE void load(const Work& work, const Sequence& sequence) {
-      const Attention& a = p.attention;
-      const Heads heads(a, work.head);
+    // Hands on a work with what it walks of a list, and loads it; whether there is one.
+    CF_DEVICE bool listed(const typename WorkRing<WorkWalk>::Cursor& work_at, const Work& work) {
+      if (work.tile < 0) {
+        smem.works.put(work_at, work, WorkWalk());
+        return false;
+      }
+      const Sequence sequence(p.attention, work.batch);
+      const Heads heads(p.attention, work.head);
       const int q_first = work.tile * kTileQ;
-      const Tiles seen = heads.template bind<Mask>(a, sequence).kv_tiles(q_first, kTileQ, kTileKv);
-      const Tiles tiles = Config::Split::part(p, work.split, seen);
+      const Walk tiles = tiles_of(work, sequence, heads);
+      smem.works.put(work_at, work, tiles);
+      if (q_first < Heads::rows(p.attention, sequence.len_q)) load(work, sequence, heads, tiles);
+      return true;
+    }
+
+    CF_DEVICE Walk tiles_of(const Work& work, const Sequence& sequence, const Heads& heads) const {
+      const Walk seen = heads.template bind<Mask>(p.attention, sequence).kv_tiles(work.tile * kTileQ, kTileQ, kTileKv);
+      return Config::Split::part(p, work.split, seen);
+    }
+    CF_DEVICE void load(const Work& work, const Sequence& sequence) {
+      const Heads heads(p.attention, work.head);
+      load(work, sequence, heads, tiles_of(work, sequence, heads));
+    }
+    CF_DEVICE void load(const Work& work, const Sequence& sequence, const Heads& heads, const Walk& tiles) {
+      const Attention& a = p.attention;
+      const int q_first = work.tile * kTileQ;
       if (tiles.begin >= tiles.end) load_q(work, sequence, heads);
 #pragma unroll 1
-      for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+      for (int place = tiles.end - 1; place >= tiles.begin; --place) {
+        const int tile = tiles.number(place);
         const BoxOrigin origin = sequence.kv_box(a, tile * kTileKv, heads.kv);
         load_boxes<kOnce>(smem.k[at.stage], p.k_map, origin, smem.k_ring.acquire(at, sizeof(KTile)));
-        if (tile == tiles.end - 1) load_q(work, sequence, heads);  // after K, which needs not wait for a work before
+        if (place == tiles.end - 1) load_q(work, sequence, heads);  // after K, which needs not wait for a work before
         smem.bias.load(p.bias_map, a, sequence, work.head, q_first, tile * kTileKv, at);
         load_boxes<kOnce>(smem.v[at.stage], p.v_map, origin, smem.v_ring.acquire(at, sizeof(VTile)));
         at = at.next();
@@ -151,7 +184,8 @@ struct ForwardSm90 {
   struct Consumer {
     const FwdParams& p;
     SmemPlan& smem;
-    const int number;        // among the block's consumers
+    const int number;        // among the team's consumers
+    const int first;         // the number of the team's first consumer among the block's
     const int thread, lane;  // of the warpgroup, of the warp
     const bool leader;       // one thread of the warpgroup
     const int warp_row;      // the first of this warp's 16 rows among the warpgroup's 64
@@ -160,15 +194,17 @@ struct ForwardSm90 {
     bool stored = false;  // whether there was a work before
 
     // Its number is kept in a uniform register, as descriptors of its rows follow from it in every round.
-    CF_DEVICE Consumer(const FwdParams& params, SmemPlan& plan, int index)
-        : p(params), smem(plan), number(ptx::uniform(index)), thread(ptx::thread_index() % ptx::kWarpgroupThreads),
-          lane(ptx::lane_index()), leader(thread == 0), warp_row(ptx::warp_index() % 4 * 16) {}
+    CF_DEVICE Consumer(const FwdParams& params, SmemPlan& plan, int index, int team)
+        : p(params), smem(plan), number(ptx::uniform(index)), first(team * kConsumers),
+          thread(ptx::thread_index() % ptx::kWarpgroupThreads), lane(ptx::lane_index()), leader(thread == 0),
+          warp_row(ptx::warp_index() % 4 * 16) {}
 
     CF_DEVICE void run() {
-      WorkRing::Cursor work_at;
+      typename WorkRing<WorkWalk>::Cursor work_at;
       if (number == kConsumers - 1) pass_turn();
       for (;;) {
-        const Work work = smem.works.take(work_at);
+        WorkWalk walk;
+        const Work work = smem.works.take(work_at, walk);
         work_at = work_at.next();
         if (work.tile < 0) break;
         const Sequence sequence(p.attention, work.batch);
@@ -177,20 +213,20 @@ struct ForwardSm90 {
             store_tail<Config, kConsumerThreads>(p, sequence, head, number * ptx::kWarpgroupThreads + thread);
           });
         }
-        if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) Visit(*this, work, sequence).run();
+        if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) Visit(*this, work, sequence).run(walk);
       }
       if (leader) Store::wait_read();
     }
 
     CF_DEVICE RowsRing& rows_ring() const { return smem.rows_rings[number]; }
-    CF_DEVICE void meet() const { Meetings::wait(number); }
+    CF_DEVICE void meet() const { Meetings::wait(first + number); }
 
     // From its turn on until it passes it a consumer issues products, and no other does.
     CF_DEVICE void take_turn() const {
-      if (Config::kPingPong) Turns::wait(number);
+      if (Config::kPingPong) Turns::wait(first + number);
     }
     CF_DEVICE void pass_turn() const {
-      if (Config::kPingPong) Turns::arrive((number + 1) % kConsumers);
+      if (Config::kPingPong) Turns::arrive(first + (number + 1) % kConsumers);
     }
 
     // The store of the work before has long read its rows when this is called.
@@ -257,10 +293,13 @@ struct ForwardSm90 {
       out.clear();
     }
 
-    CF_DEVICE void run() {
+    CF_DEVICE void run(const Walk& listed) { run_over(listed); }
+    CF_DEVICE void run(const Nothing&) {
       const Tiles seen = mask.kv_tiles(work.tile * kTileQ, kTileQ, kTileKv);
-      const Tiles loaded = Config::Split::part(p, work.split, seen);
-      const Tiles tiles = Config::kPingPong || kConsumers == 1 ? loaded : own_tiles(loaded);
+      run_over(Config::Split::part(p, work.split, seen));
+    }
+    CF_DEVICE void run_over(const Walk& loaded) {
+      const auto tiles = own_tiles(loaded);
       me.rows_ring().wait(me.rows_at);
       me.skip(loaded.end - tiles.end);
       if (tiles.begin < tiles.end) {
@@ -276,31 +315,39 @@ struct ForwardSm90 {
       me.stored = true;
     }
 
-    // The tiles that the consumer's rows need, none for rows past the sequence, among those that are loaded.
-    CF_DEVICE Tiles own_tiles(const Tiles& loaded) const {
-      const int none = loaded.begin;
-      const Tiles tiles = mask.kv_tiles(q_first, kRows, kTileKv);
-      return q_first < rows && tiles.begin < tiles.end ? tiles : Tiles{none, none, none, none};
+    // All tiles that are loaded with turns, or where they are listed for all rows; without turns those that the consumer's
+    // rows need, none for rows past the sequence.
+    CF_DEVICE Walk own_tiles(const Walk& loaded) const {
+      if constexpr (Config::kPingPong || Walk::kListed || kConsumers == 1) {
+        return loaded;
+      } else {
+        const int none = loaded.begin;
+        const Tiles tiles = mask.kv_tiles(q_first, kRows, kTileKv);
+        return q_first < rows && tiles.begin < tiles.end ? tiles : Tiles{none, none, none, none};
+      }
     }
 
     // out += P V over all tiles, each tile's scores under way while the tile before is weighed.
-    CF_DEVICE void walk(const Tiles& tiles) {
+    CF_DEVICE void walk(const Walk& tiles) {
       smem.k_ring.wait(me.at);
       start_scores(me.at);
       wait_for_scores<0>();
       me.release_rows_before();
-      int tile = tiles.end - 1;
+      int place = tiles.end - 1;
       if constexpr (kAllFull) {  // without a choice between two softmaxes, a round is one block of instructions
-        to_weights(tile, true, true);
-        while (--tile >= tiles.begin) {
+        to_weights(place, true, true, true);
+        while (--place >= tiles.begin) {
           start_both();
-          to_weights(tile, false, false);
+          to_weights(place, false, false, false);
         }
       } else {
         for (bool first = true;; first = false) {
-          const bool full = tile < tiles.full_end && (Mask::kFullFromStart || tile >= tiles.full_begin);
-          to_weights(tile, first, Mask::kNoneFull || first || !full);
-          if (tile-- == tiles.begin) break;
+          const bool full = Walk::kListed
+                                ? tiles.is_full(place)
+                                : place < tiles.full_end && (Mask::kFullFromStart || place >= tiles.full_begin);
+          const bool look_first = Mask::kNoneFull || first || !full;
+          to_weights(tiles.number(place), first, look_first, !Walk::kListed || !full);
+          if (place-- == tiles.begin) break;
           start_both();
         }
       }
@@ -343,9 +390,9 @@ struct ForwardSm90 {
     }
 
     // A tile's products, which have come in, to P, while the product of the tile before is added to the output.
-    CF_DEVICE void to_weights(int tile, bool first, bool look_first) {
+    CF_DEVICE void to_weights(int tile, bool first, bool look_first, bool some_hidden) {
       if (Config::kPingPong) finish_output(before, !first);  // the softmax runs under the products of others
-      const bool grew = weigh(tile, look_first);
+      const bool grew = weigh(tile, look_first, some_hidden);
       if (me.lane == 0) {  // no lane still reads: all have voted on what they read
         smem.k_ring.release(me.at);
         smem.bias.release(me.at);
@@ -357,12 +404,12 @@ struct ForwardSm90 {
     }
 
     // Scores to probabilities; whether the output so far must be rescaled.
-    CF_DEVICE bool weigh(int tile, bool look_first) {
+    CF_DEVICE bool weigh(int tile, bool look_first, bool some_hidden) {
       apply_score(tile);
       bool grew;
       if (look_first || !softmax.look_after(s, grew)) {
         if (look_first) {
-          hide(tile);
+          if (!Walk::kListed || some_hidden) hide(tile);
         } else {
           s.clear();
           gemm_abt_warp<Element>(s, mine.q, me.warp_row, smem.k[me.at.stage]);
@@ -431,31 +478,46 @@ struct ForwardSm90 {
   };
 
   CF_DEVICE static void run(const FwdParams& p) {
-    SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
+    SmemPlan* const plans = reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());  // of each team
     if (ptx::thread_index() == 0) {
-      constexpr int kWarps = kConsumerThreads / 32;
-      for (RowsRing& ring : smem.rows_rings) ring.init(1);  // its consumer
-      smem.k_ring.init(kWarps);                             // which may read scores' K again alone
-      smem.v_ring.init(kConsumers);
-      smem.bias.init(kWarps);
-      smem.works.ring.init(kWarps);
+#pragma unroll
+      for (int team = 0; team < kTeams; ++team) {
+        constexpr int kWarps = kConsumerThreads / 32;
+        SmemPlan& smem = plans[team];
+        for (RowsRing& ring : smem.rows_rings) ring.init(1);  // its consumer
+        smem.k_ring.init(kWarps);                             // which may read scores' K again alone
+        smem.v_ring.init(kConsumers);
+        smem.bias.init(kWarps);
+        smem.works.ring.init(kWarps);
+      }
       ptx::fence_mbarrier_init();
     }
     ptx::sync_threads();
     const int warpgroup = ptx::warpgroup_index();
     if (warpgroup == 0) {
       if constexpr (kConsumers > 1) ptx::lower_registers<Config::kProducerRegisters>();
-      if (ptx::warp_index() == 0 && ptx::elect()) Producer{p, smem}.run();
+      if constexpr (kTeams == 1) {
+        if (ptx::warp_index() == 0 && ptx::elect()) Producer{p, *plans, 0}.run();
+      } else {
+        const int team = ptx::warp_index();
+        if (team < kTeams && ptx::elect()) Producer{p, plans[team], team}.run();
+      }
     } else {
       if constexpr (kConsumers > 1) ptx::raise_registers<Config::kConsumerRegisters>();
-      Consumer(p, smem, warpgroup - 1).run();
+      if constexpr (kTeams == 1) {
+        Consumer(p, *plans, warpgroup - 1, 0).run();
+      } else {
+        const int index = warpgroup - 1, team = index / kConsumers;
+        Consumer(p, plans[team], index - team * kConsumers, team).run();
+      }
     }
   }
 };
 
 template <class Config>
 CF_DEVICE void forward_sm90(const FwdParams& params) {
-  SmemSizeCheck<sizeof(typename ForwardSm90<Config>::SmemPlan), Config::kSmemBytes>();
+  using Kernel = ForwardSm90<Config>;
+  SmemSizeCheck<Kernel::kTeams * sizeof(typename Kernel::SmemPlan), Config::kSmemBytes>();
   ForwardSm90<Config>::run(params);
 }
 

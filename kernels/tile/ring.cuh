@@ -71,12 +71,38 @@ struct Ring {
   CF_DEVICE uint32 empty_barrier(const Cursor& at) const { return ptx::smem_u32(empty) + at.stage * sizeof(uint64); }
 };
 
-// Works that one thread hands to whole warps, each of which takes them all.
+// Works that one thread hands to whole warps, each of which takes them all, with what else they are to know of each.
+template <class With>
 struct WorkRing {
   using Slots = Ring<2>;
   using Cursor = Slots::Cursor;
 
   Slots ring;  // the writer is one thread, the readers are warps
+  Work works[2];
+  With more[2];
+
+  CF_DEVICE void put(const Cursor& at, const Work& work, const With& with) {
+    ring.wait_empty(at);
+    works[at.stage] = work;
+    more[at.stage] = with;
+    ring.publish(at);
+  }
+  CF_DEVICE Work take(const Cursor& at, With& with) {
+    ring.wait(at);
+    const Work work = works[at.stage];
+    with = more[at.stage];
+    ptx::sync_warp();  // every lane has read it
+    if (ptx::lane_index() == 0) ring.release(at);
+    return {ptx::uniform(work.tile), ptx::uniform(work.head), ptx::uniform(work.batch), ptx::uniform(work.split)};
+  }
+};
+
+template <>
+struct WorkRing<Nothing> {
+  using Slots = Ring<2>;
+  using Cursor = Slots::Cursor;
+
+  Slots ring;
   Work works[2];
 
   CF_DEVICE void put(const Cursor& at, const Work& work) {
@@ -84,7 +110,7 @@ struct WorkRing {
     works[at.stage] = work;
     ring.publish(at);
   }
-  CF_DEVICE Work take(const Cursor& at) {
+  CF_DEVICE Work take(const Cursor& at, Nothing&) {
     ring.wait(at);
     const Work& work = works[at.stage];
     const Work taken{ptx::uniform(work.tile), ptx::uniform(work.head), ptx::uniform(work.batch),

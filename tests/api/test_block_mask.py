@@ -112,12 +112,12 @@ def test_probabilities_are_of_listed_blocks() -> None:
     assert not shares[:, :, :45, :53][~mask.to_dense()].any() and shares.any()
 
 
-def test_explain_says_who_has_none() -> None:
+def test_explain_says_what_is_visited() -> None:
     q, k, v, _ = tensors(2, 256, 256, FP32)
     mask = create_block_mask(Mask(right=0), len_q=256, len_kv=256, block_size=(64, 128))
     found = cuflash.explain(q, k, v, block_mask=mask, device="h100")
-    assert found.plan is None and found.problem.block_mask.size == (64, 128)
-    assert all("no block mask, NumPy alone yet" in reasons for reasons in found.why_not.values())
+    assert found.plan is not None and found.problem.block_mask.size == (64, 128)
+    assert ("blocks", "75.0% are visited: 2 full, 4 partial, 2 empty") in found.lines()
     assert "blocks64x128" in str(found.problem) and "blocks of 64 x 128 where " in str(found.problem.sheet())
 
 

@@ -29,7 +29,7 @@ from cuflash.cli.support import (
 )
 from cuflash.dtypes import DTYPES
 from cuflash.errors import InvalidArgument
-from cuflash.features import FEATURES, ON_NUMPY_ALONE
+from cuflash.features import FEATURES
 
 PAGE = Path(__file__).parents[2] / "cuflash" / "README.md"
 IDS = [row.what for row in ROWS]
@@ -127,7 +127,7 @@ def test_everything_but_size_and_precision_runs_on_sm80_and_simt() -> None:
     """In each direction that a row is about; a family that lacks a feature is not in the row."""
     runs_on = {row.what: families_of(row) for row in ROWS}
     assert {what for what, families in runs_on.items() if families != "all" and "`sm80`, `simt`" not in families} == {
-        "fp64", "head dimensions up to 1024", "head dimensions above 1024", *ON_NUMPY_ALONE,
+        "fp64", "head dimensions up to 1024", "head dimensions above 1024",
     }  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         monkeypatch.setattr(framework, "context", lambda self, ordinal: nullcontext())
         monkeypatch.setattr(framework, "is_capturing", lambda self: False)
         monkeypatch.setattr(framework, "stream", lambda self: (0, None))  # nothing is kept for it
+        monkeypatch.setattr(framework, "moved", lambda self, x, beside, wrap=wrap: wrap(np.array(x)))
         for name, byte in (("empty", 0xFF), ("zeros", 0)):  # NaN, where a kernel leaves something unwritten
             monkeypatch.setattr(
                 framework, name,

@@ -97,7 +97,9 @@ def test_what_is_captured_comes_before_all_that_a_kernel_without_it_reads():
     mod, _ = mods.trace("score_mod", lambda s, b, h, q, k: s * table[h, k] + number * k)
     scale, _ = mods.trace("score_mod", lambda s, b, h, q, k: s * number)
     rule, _ = mods.trace("mask_mod", lambda b, h, q, k: ids[q] == ids[k])
-    for written in (Written(mod, rule, (0,)), Written(None, rule), Written(scale, None, (0,)), Written(scale, rule)):
+    blocks = Written(None, None, blocks=rule), Written(mod, rule, (0,), blocks=rule)
+    others = Written(mod, rule, (0,)), Written(None, rule), Written(scale, None, (0,)), Written(scale, rule)
+    for written in (*others, *blocks):
         first = params.first_byte(DELTA, written)
         assert first > 0 and first % 64 == 0 and params.first_byte(replace(ATTENTION, written=written), written) == 0
         for struct in ("FwdParams", "BwdParams"):

@@ -100,6 +100,8 @@ WRITTEN = (
     Written(SCALED, None, (0,)),
     Written(None, RULE),
     Written(SCALED, RULE),
+    Written(None, None, blocks=RULE),
+    Written(None, RULE, blocks=RULE),
 )
 WRITTEN_GOLDEN = Written(SCALED, RULE, (0,), (0,))
 

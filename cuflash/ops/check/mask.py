@@ -64,4 +64,4 @@ def blocks_of(options: Options, scores: tuple[int, int, int, int]) -> Blocks | N
             raise InvalidArgument(
                 f"block_mask has lists of {number} {what} but the call has {there}. Make another one of that many."
             )
-    return Blocks(given.block_size, given.rule.mod)
+    return Blocks(given.block_size, given.rule.mod, given.batch, given.heads)

@@ -19,8 +19,9 @@ def captured_grad_of(options: Options, views: Mapping[str, View]) -> bool:
         raise InvalidArgument(
             "captured_grad is True but score_mod is None; pass the score whose arrays' gradients are wanted."
         )
-    operands = [operand for mod in (options.score_mod, options.mask_mod) if mod is not None for operand in mod.operands]
-    for view, operand in zip(captured(views), operands, strict=True):
+    mods = options.score_mod, options.mask_mod, options.rule
+    operands = [operand for mod in mods if mod is not None for operand in mod.operands]
+    for view, operand in zip(captured(views), operands, strict=False):  # on NumPy without what the rule reads
         if view.dtype not in CAPTURABLE:
             raise InvalidArgument(f"{view.name} is {view.dtype}; expected one of {', '.join(CAPTURABLE)}. Convert it.")
         if (view.dtype, len(view.shape)) != (operand.dtype.name, operand.ndim):

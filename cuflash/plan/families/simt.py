@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from cuflash.device import Device
-from cuflash.features import FEATURES, ON_NUMPY_ALONE
+from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, bias_sum, gradient_policy
 from cuflash.plan.config import BIAS_GRADIENT, CAPTURED_GRADIENT, CopyConfig, ForwardConfig, JvpConfig
@@ -100,7 +100,7 @@ def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
     edge, threads = 64, 256
     smem = max(_operands(problem, edge, edge), edge * (edge + 1) * problem.dtype.accumulator.itemsize)
     config = CopyConfig(
-        **policies.policies(problem),
+        **policies.policies(problem) | {"mask": policies.mask_without_lists(problem)},
         tile_q=edge,
         tile_kv=edge,
         threads=threads,
@@ -152,8 +152,8 @@ def _backward(problem: Problem, device: Device) -> Plan:
     bias = sum_bias_gradient(problem, device)
     launches = (
         steps.delta_step(problem),
-        Step("bwd_simt_dkdv", "BwdParams", dkdv, key_blocks(problem, dkdv.tile_kv)),
-        Step("bwd_simt_dq", "BwdParams", dq, query_blocks(problem, dq.tile_q)),
+        Step("bwd_simt_dkdv", "BwdParams", dkdv, key_blocks(problem, dkdv.tile_kv), walks="q"),
+        Step("bwd_simt_dq", "BwdParams", dq, query_blocks(problem, dq.tile_q), walks="kv"),
         *bias.steps,
         *steps.sink_step(problem),
     )
@@ -167,7 +167,7 @@ SIMT = Family(
     min_capability=(7, 0),
     dtypes=("fp16", "bf16", "fp32", "fp64"),
     max_dim=1024,
-    features=tuple(name for name in FEATURES if name not in ON_NUMPY_ALONE),
+    features=tuple(FEATURES),
     caches=True,
     forward=_forward,
     backward=_backward,

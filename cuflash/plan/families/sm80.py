@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cuflash.device import Device
-from cuflash.features import FEATURES, ON_NUMPY_ALONE
+from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored, sums_on_the_way
 from cuflash.plan.config import (
@@ -28,7 +28,7 @@ from cuflash.plan.families import simt
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step, Workspace
 from cuflash.plan.splits import Division, deal, divide
-from cuflash.plan.tiles import key_blocks, packed_tiles, query_blocks, resident, round_up, tiles
+from cuflash.plan.tiles import fits_blocks, key_blocks, packed_tiles, query_blocks, resident, round_up, tiles
 from cuflash.problem import Problem
 
 
@@ -186,6 +186,7 @@ def _few_config(problem: Problem, device: Device) -> tuple[FewConfig, str] | Non
         _in_halves(problem)
         or problem.num_splits == 1
         or problem.dropout
+        or problem.block_mask
         or problem.len_kv <= 256
         or rows > (32 if widest <= 128 else 16)
     ):
@@ -320,6 +321,7 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
     elif widest <= 64:
         # H200, 8k, d 64: 280 TFLOP/s; 16 key rows a warp 236, 64 keys 235; 64 queries 290, but they spill 350 bytes.
         candidates = [(32, 128, 128, 2, 1, "32 key rows a warp halve the shared-memory reads per product against 16")]
+        candidates += [(64, 64, 128, 1, 1, "the largest that fits")]
     elif widest <= 128:
         # H200, 8k, d 128: 284 TFLOP/s; with two stages 266, 64 keys 264, 32 queries 238.
         candidates = [
@@ -333,7 +335,8 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
             (64, 64, 128, 1, 2, "the largest that fits"),
             (16, 64, 128, 1, 2, "16 query rows: what fits in 99 KB"),
         ]
-    for tile_q, tile_kv, threads, stages, splits, reason in candidates:
+    fitting = [candidate for candidate in candidates if fits_blocks(problem, *candidate[:2])]
+    for tile_q, tile_kv, threads, stages, splits, reason in fitting or candidates:
         smem = _backward_smem(problem, tile_q, tile_kv, threads, stages, splits)
         if smem <= device.smem_per_block:
             config = BackwardConfig(
@@ -401,7 +404,8 @@ def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
     )
     threads = {128 * 128: 256, 32 * 32: 64}.get(tile_q * tile_kv, 128)
     config = BiasConfig(
-        **policies.policies(problem) | {"score": policies.score_without_bias(problem)},
+        **policies.policies(problem)
+        | {"score": policies.score_without_bias(problem), "mask": policies.mask_without_lists(problem)},
         tile_q=tile_q,
         tile_kv=tile_kv,
         threads=threads,
@@ -442,7 +446,7 @@ def _short_edge(problem: Problem, device: Device) -> int:
     """The edge of a tile that holds all queries and keys of a sequence, where sequences are many; else 0."""
     longest = max(problem.len_q, problem.len_kv)
     few = problem.batch * problem.heads_q < 2 * device.num_sms
-    if longest > 128 or few or max(problem.dim_qk, problem.dim_v) > 64 or _in_halves(problem):
+    if problem.block_mask or longest > 128 or few or max(problem.dim_qk, problem.dim_v) > 64 or _in_halves(problem):
         return 0
     return 64 if longest <= 64 else 128
 
@@ -570,7 +574,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
     bias = sum_bias_gradient(problem, device)
     launches = (
         steps.delta_step(problem),
-        Step("bwd_sm80", "BwdParams", config, blocks),
+        Step("bwd_sm80", "BwdParams", config, blocks, walks="q"),
         Step("bwd_convert", "BwdParams", convert, query_blocks(problem, config.tile_q)),
         *bias.steps,
         *steps.sink_step(problem),
@@ -590,8 +594,18 @@ def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int)
     return workspaces
 
 
+def lists_without_turns(problem: Problem) -> list[str]:
+    """Why blocks that take turns at dq do not walk a block mask: its lists count every turn that there can be."""
+    fewer = problem.layout == "varlen" or problem.mask.kind != "none"
+    if problem.direction == "backward" and problem.deterministic and problem.block_mask is not None and fewer:
+        return ["no turns of a block mask beside a band or in packed sequences, which leave some out"]
+    return []
+
+
 def _leave(problem: Problem, device: Device) -> list[str]:
     """What of floats is left to plain multiply-adds: tangents, and gradients whose least tile does not fit."""
+    if turns := lists_without_turns(problem):
+        return turns
     if not _in_halves(problem):
         return []
     if problem.tangents is not None:
@@ -610,7 +624,7 @@ SM80 = Family(
     min_capability=(8, 0),
     dtypes=("fp16", "bf16", "fp32"),
     max_dim=256,
-    features=tuple(name for name in FEATURES if name not in ON_NUMPY_ALONE),
+    features=tuple(FEATURES),
     caches=True,
     forward=_forward,
     backward=_backward,

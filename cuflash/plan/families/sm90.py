@@ -16,8 +16,10 @@ from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient
 from cuflash.plan.ceiling import Ceiling
 from cuflash.plan.config import BIAS_GRADIENT, HEADER, AttentionConfig, JvpConfig, SequenceConfig
 from cuflash.plan.families.sm80 import (
+    SM80,
     forward_division,
     held_bias,
+    lists_without_turns,
     short_backward,
     short_forward,
     sum_bias_gradient,
@@ -25,7 +27,7 @@ from cuflash.plan.families.sm80 import (
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
 from cuflash.plan.splits import best_splits, key_tiles
-from cuflash.plan.tiles import key_blocks, packed_tiles, query_blocks, round_up
+from cuflash.plan.tiles import fits_blocks, key_blocks, packed_tiles, query_blocks, round_up
 from cuflash.problem import Problem
 
 _ROWS = 64
@@ -82,10 +84,14 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     dim = round_up(max(problem.dim_qk, problem.dim_v), 16)
     full = problem.mask.kind == "none"
     crowded = _is_crowded(problem)
+    teams = 1
     scored = crowded or problem.softcap or problem.alibi or problem.bias is not None or problem.written
     if dim > 128:
         consumers, tile_kv, reason = 2, 64, "two consumers: out takes up to 128 registers, S 32"
-    elif crowded or (dim > 64 and scored and (problem.written or not problem.softcap)):
+    elif dim <= 64 and _is_light(problem):
+        consumers, teams, tile_kv = 2, 2, 64
+        reason = "two teams of two consumers: 128 queries each, as many as blocks have"
+    elif problem.block_mask or crowded or (dim > 64 and scored and (problem.written or not problem.softcap)):
         consumers, tile_kv = 2, 128
         reason = "two consumers: what else makes a score needs more registers than more consumers have"
     elif dim > 64:
@@ -96,21 +102,21 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
         consumers, tile_kv = 4, 64
         reason = "four consumers read k and v once for 256 rows; S, P and out fit in 112 registers"
     # With turns, softmaxes run under the products of others; without, no consumer visits what only others' rows see.
-    ping_pong = full or problem.copies_bias or tile_kv == 128
+    ping_pong = problem.copies_bias or (problem.block_mask is None and (full or tile_kv == 128))
     # H200, d 128: a second q, which hides the end of a work behind the next one, gives 1 % at 8k and 7 % at 1k.
     # Half the keys are for a bias in fp32 beside large heads.
     choices = ((tile_kv, 4, 2), (tile_kv, 3, 2), (tile_kv, 2, 2), (tile_kv, 2, 1), (tile_kv // 2, 2, 1))
     for tile_kv, stages, row_buffers in choices:
-        smem = _forward_smem(problem, consumers, tile_kv, stages, row_buffers)
+        smem = teams * _forward_smem(problem, consumers, tile_kv, stages, row_buffers)
         if smem <= device.smem_per_block:
             break
-    producer, consumer = _REGISTERS[consumers]
+    producer, consumer = _REGISTERS[teams * consumers]
     score, bias_copies = _score_and_bias(problem)
     config = ForwardConfig(
         **policies.policies(problem) | {"score": score},
         tile_q=consumers * _ROWS,
         tile_kv=tile_kv,
-        threads=128 * (1 + consumers),
+        threads=128 * (1 + teams * consumers),
         smem_bytes=smem,
         sink=policies.sink(problem),
         bias_copies=bias_copies,
@@ -138,6 +144,12 @@ def _is_crowded(problem: Problem) -> bool:
     return bool(crowded) or policies.written_work(problem) > _LIGHT
 
 
+def _is_light(problem: Problem) -> bool:
+    """Whether a block mask is all that there is beside products: a rule that partial blocks alone are tested by."""
+    others = problem.dropout, problem.mask.tensor, problem.bias, problem.softcap, problem.alibi, problem.score_mod
+    return problem.block_mask is not None and problem.mask_mod is None and not any(others)
+
+
 def _score_and_bias(problem: Problem) -> tuple[str, str]:
     """The policies of a score and of a bias: copied beside the rows where it can be, else a term of the score."""
     if problem.bias is None or not problem.copies_bias:
@@ -152,6 +164,7 @@ def _forward_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, r
     rows = row_buffers * max(row_qk, row_v)
     barriers = 2 * (row_buffers * consumers + 2 * stages)  # full and empty
     works = 2 * (2 * 8 + 4 * 4)
+    works += 0 if problem.block_mask is None else 2 * 56  # ListedTiles
     tiles = consumers * _ROWS * rows + stages * tile_kv * (row_qk + row_v)
     smem = round_up(tiles + 8 * barriers + works, 1024)
     return smem + (_bias_buffers(problem, consumers * _ROWS, tile_kv, stages) if problem.copies_bias else 0)
@@ -284,16 +297,19 @@ def _forward(problem: Problem, device: Device) -> Plan:
     config, reason = _forward_config(problem, device)
     varlen = problem.layout == "varlen"
     works = problem.heads_q * packed_tiles(problem, config.tile_q) if varlen else query_blocks(problem, config.tile_q)
-    blocks = min(works, device.num_sms)  # they go from one tile to another, and load the next while they store the last
-    differ = varlen or problem.mask.kind != "none"  # tiles in length, so they are drawn
+    teams = (config.threads // 128 - 1) * _ROWS // config.tile_q
+    # Blocks go from one tile to another, and load the next while they store the last.
+    blocks = min(-(-works // teams), device.num_sms)
+    # Tiles that differ in length are drawn.
+    differ = varlen or problem.mask.kind != "none" or problem.block_mask is not None
     tickets = Workspace("tickets", np.dtype(np.int32), (2,), kept=True)
-    workspaces = (tickets,) if differ and blocks < works else ()
+    workspaces = (tickets,) if differ and teams * blocks < works else ()
     boxes: tuple[Box, ...] = (
         Box("q", _ROWS), Box("k", config.tile_kv), Box("v", config.tile_kv), Box("out", _ROWS),
     )  # fmt: skip
     if problem.copies_bias:
         boxes += (Box("bias", 1 if problem.bias_broadcast[2] else config.tile_q),)
-    launches = (*steps.rng_step(problem), Step("fwd_sm90", "FwdParams", config, blocks, boxes))
+    launches = (*steps.rng_step(problem), Step("fwd_sm90", "FwdParams", config, blocks, boxes, "kv"))
     ceiling = _forward_ceiling(problem, config)
     return Plan(problem, device, "sm90", launches, workspaces, reason, ceiling=ceiling)
 
@@ -431,7 +447,8 @@ def _short_backward(problem: Problem, device: Device) -> Plan | None:
     shared = problem.bias is None or problem.bias_broadcast[0]
     few = problem.batch * problem.heads_q < 2 * device.num_sms
     sloped = bool(problem.softcap) or problem.score_mod is not None  # so that dS is not the gradient of a bias
-    if not fits or not shared or few or problem.group > 1 or (problem.bias_grad and sloped):
+    listed = problem.block_mask is not None
+    if not fits or not shared or few or listed or problem.group > 1 or (problem.bias_grad and sloped):
         return None
     tile_q = 64
     tiles = 2 * _SHORT * 128 * sum(2 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
@@ -483,6 +500,8 @@ def _sum_bias_gradient(problem: Problem, device: Device, boxes: tuple[Box, ...])
     widest = max(problem.dim_qk, problem.dim_v)
     if problem.bias is None or not problem.bias_grad or is_stored(problem) or along_rows or along_keys or widest > 64:
         return sum_bias_gradient(problem, device)
+    if problem.block_mask is not None:  # of which its kernel walks no lists
+        return sum_bias_gradient(problem, device)
     tile = 128
     stages = 2
     smem = round_up(stages * tile * 4 * 128 + 2 * 8 * stages + held_bias(problem, tile, tile), 1024)
@@ -530,7 +549,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
     bias = _sum_bias_gradient(problem, device, boxes)
     launches = (
         Step("bwd_prepare_sm90", "BwdParams", prepare, query_blocks(problem, config.tile_q)),
-        Step(kernel, "BwdParams", config, key_blocks(problem, config.tile_kv), boxes),
+        Step(kernel, "BwdParams", config, key_blocks(problem, config.tile_kv), boxes, "q"),
         Step("bwd_convert_sm90", "BwdParams", convert, query_blocks(problem, config.tile_q)),
         *bias.steps,
         *steps.sink_step(problem),
@@ -579,11 +598,15 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
         return ["2^31 query tiles or more"]
     if problem.tangents is not None:
         return _leave_tangents_to_sm80(problem)
+    if problem.block_mask is not None and not _walks_whole_blocks(problem, device):
+        return ["its tiles reach over several blocks of the mask, those of sm80 do not"]
     if problem.direction == "backward":
         if _short_backward(problem, device) is None and short_backward(problem, device) is not None:
             return ["sm80 serves many short sequences better"]
         if problem.score_mod is not None and max(problem.dim_qk, problem.dim_v) > 128:
             return ["the assembler serialises products beside a written score of more than 128 columns"]
+        if turns := lists_without_turns(problem):
+            return turns
         # Its two warpgroups share dq's columns, of which there must be two chunks of 64 or a tile of 128 queries.
         return ["dim_v > 64 beside dim_qk <= 64"] if problem.dim_qk <= 64 < problem.dim_v <= 128 else []
     if short_forward(problem, device) is not None:
@@ -612,6 +635,17 @@ def _leave_tangents_to_sm80(problem: Problem) -> list[str]:
     return reasons
 
 
+def _walks_whole_blocks(problem: Problem, device: Device) -> bool:
+    """Whether tiles fit the blocks of a mask, or those of ``sm80`` do not either."""
+
+    def fits(steps: tuple[Step, ...]) -> bool:
+        configs = [step.config for step in steps if step.walks]
+        return all(isinstance(x, AttentionConfig) and fits_blocks(problem, x.tile_q, x.tile_kv) for x in configs)
+
+    make = _forward if problem.direction == "forward" else _backward
+    return fits(make(problem, device).steps) or not fits(SM80.plan(problem, device).steps)
+
+
 SM90 = Family(
     name="sm90",
     summary="warpgroup tensor cores by wgmma, fed by bulk copies",
@@ -621,7 +655,8 @@ SM90 = Family(
     max_dim=256,
     features=(
         "backward", "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient",
-        "written score", "written mask", "sink", "dropout", "gqa", "dim_v != dim_qk", "deterministic", "tangents",
+        "written score", "written mask", "block mask", "sink", "dropout", "gqa", "dim_v != dim_qk", "deterministic",
+        "tangents",
     ),
     forward=_forward,
     backward=_backward,
