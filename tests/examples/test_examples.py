@@ -30,11 +30,13 @@ CLAIMS = {
         "all_to_all_attention",
         "repeats to the bit: True",
     ],
+    "pair_bias.py": ["gradients in float32 are within", "written out in float64", "hidden distances are off by"],
     "10_written_scores.py": ["what it becomes: ", "a mask of one's own  ", "learned to look [1, 4, 7, 10] rows back"],
 }
 
 _FEW = ["--steps", "40", "--batch", "4", "--length", "64", "--width", "32"]
 FEWER = {"02_training_step.py": _FEW, "06_jax_training_step.py": _FEW, "07_torch_training_step.py": _FEW}
+FEWER["pair_bias.py"] = ["--steps", "6", "--length", "12"]
 """Options of examples that take a minute without."""
 
 
