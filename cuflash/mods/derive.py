@@ -28,6 +28,12 @@ def slopes(mod: Mod) -> Slopes:
     return Slopes(derivative(mod.expression, SCORE), tuple(pair for pair in by_load if pair[1] is not ZERO))
 
 
+@lru_cache(maxsize=1024)
+def curvature(mod: Mod) -> Node:
+    """The second derivative of a written score by the score."""
+    return derivative(slopes(mod).by_score, SCORE)
+
+
 def derivative(result: Node, leaf: Node) -> Node:
     """How the result moves with a leaf: the score, or a number that is read from a captured array.
 

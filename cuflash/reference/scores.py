@@ -136,6 +136,29 @@ class Scores:
             return None
         return self.score_mod.apply_with_slopes(stacked(capped, group), tile, of_captured)
 
+    def bend(
+        self, capped: np.ndarray, slope: np.ndarray | None, dx: np.ndarray, tile: Tile, group: int
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Apply the written score in place: the slope of what it makes of x, and the tangent of that along that of x.
+
+        `slope` is that of `capped`; None is 1, of which the tangent is None, too.
+        """
+        turn = None if slope is None else self.curvature(capped, slope, dx)
+        if self.score_mod is None:
+            return slope, turn
+        shape = stacked(capped, group).shape
+        of_capped = stacked(dx if slope is None else dx * slope, group)
+        by_capped, curve = self.score_mod.apply_with_curvature(stacked(capped, group), tile)
+        if by_capped is None:
+            return slope, turn
+        by_capped = np.broadcast_to(by_capped, shape).reshape(dx.shape)
+        total = by_capped * (1 if slope is None else slope)
+        turn = np.zeros_like(dx) if turn is None else turn * by_capped
+        if curve is not None:
+            turned = np.broadcast_to(curve, shape).reshape(dx.shape) * of_capped.reshape(dx.shape)
+            turn += turned if slope is None else turned * slope
+        return total, turn
+
     def finish(self, capped: np.ndarray, tile: Tile, keep: np.ndarray | None, group: int) -> np.ndarray:
         """Add ALiBi and bias and set what is not kept to -inf, whatever it was, in place."""
         if keep is None and self.slopes is None and self.bias is None:

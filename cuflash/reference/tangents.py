@@ -162,10 +162,12 @@ def backward_along(
                 capped = scores.capped(product("s", row.q, k_tile, scratch))
                 ds = _product_along("ds", row.q, k_tile, row.dq, dk_tile, scratch)
                 slope = scores.slope(capped)
-                curvature = None if slope is None else scores.curvature(capped, slope, ds)
+                slope, curvature = scores.bend(capped, slope, ds, tile, group)
                 ds = scores.tangent(ds, slope, tangents.bias, tile, keep, group)
                 p = weights(scores.finish(capped, tile, keep, group), row.shift)
                 np.multiply(p, row.factor, out=p)
+                if scores.score_mod is not None:
+                    _hide(p, ds, slope, curvature)
                 v_tile, dv_tile = v_columns[tile.keys], None if along_v is None else dv_columns[tile.keys]
                 dp = product("dp", row.dout, v_tile, scratch)
                 ddp = _product_along("ddp", row.dout, v_tile, row.ddout, dv_tile, scratch)
@@ -258,6 +260,13 @@ class _Pairs(NamedTuple):
     slope: np.ndarray | None
     curvature: np.ndarray | None  # slope'
     kept: np.ndarray | None  # what dropout multiplies P by
+
+
+def _hide(p: np.ndarray, *others: np.ndarray | None) -> None:
+    """Set to 0 what belongs to pairs without a weight, whose written scores may move in any way."""
+    for x in others:
+        if x is not None:
+            np.copyto(x, 0, where=p == 0)
 
 
 def _product_along(

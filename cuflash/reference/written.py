@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cuflash.mods import Mod
-from cuflash.mods.derive import slopes
+from cuflash.mods.derive import curvature, slopes
 from cuflash.mods.evaluate import evaluate
-from cuflash.mods.expression import ONE, Node
+from cuflash.mods.expression import ONE, ZERO, Node
 from cuflash.reference.tiles import Tile
 
 
@@ -47,6 +47,14 @@ class Written(NamedTuple):
             by_load.append((load.value, _flat(index, self.captured[load.value].shape), slope))
         np.copyto(s, result)
         return Slopes(None if by_score is ONE else of_score, by_load)
+
+    def apply_with_curvature(self, s: np.ndarray, tile: Tile) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The same, and the first and second derivative by the score; None where they are 1 and 0."""
+        of_slope, of_curve = slopes(self.mod).by_score, curvature(self.mod)
+        wanted = [self.mod.expression, of_slope, of_curve]
+        result, slope, curve = (x.copy() if x is s else x for x in self._values(tile, wanted, s, s.dtype))
+        np.copyto(s, result)
+        return None if of_slope is ONE else slope, None if of_curve is ZERO else curve
 
     def _values(
         self, tile: Tile, results: Sequence[Node], score: np.ndarray | None, real: np.dtype

@@ -142,8 +142,10 @@ def test_what_a_program_of_jax_would_lose_is_refused() -> None:
     attend = lambda table, q: cuflash.flash_attn_func(q, k, v, score_mod=score_of(table, numbers))  # noqa: E731
     with pytest.raises(UnsupportedProblem, match="cuflash has no forward mode of it"):
         jax.jvp(attend, (table, q), (table, q))
-    with pytest.raises(UnsupportedProblem, match="written scores have first derivatives alone"):
-        jax.grad(lambda q: (jax.grad(lambda q: attend(table, q).sum())(q) ** 2).sum())(q)
+    for inner, outer in ((0, 1), (1, 0), (0, 0)):
+        with pytest.raises(UnsupportedProblem, match="second derivatives are of q, k, v, a bias and a sink alone"):
+            once = lambda *x: (jax.grad(lambda *x: attend(*x).sum(), inner)(*x) ** 2).sum()  # noqa: B023, E731
+            jax.grad(once, outer)(table, q)
     with pytest.raises(UnsupportedProblem, match="captured0 of mask_mod is differentiated, and a mask has no gradient"):
         jax.grad(lambda x: cuflash.flash_attn_func(q, k, v, mask_mod=lambda b, h, q, k: x[h, k] > 0).sum())(table)
     with pytest.raises(UnsupportedProblem, match="block_mask is given inside JAX's transformations"):
@@ -162,3 +164,55 @@ def test_a_score_in_a_program_of_jax_changes_along_queries() -> None:
     _, found = jax.jvp(attend, (_of_jax(Q),), (_of_jax(change),))
     for one, other in zip(found, expected[2:], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+def curved(table: Any) -> Any:
+    """A score with second derivatives by itself, and what hides some pairs."""
+
+    def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        moved = mods.where((q + k) % 4 == 1, mods.exp(0.3 * s), s * s * 0.2 + mods.tanh(s) * table[h, q - k + 6])
+        return mods.where((q * k) % 5 == 2, -np.inf, mods.where(k == 5, s + 1.0, moved))
+
+    return score
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:")
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_second_derivatives_by_torch_are_finite_differences(softcap: float) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    table = TABLE.astype(np.float64)
+    shapes = (2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 4), (4, 5, 7)
+    x = [torch.tensor(RNG.standard_normal(shape), requires_grad=True) for shape in shapes]
+
+    def loss(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        out, lse = cuflash.flash_attn_func(
+            q, k, v, attn_bias=bias, score_mod=curved(table), mask_mod=seen, softcap=softcap, return_lse=True
+        )
+        return out.sin().sum() + (lse[lse.isfinite()] ** 2).sum()
+
+    assert torch.autograd.gradgradcheck(loss, x, check_fwd_over_rev=True, fast_mode=True)
+
+
+def test_second_derivatives_by_torch_of_what_is_read_are_refused() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    q, k, v, table = (torch.tensor(x) for x in (Q, K, V, TABLE))
+    refused = pytest.raises(UnsupportedProblem, match="second derivatives are of q, k, v, a bias and a sink alone")
+    for learned in (q, table):
+        q.requires_grad_(), table.requires_grad_()
+        out = cuflash.flash_attn_func(q, k, v, score_mod=curved(table))
+        (once,) = torch.autograd.grad(out.sum(), [learned], create_graph=True)
+        with refused:
+            once.square().sum().backward()
+
+
+def test_second_derivatives_in_a_program_of_jax_are_finite_differences() -> None:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    table = _of_jax(TABLE)
+    attend = lambda q: cuflash.flash_attn_func(q, _of_jax(K), _of_jax(V), score_mod=curved(table)).sum()  # noqa: E731
+    q, change = _of_jax(Q), _of_jax(RNG.standard_normal(Q.shape).astype(np.float32))
+    turned = jax.jvp(jax.grad(attend), (q,), (change,))[1]
+    pulled = jax.grad(lambda q: (jax.grad(attend)(q) * change).sum())(q)
+    np.testing.assert_allclose(turned, pulled, rtol=1e-4, atol=1e-5)
+    step = 1e-2
+    after, before = (jax.grad(attend)(q + sign * step * change) for sign in (1, -1))
+    np.testing.assert_allclose(turned, (after - before) / (2 * step), rtol=2e-2, atol=2e-3)

@@ -91,6 +91,7 @@ def _gradients(options: Options, names: Names) -> Callable[..., tuple[Any, ...]]
         along = tuple(name for name in changes if _has_gradient(name) or name in _UPSTREAM)
         if not along:
             return results, tuple(jnp.zeros_like(x) for x in results)
+        _refuse_captured(options, along)
         pushed = linear.apply(_PushGradients(options, names, along), operands, [changes[x] for x in along], results)
         return results, tuple(pushed)
 
@@ -242,7 +243,7 @@ def _named(options: Options, names: Names, operands: Any, results: Any) -> Mappi
 def once(direction: Direction, options: Options, names: Names, along: Names = ()) -> Callable[..., tuple[Any, ...]]:
     """`batching.batched`, with words for who differentiates it."""
     if direction == "backward" and along:
-        check.refuse_second_derivatives(options)
+        _refuse_captured(options, along)
     call = jax.custom_jvp(batched(direction, options, names, along))
 
     @call.defjvp
@@ -250,6 +251,12 @@ def once(direction: Direction, options: Options, names: Names, along: Names = ()
         raise _no_third()
 
     return call
+
+
+def _refuse_captured(options: Options, along: Names) -> None:
+    """Refuse second derivatives by what a written score reads."""
+    learns = options.captured_grad or any(map(_is_captured, along))
+    check.refuse_second_derivatives(options.replace(captured_grad=learns))
 
 
 def _no_third() -> UnsupportedProblem:

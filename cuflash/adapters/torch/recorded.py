@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cuflash.errors import InvalidArgument, UnsupportedProblem
-from cuflash.ops import Arrays, Options, Tangents, new
+from cuflash.ops import Arrays, Options, Tangents, check, new
 from cuflash.ops.lengths import with_lengths
 from cuflash.problem import Direction
 
@@ -25,6 +25,8 @@ _DIFFERENTIABLE = ("q", "k", "v", "bias", "sink")
 _OTHERS = [(i, name) for i, name in enumerate(Arrays._fields[:_READ]) if name not in _DIFFERENTIABLE]
 """What a forward reads and has no gradient of, and where among its arrays."""
 _BIAS = Arrays._fields.index("bias")
+_CAPTURED = Arrays._fields.index("captured")
+"""Where what is captured begins among all arrays, one by one."""
 
 NO_FORWARD_MODE = (
     "cuflash has no forward mode for torch here. Take gradients by backward() or torch.func.grad, or call "
@@ -409,6 +411,7 @@ class _AttentionGradient(torch.autograd.Function):
     def backward(ctx: Any, *weights: Any) -> Any:
         """Hessians are symmetric: the weights of gradients are a change of what these are of."""
         arrays = _own(ctx)
+        _refuse_captured(ctx, any(ctx.needs_input_grad[4 + _CAPTURED :]))
         dq, dk, dv, *others = weights
         dbias = others.pop(0) if ctx.options.bias_grad else None
         dbias = None if dbias is None else dbias.to(arrays.bias.dtype)
@@ -432,7 +435,9 @@ class _AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        arrays, changes = _own(ctx), Arrays(*tangents[4 : 4 + len(Arrays._fields)])
+        own, of_captured = tangents[4 : 4 + _CAPTURED], tangents[4 + _CAPTURED :]
+        _refuse_captured(ctx, any(x is not None for x in of_captured))
+        arrays, changes = _own(ctx), Arrays(*own)
         along = Tangents(*(getattr(changes, name) for name in (*_DIFFERENTIABLE, *_UPSTREAM)))
         return _along(ctx.framework, "backward", ctx.options, _contiguous(arrays), along)
 
@@ -454,6 +459,11 @@ class _AttentionGradient(torch.autograd.Function):
             unfolded.append(others[-1].unflatten(0, (info.batch_size, -1)))
             dims.append(0)
         return tuple(unfolded), tuple(dims)
+
+
+def _refuse_captured(ctx: Any, some: bool) -> None:
+    """Refuse second derivatives by what a written score reads."""
+    check.refuse_second_derivatives(ctx.options.replace(captured_grad=ctx.options.captured_grad or some))
 
 
 def _own(ctx: Any) -> Arrays:

@@ -39,11 +39,11 @@ def captured_grad_of(options: Options, views: Mapping[str, View]) -> bool:
 
 
 def refuse_second_derivatives(options: Options) -> None:
-    """Refuse to differentiate a gradient of a written score."""
-    if options.score_mod is not None:
+    """Refuse to differentiate a gradient of what a written score reads."""
+    if options.captured_grad:
         raise UnsupportedProblem(
-            "score_mod is given to a call that is differentiated twice, and written scores have first derivatives "
-            "alone. Take these, or write the score out as a bias."
+            "what score_mod reads has a gradient in a call that is differentiated twice, and second derivatives are of "
+            "q, k, v, a bias and a sink alone. Pass what it reads detached, or write the score out as a bias."
         )
 
 
