@@ -42,12 +42,12 @@ def create_block_mask(
     Parameters
     ----------
     mask : callable, array of bool, Mask or BlockMask, optional
-        What visible pairs fulfil: a function ``(b, h, q, k)`` as `mask_mod` is, written by you or made by `document`,
-        `prefix_lm`, `sliding_window` and others in ``cuflash.mods``; an array of up to four axes that broadcasts to
-        (batch, heads, len_q, len_kv), True where a query sees a key; a band, aligned to `len_q` and `len_kv`; or
-        another block mask, whose sizes stand in for those that are left out. None hides nothing. Arrays lie in host
-        memory, of any library; they are read again by every call that takes the block mask, so make another one where
-        they change.
+        What visible pairs fulfil: a function ``(b, h, q, k)`` as `mask_mod` is, traced or not, written by you or made
+        by `document`, `prefix_lm`, `sliding_window` and others in ``cuflash.mods``; an array of up to four axes that
+        broadcasts to (batch, heads, len_q, len_kv), True where a query sees a key; a band, aligned to `len_q` and
+        `len_kv`; or another block mask, whose sizes stand in for those that are left out. None hides nothing. Arrays
+        lie in host memory, of any library; they are read again by every call that takes the block mask, so make another
+        one where they change.
     batch, heads : int, optional
         Batch elements, and query heads; needed where the function depends on them. Where it does not, or they are left
         out, all share one list.

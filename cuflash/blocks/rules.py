@@ -36,9 +36,11 @@ def in_host_memory(name: str, array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def traced_rule(function: Callable[..., Any]) -> Traced:
-    """A mask that is written as a function, and the arrays that it reads as NumPy's."""
-    mod, arrays = trace("mask_mod", function)
+def traced_rule(function: Callable[..., Any] | Traced) -> Traced:
+    """A mask that is written as a function, or traced already, and the arrays that it reads as NumPy's."""
+    mod, arrays = function if isinstance(function, Traced) else trace("mask_mod", function)
+    if mod.expression.kind != "bool":
+        raise InvalidArgument(f"mask is {mod}, traced as a score; expected what mods.trace makes of a mask_mod.")
     return Traced(mod, tuple(in_host_memory("an array that mask_mod reads", x) for x in arrays))
 
 

@@ -51,12 +51,13 @@ def keywords(case: Case) -> dict[str, Any]:
     }
 
 
-def written(case: Case, inputs: Inputs) -> dict[str, Traced]:
-    """The keywords of a written score and mask; none where there is neither."""
+def written(case: Case, inputs: Inputs) -> dict[str, Any]:
+    """The keywords of a written score, a written mask and a block mask; none where there is none of them."""
     score, mask = case.problem.score_mod, case.problem.mask_mod
     count = len(score.operands) if score else 0
     found = {"score_mod": (score, inputs.captured[:count]), "mask_mod": (mask, inputs.captured[count:])}
-    return {name: Traced(mod, read) for name, (mod, read) in found.items() if mod is not None}
+    blocks = {} if case.blocks is None else {"block_mask": case.blocks}
+    return {name: Traced(mod, read) for name, (mod, read) in found.items() if mod is not None} | blocks
 
 
 def lengths(case: Case) -> dict[str, Any]:
@@ -97,7 +98,9 @@ def _held_to_family(case: Case, inputs: Inputs) -> tuple[Call, Callable[..., tup
     chosen = options(case)
     shared = arrays(inputs)
     if mods := written(case, inputs):
-        chosen, shared = with_mods(chosen, shared, mods.get("score_mod"), mods.get("mask_mod"))
+        chosen, shared = with_mods(
+            chosen, shared, mods.get("score_mod"), mods.get("mask_mod"), block_mask=mods.get("block_mask")
+        )
     gradients = chosen.replace(
         deterministic=case.problem.deterministic,
         bias_grad=case.problem.bias_grad,

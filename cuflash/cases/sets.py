@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from cuflash import mods
+from cuflash.blocks import BlockMask, create_block_mask
 from cuflash.cases.table import Case, widest_copy
 from cuflash.dtypes import BF16, DTYPES
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.problem import Problem, Rotary
+from cuflash.problem import Blocks, Problem, Rotary
 
 _CAUSAL = Mask(right=0)
 
@@ -225,7 +226,10 @@ _SHORT = (1024, 8, 128, 64), (4096, 4, 64, 32)
 
 
 def written() -> list[Case]:
-    """Scores and masks as callers write them, beside the options that say the same: 8k tokens, of 2,048 columns."""
+    """Scores and masks as callers write them, beside the options that say the same: 8k tokens, of 2,048 columns.
+
+    Masks are given as lists of blocks. Of random ones, without a rule, half and nine tenths are empty.
+    """
     return [case for dim in (64, 128) for case in _written(dim)]
 
 
@@ -238,16 +242,27 @@ def _written(dim: int) -> list[Case]:
     documents = np.searchsorted(ends, np.arange(length), side="right").astype(np.int32)
     prefixes = np.array([length // 4, length // 2], np.int32)
 
-    def case(name: str, built_in: dict[str, Any] | None = None, learned: bool = False, **functions: Any) -> Case:
+    sizes = {"len_q": length, "len_kv": length}
+
+    def case(
+        name: str,
+        built_in: dict[str, Any] | None = None,
+        learned: bool = False,
+        blocks: BlockMask | None = None,
+        **functions: Any,
+    ) -> Case:
         traced = {argument: mods.trace(argument, function) for argument, function in functions.items()}
         captured = tuple(array for _, arrays in traced.values() for array in arrays)
         changes: dict[str, Any] = {argument: mod for argument, (mod, _) in traced.items()}
         changes |= {"captured_flat": tuple(range(len(captured))), "captured_grad": learned}
+        if blocks is not None:
+            changes["block_mask"] = Blocks(blocks.block_size, blocks.rule.mod, blocks.batch, blocks.heads)
         plain = _dense(f"{name}-d{dim}", "bf16", 2, heads, length, dim)
         return replace(
             plain,
             problem=replace(plain.problem, **changes),
             captured=captured,
+            blocks=blocks,
             built_in=replace(plain.problem, **built_in) if built_in else None,
         )
 
@@ -257,10 +272,17 @@ def _written(dim: int) -> list[Case]:
         case("softcap30", {"softcap": 30.0}, score_mod=mods.softcap(30.0)),
         case("relative", score_mod=mods.relative_bias(table)),
         case("relative-learned", score_mod=mods.relative_bias(table), learned=True),
-        case("documents16", mask_mod=mods.document(documents)),
-        case("prefix", mask_mod=mods.prefix_lm(prefixes)),
-        case("window1024", {"mask": Mask(left=1024, right=0)}, mask_mod=mods.sliding_window(1024, 0)),
-    ]
+        case("documents16", blocks=create_block_mask(mods.document(documents), **sizes)),
+        case("prefix", blocks=create_block_mask(mods.prefix_lm(prefixes), batch=2, **sizes)),
+        case(
+            "window1024", {"mask": Mask(left=1024, right=0)},
+            blocks=create_block_mask(mods.sliding_window(1024, 0), **sizes),
+        ),
+        *(
+            case(f"blocks{empty}", blocks=create_block_mask(blocks=rng.random((64, 64)) >= empty / 100, **sizes))
+            for empty in (50, 90)
+        ),
+    ]  # fmt: skip
 
 
 def training() -> list[Case]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cuflash import mods
+from cuflash.blocks import BlockMask
 from cuflash.device import Device, named
 from cuflash.dropout import Dropout
 from cuflash.dtypes import DTYPES
@@ -50,6 +51,8 @@ class Case:
     """What q and k are multiplied by: the larger, the more one key outweighs the rest of its row."""
     captured: tuple[np.ndarray, ...] = field(default=(), compare=False)
     """What the problem's written score reads, then its mask."""
+    blocks: BlockMask | None = field(default=None, compare=False)
+    """The problem's block mask with its lists."""
     built_in: Problem | None = None
     """The same problem without a written score or mask, where an option of every call says the same."""
 
@@ -83,9 +86,10 @@ class Case:
         return replace(self, problem=problem, built_in=built_in)
 
     def flops(self) -> float:
-        """Like :meth:`Problem.flops`, with the true lengths of packed sequences."""
+        """Like :meth:`Problem.flops`, with the true lengths of packed sequences, and of listed blocks alone."""
         problem = self.problem
-        pairs = sum(visible_pairs(problem.mask, len_q, len_kv) for len_q, len_kv in self.sequences)
+        pairs: float = sum(visible_pairs(problem.mask, len_q, len_kv) for len_q, len_kv in self.sequences)
+        pairs *= 1.0 if self.blocks is None else 1.0 - self.blocks.sparsity
         forward = 2.0 * problem.heads_q * pairs * (problem.dim_qk + problem.dim_v)
         return problem.forwards * forward
 

@@ -24,7 +24,7 @@ from doubles.peers import (
 )
 
 import cuflash
-from cuflash import mods
+from cuflash import create_block_mask, mods
 from cuflash.bench import report
 from cuflash.bench.peers import PEERS, chosen, find
 from cuflash.bench.peers.flash_attention import FlashAttention3, FlashAttention4
@@ -38,7 +38,7 @@ from cuflash.cases.table import Case
 from cuflash.dtypes import BF16, FP32
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
-from cuflash.problem import Problem, Rotary
+from cuflash.problem import Blocks, Problem, Rotary
 
 CAUSAL = Mask(right=0)
 PLAIN = Problem("forward", FP32, 2, 4, 4, 70, 70, 16, 16, softmax_scale=0.3)
@@ -74,6 +74,10 @@ CASES["written"] = Case(
     None,
     replace(PLAIN, score_mod=SCORE.mod, mask_mod=RULE.mod, captured_flat=(0, 1)),
     captured=(*SCORE.arrays, *RULE.arrays),
+)
+BLOCKS = create_block_mask(RULE, len_q=PLAIN.len_q, len_kv=PLAIN.len_kv, block_size=16) & (np.arange(70) % 32 < 20)
+CASES["blocks"] = Case(
+    "blocks", None, replace(PLAIN, block_mask=Blocks(BLOCKS.block_size, BLOCKS.rule.mod)), blocks=BLOCKS
 )
 
 

@@ -358,3 +358,12 @@ def test_a_rule_may_be_replayed_elsewhere():
     dense = (ids[:, None] == ids) & np.tri(8, dtype=bool)
     check_mask(shifted, dense[None, None, 2:])
     assert len((create(inner, len_q=8, len_kv=8) & inner).rule.arrays) == 1, "an array that both read is held once"
+
+
+def test_a_traced_rule_is_one_and_a_traced_score_is_not() -> None:
+    ids = np.array([0, 0, 1, 1, 1])
+    traced = mods.trace("mask_mod", lambda b, h, q, k: ids[q] == ids[k])
+    made = create(traced, len_q=5, len_kv=5, block_size=2)
+    np.testing.assert_array_equal(made.to_dense()[0, 0], ids[:, None] == ids)
+    with pytest.raises(InvalidArgument, match=r"traced as a score; expected what mods.trace makes of a mask_mod"):
+        create(mods.trace("score_mod", lambda s, b, h, q, k: 2 * s), len_q=5, len_kv=5)

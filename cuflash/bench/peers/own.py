@@ -73,7 +73,7 @@ class BuiltIn(CuflashGpu):
             raise UnsupportedProblem("no option says the same")
         slopes = inputs.captured[0] if case.built_in.alibi else None
         own = replace(inputs, captured=(), alibi_slopes=slopes)
-        return super().prepare(replace(case, problem=case.built_in, captured=(), built_in=None), own)
+        return super().prepare(replace(case, problem=case.built_in, captured=(), blocks=None, built_in=None), own)
 
 
 class CuflashCpu:

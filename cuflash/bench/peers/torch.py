@@ -269,7 +269,7 @@ class FlexAttention(Torch):
         """What it is asked for here: bands and documents, and what is a function of one score and its place."""
         if problem.layout == "varlen" and problem.bias is not None:
             return "no bias of packed sequences"
-        written = "written score", "written mask", "captured gradient"
+        written = "written score", "written mask", "block mask", "captured gradient"
         return beyond(problem, "varlen", "causal", "window", "softcap", "alibi", "bias", "bias gradient", *written)
 
     def call(self, torch: Any, case: Case, inputs: Inputs) -> Callable[[], object]:
@@ -299,7 +299,11 @@ class FlexAttention(Torch):
         read = len(problem.score_mod.operands) if problem.score_mod else 0
         places = self._places(torch, case, inputs)
         block_mask = None
-        if visible := _visible(problem, *places, _written(torch, problem.mask_mod, inputs.captured[read:])):
+        rule, held = problem.mask_mod, inputs.captured[read:]
+        if case.blocks is not None:
+            rule = case.blocks.rule.mod
+            held = tuple(torch.from_numpy(x).to(q.device) for x in case.blocks.rule.arrays)
+        if visible := _visible(problem, *places, _written(torch, rule, held)):
             make = self._module.create_block_mask
             if q.shape[2] * k.shape[2] > _MOST_PAIRS:
                 make = torch.compile(make)
