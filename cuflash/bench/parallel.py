@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ _WAYS = {"ring": (ring_attention_vjp, model.ring), "all-to-all": (all_to_all_att
 _PHASES: tuple[Direction, Direction] = "forward", "backward"
 _PAIRS = 2.0**36
 """Queries times keys of all repetitions of a case, one of which is always done."""
+_FORWARDS = 2
+"""Repetitions of the forward at least, as it takes a third of the time and its first one allocates memory."""
 
 
 def measure(cases: Sequence[Case], seconds: float) -> list[Divided]:
@@ -113,12 +116,16 @@ class Noting(Exchange):
             self._exchange.post(post)()
 
 
-class _Took(NamedTuple):
-    """Seconds of both phases, by what was timed."""
+Pair = tuple[float, float]
+"""Seconds of the forward and of the backward; infinitely many of what was not timed."""
 
-    whole: tuple[float, float]
-    kernels: tuple[float, float] | None = None
-    transfers: tuple[float, float] | None = None
+
+class _Took(NamedTuple):
+    """What was timed, and bytes and differences of the first repetition."""
+
+    whole: Pair
+    kernels: Pair | None = None
+    transfers: Pair | None = None
     nbytes: tuple[int, int] | None = None
     apart: tuple[float, float] | None = None
 
@@ -149,13 +156,15 @@ class _Member:
         parts = [x[:, tokens] for x in whole]
         words = {name: calls.keywords(case)[name] for name in ("softmax_scale", "causal", "window_size")}
         found: dict[str, list[_Took]] = {name: [] for name in (ALONE, *_WAYS)}
-        for repetition in range(max(1, min(4, int(_PAIRS / length**2)))):
-            results, took = self._step(lambda: cuflash.flash_attn_vjp(*whole[:3], **words), whole[3])
+        repetitions = max(1, min(4, int(_PAIRS / length**2)))
+        for repetition in range(max(repetitions, _FORWARDS)):
+            backward = repetition < repetitions
+            results, took = self._step(lambda: cuflash.flash_attn_vjp(*whole[:3], **words), whole[3], backward)
             found[ALONE].append(_Took(took))
             mine = [x[:, tokens] for x in results] if repetition == 0 else None
             del results
             for name, (function, _) in _WAYS.items():
-                found[name].append(self._divided(function, parts, words, mine))
+                found[name].append(self._divided(function, parts, words, mine, backward))
             del mine
         rows = []
         speeds = [model.speeds_of(current(self._rank), case.turned(phase).problem) for phase in _PHASES]
@@ -188,33 +197,37 @@ class _Member:
                 )
         return rows
 
-    def _divided(self, function: Callable[..., Any], parts: list[Any], words: dict[str, Any], mine: Any) -> _Took:
+    def _divided(
+        self, function: Callable[..., Any], parts: list[Any], words: dict[str, Any], mine: Any, backward: bool
+    ) -> _Took:
         noting = [Noting(self._exchange) for _ in _PHASES]
 
         def through(exchange: Exchange) -> Callable[[], Any]:
             return lambda: function(*parts[:3], exchange, order=ORDER, **words)
 
         both = _InTurn(*noting)
-        results, whole = self._step(through(both), parts[3], both.turn)
+        results, whole = self._step(through(both), parts[3], backward, both.turn)
         apart = None
         if mine is not None:
             of = [self._apart(x, y) for x, y in zip(results, mine, strict=True)]
             apart = of[0], max(of[1:])
         del results
-        transfers = self._timed(noting[0].again)[1], self._timed(noting[1].again)[1]
+        transfers = self._timed(noting[0].again)[1], self._timed(noting[1].again)[1] if backward else inf
         nbytes = [int(self._latest(sum(m.array.nbytes for post in of.posts for m in post.received))) for of in noting]
         del noting, both
-        kernels = self._step(through(Still(self._exchange)), parts[3])[1]
+        kernels = self._step(through(Still(self._exchange)), parts[3], backward)[1]
         return _Took(whole, kernels, transfers, (nbytes[0], nbytes[1]), apart)
 
     def _step(
-        self, call: Callable[[], Any], dout: Any, between: Callable[[], None] = lambda: None
-    ) -> tuple[list[Any], tuple[float, float]]:
-        """out, dq, dk and dv, and the seconds of forward and backward."""
-        (out, pullback), forward = self._timed(call)
+        self, call: Callable[[], Any], dout: Any, backward: bool, between: Callable[[], None] = lambda: None
+    ) -> tuple[list[Any], Pair]:
+        """The output and, with the backward, dq, dk and dv; and the seconds of both."""
+        (out, pullback), seconds = self._timed(call)
+        if not backward:
+            return [out], (seconds, inf)
         between()
-        gradients, backward = self._timed(lambda: pullback(dout))
-        return [out, *gradients], (forward, backward)
+        gradients, backward_seconds = self._timed(lambda: pullback(dout))
+        return [out, *gradients], (seconds, backward_seconds)
 
     def _timed(self, call: Callable[[], Any]) -> tuple[Any, float]:
         """What a call gives and the seconds that it takes on the device that is last, when all begin together."""
