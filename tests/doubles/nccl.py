@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -51,11 +52,13 @@ class Communicator:
         return self._size
 
     def send(self, pointer: int, count: int, dtype: int, peer: int, stream: int) -> None:
-        assert dtype == UINT8 and stream and self._group.sends is not None
+        assert dtype == UINT8 and count and self._group.sends is not None
+        Stream.of[stream].moved += count
         self._group.sends.append(lambda: self._boxes[self._rank, peer].put(ctypes.string_at(pointer, count)))
 
     def recv(self, pointer: int, count: int, dtype: int, peer: int, stream: int) -> None:
-        assert dtype == UINT8 and stream and self._group.sends is not None
+        assert dtype == UINT8 and count and self._group.sends is not None
+        Stream.of[stream].moved += count
         self._group.receives.append(lambda: self._receive(pointer, count, peer))
 
     def _receive(self, pointer: int, count: int, peer: int) -> None:
@@ -69,16 +72,21 @@ UINT8 = 1
 
 
 class Stream:
-    """A stream, and the events that it was told to wait for."""
+    """A stream, how many bytes it was told to move, and the events to wait for: other streams and their bytes then."""
+
+    of: ClassVar[weakref.WeakValueDictionary[int, Stream]] = weakref.WeakValueDictionary()
+    """Streams by what stands for their handle."""
 
     def __init__(self, non_blocking: bool = True, priority: int = 0) -> None:
         assert non_blocking and priority <= 0
-        self.ptr, self.waited = id(self), []
+        self.ptr, self.moved = id(self), 0
+        self.waited: list[tuple[Stream, int]] = []
+        self.of[self.ptr] = self
 
     def record(self) -> tuple[Stream, int]:
-        return self, len(self.waited)
+        return self, self.moved
 
-    def wait_event(self, event: Any) -> None:
+    def wait_event(self, event: tuple[Stream, int]) -> None:
         self.waited.append(event)
 
 

@@ -12,7 +12,7 @@ from doubles.nccl import OfHostMemory, communicators, in_threads
 from inputs import BF16, FP32, random
 
 import cuflash
-from cuflash.parallel import all_to_all_attention_vjp, ring_attention, ring_attention_vjp, token_order
+from cuflash.parallel import all_to_all_attention_vjp, nccl, ring_attention, ring_attention_vjp, token_order
 from cuflash.parallel.devices import exchange_of
 from cuflash.parallel.exchange import Message, Post
 from cuflash.parallel.nccl import Nccl
@@ -53,6 +53,7 @@ def test_threads_get_the_bits_of_one_process(name: str, monkeypatch: pytest.Monk
 def test_messages_overlap_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
 
+    monkeypatch.setattr(nccl, "_FIRST_BYTES", 16)
     with communicators(monkeypatch, 2) as devices:
 
         def run(rank: int) -> None:
@@ -64,9 +65,9 @@ def test_messages_overlap_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> N
             here, there = cupy.cuda.get_current_stream(), exchange._stream
             wait = exchange.post(Post(to, fro))
             assert [stream for stream, _ in there.waited] == [here], "what is sent has been computed"
-            assert not here.waited, "and what is computed does not wait"
+            assert here.waited == [(there, 2 * (16 + 14))], "and what is computed waits for the first bytes alone"
             wait()
-            assert [stream for stream, _ in here.waited] == [there]
+            assert here.waited[1:] == [(there, 2 * (60 + 14))]
             for x, y in zip(received, sent, strict=True):
                 np.testing.assert_array_equal(x, random(*y.shape, dtype=y.dtype, seed=1 - rank) if y.size else y)
             assert to_numpy(fro[0].array).tobytes() == received[0].tobytes()
