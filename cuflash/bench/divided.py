@@ -20,7 +20,7 @@ class Divided:
     """``one device``, ``ring`` or ``all-to-all``."""
     devices: int
     seconds: float
-    """The least of the repetitions."""
+    """The lower median of the repetitions."""
     on_paper: float
     """What `cuflash.parallel.model` expects."""
     kernels: float | None = None

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from itertools import chain
 from math import inf
 from pathlib import Path
+from statistics import median_low
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -35,10 +36,9 @@ NAME = "parallel"
 ORDER: Order = "zigzag"
 _WAYS = {"ring": (ring_attention_vjp, model.ring), "all-to-all": (all_to_all_attention_vjp, model.all_to_all)}
 _PHASES: tuple[Direction, Direction] = "forward", "backward"
-_PAIRS = 2.0**36
-"""Queries times keys of all repetitions of a case, one of which is always done."""
-_FORWARDS = 2
-"""Repetitions of the forward at least, as it takes a third of the time and its first one allocates memory."""
+_BACKWARDS, _FORWARDS = 2.0**35, 2.0**37
+"""Queries times keys of all repetitions of a case: of those with a backward, one of which is always done, and of all,
+which are two to eight."""
 
 
 def measure(cases: Sequence[Case], seconds: float) -> list[Divided]:
@@ -156,16 +156,19 @@ class _Member:
         parts = [x[:, tokens] for x in whole]
         words = {name: calls.keywords(case)[name] for name in ("softmax_scale", "causal", "window_size")}
         found: dict[str, list[_Took]] = {name: [] for name in (ALONE, *_WAYS)}
-        repetitions = max(1, min(4, int(_PAIRS / length**2)))
-        for repetition in range(max(repetitions, _FORWARDS)):
-            backward = repetition < repetitions
-            results, took = self._step(lambda: cuflash.flash_attn_vjp(*whole[:3], **words), whole[3], backward)
-            found[ALONE].append(_Took(took))
-            mine = [x[:, tokens] for x in results] if repetition == 0 else None
-            del results
-            for name, (function, _) in _WAYS.items():
-                found[name].append(self._divided(function, parts, words, mine, backward))
-            del mine
+        ways = list(found)
+        for repetition in range(min(8, max(2, int(_FORWARDS / length**2)))):
+            backward, mine = repetition < max(1, int(_BACKWARDS / length**2)), None
+            first = repetition % len(ways)  # they take turns, as each leaves the GPUs warmer than it found them
+            for way in ways[first:] + ways[:first]:
+                if way != ALONE:
+                    function, turned = _WAYS[way][0], repetition % 2 == 1
+                    found[way].append(self._divided(function, parts, words, mine, backward, turned))
+                    continue
+                results, took = self._step(lambda: cuflash.flash_attn_vjp(*whole[:3], **words), whole[3], backward)
+                found[ALONE].append(_Took(took))
+                mine = [x[:, tokens] for x in results] if repetition == 0 else None
+                del results
         rows = []
         speeds = [model.speeds_of(current(self._rank), case.turned(phase).problem) for phase in _PHASES]
         for name, runs in found.items():
@@ -176,10 +179,9 @@ class _Member:
                     if name == ALONE
                     else _WAYS[name][1](problem, self._size, ORDER, speeds[i])
                 )
-                kernels, transfers = (
-                    min((x[i] for run in runs if (x := getattr(run, of)) is not None), default=None)
-                    for of in ("kernels", "transfers")
-                )
+                timed = [run.whole for run in runs], [run.kernels for run in runs], [run.transfers for run in runs]
+                seconds, kernels, transfers = (_middle(pairs, i) for pairs in timed)
+                assert seconds is not None
                 nbytes, apart = runs[0].nbytes, runs[0].apart
                 rows.append(
                     Divided(
@@ -187,7 +189,7 @@ class _Member:
                         phase,
                         name,
                         1 if name == ALONE else self._size,
-                        min(run.whole[i] for run in runs),
+                        seconds,
                         paper.seconds,
                         kernels,
                         transfers,
@@ -198,13 +200,22 @@ class _Member:
         return rows
 
     def _divided(
-        self, function: Callable[..., Any], parts: list[Any], words: dict[str, Any], mine: Any, backward: bool
+        self,
+        function: Callable[..., Any],
+        parts: list[Any],
+        words: dict[str, Any],
+        mine: list[Any] | None,
+        backward: bool,
+        turned: bool,
     ) -> _Took:
+        """Time a call, its messages, and the same call where nothing travels: that first if `turned`."""
         noting = [Noting(self._exchange) for _ in _PHASES]
 
         def through(exchange: Exchange) -> Callable[[], Any]:
             return lambda: function(*parts[:3], exchange, order=ORDER, **words)
 
+        still = through(Still(self._exchange))
+        kernels = self._step(still, parts[3], backward)[1] if turned else None
         both = _InTurn(*noting)
         results, whole = self._step(through(both), parts[3], backward, both.turn)
         apart = None
@@ -215,7 +226,7 @@ class _Member:
         transfers = self._timed(noting[0].again)[1], self._timed(noting[1].again)[1] if backward else inf
         nbytes = [int(self._latest(sum(m.array.nbytes for post in of.posts for m in post.received))) for of in noting]
         del noting, both
-        kernels = self._step(through(Still(self._exchange)), parts[3], backward)[1]
+        kernels = kernels or self._step(still, parts[3], backward)[1]
         return _Took(whole, kernels, transfers, (nbytes[0], nbytes[1]), apart)
 
     def _step(
@@ -249,6 +260,12 @@ class _Member:
         difference = x.astype("f4") - y.astype("f4")
         errors = float((difference**2).mean(dtype="f8")), float((y.astype("f4") ** 2).mean(dtype="f8"))
         return self._latest((errors[0] / errors[1]) ** 0.5)
+
+
+def _middle(pairs: Sequence[Pair | None], phase: int) -> float | None:
+    """The lower median of what was timed of a phase, if anything was."""
+    timed = [pair[phase] for pair in pairs if pair is not None and pair[phase] < inf]
+    return median_low(timed) if timed else None
 
 
 class _InTurn(Exchange):

@@ -357,9 +357,9 @@ def deviations_table(report: Report) -> Table:
 
 
 _DIVIDED = (
-    "Milliseconds of the device that is last, the least of the repetitions; kernels, the same program where nothing "
-    "travels; transfers, its messages alone; of the larger, the time over the larger of both; apart, the root mean "
-    "square of the difference from one device over that of its results"
+    "Milliseconds of the device that is last, the lower median of the repetitions; kernels, the same program where "
+    "nothing travels; transfers, its messages alone; of the larger, the time over the larger of both; apart, the root "
+    "mean square of the difference from one device over that of its results"
 )
 
 

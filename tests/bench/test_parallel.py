@@ -42,7 +42,7 @@ class Member(parallel._Member):
 @needs_cupy
 def test_every_way_is_timed_and_gives_what_one_device_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "current", lambda ordinal: device.named("h200"))
-    monkeypatch.setattr(parallel, "_PAIRS", 64.0**2)  # so that the second time there is no backward
+    monkeypatch.setattr(parallel, "_BACKWARDS", 64.0**2)  # so that only the first time there is one
     case = sets._dense("short", "bf16", 1, 4, 64, 16, heads_kv=2, mask=sets._CAUSAL)
     barrier, numbers = threading.Barrier(2), [0.0, 0.0]
     with communicators(monkeypatch, 2) as devices:
