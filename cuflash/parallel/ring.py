@@ -18,38 +18,64 @@ def forward(on: Device, xp: Any, rank: int, q: Any, k: Any, v: Any) -> Program[t
 
     The keys of a step are on their way while those before are attended to.
     """
-    real = _real(q)
-    *batch, length, heads, _ = q.shape
-    out: Any = None
-    lse: Any = None
-
-    def begin() -> tuple[Any, Any]:
-        return xp.zeros((*q.shape[:-1], v.shape[-1]), real), xp.full((*batch, heads, length), -xp.inf, real)
+    sums, traffic = _Parts(xp, q, v), _Traffic(on.division.steps, xp, rank, k, v)
+    calls, keys = on.division.own(rank), [k, v]
+    left = len(calls) + sum(len(work.calls) for step in on.division.steps if (work := step.work[rank]) is not None)
 
     def add(calls: Sequence[Call], keys: Sequence[Any]) -> None:
-        nonlocal out, lse
+        nonlocal left
         for call in calls:
-            part, part_lse = on.attend(call, q, keys)
-            if out is None and part.shape[:-1] == q.shape[:-1]:
-                out, lse = part.astype(real), part_lse
-                continue
-            if out is None:
-                out, lse = begin()
-            mine, mine_lse = rows_of(out, call.q), lse[..., call.q]
-            merged = merging.merge([mine, part.astype(real)], [mine_lse, part_lse], exact=True)
-            mine[...], mine_lse[...] = merged.out, merged.lse
+            left -= 1
+            sums.add(call.q, *on.attend(call, q, keys), last=not left)
 
-    traffic = _Traffic(on.division.steps, xp, rank, k, v)
-    calls, keys = on.division.own(rank), [k, v]
     for coming in traffic.coming():
         wait = yield Post(coming.sent, coming.received)
         add(calls, keys)
         wait()
         calls, keys = coming.calls, coming.arrays
     add(calls, keys)
-    if out is None:
-        out, lse = begin()
-    return out.astype(q.dtype), lse
+    return sums.merged()
+
+
+class _Parts:
+    """The output and the log-sum-exp of rows, of the parts of some of them that come one after the other.
+
+    Each is merged with what was before in the accumulator's type. The first part stays in its own, though, and two that
+    are all there is make the result at once: passes over memory add up to some percent of a step.
+    """
+
+    def __init__(self, xp: Any, q: Any, v: Any) -> None:
+        self._xp, self._q, self._real, self._dim = xp, q, _real(q), v.shape[-1]
+        self._out: Any = None
+        self._lse: Any = None
+
+    def add(self, rows: slice, part: Any, lse: Any, last: bool) -> None:
+        """Add a part of some rows; `last` if no other follows."""
+        whole = part.shape[:-1] == self._q.shape[:-1]
+        if self._out is None and whole:
+            self._out, self._lse = part, lse
+            return
+        if self._out is None:
+            self._begin()
+        if self._out.dtype == self._real or not (last or whole):
+            self._out, part = self._out.astype(self._real, copy=False), part.astype(self._real, copy=False)
+        mine, mine_lse = rows_of(self._out, rows), self._lse[..., rows]
+        merged = merging.merge([mine, part], [mine_lse, lse], exact=not last)
+        if whole:
+            self._out, self._lse = merged.out, merged.lse
+        else:
+            mine[...], mine_lse[...] = merged.out, merged.lse
+
+    def merged(self) -> tuple[Any, Any]:
+        """(out, lse) in the dtypes of results."""
+        if self._out is None:
+            self._begin()
+        return self._out.astype(self._q.dtype, copy=False), self._lse
+
+    def _begin(self) -> None:
+        *batch, length, heads, _ = self._q.shape
+        self._out = self._xp.zeros((*self._q.shape[:-1], self._dim), self._real)
+        self._lse = self._xp.full((*batch, heads, length), -self._xp.inf, self._real)
 
 
 def backward(
