@@ -23,6 +23,9 @@ from cuflash.sheet import Sheet
 
 _PICTURE = 32
 """Blocks along a side of a picture in characters; of more, some are left out."""
+LARGEST_TILE = 128
+"""Queries or keys of a tile, in kernels that walk lists; the others have a power of two of them, too."""
+EVERY_PAIR = traced_rule(lambda b, h, q, k: k >= 0)
 _CHARACTERS = {EMPTY: "·", PARTIAL: "▒", FULL: "█"}
 
 
@@ -67,11 +70,15 @@ class BlockMask:
     """The key blocks of each query block."""
     q: Lists = field(init=False)
     """The query blocks of each key block."""
+    tested: Traced = field(init=False)
+    """What kernels test the pairs of partial tiles by: the rule, or `EVERY_PAIR` where they need not."""
     copies: dict[Any, Any] = field(init=False, default_factory=dict)
     """What is kept of it on devices, by whoever keeps it there."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "q", self.kv.transposed(self.batch * self.heads, *self.grid.shape))
+        inside = not any(size % LARGEST_TILE for size in self.block_size)  # is every tile, of one block
+        object.__setattr__(self, "tested", EVERY_PAIR if inside and not self.counts[1] else self.rule)
 
     @property
     def grid(self) -> Grid:
@@ -81,7 +88,7 @@ class BlockMask:
     @property
     def kind(self) -> Hashable:
         """All that decides how a kernel reads it, which two masks may have in common."""
-        return self.rule.mod, self._sizes, self.batch, self.heads
+        return self.rule.mod, self.tested.mod, self._sizes, self.batch, self.heads
 
     @property
     def mask_mod(self) -> Callable[..., Symbol]:

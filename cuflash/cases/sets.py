@@ -256,7 +256,7 @@ def _written(dim: int) -> list[Case]:
         changes: dict[str, Any] = {argument: mod for argument, (mod, _) in traced.items()}
         changes |= {"captured_flat": tuple(range(len(captured))), "captured_grad": learned}
         if blocks is not None:
-            changes["block_mask"] = Blocks(blocks.block_size, blocks.rule.mod, blocks.batch, blocks.heads)
+            changes["block_mask"] = Blocks(blocks.block_size, blocks.tested.mod, blocks.batch, blocks.heads)
         plain = _dense(f"{name}-d{dim}", "bf16", 2, heads, length, dim)
         return replace(
             plain,

@@ -191,7 +191,7 @@ def _of_options(family: str | None, asked: _Options) -> Asked:
     problem = check.problem_of(direction, options, _views(asked, options, q, k, v))
     if asked.block_mask is not None:  # of which the lists decide nothing here
         block = create_block_mask(len_q=1, len_kv=1, block_size=asked.block_mask)
-        problem = replace(problem, block_mask=Blocks(block.block_size, block.rule.mod))
+        problem = replace(problem, block_mask=Blocks(block.block_size, block.tested.mod, block.batch, block.heads))
     rows = asked.batch * (len_q * heads_q + len_kv * heads_kv)
     nbytes = rows * (dim_qk + dim_v) * problem.dtype.itemsize * (2 if asked.backward or asked.tangents else 1)
     return Asked(problem, family, problem.flops(), nbytes)

@@ -13,7 +13,7 @@ import numpy as np
 from cuflash.arrays import ArrayT, Library, View
 from cuflash.dropout import Scheme
 from cuflash.masks import Alignment
-from cuflash.mods import Mod
+from cuflash.mods import Mod, Traced
 from cuflash.problem import Direction, Problem
 
 if TYPE_CHECKING:
@@ -215,9 +215,9 @@ class Options:
         return names if arrays.captured is None else (*names[:-1], *self._captured_names[: len(arrays.captured)])
 
     @property
-    def rule(self) -> Mod | None:
-        """What a block mask tests partial blocks by."""
-        return getattr(getattr(self.block_mask, "rule", None), "mod", None)
+    def rule(self) -> Traced | None:
+        """What kernels test pairs of a block mask by; those that sum a bias' gradient walk no lists, and test all."""
+        return getattr(self.block_mask, "rule" if self.bias_grad else "tested", None)
 
     @cached_property
     def kind(self) -> Options:
@@ -227,7 +227,7 @@ class Options:
 
     @cached_property
     def _captured_names(self) -> tuple[str, ...]:
-        mods = ("score_mod", self.score_mod), ("mask_mod", self.mask_mod), ("block_mask", self.rule)
+        mods = ("score_mod", self.score_mod), ("mask_mod", self.mask_mod), ("block_mask", self.rule and self.rule.mod)
         return tuple(f"captured{i} of {name}" for name, mod in mods if mod for i in range(len(mod.operands)))
 
     def views(self, framework: Library, arrays: Arrays) -> dict[str, View]:

@@ -46,15 +46,14 @@ def listings(problem: Problem, steps: Sequence[Step]) -> tuple[Listing, ...]:
 
 def with_rule(framework: Launcher, options: Options, arrays: Arrays) -> Arrays:
     """The arrays of a call with those that the rule of its block mask reads behind the captured ones."""
-    mask = options.block_mask
-    if not getattr(getattr(mask, "rule", None), "arrays", ()):  # of another type, too, which the checks refuse
+    mask, rule = options.block_mask, options.rule
+    if mask is None or rule is None or not rule.arrays:  # what is no block mask the checks refuse
         return arrays
-    assert mask is not None
     device = framework.ordinal(arrays.q)
     key = framework.name, device
     if key not in mask.copies:
         with framework.context(device):
-            mask.copies[key] = tuple(framework.moved(x, arrays.q) for x in mask.rule.arrays)
+            mask.copies[key] = tuple(framework.moved(x, arrays.q) for x in rule.arrays)
     return arrays._replace(captured=(*(arrays.captured or ()), *mask.copies[key]))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cuflash import BlockMask, Mask, create_block_mask
+from cuflash.blocks.mask import EVERY_PAIR
 from cuflash.blocks.walks import Walk, over_keys, over_queries
 
 TILES = [(16, 16), (8, 16), (16, 4), (32, 16), (24, 10), (64, 64)]
@@ -39,6 +40,19 @@ def cells(mask: BlockMask, tile_q: int, tile_kv: int) -> tuple[np.ndarray, np.nd
         tile = by_pair[:, :, i * tile_q : (i + 1) * tile_q, j * tile_kv : (j + 1) * tile_kv]
         some[:, :, i, j], whole[:, :, i, j] = (tile > 0).any((2, 3)), (tile == 2).all((2, 3))
     return some, whole
+
+
+def test_no_pair_is_tested_where_all_blocks_are_full_and_hold_whole_tiles() -> None:
+    kept = np.random.default_rng(0).random((3, 4)) < 0.5
+    sizes = {"len_q": 300, "len_kv": 450}
+    assert create_block_mask(blocks=kept, **sizes).tested is EVERY_PAIR
+    for other in (
+        create_block_mask(lambda b, h, q, k: k < 300, blocks=kept | [True, True, True, False], **sizes),
+        create_block_mask(blocks=kept.repeat(2, 0)[:5], block_size=(64, 128), **sizes),
+    ):
+        assert other.tested is other.rule
+    again = create_block_mask(lambda b, h, q, k: k < 256, blocks=kept, **sizes)  # at the edge of a block
+    assert again.tested is EVERY_PAIR and again.kind != create_block_mask(blocks=kept, **sizes).kind
 
 
 def listed(walk: Walk, line: int) -> tuple[list[int], list[int]]:

@@ -72,7 +72,7 @@ def check(case: HostCase, mask: BlockMask, direction: str, seed: int = 0) -> Non
     else:
         results = {name: tensors.place(name) for name in ("out", "lse")}
         exact, naive = (x._replace(lse=tensors.told_of_nothing(x.lse)) for x in (exact, naive))
-    tensors.arrays |= {f"captured{i}": x for i, x in enumerate(mask.rule.arrays)}
+    tensors.arrays |= {f"captured{i}": x for i, x in enumerate(mask.tested.arrays)}
 
     def choose(problem: Problem, device: Device, family: str) -> Plan:
         """The plan of a family, with the lists that it walks beside the arrays."""
@@ -92,7 +92,7 @@ def check(case: HostCase, mask: BlockMask, direction: str, seed: int = 0) -> Non
             tensors.arrays.update(zip(MEMBERS[side], walk, strict=False))
         return plan
 
-    blocks = Blocks(mask.block_size, mask.rule.mod, mask.batch, mask.heads)
+    blocks = Blocks(mask.block_size, mask.tested.mod, mask.batch, mask.heads)
     run(case, tensors, direction, seed, choose=choose, block_mask=blocks)
     for name, result in results.items():
         oracle.assert_close(result, getattr(exact, name), getattr(naive, name), name)

@@ -21,7 +21,7 @@ from cuflash.masks import Mask
 from cuflash.mods import tanh, trace
 from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
 from cuflash.plan.families.sm90 import ForwardConfig, heads_per_section
-from cuflash.problem import Problem, visible_pairs
+from cuflash.problem import Blocks, Problem, visible_pairs
 
 DIMS += [(16, 256), (256, 1), (512, 512), (257, 64), (1024, 1024)]
 
@@ -168,6 +168,21 @@ def test_pages_change_where_keys_are_read_and_nothing_else(family) -> None:
             assert one == many, "one kernel for every page size"
             assert one.config.sequence == "PagedSequence"
             assert replace(one, config=replace(one.config, sequence="VarlenSequence")) == plain
+
+
+@pytest.mark.parametrize("device", ["h100", "a100", "l4", "t4"])
+def test_no_tile_of_a_list_is_larger_than_a_block_of_128(device: str) -> None:
+    """So that masks of such blocks that are full need no test (`BlockMask.tested`)."""
+    rule, _ = trace("mask_mod", lambda b, h, q, k: k >= 0)
+    kinds = product(dtypes.DTYPES.values(), ("forward", "backward"), DIMS, (False, True), (40, 5000))
+    for dtype, direction, (dim_qk, dim_v), deterministic, length in kinds:
+        problem = replace(
+            BASE, dtype=dtype, direction=direction, dim_qk=dim_qk, dim_v=dim_v, len_q=length, len_kv=length,
+            deterministic=deterministic and direction == "backward", block_mask=Blocks((128, 128), rule),
+        )  # fmt: skip
+        for plan in plans(problem, named(device)):
+            walking = [step.config for step in plan.steps if step.walks]
+            assert walking and all(128 % x.tile_q == 0 and 128 % x.tile_kv == 0 for x in walking), problem
 
 
 def test_pages_have_no_gradients() -> None:

@@ -64,4 +64,5 @@ def blocks_of(options: Options, scores: tuple[int, int, int, int]) -> Blocks | N
             raise InvalidArgument(
                 f"block_mask has lists of {number} {what} but the call has {there}. Make another one of that many."
             )
-    return Blocks(given.block_size, given.rule.mod, given.batch, given.heads)
+    rule = given.rule if options.bias_grad else given.tested
+    return Blocks(given.block_size, rule.mod, given.batch, given.heads)

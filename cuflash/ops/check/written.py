@@ -19,7 +19,7 @@ def captured_grad_of(options: Options, views: Mapping[str, View]) -> bool:
         raise InvalidArgument(
             "captured_grad is True but score_mod is None; pass the score whose arrays' gradients are wanted."
         )
-    mods = options.score_mod, options.mask_mod, options.rule
+    mods = options.score_mod, options.mask_mod, options.rule and options.rule.mod
     operands = [operand for mod in mods if mod is not None for operand in mod.operands]
     for view, operand in zip(captured(views), operands, strict=False):  # on NumPy without what the rule reads
         if view.dtype not in CAPTURABLE:

@@ -132,7 +132,7 @@ def _halves_forward_config(problem: Problem, device: Device) -> tuple[ForwardCon
     widest = max(_rounded(problem))
     candidates: list[tuple[int, int, int, str]] = []
     if problem.len_q > 64 and widest <= 128:
-        if problem.mask.kind == "none" and problem.len_q >= 1024:
+        if problem.mask.kind == "none" and problem.len_q >= 1024 and problem.block_mask is None:
             # H200, 4k: d 64 86 TFLOP/s and d 128 98; 128 x 64 80 and 79, 128 x 32 82 and 84, 16 rows a warp 58 and 69.
             candidates += [(256, 64, 256, "32 rows a warp, eight of which share the keys' halves")]
         candidates += [(128, 64 if widest <= 64 else 32, 128, "32 rows a warp, two blocks an SM")]
