@@ -154,6 +154,11 @@ class Library:
         """A copy of an array in host memory on the device of another."""
         return self.xp.asarray(x, **self._beside(beside))
 
+    def copied(self, x: Any) -> np.ndarray:
+        """A copy in host memory of an array on a GPU."""
+        found: np.ndarray = x.get()
+        return found
+
     def cast(self, x: Any, dtype: Any) -> Any:
         """The array in another dtype of the library; itself if it has that one."""
         return x.astype(dtype, copy=False)

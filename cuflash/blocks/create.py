@@ -46,8 +46,8 @@ def create_block_mask(
         by `document`, `prefix_lm`, `sliding_window` and others in ``cuflash.mods``; an array of up to four axes that
         broadcasts to (batch, heads, len_q, len_kv), True where a query sees a key; a band, aligned to `len_q` and
         `len_kv`; or another block mask, whose sizes stand in for those that are left out. None hides nothing. Arrays
-        lie in host memory, of any library; they are read again by every call that takes the block mask, so make another
-        one where they change.
+        may be of any library and lie anywhere: of those on a GPU a copy is made, for which it is waited for. Those in
+        host memory may be read again by every call that takes the block mask; make another one where they change.
     batch, heads : int, optional
         Batch elements, and query heads; needed where the function depends on them. Where it does not, or they are left
         out, all share one list.
@@ -70,8 +70,8 @@ def create_block_mask(
     Raises
     ------
     InvalidArgument
-        If a size is missing or does not fit, an array has another dtype or lies on a GPU, or a function cannot be
-        traced.
+        If a size is missing or does not fit, an array has another dtype, or lies on a GPU while a CUDA graph is
+        captured, or a function cannot be traced.
 
     Examples
     --------

@@ -15,24 +15,24 @@ from cuflash.mods.library import document
 
 
 def in_host_memory(name: str, array: Any) -> np.ndarray:
-    """An array of any library as NumPy's view.
+    """An array of any library as NumPy's view, or of one on a GPU a copy, for which the GPU is waited for.
 
     Raises
     ------
     InvalidArgument
-        If it lies on a GPU.
+        If it lies on a GPU while a CUDA graph is captured.
     """
     framework = framework_in_memory([name], [array])
     if isinstance(framework, Guest):
         framework, [array] = framework.borrow([name], [array])
     if framework is not numpy_arrays:
         held = framework.on_host([name], [array])
-        if held is None:
+        if held is None and framework.is_capturing():
             raise InvalidArgument(
-                f"{name} is a {framework.name} array on a GPU; lists of blocks are made in host memory. "
-                "Pass a copy of it there."
+                f"{name} would be read from the GPU, which is not possible while a CUDA graph is captured. "
+                "Make block masks before."
             )
-        [array] = held
+        array = framework.copied(array) if held is None else held[0]
     return np.asarray(array)
 
 

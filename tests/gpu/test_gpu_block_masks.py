@@ -100,6 +100,18 @@ def test_outputs_and_gradients_are_those_of_the_pairs(cp: Any, name: str, family
     assert [x.tobytes() for x in first] == [x.tobytes() for x in again]
 
 
+def test_arrays_on_a_gpu_make_the_mask_of_their_values(cp: Any) -> None:
+    rng = np.random.default_rng(2)
+    kept, seen, starts = rng.random((3, 4)) < 0.6, rng.random((300, 400)) < 0.9, np.array([0, 120, 400])
+    ids, by_id = np.sort(rng.integers(0, 5, 400)), {}
+    for put in (np.asarray, cp.asarray):
+        held = put(ids)
+        made = create_block_mask(put(seen), blocks=put(kept))
+        packed = create_block_mask(lambda b, h, q, k, held=held: held[q] == held[k], cu_seqlens=put(starts))
+        by_id[put] = made, packed
+    assert by_id[np.asarray] == by_id[cp.asarray]
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_deterministic_repeats_of_many_blocks_are_bit_equal(cp: Any, dim: int) -> None:
     q, k, v, dout = (cp.asarray(random(2, 2100, 16, dim, dtype=BF16, seed=i)) for i in range(4))

@@ -13,6 +13,7 @@ from inputs import BF16, random
 
 import cuflash
 from cuflash import BlockMask, create_block_mask, ops
+from cuflash.arrays import framework_of
 from cuflash.ops import Arrays
 
 pytestmark = [needs_compiler, needs_cupy]
@@ -82,3 +83,19 @@ def test_what_is_no_block_mask_is_refused(launches: Launches) -> None:
         cuflash.flash_attn_func(q, k, v, block_mask=3)  # type: ignore[call-overload]
     with pytest.raises(cuflash.InvalidArgument, match="of 130 queries and 200 keys but the call has 140 and 200"):
         cuflash.flash_attn_func(q, k, v, block_mask=made(0, len_q=130))
+
+
+@pytest.mark.parametrize("put", [as_cupy, as_torch])
+def test_masks_are_made_of_copies_of_arrays_on_a_gpu(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch, put: Any
+) -> None:
+    library = framework_of(["x"], [put(np.zeros(1))])
+    monkeypatch.setattr(type(library), "copied", lambda self, x: to_numpy(x).copy())
+    ids, kept = np.sort(np.random.default_rng(1).integers(0, 4, 140)), np.array([[True, False], [True, True]])
+    held = put(ids)
+    made = create_block_mask(lambda b, h, q, k: held[q] == held[k], len_q=140, len_kv=140, blocks=put(kept))
+    expected = create_block_mask(lambda b, h, q, k: ids[q] == ids[k], len_q=140, len_kv=140, blocks=kept)
+    np.testing.assert_array_equal(made.to_dense(), expected.to_dense())
+    monkeypatch.setattr(type(library), "is_capturing", lambda self: True)
+    with pytest.raises(cuflash.InvalidArgument, match=r"^blocks would be read from the GPU"):
+        create_block_mask(len_q=140, len_kv=140, blocks=put(kept))

@@ -301,6 +301,10 @@ class Torch(Launcher, Adapter):
         """A copy of an array in host memory on the device of a tensor."""
         return self._from_numpy(np.array(x)).to(beside.device)
 
+    def copied(self, x: Any) -> np.ndarray:
+        """A copy in host memory of a tensor on a GPU."""
+        return self._to_numpy(x.cpu())
+
     def cast(self, x: Any, dtype: Any) -> Any:
         """The tensor in another dtype; itself if it has that one."""
         return x.to(dtype)
