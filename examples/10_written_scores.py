@@ -1,4 +1,4 @@
-"""Scores and masks as Python functions: each beside its formula, and a bias that is learned through one.
+"""Scores and masks as Python functions: each beside its formula, masks as lists of blocks, and a bias that is learned.
 
 A function of the score and its place is called once, with symbols; what it does becomes an expression, which NumPy
 computes tile by tile, a GPU's kernels are compiled with, and calculus differentiates.
@@ -65,6 +65,28 @@ show("ALiBi in causal documents", np.where(seen, scores - slopes[h] * (i - j), -
 striped = mods.either(mods.dilated_window(-1, 0, 16), mods.sliding_window(8))
 seen = (j <= i) & (((i - j) % 16 == 0) | (i - j <= 8))
 show("a window and every 16th key before it", np.where(seen, scores, -np.inf), mask=striped)
+
+# The same masks as lists of blocks: empty ones are never visited, and those that are full are not tested.
+sizes = {"len_q": length, "len_kv": length, "block_size": 16}
+causal = cuflash.create_block_mask(cuflash.Mask(right=0), **sizes)
+of_blocks = {
+    "packed documents": cuflash.create_block_mask(cu_seqlens=np.array([0, 48, 56, 130, length]), block_size=16),
+    "a document of each query, causal": causal & mods.document(document),
+    "a prefix of 50, then causal": causal | mods.prefix_lm(50),
+    "a sliding window": causal & mods.sliding_window(16),
+    "a dilated window": causal & mods.dilated_window(-1, 0, 16),
+    "windows of whole blocks": causal & mods.block_window(16, 1),
+    "a tree of drafts": causal & mods.tree(np.maximum(np.arange(length) - 3, -1)),
+    "a boolean array": causal & ((rng.random((length, length)) < 0.2) | np.eye(length, dtype=bool)),
+    "blocks of one's own": cuflash.create_block_mask(blocks=rng.random((13, 13)) < 0.5, **sizes),
+}
+for name, mask in of_blocks.items():
+    out = cuflash.flash_attn_func(*map(xp.asarray, (q, k, v)), block_mask=mask)
+    exact = attention(np.where(mask.to_dense(), scores, -np.inf))
+    error = float(abs(out - xp.asarray(exact)).max())
+    full, partial, empty = mask.counts
+    print(f"{name:<40}{full} blocks full, {partial} partial, {empty} empty; differs by {error:.1e}")
+    assert error < 5e-6
 
 # A score has gradients of what it reads. Here a bias by distance learns that head h is to fetch the value that lies
 # 3 h + 1 rows before its query, whatever queries and keys hold.

@@ -173,7 +173,8 @@ def flash_attn_func(
     block_mask : BlockMask, optional
         The same as lists of blocks, from `create_block_mask`: keys in no list are never visited, in the gradients
         neither, and pairs of full blocks are not tested. Of these lengths, and of one, or all, batch elements and query
-        heads. Other masks hide what they hide as well. On NumPy arrays and others in host memory alone.
+        heads. Other masks hide what they hide as well. The first call on a GPU lays the lists out in tiles of its
+        kernels and moves them there, where they stay as long as the block mask; masks of a kind share a kernel.
     generator : PhiloxGenerator, (int, int) or JAX key, optional
         What dropout draws from: a generator, which moves on, or a seed and an offset. By default the generator that
         `manual_seed` seeds, torch's own for its tensors. With JAX also a key or a (4,) uint32 array like `rng_state`;
