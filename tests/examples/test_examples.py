@@ -62,8 +62,9 @@ def run(*arguments: str, cwd: Path, path: Sequence[str] = ()) -> str:
 
 
 def test_every_numbered_example_is_here_and_no_number_is_left_out():
-    assert {path.name for path in (ROOT / "examples").glob("[0-9]*.py")} == CLAIMS.keys()
-    assert [int(name[:2]) for name in CLAIMS] == list(range(1, 11))
+    numbered = [name for name in CLAIMS if name[0].isdigit()]
+    assert {path.name for path in (ROOT / "examples").glob("[0-9]*.py")} == {*numbered}
+    assert [int(name[:2]) for name in numbered] == list(range(1, 11))
 
 
 @pytest.mark.parametrize("name", CLAIMS)
