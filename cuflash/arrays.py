@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -209,12 +209,31 @@ class NumPy(Library):
         return np.zeros(shape, dtype)
 
 
+class Stream(NamedTuple):
+    """A stream of another library, of its device; what CuPy asks of one to launch a kernel on it."""
+
+    ptr: int
+
+
 class Launcher(Library):
     """Arrays of a library on the GPU, whose streams and memory kernels are launched with."""
 
-    def context(self, device: int) -> AbstractContextManager[Any]:
-        """Where launches and allocations for the device belong."""
+    def elsewhere(self, device: int) -> AbstractContextManager[Any] | None:
+        """Where launches and allocations for the device belong; None where they belong here."""
         raise NotImplementedError
+
+    def context(self, device: int) -> AbstractContextManager[Any]:
+        """The same, to be entered in any case."""
+        there = self.elsewhere(device)
+        return nullcontext() if there is None else there
+
+    def launch_stream(self, device: int) -> Any:
+        """The current stream of the device that calls are launched on, which has its handle as ``ptr``."""
+        raise NotImplementedError
+
+    def allocator(self, shape: tuple[int, ...], dtype: Any, device: int) -> Callable[[], Any]:
+        """What :meth:`empty` of these does, for the same again and again; call inside :meth:`context`."""
+        return partial(self.empty, shape, dtype, device)
 
     def stream(self) -> tuple[int, Any]:
         """Handle of the current stream, and what keeps it from being destroyed; None where nothing here can."""
@@ -232,6 +251,10 @@ class Launcher(Library):
         """Address of the first element."""
         raise NotImplementedError
 
+    def pointers(self, arrays: Sequence[Any]) -> list[int]:
+        """Addresses of the first elements."""
+        raise NotImplementedError
+
 
 class CuPy(Launcher):
     """CuPy arrays, on the current CuPy stream of their device."""
@@ -244,7 +267,7 @@ class CuPy(Launcher):
         self.xp = self._cupy = cupy
         self._ndarray = cupy.ndarray
         self._current_device = cupy.cuda.runtime.getDevice
-        self._here = nullcontext()
+        self._current_stream = cupy.cuda.get_current_stream
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and everything else about all of them as a key.
@@ -282,9 +305,13 @@ class CuPy(Launcher):
         """Where CuPy computes on the array's device."""
         return self.context(x.data.device_id)
 
-    def context(self, device: int) -> AbstractContextManager[Any]:
-        """Where launches and allocations for the device belong."""
-        return self._here if self._current_device() == device else self._cupy.cuda.Device(device)
+    def elsewhere(self, device: int) -> AbstractContextManager[Any] | None:
+        """Where launches and allocations for the device belong; None where they belong here."""
+        return None if self._current_device() == device else self._cupy.cuda.Device(device)
+
+    def launch_stream(self, device: int) -> Any:
+        """CuPy's current stream; call inside :meth:`context`."""
+        return self._current_stream()
 
     def is_capturing(self) -> bool:
         """Whether the current stream records a graph."""
@@ -308,6 +335,10 @@ class CuPy(Launcher):
         """Allocate on the current stream; call inside :meth:`context`."""
         return self._ndarray(shape, dtype)
 
+    def allocator(self, shape: tuple[int, ...], dtype: Any, device: int) -> Callable[[], Any]:
+        """What :meth:`empty` of these does."""
+        return partial(self._ndarray, shape, dtype)
+
     def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
         """Allocate and clear on the current stream; call inside :meth:`context`."""
         return self._cupy.zeros(shape, dtype)
@@ -315,6 +346,10 @@ class CuPy(Launcher):
     def pointer(self, x: Any) -> int:
         """Address of the first element."""
         return x.data.ptr
+
+    def pointers(self, arrays: Sequence[Any]) -> list[int]:
+        """Addresses of the first elements."""
+        return [x.data.ptr for x in arrays]
 
 
 class InFlight:

@@ -54,6 +54,8 @@ def finite(name: str, value: Any) -> float:
 
 def integer(value: Any) -> int | None:
     """The integer that a value is, or None where it is something else."""
+    if type(value) is int:
+        return value
     value = scalar(value)
     if isinstance(value, bool | np.bool_) or is_array(value):
         return None

@@ -2,9 +2,9 @@
 
 from cuflash.jit import cache, params, render, sources, tensormap
 from cuflash.jit.compile import Cubin, compile_kernel, compile_many, compile_together
-from cuflash.jit.kernel import Kernel, Stream, clear, load
+from cuflash.jit.kernel import Kernel, clear, load, parameters
 
 __all__ = [
-    "Cubin", "Kernel", "Stream", "cache", "clear", "compile_kernel", "compile_many", "compile_together", "load",
-    "params", "render", "sources", "tensormap",
+    "Cubin", "Kernel", "cache", "clear", "compile_kernel", "compile_many", "compile_together", "load",
+    "parameters", "params", "render", "sources", "tensormap",
 ]  # fmt: skip

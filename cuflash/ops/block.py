@@ -170,7 +170,7 @@ def filler(
     counts: bool = False,
 ) -> Callable[[tuple[int, ...]], ctypes.Array]:
     """What fills a parameter block: :attr:`Prepared.params`."""
-    params, content, words = block.dtype, block.tobytes(), ctypes.c_uint64 * (block.nbytes // 8)
+    params, copy = block.dtype, jit.parameters(block.tobytes())
     names = (*pointers, *(("generator", "seed", "offset") if draws else ("cached",) if counts else ()))
     slots = [(_word(params, name), index) for index, name in enumerate(names)]
     if "rotated" in names:  # queries are read from where they have been turned into
@@ -184,7 +184,7 @@ def filler(
         encoders.append((slice(first, first + 16), names.index(name), jit.tensormap.encoder(tensor, device)))
 
     def fill(numbers: tuple[int, ...]) -> ctypes.Array:
-        filled: Any = words.from_buffer_copy(content)
+        filled: Any = copy()
         for word, index in slots:
             filled[word] = numbers[index]
         for place, index, encode in encoders:

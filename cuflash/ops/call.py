@@ -246,6 +246,11 @@ class Options:
         """All that was asked for and how, by name."""
         return {name: getattr(self.manner if name in _MANNER else self, name) for name in _DEFAULTS}
 
+    @cached_property
+    def keeping(self) -> Options:
+        """The same, and :attr:`keep_state`."""
+        return self.replace(keep_state=True)
+
     def replace(self, **changes: Any) -> Options:
         """The same but for some values, of the manner too."""
         if self.is_kind and "window_size" not in changes:  # whose sides' types the cache would not see

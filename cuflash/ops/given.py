@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cuflash import device, jit
-from cuflash.arrays import View
+from cuflash.arrays import Stream, View
 from cuflash.errors import UnsupportedProblem
 from cuflash.mods import Mod, words
 from cuflash.numbers import integer, is_array
@@ -177,7 +177,7 @@ def on_gpu(call: GivenCall, ordinal: int) -> Callable[[list[int], int], None]:
     cleared = [(num_read + i, r.nbytes) for i, r in enumerate(call.results) if r.zeroed and r.nbytes]
 
     def launch(pointers: list[int], handle: int) -> None:
-        stream = jit.Stream(handle)
+        stream = Stream(handle)
         for index, nbytes in cleared:
             jit.clear(pointers[index], nbytes, stream)
         if scratch.nbytes:

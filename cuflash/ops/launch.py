@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -94,9 +95,8 @@ class Prepared:
     params: Callable[[tuple[int, ...]], ctypes.Array]
     """The parameter block for the pointers of the given and of the allocated arrays, and with dropout the address of a
     generator, a seed and an offset, or how many rows of a cache are in use."""
-    allocations: tuple[tuple[Any, tuple[int, ...], Any], ...]
-    """(allocator, shape, the framework's dtype) of the results that are not given, of workspaces that begin as zeros,
-    and of one array for all others."""
+    allocations: tuple[Callable[[], Any], ...]
+    """What allocates the results that are not given, workspaces that begin as zeros, and one array for all others."""
     shared: tuple[int, ...]
     """At which bytes those others start in the last of these, if there are any."""
     results: Callable[[Sequence[Any]], tuple[Any, ...]]
@@ -128,26 +128,39 @@ class Prepared:
         """
         if self.check_separate is not None:
             self.check_separate(tuple(pointers))
+        if (there := self.framework.elsewhere(self.device)) is not None:
+            with there:
+                return self._launch(outputs, pointers, generator, cached, listed)
+        return self._launch(outputs, pointers, generator, cached, listed)
+
+    def _launch(
+        self,
+        outputs: tuple[Any, ...],
+        pointers: list[int],
+        generator: Any,
+        cached: int | None,
+        listed: tuple[int, ...],
+    ) -> tuple[Any, ...]:
         framework = self.framework
-        with framework.context(self.device):
-            drawn: tuple[int, ...] = ()
-            if self.room is not None:
-                name, room, appended = self.room
-                drawn = (room if cached is None else check.cached_rows(name, cached, room, appended),)
-            elif self.increment is not None:
-                drawn = draw.on_device(generator, self.increment, framework, self.device)
-            allocated = [allocate(shape, dtype, self.device) for allocate, shape, dtype in self.allocations]
-            written = (*outputs, *allocated)
-            if self.launches:
-                places = [framework.pointer(x) for x in allocated]
-                if self.shared:
-                    base = places.pop()
-                    places += [base + start for start in self.shared]
-                params = self.params((*pointers, *listed, *places, *drawn))
-                for kernel, num_blocks in self.launches:
-                    kernel.launch(num_blocks, params)
-            for index, value in self.fills:
-                written[index][...] = value
+        drawn: tuple[int, ...] = ()
+        if self.room is not None:
+            name, room, appended = self.room
+            drawn = (room if cached is None else check.cached_rows(name, cached, room, appended),)
+        elif self.increment is not None:
+            drawn = draw.on_device(generator, self.increment, framework, self.device)
+        allocated = [allocate() for allocate in self.allocations]
+        written = (*outputs, *allocated)
+        if self.launches:
+            places = framework.pointers(allocated)
+            if self.shared:
+                base = places.pop()
+                places += [base + start for start in self.shared]
+            params = self.params((*pointers, *listed, *places, *drawn))
+            stream = framework.launch_stream(self.device)
+            for kernel, num_blocks in self.launches:
+                kernel.launch(num_blocks, params, stream)
+        for index, value in self.fills:
+            written[index][...] = value
         return self.results(written)
 
 
@@ -163,10 +176,10 @@ def prepare(
     ordinal = int(views["q"].device.removeprefix("cuda:"))
     call = plan_views(direction, options, views, device.current(ordinal))
     places = [*(name if name in views else None for name in OUTPUTS[direction]), *(w.name for w in call.results)]
-    allocations = [(_allocator(framework, w), w.shape, framework.dtype(w.dtype)) for w in (*call.results, *call.apart)]
+    allocations = [_allocator(framework, w, ordinal) for w in (*call.results, *call.apart)]
     scratch = Scratch(call.shared)
     if call.shared:
-        allocations.append((framework.empty, (scratch.nbytes,), framework.dtype(np.dtype(np.uint8))))
+        allocations.append(framework.allocator((scratch.nbytes,), framework.dtype(np.dtype(np.uint8)), ordinal))
     written = check.written(direction, views)
     with framework.context(ordinal):
         launches = call.load(ordinal)
@@ -287,10 +300,15 @@ def plan_views(direction: Direction, options: Options, views: Mapping[str, View]
     )
 
 
-def _allocator(framework: Launcher, workspace: Workspace) -> Callable[[tuple[int, ...], Any, int], Any]:
+def _allocator(framework: Launcher, workspace: Workspace, device: int) -> Callable[[], Any]:
+    shape, dtype = workspace.shape, framework.dtype(workspace.dtype)
     if workspace.kept:
-        return KeptZeros(framework)
-    return framework.zeros if workspace.zeroed else framework.empty
+        return KeptZeros(framework, shape, dtype, device)
+    return (
+        partial(framework.zeros, shape, dtype, device)
+        if workspace.zeroed
+        else framework.allocator(shape, dtype, device)
+    )
 
 
 def result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:

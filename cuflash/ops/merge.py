@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -122,7 +121,7 @@ def _merge_on_gpu(framework: Launcher, outs: Sequence[Any], lses: Sequence[Any],
         params["out"], params["lse"] = framework.pointer(out), framework.pointer(lse)
         # The result is contiguous from the start of an allocation on.
         step = plans.forward(dtype, result, rows, dim, _copy_bytes(views[: len(outs)], dim))
-        _launch(step, params, ordinal)
+        _launch(framework, step, params, ordinal)
     return out, lse
 
 
@@ -147,7 +146,7 @@ def _backward_on_gpu(
             if x is not None:
                 params[name] = framework.pointer(x)
                 _put_strides(params[f"{name}_stride"][0], framework.view(name, x), axes)
-        _launch(plans.backward(dtype, rows, dim), params, ordinal)
+        _launch(framework, plans.backward(dtype, rows, dim), params, ordinal)
     return douts, dlses
 
 
@@ -173,9 +172,9 @@ def _put_strides(strides: np.ndarray, view: View, axes: tuple[int, int, int]) ->
         strides[name] = steps[axis]
 
 
-def _launch(step: Any, params: np.ndarray, ordinal: int) -> None:
+def _launch(framework: Launcher, step: Any, params: np.ndarray, ordinal: int) -> None:
     (kernel,) = jit.load([step], ordinal)
-    kernel.launch(step.num_blocks, (ctypes.c_uint64 * (params.nbytes // 8)).from_buffer_copy(params.tobytes()))
+    kernel.launch(step.num_blocks, jit.parameters(params.tobytes())(), framework.launch_stream(ordinal))
 
 
 def _copy_bytes(views: Sequence[View], dim: int) -> int:

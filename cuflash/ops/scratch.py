@@ -17,28 +17,28 @@ _thread = threading.local()
 
 
 class KeptZeros:
-    """Arrays of zeros for kernels that leave them as they find them: one for each stream, cleared once.
+    """Allocates an array of zeros for kernels that leave it as they find it: one for each stream, cleared once.
 
     Calls on a stream run one after another, so they can share an array. What is true of streams need not be of their
     handles: CUDA hands that of a destroyed stream out again while its work still runs. So a stream is kept as long as
     its array, and one that others may destroy has none. A captured graph may run beside calls, and gets its own.
     """
 
-    def __init__(self, framework: Launcher) -> None:
-        self._framework = framework
+    def __init__(self, framework: Launcher, shape: tuple[int, ...], dtype: Any, device: int) -> None:
+        self._framework, self._asked = framework, (shape, dtype, device)
         self._kept: dict[Any, tuple[Any, Any]] = {}
         """Streams and their arrays by handle, and by thread where threads share the handle."""
         self._lock = threading.Lock()
 
-    def __call__(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+    def __call__(self) -> Any:
         """The current stream's array; call inside the framework's context of the device."""
         framework = self._framework
         if framework.is_capturing():
-            return framework.zeros(shape, dtype, device)
+            return framework.zeros(*self._asked)
         handle, stream = framework.stream()
         key = handle if handle != _PER_THREAD else (handle, _thread_number())
         kept = self._kept.get(key)
-        return self._keep(key, stream, framework.zeros(shape, dtype, device)) if kept is None else kept[1]
+        return self._keep(key, stream, framework.zeros(*self._asked)) if kept is None else kept[1]
 
     def _keep(self, key: Any, stream: Any, array: Any) -> Any:
         """The array, kept for the next call if there is room and its stream can be kept with it."""

@@ -117,7 +117,9 @@ FAKE_TORCH.is_grad_enabled = lambda: True
 FAKE_TORCH.strided = FakeTensor.layout
 FAKE_TORCH.no_grad = nullcontext
 FAKE_TORCH.full = lambda shape, value, dtype, device: as_torch(np.full(shape, value, to_numpy_dtype(dtype)))
-FAKE_TORCH.cuda = SimpleNamespace(is_available=lambda: False, default_generators=[SimpleNamespace()])
+FAKE_TORCH.cuda = SimpleNamespace(
+    is_available=lambda: False, is_initialized=lambda: False, default_generators=[SimpleNamespace()]
+)
 FAKE_TORCH.compiler = SimpleNamespace(is_dynamo_compiling=lambda: False)
 FAKE_TORCH._C = SimpleNamespace(
     _are_functorch_transforms_active=lambda: False, _len_torch_dispatch_stack=lambda: 0,

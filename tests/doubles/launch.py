@@ -10,7 +10,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -92,7 +92,9 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(device, "current", lambda ordinal: device.named("a100"))
     monkeypatch.setattr(launch, "_prepared", {})
     for framework, wrap in ((CuPy, as_cupy), (Torch, as_torch)):
-        monkeypatch.setattr(framework, "context", lambda self, ordinal: nullcontext())
+        monkeypatch.setattr(framework, "elsewhere", lambda self, ordinal: None)
+        monkeypatch.setattr(framework, "launch_stream", lambda self, ordinal: None)
+        monkeypatch.setattr(framework, "allocator", arrays.Launcher.allocator)
         monkeypatch.setattr(framework, "is_capturing", lambda self: False)
         monkeypatch.setattr(framework, "stream", lambda self: (0, None))  # nothing is kept for it
         monkeypatch.setattr(framework, "moved", lambda self, x, beside, wrap=wrap: wrap(np.array(x)))

@@ -45,10 +45,10 @@ def params_of_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[s
     seen: list[tuple[str, np.ndarray]] = []
     original = jit.Kernel.launch
 
-    def recording(self: jit.Kernel, num_blocks: int, params: ctypes.Array) -> None:
+    def recording(self: jit.Kernel, num_blocks: int, params: ctypes.Array, stream: Any) -> None:
         struct = jit.params.dtype("FwdParams" if self.name.startswith("fwd") else "BwdParams")
-        seen.append((self.name, np.frombuffer(params, struct)))
-        original(self, num_blocks, params)
+        seen.append((self.name, np.frombuffer(params, struct, 1)))
+        original(self, num_blocks, params, stream)
 
     monkeypatch.setattr(jit.Kernel, "launch", recording)
     yield seen

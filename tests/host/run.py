@@ -141,7 +141,7 @@ def parameter_block(plan: Plan, arrays: Mapping[str, np.ndarray], options: Optio
     with patch.object(tensormap, "encoder", encoder):
         fill = block.filler(template, tuple(views), maps, 0, draws)
     pointers = (x.pointer for x in views.values())
-    return np.frombuffer(fill((*pointers, *draw) if draws else (*pointers,)), template.dtype)
+    return np.frombuffer(fill((*pointers, *draw) if draws else (*pointers,)), template.dtype, 1)
 
 
 def view(name: str, x: np.ndarray) -> View:

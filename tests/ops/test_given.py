@@ -17,6 +17,7 @@ from inputs import BF16, FP16, FP32, random
 
 import cuflash
 from cuflash import device, jit
+from cuflash.arrays import Stream
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import given
 from cuflash.ops.call import Arrays
@@ -73,7 +74,7 @@ def cleared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The streams on which memory was cleared."""
     streams: list[int] = []
 
-    def clear(pointer: int, nbytes: int, stream: jit.Stream) -> None:
+    def clear(pointer: int, nbytes: int, stream: Stream) -> None:
         ctypes.memset(pointer, 0, nbytes)
         streams.append(stream.ptr)
 

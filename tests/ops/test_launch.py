@@ -385,17 +385,35 @@ def test_a_call_is_prepared_once_for_arrays_of_a_kind(launches: Launches, wrap: 
 
 @needs_cupy
 def test_a_kernel_takes_the_address_of_its_parameters() -> None:
-    from cupy.cuda.function import CPointer
-
     config, calls = Config(threads=96, smem_bytes=1000), []
-    loaded = jit.Kernel("fwd_sm80", None, config, lambda *given, **named: calls.append((given, named)), CPointer)
-    params = (ctypes.c_char * 1000)()
-    loaded.launch(7, params)
-    loaded.launch(7, params, jit.Stream(5))
-    assert [given[-1] and given[-1].ptr for given, _ in calls] == [None, 5]
-    (grid, block, (argument,), smem_bytes, _), named = calls[0]
-    assert (grid, block, smem_bytes, named) == ((7,), (96,), 1000, {})
-    assert isinstance(argument, CPointer) and argument.ptr == ctypes.addressof(params)
+    loaded = jit.Kernel("fwd_sm80", None, config, SimpleNamespace(ptr=77), lambda *given: calls.append(given))
+    struct = random(25, dtype=np.float64).tobytes()
+    params = jit.parameters(struct)()
+    loaded.launch(7, params, arrays.Stream(5))
+    ((*given, arguments, extra),) = calls
+    assert given == [77, 7, 1, 1, 96, 1, 1, 1000, 5] and extra == 0
+    assert ctypes.string_at(ctypes.c_void_p.from_address(arguments).value, len(struct)) == struct
+
+
+def test_a_thread_without_a_context_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class DriverError(RuntimeError):
+        def __init__(self, status: int) -> None:
+            self.status = status
+
+    errors, freed = [DriverError(201)], []
+
+    def start(*given: Any) -> None:
+        if errors:
+            raise errors.pop()
+
+    runtime = SimpleNamespace(free=freed.append)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    loaded = jit.Kernel("fwd_sm80", None, Config(threads=96, smem_bytes=0), SimpleNamespace(ptr=1), start)
+    loaded.launch(7, jit.parameters(bytes(8))(), arrays.Stream(5))
+    assert freed == [0] and not errors
+    errors.append(DriverError(1))
+    with pytest.raises(DriverError):
+        loaded.launch(7, jit.parameters(bytes(8))(), arrays.Stream(5))
 
 
 def test_kernels_are_compiled_once_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -826,7 +844,7 @@ def test_calls_on_a_stream_share_their_tickets(
 
     def kept() -> KeptZeros:
         (prepared,) = launch._prepared.values()
-        (zeros,) = (allocate for allocate, _, _ in prepared.allocations if isinstance(allocate, KeptZeros))
+        (zeros,) = (allocate for allocate in prepared.allocations if isinstance(allocate, KeptZeros))
         return zeros
 
     def address_of(y: Any) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cuflash.errors import InvalidArgument, UnsupportedProblem
-from cuflash.ops import Arrays, Options, Tangents, check, new
+from cuflash.ops import Arrays, Options, Tangents, check, launch, new
 from cuflash.ops.lengths import with_lengths
 from cuflash.problem import Direction
 
@@ -172,12 +172,14 @@ def gradient(framework: Any, options: Options, arrays: Arrays) -> tuple[Any, ...
 
 
 def _contiguous(arrays: Arrays) -> Arrays:
-    """Gradients as kernels read them."""
-    dout, dlse = arrays.dout, arrays.dlse
+    """Gradients, and what a hook may have given back, as kernels read them."""
+    dout, dlse, row_state = arrays.dout, arrays.dlse, arrays.row_state
     if not dout.is_contiguous() and (dout.stride(-1) != 1 or 0 in dout.stride()):  # sum() gives one number to all
         arrays = arrays._replace(dout=dout.contiguous())
     if dlse is not None and not dlse.is_contiguous():
         arrays = arrays._replace(dlse=dlse.contiguous())
+    if row_state is not None and not row_state.is_contiguous():
+        arrays = arrays._replace(row_state=row_state.contiguous())
     return arrays
 
 
@@ -191,13 +193,18 @@ class _OfThree(torch.autograd.Function):
     def is_enough(options: Options, arrays: Arrays) -> bool:
         """Whether it answers a call."""
         others = [x for x in arrays if x is not None]
-        dropped = options.dropout_p or options.keep_state or options.cache
-        return len(others) == 3 and not dropped and torch.autograd.forward_ad._current_level < 0
+        more = options.dropout_p or options.keep_state or options.cache or options.block_mask is not None
+        return len(others) == 3 and not more and torch.autograd.forward_ad._current_level < 0
 
     @staticmethod
     def forward(ctx: Any, framework: Any, options: Options, q: Any, k: Any, v: Any) -> Any:
-        arrays = new(Arrays, q=q, k=k, v=v)
-        out, lse, row_state = framework.plain("forward", options.replace(keep_state=True), arrays)
+        if q.is_cuda:
+            pair, pointers = _Pair.of(framework, options, (q, k, v))
+            out, lse, row_state = pair.forward((None,), pointers, None)
+            ctx.pair, ctx.pointers = pair, (*pointers, out.data_ptr(), lse.data_ptr(), row_state.data_ptr())
+        else:
+            out, lse, row_state = framework.plain("forward", options.keeping, new(Arrays, q=q, k=k, v=v))
+            ctx.pair = None
         ctx.framework, ctx.options = framework, options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, row_state)
@@ -205,16 +212,75 @@ class _OfThree(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any) -> Any:
-        q, k, v, out, lse, row_state = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        plain = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+        if plain and dlse is None and dout is not None and ctx.pair is not None:
+            gradients = ctx.pair.pull_back(ctx.pointers, saved, dout)
+            if gradients is not None:
+                return None, None, *gradients
+        q, k, v, out, lse, row_state = saved
         if dout is None:
             if dlse is None:
                 return (None,) * 5
             dout = torch.zeros_like(out)
         options = of_gradient(ctx.options, False)
         arrays = new(Arrays, q=q, k=k, v=v, dout=dout, lse=lse, dlse=dlse, row_state=row_state, out=out)
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return None, None, *_AttentionGradient.apply(ctx.framework, options, True, (), *arrays)
-        return None, None, *gradient(ctx.framework, options, arrays)
+        if plain:
+            return None, None, *gradient(ctx.framework, options, arrays)
+        return None, None, *_AttentionGradient.apply(ctx.framework, options, True, (), *arrays)
+
+
+class _Pair:
+    """A forward on a GPU of q, k and v alone, and its gradient where dout is in one piece: found together.
+
+    Autograd pulls back in a thread of its own, where the interpreter's objects are in no cache: the less of them the
+    better.
+    """
+
+    def __init__(self, framework: Any, options: Options, few: tuple[Any, Any, Any]) -> None:
+        options = check.settled(options)
+        self._framework, self._options = framework, options
+        self._strides = tuple(x.stride() for x in few)
+        self.forward = launch.prepare(framework, "forward", options.keeping, Arrays(*few))
+        self._backward: launch.Prepared | None = None
+
+    @classmethod
+    def of(cls, framework: Any, options: Options, few: tuple[Any, Any, Any]) -> tuple[_Pair, list[int]]:
+        """That of tensors like these, and their pointers."""
+        pointers, described = framework.describe(options.manner.names[:3], few)
+        pair = _pairs.get((options, described))
+        if pair is None:
+            pair = cls(framework, options, few)
+            if len(_pairs) >= _MAX_PAIRS:
+                _pairs.clear()
+            if options.is_kind:
+                _pairs[options, described] = pair
+        return pair, pointers
+
+    def pull_back(self, pointers: tuple[int, ...], saved: tuple[Any, ...], dout: Any) -> tuple[Any, ...] | None:
+        """(dq, dk, dv) from what was saved; None where that, or dout, is not as it should be.
+
+        Hooks of saved tensors may give back others than the forward had, and callers change theirs by `Tensor.data`.
+        """
+        q, k, v, out, lse, row_state = saved
+        if (
+            not dout.is_contiguous()
+            or tuple([x.data_ptr() for x in saved]) != pointers
+            or (q.stride(), k.stride(), v.stride()) != self._strides
+        ):
+            return None
+        at = dout.data_ptr()
+        if at % 16 or dout.is_neg():
+            return None
+        if self._backward is None:
+            arrays = Arrays(q, k, v, dout=dout, lse=lse, row_state=row_state, out=out)
+            self._backward = launch.prepare(self._framework, "backward", of_gradient(self._options, False), arrays)
+        at_q, at_k, at_v, at_out, at_lse, at_row_state = pointers
+        return self._backward((None, None, None), [at_q, at_k, at_v, at, at_lse, at_row_state, at_out], None)
+
+
+_MAX_PAIRS = 1024
+_pairs: dict[tuple[Any, ...], _Pair] = {}
 
 
 class _Recorded(torch.autograd.Function):
@@ -225,7 +291,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, framework: Any, options: Options, generator: Any, arrays: Arrays, *_: Any) -> Any:
-        output = framework.plain("forward", options.replace(keep_state=True), arrays, generator)
+        output = framework.plain("forward", options.keeping, arrays, generator)
         _keep(ctx, framework, options, arrays, output)
         if torch.autograd.forward_ad._current_level >= 0:
             ctx.given = arrays, output[3] if len(output) > 3 else None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, cached_property
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import Adapter, Launcher, View, cupy_module, framework_of, not_here, numpy_arrays
+from cuflash.arrays import Adapter, Launcher, Stream, View, framework_of, not_here, numpy_arrays
 from cuflash.dtypes import BF16
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.generator import default_generator
@@ -60,8 +60,9 @@ class Torch(Launcher, Adapter):
     def __init__(self) -> None:
         self.xp = self._torch = sys.modules["torch"]
         self._forward_ad = self._torch.autograd.forward_ad
-        self._here = nullcontext()
         self._devices: dict[int, Any] = {}
+        self._streams: dict[int, Stream] = {}
+        """By handle; torch pools its streams."""
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and everything else about all of them as a key.
@@ -150,11 +151,14 @@ class Torch(Launcher, Adapter):
         """
         torch = self._torch
         kind = type(arrays.q)
-        if kind is not torch.Tensor and kind.__name__ == "DTensor":
-            from cuflash.adapters.torch import sharded
+        is_fake = False
+        if kind is not torch.Tensor:
+            if kind.__name__ == "DTensor":
+                from cuflash.adapters.torch import sharded
 
-            return sharded.answer(self, direction, options, arrays, generator)
-        if torch.compiler.is_dynamo_compiling() or kind.__module__ == "torch._subclasses.fake_tensor":
+                return sharded.answer(self, direction, options, arrays, generator)
+            is_fake = kind.__module__ == "torch._subclasses.fake_tensor"
+        if is_fake or torch.compiler.is_dynamo_compiling():
             from cuflash.adapters.torch.operators import traced
 
             return traced(direction, options, arrays, generator, cached)
@@ -357,17 +361,20 @@ class Torch(Launcher, Adapter):
             "Call cuflash with the tensors that it stands for."
         )
 
-    def context(self, device: int) -> AbstractContextManager[Any]:
-        """Where launches and allocations for the device belong."""
-        cuda = cupy_module().cuda
-        stream = self._torch._C._cuda_getCurrentRawStream(device)  # as compiled graphs ask: no object
-        if cuda.runtime.getDevice() == device and cuda.get_current_stream().ptr == stream:
-            return self._here
-        return _on_stream(device, stream)
+    def elsewhere(self, device: int) -> AbstractContextManager[Any] | None:
+        """Where launches and allocations for the device belong; None where they belong here."""
+        torch = self._torch
+        return None if torch._C._cuda_getDevice() == device else torch.cuda.device(device)
+
+    def launch_stream(self, device: int) -> Stream:
+        """Torch's current stream of the device."""
+        handle = self._torch._C._cuda_getCurrentRawStream(device)  # as compiled graphs ask: no object
+        stream = self._streams.get(handle)
+        return self._streams.setdefault(handle, Stream(handle)) if stream is None else stream
 
     def is_capturing(self) -> bool:
         """Whether torch's current stream records a graph."""
-        return self._torch.cuda.is_available() and self._torch.cuda.is_current_stream_capturing()
+        return self._torch.cuda.is_initialized() and self._torch.cuda.is_current_stream_capturing()
 
     def stream(self) -> tuple[int, Any]:
         """Handle of torch's current stream, and what keeps it from being destroyed; None where nothing here can."""
@@ -388,6 +395,12 @@ class Torch(Launcher, Adapter):
         """Allocate on torch's current stream."""
         return self._torch.empty(shape, dtype=dtype, device=self._device(device))
 
+    def allocator(self, shape: tuple[int, ...], dtype: Any, device: int) -> Callable[[], Any]:
+        """What :meth:`empty` of these does."""
+        # An element that stands for all of an array says as much, and is read in less time than words.
+        element = self._torch.empty((), dtype=dtype, device=self._device(device))
+        return partial(self._torch.empty_like, element.expand(shape))
+
     def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
         """Allocate and clear on torch's current stream."""
         return self._torch.zeros(shape, dtype=dtype, device=self._device(device))
@@ -403,24 +416,6 @@ class Torch(Launcher, Adapter):
         """Address of the first element."""
         return x.data_ptr()
 
-
-class _StreamPointer:
-    """A raw stream in the words of the CUDA stream protocol."""
-
-    def __init__(self, pointer: int) -> None:
-        self._pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._pointer
-
-
-@cache  # never evicted: a CuPy stream object destroys what it wraps in some CuPy versions, and torch pools its streams
-def _stream(device: int, pointer: int) -> Any:
-    return cupy_module().cuda.Stream.from_external(_StreamPointer(pointer))
-
-
-@contextmanager
-def _on_stream(device: int, pointer: int) -> Any:
-    """Make a device and one of its streams current for CuPy."""
-    with cupy_module().cuda.Device(device), _stream(device, pointer):
-        yield
+    def pointers(self, arrays: Sequence[Any]) -> list[int]:
+        """Addresses of the first elements."""
+        return [x.data_ptr() for x in arrays]

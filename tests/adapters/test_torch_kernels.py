@@ -1,0 +1,106 @@
+"""Gradients that autograd asks for of tensors on a GPU: here in host memory, where the kernels' twins run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from doubles.launch import Launches, needs_compiler
+from inputs import FP16, random
+
+import cuflash
+from cuflash import arrays
+from cuflash.adapters.torch.tensors import Torch
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from cuflash.adapters.torch import recorded  # noqa: E402  which imports torch
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture
+def gpu(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Tensors in host memory count as being on a GPU."""
+    view = Torch.view
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    arrays.framework_of_type.cache_clear()
+    arrays._torch_tensors.cache_clear()
+    monkeypatch.setattr(recorded, "_pairs", {})
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(Torch, "view", lambda self, name, x: view(self, name, x)._replace(device="cuda:0"))
+    for name in ("empty", "zeros"):
+        allocate = getattr(torch, name)
+        monkeypatch.setattr(
+            Torch, name, lambda self, shape, dtype, ordinal, allocate=allocate: allocate(shape, dtype=dtype)
+        )
+    return launches
+
+
+INPUTS = [random(2, 40, 3, 32, dtype=FP16, seed=i) for i in range(4)]
+
+
+def attend(*leaves: Any) -> Any:
+    return cuflash.flash_attn_func(*leaves, causal=True)
+
+
+def right(out: Any, gradients: Any, dout: np.ndarray) -> None:
+    """Compare a result and its gradients with the oracle."""
+    exact, naive = (f(*INPUTS[:3], dout, causal=True) for f in (oracle.attention, oracle.naive_in_dtype))
+    found = [x.detach().numpy() for x in (out, *gradients)]
+    oracle.assert_all_close(oracle.Attention(found[0], exact.lse, *found[1:]), exact, naive)
+
+
+def leaves() -> list[Any]:
+    return [torch.from_numpy(x.copy()).requires_grad_() for x in INPUTS[:3]]
+
+
+def test_forward_and_gradient_are_found_together(gpu: Launches) -> None:
+    dout = torch.from_numpy(INPUTS[3])
+    for turn in range(3):
+        mine = leaves()
+        out = attend(*mine)
+        right(out, torch.autograd.grad(out, mine, dout), INPUTS[3])
+        if turn == 0:
+            loaded, called = list(gpu.loaded), gpu.take()
+            assert [name for name, _ in loaded] == called
+        else:
+            assert gpu.loaded == loaded and gpu.take() == called
+    (pair,) = recorded._pairs.values()
+    assert pair._backward is not None
+
+
+@pytest.mark.parametrize("kind", ["of other strides", "all the same", "off 16 bytes"])
+def test_gradients_that_arrive_otherwise(gpu: Launches, kind: str) -> None:
+    mine, dout = leaves(), torch.from_numpy(INPUTS[3].copy())
+    if kind == "of other strides":
+        dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    elif kind == "all the same":
+        dout = torch.ones((), dtype=dout.dtype).expand(dout.shape)
+    else:
+        dout = torch.empty(dout.numel() + 1, dtype=dout.dtype)[1:].view(dout.shape).copy_(dout)
+    out = attend(*mine)
+    right(out, torch.autograd.grad(out, mine, dout), dout.contiguous().numpy())
+
+
+@pytest.mark.parametrize("change", ["moved", "other strides", "data"])
+def test_hooks_may_give_back_other_tensors_than_were_saved(gpu: Launches, change: str) -> None:
+    def unpack(x: Any) -> Any:
+        if change == "moved" or x.dim() != 4:
+            return x.clone()
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    dout, mine = torch.from_numpy(INPUTS[3]), leaves()
+    out = attend(*mine)  # the pair is there
+    torch.autograd.grad(out, mine, dout)
+    if change == "data":
+        out = attend(*mine)
+        for x in mine:
+            x.data = x.data.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), unpack):
+            out = attend(*mine)
+    right(out, torch.autograd.grad(out, mine, dout), INPUTS[3])
