@@ -216,7 +216,7 @@ def test_heads_and_packed_sequences_draw_masks_of_their_own(backend: Backend) ->
     starts, dim = np.arange(0, 5 * 32, 32, dtype=np.int32), 32
     q = np.zeros((128, 3, dim), np.float16)
     v = np.tile(np.eye(dim, dtype=np.float16), (4, 1))[:, None].repeat(3, axis=1)
-    lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 32, "max_seqlen_k": 32}
+    lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 65, "max_seqlen_k": 65}
     state = 2**64 - 7, 2**33 - 8
     for scheme in ("byte", "word"):
         out, _ = backend(q, q, v, generator=state, dropout_p=0.5, dropout_scheme=scheme, **lengths)
@@ -248,8 +248,8 @@ def test_expanded_inputs_masks_and_gradients(backend: Backend) -> None:
 
 def test_tensors_further_apart_than_32_bits(backend: Backend) -> None:
     """Two batch elements at both ends of memory that is only reserved: offsets of more than 2^31 elements."""
-    far, shape = 2**31 + 64, (2, 33, 2, 64)
-    rows = 33 * 2 * 64
+    far, shape = 2**31 + 64, (2, 66, 2, 64)
+    rows = 66 * 2 * 64
     memory = np.zeros(far + 8 * rows, np.float16)
 
     def placed(x: np.ndarray, number: int) -> np.ndarray:
@@ -260,7 +260,7 @@ def test_tensors_further_apart_than_32_bits(backend: Backend) -> None:
         return view
 
     near = [random(*shape, seed=seed) for seed in range(4)]
-    bias, mask = random(2, 1, 33, 33), random(2, 1, 33, 33, seed=1) > -1
+    bias, mask = random(2, 1, 66, 66), random(2, 1, 66, 66, seed=1) > -1
     spread = [placed(x, number) for number, x in enumerate((*near, bias, mask))]
     options = {"deterministic": True, "dropout_p": 0.25, "generator": (3, 8)}
     expected = backend(*near, attn_bias=bias, attn_mask=mask, **options)

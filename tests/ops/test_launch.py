@@ -55,7 +55,7 @@ CASES = {
     "top-left": ({"causal": True, "alignment": "top-left", "softcap": 1.5}, FP16, False),
     "mask": ({"attn_mask": np.random.default_rng(1).random((2, 1, 70, 90)) < 0.5}, FP16, False),
     "mask-strided": ({"attn_mask": np.random.default_rng(1).random((90, 4, 1)).transpose(1, 2, 0) < 0.5}, FP16, False),
-    "packed": ({"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "max_seqlen_q": 45, "max_seqlen_k": 50,
+    "packed": ({"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "max_seqlen_q": 45, "max_seqlen_k": 70,
                 "seqused_k": np.array([4, 30, 20], np.int32)}, FP16, True),
     "packed-causal": ({"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K, "max_seqlen_q": 80, "max_seqlen_k": 99,
                        "causal": True}, BF16, True),
@@ -109,7 +109,7 @@ FEATURES = {
     "packed-used": PACKED | BYTE | {"alibi_slopes": SLOPES, "sink": SINK},
     "packed-longer": PACKED | {"max_seqlen_q": 90, "max_seqlen_k": 99, "bias_grad": True,
                                "attn_bias": np.pad(BIAS[:, :1], [(0, 0), (0, 0), (0, 0), (0, 4)]).astype(FP16)},
-    "packed-bias": PACKED | WORD | {"attn_bias": BIAS[:, :1, :45, :50].astype(FP16), "bias_grad": True},
+    "packed-bias": PACKED | WORD | {"attn_bias": BIAS[:, :1, :45, :70].astype(FP16), "bias_grad": True},
 }  # fmt: skip
 
 
@@ -945,7 +945,7 @@ def test_maps_of_tensors_with_one_element_or_none_along_an_axis(hopper: Launches
 def test_maps_follow_the_pointers(hopper: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(jit.tensormap, "encoder", lambda tensor, device: made.append(tensor) or run.encoder(tensor))
-    q, k, v, other = (as_torch(random(1, 64, 2, 32, seed=seed)) for seed in range(4))
+    q, k, v, other = (as_torch(random(1, 96, 2, 32, seed=seed)) for seed in range(4))
     kept = [cuflash.flash_attn_func(q, k, v), cuflash.flash_attn_func(other, k, v)]
     assert len(made) == 4 and len(launch._prepared) == 1, "described once for all tensors of a kind"
     first, second = hopper.params
@@ -964,7 +964,7 @@ def test_blocks_of_the_last_pointers_are_kept_but_for_dropout(
 
     monkeypatch.setattr(jit.tensormap, "encoder", encoder)
     monkeypatch.setattr(block, "_MAX_BLOCKS", 2)
-    q, *places = (as_torch(random(1, 64, 2, 32, seed=seed)) for seed in range(4))
+    q, *places = (as_torch(random(1, 96, 2, 32, seed=seed)) for seed in range(4))
     scratch = as_torch(np.zeros(4096, np.uint8))
     monkeypatch.setattr(Torch, "empty", lambda *_: scratch)
     for place in (0, 0, 1, 0, 2, 0, 1):
@@ -981,14 +981,14 @@ def test_blocks_of_the_last_pointers_are_kept_but_for_dropout(
 
 
 def test_dropout_draws_before_the_kernel_that_copies_in_bulk(hopper: Launches) -> None:
-    x = as_torch(random(1, 64, 2, 32))
+    x = as_torch(random(1, 96, 2, 32))
     cuflash.flash_attn_func(x, x, x, 0.5, generator=(1, 4))
     assert hopper.take() == ["fwd_rng", "fwd_sm90"]
     assert maps(hopper.params[0]) == maps(hopper.params[1])
 
 
 def test_what_cannot_be_copied_in_bulk_goes_to_other_kernels(hopper: Launches) -> None:
-    x = random(2, 64, 4, 40)
+    x = random(2, 96, 4, 40)
     plain = x[..., :32]
     shifted = np.zeros(plain.size + 4, FP16)[4:].reshape(plain.shape)
     expanded = np.broadcast_to(plain[:, :, :1], plain.shape)
@@ -999,11 +999,11 @@ def test_what_cannot_be_copied_in_bulk_goes_to_other_kernels(hopper: Launches) -
 
 
 def test_gradients_come_from_a_family_that_has_them(hopper: Launches) -> None:
-    x = as_torch(random(1, 64, 2, 32))
+    x = as_torch(random(1, 96, 2, 32))
     (out, _), pullback = cuflash.flash_attn_vjp(x, x, x, return_lse=True)
     pullback(as_torch(np.ones(out.shape, FP16)))
     assert hopper.take() == ["fwd_sm90", "bwd_prepare_sm90", "bwd_sm90", "bwd_convert_sm90"]
-    wide = as_torch(random(1, 64, 2, 72))
+    wide = as_torch(random(1, 96, 2, 72))
     (out, _), pullback = cuflash.flash_attn_vjp(x, x, wide, return_lse=True)
     pullback(as_torch(np.ones(out.shape, FP16)))
     assert hopper.take() == ["fwd_sm90", "bwd_delta", "bwd_sm80", "bwd_convert"]

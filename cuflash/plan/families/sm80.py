@@ -443,10 +443,15 @@ class ShortForwardConfig(CopyConfig):
 
 
 def _short_edge(problem: Problem, device: Device) -> int:
-    """The edge of a tile that holds all queries and keys of a sequence, where sequences are many; else 0."""
+    """The edge of a tile that holds all queries and keys of a sequence; 0 where there is none, or others are faster.
+
+    H200, one sequence of 64 with two heads: forward 3.3 us instead of 5.1, backward 7.5 instead of 11.4, in one launch
+    instead of three.
+    """
     longest = max(problem.len_q, problem.len_kv)
     few = problem.batch * problem.heads_q < 2 * device.num_sms
-    if problem.block_mask or longest > 128 or few or max(problem.dim_qk, problem.dim_v) > 64 or _in_halves(problem):
+    widest = max(problem.dim_qk, problem.dim_v)
+    if longest > (64 if few else 128) or widest > 64 or problem.block_mask or _in_halves(problem):
         return 0
     return 64 if longest <= 64 else 128
 
@@ -463,7 +468,7 @@ def _hold_bias(problem: Problem, device: Device, edge: int, smem: int) -> tuple[
 
 
 def short_forward(problem: Problem, device: Device) -> ShortForwardConfig | None:
-    """The config of ``forward/sm80_short.cuh`` where sequences fit in one of its tiles and are many; else None."""
+    """The config of ``forward/sm80_short.cuh`` where sequences fit in one of its tiles; else None."""
     edge = _short_edge(problem, device)
     # With one split asked for, a row's bits depend on its own sequence alone, not on how many there are.
     if not 4 * problem.len_q > edge > 0 or problem.layout == "cache" or problem.page_size or problem.num_splits:
@@ -512,7 +517,7 @@ class ShortBackwardConfig(CopyConfig):
 
 
 def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | None:
-    """The config of ``backward/sm80_short.cuh`` where sequences fit in one of its tiles and are many; else None."""
+    """The config of ``backward/sm80_short.cuh`` where sequences fit in one of its tiles; else None."""
     edge = _short_edge(problem, device)
     if not edge or problem.group > 1 or _in_halves(problem):
         return None

@@ -602,7 +602,7 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
         return ["its tiles reach over several blocks of the mask, those of sm80 do not"]
     if problem.direction == "backward":
         if _short_backward(problem, device) is None and short_backward(problem, device) is not None:
-            return ["sm80 serves many short sequences better"]
+            return ["sm80 serves short sequences better"]
         if problem.score_mod is not None and max(problem.dim_qk, problem.dim_v) > 128:
             return ["the assembler serialises products beside a written score of more than 128 columns"]
         if turns := lists_without_turns(problem):
@@ -610,7 +610,7 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
         # Its two warpgroups share dq's columns, of which there must be two chunks of 64 or a tile of 128 queries.
         return ["dim_v > 64 beside dim_qk <= 64"] if problem.dim_qk <= 64 < problem.dim_v <= 128 else []
     if short_forward(problem, device) is not None:
-        return ["sm80 serves many short sequences better"]
+        return ["sm80 serves short sequences better"]
     if problem.len_q > _ROWS:
         return []
     read = problem.batch * problem.heads_kv * problem.len_kv * (problem.dim_qk + problem.dim_v) * problem.dtype.itemsize
