@@ -49,6 +49,10 @@ class Nccl(Exchange):
         held = [post]  # the arrays must not be freed before
         return wait
 
+    def settle(self) -> None:
+        """Return when all messages have arrived."""
+        self._stream.synchronize()
+
     def _move(self, post: Post, part: slice) -> None:
         """Send and receive some bytes of every message that has them."""
         arrays, nccl = cupy_arrays(), self._nccl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from inputs import BF16, FP32, random
 
 import cuflash
 from cuflash.parallel import all_to_all_attention_vjp, nccl, ring_attention, ring_attention_vjp, token_order
+from cuflash.parallel import devices as devices_of
 from cuflash.parallel.devices import exchange_of
 from cuflash.parallel.exchange import Message, Post
 from cuflash.parallel.nccl import Nccl
@@ -73,6 +75,33 @@ def test_messages_overlap_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> N
             assert to_numpy(fro[0].array).tobytes() == received[0].tobytes()
 
         in_threads(2, run)
+
+
+@pytest.mark.parametrize("function", [ring_attention_vjp, all_to_all_attention_vjp])
+def test_no_message_is_on_its_way_while_the_first_call_of_a_kind_loads_kernels(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices_of, "_known", set())
+    x = [random(1, 8, 2, 4, dtype=FP32, seed=rank) for rank in range(2)]
+    barrier = threading.Barrier(2)
+    with communicators(monkeypatch, 2) as devices:
+
+        def run(rank: int) -> list[list[int]]:
+            counts = []
+            for words in ({}, {}, {"order": "zigzag", "causal": True}):
+                exchange = Nccl(devices[rank])
+                barrier.wait(30)
+                out, pullback = function(x[rank], x[rank], x[rank], OfHostMemory(exchange), **words)
+                counts.append([exchange._stream.times_synchronized])
+                for _ in range(2):
+                    barrier.wait(30)
+                    pullback(out)
+                    counts[-1].append(exchange._stream.times_synchronized)
+            return counts
+
+        for first, second, other in in_threads(2, run):
+            assert 0 < first[0] < first[1] == first[2] and second == [0, 0, 0]
+            assert 0 < other[0] < other[1] == other[2]
 
 
 def test_which_groups_are_communicators(monkeypatch: pytest.MonkeyPatch) -> None:
