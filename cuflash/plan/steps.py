@@ -128,6 +128,9 @@ def combine_step(problem: Problem) -> Step:
         sequence=policies.sequence(problem),
         dim_v=problem.dim_v,
         threads=128,
+        blocks_per_sm=6
+        if problem.dtype.accumulator.itemsize == 4
+        else 2,  # else eight parts at once take 168 registers
         tile_q=8,
         score=policies.unit_score(problem),
         sink=policies.sink(problem),

@@ -18,7 +18,9 @@ template <class Config>
 CF_DEVICE void forward_combine(const FwdParams& p) {
   using Element = typename Config::Element;
   using Real = Accumulator<Element>;
-  constexpr int kAcross = min_of(Config::kThreads, power_of_two_above(Config::kDimV));  // threads that share a row
+  constexpr int kWidth = Config::kDimV * sizeof(Real) % 16 == 0 ? 16 / sizeof(Real) : 1;  // columns of a thread at once
+  constexpr int kColumns = Config::kDimV / kWidth;
+  constexpr int kAcross = min_of(Config::kThreads, power_of_two_above(kColumns));  // threads that share a row
   constexpr int kRowsAtOnce = Config::kThreads / kAcross;
 
   const Attention& a = p.attention;
@@ -30,17 +32,20 @@ CF_DEVICE void forward_combine(const FwdParams& p) {
   const int64 step = Part::number(p, sequence, work.head, 1) - Part::number(p, sequence, work.head, 0);
 
   const int first = work.tile * Config::kTileQ, end = min_of(first + Config::kTileQ, sequence.len_q);
+#pragma unroll 1
   for (int row = first + ptx::thread_index() / kAcross; row < end; row += kRowsAtOnce) {
-    for (int col = ptx::thread_index() % kAcross; col < Config::kDimV; col += kAcross) {
+#pragma unroll 1
+    for (int col = ptx::thread_index() % kAcross * kWidth; col < Config::kDimV; col += kAcross * kWidth) {
       const int64 number = Part::number(p, sequence, work.head, 0) + row * Part::lse_stride(p).row;
-      const Parts<Real, 1> parts{static_cast<const RowState<Real>*>(p.partial_state) + number,
-                                 static_cast<const Real*>(p.partial_out) + number * Config::kDimV + col, step,
-                                 step * Config::kDimV};
-      Columns<Real, 1> out;
+      const Parts<Real, kWidth> parts{static_cast<const RowState<Real>*>(p.partial_state) + number,
+                                      static_cast<const Real*>(p.partial_out) + number * Config::kDimV + col, step,
+                                      step * Config::kDimV};
+      Columns<Real, kWidth> out;
       RowState<Real> state = merge_parts<8>(out, parts, p.num_splits, log2_unit);
       const Real rescale = Config::Sink::close(state, a, work.head, unit);
-      Whole::out(p, sequence, work.head, 0)[row * p.out_stride.row + col] =
-          from_accumulator<Element>(out.x[0] * rescale * state.inverse_sum());
+      Element* place = Whole::out(p, sequence, work.head, 0) + row * p.out_stride.row + col;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) place[i] = from_accumulator<Element>(out.x[i] * rescale * state.inverse_sum());
       if (col == 0) Whole::close(p, Whole::number(p, sequence, work.head, 0) + row, state, unit);
     }
   }
