@@ -73,6 +73,8 @@ class Problem:
     """Rows of the packed key tensor, or of the whole cache (not ``dense``)."""
     page_size: int = 0
     """Keys of a page, where keys and values lie in the pages of a cache (not ``dense``); 0: they do not."""
+    leftpad: bool = False
+    """Rows of a ``cache`` before a sequence's first key are said to be padding."""
     appended: int = 0
     """Keys that the call adds to each sequence of a ``cache`` before it attends."""
     rotary: Rotary | None = None
@@ -114,6 +116,8 @@ class Problem:
     """Forward only: blocks that share the keys of one query tile, at most; 0 leaves the number to the plan."""
     copy_bytes: int = 16
     """The widest access (2, 4, 8 or 16 bytes) that every base pointer and row stride of the tensors allows."""
+    shared_kv: bool = False
+    """The values are the first columns of the keys, in the same memory, as in multi-head latent attention."""
     ascending: bool = True
     """Every stride of the tensors is positive: none of their axes is reversed or expanded."""
 

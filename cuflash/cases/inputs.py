@@ -127,7 +127,7 @@ def make(case: Case, normals: Normals) -> Inputs:
     ]
     shapes += shapes[:3] if problem.tangents is not None else []
     q, k, v, dout, *changes = normals.tensors(problem.dtype, shapes, align=problem.copy_bytes)
-    if case.values_in_keys:
+    if problem.shared_kv:
         v = k[..., : problem.dim_v]
     if not problem.ascending:
         k, v = k[..., ::-1, :], v[..., ::-1, :]

@@ -151,8 +151,7 @@ def _appending(name: str, batch: int, len_kv: int, **changes: Any) -> Case:
 def _latent(batch: int, heads: int, len_kv: int) -> Case:
     """One query of every head over one latent key head, whose first 512 of 576 columns are the values."""
     name = f"decode-latent-h{heads}-b{batch}-s{len_kv // 1024}k"
-    dense = _dense(name, "bf16", batch, heads, len_kv, 576, heads_kv=1, len_q=1, dim_v=512)
-    return replace(dense, values_in_keys=True)
+    return _dense(name, "bf16", batch, heads, len_kv, 576, heads_kv=1, len_q=1, dim_v=512, shared_kv=True)
 
 
 def decode() -> list[Case]:
@@ -351,6 +350,7 @@ def exactness() -> list[Case]:
         for dim in (64, 128, 256)
         for mask in (Mask(), _CAUSAL)
     ]
+    plain += [("bf16-d512", "bf16", 512, {}), ("fp16-d512-causal", "fp16", 512, {"mask": _CAUSAL})]
     changes: dict[str, dict[str, Any]] = {
         "gqa": {"heads_kv": 2},
         "sink": {"sink": True},

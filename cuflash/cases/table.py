@@ -45,8 +45,6 @@ class Case:
     key_ramp: float = 1.0
     """How many times longer the first key is than the last, falling linearly: kernels that visit the last keys first
     then meet ever larger row maxima."""
-    values_in_keys: bool = False
-    """The values are the first dim_v columns of the keys."""
     qk_factor: float = 1.0
     """What q and k are multiplied by: the larger, the more one key outweighs the rest of its row."""
     captured: tuple[np.ndarray, ...] = field(default=(), compare=False)
@@ -99,7 +97,7 @@ class Case:
         q, out = (problem.rows_q * problem.heads_q * dim for dim in (problem.dim_qk, problem.dim_v))
         rows_kv = sum(len_kv for _, len_kv in self.sequences) if problem.page_size else problem.rows_kv
         k, v = (rows_kv * problem.heads_kv * dim for dim in (problem.dim_qk, problem.dim_v))
-        v = 0 if self.values_in_keys else v
+        v = 0 if problem.shared_kv else v
         elements = q + k + v + out
         twice = problem.direction == "backward" or problem.tangents is not None
         return (2 if twice else 1) * elements * problem.dtype.itemsize
@@ -108,7 +106,7 @@ class Case:
 # Neither length is a multiple of a tile; both need several tiles of every kernel in the catalogue.
 _LEN_Q, _LEN_KV = 203, 331
 _LONG_Q = 2100
-_LONG = "long", "long_causal"
+_LONG, _LATENT = ("long", "long_causal"), ("latent", "latent_split")
 # An ordinary pair, an empty query, an empty key, one row, and one pair that spans several tiles.
 _LENS_Q = (97, 0, 37, 1, 203)
 _LENS_KV = (131, 40, 0, 331, 257)
@@ -159,6 +157,8 @@ VARIATIONS: dict[str, str] = {
     "decode_one_key": "one query, eight heads to a key/value head, one key",
     "decode_varlen": "packed short queries, four heads to a key/value head, keys in five splits",
     "decode_everything": "`everything` on nine queries, four heads to a key/value head, keys in five splits",
+    "latent": "128 heads of one query over one key head, whose first columns are the values",
+    "latent_split": "the same, two queries, causal, keys in five splits",
     "reversed": "keys and values whose heads lie in memory in reverse order",
     "short": "many short sequences that share a bias, with its gradient",
     "short100": "the same of some hundred rows",
@@ -208,12 +208,17 @@ _CHANGES |= {
     "decode_varlen": {"heads_q": 8, "num_splits": 5},
     "decode_everything": _CHANGES["everything"] | {"len_q": 9, "len_kv": 1000, "heads_q": 8, "num_splits": 5},
 }
+_OF_LATENT = {"len_q": 1, "len_kv": 700, "heads_q": 128, "heads_kv": 1, "shared_kv": True}
+_CHANGES |= {
+    "latent": _OF_LATENT | {"num_splits": 0, "batch": 40},
+    "latent_split": _OF_LATENT | {"len_q": 2, "num_splits": 5, "mask": _CAUSAL},
+}
 _CHANGES["dbias"], _CHANGES["dbias_row"] = _CHANGES["bias"], _CHANGES["bias_row"]
 _CHANGES["varlen_everything"] = _CHANGES["everything"]
 _CHANGES["paged_everything"] = _CHANGES["everything"] | {"page_size": 48}
 _CHANGES |= {f"paged{size}": _CHANGES["gqa"] | {"page_size": size} for size in (1, 16, 48, 256)}
 _BACKWARD_ONLY = ("deterministic", "dbias", "dbias_row")
-_FORWARD_ONLY = tuple(feature for feature in VARIATIONS if feature.startswith(("decode", "paged")))
+_FORWARD_ONLY = tuple(feature for feature in VARIATIONS if feature.startswith(("decode", "latent", "paged")))
 _DROPOUT_P = 0.3
 
 
@@ -222,8 +227,14 @@ def widest_copy(itemsize: int, dims: Iterable[int], at_most: int = 16) -> int:
     return math.gcd(at_most, *(dim * itemsize for dim in dims))
 
 
-def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature: str) -> Case:
+def _dims(dims: str) -> tuple[int, int]:
+    """dim_qk and dim_v, as an id has them."""
     dim_qk, dim_v = (int(d) for d in (dims.split("x") * 2)[:2])
+    return dim_qk, dim_v
+
+
+def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature: str) -> Case:
+    dim_qk, dim_v = _dims(dims)
     dtype = DTYPES[dtype_name]
     base = int(feature.removeprefix("copy")) if feature.startswith("copy") else 16
     problem = Problem(
@@ -278,7 +289,11 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             "64",
             (
                 "",
-                *(f for f in VARIATIONS if f != "short" and not f.startswith(("copy", "reversed", "paged", "decode"))),
+                *(
+                    f
+                    for f in VARIATIONS
+                    if f != "short" and not f.startswith(("copy", "reversed", "paged", "decode", "latent"))
+                ),
             ),
         ),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "long", "long_causal")),
@@ -289,11 +304,18 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ("bf16", "64x256", ("",)),
         ("fp16", "64", ("", "causal", "long")),
         ("fp16", "128", ("", "softcap")),
+        *(("bf16", dims, ("",)) for dims in ("264", "320x448", "512x64", "64x512")),
+        ("bf16", "512", ("", "causal", "window", "mask", "softcap", "alibi", "bias", "sink", "dropout", "everything")),
+        ("bf16", "512", ("varlen_causal", "seqused_q", "paged16", "paged48", "paged256", "decode", "decode_causal")),
+        ("bf16", "512", ("decode_varlen", "decode_everything", "varlen_everything", "gqa")),
+        ("bf16", "576x512", ("", "causal", "decode", "latent", "latent_split")),
+        ("fp16", "512", ("", "causal")),
+        ("fp16", "576x512", ("latent",)),
     ],
     "sm80": [
         *(("bf16", dims, ("",)) for dims in ("32", "40", "80", "96")),
         *(("bf16", dims, ("", "causal")) for dims in ("192", "256", "192x128")),
-        ("bf16", "64", ("", *(f for f in VARIATIONS if "long" not in f))),
+        ("bf16", "64", ("", *(f for f in VARIATIONS if not f.startswith(("long", "latent"))))),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "deterministic", "copy2")),
         ("bf16", "128", ("bias", "dbias", "dropout", "everything", "paged48", "decode")),
         ("bf16", "256", ("varlen_causal", "deterministic", "everything", "decode")),
@@ -315,7 +337,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
                 *(
                     f
                     for f in VARIATIONS
-                    if f not in ("copy2", "mask_causal", "decode_window", "short", "short100", *_LONG)
+                    if f not in ("copy2", "mask_causal", "decode_window", "short", "short100", *_LATENT, *_LONG)
                 ),
             ),
         ),
@@ -330,10 +352,10 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
 }
 
 
-def _exists(feature: str, direction: Direction, family: str) -> bool:
+def _exists(feature: str, direction: Direction, family: str, dims: str) -> bool:
     """Whether a family has a feature in a direction."""
     if direction == "backward":
-        return feature not in _FORWARD_ONLY
+        return feature not in _FORWARD_ONLY and not (family == "sm90" and max(_dims(dims)) > 256)
     if feature == "short100" and family == "sm90":  # which leaves it to sm80
         return False
     return feature not in _BACKWARD_ONLY
@@ -345,7 +367,7 @@ def _table() -> Iterator[Case]:
         for family, rows in _PLAN.items():
             for dtype, dims, features in rows:
                 for feature in features:
-                    if _exists(feature, direction, family):
+                    if _exists(feature, direction, family, dims):
                         yield _case(family, direction, dtype, dims, feature)
 
 
@@ -420,6 +442,7 @@ def _written() -> Iterator[Case]:
         (both, "sm90", "bf16", "128", tuple(_WRITTEN)),
         (both, "sm90", "bf16", "256", ("written_mask", "blocks")),
         (("forward",), "sm90", "bf16", "256", ("written_alibi", "written")),
+        (("forward",), "sm90", "bf16", "512", ("written_alibi", "written")),
         (both, "sm80", "bf16", "64", ("written_alibi", "written")),
         (both, "sm80", "bf16", "128", ("written_softcap", "written_mask", "written")),
         (both, "sm80", "bf16", "256", ("written", "blocks")),
@@ -450,6 +473,7 @@ MERGES: tuple[Step, ...] = (
 
 SMOKE: tuple[str, ...] = (
     *(f"fwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d64-causal", "d128-long", "d128-varlen_causal", "d256")),
+    *(f"fwd_sm90-bf16-{rest}" for rest in ("d512", "d576x512-latent_split")),
     *(f"bwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d128-causal", "d256-varlen_causal")),
     "bwd_sm90-bf16-d128-deterministic",
     *(

@@ -25,7 +25,7 @@ def tensor_map(
     """The map of a tensor but for its address; None without elements, when there is no box to copy."""
     if problem.bias and box.tensor == "bias":
         return _bias_map(box, problem.bias, views["bias"])
-    varlen = problem.layout == "varlen"
+    varlen = problem.layout == "varlen" and not (problem.page_size and box.tensor in ("k", "v"))  # pages are batches
     axes = dict(zip(options.axes(varlen), shape_and_steps(box.tensor, views, shapes), strict=True))
     dim, _ = axes.pop("d")
     sizes = {axis: n for axis, (n, _) in axes.items()}

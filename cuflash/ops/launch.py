@@ -50,7 +50,7 @@ def run(
     if tangents is not None:
         names, each = (*names, *(f"d{name}" for name in tangents._fields)), (*each, *tangents)
     pointers, described = framework.describe(names, each)
-    key = direction, options.kind, described
+    key = direction, options.kind, described, pointers[1] == pointers[2]  # whether k and v start together
     prepared = _prepared.get(key)
     if prepared is None:
         settled = check.settled(options)
@@ -105,6 +105,8 @@ class Prepared:
     """Where those are that no kernel writes, as there is nothing to attend to, and what they hold."""
     increment: int | None
     """How far the call moves a generator on; None without dropout and in the backward."""
+    shares_values: bool
+    """The values must begin where the keys do: kernels read them as their first columns."""
     check_separate: Callable[[tuple[int, ...]], None] | None
     """Refuses pointers with which what is written meets another array; None when all results are allocated."""
     room: tuple[str, int, int] | None
@@ -126,6 +128,10 @@ class Prepared:
         `outputs` are those of the arrays, None where one is allocated, and `pointers` are of all arrays that are given.
         `cached` rows of a cache are in use, all of them if it is None. `listed` is where the lists of a block mask are.
         """
+        if self.shares_values and pointers[1] != pointers[2]:
+            raise InvalidArgument(
+                "the values do not begin where the keys do, as they did when the call was prepared. Prepare another."
+            )
         if self.check_separate is not None:
             self.check_separate(tuple(pointers))
         if (there := self.framework.elsewhere(self.device)) is not None:
@@ -193,6 +199,7 @@ def prepare(
         results=itemgetter(*(places.index(name) for name in call.names)),
         fills=tuple((places.index(name), value) for name, value in call.fills.items()),
         increment=draw.increment(call.problem) if call.draws else None,
+        shares_values=any(getattr(step.config, "shared_kv", False) for step in call.steps),
         check_separate=overlap.checker(views, written) if written else None,
         room=(options.name("seqused_kv"), call.problem.len_kv, call.problem.appended) if call.counts else None,
         listings=lists.listings(call.problem, call.steps),

@@ -87,6 +87,8 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("fwd_sm90", "*-blocks", 220, _WRITTEN),
     Allowance("bwd_sm90", "*-d64-blocks", 48, _WRITTEN),
     Allowance("fwd_sm90", "*-d256-everything", 64, _EVERYTHING),
+    Allowance("fwd_sm90_wide", "*-d512-*everything", 72, _EVERYTHING),
+    Allowance("fwd_sm90_wide", "*-d512-written", 16, _EVERYTHING),
     Allowance("fwd_sm80", "*-d256-everything", 16, _EVERYTHING),
     Allowance("bwd_bias_sm90", "*everything", 668, _EVERYTHING),
     Allowance("bwd_sm90", "*-d64-*everything", 856, _EVERYTHING),

@@ -12,6 +12,8 @@ struct BoxOrigin {
 };
 
 struct DenseSequence {
+  static constexpr bool kZerosBehind = true;  // boxes of keys hold zeros behind the last key, not others' rows
+
   int len_q;   // query rows
   int len_kv;  // keys that take part
   int tail_q;  // packed rows behind those that take part in nothing, which its first tile fills; none here
@@ -35,6 +37,8 @@ struct DenseSequence {
 };
 
 struct VarlenSequence {
+  static constexpr bool kZerosBehind = true;
+
   int len_q;
   int len_kv;
   int tail_q;
@@ -78,6 +82,8 @@ struct VarlenSequence {
 // Packed queries over keys in pages, which sequences may share: cu_seqlens_kv says how many keys there are, and a table
 // where they lie (tile/rows.cuh).
 struct PagedSequence : VarlenSequence {
+  static constexpr bool kZerosBehind = false;
+
   using VarlenSequence::VarlenSequence;
 
   CF_DEVICE int64 kv_offset(const Strides&) const { return 0; }
@@ -86,6 +92,8 @@ struct PagedSequence : VarlenSequence {
 // Dense queries over keys in a cache, whose lengths the device knows: key 0 lies behind the left padding, and what this
 // call appends counts. Lengths beyond the room that there is are cut to it.
 struct CacheSequence {
+  static constexpr bool kZerosBehind = false;
+
   int len_q;
   int len_kv;
   int tail_q;
@@ -109,6 +117,9 @@ struct CacheSequence {
   CF_DEVICE int64 q_offset(const Strides& stride) const { return batch * stride.batch; }
   CF_DEVICE int64 kv_offset(const Strides& stride) const { return element * stride.batch + start_kv * stride.row; }
   CF_DEVICE BoxOrigin q_box(const Attention&, int row, int head) const { return {row, head, static_cast<int>(batch)}; }
+  CF_DEVICE BoxOrigin kv_box(const Attention&, int row, int head) const {
+    return {start_kv + row, head, static_cast<int>(element)};
+  }
 
   CF_DEVICE int64 first_q_tile(int tile) const { return batch * cdiv(len_q, tile); }
   CF_DEVICE static int64 num_q_tiles(const Attention& a, int tile) { return int64(a.batch) * cdiv(a.len_q, tile); }

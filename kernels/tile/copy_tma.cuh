@@ -13,12 +13,12 @@
 
 namespace cuflash {
 
-// kOnce: nobody else reads the tile, and L2 need not keep it.
+// To the tile's rows from `row` on, which begins a group of eight. kOnce: nobody else reads the tile, and L2 need not keep it.
 template <bool kOnce = false, class Tile>
-CF_DEVICE void load_boxes(Tile& tile, const TensorMap& map, const BoxOrigin& at, uint32 barrier) {
+CF_DEVICE void load_boxes(Tile& tile, const TensorMap& map, const BoxOrigin& at, uint32 barrier, int row = 0) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    const uint32 place = tile.base() + chunk * Tile::kChunkBytes;
+    const uint32 place = tile.base() + Tile::bytes_to_row(row) + chunk * Tile::kChunkBytes;
     if constexpr (kOnce) {
       ptx::tma_load_by(ptx::evict_first(), place, map, chunk * Tile::kChunkCols, at.x1, at.x2, at.x3, barrier);
     } else {
@@ -27,23 +27,32 @@ CF_DEVICE void load_boxes(Tile& tile, const TensorMap& map, const BoxOrigin& at,
   }
 }
 
+// To the columns from `first_col` on, but for chunks from `end_col` on.
 template <class Tile>
-CF_DEVICE void store_boxes(const TensorMap& map, const BoxOrigin& at, Tile& tile) {
+CF_DEVICE void store_boxes(const TensorMap& map, const BoxOrigin& at, Tile& tile, int first_col = 0,
+                           int end_col = Tile::kCols) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    ptx::tma_store(map, chunk * Tile::kChunkCols, at.x1, at.x2, at.x3, tile.base() + chunk * Tile::kChunkBytes);
+    const int col = first_col + chunk * Tile::kChunkCols;
+    if (col < end_col) ptx::tma_store(map, col, at.x1, at.x2, at.x3, tile.base() + chunk * Tile::kChunkBytes);
   }
 }
 
-// Writes a warp's accumulator to the 16 rows of a tile from `first_row` on, and its columns from `first_col` on.
+// Writes a warp's A operand to the 16 rows of a tile from `first_row` on, and its columns from `first_col` on.
+template <int kN, class Tile>
+CF_DEVICE void store_operand(Tile& tile, int first_row, int first_col, int lane, const Operand<16, kN>& operand) {
+#pragma unroll
+  for (int k = 0; k < kN / 16; ++k) {
+    ptx::stmatrix_x4(tile.address(first_row + lane % 16, first_col + k * 16 + lane / 16 * 8), operand.x[0][k]);
+  }
+}
+
+// The same of an accumulator.
 template <class Element, int kN, class Tile>
 CF_DEVICE void store_fragment(Tile& tile, int first_row, int first_col, int lane, const Fragment<16, kN>& f) {
   Operand<16, kN> packed;
   pack_operand<Element>(packed, f);
-#pragma unroll
-  for (int k = 0; k < kN / 16; ++k) {
-    ptx::stmatrix_x4(tile.address(first_row + lane % 16, first_col + k * 16 + lane / 16 * 8), packed.x[0][k]);
-  }
+  store_operand(tile, first_row, first_col, lane, packed);
 }
 
 // Writes the transpose of a warp's 16 rows to the 16 columns of a tile from `first_col` on, from row `first_row` on.

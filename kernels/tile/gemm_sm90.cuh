@@ -39,10 +39,11 @@ CF_DEVICE void issue_ab(Fragment<16, kN>& c, const Operand<16, kK>& a, TileB* ti
   }
 }
 
-// C = A B with A = a[number], 64 rows from `a_row` on, and B the kN columns from `b_col` on of the tiles b, one below the
-// other; both row-major. b_col begins a chunk.
+// C = A B, or C += A B, with A = a[number], 64 rows from `a_row` on, and B the kN columns from `b_col` on of the tiles b,
+// one below the other; both row-major. b_col begins a chunk.
 template <class Element, int kN, class TileA, class TileB>
-CF_DEVICE void issue_ab(Fragment<16, kN>& c, TileA* a, int number, int a_row, TileB* b, int b_col) {
+CF_DEVICE void issue_ab(Fragment<16, kN>& c, TileA* a, int number, int a_row, TileB* b, int b_col,
+                        bool accumulate = false) {
   const uint64 a_descriptor = ptx::advance_descriptor(tile_descriptor(a, number, 0), TileA::bytes_to_row(a_row));
   const uint64 b_descriptor =
       ptx::advance_descriptor(tile_descriptor(b, 0, TileB::kChunkBytes), TileB::bytes_to_col(b_col));
@@ -50,7 +51,7 @@ CF_DEVICE void issue_ab(Fragment<16, kN>& c, TileA* a, int number, int a_row, Ti
   for (int k = 0; k < TileA::kCols; k += ptx::kWgmmaDepth<Element>) {
     const int b_bytes = k / TileB::kRows * int(sizeof(TileB)) + TileB::bytes_to_row(k % TileB::kRows);
     ptx::wgmma_ab<Element>(c.x[0], ptx::advance_descriptor(a_descriptor, TileA::bytes_to_col(k)),
-                           ptx::advance_descriptor(b_descriptor, b_bytes), k > 0);
+                           ptx::advance_descriptor(b_descriptor, b_bytes), accumulate || k > 0);
   }
 }
 

@@ -90,6 +90,22 @@ CF_DEVICE PagedRows<const Element> kv_rows(const FwdParams& p, const PagedCacheS
   return {data, stride, p.pages, table, sequence.start_kv + first, sequence.len_kv - first};
 }
 
+// Where a box of keys starts that lies in one page, if there are pages.
+template <class Sequence>
+CF_DEVICE BoxOrigin key_box(const FwdParams& p, const Sequence& sequence, int key, int head) {
+  return sequence.kv_box(p.attention, key, head);
+}
+CF_DEVICE BoxOrigin paged_box(const FwdParams& p, int64 batch, int row, int head) {
+  const PagedKey key = look_up(p.pages, p.pages.table + batch * p.pages.table_batch, row);
+  return {key.row, head, key.page};
+}
+CF_DEVICE BoxOrigin key_box(const FwdParams& p, const PagedSequence& sequence, int key, int head) {
+  return paged_box(p, sequence.batch, key, head);
+}
+CF_DEVICE BoxOrigin key_box(const FwdParams& p, const PagedCacheSequence& sequence, int key, int head) {
+  return paged_box(p, sequence.batch, sequence.start_kv + key, head);
+}
+
 // Rows whose offsets were looked up before. Those before `begin` are not read either.
 template <class Element, int kRows>
 struct FoundRows {

@@ -14,6 +14,11 @@
 
 namespace cuflash {
 
+// What a warp knows of a row as it hands it over to another of the same rows.
+struct alignas(16) RowHandover {
+  float m, l, rescale, log2_unit;
+};
+
 // A shift rounds, and in a far row (RowState::is_far) that would show: there the reference must be taken off the scores
 // first. A warp with such a row has NaN for its unit, so that all its probabilities are NaN and it is looked at first.
 struct WarpSoftmax {
@@ -88,6 +93,27 @@ struct WarpSoftmax {
     }
     add(sum);
     return true;
+  }
+
+  // Leaves the rows, the first 16 of `handed`, to another warp, which takes them; `grew` is the answer for the last tile.
+  // Sums are shared out among the lanes of a row. Whether the output so far must be rescaled.
+  CF_DEVICE void give(RowHandover* handed, int lane, bool grew) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      rows[r].l = .25f * row_sum(rows[r].l);
+      if (lane % 4 == 0) handed[row_of(lane, r)] = {rows[r].m, rows[r].l, grew ? rescale[r] : 1.f, log2_unit};
+    }
+  }
+  CF_DEVICE bool take(const RowHandover* handed, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RowHandover row = handed[row_of(lane, r)];
+      rows[r].m = row.m;
+      rows[r].l = row.l;
+      rescale[r] = row.rescale;
+      log2_unit = row.log2_unit;
+    }
+    return ptx::any(rescale[0] != 1.f || rescale[1] != 1.f);
   }
 
   // Row r as a whole.

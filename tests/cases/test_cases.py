@@ -186,8 +186,9 @@ def test_a_case_may_append_to_a_cache():
 
 
 def test_values_may_be_columns_of_the_keys():
-    small = replace(sets.decode()[0].problem, batch=2, heads_q=4, heads_kv=1, len_kv=40, dim_qk=24, dim_v=16)
-    case = Case("latent", None, small, values_in_keys=True)
+    sizes = {"batch": 2, "heads_q": 4, "heads_kv": 1, "len_kv": 40, "dim_qk": 24, "dim_v": 16}
+    small = replace(sets.decode()[0].problem, shared_kv=True, **sizes)
+    case = Case("latent", None, small)
     inputs = make(case, Normals(np))
     assert np.shares_memory(inputs.k, inputs.v)
     np.testing.assert_array_equal(inputs.k[..., :16].view(np.uint16), inputs.v.view(np.uint16))

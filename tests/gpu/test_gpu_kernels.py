@@ -62,12 +62,14 @@ def expected(case: Case, inputs: Inputs, *, naive: bool = False) -> oracle.Atten
 @pytest.mark.parametrize("case_id", CASES)
 def test_case(cp: Any, case_id: str) -> None:
     case = CASES[case_id]
-    inputs, arena = make(case, Normals(cp)), Arena(cp, 2**26)
+    inputs, arena = make(case, Normals(cp)), Arena(cp, 2**28)
     for turn, name in enumerate(("q", "k", "v", "dout")):
         x = getattr(inputs, name)
         view = arena.cut(name, x.shape, x.dtype, case.problem.copy_bytes, turn)
         view[...] = x
         setattr(inputs, name, view)
+    if case.problem.shared_kv:
+        inputs.v = inputs.k[..., : case.problem.dim_v]
     try:
         results = [host(x) for x in calls.of(case, inputs)()]
     except UnsupportedProblem as error:

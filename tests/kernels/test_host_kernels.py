@@ -410,6 +410,36 @@ SHORT_HOPPER = {
 }  # fmt: skip
 CASES |= {name: replace(case, family="sm90", num_sms=2) for name, case in SHORT_HOPPER.items()}
 
+# Wide heads, whose columns two consumers share: one to four stages of 32 or 64 keys.
+WIDE = {
+    "sm90-d512": dense("fp16", (2, 1), (70, 270), (512, 512)),
+    "sm90-d512-causal": dense("bf16", (2, 1), (140, 270), (512, 512), mask=CAUSAL, num_sms=2),
+    "sm90-d320": dense("bf16", (1, 1), (70, 200), (320, 320)),
+    "sm90-d264-dv40-softcap": dense("bf16", (1, 1), (190, 400), (264, 40), mask=WINDOW, softcap=1.5),
+    "sm90-d40-dv264": dense("fp16", (2, 1), (70, 140), (40, 264)),
+    "sm90-d576-dv512-group": dense("bf16", (16, 1), (1, 200), (576, 512), batch=2, num_splits=0),
+    "sm90-d384-dv264-splits": dense("bf16", (4, 1), (3, 400), (384, 264), num_splits=3, sink=True, mask=CAUSAL),
+    "sm90-d512-varlen": packed(
+        "fp16", (2, 1), (70, 0, 1, 130), (30, 20, 0, 150), (288, 512), tail=5, seqused_q=(70, 0, 1, 100), num_sms=2
+    ),
+    "sm90-d512-varlen-splits": packed(
+        "bf16", (4, 2), (3, 70, 1), (300, 10, 0), (272, 272), tail=2, num_splits=4, mask=CAUSAL
+    ),
+    "sm90-d512-ramp": dense("bf16", (1, 1), (70, 300), (320, 256), key_ramp=2000),
+    "sm90-d512-ramp-fp16": dense("fp16", (1, 1), (70, 300), (512, 512), key_ramp=50),
+    "sm90-d512-no-keys": dense("fp16", (2, 1), (40, 0), (512, 512), sink=True),
+    "sm90-d512-more-queries": dense("bf16", (1, 1), (200, 40), (512, 512), mask=CAUSAL),
+    "sm90-d512-everything": dense(
+        "fp16", (2, 1), (70, 150), (512, 400), batch=2, mask=WINDOW, mask_axes="hqk", alibi_axes="bh",
+        bias_axes="hqk", softmax_scale=-0.2, sink=True, dropout="byte",
+    ),
+    "sm90-d512-dropout-word": dense("bf16", (1, 1), (70, 90), (512, 512), dropout="word", mask=CAUSAL),
+    "sm90-d320-paged-8": paged("fp16", 8, (4, 2), (70, 0, 1, 30), (30, 20, 0, 150), (320, 320), tail=5, mask=CAUSAL),
+    "sm90-d512-paged-48": paged("bf16", 48, (2, 2), (1, 50, 64), (130, 60, 64), (512, 512), seqused_kv=(99, 60, 0)),
+    "sm90-d512-paged-256": paged("bf16", 256, (4, 2), (70, 3), (300, 520), (288, 512), shared=True, num_splits=2),
+}  # fmt: skip
+CASES |= {name: replace(case, family="sm90") for name, case in WIDE.items()}
+
 # The pages of a tile of 64 keys: many, some, one, and part of one.
 CASES |= {
     "paged-1": paged("fp16", 1, (4, 2), (70, 0, 1, 130), (30, 20, 0, 150), (64, 64), tail=5, mask=CAUSAL),
@@ -507,6 +537,8 @@ def test_backward(case: HostCase) -> None:
         "sm90-d64-causal",
         "sm90-deterministic-causal",
         "sm90-deterministic-d256",
+        "sm90-d512-causal",
+        "sm90-d320",
     ],
 )
 def test_any_order_of_warps(name: str, seed: int) -> None:

@@ -144,6 +144,8 @@ def cases() -> list[Any]:
         ("sm90", "f", dense("bf16", (4, 2), (200, 300), (64, 64)), composed),
         ("sm90", "f", packed("bf16", (4, 2), (130, 0, 33), (150, 20, 40), (128, 128), tail=5, mask=CAUSAL), alibi),
         ("sm90", "f", dense("fp16", (2, 1), (200, 300), (128, 128)), documents),
+        ("sm90", "f", dense("bf16", (2, 1), (130, 200), (512, 512)), composed),
+        ("sm90", "f", dense("bf16", (4, 1), (3, 700), (320, 264), **few), prefix),
         ("sm90", "b", packed("bf16", (4, 2), (130, 0, 33), (150, 20, 40), (64, 64), tail=5, mask=CAUSAL), composed),
         ("sm90", "b", dense("bf16", (2, 1), (130, 150), (192, 192)), soft_cap),
         ("sm90", "b", dense("bf16", (2, 1), (130, 150), (128, 128), deterministic=True), prefix),

@@ -66,6 +66,7 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         layout=layout,
         softmax_scale=softmax_scale_of(options, dtype, dim_qk),
         softcap=softcap_of(options, dtype),
+        leftpad="leftpad" in views,
         appended=views["k_new"].shape[1] if "k_new" in views else 0,
         rotary=rotary_of(options, views, dtype, rows.len_kv),
         mask=mask_of(options, views, scores).clipped(rows.len_q, rows.len_kv),
@@ -85,8 +86,14 @@ def problem_of(direction: Direction, options: Options, views: Mapping[str, View]
         tangents=tuple(tangents_of(views)) if options.tangents != "no" else None,
         num_splits=num_splits_of(options) if direction == "forward" else 0,
         copy_bytes=copy_bytes_of(tensors, (dim_qk, dim_v)),
+        shared_kv=direction == "forward" and _share_rows(views["k"], views["v"]),
         ascending=all(stride > 0 for view in tensors if not view.empty for stride in outer_strides(view)),
     )
+
+
+def _share_rows(k: View, v: View) -> bool:
+    """Whether v is the first columns of k. Of arrays that a compiler is yet to place nothing is known."""
+    return k.pointer == v.pointer != 0 and k.strides == v.strides and v.shape[-1] <= k.shape[-1]
 
 
 def _check_memory(direction: Direction, options: Options, views: Mapping[str, View], dtype: DType) -> None:

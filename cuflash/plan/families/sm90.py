@@ -15,6 +15,7 @@ from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored, sums_on_the_way
 from cuflash.plan.ceiling import Ceiling
 from cuflash.plan.config import BIAS_GRADIENT, HEADER, AttentionConfig, JvpConfig, SequenceConfig
+from cuflash.plan.families import sm90_wide
 from cuflash.plan.families.sm80 import (
     SM80,
     forward_division,
@@ -183,6 +184,8 @@ def heads_per_section(problem: Problem) -> int:
     Tiles of equal length are worked on head by head. Others come longest first, of so many heads that there are long
     ones to begin with, and few enough that their keys and values meet in the L2 cache.
     """
+    if sm90_wide.is_wide(problem) and sm90_wide.packs_heads(problem):
+        return 1  # the tiles of a group, which share keys, are neighbours
     if problem.mask.kind == "none":
         return problem.group
     head = problem.len_kv * (problem.dim_qk + problem.dim_v) * problem.dtype.itemsize
@@ -292,6 +295,8 @@ def _jvp_smem(problem: Problem, consumers: int, tile_kv: int, stages: int) -> in
 def _forward(problem: Problem, device: Device) -> Plan:
     if problem.tangents is not None:
         return _jvp(problem, device)
+    if sm90_wide.is_wide(problem):
+        return sm90_wide.forward(problem, device)
     if _packs_heads(problem):
         return _packed_forward(problem, device)
     config, reason = _forward_config(problem, device)
@@ -598,6 +603,10 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
         return ["2^31 query tiles or more"]
     if problem.tangents is not None:
         return _leave_tangents_to_sm80(problem)
+    if sm90_wide.is_wide(problem):
+        return sm90_wide.leave(problem)
+    if alone := sm90_wide.of_wide_alone(problem):
+        return alone
     if problem.block_mask is not None and not _walks_whole_blocks(problem, device):
         return ["its tiles reach over several blocks of the mask, those of sm80 do not"]
     if problem.direction == "backward":
@@ -648,16 +657,17 @@ def _walks_whole_blocks(problem: Problem, device: Device) -> bool:
 
 SM90 = Family(
     name="sm90",
-    summary="warpgroup tensor cores by wgmma, fed by bulk copies",
+    summary="warpgroup tensor cores by wgmma, fed by bulk copies, with gradients of heads up to 256",
     min_capability=(9, 0),
     only=True,
     dtypes=("fp16", "bf16"),
-    max_dim=256,
+    max_dim=sm90_wide.MOST_QK,
     features=(
         "backward", "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient",
         "written score", "written mask", "block mask", "sink", "dropout", "gqa", "dim_v != dim_qk", "deterministic",
-        "tangents",
+        "tangents", "split keys", "paged",
     ),
+    caches=True,
     forward=_forward,
     backward=_backward,
     leave=_leave_to_sm80,
