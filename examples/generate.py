@@ -7,7 +7,7 @@ attended over in one call a layer.
 
     python examples/generate.py
     python examples/generate.py "Why is the sky blue?" "Name three fruits." --tokens 40 --temperature 0.8
-    python examples/generate.py --device cuda --check
+    python examples/generate.py --device cuda --graph --check
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -125,6 +126,9 @@ class Decoder:
         self.weights = {name: xp.asarray(array, dtype=np.float32) for name, array in weights.items()}
         angles = np.arange(shape.longest)[:, None] * shape.rope_base ** -(np.arange(0, shape.dim, 2) / shape.dim)
         self.cos, self.sin = (xp.asarray(of(angles), dtype=np.float32) for of in (np.cos, np.sin))
+        width = self.weights["output_norm.weight"].size
+        self.mean = xp.full((1, width), 1 / width, np.float32)
+        self.product: Callable[[Array, Array], Array] = lambda x, weight: x @ weight.T
 
     def new_cache(self, sequences: int, length: int) -> cuflash.KVCache:
         """Pages for as many sequences of at most so many tokens."""
@@ -171,12 +175,11 @@ class Decoder:
 
     def linear(self, x: Array, name: str) -> Array:
         """x Wᵀ."""
-        return x @ self.weights[f"{name}.weight"].T
+        return self.product(x, self.weights[f"{name}.weight"])
 
     def normalised(self, x: Array, name: str) -> Array:
         """Mean square 1 over the last axis, then a learned scale."""
-        mean = (x * x).mean(axis=-1, keepdims=True)
-        return x / self.xp.sqrt(mean + self.shape.epsilon) * self.weights[f"{name}.weight"]
+        return x / self.xp.sqrt(self.product(x * x, self.mean) + self.shape.epsilon) * self.weights[f"{name}.weight"]
 
     def chosen(self, logits: Array, temperature: float, uniform: Array) -> Array:
         """The most probable token of (b, vocabulary) logits, or one drawn by (b, 1) uniform numbers."""
@@ -187,6 +190,34 @@ class Decoder:
         return (sums < uniform * sums[:, -1:]).sum(axis=-1)
 
 
+def captured(decoder: Decoder, memory: cuflash.KVCache, tokens: Array) -> Callable[[Array], Array]:
+    """`Decoder.cached` of one token for each sequence as a CUDA graph, which is replayed for tokens like these.
+
+    Call inside the cache's `room`, on a stream that is not the default one: what is called once before it is captured
+    writes to the cache what the first replay writes again.
+    """
+    cuda, decoder = decoder.xp.cuda, copy(decoder)
+    # CuPy captures no cuBLAS; and rows as few as these only read the weights, which a sum does as well.
+    sums = decoder.xp.ReductionKernel("T x, T weight", "T y", "x * weight", "a + b", "y = a", "0", "sums_of_products")
+    decoder.product = lambda x, weight: sums(x[..., None, :], weight, axis=-1)
+    stream, pool = cuda.get_current_stream(), cuda.MemoryPool()  # a pool of its own, as replays write to its memory
+    place = tokens[:, None].copy()
+    with cuda.using_allocator(pool.malloc):
+        decoder.cached(place, memory)
+        stream.begin_capture()
+        try:
+            logits = decoder.cached(place, memory)
+        finally:
+            graph = stream.end_capture()
+
+    def replay(tokens: Array) -> Array:
+        place[...] = tokens[:, None]
+        graph.launch(stream)
+        return logits
+
+    return replay
+
+
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -195,9 +226,13 @@ def generate(
     *,
     temperature: float = 0.0,
     seed: int = 0,
+    graph: bool = False,
     done: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
-    """Up to `count` tokens behind each prompt, up to the one that ends an answer; `done` is told how many are new."""
+    """Up to `count` tokens behind each prompt, up to the one that ends an answer; `done` is told how many are new.
+
+    With `graph` the logits of every token but the first come from one captured CUDA graph, whatever the lengths are.
+    """
     xp, lengths = decoder.xp, [len(prompt) for prompt in prompts]
     memory = decoder.new_cache(len(prompts), max(lengths) + count)
     rng = np.random.default_rng(seed)
@@ -211,6 +246,9 @@ def generate(
     uniform = rng.random((len(prompts), 1), np.float32)
     tokens = decoder.chosen(last, temperature, xp.asarray(uniform))
 
+    def step(tokens: Array) -> Array:
+        return decoder.cached(tokens[:, None], memory)
+
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for turn in range(count):
@@ -222,7 +260,9 @@ def generate(
         if not running or turn == count - 1:
             break
         with memory.room(1):
-            logits = decoder.cached(tokens[:, None], memory)
+            if graph and turn == 0:
+                step = captured(decoder, memory, tokens)
+            logits = step(tokens)
         uniform = rng.random((len(prompts), 1), np.float32)
         tokens = decoder.chosen(logits[:, -1], temperature, xp.asarray(uniform))
     return answers
@@ -255,6 +295,7 @@ def recompute(
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16"]), default="float32", help="Of queries, keys and values."
 )
+@click.option("--graph", is_flag=True, help="Replay one captured CUDA graph for every token; on a GPU.")
 @click.option("--check", is_flag=True, help="Compare with recomputing everything for every token.")
 def main(
     prompts: tuple[str, ...],
@@ -263,11 +304,16 @@ def main(
     seed: int,
     device: str,
     dtype: str,
+    graph: bool,
     check: bool,
 ) -> None:
     """Load, generate and print."""
     if device == "cuda":
         import cupy as xp
+
+        xp.cuda.Stream(non_blocking=True).use()  # the default stream cannot be captured
+    elif graph:
+        raise click.UsageError("--graph needs --device cuda.")
     else:
         xp = np
     prompts = prompts or PROMPTS
@@ -288,7 +334,8 @@ def main(
             rate = total / (times[-1] - times[0])
             progress.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
 
-        answers = generate(decoder, questions, tokens, tokenizer.end, temperature=temperature, seed=seed, done=done)
+        words = {"temperature": temperature, "seed": seed, "graph": graph}
+        answers = generate(decoder, questions, tokens, tokenizer.end, **words, done=done)
     for prompt, said in zip(prompts, answers, strict=True):
         console.print(f"[bold]{prompt}[/bold]")
         console.print(tokenizer.text(said).strip(), markup=False)

@@ -120,14 +120,15 @@ def test_drawing_follows_the_probabilities(decoder):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_gpu_writes_the_same(decoder, dtype):
+def test_a_gpu_writes_the_same(decoder, dtype, graph):
     import cupy
 
     with cupy.cuda.Stream(non_blocking=True):
         there = Decoder(cupy, SHAPE, chance_weights(), dtype)
         for temperature in (0.0, 0.7):
-            answers = generate.generate(there, PROMPTS, 25, END, temperature=temperature)
+            answers = generate.generate(there, PROMPTS, 25, END, temperature=temperature, graph=graph)
             assert answers == generate.recompute(there, PROMPTS, 25, END, temperature)
             if dtype == "float32":
                 assert answers == generate.generate(decoder, PROMPTS, 25, END, temperature=temperature)
