@@ -557,15 +557,19 @@ def test_ranges_fill_the_device_and_their_slots_do_not_grow(batch: int, len_kv: 
     plan = choose(replace(DECODE, batch=batch, len_kv=len_kv), device, "sm80")
     (step,) = plan.steps
     most = 2 * device.num_sms
-    assert step.num_blocks == min(most, 8 * batch * min(32, max(min(16, -(-len_kv // 64)), len_kv // 1024)))
+    wanted = 8 * batch * min(32, max(min(16, -(-len_kv // 64)), len_kv // 1024))
+    assert step.num_blocks == min(most, wanted)
+    evenly = wanted <= most  # in splits, of which all have a block at once
+    assert step.config.split == ("KeySplits" if evenly else "KeyRanges")
     shapes = {w.name: w.shape for w in plan.workspaces}
-    slots = 2 * step.num_blocks
+    slots = step.num_blocks if evenly else 2 * step.num_blocks
     assert shapes == {"partial_out": (slots, 16, 128), "partial_state": (slots, 16, 2), "tickets": (8 * batch,)}
     assert [w.kept for w in plan.workspaces] == [False, False, True]
     assert 1 <= plan.num_splits <= -(-len_kv // 64)
     asked = choose(replace(DECODE, batch=batch, len_kv=len_kv, num_splits=5), device, "sm80")
     assert asked.steps[0].num_blocks == 5 * 8 * batch == asked.workspaces[0].shape[0]
-    assert "share all tiles of keys alike" in plan.division and asked.division == "4 heads share a tile; asked for"
+    words = "blocks of 264 that there can be at once" if evenly else "share all tiles of keys alike"
+    assert words in plan.division and asked.division == "4 heads share a tile; asked for"
 
 
 def test_what_serves_one_sequence_serves_a_call_of_other_lengths() -> None:

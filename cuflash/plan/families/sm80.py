@@ -6,7 +6,7 @@ compile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -208,7 +208,6 @@ def _few_config(problem: Problem, device: Device) -> tuple[FewConfig, str] | Non
         copy_bytes=policies.copy_bytes(problem),
         sink=policies.sink(problem),
         heads="HeadGroup" if problem.group > 1 else "OneHead",
-        split="KeySplits" if problem.num_splits else "KeyRanges",
         stages=stages,
     )
     return config, f"{warps} warps with keys of their own, {stages} tiles ahead"
@@ -231,12 +230,14 @@ def forward_division(problem: Problem, device: Device) -> Division:
 
 def _few_forward(problem: Problem, device: Device, config: FewConfig, reason: str) -> Plan:
     """The plan of a forward by ``fwd_sm80_few``, whose blocks merge what they find."""
-    division, blocks = deal(problem, device, config)
+    division, blocks, split = deal(problem, device, config)
+    config = replace(config, split=split)
     rows, heads = problem.len_q * problem.group, problem.heads_kv
     query_tiles = tiles(rows, config.tile_q) * heads * problem.batch
     workspaces = steps.rotated(problem)
-    if not problem.num_splits or division.num_splits > 1:  # ranges begin and end anywhere, whatever the lengths
-        slots = blocks if problem.num_splits else 2 * blocks
+    ranges = split == "KeyRanges"  # which begin and end anywhere, whatever the lengths
+    if ranges or division.num_splits > 1:
+        slots = 2 * blocks if ranges else blocks
         shape = (slots, config.tile_q)
         workspaces += (
             Workspace("partial_out", problem.dtype.accumulator, (*shape, _rounded(problem)[1])),
