@@ -173,6 +173,7 @@ struct BwdParams {
   int64 dbias_row;
   void* dbias_parts;          // [bias_parts] of dbias, to be added up (attention/bias_gradient.cuh); null where there is one
   int bias_parts;             // blocks that share what adds to one element of dbias, which then has parts
+  int heads_per_section;      // key heads whose tiles are worked on together, the longest first; sm90 only
   int* dq_turn;               // [heads_q, tiles] zeroed: key tiles already added to each dq tile; deterministic only
   Strides q_stride;
   Strides k_stride;

@@ -17,7 +17,7 @@ from cuflash.ops.boxes import shape_and_steps
 from cuflash.ops.call import Options
 from cuflash.plan import Plan, policies
 from cuflash.plan.config import Written
-from cuflash.plan.families.sm90 import heads_per_section
+from cuflash.plan.families.sm90 import heads_per_section, key_heads_per_section
 from cuflash.problem import Problem
 
 UNBOUNDED = check.MAX_LENGTH - 1
@@ -58,6 +58,8 @@ def template(
         block["empty_lse"], block["tail_lse"] = options.empty_lse, options.tail_lse
         if problem.dropout:
             block["increment"] = np.uint64(draw.increment(problem)).astype(np.int64)
+    elif problem.direction == "backward" and plan.family == "sm90":
+        block["heads_per_section"] = key_heads_per_section(problem)
     if problem.bias_grad:
         shape = (1,) * (4 - len(shapes["dbias"])) + shapes["dbias"]
         for at, name in enumerate(("batch", "head", "row")):

@@ -73,7 +73,7 @@ struct BackwardBlock {
   int first_tile;  // the walk over the tiles of a head, or over the list, goes from this one, or this place, on and round
 
   CF_DEVICE explicit BackwardBlock(const BwdParams& params)
-      : p(params), work(find(params.attention)), sequence(params.attention, work.batch), kv_first(work.tile * kTileKv) {
+      : p(params), work(find(params)), sequence(params.attention, work.batch), kv_first(work.tile * kTileKv) {
     const Attention& a = p.attention;
     const int group = a.heads_q / a.heads_kv;
     head_first = work.head * group;
@@ -81,10 +81,12 @@ struct BackwardBlock {
     tiles = typename Config::Mask(a, sequence, head_first).q_tiles(kv_first, kTileKv, kTileQ);
     first_tile = tiles.begin + Config::Reduction::first_query_tile(work.tile) % max_of(1, tiles.end - tiles.begin);
   }
-  CF_DEVICE static Work find(const Attention& a) {
-    const int longest = num_tiles(a.len_kv, kTileKv);
-    Work work = key_work(ptx::block_index(), longest, a.heads_kv);
-    work.tile = Config::Reduction::key_tile(work.tile, longest);
+  CF_DEVICE static Work find(const BwdParams& params) {
+    const Attention& a = params.attention;
+    const int longest = num_tiles(a.len_kv, kTileKv), heads = a.heads_kv * a.batch;
+    const int index = static_cast<int>(ptx::block_index());
+    Work work = section_work(index, longest, a.heads_kv, heads, params.heads_per_section);
+    work.tile = Config::Reduction::key_tile(longest - 1 - work.tile, longest);
     return work;
   }
 
@@ -257,21 +259,20 @@ struct BackwardBlock {
     }
   }
 
-  // Adds a warpgroup's share to the sums; `barrier` is its own named barrier.
-  CF_DEVICE void add_to_sums(const typename Sums::Share& dq, int head, int tile, int place, int share,
-                             int barrier) const {
+  // Adds a warpgroup's share to the sums, if `some`; `barrier` is its own named barrier, and `adder` this warp's.
+  template <class Adder>
+  CF_DEVICE void add_to_sums(Adder& adder, const typename Sums::Share& dq, int head, int tile, int place, int share,
+                             int barrier, bool some) const {
     const Attention& a = p.attention;
     const int64 index = Sums::index(a, sequence, head, tile);
     const Turn order =
         tiles.turn(typename Config::Mask(a, sequence, head), place, tile * kTileQ, kTileQ, kTileKv, work.tile);
     // The mask's two views of a tile may differ at its edge, where dS is 0.
-    if (Config::Reduction::kOrdered && !order.adds) return;
+    if (Config::Reduction::kOrdered && !(some && order.adds)) return;
     const int thread = ptx::thread_index() % ptx::kWarpgroupThreads;
     int* turn = p.dq_turn + index * Sums::kShares + share;
     Config::Reduction::wait_turn(turn, order.before, thread == 0, barrier);
-    float* sums = p.dq_accum + Sums::part(index, share, thread);
-#pragma unroll
-    for (int n = 0; n < Sums::Share::kN; ++n) ptx::red_add_x4(sums + n * Sums::kGroupFloats, dq.x[0][n]);
+    adder.add(p.dq_accum + Sums::part(index, share, thread), dq, some);
     Config::Reduction::pass_turn(turn, thread == 0, barrier);
   }
 
@@ -297,7 +298,7 @@ struct BackwardBlock {
     Smem& smem = *reinterpret_cast<Smem*>(ptx::dynamic_smem());
     const BackwardBlock block(params);
     if (ptx::thread_index() == 0) {
-      smem.inputs.init();
+      smem.init();
       ptx::fence_mbarrier_init();
     }
     ptx::sync_threads();

@@ -9,9 +9,11 @@
 //
 // One block owns one key tile of one key head and walks the query tiles that see it, of every head of the group. Scores
 // are computed transposed, S^T = K Q^T, so that P^T and dS^T are the A operands of dV and dK in registers. Only dQ mixes
-// keys of different consumers: dS passes through shared memory.
+// keys of different consumers: dS passes through shared memory. Its product follows a tile later, so that consumers wait
+// for each other hardly ever, and one has products while another has exponentials.
 //
-//   for each q tile:   S^T = K Q^T | dP^T = V dO^T | P under dP | dS | dV += P^T dO | dQ = dS K | dK += dS^T Q
+//   for each q tile:   S^T = K Q^T | dP^T = V dO^T | P under dP | dS | dQ = dS K of the tile before | dV += P^T dO,
+//                      dK += dS^T Q | dQ to its sums under these
 #pragma once
 
 #include "backward/block_sm90.cuh"
@@ -28,13 +30,33 @@ struct BackwardSm90 {
   using Weights = typename Block::Weights;
   static_assert(Block::kKeyTiles == Block::kConsumers && Block::Sums::kShares == Block::kConsumers);
 
+  using Share = typename Block::Sums::Share;
+  using Adder = ShareAdder<Share, Config::kCopiedSums>;
+  using DsCursor = RingCursor<2>;
+
   struct SmemPlan {
     typename Block::Inputs inputs;
-    typename Block::DsTile ds[2];  // of a tile and the next: a consumer may still read the one before
+    typename Block::DsTile ds[2];
+    Ring<2> ds_ring;  // of these, from every warp to both consumers
+    Adder adders[Block::kConsumerThreads / 32];
+
+    CF_DEVICE void init() {
+      inputs.init();
+      ds_ring.init(Block::kConsumers, Block::kConsumerThreads / 32);
+    }
   };
 
-  // Named barriers of all consumers' threads: dS is whole; K is no longer read. Of a consumer's own, one for each.
-  static constexpr int kDsWhole = 1, kKeysDone = 2, kMyWarps = 3;
+  // Named barriers: K is no longer read, of all consumers' threads, and of a consumer's own, one for each.
+  static constexpr int kKeysDone = 1, kMyWarps = 2;
+  // The second consumer begins so much later, about half a visit, where there are so many that it pays. H200: 2 % at d 64,
+  // 1 % at d 128.
+  static constexpr int kApartNs = 8 * Config::kTileQ, kApartSteps = 16;
+
+  // A tile of queries, its place in a list if it goes by one, and where its dS is.
+  struct Step {
+    int head, tile, place;
+    DsCursor ds;
+  };
 
   struct Consumer {
     const Block& block;
@@ -56,43 +78,60 @@ struct BackwardSm90 {
     }
 
     CF_DEVICE void run() {
-      if (!block.empty()) walk();
-      block.store(in.v[number], number, dv, Config::Dropout::scale(block.p.attention), block.p.dv_map,
-                  kMyWarps + number);  // V's rows are this consumer's alone
+      const Attention& a = block.p.attention;
+      // Of a tile before the first there is a dS that nobody waits for, and a dQ that nobody adds.
+      Step step{block.head_first, block.first_tile, block.first_tile, {}},
+          before{step.head, step.tile, step.place, {1, 1}};
+      if (!block.empty()) walk(step, before);
+      // V's rows are this consumer's alone. The gradient leaves under the last dQ.
+      block.store(in.v[number], number, dv, Config::Dropout::scale(a), block.p.dv_map, kMyWarps + number);
+      if (!block.empty()) {
+        Share dq;
+        issue_dq(dq, before);
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_hold(dq.x[0]);
+        add_to_sums(dq, before, true);
+      }
       ptx::sync_named(kKeysDone, Block::kConsumerThreads);
-      block.store(in.k[number], number, dk, block.p.attention.softmax_scale, block.p.dk_map, kMyWarps + number);
+      block.store(in.k[number], number, dk, a.softmax_scale, block.p.dk_map, kMyWarps + number);
       if (leader) ptx::tma_store_wait_read();
+      adder().finish();
     }
 
-    CF_DEVICE void walk() {
+    // Leaves the last tile in `before`.
+    CF_DEVICE void walk(Step& step, Step& before) {
       const bool far = block.some_row_is_far();
       Cursor at;
       typename Block::BiasCursor bias_at;
-      int head = block.head_first, tile = block.first_tile, buffer = 0;
       typename Block::ListStep list;
-      if constexpr (Block::Walk::kListed) list.start(block, head, tile);
-      Gradient gradient(block.p.attention, block.sequence, head);
+      if constexpr (Block::Walk::kListed) list.start(block, step.head, step.tile);
+      Gradient gradient(block.p.attention, block.sequence, step.head);
       in.wait_k();
       in.wait_v();
+      if (number > 0 && block.num_steps() >= kApartSteps) ptx::sleep_ns(kApartNs);
+      const int steps = block.num_steps();
 #pragma unroll 1
-      for (int left = block.num_steps(); left > 0; --left) {
+      for (int done = 0; done < steps; ++done) {
         if constexpr (Block::Walk::kListed) list.look_ahead(block);
         // A choice for all of a visit, before anything of it is under way: one within it costs 3 to 20 % of the whole.
-        const int place = Block::Walk::kListed ? list.place : tile;
-        if (far || !block.is_full(place, tile)) {
-          visit<true>(gradient, head, tile, place, at, bias_at, buffer);
+        if (far || !block.is_full(step.place, step.tile)) {
+          visit<true>(gradient, step, before, done == 0, at, bias_at);
         } else {
-          visit<false>(gradient, head, tile, place, at, bias_at, buffer);
+          visit<false>(gradient, step, before, done == 0, at, bias_at);
         }
         at = at.next();
         bias_at = bias_at.next();
-        buffer ^= 1;
+        before = step;
+        step.ds = step.ds.next();
         if constexpr (Block::Walk::kListed) {
-          if (list.go_on(block, head, tile)) gradient = Gradient(block.p.attention, block.sequence, head);
+          if (list.go_on(block, step.head, step.tile)) {
+            gradient = Gradient(block.p.attention, block.sequence, step.head);
+          }
+          step.place = list.place;
         } else {
-          tile = block.tile_after(tile);
-          if (tile == block.first_tile && ++head < block.head_end) {
-            gradient = Gradient(block.p.attention, block.sequence, head);
+          step.place = step.tile = block.tile_after(step.tile);
+          if (step.tile == block.first_tile && ++step.head < block.head_end) {
+            gradient = Gradient(block.p.attention, block.sequence, step.head);
           }
         }
       }
@@ -100,9 +139,9 @@ struct BackwardSm90 {
 
     // One tile of queries; `kCareful` where some element may be hidden or some row is far.
     template <bool kCareful>
-    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, int place, const Cursor& at,
-                         const typename Block::BiasCursor& bias_at, int buffer) {
-      const int q_first = tile * Config::kTileQ;
+    CF_DEVICE void visit(const Gradient& gradient, const Step& step, const Step& before, bool first, const Cursor& at,
+                         const typename Block::BiasCursor& bias_at) {
+      const int q_first = step.tile * Config::kTileQ;
       const auto& rows = in.rows[at.stage];
       Scores s, dp;
       Weights weights, ds;
@@ -129,32 +168,44 @@ struct BackwardSm90 {
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dp.x[0]);
       Block::differentiate(s, dp, gradient, rows, kept);
-      block.store_bias_gradient(dp, head, q_first, kv_first);
+      block.store_bias_gradient(dp, step.head, q_first, kv_first);
       pack_operand<Element>(ds, dp);
-      store_transposed(smem.ds[buffer], number * Block::kRows + warp_row, ptx::lane_index(), ds);
+      smem.ds_ring.wait_empty(step.ds);
+      store_transposed(smem.ds[step.ds.stage], number * Block::kRows + warp_row, ptx::lane_index(), ds);
+      ptx::fence_proxy_async();
+      ptx::sync_warp();
+      if (ptx::lane_index() == 0) smem.ds_ring.publish(step.ds);
 
+      // First, as all of dS before is there, and its registers are needed soonest.
+      Share dq;
+      issue_dq(dq, before);
       ptx::wgmma_fence();
       issue_ab<Element>(dv, weights, in.dout, at.stage);
-      ptx::wgmma_commit();
-      ptx::fence_proxy_async();
-      ptx::sync_named(kDsWhole, Block::kConsumerThreads);
-      typename Block::Sums::Share dq;
-      ptx::wgmma_fence();
-      Block::Sums::template issue<Element>(dq, smem.ds, buffer, in.k, number);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
-      ptx::wgmma_hold(dv.x[0]);
-      if (leader) in.dout_ring.release(at);
-      ptx::wgmma_fence();
       issue_ab<Element>(dk, ds, in.q, at.stage);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(dq.x[0]);
-      block.add_to_sums(dq, head, tile, place, number, kMyWarps + number);
+      if (leader && !first) smem.ds_ring.release(before.ds);
+      add_to_sums(dq, before, !first);
       ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(dv.x[0]);
       ptx::wgmma_hold(dk.x[0]);
-      if (leader) in.q_ring.release(at);
+      if (leader) {
+        in.dout_ring.release(at);
+        in.q_ring.release(at);
+      }
     }
+
+    CF_DEVICE void issue_dq(Share& dq, const Step& of) {
+      smem.ds_ring.wait(of.ds);
+      ptx::wgmma_fence();
+      Block::Sums::template issue<Element>(dq, smem.ds, of.ds.stage, in.k, number);
+      ptx::wgmma_commit();
+    }
+    CF_DEVICE void add_to_sums(const Share& dq, const Step& of, bool some) {
+      block.add_to_sums(adder(), dq, of.head, of.tile, of.place, number, kMyWarps + number, some);
+    }
+    CF_DEVICE Adder& adder() { return smem.adders[ptx::warp_index() - ptx::kWarpgroupThreads / 32]; }
   };
 
   CF_DEVICE static void run(const BwdParams& params) {

@@ -8,7 +8,7 @@
 //   warpgroup of the keys            dP^T = V dO^T | dS from P and dP | dK += dS^T Q | half the columns of dQ
 //
 // One block owns 64 keys. P passes from one warpgroup to the other through shared memory, in fp32, as dS would show its
-// rounding, and dS from the keys' to both.
+// rounding, and dS from the keys' to both. dQ is of the tile before, as in backward/sm90.cuh.
 #pragma once
 
 #include "backward/block_sm90.cuh"
@@ -23,7 +23,7 @@ struct BackwardSm90Wide {
   using Cursor = typename Block::Cursor;
   using Scores = typename Block::Scores;
   using Weights = typename Block::Weights;
-  static_assert(Block::kKeyTiles == 1 && Config::kTileQ == 64);
+  static_assert(Block::kKeyTiles == 1 && Config::kTileQ == 64 && !Config::kCopiedSums);
 
   struct alignas(16) Four {
     float x[4];
@@ -31,13 +31,30 @@ struct BackwardSm90Wide {
 
   struct SmemPlan {
     typename Block::Inputs inputs;
-    typename Block::DsTile ds[2];                      // of a tile and the next
+    typename Block::DsTile ds[2];
     Four p_slope[Scores::kN][ptx::kWarpgroupThreads];  // P * slope in fragment order
+    Ring<2> ds_ring;                                   // of dS, from every warp of the keys to both warpgroups
+    Ring<1> p_ring;                                    // of P, from every warp of the values to every warp of the keys
+
+    CF_DEVICE void init() {
+      constexpr int kWarps = ptx::kWarpgroupThreads / 32;
+      inputs.init();
+      ds_ring.init(Block::kConsumers, kWarps);
+      p_ring.init(kWarps, kWarps);
+    }
+  };
+  using DsCursor = RingCursor<2>;
+  using PCursor = RingCursor<1>;
+
+  // A tile of queries, its place in a list if it goes by one, and where its dS and P are.
+  struct Step {
+    int head, tile, place;
+    DsCursor ds;
+    PCursor p;
   };
 
-  // Named barriers of both warpgroups' threads: P is there, for which that of the values does not wait; dS is there; K
-  // is no longer read. Of a warpgroup's own, one for each.
-  static constexpr int kWeightsThere = 1, kDsThere = 2, kKeysDone = 3, kMyWarps = 4;
+  // Named barriers: K is no longer read, of both warpgroups' threads, and of a warpgroup's own, one for each.
+  static constexpr int kKeysDone = 1, kMyWarps = 2;
 
   // What both warpgroups have and do; Role says what is its own.
   template <class Role, int kNumber, int kDim>
@@ -59,48 +76,60 @@ struct BackwardSm90Wide {
     CF_DEVICE void walk() {
       Role& me = static_cast<Role&>(*this);
       Cursor at;
-      int head = block.head_first, tile = block.first_tile, buffer = 0;
+      Step step{block.head_first, block.first_tile, block.first_tile, {}, {}};
       typename Block::ListStep list;
-      if constexpr (Block::Walk::kListed) list.start(block, head, tile);
-      Gradient gradient(block.p.attention, block.sequence, head);
+      if constexpr (Block::Walk::kListed) list.start(block, step.head, step.tile);
+      Step before{step.head, step.tile, step.place, {1, 1}, {}};
+      Gradient gradient(block.p.attention, block.sequence, step.head);
       in.wait_k();
       in.wait_v();
       me.wait(at);
       me.start(at.stage);
+      const int steps = block.num_steps();
 #pragma unroll 1
-      for (int left = block.num_steps(); left > 0; --left) {
+      for (int done = 0; done < steps; ++done) {
         if constexpr (Block::Walk::kListed) list.look_ahead(block);
         Weights operand;  // P or dS: the product with sum reads it until add_dq has waited
-        const int place = Block::Walk::kListed ? list.place : tile;
-        me.visit(gradient, head, tile, place, at, buffer, operand);
+        me.visit(gradient, step, at, operand);
         const Cursor next = at.next();
-        if (left > 1) me.wait(next);
-        // Always the next scores: a choice would end what is under way. Behind the last tile they are for nothing.
-        add_dq(head, tile, place, buffer, left > 1 ? next.stage : at.stage);
+        const bool more = done + 1 < steps;
+        if (more) me.wait(next);
+        // Always the next scores: a choice would end what is under way. Behind the last tile they are for nothing, as is
+        // the dQ before the first.
+        add_dq(before, more ? next.stage : at.stage, done > 0);
         if (leader) {
+          if (done > 0) smem.ds_ring.release(before.ds);
           in.q_ring.release(at);
           in.dout_ring.release(at);
         }
         at = next;
-        buffer ^= 1;
+        before = step;
+        step.ds = step.ds.next();
+        step.p = step.p.next();
         if constexpr (Block::Walk::kListed) {
-          if (list.go_on(block, head, tile)) gradient = Gradient(block.p.attention, block.sequence, head);
+          if (list.go_on(block, step.head, step.tile)) {
+            gradient = Gradient(block.p.attention, block.sequence, step.head);
+          }
+          step.place = list.place;
         } else {
-          tile = block.tile_after(tile);
-          if (tile == block.first_tile && ++head < block.head_end) {
-            gradient = Gradient(block.p.attention, block.sequence, head);
+          step.place = step.tile = block.tile_after(step.tile);
+          if (step.tile == block.first_tile && ++step.head < block.head_end) {
+            gradient = Gradient(block.p.attention, block.sequence, step.head);
           }
         }
       }
+      add_dq(before, at.stage, true);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(scores.x[0]);
     }
 
     // Every other chunk of dQ's columns, one after the other in the same registers, and behind them the next scores.
     // The product with sum is done before the first chunk.
-    CF_DEVICE void add_dq(int head, int tile, int place, int buffer, int next_stage) {
+    CF_DEVICE void add_dq(const Step& of, int next_stage, bool some) {
       Role& me = static_cast<Role&>(*this);
       constexpr int kShares = Block::Sums::kShares, kLast = (kShares - 1 - kNumber) / 2 * 2 + kNumber;
+      ShareAdder<typename Block::Sums::Share, false> adder;
+      smem.ds_ring.wait(of.ds);
       if (kNumber >= kShares) {
         me.start(next_stage);
         ptx::wgmma_wait<1>();
@@ -109,7 +138,7 @@ struct BackwardSm90Wide {
       for (int share = kNumber; share < kShares; share += 2) {
         typename Block::Sums::Share dq;
         ptx::wgmma_fence();
-        Block::Sums::template issue<Element>(dq, smem.ds, buffer, in.k, share);
+        Block::Sums::template issue<Element>(dq, smem.ds, of.ds.stage, in.k, share);
         ptx::wgmma_commit();
         if (share == kLast) {
           me.start(next_stage);
@@ -118,7 +147,7 @@ struct BackwardSm90Wide {
           ptx::wgmma_wait<0>();
         }
         ptx::wgmma_hold(dq.x[0]);
-        block.add_to_sums(dq, head, tile, place, share, kMyWarps + kNumber);
+        block.add_to_sums(adder, dq, of.head, of.tile, of.place, share, kMyWarps + kNumber, some);
       }
       ptx::wgmma_hold(sum.x[0]);
     }
@@ -143,10 +172,10 @@ struct BackwardSm90Wide {
       ptx::wgmma_commit();
     }
 
-    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, int place, const Cursor& at, int buffer,
-                         Weights& weights) {
+    CF_DEVICE void visit(const Gradient& gradient, const Step& step, const Cursor& at, Weights& weights) {
       auto& in = this->in;
-      const int q_first = tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
+      auto& p_ring = this->smem.p_ring;
+      const int q_first = step.tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
       const auto& rows = in.rows[at.stage];
       Scores& s = this->scores;
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
@@ -154,7 +183,7 @@ struct BackwardSm90Wide {
       ptx::wgmma_hold(s.x[0]);
       // Products that are scores are changed where that is needed, so that all others take the short way.
       constexpr bool kProducts = IsSame<typename Config::Score, ScaledScore<float>>::value;
-      if (kProducts && (this->far || !this->block.tiles.is_full(place, tile))) {
+      if (kProducts && (this->far || !this->block.tiles.is_full(step.place, step.tile))) {
         s.for_each(ptx::lane_index(), [&](float& x, int row, int col) {
           const bool visible = gradient.mask.keep(q_first + col, kv_first + row);
           x = visible ? x - rows.m[Block::Rows::place(col)] : -infinity<float>();
@@ -162,16 +191,17 @@ struct BackwardSm90Wide {
       }
       Block::template weigh<!kProducts>(s, weights, gradient, rows, q_first, kv_first, this->block.sequence.len_q, kept,
                                         [](int) { return NoBiasBlock{}; });
+      p_ring.wait_empty(step.p);
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
         this->smem.p_slope[n][this->thread] = {s.x[0][n][0], s.x[0][n][1], s.x[0][n][2], s.x[0][n][3]};
       }
-      ptx::arrive_named(kWeightsThere, Block::kConsumerThreads);
+      ptx::sync_warp();
+      if (ptx::lane_index() == 0) p_ring.publish(step.p);
       in.dout_ring.wait(at);
       ptx::wgmma_fence();
       issue_ab<Element>(this->sum, weights, in.dout, at.stage);
       ptx::wgmma_commit();
-      ptx::sync_named(kDsThere, Block::kConsumerThreads);
     }
   };
 
@@ -194,31 +224,36 @@ struct BackwardSm90Wide {
       ptx::wgmma_commit();
     }
 
-    CF_DEVICE void visit(const Gradient& gradient, int head, int tile, int /*place*/, const Cursor& at, int buffer,
-                         Weights& ds) {
+    CF_DEVICE void visit(const Gradient& gradient, const Step& step, const Cursor& at, Weights& ds) {
       auto& in = this->in;
-      const int q_first = tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
+      auto& p_ring = this->smem.p_ring;
+      auto& ds_ring = this->smem.ds_ring;
+      const int q_first = step.tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
       Scores p_slope, &dp = this->scores;
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
       in.q_ring.wait(at);
-      ptx::sync_named(kWeightsThere, Block::kConsumerThreads);
+      p_ring.wait(step.p);
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
         const Four four = this->smem.p_slope[n][this->thread];
 #pragma unroll
         for (int i = 0; i < 4; ++i) p_slope.x[0][n][i] = four.x[i];
       }
+      ptx::sync_warp();
+      if (ptx::lane_index() == 0) p_ring.release(step.p);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dp.x[0]);
       Block::differentiate(p_slope, dp, gradient, in.rows[at.stage], kept);
-      this->block.store_bias_gradient(dp, head, q_first, kv_first);
+      this->block.store_bias_gradient(dp, step.head, q_first, kv_first);
       pack_operand<Element>(ds, dp);
-      store_transposed(this->smem.ds[buffer], this->warp_row, ptx::lane_index(), ds);
+      ds_ring.wait_empty(step.ds);
+      store_transposed(this->smem.ds[step.ds.stage], this->warp_row, ptx::lane_index(), ds);
       ptx::fence_proxy_async();
+      ptx::sync_warp();
+      if (ptx::lane_index() == 0) ds_ring.publish(step.ds);
       ptx::wgmma_fence();
       issue_ab<Element>(this->sum, ds, in.q, at.stage);
       ptx::wgmma_commit();
-      ptx::sync_named(kDsThere, Block::kConsumerThreads);
     }
   };
 

@@ -22,10 +22,12 @@ CF_DEVICE void red_add(double* address, double x) {
   asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(address), "d"(x) : "memory");
 }
 
-// Four neighbours, 16 bytes from a multiple of 16 on; each is added on its own. Needs sm_90.
-CF_DEVICE void red_add_x4(float* address, const float (&x)[4]) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-               ::"l"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+// If `some`, four neighbours, 16 bytes from a multiple of 16 on; each is added on its own. Needs sm_90. There is no branch,
+// as one under products would wait for their end.
+CF_DEVICE void red_add_x4(float* address, const float (&x)[4], bool some) {
+  asm volatile("{\n.reg .pred some;\nsetp.ne.b32 some, %5, 0;\n"
+               "@some red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}"
+               ::"l"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(int(some)) : "memory");
 }
 
 CF_DEVICE void red_add_release(int* address, int x) {

@@ -1,8 +1,8 @@
 // What the Hopper backward keeps of each query tile in global memory: the fp32 sums of dQ, and what its rows need.
 //
-// Key tiles add their shares of dQ = dS K to the sums straight from registers. So a tile is stored in fragment order,
-// [share][four registers][thread of a warpgroup] of four floats: a warp's addition is 512 neighbouring bytes, and
-// whoever reads it back (backward/convert_sm90.cuh) owns the same registers. A share is 64 queries and up to 64 columns:
+// Key tiles add their shares of dQ = dS K to the sums as they lie in registers. So a tile is stored in fragment order,
+// [share][warp][four registers][lane] of four floats: a warp's addition is 512 neighbouring bytes, all that it adds lies
+// together, and whoever reads it back (backward/convert_sm90.cuh) owns the same registers. A share is 64 queries and up to 64 columns:
 // of 128 queries those of one half, else all queries and a chunk of the columns.
 #pragma once
 
@@ -35,16 +35,55 @@ struct QueryTiles {
     issue_ab<Element>(dq, ds, buffer, kByRows ? share * 64 : 0, k, kByRows ? 0 : share * 64);
   }
 
-  // A thread's part of a share, the first of its groups of four; the next ones lie a warpgroup's further.
+  // A thread's part of a share, the first of its groups of four; the next ones lie a warp's further.
   CF_DEVICE static int64 part(int64 index, int share, int thread) {
-    return (index * kShares + share) * kShareFloats + thread * 4;
+    return (index * kShares + share) * kShareFloats + thread / 32 * (kShareFloats / 4) + thread % 32 * 4;
   }
-  static constexpr int kGroupFloats = 4 * ptx::kWarpgroupThreads;
+  static constexpr int kGroupFloats = 4 * 32;
 
   // Puts a warp's part of a share where it belongs in the whole tile.
   template <class Element, class Tile>
   CF_DEVICE static void store(Tile& tile, const Share& dq, int share, int warp, int lane) {
     store_fragment<Element>(tile, (kByRows ? share * 64 : 0) + warp * 16, kByRows ? 0 : share * 64, lane, dq);
+  }
+};
+
+// How a warp adds its part of a share to the sums, of which `sums` is the thread's: from registers,
+template <class Share, bool kCopied>
+struct ShareAdder {
+  CF_DEVICE void add(float* sums, const Share& dq, bool some) {
+#pragma unroll
+    for (int n = 0; n < Share::kN; ++n) ptx::red_add_x4(sums + n * 4 * 32, dq.x[0][n], some);
+  }
+  CF_DEVICE void finish() {}
+};
+
+// or from shared memory by the copy engine, while the warp goes on.
+template <class Share>
+struct ShareAdder<Share, true> {
+  struct alignas(16) Four {
+    float x[4];
+  };
+  Four part[Share::kN][32];
+
+  CF_DEVICE void add(float* sums, const Share& dq, bool some) {
+    const int lane = ptx::lane_index();
+    finish();
+    ptx::sync_warp();
+#pragma unroll
+    for (int n = 0; n < Share::kN; ++n) {
+      part[n][lane] = {dq.x[0][n][0], dq.x[0][n][1], dq.x[0][n][2], dq.x[0][n][3]};
+    }
+    ptx::fence_proxy_async();
+    ptx::sync_warp();
+    if (some && lane == 0) {
+      ptx::bulk_add(sums, ptx::smem_u32(part), sizeof(part));
+      ptx::tma_store_commit();
+    }
+  }
+  // Until the part has been read.
+  CF_DEVICE void finish() {
+    if (ptx::lane_index() == 0) ptx::tma_store_wait_read();
   }
 };
 

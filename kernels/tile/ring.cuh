@@ -36,13 +36,13 @@ template <int kStages>
 struct Ring {
   using Cursor = RingCursor<kStages>;
 
-  uint64 full[kStages];   // 1 arrives, the writer, and the bytes that it announced: the buffer may be read
+  uint64 full[kStages];   // the writers arrive, and the bytes that they announced: the buffer may be read
   uint64 empty[kStages];  // `readers` arrive, each once it is done with the buffer: it may be written
 
-  // Readers are warps or warpgroups, one thread of each arriving for it. Called by one thread.
-  CF_DEVICE void init(int readers) {
+  // Readers and writers are warps or warpgroups, one thread of each arriving for it. Called by one thread.
+  CF_DEVICE void init(int readers, int writers = 1) {
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(ptx::smem_u32(&full[stage]), 1);
+      ptx::mbarrier_init(ptx::smem_u32(&full[stage]), writers);
       ptx::mbarrier_init(ptx::smem_u32(&empty[stage]), readers);
     }
   }

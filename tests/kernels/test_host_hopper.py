@@ -274,7 +274,7 @@ void sum_bulk(const void* params) {
     return;
   }
   for (int i = ptx::thread_index() * 4; i < p.count; i += 256) {
-    ptx::red_add_x4(p.sum + i, {values[i], values[i + 1], values[i + 2], values[i + 3]});
+    ptx::red_add_x4(p.sum + i, {values[i], values[i + 1], values[i + 2], values[i + 3]}, true);
   }
 }
 
@@ -456,7 +456,8 @@ FAULTS = {
         "alignas(16) static float sums[4]; if (thread == 7) ptx::bulk_add(sums, 0, 16), ptx::tma_store_wait();"
     ),
     "red_add_x4: an address is not a multiple of 16": (
-        "float sums[8] = {}; ptx::red_add_x4(sums + (reinterpret_cast<size_t>(sums) % 16 == 0), {1.f, 1.f, 1.f, 1.f});"
+        "float sums[8] = {}; ptx::red_add_x4(sums + (reinterpret_cast<size_t>(sums) % 16 == 0), {1.f, 1.f, 1.f, 1.f}, "
+        "true);"
     ),
     "stmatrix: row address 8 is not a multiple of 16": "uint32 r[4] = {}; ptx::stmatrix_x4(8 + lane * 16, r);",
     "wgmma meets bytes at [0-9]+ that lack their writer's fence_proxy_async": (

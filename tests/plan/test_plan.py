@@ -20,7 +20,7 @@ from cuflash.jit import sources
 from cuflash.masks import Mask
 from cuflash.mods import tanh, trace
 from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
-from cuflash.plan.families.sm90 import ForwardConfig, heads_per_section
+from cuflash.plan.families.sm90 import ForwardConfig, heads_per_section, key_heads_per_section
 from cuflash.problem import Blocks, Problem, visible_pairs
 
 DIMS += [(16, 256), (256, 1), (512, 512), (257, 64), (1024, 1024)]
@@ -980,7 +980,7 @@ def test_explanation_of_a_hopper_backward() -> None:
     assert "row_tiles" in lines[4] and "dq_accum" in lines[4]
     kernels = ("bwd_prepare_sm90", "bwd_sm90", "bwd_convert_sm90", "bwd_bias_sm80", "bwd_sink")
     assert [line.split()[:2] for line in lines[5:10]] == [["kernel", f"{kernel}:"] for kernel in kernels]
-    assert lines[6].endswith("tile 64 x 128, 183,296 bytes of shared memory, 240 registers to compute")
+    assert lines[6].endswith("tile 64 x 128, 217,088 bytes of shared memory, 240 registers to compute")
     assert lines[10:] == ["  not sm80   sm90 comes first", "  not simt   sm90 comes first"]
 
 
@@ -1002,6 +1002,28 @@ def test_heads_per_section(changes: dict, heads: int) -> None:
     assert kv_heads == 32 or kv_heads * head_bytes <= 2**25
     assert 2 * kv_heads * head_bytes > 2**25, "twice as many would fit"
     assert heads_per_section(replace(problem, mask=MASKS["full"])) == problem.group, "tiles of equal length"
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({"batch": 8, "heads_q": 16, "heads_kv": 16, "len_q": 2048, "len_kv": 2048}, 8),
+        ({"batch": 2, "heads_q": 16, "heads_kv": 16, "len_q": 8192, "len_kv": 8192}, 2),
+        ({"batch": 1, "heads_q": 16, "heads_kv": 16, "len_q": 16384, "len_kv": 16384}, 1),
+        ({"batch": 1, "heads_q": 10, "heads_kv": 10, "len_q": 2048, "len_kv": 2048}, 5),  # not eight and two
+        ({"batch": 1, "heads_q": 3, "heads_kv": 3, "len_q": 2048, "len_kv": 2048}, 3),
+        ({"batch": 1, "heads_q": 16, "heads_kv": 4, "len_q": 2048, "len_kv": 2048}, 2),
+        ({"batch": 32, "heads_q": 16, "heads_kv": 16, "len_q": 512, "len_kv": 512}, 1),
+        ({"batch": 0, "heads_q": 16, "heads_kv": 16, "len_q": 2048, "len_kv": 2048}, 1),
+        ({"batch": 2, "heads_q": 16, "heads_kv": 16, "len_q": 0, "len_kv": 2048}, 1),
+        ({"batch": 8, "heads_q": 32, "heads_kv": 32, "len_q": 2048, "len_kv": 2048, "dim_qk": 64, "dim_v": 64}, 1),
+        ({"batch": 2, "heads_q": 32, "heads_kv": 32, "len_q": 8192, "len_kv": 8192, "dim_qk": 64, "dim_v": 64}, 4),
+        ({"mask": MASKS["full"], "batch": 8, "heads_q": 16, "heads_kv": 16, "len_q": 2048, "len_kv": 2048}, 1),
+    ],
+)
+def test_key_heads_per_section(changes: dict, heads: int) -> None:
+    problem = replace(BASE, **{"direction": "backward", "mask": CAUSAL, "dim_qk": 128, "dim_v": 128, **changes})
+    assert key_heads_per_section(problem) == heads
 
 
 @pytest.mark.parametrize("heads_q", [1, 64, 2**20])

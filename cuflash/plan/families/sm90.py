@@ -53,6 +53,10 @@ _LEAST_HEADS = 32
 _L2_BYTES = 32 << 20
 """Of the 50 MB of an H100's L2 cache, what keys and values may fill beside q and out."""
 
+_SECTION_BYTES, _LEAST_HEAD_BYTES = 16 << 20, 2 << 20
+"""What the query rows of a section of heads may take in the backward, dq in fp32 included, and how much of a head pays.
+H200: d 128 causal 8k 4 to 6 %, 2k 2 %, d 64 causal 8k 1 % faster, 2k 2 %, 512 6 % slower."""
+
 _FLOPS, _EXPONENTIALS, _SMEM_BYTES = 4096, 16, 128
 """What a multiprocessor does in a cycle: 16-bit multiply-adds twice, exponentials, bytes of shared memory."""
 
@@ -246,6 +250,20 @@ def _packed_forward(problem: Problem, device: Device) -> Plan:
     return Plan(problem, device, "sm90", launches, workspaces, reason, num_splits=num_splits, division=division)
 
 
+def key_heads_per_section(problem: Problem) -> int:
+    """Key heads to work on together in the backward (``backward/block_sm90.cuh``): the longest tiles come first.
+
+    Short tiles then fill the end of the grid. Only so many that what is read and added to meets in the L2 cache; and
+    one where tiles are of equal length, or so few a head that none is much longer than others.
+    """
+    size, all_heads = problem.dtype.itemsize, problem.batch * problem.heads_kv
+    head_bytes = problem.len_q * problem.group * (problem.dim_qk * (size + 4) + problem.dim_v * size)
+    if problem.mask.kind != "causal" or head_bytes < _LEAST_HEAD_BYTES or not all_heads:
+        return 1
+    heads = min(max(1, _SECTION_BYTES // head_bytes), all_heads)
+    return -(-all_heads // -(-all_heads // heads))  # so that no section is much smaller than others
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarpgroupJvpConfig(JvpConfig):
     """``jvp_sm90``."""
@@ -345,8 +363,10 @@ class BackwardConfig(AttentionConfig):
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
     bias_copies: str = field(default="NoBias", metadata={HEADER: "tile/bias.cuh"})
     """NoBias, BiasTiles, BiasRow."""
+    copied_sums: bool = False
+    """Shares of dq are added to the sums by the copy engine instead of from registers."""
     stages: int = 2
-    """Query tiles in flight. H200, d 128, 8k: with three, 4 % slower."""
+    """Query tiles in flight."""
     producer_registers: int = 24
     """Of a thread of the warpgroup that loads, and of those that compute."""
     consumer_registers: int = 240
@@ -391,6 +411,9 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
         tile_kv=tile_kv,
         threads=384,
         reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
+        # H200, 8k: 2 % faster at d 128, causal 3 to 6 %, but 3 to 6 % slower at d 64. A turn ends when all has been
+        # added, which only those who add from registers know.
+        copied_sums=64 < widest <= 128 and not problem.deterministic,
         bias_gradient=gradient_policy(problem),
     )
     config = replace(config, smem_bytes=_backward_smem(problem, config))
@@ -409,8 +432,11 @@ def _backward_smem(problem: Problem, config: BackwardConfig) -> int:
     barriers = 8 * (2 * 2 * config.stages + 2)  # full and empty of q and dout; k, v
     stage = config.tile_q * row + _row_tile(config.tile_q)
     inputs = round_up(config.tile_kv * row + config.stages * stage + barriers, 1024)
-    ds, p = config.tile_q * config.tile_kv * 2, config.tile_q * config.tile_kv * 4
-    return inputs + 2 * ds + (p if config.tile_kv == _ROWS else 0)
+    ds, rings = 2 * config.tile_q * config.tile_kv * 2, 8 * 2 * 2
+    if config.tile_kv == _ROWS:  # P in fp32, and a ring of its own
+        return round_up(inputs + ds + config.tile_q * config.tile_kv * 4 + rings + 8 * 2, 1024)
+    adders = 2 * _ROWS * 64 * 4 if config.copied_sums else 8  # ShareAdder of each of eight warps
+    return round_up(inputs + ds + rings + adders, 1024)
 
 
 def _row_tile(tile_q: int) -> int:

@@ -19,6 +19,8 @@ inline void sync_threads() { host::execute(kSyncThreads, nullptr); }
 inline constexpr host::Instruction kSyncWarp{"sync_warp", [](void* const*) {}};
 inline void sync_warp() { host::execute(kSyncWarp, nullptr); }
 
+inline void sleep_ns(int) {}
+
 template <class T>
 struct Shuffle {
   T x;
