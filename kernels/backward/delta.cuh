@@ -12,8 +12,8 @@
 namespace cuflash {
 
 // f(row, shift, delta) for every row of a query tile, by one of kThreads threads each, of which this is number `thread`;
-// rows past the sequence are empty ones.
-template <class Config, int kThreads = Config::kThreads, int kUnroll = 4, class Sequence, class F>
+// rows past the sequence are empty ones. A thread has the loads of kAtOnce rows under way together.
+template <class Config, int kThreads = Config::kThreads, int kAtOnce = 2, class Sequence, class F>
 CF_DEVICE void for_each_delta(const BwdParams& p, const Sequence& sequence, const Work& work, F&& f,
                               int thread = ptx::thread_index()) {
   using Element = typename Config::Element;
@@ -23,6 +23,7 @@ CF_DEVICE void for_each_delta(const BwdParams& p, const Sequence& sequence, cons
   constexpr int kWidth = Config::kCopyBytes / sizeof(Element), kVectors = Config::kDimV / kWidth;
   constexpr int kLanes = kVectors > 16 ? 32 : kVectors > 8 ? 16 : kVectors > 4 ? 8 : 4;  // that share a row
   constexpr int kRowsAtOnce = kThreads / kLanes;
+  constexpr int kRows = min_of(kAtOnce, cdiv(Config::kTileQ, kRowsAtOnce));
 
   const Element* g_out = first_query<const Element>(p.out, p.out_stride, sequence, work.head);
   const Element* g_dout = first_query<const Element>(p.dout, p.dout_stride, sequence, work.head);
@@ -31,28 +32,44 @@ CF_DEVICE void for_each_delta(const BwdParams& p, const Sequence& sequence, cons
   const auto* g_state = first_query<const RowState<Real>>(p.row_state, p.delta_stride, sequence, work.head);
 
   const int lane = thread % kLanes, first = work.tile * Config::kTileQ;
-#pragma unroll kUnroll
-  for (int base = 0; base < Config::kTileQ; base += kRowsAtOnce) {  // the same trip count for every lane of a warp
-    const int in_tile = base + thread / kLanes, row = first + in_tile;
-    const bool some = row < sequence.len_q;
-    Real sum = 0;
-    if (some) {
-      for (int vector = lane; vector < kVectors; vector += kLanes) {
-        const Vector o = *reinterpret_cast<const Vector*>(g_out + row * p.out_stride.row + vector * kWidth);
-        const Vector d = *reinterpret_cast<const Vector*>(g_dout + row * p.dout_stride.row + vector * kWidth);
-        const Element* o_elements = reinterpret_cast<const Element*>(&o);
-        const Element* d_elements = reinterpret_cast<const Element*>(&d);
+#pragma unroll 1
+  for (int base = 0; base < Config::kTileQ;
+       base += kRows * kRowsAtOnce) {  // the same trip count for every lane of a warp
+    const auto in_tile = [&](int i) { return base + i * kRowsAtOnce + thread / kLanes; };
+    const auto is_there = [&](int i) { return in_tile(i) < Config::kTileQ && first + in_tile(i) < sequence.len_q; };
+    Real sums[kRows] = {};
+    for (int vector = lane; vector < kVectors; vector += kLanes) {
+      Vector o[kRows] = {}, d[kRows] = {};
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) sum += to_accumulator(o_elements[i]) * to_accumulator(d_elements[i]);
+      for (int i = 0; i < kRows; ++i) {
+        if (!is_there(i)) continue;
+        const int64 row = first + in_tile(i);
+        o[i] = *reinterpret_cast<const Vector*>(g_out + row * p.out_stride.row + vector * kWidth);
+        d[i] = *reinterpret_cast<const Vector*>(g_dout + row * p.dout_stride.row + vector * kWidth);
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const Element* o_elements = reinterpret_cast<const Element*>(&o[i]);
+        const Element* d_elements = reinterpret_cast<const Element*>(&d[i]);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) sums[i] += to_accumulator(o_elements[j]) * to_accumulator(d_elements[j]);
       }
     }
 #pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
-    if (lane != 0 || in_tile >= Config::kTileQ) continue;
-    Shift shift = Shift::empty();
-    if (some) shift = p.row_state ? Shift::of(g_state[row]) : Shift::of_lse(g_lse[row * p.lse_stride.row]);
-    const Real dlse = some && p.dlse ? g_dlse[row * p.dlse_stride.row] : Real(0);
-    f(in_tile, shift, shift.is_empty() ? Real(0) : sum - dlse);  // dlse of an empty row may be anything
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int mask = kLanes / 2; mask > 0; mask /= 2) sums[i] += ptx::shuffle_xor(sums[i], mask);
+    }
+    if (lane != 0) continue;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (in_tile(i) >= Config::kTileQ) continue;
+      const int row = first + in_tile(i);
+      Shift shift = Shift::empty();
+      if (is_there(i)) shift = p.row_state ? Shift::of(g_state[row]) : Shift::of_lse(g_lse[row * p.lse_stride.row]);
+      const Real dlse = is_there(i) && p.dlse ? g_dlse[row * p.dlse_stride.row] : Real(0);
+      f(in_tile(i), shift, shift.is_empty() ? Real(0) : sums[i] - dlse);  // dlse of an empty row may be anything
+    }
   }
 }
 

@@ -21,10 +21,6 @@ CF_DEVICE void backward_prepare_sm90(const BwdParams& p) {
   if (work.tile * kTileQ >= sequence.len_q) return;
   const int64 index = Sums::index(a, sequence, work.head, work.tile);
 
-  Four* sums = reinterpret_cast<Four*>(p.dq_accum + index * kFloats);
-  for (int i = ptx::thread_index(); i < kFloats / 4; i += Config::kThreads) sums[i] = {};
-  if (p.dq_turn && ptx::thread_index() < Sums::kShares) p.dq_turn[index * Sums::kShares + ptx::thread_index()] = 0;
-
   const float log2_unit = typename Config::Score(a, sequence, work.head).unit() * static_cast<float>(kLog2E);
   RowTile<kTileQ>& rows = static_cast<RowTile<kTileQ>*>(p.row_tiles)[index];
   if (ptx::thread_index() == 0) rows.far = 0;
@@ -34,6 +30,11 @@ CF_DEVICE void backward_prepare_sm90(const BwdParams& p) {
     const int q = work.tile * kTileQ + row;
     if (q < sequence.len_q) keep_delta(p, sequence, work.head, q, shift, delta);
   });
+
+  // Last, so that nothing stands in the way of what is read.
+  Four* sums = reinterpret_cast<Four*>(p.dq_accum + index * kFloats);
+  for (int i = ptx::thread_index(); i < kFloats / 4; i += Config::kThreads) sums[i] = {};
+  if (p.dq_turn && ptx::thread_index() < Sums::kShares) p.dq_turn[index * Sums::kShares + ptx::thread_index()] = 0;
 }
 
 }  // namespace cuflash
