@@ -49,13 +49,13 @@ struct BackwardBlock {
     VTile v[kKeyTiles];  // dv on the way out
     QTile q[kStages];
     DoutTile dout[kStages];
-    Rows rows[kStages];  // come with q
-    Ring<kStages> q_ring, dout_ring;
+    Rows rows[kStages];               // come with q
+    Ring<kStages> q_ring, dout_ring;  // given back by every warp, which reads rows by itself, and by every warpgroup
     uint64 k_full, v_full;
     Bias bias;
 
     CF_DEVICE void init() {
-      q_ring.init(kConsumers);
+      q_ring.init(kConsumerThreads / 32);
       dout_ring.init(kConsumers);
       ptx::mbarrier_init(ptx::smem_u32(&k_full), 1);
       ptx::mbarrier_init(ptx::smem_u32(&v_full), 1);

@@ -190,10 +190,9 @@ struct BackwardSm90 {
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dv.x[0]);
       ptx::wgmma_hold(dk.x[0]);
-      if (leader) {
-        in.dout_ring.release(at);
-        in.q_ring.release(at);
-      }
+      if (leader) in.dout_ring.release(at);
+      ptx::sync_warp();
+      if (ptx::lane_index() == 0) in.q_ring.release(at);
     }
 
     CF_DEVICE void issue_dq(Share& dq, const Step& of) {

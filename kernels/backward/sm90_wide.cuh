@@ -99,9 +99,10 @@ struct BackwardSm90Wide {
         add_dq(before, more ? next.stage : at.stage, done > 0);
         if (leader) {
           if (done > 0) smem.ds_ring.release(before.ds);
-          in.q_ring.release(at);
           in.dout_ring.release(at);
         }
+        ptx::sync_warp();
+        if (ptx::lane_index() == 0) in.q_ring.release(at);
         at = next;
         before = step;
         step.ds = step.ds.next();
