@@ -20,6 +20,7 @@ PEERS: dict[str, Callable[[], Implementation]] = {
     "torch-flash": lambda: TorchSdpa("flash"),
     "torch-efficient": lambda: TorchSdpa("efficient"),
     "torch-cudnn": lambda: TorchSdpa("cudnn"),
+    "torch-math": lambda: TorchSdpa("math"),
     "torch-varlen": TorchVarlen,
     "torch-jvp": TorchJvp,
     "fa3": FlashAttention3,

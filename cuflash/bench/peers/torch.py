@@ -15,6 +15,7 @@ from cuflash.bench.peers.implementation import aligned_otherwise, beyond, own_wo
 from cuflash.bench.timing import Runner
 from cuflash.cases.inputs import Inputs
 from cuflash.cases.table import Case
+from cuflash.dtypes import FP64
 from cuflash.mods import Mod
 from cuflash.problem import Problem
 
@@ -138,7 +139,7 @@ class TorchJvp(Torch):
 class TorchSdpa(Torch):
     """``torch.nn.functional.scaled_dot_product_attention`` held to one of its backends."""
 
-    def __init__(self, backend: Literal["flash", "efficient", "cudnn"]) -> None:
+    def __init__(self, backend: Literal["flash", "efficient", "cudnn", "math"]) -> None:
         importlib.import_module("torch")
         self.name = f"torch-{backend}"
         self.family = backend
@@ -146,11 +147,15 @@ class TorchSdpa(Torch):
             "flash": "FLASH_ATTENTION",
             "efficient": "EFFICIENT_ATTENTION",
             "cudnn": "CUDNN_ATTENTION",
+            "math": "MATH",
         }[backend]
 
     def why_not(self, problem: Problem) -> str | None:
         """It knows no window, soft cap, ALiBi nor packed sequences, is top-left aligned and takes one mask."""
-        masks = {"flash": [], "efficient": ["boolean mask", "bias", "bias gradient"], "cudnn": ["boolean mask", "bias"]}
+        if self.family == "math" and problem.dtype != FP64:
+            return "whole score matrices, timed in fp64 alone, which no other backend takes"
+        everything = ["boolean mask", "bias", "bias gradient"]
+        masks = {"flash": [], "efficient": everything, "cudnn": ["boolean mask", "bias"], "math": everything}
         masked = [problem.mask.kind == "causal", problem.mask.tensor, problem.bias is not None]
         return (
             beyond(problem, "causal", "dropout", *masks[self.family])
