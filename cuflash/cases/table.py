@@ -31,8 +31,8 @@ class Case:
     """One named problem with the lengths that a :class:`Problem` leaves to the device."""
 
     id: str
-    family: str | None
-    """The kernel family that must run it; None leaves the choice to the planner."""
+    family: str | tuple[str, ...] | None
+    """The kernel family that must run it, or some that may; None leaves the choice to the planner."""
     problem: Problem
     lens_q: tuple[int, ...] = ()
     """Rows of each packed sequence; empty when the layout is dense."""
@@ -533,7 +533,7 @@ def variants(cases: Iterable[Case], device: Device) -> list[tuple[str, Step]]:
     """
     kernels: dict[tuple[object, ...], tuple[str, Step]] = {}
     for case in cases:
-        if case.family is not None and why_not(case.problem, device)[case.family]:
+        if isinstance(case.family, str) and why_not(case.problem, device)[case.family]:
             continue
         for step in choose(case.problem, device, case.family).steps:
             kernels.setdefault((step.kernel, step.params, step.config), (case.id, step))

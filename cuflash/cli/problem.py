@@ -36,8 +36,8 @@ class Asked(NamedTuple):
     """A problem that a command is to say something about."""
 
     problem: Problem
-    family: str | None
-    """The kernel family that it is held to."""
+    family: str | tuple[str, ...] | None
+    """The kernel family that it is held to, or some of which one is to run it."""
     flops: float
     nbytes: int
     """Bytes that any algorithm must read and write."""

@@ -87,7 +87,7 @@ class Explanation:
         return self.sheet()._repr_html_()
 
 
-def explain(problem: Problem, device: Device, family: str | None = None) -> Explanation:
+def explain(problem: Problem, device: Device, family: str | tuple[str, ...] | None = None) -> Explanation:
     """Plan a problem without running it, and keep the reasons against every other family."""
     try:
         plan = choose(problem, device, family)
