@@ -69,11 +69,12 @@ def test_a_preference_holds_the_planner_to_its_kernels(
 
 
 def test_a_preference_for_several_families_takes_the_first_that_runs_the_call() -> None:
-    assert planned(problem(), "flash", "h100") == "sm90"
-    assert planned(replace(problem(), direction="backward"), "flash", "h100") == "sm90"
-    assert planned(replace(problem(), direction="backward", copy_bytes=8), "flash", "h100") == "sm80"
+    long = replace(problem(), len_q=700, len_kv=700)
+    assert planned(long, "flash", "h100") == "sm90"
+    assert planned(replace(long, direction="backward"), "flash", "h100") == "sm90"
+    assert planned(replace(long, direction="backward", copy_bytes=8), "flash", "h100") == "sm80"
     with pytest.raises(UnsupportedProblem) as caught:
-        planned(problem(dim=512), "flash", "h100")
+        planned(problem(dim=600), "flash", "h100")
     assert [line.split()[0] for line in str(caught.value).splitlines()[2:-1]] == ["sm90", "sm80"]
 
 
@@ -86,7 +87,7 @@ def test_the_call_goes_before_the_setter_and_that_before_the_environment(monkeyp
     assert planned(problem()) == "sm80" and cuflash.preferred_backend() == "flash"
 
 
-@pytest.mark.parametrize(("dtype", "dim", "name"), [("fp64", 64, "h100"), ("fp16", 512, "h100"), ("fp16", 64, "sm_75")])
+@pytest.mark.parametrize(("dtype", "dim", "name"), [("fp64", 64, "h100"), ("fp16", 600, "h100"), ("fp16", 64, "sm_75")])
 def test_a_preference_of_the_environment_warns_once_and_falls_back(
     dtype: str, dim: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
