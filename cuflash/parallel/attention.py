@@ -100,6 +100,9 @@ def ring_attention(
     size and memory do not depend on the number of devices. A device holds the keys of two steps, besides its own; under
     JAX with a window, those of all neighbours in it.
 
+    Under CuPy prefer a process for each GPU, as was run on two of them. A thread for each did not end there; since then
+    the first call of a kind waits on the host for its messages, which has not been run with threads.
+
     References
     ----------
     .. [1] Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers for Near-Infinite Context", 2023.
