@@ -604,5 +604,5 @@ def test_explain_needs_shapes_alone() -> None:
     found = []
     x = jax.ShapeDtypeStruct((2, 4096, 8, 128), BF16)
     jax.eval_shape(lambda x: found.append(cuflash.explain(x, x, x, causal=True, device="h100")) or x, x)
-    q = np.zeros((2, 4096, 8, 128), BF16)
-    assert found[0].plan == cuflash.explain(q, q, q, causal=True, device="h100").plan
+    q, k, v = (np.zeros((2, 4096, 8, 128), BF16) for _ in range(3))
+    assert found[0].plan == cuflash.explain(q, k, v, causal=True, device="h100").plan
