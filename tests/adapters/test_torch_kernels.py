@@ -73,6 +73,14 @@ def test_forward_and_gradient_are_found_together(gpu: Launches) -> None:
     assert pair._backward is not None
 
 
+def test_values_that_start_with_the_keys_are_another_pair(gpu: Launches) -> None:
+    q, k, v = (x.detach().requires_grad_() for x in leaves())
+    shared, apart = attend(q, k, k.view_as(k)), attend(q, k, v)
+    assert len(recorded._pairs) == 2
+    right(apart, torch.autograd.grad(apart, (q, k, v), torch.from_numpy(INPUTS[3])), INPUTS[3])
+    np.testing.assert_array_equal(shared.detach().numpy(), attend(q, k, k.detach().clone()).detach().numpy())
+
+
 @pytest.mark.parametrize("kind", ["of other strides", "all the same", "off 16 bytes"])
 def test_gradients_that_arrive_otherwise(gpu: Launches, kind: str) -> None:
     mine, dout = leaves(), torch.from_numpy(INPUTS[3].copy())

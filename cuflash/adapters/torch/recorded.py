@@ -248,13 +248,14 @@ class _Pair:
     def of(cls, framework: Any, options: Options, few: tuple[Any, Any, Any]) -> tuple[_Pair, list[int]]:
         """That of tensors like these, and their pointers."""
         pointers, described = framework.describe(options.manner.names[:3], few)
-        pair = _pairs.get((options, described))
+        key = options, described, pointers[1] == pointers[2]  # whether k and v start together
+        pair = _pairs.get(key)
         if pair is None:
             pair = cls(framework, options, few)
             if len(_pairs) >= _MAX_PAIRS:
                 _pairs.clear()
             if options.is_kind:
-                _pairs[options, described] = pair
+                _pairs[key] = pair
         return pair, pointers
 
     def pull_back(self, pointers: tuple[int, ...], saved: tuple[Any, ...], dout: Any) -> tuple[Any, ...] | None:
