@@ -164,6 +164,7 @@ struct BackwardSm90Short {
       Fragment<16, Block::kDimV> dv;
       dk.clear();
       dv.clear();
+      Weights ds;  // is read until the next wait
       smem.tensors.wait(at);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
@@ -179,7 +180,7 @@ struct BackwardSm90Short {
         ptx::wgmma_hold(s.x[0]);
         ptx::wgmma_hold(dk.x[0]);
         const Rows& rows = smem.rows[at.stage][step];
-        add_step(sequence, gradient, stage, rows, step, tiles.is_full(step), s, dk, dv);
+        add_step(sequence, gradient, stage, rows, step, tiles.is_full(step), s, ds, dk, dv);
       }
       ptx::fence_proxy_async();
       ptx::sync_named(kDsWhole, kConsumerThreads);
@@ -197,12 +198,12 @@ struct BackwardSm90Short {
     }
 
     CF_DEVICE void add_step(const Sequence& sequence, const Gradient& gradient, Stage& stage, const Rows& rows,
-                            int step, bool full, Scores& s, Fragment<16, Block::kDimQk>& dk,
+                            int step, bool full, Scores& s, Weights& ds, Fragment<16, Block::kDimQk>& dk,
                             Fragment<16, Block::kDimV>& dv) {
       const int q_first = step * kTileQ, lane = ptx::lane_index();
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
       const auto bias_of = [&](int k) { return smem.bias.transposed(q_first + k * 16, kv_first, lane); };
-      Weights weights, ds;
+      Weights weights;
       if (full && !rows.far) {
         Block::template weigh<false>(s, weights, gradient, rows, q_first, kv_first, sequence.len_q, kept, bias_of);
       } else {
