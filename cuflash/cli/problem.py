@@ -79,6 +79,7 @@ _PARAMS: tuple[click.Parameter, ...] = (
     click.Option(
         ["--copy-bytes"], type=click.Choice(["2", "4", "8", "16"]), default="16", help="What tensors are aligned to."
     ),
+    click.Option(["--shared-kv"], is_flag=True, help="The values are the first columns of the keys, as in MLA."),
     click.Option(["--reversed"], is_flag=True, help="Heads of keys and values lie in memory in reverse order."),
     click.Option(
         ["--family"],
@@ -153,6 +154,7 @@ class _Options(NamedTuple):
     deterministic: bool
     num_splits: int
     copy_bytes: str
+    shared_kv: bool
     reversed: bool
 
 
@@ -165,7 +167,7 @@ def _of_options(family: str | None, asked: _Options) -> Asked:
         raise InvalidArgument(
             f"--page-size {asked.page_size} is for packed queries, and at least 1; give --varlen too."
         )
-    _refuse_idle(asked, window != (-1, -1), heads_kv, len_kv)
+    _refuse_idle(asked, window != (-1, -1), heads_kv, len_kv, dim_qk, dim_v)
 
     q = (asked.batch, len_q, heads_q, dim_qk)
     k, v = ((asked.batch, len_kv, heads_kv, dim) for dim in (dim_qk, dim_v))
@@ -197,7 +199,7 @@ def _of_options(family: str | None, asked: _Options) -> Asked:
     return Asked(problem, family, problem.flops(), nbytes)
 
 
-def _refuse_idle(asked: _Options, banded: bool, heads_kv: int, len_kv: int) -> None:
+def _refuse_idle(asked: _Options, banded: bool, heads_kv: int, len_kv: int, dim_qk: int, dim_v: int) -> None:
     """Refuse options that were written and would not act."""
     bias = asked.bias or ""
     for acts, options, goes_with in (
@@ -206,7 +208,8 @@ def _refuse_idle(asked: _Options, banded: bool, heads_kv: int, len_kv: int) -> N
         (asked.score_mod is not None, ["--captured-grad"], "--score-mod"),
         (asked.backward, ["--bias-grad", "--captured-grad", "--deterministic"], "--backward"),
         (asked.dropout != 0, ["--dropout-scheme"], "--dropout"),
-        (not asked.backward, ["--num-splits", "--tangents"], "the forward alone, without --backward"),
+        (not asked.backward, ["--num-splits", "--tangents", "--shared-kv"], "the forward alone, without --backward"),
+        (dim_v <= dim_qk, ["--shared-kv"], "a --dim with no more columns of values than of keys"),
         (heads_kv > 1, ["--reversed"], "several heads"),
         (len_kv > 1 and "k" in bias, ["--bias-apart"], "a --bias along several keys"),
     ):
@@ -234,6 +237,8 @@ def _views(
         lengths = {"cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_kv": "cu_seqlens_k"}
         views |= {name: place(word, (batch + 1,), int32) for name, word in lengths.items()}
     views |= {name: place(name, shape, dtype.numpy) for name, shape in (("q", q), ("k", k), ("v", v))}
+    if asked.shared_kv:
+        views["v"] = _first_columns(views["k"], v[-1])
     if asked.reversed:
         views |= {name: _turned(views[name]) for name in ("k", "v")}
     if asked.mask:
@@ -294,6 +299,11 @@ class _Places:
         pointer = self._next + (self._align if off else 0)
         self._next += -(-(nbytes + 32) // 256) * 256
         return View(name, shape, strides if shape else (), dtype.name, dtype.itemsize, pointer, "cuda:0")
+
+
+def _first_columns(view: View, dim: int) -> View:
+    """So many columns of the same array, as an argument called v."""
+    return view._replace(name="v", shape=(*view.shape[:-1], dim))
 
 
 def _turned(view: View) -> View:

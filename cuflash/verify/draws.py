@@ -225,6 +225,8 @@ def _turns(case: Case, rng: np.random.Generator) -> dict[str, Turn]:
         axes = [axis for axis in range(-len(shape), -1) if shape[axis] > 1]
         if case.family == "sm90" or not axes or 0 in shape or rng.random() > 0.1:
             continue
+        if name == "v" and problem.shared_kv:  # as the keys whose columns it is
+            continue
         axis = int(rng.choice(axes))
         # Packed rows and pages are those of different sequences, of which some are not in use.
         expandable = name in ("q", "k", "v", "dout") and (axis == -2 or problem.layout == "dense")

@@ -180,6 +180,8 @@ class _Surroundings:
             read |= self._tensors("dout")
         for name, x in read.items():
             read[name] = self._filled(name, x)
+        if problem.shared_kv:
+            read["v"] = read["k"][..., : problem.dim_v]
         inputs = Inputs(read["q"], read["k"], read["v"], read.get("dout"))
         if varlen:
             inputs.cu_seqlens_q = self._flat("cu_seqlens_q", [0, *accumulate(case.lens_q)])

@@ -132,7 +132,7 @@ def test_explain_goes_on_where_the_compiler_does_not_know_the_device(monkeypatch
         ),
         (
             ["--len=1x900", "--heads=4/2"],
-            "splits     15: 2 heads share a tile; at most, as 60 blocks share all tiles of keys alike",
+            "splits     15: 2 heads share a tile; 60 blocks of 264 that there can be at once",
         ),
         (
             ["--len=1x900", "--heads=4/2", "--dtype=fp32"],
@@ -228,6 +228,8 @@ def real_arrays(arguments: dict) -> dict:
     bf16, rng = BF16.numpy, np.random.default_rng(0)
     b, hq, hkv, sq, sk, d, dv = 2, 4, 2, 24, 40, 16, 8
     q, k, v = (rng.standard_normal((b, *shape)).astype(bf16) for shape in ((sq, hq, d), (sk, hkv, d), (sk, hkv, dv)))
+    if arguments.pop("shared_kv", False):
+        v = k[..., :dv]
     if arguments.pop("reversed", False):
         k, v = k[:, :, ::-1], v[:, :, ::-1]
     if arguments.pop("varlen", False):
@@ -273,6 +275,7 @@ PROBLEMS: dict[str, dict] = {
     "--varlen --causal": {"varlen": True, "causal": True},
     "--varlen --page-size=16 --num-splits=3": {"varlen": True, "page_size": 16, "num_splits": 3},
     "--varlen --backward --sink": {"varlen": True, "sink": SLOPES, "backward": True},
+    "--shared-kv": {"shared_kv": True},
     "--reversed": {"reversed": True},
 }  # fmt: skip
 
@@ -305,8 +308,8 @@ def test_every_member_of_a_problem_has_an_option(asked, no_compiler):
             *arguments.split(), status=None)  # fmt: skip
     plain, *others = asked
     varied = {f.name for f in fields(Problem) for other in others if getattr(other, f.name) != getattr(plain, f.name)}
-    before = {"appended", "rotary"}  # what is done before attention changes nothing of its plan
-    assert varied == {f.name for f in fields(Problem)} - before
+    of_caches = {"appended", "rotary", "leftpad"}  # which no option makes
+    assert varied == {f.name for f in fields(Problem)} - of_caches
 
 
 def sizes(separator: str) -> st.SearchStrategy[str]:
