@@ -113,8 +113,9 @@ def run_plan_on_host(
     written = policies.written(plan.problem)
     conflicts = 0
     for step in plan.steps:
-        own = params[jit.params.first_byte(step.config, written) :]
-        conflicts += launch(step, own.view(jit.params.dtype(step.params, getattr(step.config, "written", None))), seed)
+        block = jit.params.dtype(step.params, getattr(step.config, "written", None))
+        own = params[jit.params.first_byte(step.config, written) :][: block.itemsize]
+        conflicts += launch(step, own.view(block), seed)
         for name, sides in surroundings.items():
             if any((side != 0xFF).any() for side in sides):
                 raise LaunchFailed(f"{step.kernel} wrote outside the workspace {name}")

@@ -113,7 +113,7 @@ LIMITS: dict[str, list[str]] = {
         "test_mem_eff.py::test_efficient_attention", "test_gpu_mha.py::test_efficient_attention",
     ],
     "head dimensions above 256": [
-        "test_known_limits.py::test_wide_heads_are_refused_by_tensor_cores_with_the_reason",
+        "test_known_limits.py::test_wide_heads_are_left_to_hopper_and_plain_kernels_with_the_reason",
         "test_mem_eff.py::test_heads_of_any_size", "test_host_kernels.py::simt-fp32-d512",
         "test_host_kernels.py::simt-d1024",
     ],
