@@ -140,7 +140,12 @@ def test_every_case_has_kernels_to_compile_ahead(monkeypatch):
     kernels = {step.kernel for step in steps(backward)}
     assert {"fwd_sm90", "bwd_sm90", "bwd_sm90_wide"} <= kernels
     assert len(steps(backward)) == len({(step.kernel, step.params, step.config) for step in steps(backward)})
-    assert {step.kernel for step in steps(list(CASES.values()))} == {"fwd_sm90", "fwd_sm90_wide", "fwd_combine", "fwd_rng"}
+    assert {step.kernel for step in steps(list(CASES.values()))} == {
+        "fwd_sm90",
+        "fwd_sm90_wide",
+        "fwd_combine",
+        "fwd_rng",
+    }
 
 
 class Rounder:
