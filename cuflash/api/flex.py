@@ -93,7 +93,7 @@ def flex_attention(
     InvalidArgument
         If an argument is wrong or does not fit another, or a function cannot be traced.
     UnsupportedProblem
-        On a GPU: no kernel has block masks yet.
+        If no kernel runs the problem on the GPU; the message says of each family why not.
 
     Examples
     --------
