@@ -57,20 +57,31 @@ def forward(
     group = q.shape[3]
     row_tiles = list(scores.row_tiles(group))
     every_key = scores.keys_of(slice(0, scores.len_q))
-    worth = scores.plain and scores.len_q * group >= tiles.MANY_ROWS
+    worth = scores.plain and scores.len_q * group >= tiles.FEW_ROWS
 
     def job(keys: Keys, batches: slice, heads: slice, row_tiles: list[slice]) -> Job:
         def run(scratch: Scratch) -> None:
             _, k_columns, v_rows = keys.tiles(scratch)
+
+            def attend(q_tile: np.ndarray, rows: slice, unshifted: bool) -> RowSoftmax:
+                softmax = RowSoftmax(q_tile.shape[:-1], v.shape[-1], real, scratch, unshifted)
+                for tile, hidden in scores.kv_tiles(batches, heads, rows):
+                    s = product("s", q_tile, k_columns[tile.keys], scratch)
+                    s = scores.finish(scores.written(scores.capped(s), tile, group), tile, hidden, group)
+                    softmax.update(s, v_rows[tile.keys], None if dropout is None else kept_of(dropout, tile))
+                return softmax
+
+            unshifted = worth
             for rows in row_tiles:
                 at_q = batches, rows, heads
                 q_tile = load(q, at_q, real, scratch, "q", scores.unit)
-                small = worth and scores.fewest_keys(rows) >= FEW_KEYS and keys.small_logits(q_tile)
-                softmax = RowSoftmax(q_tile.shape[:-1], v.shape[-1], real, scratch, small)
-                for tile, keep in scores.kv_tiles(batches, heads, rows):
-                    s = product("s", q_tile, k_columns[tile.keys], scratch)
-                    s = scores.finish(scores.written(scores.capped(s), tile, group), tile, keep, group)
-                    softmax.update(s, v_rows[tile.keys], None if dropout is None else kept_of(dropout, tile))
+                tried = unshifted and scores.fewest_keys(rows) >= FEW_KEYS
+                softmax = attend(q_tile, rows, tried)
+                if tried:
+                    # Where logits, or values, were too large once, they are likely so again.
+                    unshifted = softmax.unshifted and softmax.sound()
+                    if softmax.unshifted and not unshifted:
+                        softmax = attend(q_tile, rows, unshifted=False)
                 if sink is not None:
                     softmax.add_sink(sink_rows(sink[heads], softmax.l))
                 place = view(out, at_q, real) if dropout is None else None
@@ -84,11 +95,19 @@ def forward(
         return run
 
     loaded = (k.shape[-1] + v.shape[-1]) * min(scores.len_kv, 2 * tiles.KEYS)
-    for batches, heads in head_tiles(q, scores.len_kv, loaded):
+    for batches, heads in head_tiles(q, scores.len_kv, loaded, row_tiles=row_tiles):
         keys = Keys(k, v, (batches, every_key, heads), real, readers=scores.len_q * group)
-        # With a causal mask the last rows have the most keys: the longest jobs come first.
-        for end in range(len(row_tiles), 0, -ROW_TILES):
-            yield job(keys, batches, heads, row_tiles[max(end - ROW_TILES, 0) : end])
+        for share in _shares(row_tiles, scores.band.right is not None):
+            yield job(keys, batches, heads, share)
+
+
+def _shares(row_tiles: list[slice], uneven: bool) -> Iterator[list[slice]]:
+    """The tiles of rows of one job each; of uneven ones, as under a causal mask, first and last in the same."""
+    number = len(row_tiles)
+    order = sorted(range(number), key=lambda i: min(i, number - 1 - i))
+    step = min(ROW_TILES, max(number // 2, 1)) if uneven else ROW_TILES
+    for at in range(0, number, step):
+        yield [row_tiles[i] for i in order[at : at + step]]
 
 
 def backward(
@@ -165,14 +184,14 @@ def backward(
                     share = weights(sink_rows(sink[heads], lse_tile), shift)
                     dsink[batches, heads] -= stacked(share * delta, group).sum(axis=(3, 4))
                 dq_sum, none_yet = place_of(dq, at_q, real, scratch, "dq sum"), True
-                for tile, keep in scores.kv_tiles(batches, heads, rows):
+                for tile, hidden in scores.kv_tiles(batches, heads, rows):
                     if first:
                         clear(begun, tile.keys.start)
                         begun = tile.keys.stop
                     capped = scores.capped(product("s", q_tile, k_columns[tile.keys], scratch))
                     slope = scores.slope(capped)
                     written = scores.written_with_slopes(capped, tile, group, dcaptured is not None)
-                    p = weights(scores.finish(capped, tile, keep, group), shift)
+                    p = weights(scores.finish(capped, tile, hidden, group), shift)
                     dp = product("dp", dout_tile, v_columns[tile.keys], scratch)
                     if dropout is None:
                         add_product(dv_sum[:, :, tile.keys], p.mT, dout_tile, scratch, first)

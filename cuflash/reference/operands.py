@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from copy import copy
-from functools import cached_property
 
 import numpy as np
 
@@ -12,8 +10,7 @@ from cuflash.reference import tiles
 from cuflash.reference.dropout import KeepMask
 from cuflash.reference.paged import PagedRows
 from cuflash.reference.pool import Scratch, key_scratch
-from cuflash.reference.softmax import SMALL_LOGIT, moderate
-from cuflash.reference.tiles import FEW_ROWS, KeyTiles, Tile, store, view
+from cuflash.reference.tiles import FEW_ROWS, KeyTiles, Tile, key_tiles, store, view
 
 
 class Keys:
@@ -28,12 +25,9 @@ class Keys:
         readers: int,
         prefix: str = "",
     ) -> None:
-        self._k, self._v = (KeyTiles(x, at, real, prefix + name, readers) for x, name in ((k, "k"), (v, "v")))
-        self._readers = readers
+        self._k, self._v, self._at, self._real, self._readers, self._prefix = k, v, at, real, readers, prefix
         self._scratch: Scratch | None = None
         self._tiles: tuple[KeyTiles, KeyTiles, KeyTiles] | None = None
-        if self._k.whole is not None and self._v.whole is not None:
-            self._tiles = self._k, self._k.turned(), self._v
         self._lock = threading.Lock()
 
     def __del__(self) -> None:
@@ -47,8 +41,6 @@ class Keys:
 
     def tiles(self, scratch: Scratch) -> tuple[KeyTiles, KeyTiles, KeyTiles]:
         """Keys, keys turned, and values; where they are read a tile at a time, into the scratch of the job."""
-        if self._tiles is not None:
-            return self._tiles
         if self._readers < FEW_ROWS:
             return self._made(scratch)
         with self._lock:
@@ -58,29 +50,11 @@ class Keys:
             return self._tiles
 
     def _made(self, scratch: Scratch) -> tuple[KeyTiles, KeyTiles, KeyTiles]:
-        k, v = (copy(x) for x in (self._k, self._v))
-        for x in (k, v):
-            x.load(scratch)
+        k, v = (
+            key_tiles(x, self._at, self._real, self._prefix + name, self._readers, scratch)
+            for x, name in ((self._k, "k"), (self._v, "v"))
+        )
         return k, k.turned(), v
-
-    def small_logits(self, q_tile: np.ndarray) -> bool:
-        """Whether products with these queries are at most SMALL_LOGIT, by Cauchy and Schwarz, and values moderate."""
-        return _longest(q_tile.mT) * self._longest_key <= SMALL_LOGIT and self._moderate_values
-
-    @cached_property
-    def _longest_key(self) -> float:
-        keys = None if self._tiles is None else self._tiles[1].whole
-        return np.inf if keys is None else _longest(keys)
-
-    @cached_property
-    def _moderate_values(self) -> bool:
-        values = None if self._tiles is None else self._tiles[2].whole
-        return values is not None and moderate(values)
-
-
-def _longest(columns: np.ndarray) -> float:
-    """The largest Euclidean norm of a column; one of NaN spoils no other one's logits, so it does not count."""
-    return float(np.sqrt(np.fmax.reduce(np.einsum("...dn,...dn->...n", columns, columns), axis=None, initial=0)))
 
 
 def product(name: str, a: np.ndarray, b: np.ndarray, scratch: Scratch) -> np.ndarray:

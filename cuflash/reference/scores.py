@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +14,15 @@ from cuflash.reference import tiles
 from cuflash.reference.listed import Listed
 from cuflash.reference.tiles import Tile, stacked
 from cuflash.reference.written import Slopes, Written
+
+
+class Hidden(NamedTuple):
+    """The pairs of a tile that take no part."""
+
+    columns: slice
+    """Whose keys are hidden from some row; the others from none."""
+    pairs: np.ndarray
+    """bool, of these columns: (rows, columns), or of a shape that broadcasts to grouped pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,7 @@ class Scores:
         elif self.listed is not None:
             rows //= 2
         elif self.band.right is not None:
-            rows = max(rows // 4, min(rows // 2, self.len_q // 4))
+            rows = max(rows // 8, min(rows // 2, self.len_q // 8))
         step = max(1, rows // max(1, group))
         together = self.len_q
         if self.listed is not None:
@@ -62,9 +73,7 @@ class Scores:
 
     def keys_of(self, rows: slice) -> slice:
         """The keys that some of these rows may see by the band, from the first to the last."""
-        first, end = self._band()
-        start = max(rows.start + first, 0)
-        return slice(start, max(start, min(rows.stop - 1 + end, self.len_kv)))
+        return _seen_by(rows.start, rows.stop, *self._band(), self.len_kv)
 
     def fewest_keys(self, rows: slice) -> int:
         """How many keys each of these rows sees by the band, at least."""
@@ -72,37 +81,32 @@ class Scores:
         # Concave along the rows, as the smaller end less the larger start: smallest at the first row or the last.
         return min(min(i + end, self.len_kv) - max(i + first, 0) for i in (rows.start, rows.stop - 1))
 
-    def kv_tiles(self, batches: slice, heads: slice, rows: slice) -> Iterator[tuple[Tile, np.ndarray | None]]:
-        """Key tiles that some of these query rows see, each with its boolean mask, or None when all of it is seen."""
+    def kv_tiles(self, batches: slice, heads: slice, rows: slice) -> Iterator[tuple[Tile, Hidden | None]]:
+        """Key tiles that some of these query rows see, each with what is hidden of it; None where all of it is seen."""
         first, end = self._band()
-        last_row, keys = rows.stop - 1, self.keys_of(rows)
         step = tiles.KEYS if 2 * (rows.stop - rows.start) > tiles.ROWS else 2 * tiles.KEYS
-        if self.listed is not None:
-            pieces = self.listed.key_tiles(batches, heads, rows, keys, step)
+        if self.listed is None:
+            pieces: Iterable[_Piece] = _of_band(rows.start, rows.stop, first, end, self.len_kv, step)
         else:
-            starts = range(keys.start, keys.stop, step)
-            pieces = ((slice(start, min(start + step, keys.stop)), True) for start in starts)
-        for piece, whole in pieces:
-            start, tile = piece.start, Tile(batches, heads, rows, piece)
-            keep = None
-            if last_row + first > start:
-                keep = _along_diagonals(tile, _distances(tile) >= first)
-            if rows.start + end < tile.keys.stop:
-                before = _along_diagonals(tile, _distances(tile) < end)
-                keep = before if keep is None else keep & before
-            if self.keep is not None:
-                seen = tile.of(self.keep)
+            listed = self.listed.key_tiles(batches, heads, rows, self.keys_of(rows), step)
+            pieces = (_Piece(keys, whole, *_crossed(rows, keys, first, end)) for keys, whole in listed)
+        for keys, whole, keep, hidden in pieces:
+            tile = Tile(batches, heads, rows, keys)
+            for seen in self._seen(tile, whole):
                 if not seen.any():
-                    continue
-                keep = seen if keep is None else seen & keep
-            tests = (self.mask_mod, None if whole else self.listed)
-            seen_by = [test.mask(tile) for test in tests if test is not None]
-            if not all(seen.any() for seen in seen_by):
-                continue
-            for seen in seen_by:
+                    break
                 if not seen.all():
-                    keep = seen if keep is None else seen & keep
-            yield tile, keep
+                    keep, hidden = seen if keep is None else seen & keep, None
+            else:
+                yield tile, Hidden(slice(None), ~keep) if hidden is None and keep is not None else hidden
+
+    def _seen(self, tile: Tile, whole: bool) -> Iterator[np.ndarray]:
+        """What each mask but the band lets through of a tile, of shapes that broadcast to grouped pairs."""
+        if self.keep is not None:
+            yield tile.of(self.keep)
+        for test in (self.mask_mod, None if whole else self.listed):
+            if test is not None:
+                yield test.mask(tile)
 
     def _band(self) -> tuple[int, int]:
         """Row i sees keys from i + the first number to before i + the second."""
@@ -159,9 +163,9 @@ class Scores:
             turn += turned if slope is None else turned * slope
         return total, turn
 
-    def finish(self, capped: np.ndarray, tile: Tile, keep: np.ndarray | None, group: int) -> np.ndarray:
-        """Add ALiBi and bias and set what is not kept to -inf, whatever it was, in place."""
-        if keep is None and self.slopes is None and self.bias is None:
+    def finish(self, capped: np.ndarray, tile: Tile, hidden: Hidden | None, group: int) -> np.ndarray:
+        """Add ALiBi and bias and set what is hidden to -inf, whatever it was, in place."""
+        if hidden is None and self.slopes is None and self.bias is None:
             return capped
         s = stacked(capped, group)
         if self.slopes is not None:
@@ -170,26 +174,69 @@ class Scores:
             s -= tile.of(self.slopes) * _along_diagonals(tile, distance)
         if self.bias is not None:
             s += tile.of(self.bias).astype(s.dtype, copy=False)
-        if keep is not None:
-            np.copyto(s, -np.inf, where=~keep)
+        if hidden is not None:
+            np.copyto(s[..., hidden.columns], -np.inf, where=hidden.pairs)
         return capped
 
     def tangent(
-        self, dx: np.ndarray, slope: np.ndarray | None, dbias: np.ndarray | None, tile: Tile, keep: np.ndarray | None,
+        self, dx: np.ndarray, slope: np.ndarray | None, dbias: np.ndarray | None, tile: Tile, hidden: Hidden | None,
         group: int, written: Slopes | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """The tangent of logits from those of x and of the bias (grouped pairs), in place; 0 for what is not kept."""
+        """The tangent of logits from those of x and of the bias (grouped pairs), in place; 0 for what is hidden."""
         if slope is not None:
             np.multiply(dx, slope, out=dx)
         if written is not None:
             written.to_score(stacked(dx, group))
-        if dbias is not None or keep is not None:
+        if dbias is not None or hidden is not None:
             ds = stacked(dx, group)
             if dbias is not None:
                 ds += tile.of(dbias).astype(ds.dtype, copy=False)
-            if keep is not None:
-                np.copyto(ds, 0, where=~keep)
+            if hidden is not None:
+                np.copyto(ds[..., hidden.columns], 0, where=hidden.pairs)
         return dx
+
+
+class _Piece(NamedTuple):
+    """Some keys that a tile of rows visits, by the band and a block mask."""
+
+    keys: slice
+    whole: bool  # the block mask shows all of them
+    keep: np.ndarray | None  # what the band lets through, (rows, keys); None is everything
+    hidden: Hidden | None
+
+
+def _seen_by(start: int, stop: int, first: int, end: int, len_kv: int) -> slice:
+    """The keys that some of the rows from start to stop may see, where row i sees i + first to before i + end."""
+    start = max(start + first, 0)
+    return slice(start, max(start, min(stop - 1 + end, len_kv)))
+
+
+@lru_cache(maxsize=256)
+def _of_band(start: int, stop: int, first: int, end: int, len_kv: int, step: int) -> tuple[_Piece, ...]:
+    """The keys of a tile of rows, at most `step` at a time."""
+    keys, rows = _seen_by(start, stop, first, end, len_kv), slice(start, stop)
+    pieces = (slice(at, min(at + step, keys.stop)) for at in range(keys.start, keys.stop, step))
+    return tuple(_Piece(piece, True, *_crossed(rows, piece, first, end)) for piece in pieces)
+
+
+def _crossed(rows: slice, keys: slice, first: int, end: int) -> tuple[np.ndarray | None, Hidden | None]:
+    """What a band lets through of a tile, and hides; None where it hides nothing."""
+    height, width = rows.stop - rows.start, keys.stop - keys.start
+    left, right = rows.start + first - keys.start, rows.start + end - keys.start
+    if left + height <= 1 and right >= width:
+        return None, None
+    return _edge(height, width, max(left, 1 - height), min(right, width))
+
+
+@lru_cache(maxsize=32)
+def _edge(height: int, width: int, left: int, right: int) -> tuple[np.ndarray, Hidden]:
+    """The same of a tile whose row i sees columns left + i to before right + i; tiles along a diagonal share it."""
+    column = np.arange(width) - np.arange(height)[:, None]
+    keep = (column >= left) & (column < right)
+    keep.flags.writeable = False
+    hides_left, hides_right = left + height > 1, right < width
+    crossed = slice(0 if hides_left else max(right, 0), width if hides_right else left + height - 1)
+    return keep, Hidden(crossed, ~keep[:, crossed])
 
 
 def _distances(tile: Tile) -> np.ndarray:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import gcd
 
 import numpy as np
 
 from cuflash.reference.pool import Scratch
 
-SMALL_LOGIT = 32.0
-"""exp of it, a sum of 2**30 of them and their products with MODERATE values are far from the ends of fp32's range."""
-
-MODERATE = (2.0**-50, 2.0**40)
-"""Magnitudes of values that may be summed with weights from exp(-SMALL_LOGIT) to exp(SMALL_LOGIT)."""
+LARGE_LOGIT = 40.0
+"""exp of smaller ones, and sums of them, are far from the end of fp32's range."""
 
 FEW_KEYS = 64
 """Rows that see fewer keys have weights relative to the largest: one key alone has weight 1, and its value is exact."""
@@ -21,20 +19,24 @@ FEW_KEYS = 64
 class RowSoftmax:
     """Algorithm 1 of FlashAttention-2 for (..., rows) at once, and its inverse in the backward.
 
-    Every case of "sees nothing" is decided here: such a row keeps m = -inf and l = 0. With `small`, no logit is larger
-    than SMALL_LOGIT in magnitude, and weights are exp(s) itself: m stays 0, which spares two passes over each tile.
+    Every case of "sees nothing" is decided here: such a row keeps m = -inf and l = 0.
+
+    With `unshifted` weights are exp(s) itself, which spares two passes over each tile, if the first tile has no logit
+    above LARGE_LOGIT: m stays 0. Whether all went well says `sound` in the end.
     """
 
-    def __init__(self, shape: tuple[int, ...], dim_v: int, real: np.dtype, scratch: Scratch, small: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], dim_v: int, real: np.dtype, scratch: Scratch, unshifted: bool) -> None:
         self._scratch = scratch
-        self._small = small
+        self.unshifted = unshifted
         self._empty = True
-        self.m = np.zeros((), real) if small else np.full((*shape, 1), -np.inf, real)  # largest logit so far
+        self.m = np.zeros((), real) if unshifted else np.full((*shape, 1), -np.inf, real)  # largest logit so far
         self.l = np.zeros((*shape, 1), real)  # sum of exp(s - m)
         self.acc = scratch("acc", (*shape, dim_v), real)  # sum of exp(s - m) v over what dropout keeps; 0 while empty
 
     def update(self, s: np.ndarray, v: np.ndarray, kept: np.ndarray | None) -> None:
         """Take in a tile of logits (overwritten) and its values; `kept` says what dropout keeps, None is everything."""
+        if self.unshifted and self._empty and np.fmax.reduce(s, axis=None) > LARGE_LOGIT:
+            self.unshifted, self.m = False, np.full_like(self.l, -np.inf)
         p = self._weights(s)
         if kept is not None:
             np.multiply(p, kept, out=p)
@@ -42,7 +44,7 @@ class RowSoftmax:
 
     def _weights(self, s: np.ndarray) -> np.ndarray:
         """exp(s - m), overwriting s, once m and l have taken these logits in."""
-        if not self._small:
+        if not self.unshifted:
             np.subtract(s, self._rise_to(np.maximum.reduce(s, axis=-1, keepdims=True)), out=s)
         p = np.exp(s, out=s)
         self.l += row_sums(p)
@@ -54,6 +56,18 @@ class RowSoftmax:
             self._empty = False
         else:
             self.acc += np.matmul(p, v, out=self._scratch("pv", self.acc.shape, p.dtype))
+
+    def sound(self) -> bool:
+        """Whether unshifted weights served as well as others would, before a sink is added.
+
+        With sums from 1 on, of no more keys than others', products with values underflow no sooner. What overflowed
+        shows; a row of NaN spoils no other one's, so it does not count.
+        """
+        if np.fmin.reduce(self.l, axis=None, initial=np.inf) < 1:
+            return False
+        if np.isfinite(self.acc.sum()):
+            return True
+        return not (~np.isfinite(self.acc).all(axis=-1, keepdims=True) & ~np.isnan(self.l)).any()
 
     def add_sink(self, logit: np.ndarray) -> np.ndarray:
         """Take in one logit a row that has no value; returns its weight."""
@@ -81,15 +95,18 @@ class RowSoftmax:
         """
         if self._empty:
             self.acc.fill(0)
-        l, lse = self.l, (self.m + np.log(self.l, dtype=np.float64)).astype(self.l.dtype)
-        if np.count_nonzero(l) < l.size:
+        l, lse = self.l, np.log(self.l, dtype=np.float64)
+        if self.m.ndim:
+            lse += self.m
+        lse = lse.astype(l.dtype)
+        if not self.unshifted and np.count_nonzero(l) < l.size:
             lse[l == 0] = empty_lse
             l = np.maximum(l, np.finfo(l.dtype).tiny)
         return np.divide(self.acc, l, out=self.acc if out is None else out), lse
 
     def state(self, lse: np.ndarray) -> np.ndarray:
         """Every row's m and l, (..., rows, 2); lse, one number, rounds l away where m is large."""
-        if not self._small:
+        if self.m.ndim:
             return np.concatenate([self.m, self.l], axis=-1)
         # As if m were lse: what P is divided by in the backward is then near 1, whatever it is multiplied with.
         l = np.exp((self.m - lse) + np.log(self.l, dtype=np.float64))
@@ -107,7 +124,7 @@ class RowTangents(RowSoftmax):
     """
 
     def __init__(self, shape: tuple[int, ...], dim_v: int, real: np.dtype, scratch: Scratch) -> None:
-        super().__init__(shape, dim_v, real, scratch, small=False)
+        super().__init__(shape, dim_v, real, scratch, unshifted=False)
         self._sum = np.zeros((*shape, 1), real)  # sum of exp(s - m) s'
         self._acc = scratch("acc tangent", (*shape, dim_v), real)  # of exp(s - m) (s' v + v') over what dropout keeps
         self._acc.fill(0)
@@ -156,19 +173,13 @@ def row_sums(p: np.ndarray) -> np.ndarray:
     piece = gcd(p.shape[-1], 256)
     if piece < 32 or p.size < 2**14:
         return p.sum(axis=-1, keepdims=True)
-    pieces = p.reshape(-1, piece) @ np.ones(piece, p.dtype)
-    pieces = pieces.reshape(*p.shape[:-1], -1)
+    pieces = (p.reshape(-1, piece) @ _ones(piece, p.dtype)).reshape(*p.shape[:-1], -1)
     return pieces if pieces.shape[-1] == 1 else pieces.sum(axis=-1, keepdims=True)
 
 
-def moderate(x: np.ndarray) -> bool:
-    """Whether all numbers are 0 or of MODERATE magnitude; told by their bits, in a third of the time."""
-    word = np.dtype(f"u{x.itemsize}")
-    least, most = np.array(MODERATE, x.dtype).view(word)
-    bits = x.view(word) & word.type(2 ** (8 * x.itemsize - 1) - 1)
-    top = bits.max(initial=0)
-    bits -= word.type(1)  # 0 becomes the largest
-    return bool(top <= most and bits.min(initial=most) >= least - word.type(1))
+@cache
+def _ones(length: int, dtype: np.dtype) -> np.ndarray:
+    return np.ones(length, dtype)
 
 
 def normalizers(lse: np.ndarray, state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | float]:

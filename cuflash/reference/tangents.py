@@ -12,6 +12,7 @@ from cuflash.reference.features import Policies
 from cuflash.reference.loops import ROW_TILES, GradientJob
 from cuflash.reference.operands import Keys, add_reduced, kept_of, part_of, product, sink_rows
 from cuflash.reference.pool import Job, Scratch
+from cuflash.reference.scores import Hidden
 from cuflash.reference.softmax import RowTangents, normalizers, row_sums, weights
 from cuflash.reference.tiles import Tile, grouped, head_tiles, load, stacked, store
 
@@ -62,14 +63,14 @@ def forward_along(
                 q_tile = load(q, at_q, real, scratch, "q", scores.unit)
                 dq_tile = None if dq is None else load(dq, at_q, real, scratch, "tangent q", scores.unit)
                 softmax = RowTangents(q_tile.shape[:-1], v.shape[-1], real, scratch)
-                for tile, keep in scores.kv_tiles(batches, heads, rows):
+                for tile, hidden in scores.kv_tiles(batches, heads, rows):
                     k_tile, dk_tile = k_columns[tile.keys], None if dk is None else dk_columns[tile.keys]
                     capped = scores.capped(product("s", q_tile, k_tile, scratch))
                     ds = _product_along("ds", q_tile, k_tile, dq_tile, dk_tile, scratch)
                     slope = scores.slope(capped)
                     written = scores.written_with_slopes(capped, tile, group, of_captured=False)
-                    ds = scores.tangent(ds, slope, tangents.bias, tile, keep, group, written)
-                    s = scores.finish(capped, tile, keep, group)
+                    ds = scores.tangent(ds, slope, tangents.bias, tile, hidden, group, written)
+                    s = scores.finish(capped, tile, hidden, group)
                     kept = None if dropout is None else kept_of(dropout, tile)
                     softmax.update_along(s, ds, v_rows[tile.keys], None if dv is None else dv_rows[tile.keys], kept)
                 if sink is not None:
@@ -157,14 +158,14 @@ def backward_along(
             def rows_of(x: np.ndarray | None, at: tuple[slice, slice, slice], name: str) -> np.ndarray | None:
                 return None if x is None else load(x, at, real, scratch, name)
 
-            def pairs(row: _Row, tile: Tile, keep: np.ndarray | None) -> _Pairs:
+            def pairs(row: _Row, tile: Tile, hidden: Hidden | None) -> _Pairs:
                 k_tile, dk_tile = k_columns[tile.keys], None if along_k is None else dk_columns[tile.keys]
                 capped = scores.capped(product("s", row.q, k_tile, scratch))
                 ds = _product_along("ds", row.q, k_tile, row.dq, dk_tile, scratch)
                 slope = scores.slope(capped)
                 slope, curvature = scores.bend(capped, slope, ds, tile, group)
-                ds = scores.tangent(ds, slope, tangents.bias, tile, keep, group)
-                p = weights(scores.finish(capped, tile, keep, group), row.shift)
+                ds = scores.tangent(ds, slope, tangents.bias, tile, hidden, group)
+                p = weights(scores.finish(capped, tile, hidden, group), row.shift)
                 np.multiply(p, row.factor, out=p)
                 if scores.score_mod is not None:
                     _hide(p, ds, slope, curvature)
@@ -188,8 +189,8 @@ def backward_along(
                     *normalizers(lse_tile, rows_of(row_state, at_q, "state")),
                 )
                 mean, delta, ddelta = (np.zeros_like(lse_tile) for _ in range(3))
-                for tile, keep in scores.kv_tiles(batches, heads, rows):
-                    p, ds, dp, ddp, *_ = pairs(row, tile, keep)
+                for tile, hidden in scores.kv_tiles(batches, heads, rows):
+                    p, ds, dp, ddp, *_ = pairs(row, tile, hidden)
                     mean += row_sums(p * ds)
                     delta += row_sums(p * dp)
                     ddelta += row_sums(p * (ds * dp + ddp))
@@ -206,8 +207,8 @@ def backward_along(
                     dsink[batches, heads] -= stacked(change, group).sum(axis=(3, 4))
                 dq_sum = scratch("dq sum", row.q.shape, real)
                 dq_sum.fill(0)
-                for tile, keep in scores.kv_tiles(batches, heads, rows):
-                    p, ds, dp, ddp, slope, curvature, kept = pairs(row, tile, keep)
+                for tile, hidden in scores.kv_tiles(batches, heads, rows):
+                    p, ds, dp, ddp, slope, curvature, kept = pairs(row, tile, hidden)
                     change = p * (ds - mean)
                     of_values = change, p
                     if kept is not None:

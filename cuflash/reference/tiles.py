@@ -7,7 +7,7 @@ never repeated and the gradients of shared keys are summed by the product itself
 
 from __future__ import annotations
 
-from copy import copy
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -58,10 +58,19 @@ def stacked(s: np.ndarray, group: int) -> np.ndarray:
     return s.reshape(*s.shape[:2], group, -1, s.shape[-1], copy=False)
 
 
-def head_tiles(q: np.ndarray, len_kv: int, kept: int, most_heads: int | None = None) -> list[tuple[slice, slice]]:
-    """Cut (batch, heads_kv) so that a tile's scores fit SCORES, and `kept` other numbers of each head some more."""
+def head_tiles(
+    q: np.ndarray, len_kv: int, kept: int, most_heads: int | None = None, row_tiles: list[slice] | None = None
+) -> list[tuple[slice, slice]]:
+    """Cut (batch, heads_kv) so that a tile's scores fit SCORES, and `kept` other numbers of each head some more.
+
+    With several `row_tiles`, for which jobs of their own are made, heads share a tile; otherwise all of a head's rows
+    and keys count, so that there are jobs for many threads.
+    """
     batch, len_q, heads_kv, group, _ = q.shape
-    scores = min(len_q * group, max(group, ROWS)) * len_kv
+    if row_tiles is None or len(row_tiles) < 2:
+        scores = min(len_q * group, max(group, ROWS)) * len_kv
+    else:
+        scores = row_tiles[0].stop * group * min(len_kv, 2 * KEYS)
     pairs = max(1, min(SCORES // max(1, scores), 4 * SCORES // max(1, kept)))
     num_heads = min(pairs, heads_kv if most_heads is None else most_heads)
     num_batches = max(1, pairs // max(1, heads_kv)) if num_heads == heads_kv else 1
@@ -117,44 +126,53 @@ def store(x: np.ndarray, tile: tuple[slice, slice, slice], rows: np.ndarray) -> 
     target[...] = rows.reshape(target.shape)
 
 
+@dataclass(slots=True)
 class KeyTiles:
-    """Keys or values of some heads as matrices of the accumulator's dtype, a tile at a time.
+    """Keys or values of some heads as matrices of the accumulator's dtype, a tile at a time."""
 
-    Where many rows read them they are brought into shape once, all together; else each tile is, and `whole` is None.
-    Where few do, and matrices of the dtype lie there already, they are read where they are.
-    """
-
-    def __init__(
-        self, x: np.ndarray | PagedRows, at: tuple[slice, slice, slice], real: np.dtype, name: str, readers: int
-    ) -> None:
-        """Of the keys ``at`` (batches, keys, heads), which `readers` query rows read."""
-        self._x, self._at, self._real, self._name, self._readers = x, at, real, name, readers
-        self._first, self._columns = at[1].start, False
-        self.whole = view(x, at, real) if FEW_ROWS <= readers < MANY_ROWS else None
-
-    def load(self, scratch: Scratch) -> None:
-        """Bring all of them into shape, or be ready to bring each tile, with this scratch."""
-        self._scratch = scratch
-        if self._readers >= FEW_ROWS and self.whole is None:
-            self.whole = load(self._x, self._at, self._real, scratch, self._name)
+    x: np.ndarray | PagedRows
+    at: tuple[slice, slice, slice]  # batches, keys, heads
+    real: np.dtype
+    name: str
+    readers: int  # query rows that read them
+    scratch: Scratch
+    whole: np.ndarray | None  # all of them; None where each tile is brought into shape when it is read
+    columns: bool = False
 
     def turned(self) -> KeyTiles:
         """The same, transposed; by a copy where it pays, as BLAS multiplies with that faster."""
-        turned = copy(self)
-        turned._columns = True
-        if self.whole is not None:
-            many = self._readers >= MANY_ROWS
-            turned.whole = _turned(self.whole, self._scratch, self._name) if many else self.whole.mT
-        return turned
+        whole = self.whole
+        if whole is not None:
+            whole = _turned(whole, self.scratch, self.name) if self.readers >= MANY_ROWS else whole.mT
+        return KeyTiles(self.x, self.at, self.real, self.name, self.readers, self.scratch, whole, columns=True)
 
     def __getitem__(self, keys: slice) -> np.ndarray:
         """(batches, heads, keys, d), or (batches, heads, d, keys)."""
+        batches, every, heads = self.at
         if self.whole is None:
-            batches, _, heads = self._at
-            tile = load(self._x, (batches, keys, heads), self._real, self._scratch, self._name)
-            return tile.mT if self._columns else tile
-        keys = slice(keys.start - self._first, keys.stop - self._first)
-        return self.whole[..., keys] if self._columns else self.whole[..., keys, :]
+            tile = load(self.x, (batches, keys, heads), self.real, self.scratch, self.name)
+            return tile.mT if self.columns else tile
+        keys = slice(keys.start - every.start, keys.stop - every.start)
+        return self.whole[..., keys] if self.columns else self.whole[..., keys, :]
+
+
+def key_tiles(
+    x: np.ndarray | PagedRows,
+    at: tuple[slice, slice, slice],
+    real: np.dtype,
+    name: str,
+    readers: int,
+    scratch: Scratch,
+) -> KeyTiles:
+    """Keys or values ``at`` (batches, keys, heads), which `readers` query rows read.
+
+    Where many rows read them they are brought into shape once, all together; else each tile is. Where few do, and
+    matrices of the dtype lie there already, they are read where they are.
+    """
+    whole = view(x, at, real) if FEW_ROWS <= readers < MANY_ROWS else None
+    if whole is None and readers >= FEW_ROWS:
+        whole = load(x, at, real, scratch, name)
+    return KeyTiles(x, at, real, name, readers, scratch, whole)
 
 
 def _turned(rows: np.ndarray, scratch: Scratch, name: str) -> np.ndarray:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -352,12 +352,60 @@ def test_values_of_any_size_keep_their_digits_whatever_the_scores(dtype: type, p
         np.testing.assert_allclose(actual.dv, exact.dv, atol=20 * tolerance)
 
 
-@pytest.mark.parametrize("dtype", [FP32, FP64])
-def test_what_is_moderate(dtype: type) -> None:
-    least, most = softmax.MODERATE
-    for numbers, expected in (
-        ([], True), ([0.0, -0.0], True), ([1.0, -3.0, 0.0], True), ([least, -most], True), ([np.nan], False),
-        ([np.inf], False), ([1.0, 2 * most], False), ([-least / 2, 1.0], False), ([np.finfo(dtype).tiny], False),
-        ([np.finfo(dtype).smallest_subnormal, 0.0], False),
-    ):  # fmt: skip
-        assert softmax.moderate(np.array(numbers, dtype)) == expected, numbers
+def with_one_large_logit(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    k[:, 650] *= 100 / np.abs(np.vecdot(q, k[:, 650:651])).max()
+
+
+def with_logits_far_below(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    q[..., 0], k[..., 0] = 6, -6
+
+
+def with_values_near_the_largest(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    q[..., 0], k[..., 0] = 5, 5
+    v *= 2.0**112
+
+
+def with_the_smallest_values(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    q[..., 0], k[..., 0] = 5, -5
+    v *= 2.0**-120
+
+
+@pytest.mark.parametrize(
+    ("change", "leaves_the_maximum_out"),
+    [
+        (lambda *_: None, True),
+        (with_one_large_logit, False),
+        (with_logits_far_below, False),
+        (with_values_near_the_largest, False),
+        (with_the_smallest_values, False),
+    ],
+)
+def test_where_weights_may_be_exp_of_logits_they_are(
+    change: Callable[..., None], leaves_the_maximum_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"b": 1, "h": 2, "hk": 2, "sq": 600, "sk": 700, "d": 16, "dv": 8}
+    q, k, v, dout, dlse = arrays(shape, FP32)
+    q, k, v = (np.copy(x) for x in (q, k, v))
+    change(q, k, v)
+    raised, rise = [], softmax.RowSoftmax._rise_to
+
+    def counted(self: softmax.RowSoftmax, s_max: np.ndarray) -> np.ndarray:
+        raised.append(s_max.shape)
+        return rise(self, s_max)
+
+    monkeypatch.setattr(softmax.RowSoftmax, "_rise_to", counted)
+    exact = oracle.attention(q, k, v, dout, dlse, scale=1.0)
+    out, lse = cuflash.flash_attn_func(q, k, v, softmax_scale=1.0, return_lse=True)
+    assert (not raised) == leaves_the_maximum_out
+    np.testing.assert_allclose(out, exact.out, rtol=0, atol=3e-5 * np.abs(exact.out).max())
+    np.testing.assert_allclose(lse, exact.lse, rtol=1e-6, atol=2e-6)
+
+
+def test_a_query_of_nan_changes_nothing_of_the_others() -> None:
+    q, k, v, *_ = arrays({"b": 1, "h": 2, "hk": 2, "sq": 600, "sk": 700, "d": 16, "dv": 8}, FP32)
+    clean = cuflash.flash_attn_func(q, k, v)
+    q = np.copy(q)
+    q[:, 7] = np.nan
+    spoilt = cuflash.flash_attn_func(q, k, v)
+    assert np.isnan(spoilt[:, 7]).all()
+    np.testing.assert_array_equal(np.delete(spoilt, 7, axis=1), np.delete(clean, 7, axis=1))

@@ -292,13 +292,16 @@ def test_only_tiles_with_something_visible_are_visited_and_only_boundaries_maske
         patch.setattr(tiles, "KEYS", tile_kv)
         for start in range(0, len_q, rows):
             row_tile = slice(start, min(start + rows, len_q))
-            for (*_, keys), keep in scores.kv_tiles(one, one, row_tile):
+            for (*_, keys), hidden in scores.kv_tiles(one, one, row_tile):
                 assert keys.stop - keys.start <= 2 * tile_kv
                 expected = visible[row_tile, keys]
                 assert expected.any()
-                assert (keep is None) == expected.all()
+                assert (hidden is None) == expected.all()
                 assert not kept[row_tile, keys].any()
-                kept[row_tile, keys] = True if keep is None else keep
+                kept[row_tile, keys] = True
+                if hidden is not None:
+                    assert hidden.pairs[:, 0].any() and hidden.pairs[:, -1].any()
+                    kept[row_tile, keys][:, hidden.columns] = ~hidden.pairs
     np.testing.assert_array_equal(kept, visible)
 
 
