@@ -169,7 +169,12 @@ def backward(
             for rows in reversed(row_tiles):
                 at_q, first = (batches, rows, heads), rows is row_tiles[-1]
                 q_tile = load(q, at_q, real, scratch, "q", scores.unit)
-                dout_tile, out_tile = (load(x, at_q, real, scratch, name) for x, name in ((dout, "dout"), (out, "out")))
+                dout_tile = None if row_state is not None else view(dout, at_q, real)  # which would be overwritten
+                out_tile = view(out, at_q, real)
+                if dout_tile is None:
+                    dout_tile = load(dout, at_q, real, scratch, "dout")
+                if out_tile is None:
+                    out_tile = load(out, at_q, real, scratch, "out")
                 lse_tile = load(lse, at_q, real, scratch, "lse")
                 dlse_tile = 0.0 if dlse is None else load(dlse, at_q, real, scratch, "dlse")
                 delta = delta_of(dout_tile, out_tile, lse_tile, dlse_tile)

@@ -136,6 +136,21 @@ def test_small_values_come_back(backend: Backend) -> None:
         assert out.tobytes() == v.tobytes(), dtype
 
 
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("level", [0.0, 30.0, 300.0])
+def test_large_values_whose_weighted_sums_fit_come_back(backend: Backend, level: float) -> None:
+    """Of logits near `level`: what weights are relative to must not bring sums beyond the largest number."""
+    for dtype in (each for each in dtypes_of(backend) if each in (BF16, FP32)):
+        q, k, v = (random(1, n, h, 32, seed=n + h, dtype=dtype) for n, h in ((90, 2), (100, 1), (100, 1)))
+        q, k, v = np.copy(q), np.copy(k), np.flip(v, 1) * dtype(2.0**106)
+        q[..., 0], k[..., 0] = 4, level / 4
+        out, lse = backend(q, k, v, softmax_scale=1.0, num_splits=1)
+        exact = oracle.attention(q, k, v, scale=1.0)
+        off = CLOSE[dtype] * (1 + level / 20)  # logits are rounded in fp32
+        np.testing.assert_allclose(out.astype(FP64) * 2.0**-106, exact.out * 2.0**-106, atol=off)
+        np.testing.assert_allclose(lse, exact.lse, rtol=1e-6, atol=1e-5)
+
+
 def test_one_log_sum_exp_says_what_it_can(backend: Backend) -> None:
     """Without the forward's state rows of P sum to 1 within the rounding of lse: here of 1/64 of exp(lse)."""
     (dtype, *_) = dtypes_of(backend)
