@@ -166,10 +166,10 @@ def key_tiles(
 ) -> KeyTiles:
     """Keys or values ``at`` (batches, keys, heads), which `readers` query rows read.
 
-    Where many rows read them they are brought into shape once, all together; else each tile is. Where few do, and
-    matrices of the dtype lie there already, they are read where they are.
+    Where many rows read them they are read where they lie, if there are matrices of the dtype, or brought into shape
+    once, all together; else each tile is.
     """
-    whole = view(x, at, real) if FEW_ROWS <= readers < MANY_ROWS else None
+    whole = view(x, at, real) if readers >= FEW_ROWS else None
     if whole is None and readers >= FEW_ROWS:
         whole = load(x, at, real, scratch, name)
     return KeyTiles(x, at, real, name, readers, scratch, whole)

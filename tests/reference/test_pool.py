@@ -313,9 +313,11 @@ def test_causal_masks_cost_little_more_than_what_they_show(length: int, share: f
     assert computed(Mask(left=127, right=0), length) <= 2 * 128 * length + 128 * 128
 
 
-@pytest.mark.parametrize("dtype", [FP16, FP32])
-def test_keys_and_values_are_read_once_a_head(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, load = [], tiles.load
+@pytest.mark.parametrize(("dtype", "brought_in_shape"), [(FP16, 2), (FP32, 0)])
+def test_keys_and_values_are_read_once_a_head(
+    dtype: type, brought_in_shape: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, turned, load, turn = [], [], tiles.load, tiles._turned
 
     def counted(x: np.ndarray, *rest: object) -> np.ndarray:
         tile = load(x, *rest)
@@ -323,11 +325,17 @@ def test_keys_and_values_are_read_once_a_head(dtype: type, monkeypatch: pytest.M
             read.append(tile.shape[0] * tile.shape[1] * tile.shape[2])
         return tile
 
+    def counted_turned(rows: np.ndarray, *rest: object) -> np.ndarray:
+        turned.append(rows.shape[0] * rows.shape[1] * rows.shape[2])
+        return turn(rows, *rest)
+
     monkeypatch.setattr(tiles, "load", counted)
+    monkeypatch.setattr(tiles, "_turned", counted_turned)
     monkeypatch.setenv("CUFLASH_NUM_THREADS", "3")
     q, k, v, *_ = arrays({"b": 2, "h": 4, "hk": 2, "sq": 2500, "sk": 1200, "d": 8, "dv": 8}, dtype)
     cuflash.flash_attn_func(q, k, v)
-    assert sum(read) == 2 * 2 * 2 * 1200  # batch, heads, k and v
+    assert sum(read) == 2 * 2 * 1200 * brought_in_shape  # of batch and heads, k and v
+    assert sum(turned) == 2 * 2 * 1200
 
 
 def test_one_visible_key_gives_its_value_exactly() -> None:
