@@ -108,9 +108,11 @@ class RowSoftmax:
         """Every row's m and l, (..., rows, 2); lse, one number, rounds l away where m is large."""
         if self.m.ndim:
             return np.concatenate([self.m, self.l], axis=-1)
-        # As if m were lse: what P is divided by in the backward is then near 1, whatever it is multiplied with.
-        l = np.exp((self.m - lse) + np.log(self.l, dtype=np.float64))
-        return np.concatenate([lse, l.astype(lse.dtype)], axis=-1)
+        # Where l is larger than one of so many keys relative to the largest, as if m were lse: what P is divided by in
+        # the backward is then near 1, whatever it is multiplied with.
+        large = self.l > 2.0**20
+        l = np.exp(np.log(self.l, dtype=np.float64) - lse).astype(lse.dtype)
+        return np.concatenate([np.where(large, lse, 0), np.where(large, l, self.l)], axis=-1, dtype=lse.dtype)
 
 
 class RowTangents(RowSoftmax):
