@@ -26,6 +26,7 @@ from cuflash.reference.operands import (
 )
 from cuflash.reference.paged import PagedRows
 from cuflash.reference.pool import Job, Scratch
+from cuflash.reference.scores import Scores
 from cuflash.reference.softmax import FEW_KEYS, RowSoftmax, delta_of, normalizers, weights
 from cuflash.reference.tiles import grouped, head_tiles, load, stacked, store, view
 
@@ -34,7 +35,9 @@ GradientJob = Callable[[Scratch, dict[int, np.ndarray] | None], object]
 are not wanted."""
 
 ROW_TILES = 4
-"""Of so many tiles of rows one job is made: some ten milliseconds with thousands of keys."""
+"""Of so many tiles of rows one job is made at most."""
+JOB_SCORES = 2**18
+"""And of so many scores, if a tile has not more: a millisecond."""
 
 
 def forward(
@@ -97,15 +100,25 @@ def forward(
     loaded = (k.shape[-1] + v.shape[-1]) * min(scores.len_kv, 2 * tiles.KEYS)
     for batches, heads in head_tiles(q, scores.len_kv, loaded, row_tiles=row_tiles):
         keys = Keys(k, v, (batches, every_key, heads), real, readers=scores.len_q * group)
-        for share in _shares(row_tiles, scores.band.right is not None):
+        heads_q = (batches.stop - batches.start) * (heads.stop - heads.start) * group
+        for share in _shares(row_tiles, scores, heads_q):
             yield job(keys, batches, heads, share)
 
 
-def _shares(row_tiles: list[slice], uneven: bool) -> Iterator[list[slice]]:
-    """The tiles of rows of one job each; of uneven ones, as under a causal mask, first and last in the same."""
-    number = len(row_tiles)
+def _shares(row_tiles: list[slice], scores: Scores, heads: int) -> Iterator[list[slice]]:
+    """The tiles of rows of one job each; under a causal mask, where they see more and more keys, first and last ones.
+
+    They are cut by sizes alone, not by the number of threads, so that results do not depend on that.
+    """
+    if not row_tiles:
+        return
+    number, some = len(row_tiles), row_tiles[len(row_tiles) // 2]
+    keys = scores.keys_of(some)
+    most = JOB_SCORES // max((some.stop - some.start) * heads * (keys.stop - keys.start), 1)
+    if scores.band.right is not None:
+        most = min(most, number // 2)
+    step = max(min(most, ROW_TILES), 1)
     order = sorted(range(number), key=lambda i: min(i, number - 1 - i))
-    step = min(ROW_TILES, max(number // 2, 1)) if uneven else ROW_TILES
     for at in range(0, number, step):
         yield [row_tiles[i] for i in order[at : at + step]]
 

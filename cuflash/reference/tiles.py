@@ -22,7 +22,7 @@ KEYS = 256
 SCORES = ROWS * KEYS
 FEW_ROWS = 64
 """Fewer rows of a head do not pay for bringing all its keys into shape at once."""
-MANY_ROWS = 512
+MANY_ROWS = 2048
 """So many rows of a head pay for turning its keys."""
 
 
