@@ -46,8 +46,10 @@ def listings(problem: Problem, steps: Sequence[Step]) -> tuple[Listing, ...]:
 
 def with_rule(framework: Launcher, options: Options, arrays: Arrays) -> Arrays:
     """The arrays of a call with those that the rule of its block mask reads behind the captured ones."""
-    mask, rule = options.block_mask, options.rule
-    if mask is None or rule is None or not rule.arrays:  # what is no block mask the checks refuse
+    if (mask := options.block_mask) is None:
+        return arrays
+    rule = options.rule
+    if rule is None or not rule.arrays:  # what is no block mask the checks refuse
         return arrays
     device = framework.ordinal(arrays.q)
     key = framework.name, device
