@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,6 +224,31 @@ def test_few_files_of_ops_know_a_room_that_it_joins(room):
     assert knowing == {f"ops/{name}.py" for name in JOINED[room]}
 
 
+def file_of(name: str) -> str | None:
+    """The file of the package an import names; None for one of something else."""
+    words = name.split(".")[1:]
+    places = ("/".join(words[:depth]) for depth in range(len(words), 0, -1))
+    files = (file for place in places for file in (f"{place}.py", f"{place}/__init__.py"))
+    return next((file for file in files if file in MODULES), None) if name.startswith("cuflash.") else None
+
+
+def test_no_files_import_each_other():
+    """Within a room, too, each file can be read after those that it imports; circles raise."""
+    above = {name: {file_of(x.name) for x in imports(name) if not x.in_function} - {None, name} for name in MODULES}
+    for name in MODULES:  # for types alone
+        blocks = [node for node in ast.parse((PACKAGE / name).read_text()).body if isinstance(node, ast.If)]
+        lines = {child.lineno for node in blocks if "TYPE_CHECKING" in ast.dump(node.test) for child in node.body}
+        above[name] -= {file_of(x.name) for x in imports(name) if x.line in lines}
+    order = list(TopologicalSorter(above).static_order())
+    assert set(order) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if re.match(r"adapters/\w+/", name)])
+def test_an_adapter_knows_no_other(name):
+    known = {x.name.split(".")[2] for x in imports(name) if x.name.startswith("cuflash.adapters.")}
+    assert known <= {name.split("/")[1]}
+
+
 def test_words_of_callers_are_renamed_in_one_place():
     """Below the door an array has the name that the kernels know it by."""
     renamed = {word for words in VOCABULARIES.values() for word in words.values()} - {
@@ -305,8 +331,12 @@ def test_the_tour_says_who_imports_a_room(row):
 
 
 def test_a_stranger_finds_what_the_tour_names():
-    assert len(rows("looking for")) >= 7
-    for _, places in rows("looking for"):
+    guesses = rows("looking for")
+    named = " ".join(places for _, places in guesses)
+    assert {path.parent for path in map(Path, MODULES)} - {Path(), Path("adapters")} <= {
+        Path(name).relative_to("cuflash").parent for name in re.findall(r"`(cuflash/[\w/.]+)`", named)
+    }, "a room that no guess leads to"
+    for _, places in guesses:
         paths = [name for name in re.findall("`(.*?)`", places) if "/" in name]
         assert paths or "python -m" in places
         assert not [path for path in paths if not (ROOT / path).exists()]

@@ -104,7 +104,7 @@ def explain(
             q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k, table=block_table,
         )  # fmt: skip
-        if not (captured_grad is False and score_mod is mask_mod is block_mask is None):
+        if captured_grad is not False or score_mod is not None or mask_mod is not None or block_mask is not None:
             options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad, block_mask)
         return ops.explain(options, arrays, device, backward)
     except REFUSALS as error:

@@ -149,7 +149,7 @@ def flash_attn_backward(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
             rng_state=rng_state, dout=dout, lse=lse, dlse=dlse, out=out, dq=dq, dk=dk, dv=dv,
         )  # fmt: skip
-        if not (captured_grad is False and score_mod is mask_mod is block_mask is None):
+        if captured_grad is not False or score_mod is not None or mask_mod is not None or block_mask is not None:
             options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad, block_mask)
         return ops.backward(options, arrays)
     except REFUSALS as error:
@@ -307,7 +307,7 @@ def flash_attn_vjp(
             Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
         )  # fmt: skip
-        if not (captured_grad is False and score_mod is mask_mod is block_mask is None):
+        if captured_grad is not False or score_mod is not None or mask_mod is not None or block_mask is not None:
             options, arrays = with_mods(options, arrays, score_mod, mask_mod, captured_grad, block_mask)
         return_lse = flag("return_lse", return_lse)
         out, lse, pullback = ops.vjp(options, arrays, generator)

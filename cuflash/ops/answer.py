@@ -35,12 +35,7 @@ def _for_guest(
     framework: Guest, direction: Direction, options: Options, arrays: Arrays, generator: Any, cached: int | None
 ) -> tuple[Any, ...]:
     """The same of arrays that NumPy or CuPy borrows, whose results go back to their library."""
-    for name, x in zip(OUTPUTS[direction], arrays.outputs(direction), strict=True):
-        if x is not None:
-            raise InvalidArgument(
-                f"{name} is a {framework.name} array, and cuflash does not write to those. "
-                f"Drop {name} and use the array that is returned."
-            )
+    refuse_outputs(framework.name, direction, options, arrays)
     if arrays.k_new is not None:
         name = options.name("k_new")
         raise InvalidArgument(
@@ -52,3 +47,20 @@ def _for_guest(
     if direction == "forward":  # rng_state: JAX has no 64-bit integers by default
         results = tuple(x.view(np.uint32) if x.dtype == np.uint64 else x for x in results)
     return framework.lend(results, borrowed, arrays.q)
+
+
+def refuse_outputs(library: str, direction: Direction, options: Options, arrays: Arrays) -> None:
+    """Refuse to write into arrays of a library that has none to write into.
+
+    Raises
+    ------
+    InvalidArgument
+        If one is given.
+    """
+    for output, x in zip(OUTPUTS[direction], arrays.outputs(direction), strict=True):
+        if x is not None:
+            name = options.name(output)
+            raise InvalidArgument(
+                f"{name} is a {library} array, and cuflash does not write to those. "
+                f"Drop {name} and use the array that is returned."
+            )

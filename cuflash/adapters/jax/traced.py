@@ -16,7 +16,8 @@ from cuflash.arrays import Adapter, View
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.numbers import shown
 from cuflash.ops import Tangents, check, given, lengths
-from cuflash.ops.call import OUTPUTS, Arrays, Options
+from cuflash.ops.answer import refuse_outputs
+from cuflash.ops.call import Arrays, Options
 from cuflash.ops.given import GivenCall
 from cuflash.problem import Direction
 
@@ -35,12 +36,7 @@ class Traced(Adapter):
         cached: int | None = None,
     ) -> tuple[Any, ...]:
         """The results of a call as tracers."""
-        for name, x in zip(OUTPUTS[direction], arrays.outputs(direction), strict=True):
-            if x is not None:
-                raise InvalidArgument(
-                    f"{options.name(name)} is a JAX array, and cuflash does not write to those. "
-                    f"Drop {options.name(name)} and use the array that is returned."
-                )
+        refuse_outputs(self.name, direction, options, arrays)
         options, arrays = _described(direction, options, arrays, generator, cached)
         operands = arrays.by_name()
         names, values = tuple(operands), alike(tuple(operands.values()))
