@@ -144,9 +144,8 @@ def flash_attn_backward(
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, deterministic=deterministic, bias_grad=bias_grad,
             validate=validate,
         )  # fmt: skip
-        arrays = new(  # the first by position: more than 15 keywords would go through a dictionary
-            Arrays, q, k, v, attn_mask, attn_bias, alibi_slopes, sink,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, seqused_q=seqused_q, seqused_kv=seqused_k,
+        arrays = new(  # the forward's by position, as each keyword is looked for among all fields
+            Arrays, q, k, v, attn_mask, attn_bias, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
             rng_state=rng_state, dout=dout, lse=lse, dlse=dlse, out=out, dq=dq, dk=dk, dv=dv,
         )  # fmt: skip
         if captured_grad is not False or score_mod is not None or mask_mod is not None or block_mask is not None:
