@@ -37,7 +37,7 @@ are not wanted."""
 ROW_TILES = 4
 """Of so many tiles of rows one job is made at most."""
 JOB_SCORES = 2**18
-"""And of so many scores, if a tile has not more: a millisecond."""
+"""And of so many scores, if two tiles have not more: a millisecond."""
 
 
 def forward(
@@ -116,7 +116,7 @@ def _shares(row_tiles: list[slice], scores: Scores, heads: int) -> Iterator[list
     keys = scores.keys_of(some)
     most = JOB_SCORES // max((some.stop - some.start) * heads * (keys.stop - keys.start), 1)
     if scores.band.right is not None:
-        most = min(most, number // 2)
+        most = min(max(most, 2), number // 2)
     step = max(min(most, ROW_TILES), 1)
     order = sorted(range(number), key=lambda i: min(i, number - 1 - i))
     for at in range(0, number, step):
