@@ -96,27 +96,61 @@ struct BackwardSm90Short {
       Rows(&rows)[kSteps] = smem.rows[at.stage];
       if (thread < kSteps) rows[thread].far = 0;
       ptx::sync_named(kMyWarps + kConsumers, ptx::kWarpgroupThreads);
-      prepare(rows, p, sequence, share.head, thread);
+      prepare(smem, at, p, sequence, share.head, thread);
       ptx::sync_named(kMyWarps + kConsumers, ptx::kWarpgroupThreads);
       if (thread == 0) smem.numbers.publish(at);
       at = at.next();
     }
   }
 
-  // Makes what must be known of a batch element's rows, which others read too.
-  CF_DEVICE static void prepare(Rows (&rows)[kSteps], const BwdParams& p, const Sequence& sequence, int head,
-                                int thread) {
+  // Makes what must be known of a batch element's rows, which others read too: as backward/delta.cuh does, but dout is in
+  // shared memory, and some rows are under way at once, as all of this waits for memory.
+  CF_DEVICE static void prepare(SmemPlan& smem, const Cursor& at, const BwdParams& p, const Sequence& sequence,
+                                int head, int thread) {
+    struct alignas(16) Eight {
+      Element x[8];
+    };
+    constexpr int kVectors = Config::kDimV / 8, kLanes = power_of_two_above(kVectors);  // that share a row
+    constexpr int kRowsAtOnce = ptx::kWarpgroupThreads / kLanes, kUnderWay = 4;
+    static_assert(Config::kDimV % 8 == 0 && kTile % (kRowsAtOnce * kUnderWay) == 0);
+    const auto* g_out = first_query<const Element>(p.out, p.out_stride, sequence, head);
+    const auto* g_state = first_query<const RowState<float>>(p.row_state, p.delta_stride, sequence, head);
+    const auto* g_lse = first_query<const float>(p.lse, p.lse_stride, sequence, head);
+    const auto* g_dlse = first_query<const float>(p.dlse, p.dlse_stride, sequence, head);
     const typename Config::Score score(p.attention, sequence, head);
     const float log2_unit = (Config::BiasHeld::kHeld ? 1.f : score.unit()) * static_cast<float>(kLog2E);
+    const int lane = thread % kLanes, col = min_of(lane, kVectors - 1) * 8;
 #pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      const Work work{step, head, static_cast<int>(sequence.batch)};
-      const auto put = [&](int row, const RowShift<float>& shift, float delta) {
-        rows[step].put(row, shift, delta, log2_unit);
-        const int q = step * kTileQ + row;
-        if (q < sequence.len_q) keep_delta(p, sequence, head, q, shift, delta);
-      };
-      for_each_delta<Config, ptx::kWarpgroupThreads, 1>(p, sequence, work, put, thread);
+    for (int first = thread / kLanes; first < kTile; first += kRowsAtOnce * kUnderWay) {
+      Eight out[kUnderWay];
+      RowState<float> state[kUnderWay];
+#pragma unroll
+      for (int i = 0; i < kUnderWay; ++i) {
+        const int q = min_of(first + i * kRowsAtOnce, sequence.len_q - 1);
+        out[i] = *reinterpret_cast<const Eight*>(g_out + q * p.out_stride.row + col);
+        state[i] = p.row_state ? g_state[q] : RowState<float>{g_lse[q * p.lse_stride.row], 0.f};
+      }
+      smem.tensors.wait(at);
+#pragma unroll
+      for (int i = 0; i < kUnderWay; ++i) {
+        const int q = first + i * kRowsAtOnce;
+        const Eight dout = *reinterpret_cast<const Eight*>(smem.stage[at.stage].dout[q / kTileQ].at(q % kTileQ, col));
+        float sum = 0.f;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sum += to_accumulator(out[i].x[k]) * to_accumulator(dout.x[k]);
+        if (lane >= kVectors) sum = 0.f;
+#pragma unroll
+        for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+        if (lane != 0) continue;
+        RowShift<float> shift = RowShift<float>::empty();
+        if (q < sequence.len_q) {
+          shift = p.row_state ? RowShift<float>::of(state[i]) : RowShift<float>::of_lse(state[i].m);
+          if (p.dlse) sum -= g_dlse[q * p.dlse_stride.row];
+        }
+        if (shift.is_empty()) sum = 0.f;  // dlse of an empty row may be anything
+        smem.rows[at.stage][q / kTileQ].put(q % kTileQ, shift, sum, log2_unit);
+        if (q < sequence.len_q) keep_delta(p, sequence, head, q, shift, sum);
+      }
     }
   }
 

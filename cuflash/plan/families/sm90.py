@@ -462,9 +462,9 @@ class ShortBackwardConfig(AttentionConfig):
     stages: int = 2
     """Batch elements in flight."""
     copy_bytes: int = 16
-    producer_registers: int = 40
+    producer_registers: int = 56
     """Of a thread of the warpgroup that loads, and of those that compute."""
-    consumer_registers: int = 232
+    consumer_registers: int = 224
 
 
 _SHORT = 128
