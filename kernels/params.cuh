@@ -164,7 +164,7 @@ struct BwdParams {
   void* dq;                   // [batch, len_q, heads_q, dim_qk]
   void* dk;                   // [batch, len_kv, heads_kv, dim_qk]
   void* dv;                   // [batch, len_kv, heads_kv, dim_v]
-  float* dq_accum;            // tiles of dq in fragment order: zeroed (tile/dq_accum.cuh), sm90's of its own (tile/query_tiles.cuh)
+  void* dq_accum;             // tiles of dq in fragment order: zeroed (tile/dq_accum.cuh), sm90's of its own (tile/query_tiles.cuh)
   void* row_tiles;            // RowTile of each of these tiles (tile/query_tiles.cuh); sm90 only
   float* dsink;               // [heads_q]
   void* dbias;                // (1 or batch, 1 or heads_q, 1 or len_q, 1 or len_kv), accumulator type, contiguous rows

@@ -22,3 +22,24 @@ def arrays(shape: dict, dtype: type, seed: int = 0) -> list[np.ndarray]:
     shapes = (b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv), (b, sq, h, dv), (b, h, sq)
     q, k, v, dout, dlse = (rng.standard_normal(s) for s in shapes)
     return [*(x.astype(dtype) for x in (q, k, v, dout)), dlse.astype(FP64 if dtype is FP64 else FP32)]
+
+
+def scaled(kind: str, rows: int, keys: int, dim: int, seed: int) -> list[np.ndarray]:
+    """q, k, v and dout in fp32, of one head, with numbers of some range."""
+    rng = np.random.default_rng(seed)
+    q, k, v, dout = (rng.standard_normal((n, dim)) for n in (rows, keys, keys, rows))
+    channels = np.exp2(rng.integers(-10, 11, dim))
+    match kind:
+        case "large":
+            q, k, v = q * 2.0**-60, k * 2.0**60, v * 2.0**40
+        case "tiny":
+            q, k, v, dout = (x * 2.0**-100 for x in (q, k, v, dout))
+        case "channels":  # what is small in q is large in k
+            q, k, v = q * channels, k / channels, v * channels
+        case "keys":
+            v *= np.exp2(rng.integers(-30, 31, (keys, 1)))
+        case "lognormal":
+            q, k, v, dout = (x * np.exp(rng.standard_normal(x.shape)) for x in (q, k, v, dout))
+        case "hidden":  # behind the causal mask
+            k[rows:], v[rows:] = k[rows:] * 1e6, v[rows:] * 1e25
+    return [x.astype(np.float32)[None, :, None] for x in (q, k, v, dout)]

@@ -449,9 +449,9 @@ def test_instructions_are_named_in_ptx_only(name):
     assert not re.findall(MACHINE, code(name))
 
 
-@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("name", [name for name in HEADERS if not name.startswith("ptx/")])
 def test_no_architecture_is_asked_for(name):
-    """A kernel for another architecture is another file."""
+    """A kernel for another architecture is another file; an instruction may be several before one."""
     assert "__CUDA_ARCH__" not in code(name)
 
 

@@ -326,6 +326,13 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ("fp32", "64", ("dropout", "dropout_word", "everything", "varlen_everything", "copy4", "deterministic")),
         ("fp32", "64", ("paged48", "paged_everything", "decode", "decode_everything", "long")),
         ("fp32", "128", ("", "causal", "softcap", "everything", "decode_varlen", "long")),
+        (
+            "fp64",
+            "64",
+            ("", "causal", "everything", "varlen_everything", "dbias", "deterministic", "paged48", "decode"),
+        ),
+        *(("fp64", dims, ("",)) for dims in ("33", "40", "128x64")),
+        ("fp64", "128", ("", "everything")),
     ],
     "simt": [
         *(("fp32", dims, ("",)) for dims in ("16", "33", "128", "256", "512", "64x128", "1024")),

@@ -93,8 +93,11 @@ def score(problem: Problem) -> str:
     """The score policy: a scale or a soft cap, what a caller makes of that, plus a term for each additive bias."""
     policy = f"{_base_score(problem)}<{_real(problem)}>"
     policy = f"WrittenScore<{policy}, ScoreMod>" if problem.score_mod else policy
-    for term in (["Alibi"] if problem.alibi else []) + ([f"Bias<{problem.bias.cuda}>"] if problem.bias else []):
-        policy = f"Plus<{policy}, {term}>"
+    if problem.alibi:
+        policy = f"Plus<{policy}, Alibi>"
+    if problem.bias:
+        neighbours = problem.bias_boxes and not problem.bias_broadcast[3]
+        policy = f"Plus<{policy}, Bias<{problem.bias.cuda}{', true' if neighbours else ''}>>"
     return policy
 
 

@@ -40,6 +40,7 @@ _GRADIENTS_SHORT = (
 _WALK_90 = "five words that a visit reads once, beside dk, dv, S and dP in the 240 registers of consumers"
 _GRADIENTS_256 = "dk or dv, S or dP and a share of dQ fill the 240 registers of consumers, beside what a walk is at"
 _HALVES = "halves of a tile of weights and sums of their own for its products, beside 255 busy registers"
+_DOUBLES = "16 rows a warp: out, or dk and dv, take 128 registers, S and dP 64, operands and addresses the rest"
 _SIMT_64 = "held to 168 registers so that three blocks share an SM; seven words do not fit"
 _GROUP_256 = "NVRTC 13.0 keeps more alive beside the 128 registers of out than 13.5, which spills nothing"
 _FEW_256 = "what the next query tile's keys are loaded by lives on while parts are merged, beside the registers of out"
@@ -63,10 +64,12 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("jvp_sm80", "*-d64*", 132, _TANGENTS_64),
     Allowance("jvp_sm80", "*-d128*", 96, _TANGENTS_128),
     Allowance("jvp_sm90", "*-d128*", 12, _WORK),
+    Allowance("fwd_sm80", "*-fp64-*", 660, _DOUBLES),
+    Allowance("bwd_sm80", "*-fp64-*", 1600, _DOUBLES),
     Allowance("fwd_sm80", "*-fp32-*", 512, _HALVES),
     Allowance("bwd_sm80", "*-fp32-*", 1000, _HALVES),
-    Allowance("bwd_sm80", "*-d64*", 84, _BACKWARD_64),
-    Allowance("bwd_sm80", "*-d128*", 140, _BACKWARD_128),
+    Allowance("bwd_sm80", "*-d64*", 100, _BACKWARD_64),
+    Allowance("bwd_sm80", "*-d128*", 188, _BACKWARD_128),
     Allowance("bwd_sm80", "*-d256*", 16, _BACKWARD_256),
     Allowance("bwd_sm90", "*-d64-*mask*", 300, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-softcap", 480, _GRADIENTS_90),
@@ -76,7 +79,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm90", "*-d64-bias_apart", 956, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-dropout*", 200, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d128*", 160, _WALK_90),
-    Allowance("bwd_sm90_short", "*", 24, _GRADIENTS_SHORT),
+    Allowance("bwd_sm90_short", "*", 48, _GRADIENTS_SHORT),
     Allowance("bwd_sm80_short", "*-d64-short100", 112, _GRADIENTS_SHORT),
     Allowance("bwd_sm90_wide", "*-d256*", 404, _GRADIENTS_256),
     Allowance("fwd_simt", "*-d64x128", 28, _SIMT_64),

@@ -3,6 +3,7 @@
 
 #include "params.cuh"
 #include "ptx/keep.cuh"
+#include "ptx/memory.cuh"
 
 namespace cuflash {
 
@@ -20,20 +21,34 @@ struct NoBiasGradient {
   CF_DEVICE Walk walk(int /*q*/, int /*kv*/) const { return {}; }
 };
 
-// In its element, which belongs to this pair of this head alone.
-template <class Real>
-struct StoredBiasGradient {
+struct Stored {
+  template <class Real>
+  CF_DEVICE static void leave(Real* element, Real ds) {
+    *element = ds;
+  }
+};
+struct Added {
+  template <class Real>
+  CF_DEVICE static void leave(Real* element, Real ds) {
+    ptx::add_to(element, ds);
+  }
+};
+
+// In its element, stored where it belongs to this pair of this head alone, else added to the zero in it. Two pairs may
+// share an element so: 0 + a + b is the same number whichever comes first, and of three it would not be.
+template <class Way, class Real>
+struct BiasGradientInPlace {
   int len_q, len_kv;
   Real* dbias;  // (len_q, len_kv), of this batch element and head
   int64 row;
 
   template <class Sequence>
-  CF_DEVICE StoredBiasGradient(const BwdParams& p, const Sequence& sequence, int head)
+  CF_DEVICE BiasGradientInPlace(const BwdParams& p, const Sequence& sequence, int head)
       : len_q(sequence.len_q), len_kv(sequence.len_kv),
         dbias(static_cast<Real*>(p.dbias) + sequence.batch * p.dbias_batch + head * p.dbias_head), row(p.dbias_row) {}
 
   CF_DEVICE void store(int q, int kv, Real ds) const {
-    if (q < len_q && kv < len_kv) dbias[q * row + kv] = ds;
+    if (q < len_q && kv < len_kv) Way::leave(dbias + q * row + kv, ds);
   }
 
   // The same from row to row: one address that moves takes fewer registers than as many as there are elements.
@@ -43,7 +58,7 @@ struct StoredBiasGradient {
     int64 row;
 
     CF_DEVICE void store(int key, Real ds) const {
-      if (rows > 0 && key < keys) at[key] = ds;
+      if (rows > 0 && key < keys) Way::leave(at + key, ds);
     }
     CF_DEVICE void go_down(int by) {
       rows -= by;
@@ -52,6 +67,10 @@ struct StoredBiasGradient {
   };
   CF_DEVICE Walk walk(int q, int kv) const { return {len_q - q, len_kv - kv, dbias + q * row + kv, row}; }
 };
+template <class Real>
+using StoredBiasGradient = BiasGradientInPlace<Stored, Real>;
+template <class Real>
+using AddedBiasGradient = BiasGradientInPlace<Added, Real>;
 
 // How a sum for the gradient of a broadcast bias is laid out: in dbias itself, or, where several blocks share an element, in
 // one of several parts, of which each has as many rows and columns as there are queries and keys; dbias may have more.

@@ -148,8 +148,9 @@ struct Alibi {
   }
 };
 
-// An additive tensor, broadcast over any axis by strides of 0; tile/bias.cuh has those that the copy engine reads.
-template <class Element>
+// An additive tensor, broadcast over any axis by strides of 0; tile/bias.cuh has those that the copy engine reads. Where
+// keys are known to be neighbours, those of a row have one address.
+template <class Element, bool kNeighbours = false>
 struct Bias {
   int len_q, len_kv;
   const Element* bias;  // (len_q, len_kv) by strides, of this batch element and head
@@ -163,7 +164,8 @@ struct Bias {
   // 0 beyond the sequence, where the tensor may end.
   template <class Real>
   CF_DEVICE Real at(int q, int kv) const {
-    return q < len_q && kv < len_kv ? static_cast<Real>(to_accumulator(bias[q * row + kv * column])) : Real(0);
+    const int64 place = kNeighbours ? q * row + kv : q * row + kv * column;
+    return q < len_q && kv < len_kv ? static_cast<Real>(to_accumulator(bias[place])) : Real(0);
   }
 };
 

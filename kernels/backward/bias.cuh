@@ -114,7 +114,7 @@ struct BiasVisit {
 
 // Engine: Config -> a SmemPlan; a State with the tile's sums, which for_each(f(element, row, column)) goes through;
 // begin(), which starts to copy what all visits need; load(), which starts to copy what one needs into one of kStages
-// buffers; and add(), which adds dS to the sums.
+// buffers; prepare(), which does to it what is to be done once it is here; and add(), which adds dS to the sums.
 template <class Config, class Engine>
 struct BackwardBias {
   using Real = Accumulator<typename Config::Element>;
@@ -147,6 +147,7 @@ struct BackwardBias {
     for (int buffer = 0; visit.left > 0; buffer = (buffer + 1) % Engine::kStages) {
       const Visit next = visit.next(a, own, tiles_q, tiles_kv);
       ptx::cp_async_wait<0>();
+      Engine::prepare(smem.engine, buffer);
       ptx::sync_threads();  // this visit's rows are here, and every warp is done with those of the one before
       if (Engine::kStages > 1 && next.left > 0) load(next, (buffer + 1) % Engine::kStages);
       state.add(smem.engine, buffer, p, Sequence(a, visit.batch), visit.head, visit.q_tile * kTileQ,

@@ -23,6 +23,7 @@ struct BiasTileSimt {
   // Rows are copied where they are multiplied.
   CF_DEVICE static void begin(SmemPlan&, const Attention&, int, int, int, int) {}
   CF_DEVICE static void load(SmemPlan&, int, const BwdParams&, const Sequence&, int, int, int) {}
+  CF_DEVICE static void prepare(SmemPlan&, int) {}
 
   struct State {
     Scores total;

@@ -1,4 +1,4 @@
-// One tile of dS on mma.sync tensor cores, for the gradient of a broadcast bias.
+// One tile of dS on mma.sync tensor cores, for the gradient of a broadcast bias; of 16-bit elements, or of floats in halves.
 //
 // Every visit of a block adds the same bias, which therefore lies in shared memory. A warp owns 32 rows of up to 64
 // columns, and goes through them 32 at a time: registers hold the sums, but not all of S and dP too.
@@ -8,8 +8,8 @@
 #include "ptx/warpgroup.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
-#include "tile/gemm_sm80.cuh"
 #include "tile/held_bias.cuh"
+#include "tile/products_sm80.cuh"
 
 namespace cuflash {
 
@@ -27,15 +27,16 @@ struct BiasTileSm80 {
   static constexpr int kBytes = Config::kCopyBytes;
   static constexpr float kLog2 = static_cast<float>(kLog2E);
   using Piece = Fragment<kWarpRows, kCols>;
+  using Products = cuflash::Products<Element, kWarpRows>;
   using Block = Fragment<16, 16>;
 
   struct SmemPlan {
     typename HeldBias<typename Config::Bias>::template Tile<kTileQ, kTileKv> bias;
     struct Stage {
-      SharedTile<Element, kTileQ, kDimQk> q;
-      SharedTile<Element, kTileQ, kDimV> dout;
-      SharedTile<Element, kTileKv, kDimQk> k;
-      SharedTile<Element, kTileKv, kDimV> v;
+      typename Products::template Tile<kTileQ, kDimQk> q;
+      typename Products::template Tile<kTileQ, kDimV> dout;
+      typename Products::template Tile<kTileKv, kDimQk> k;
+      typename Products::template Tile<kTileKv, kDimV> v;
       RowShift<float> shift[kTileQ];
       float delta[kTileQ];
     } stage[kStages];
@@ -56,12 +57,12 @@ struct BiasTileSm80 {
     const int head_kv = head / (p.attention.heads_q / p.attention.heads_kv);
     auto& stage = smem.stage[buffer];
     const auto q = query_rows<const Element>(p.q, p.q_stride, sequence, head).from(q_first);
-    load_tile_async<Config::kDimQk, kBytes, kThreads>(stage.q, q);
-    load_tile_async<Config::kDimV, kBytes, kThreads>(
+    Products::template load<Config::kDimQk, kBytes, kThreads>(stage.q, q);
+    Products::template load<Config::kDimV, kBytes, kThreads>(
         stage.dout, query_rows<const Element>(p.dout, p.dout_stride, sequence, head).from(q_first));
-    load_tile_async<Config::kDimQk, kBytes, kThreads>(
+    Products::template load<Config::kDimQk, kBytes, kThreads>(
         stage.k, key_rows<const Element>(p.k, p.k_stride, sequence, head_kv).from(kv_first));
-    load_tile_async<Config::kDimV, kBytes, kThreads>(
+    Products::template load<Config::kDimV, kBytes, kThreads>(
         stage.v, key_rows<const Element>(p.v, p.v_stride, sequence, head_kv).from(kv_first));
     const int64 row_offset = query_offset(p.delta_stride, sequence, head) + q_first;
 #pragma unroll 1
@@ -73,6 +74,15 @@ struct BiasTileSm80 {
       ptx::cp_async<4>(ptx::smem_u32(stage.delta + row), static_cast<const float*>(p.delta) + source, valid);
     }
     ptx::cp_async_commit();
+  }
+
+  // What that needs once it is here, by all threads.
+  CF_DEVICE static void prepare(SmemPlan& smem, int buffer) {
+    auto& stage = smem.stage[buffer];
+    Products::template prepare<kBytes, kThreads>(stage.q);
+    Products::template prepare<kBytes, kThreads>(stage.dout);
+    Products::template prepare<kBytes, kThreads>(stage.k);
+    Products::template prepare<kBytes, kThreads>(stage.v);
   }
 
   struct State {
@@ -94,13 +104,11 @@ struct BiasTileSm80 {
         ptx::sync_warp();  // here and below, or the compiler would begin what follows early, which takes registers
         const int col = warp_col() + piece * kCols;
         Piece s, dp;
-        s.clear();
-        dp.clear();
-        gemm_abt<Element>(s, stage.q, warp_row(), stage.k, col);
+        Products::multiply(s, stage.q, warp_row(), stage.k, col);
         ptx::sync_warp();
-        gemm_abt<Element>(dp, stage.dout, warp_row(), stage.v, col);
+        Products::multiply(dp, stage.dout, warp_row(), stage.v, col);
         drop(gradient.dropout, dp, q_first + warp_row(), kv_first + col);
-        if (full && !far) {
+        if (full && !far && sizeof(Element) == 2) {  // a folded shift shows in floats
           add_piece<false>(piece, smem, buffer, gradient, s, dp, sequence.len_q, q_first, kv_first + col);
         } else {
           add_piece<true>(piece, smem, buffer, gradient, s, dp, sequence.len_q, q_first, kv_first + col);

@@ -272,7 +272,7 @@ struct BackwardBlock {
     const int thread = ptx::thread_index() % ptx::kWarpgroupThreads;
     int* turn = p.dq_turn + index * Sums::kShares + share;
     Config::Reduction::wait_turn(turn, order.before, thread == 0, barrier);
-    adder.add(p.dq_accum + Sums::part(index, share, thread), dq, some);
+    adder.add(static_cast<float*>(p.dq_accum) + Sums::part(index, share, thread), dq, some);
     Config::Reduction::pass_turn(turn, thread == 0, barrier);
   }
 

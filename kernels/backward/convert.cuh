@@ -1,4 +1,4 @@
-// Last step of the tensor-core backward: dq = scale * dq_accum, from fp32 fragment order to rows of elements.
+// Last step of the tensor-core backward: dq = scale * dq_accum, from fragment order to rows of elements.
 #pragma once
 
 #include "attention/schedule.cuh"
@@ -12,6 +12,7 @@ template <class Config>
 struct BackwardConvert {
   using Element = typename Config::Element;
   using Accum = DqAccum<Config>;
+  using Real = typename Accum::Real;
 
   struct SmemPlan {
     SharedTile<Element, Config::kTileQ, Accum::kDimQk> dq;
@@ -26,12 +27,12 @@ struct BackwardConvert {
     const auto rows = query_rows<Element>(p.dq, p.dq_stride, sequence, work.head).from(work.tile * Config::kTileQ);
     if (rows.count <= 0) return;
 
-    const float scale = static_cast<float>(a.softmax_scale);
+    const Real scale = static_cast<Real>(a.softmax_scale);
     for (int split = 0; split < Config::kDimSplits; ++split) {
-      float* tile = p.dq_accum + Accum::index(a, sequence, work.head, work.tile, split) * Accum::kTileFloats;
+      Real* tile = Accum::tile(p, Accum::index(a, sequence, work.head, work.tile, split));
       typename Accum::Share share;
-      Accum::for_each(share, tile, [&](float& x, const float* accumulator) { x = *accumulator * scale; });
-      share.for_each(ptx::lane_index(), [&](float x, int row, int col) {
+      Accum::for_each(share, tile, [&](Real& x, const Real* accumulator) { x = *accumulator * scale; });
+      share.for_each(ptx::lane_index(), [&](Real x, int row, int col) {
         *smem.dq.at(Accum::warp_row() + row, split * Accum::kCols + Accum::warp_col() + col) =
             from_accumulator<Element>(x);
       });

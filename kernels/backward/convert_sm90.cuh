@@ -37,7 +37,8 @@ struct BackwardConvertSm90 {
     for (int each = 0; each < Sums::kShares; each += Config::kThreads / ptx::kWarpgroupThreads) {
       const int share = each + ptx::warp_index() / 4;
       if (share >= Sums::kShares) continue;
-      const float* sums = p.dq_accum + Sums::part(index, share, ptx::thread_index() % ptx::kWarpgroupThreads);
+      const float* sums = static_cast<const float*>(p.dq_accum) +
+                          Sums::part(index, share, ptx::thread_index() % ptx::kWarpgroupThreads);
       typename Sums::Share dq;
 #pragma unroll
       for (int n = 0; n < Sums::Share::kN; ++n) {

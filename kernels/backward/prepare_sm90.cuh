@@ -32,7 +32,7 @@ CF_DEVICE void backward_prepare_sm90(const BwdParams& p) {
   });
 
   // Last, so that nothing stands in the way of what is read.
-  Four* sums = reinterpret_cast<Four*>(p.dq_accum + index * kFloats);
+  Four* sums = reinterpret_cast<Four*>(static_cast<float*>(p.dq_accum) + index * kFloats);
   for (int i = ptx::thread_index(); i < kFloats / 4; i += Config::kThreads) sums[i] = {};
   if (p.dq_turn && ptx::thread_index() < Sums::kShares) p.dq_turn[index * Sums::kShares + ptx::thread_index()] = 0;
 }

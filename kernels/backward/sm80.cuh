@@ -36,6 +36,7 @@ struct BackwardSm80 {
   using Sequence = typename Config::Sequence;
   using Dropout = typename Config::Dropout;
   using Accum = DqAccum<Config>;
+  using Real = typename Accum::Real;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileKv / kWarps;
   static constexpr int kDimQk = Accum::kDimQk, kDimV = round_up(Config::kDimV, 16 * Config::kDimSplits);
@@ -47,8 +48,8 @@ struct BackwardSm80 {
   struct Stage {
     typename Products::template Tile<kTileQ, kDimQk> q;
     typename Products::template Tile<kTileQ, kDimV> dout;
-    RowShift<float> shift[kTileQ];
-    float delta[kTileQ];
+    RowShift<Real> shift[kTileQ];
+    Real delta[kTileQ];
   };
   struct SmemPlan {
     typename Products::template Tile<kTileKv, kDimQk> k;  // dk on the way out
@@ -57,7 +58,7 @@ struct BackwardSm80 {
     Stage stage[kStages];
   };
 
-  using Scores = Fragment<kWarpRows, kTileQ>;
+  using Scores = Fragment<kWarpRows, kTileQ, Real>;
 
   // Starts the copy of one q tile with its dout, shifts and delta.
   CF_DEVICE static void load_q(Stage& stage, const BwdParams& p, const Sequence& sequence, int head, int q_first) {
@@ -70,22 +71,22 @@ struct BackwardSm80 {
     for (int row = ptx::thread_index(); row < kTileQ; row += kThreads) {
       const bool valid = row < q.count;
       const int64 source = row_offset + (valid ? row : 0);
-      const auto* g_shift = static_cast<const RowShift<float>*>(p.shift) + source;
-      ptx::cp_async<8>(ptx::smem_u32(stage.shift + row), g_shift, valid);
-      ptx::cp_async<4>(ptx::smem_u32(stage.delta + row), static_cast<const float*>(p.delta) + source, valid);
+      const auto* g_shift = static_cast<const RowShift<Real>*>(p.shift) + source;
+      ptx::cp_async<sizeof(*g_shift)>(ptx::smem_u32(stage.shift + row), g_shift, valid);
+      ptx::cp_async<sizeof(Real)>(ptx::smem_u32(stage.delta + row), static_cast<const Real*>(p.delta) + source, valid);
     }
     ptx::cp_async_commit();
   }
 
-  // Writes this warp's rows of a gradient: floats as they are, others through the shared tile its operand lay in.
+  // Writes this warp's rows of a gradient: what is not rounded as it is, others through the shared tile its operand lay in.
   template <int kCols, int kDim, class Tile, class Grad>
-  CF_DEVICE static void store_grad(Tile& tile, Grad& grad, float scale, void* pointer, const Strides& stride,
+  CF_DEVICE static void store_grad(Tile& tile, Grad& grad, Real scale, Real unit, void* pointer, const Strides& stride,
                                    const Sequence& sequence, int head, int kv_first, int first_col) {
     const int warp_row = ptx::warp_index() * kWarpRows, row = kv_first + warp_row;
-    grad.for_each([&](float& x) { x *= scale; });
-    if constexpr (sizeof(Element) == sizeof(float)) {
+    grad.for_each([&](Real& x) { x = x * scale * unit; });
+    if constexpr (IsSame<Element, Real>::value) {
       const auto rows = key_rows<Element>(pointer, stride, sequence, head).from(row);
-      grad.for_each(ptx::lane_index(), [&](float x, int down, int col) {
+      grad.for_each(ptx::lane_index(), [&](Real x, int down, int col) {
         if (rows.has(down) && first_col + col < kDim) *rows.at(down, first_col, col) = x;
       });
     } else {
@@ -122,8 +123,8 @@ struct BackwardSm80 {
     };
 
     Products products;
-    Fragment<kWarpRows, kColsQk> dk;
-    Fragment<kWarpRows, kColsV> dv;
+    Fragment<kWarpRows, kColsQk, Real> dk;
+    Fragment<kWarpRows, kColsV, Real> dv;
     dk.clear();
     dv.clear();
 
@@ -161,17 +162,17 @@ struct BackwardSm80 {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int col = col_of(lane, n, i);
-          const RowShift<float> shift = stage.shift[col];
-          const float delta = stage.delta[col];
+          const RowShift<Real> shift = stage.shift[col];
+          const Real delta = stage.delta[col];
 #pragma unroll
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
             const int q = q_first + col, kv = kv_first + warp_row + row_of(lane, r);
-            const float raw = s.at(r, n, i);
-            const float weight = gradient.probability(raw, shift, q, kv, full);
+            const Real raw = s.at(r, n, i);
+            const Real weight = gradient.probability(raw, shift, q, kv, full);
             const bool keep = kept.has(r, n, i);
-            s.at(r, n, i) = keep ? weight : 0.f;
+            s.at(r, n, i) = keep ? weight : Real(0);
             if (split == 0) {
-              const float ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
+              const Real ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
               Config::CapturedGradient::add(gradient.score, raw, ds, q, kv);
             }
             dp.at(r, n, i) = gradient.of_product(raw, weight, dp.at(r, n, i), delta, keep, q, kv);
@@ -181,7 +182,7 @@ struct BackwardSm80 {
 
       if (split == 0) {
         const typename Config::BiasGradient bias_gradient(p, sequence, head);
-        dp.for_each(lane, [&](float ds, int row, int col) {
+        dp.for_each(lane, [&](Real ds, int row, int col) {
           bias_gradient.store(q_first + col, kv_first + warp_row + row, ds);
         });
       }
@@ -197,16 +198,15 @@ struct BackwardSm80 {
         products.multiply_dq(dq, smem.ds, Accum::warp_row(), smem.k, split * kColsQk + Accum::warp_col());
         const int64 index = Accum::index(a, sequence, head, tile, split);
         Config::Reduction::wait_turn(p.dq_turn + index, turn.before);
-        Accum::for_each(dq, p.dq_accum + index * Accum::kTileFloats,
-                        [](float x, float* accumulator) { ptx::red_add(accumulator, x); });
+        Accum::for_each(dq, Accum::tile(p, index), [](Real x, Real* accumulator) { ptx::red_add(accumulator, x); });
         Config::Reduction::pass_turn(p.dq_turn + index);
       }
     }
 
     ptx::sync_threads();  // every warp is done with K and V, whose memory dk and dv take over
-    store_grad<kColsQk, Config::kDimQk>(smem.k, dk, products.of_dk(static_cast<float>(a.softmax_scale)), p.dk,
+    store_grad<kColsQk, Config::kDimQk>(smem.k, dk, static_cast<Real>(a.softmax_scale), products.dk_unit(), p.dk,
                                         p.dk_stride, sequence, work.head, kv_first, split * kColsQk);
-    store_grad<kColsV, Config::kDimV>(smem.v, dv, products.of_dv(static_cast<float>(Dropout::scale(a))), p.dv,
+    store_grad<kColsV, Config::kDimV>(smem.v, dv, static_cast<Real>(Dropout::scale(a)), products.dv_unit(), p.dv,
                                       p.dv_stride, sequence, work.head, kv_first, split * kColsV);
   }
 };

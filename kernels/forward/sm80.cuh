@@ -25,6 +25,7 @@ namespace cuflash {
 template <class Config>
 struct ForwardSm80 {
   using Element = typename Config::Element;
+  using Real = Accumulator<Element>;
   using Sequence = typename Config::Sequence;
   using Heads = typename Config::Heads;
   using Split = typename Config::Split;
@@ -45,8 +46,8 @@ struct ForwardSm80 {
     typename Products::template Tile<kTileKv, kDimV> v;
   };
 
-  using Scores = Fragment<kWarpRows, kTileKv>;
-  using Output = Fragment<kWarpRows, kDimV>;
+  using Scores = Fragment<kWarpRows, kTileKv, Real>;
+  using Output = Fragment<kWarpRows, kDimV, Real>;
   static constexpr int kRowsPerLane = Scores::kRowsPerLane;
   static constexpr bool kStaged = Results::kWhole && Products::kStagesOut;
 
@@ -58,10 +59,10 @@ struct ForwardSm80 {
     store_tile<kWarpRows, kDimV, kBytes, 32>(rows, Config::kDimV, smem.out, warp_row, ptx::lane_index());
   }
 
-  // Floats, as parts of rows always are, go from the registers.
+  // What is not rounded, as parts of rows never are, goes from the registers.
   template <class OutRows>
-  CF_DEVICE static void store_floats(const OutRows& rows, Output& out) {
-    out.for_each(ptx::lane_index(), [&](float x, int row, int col) {
+  CF_DEVICE static void store_wide(const OutRows& rows, Output& out) {
+    out.for_each(ptx::lane_index(), [&](Real x, int row, int col) {
       if (row < rows.count && col < Config::kDimV) rows.data[rows.offset(row) + col] = x;
     });
   }
@@ -97,13 +98,13 @@ struct ForwardSm80 {
     const auto mask = own.template bind<typename Config::Mask>(a);
     const auto score = own.template bind<typename Config::Score>(a);
     const auto dropout = own.template bind<Dropout>(a);
-    const float log2_unit = score.unit() * static_cast<float>(kLog2E);
+    const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
     const auto tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
 
     Products products;
     Output out;
     out.clear();
-    RowState<float> rows[kRowsPerLane];
+    RowState<Real> rows[kRowsPerLane];
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) rows[r].init();
 
@@ -121,12 +122,11 @@ struct ForwardSm80 {
 
       Scores s;
       Products::multiply(s, smem.q, warp_row, smem.k);
-      s.for_each(lane, [&](float& x, int row, int col) {
-        x = score.apply(x, q_first + warp_row + row, tile * kTileKv + col);
-      });
+      s.for_each(
+          lane, [&](Real& x, int row, int col) { x = score.apply(x, q_first + warp_row + row, tile * kTileKv + col); });
       if (!tiles.is_full(place)) {
-        s.for_each(lane, [&](float& x, int row, int col) {
-          if (!mask.keep(q_first + warp_row + row, tile * kTileKv + col)) x = -infinity<float>();
+        s.for_each(lane, [&](Real& x, int row, int col) {
+          if (!mask.keep(q_first + warp_row + row, tile * kTileKv + col)) x = -infinity<Real>();
         });
       }
       products.weigh(s, rows, out, log2_unit);
@@ -145,18 +145,19 @@ struct ForwardSm80 {
         Results::out(p, sequence, heads.first, split.index) + heads.offset(q_first + warp_row, Results::out_stride(p));
     const int64 first_number =
         Results::number(p, sequence, heads.first, split.index) + heads.offset(q_first, Results::lse_stride(p));
-    const auto numbers = rows_at(heads, static_cast<float*>(p.lse), Results::lse_stride(p), q_first, q_rows);
+    const auto numbers = rows_at(heads, static_cast<Real*>(p.lse), Results::lse_stride(p), q_first, q_rows);
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       rows[r].l = row_sum(rows[r].l);
       const int head = heads.head(q_first + warp_row + row_of(lane, r));
-      const float rescale = Config::Sink::close(rows[r], a, head, score.unit());
-      const float factor = products.of_sum(rescale * rows[r].inverse_sum() * static_cast<float>(Dropout::scale(a)));
+      const Real rescale = Config::Sink::close(rows[r], a, head, score.unit());
+      const Real factor = rescale * rows[r].inverse_sum() * static_cast<Real>(Dropout::scale(a));
       const int row = warp_row + row_of(lane, r);
       if constexpr (kStaged) {
         store_row<Element>(smem.out, row, out, r, factor);
       } else {
         scale_row(out, r, factor);
+        scale_row(out, r, products.unit());
       }
       if (lane % 4 == 0 && row < q_rows) {
         Results::close(p, first_number + numbers.offset(row), rows[r], score.unit());
@@ -166,7 +167,7 @@ struct ForwardSm80 {
     if constexpr (kStaged) {
       store_staged(rows_out, smem, warp_row);
     } else {
-      store_floats(rows_out, out);
+      store_wide(rows_out, out);
     }
   }
 };

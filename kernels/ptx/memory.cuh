@@ -22,6 +22,10 @@ CF_DEVICE void red_add(double* address, double x) {
   asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(address), "d"(x) : "memory");
 }
 
+// The same by the compiler's own function, whose address may be a register and a number.
+CF_DEVICE void add_to(float* address, float x) { atomicAdd(address, x); }
+CF_DEVICE void add_to(double* address, double x) { atomicAdd(address, x); }
+
 // If `some`, four neighbours, 16 bytes from a multiple of 16 on; each is added on its own. Needs sm_90. There is no branch,
 // as one under products would wait for their end.
 CF_DEVICE void red_add_x4(float* address, const float (&x)[4], bool some) {

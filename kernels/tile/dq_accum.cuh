@@ -1,10 +1,11 @@
-// The fp32 accumulator of dq in global memory, to which every key tile's block adds its share.
+// The accumulator of dq, in fp32 or fp64, in global memory, to which every key tile's block adds its share.
 //
 // One tile of kTileQ rows x kCols columns is stored in fragment order, [element][thread]: a warp's addition is one
 // coalesced 128-byte line, and whoever reads it back (backward/convert.cuh) owns the same fragment.
 #pragma once
 
 #include "attention/sequence.cuh"
+#include "element.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/sync.cuh"
 #include "ptx/warpgroup.cuh"
@@ -14,20 +15,25 @@ namespace cuflash {
 
 template <class Config>
 struct DqAccum {
+  using Real = Accumulator<typename Config::Element>;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
   // Four warps across make square fragments; two where the columns would need padding for four.
   static constexpr int kWidest = Config::kDimQk % (64 * Config::kDimSplits) == 0 ? 4 : 2;
-  static constexpr int kWarpsDown = min_of(kWarps / kWidest, Config::kTileQ / 16), kWarpsAcross = kWarps / kWarpsDown;
+  static constexpr int kWarpsDown = max_of(1, min_of(kWarps / kWidest, Config::kTileQ / 16));
+  static constexpr int kWarpsAcross = kWarps / kWarpsDown;
   // Columns of q and k in shared memory, a whole number of fragments for every warp of every split.
   static constexpr int kDimQk = round_up(Config::kDimQk, 16 * kWarpsAcross * Config::kDimSplits);
   static constexpr int kCols = kDimQk / Config::kDimSplits;  // of one block's share
-  static constexpr int kTileFloats = Config::kTileQ * kCols;
+  static constexpr int kTileSize = Config::kTileQ * kCols;
   static constexpr int kWarpRows = Config::kTileQ / kWarpsDown, kWarpCols = kCols / kWarpsAcross;
-  using Share = Fragment<kWarpRows, kWarpCols>;
+  using Share = Fragment<kWarpRows, kWarpCols, Real>;
 
   CF_DEVICE static int warp_row() { return ptx::warp_index() / kWarpsAcross * kWarpRows; }
   CF_DEVICE static int warp_col() { return ptx::warp_index() % kWarpsAcross * kWarpCols; }
 
+  CF_DEVICE static Real* tile(const BwdParams& p, int64 index) {
+    return static_cast<Real*>(p.dq_accum) + index * kTileSize;
+  }
   // Number of the tile among all (heads_q, query tiles, splits).
   CF_DEVICE static int64 index(const Attention& a, const typename Config::Sequence& sequence, int head, int tile,
                                int split) {
@@ -37,9 +43,9 @@ struct DqAccum {
 
   // f(element, address of its accumulator)
   template <class F>
-  CF_DEVICE static void for_each(Share& share, float* tile, F&& f) {
-    float* address = tile + ptx::thread_index();
-    share.for_each([&](float& x) {
+  CF_DEVICE static void for_each(Share& share, Real* tile, F&& f) {
+    Real* address = tile + ptx::thread_index();
+    share.for_each([&](Real& x) {
       f(x, address);
       address += kThreads;
     });

@@ -31,7 +31,7 @@ CF_DEVICE void for_each_not_kept(const Keep& keep, F&& f) {
 template <class Dropout, class Fragment>
 CF_DEVICE void drop(const Dropout& dropout, Fragment& fragment, int q, int kv) {
   for_each_not_kept<Fragment>([&](int row, int col) { return dropout.keep(q + row, kv + col); },
-                              [&](int r, int n, int i) { fragment.at(r, n, i) = 0.f; });
+                              [&](int r, int n, int i) { fragment.at(r, n, i) = 0; });
 }
 template <class Fragment>
 CF_DEVICE void drop(const NoDropout&, Fragment&, int, int) {}
@@ -49,7 +49,7 @@ CF_DEVICE void drop(const ByteDropout& dropout, Fragment& fragment, int q, int k
       for (int block = 0; block < 4; ++block) {
 #pragma unroll
         for (int byte = 0; byte < 4; ++byte) {
-          if (!dropout.keeps(random.word[block], byte)) fragment.at(m * 2 + byte / 2, n + block, byte % 2) = 0.f;
+          if (!dropout.keeps(random.word[block], byte)) fragment.at(m * 2 + byte / 2, n + block, byte % 2) = 0;
         }
       }
     }

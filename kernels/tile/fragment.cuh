@@ -20,15 +20,15 @@ namespace cuflash {
 CF_DEVICE constexpr int row_of(int lane, int r) { return r * 8 + lane / 4; }
 CF_DEVICE constexpr int col_of(int lane, int n, int i) { return n * 8 + lane % 4 * 2 + i; }
 
-// kRows x kCols floats of one warp.
-template <int kRows, int kCols>
+// kRows x kCols numbers of one warp.
+template <int kRows, int kCols, class Real = float>
 struct Fragment {
   static_assert(kRows % 16 == 0 && kCols % 16 == 0);
   static constexpr int kM = kRows / 16, kN = kCols / 8, kRowsPerLane = kRows / 8;
   static constexpr int kElements = kM * kN * 4;  // of a lane
-  float x[kM][kN][4];
+  Real x[kM][kN][4];
 
-  CF_DEVICE float& at(int r, int n, int i) { return x[r / 2][n][r % 2 * 2 + i]; }
+  CF_DEVICE Real& at(int r, int n, int i) { return x[r / 2][n][r % 2 * 2 + i]; }
 
   // f(r, n, i) over this lane's elements, register by register.
   template <class F>
@@ -58,13 +58,13 @@ struct Fragment {
   }
 
   CF_DEVICE void clear() {
-    for_each([](float& x) { x = 0.f; });
+    for_each([](Real& x) { x = Real(0); });
   }
 };
 
 // Multiplies this lane's part of its row number r.
-template <int kRows, int kCols>
-CF_DEVICE void scale_row(Fragment<kRows, kCols>& f, int r, float factor) {
+template <int kRows, int kCols, class Real>
+CF_DEVICE void scale_row(Fragment<kRows, kCols, Real>& f, int r, Real factor) {
 #pragma unroll
   for (int n = 0; n < kCols / 8; ++n) {
     f.at(r, n, 0) *= factor;
@@ -73,8 +73,8 @@ CF_DEVICE void scale_row(Fragment<kRows, kCols>& f, int r, float factor) {
 }
 
 // Takes a number off this lane's part of its row number r.
-template <int kRows, int kCols>
-CF_DEVICE void subtract_from_row(Fragment<kRows, kCols>& f, int r, float x) {
+template <int kRows, int kCols, class Real>
+CF_DEVICE void subtract_from_row(Fragment<kRows, kCols, Real>& f, int r, Real x) {
 #pragma unroll
   for (int n = 0; n < kCols / 8; ++n) {
     f.at(r, n, 0) -= x;
@@ -83,11 +83,13 @@ CF_DEVICE void subtract_from_row(Fragment<kRows, kCols>& f, int r, float x) {
 }
 
 // Largest value over the four lanes that share a row, and their sum.
-CF_DEVICE float row_max(float x) {
+template <class Real>
+CF_DEVICE Real row_max(Real x) {
   x = max_of(x, ptx::shuffle_xor(x, 1));
   return max_of(x, ptx::shuffle_xor(x, 2));
 }
-CF_DEVICE float row_sum(float x) {
+template <class Real>
+CF_DEVICE Real row_sum(Real x) {
   x += ptx::shuffle_xor(x, 1);
   return x + ptx::shuffle_xor(x, 2);
 }

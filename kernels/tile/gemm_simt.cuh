@@ -141,6 +141,38 @@ CF_DEVICE void gemm_ab(MicroTile<Real, Grid, kRows, kCols>& c, TileA& a, int a_c
   }
 }
 
+// The same of doubles: what these rows add is a sum of its own, as one long sum would round worse than products of
+// whole matrices do.
+template <class Grid, int kRows, int kCols, class TileA, class TileB>
+CF_DEVICE void gemm_ab(MicroTile<double, Grid, kRows, kCols>& c, TileA& a, int a_col, TileB& b) {
+  using C = MicroTile<double, Grid, kRows, kCols>;
+  constexpr int kPack = kPackOf<double>;
+#pragma unroll
+  for (int n = 0; n < C::kN; n += C::kWidth) {
+    double sum[C::kM][C::kWidth] = {};
+#pragma unroll 1
+    for (int k = 0; k < TileB::kRows; k += kPack) {
+      Pack<double, kPack> a_packs[C::kM];
+#pragma unroll
+      for (int m = 0; m < C::kM; ++m) a_packs[m] = a.template pack<kPack>(C::row_of(m), a_col + k);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const Pack<double, C::kWidth> b_pack = b.template pack<C::kWidth>(k + i, C::col_of(n));
+#pragma unroll
+        for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+          for (int j = 0; j < C::kWidth; ++j) sum[m][j] += a_packs[m].x[i] * b_pack.x[j];
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+      for (int j = 0; j < C::kWidth; ++j) c.x[m][n + j] += sum[m][j];
+    }
+  }
+}
+
 // Columns that are staged at once: at most 256 bytes of a row, in pieces of equal size.
 template <class Real>
 CF_DEVICE constexpr int staged_cols(int dim) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "tile/copy.cuh"
+#include "tile/doubles.cuh"
 #include "tile/gemm_sm80.cuh"
 #include "tile/halves.cuh"
 
@@ -60,9 +61,9 @@ struct GradientProducts {
     gemm_atb<Element>(dq, shared, first_row, k, first_col);
   }
 
-  // From sums to gradients.
-  CF_DEVICE static float of_dv(float factor) { return factor; }
-  CF_DEVICE static float of_dk(float factor) { return factor; }
+  // What sums are in. It may be so small that nothing else can be multiplied by it first.
+  CF_DEVICE static float dv_unit() { return 1.f; }
+  CF_DEVICE static float dk_unit() { return 1.f; }
 };
 
 // Of floats, as halves.
@@ -192,8 +193,60 @@ struct GradientProducts<float, kRows> {
     }
   }
 
-  CF_DEVICE float of_dv(float factor) const { return factor * dv_sum.unit; }
-  CF_DEVICE float of_dk(float factor) const { return factor * dk_sum.unit; }
+  CF_DEVICE float dv_unit() const { return dv_sum.unit; }
+  CF_DEVICE float dk_unit() const { return dk_sum.unit; }
+};
+
+// Of doubles, as tensor cores take them.
+template <int kRows>
+struct GradientProducts<double, kRows> {
+  template <int kTileRows, int kDim>
+  using Tile = DoubleTile<kTileRows, kDim>;
+  template <int kTileKv, int kTileQ>
+  using ScoreTile = DoubleTile<kTileKv, kTileQ>;
+
+  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
+  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
+    load_tile_async<kDim, kBytes, kThreads>(tile, rows);
+  }
+  template <int kBytes, int kThreads, class Tile>
+  CF_DEVICE static void prepare(Tile&) {}
+  template <int kBytes, int kThreads, class TileK, class TileV>
+  CF_DEVICE static void prepare_first(TileK&, TileV&) {}
+
+  template <int kQueries, class TileK, class TileQ>
+  CF_DEVICE static void multiply(Fragment<kRows, kQueries, double>& s, TileK& k, int warp_row, TileQ& q) {
+    gemm_abt_doubles(s, k, warp_row, q);
+  }
+
+  template <int kQueries, int kCols, class TileDout>
+  CF_DEVICE static void add_to_dv(Fragment<kRows, kCols, double>& dv, Fragment<kRows, kQueries, double>& p,
+                                  TileDout& dout, int first_col) {
+    add_ab_doubles(dv, p, dout, first_col);
+  }
+
+  template <int kQueries, int kCols, class TileScores, class TileK, class TileQ>
+  CF_DEVICE static void add_to_dk(Fragment<kRows, kCols, double>& dk, Fragment<kRows, kQueries, double>& ds,
+                                  TileScores& shared, TileK& /*k*/, int warp_row, TileQ& q, int first_col) {
+    const int lane = ptx::lane_index();
+#pragma unroll
+    for (int r = 0; r < kRows / 8; ++r) {
+#pragma unroll
+      for (int n = 0; n < kQueries / 8; ++n) {
+        shared.pair(warp_row + row_of(lane, r), col_of(lane, n, 0)) = double2{ds.at(r, n, 0), ds.at(r, n, 1)};
+      }
+    }
+    add_ab_doubles(dk, ds, q, first_col);
+  }
+
+  template <int kQueries, int kCols, class TileScores, class TileK>
+  CF_DEVICE static void multiply_dq(Fragment<kQueries, kCols, double>& dq, TileScores& shared, int first_row, TileK& k,
+                                    int first_col) {
+    gemm_atb_doubles(dq, shared, first_row, k, first_col);
+  }
+
+  CF_DEVICE static double dv_unit() { return 1.; }
+  CF_DEVICE static double dk_unit() { return 1.; }
 };
 
 }  // namespace cuflash

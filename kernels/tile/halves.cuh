@@ -188,13 +188,13 @@ CF_DEVICE void add_columns_of_abt(Fragment<kM, kN>& c, uint32 a_address, uint32 
   }
 }
 
-// C = A B^T with A [M x K] and B [N x K] as halves in shared memory; A starts at row `a_row`.
+// C = A B^T with A [M x K] and B [N x K] as halves in shared memory; A starts at row `a_row`, B at row `b_row`.
 template <Role kA, int kM, int kN, class TileA, class TileB>
-CF_DEVICE void gemm_abt_halves(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b) {
+CF_DEVICE void gemm_abt_halves(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int b_row = 0) {
   static_assert(TileA::kCols == TileB::kCols);
   constexpr int kCols = TileA::kCols;
   const uint32 a_address = a.halves.address(a_row + down_first_row(), down_first_col());
-  const uint32 b_address = b.halves.address(across_first_row(), across_first_col());
+  const uint32 b_address = b.halves.address(b_row + across_first_row(), across_first_col());
   c.clear();
 #pragma unroll 1
   for (int k = 0; k + 32 <= kCols; k += 32) {
@@ -210,7 +210,7 @@ CF_DEVICE void gemm_abt_halves(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& 
   for (int r = 0; r < kM / 8; ++r) a_scale[r] = a.scale[a_row + row_of(lane, r)];
 #pragma unroll
   for (int n = 0; n < kN / 8; ++n) {
-    const float2 b_scale = *reinterpret_cast<const float2*>(&b.scale[col_of(lane, n, 0)]);
+    const float2 b_scale = *reinterpret_cast<const float2*>(&b.scale[b_row + col_of(lane, n, 0)]);
 #pragma unroll
     for (int r = 0; r < kM / 8; ++r) {
       c.at(r, n, 0) *= a_scale[r] * b_scale.x;

@@ -2,8 +2,9 @@
 #pragma once
 
 #include "tile/copy.cuh"
-#include "tile/softmax_sm80.cuh"
+#include "tile/doubles.cuh"
 #include "tile/halves.cuh"
+#include "tile/softmax_sm80.cuh"
 
 namespace cuflash {
 
@@ -27,10 +28,11 @@ struct Products {
   template <int kBytes, int kThreads, class Tile>
   CF_DEVICE static void prepare_first(Tile&) {}
 
+  // Of rows of a warp and of keys from some on.
   template <int kKeys, class TileQ, class TileK>
-  CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k) {
+  CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k, int first_key = 0) {
     s.clear();
-    gemm_abt<Element>(s, q, warp_row, k);
+    gemm_abt<Element>(s, q, warp_row, k, first_key);
   }
 
   template <int kKeys, int kDim>
@@ -46,8 +48,8 @@ struct Products {
     gemm_ab<Element>(out, weights, v);
   }
 
-  // From sums to outputs.
-  CF_DEVICE static float of_sum(float factor) { return factor; }
+  // What sums are in. It may be so small that nothing else can be multiplied by it first.
+  CF_DEVICE static float unit() { return 1.f; }
 };
 
 // Of floats, as halves.
@@ -78,8 +80,8 @@ struct Products<float, kRows> {
   }
 
   template <int kKeys, class TileQ, class TileK>
-  CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k) {
-    gemm_abt_halves<Role::kQueries>(s, q, warp_row, k);
+  CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k, int first_key = 0) {
+    gemm_abt_halves<Role::kQueries>(s, q, warp_row, k, first_key);
   }
 
   template <int kKeys, int kDim>
@@ -94,7 +96,48 @@ struct Products<float, kRows> {
     sum.add(out, rescale, p, v);
   }
 
-  CF_DEVICE float of_sum(float factor) const { return factor * sum.unit; }
+  CF_DEVICE float unit() const { return sum.unit; }
+};
+
+// Of doubles, as tensor cores take them.
+template <int kRows>
+struct Products<double, kRows> {
+  static constexpr bool kStagesOut = false;
+
+  template <int kTileRows, int kDim>
+  using Tile = DoubleTile<kTileRows, kDim>;
+  template <int kTileRows, int kDim>
+  struct OutTile {};
+
+  double rescale[kRows / 8];  // of the output so far, by the softmax of the last tile
+
+  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
+  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
+    load_tile_async<kDim, kBytes, kThreads>(tile, rows);
+  }
+  template <int kBytes, int kThreads, class Tile>
+  CF_DEVICE static void prepare(Tile&) {}
+  template <int kBytes, int kThreads, class Tile>
+  CF_DEVICE static void prepare_first(Tile&) {}
+
+  template <int kKeys, class TileQ, class TileK>
+  CF_DEVICE static void multiply(Fragment<kRows, kKeys, double>& s, TileQ& q, int warp_row, TileK& k) {
+    gemm_abt_doubles(s, q, warp_row, k);
+  }
+
+  template <int kKeys, int kDim>
+  CF_DEVICE void weigh(Fragment<kRows, kKeys, double>& s, RowState<double> (&rows)[kRows / 8],
+                       Fragment<kRows, kDim, double>& /*out*/, double log2_unit) {
+#pragma unroll
+    for (int r = 0; r < kRows / 8; ++r) rescale[r] = softmax_row<true>(s, r, rows[r], log2_unit);
+  }
+
+  template <int kKeys, int kDim, class TileV>
+  CF_DEVICE void accumulate(Fragment<kRows, kDim, double>& out, Fragment<kRows, kKeys, double>& p, TileV& v) {
+    add_ab_doubles(out, rescale, p, v, 0);
+  }
+
+  CF_DEVICE static double unit() { return 1.; }
 };
 
 }  // namespace cuflash

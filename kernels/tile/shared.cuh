@@ -10,7 +10,7 @@ namespace cuflash {
 // the eight rows that one ldmatrix phase reads lie in different banks, and addresses stay linear: a k-step is an immediate.
 template <class Element, int kRows_, int kCols_>
 struct SharedTile {
-  static_assert(sizeof(Element) <= 4 && kCols_ % 16 == 0);
+  static_assert(kCols_ % 16 == 0);
   static constexpr int kRows = kRows_, kCols = kCols_;
   static constexpr int kPitch = kCols + 8;
 

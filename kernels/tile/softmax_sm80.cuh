@@ -8,27 +8,29 @@ namespace cuflash {
 
 // Logits of this lane's row number r to probabilities relative to the running maximum; returns the factor by which what
 // was accumulated before shrinks. Each lane sums only its own columns into l; row_sum joins them. kExact: the largest score has
-// probability 1 to the last bit, at the price of a subtraction a score.
-template <bool kExact = false, int kRows, int kKeys>
-CF_DEVICE float softmax_row(Fragment<kRows, kKeys>& s, int r, RowState<float>& row, float log2_unit) {
-  float tile_max = -infinity<float>();
+// probability 1 to the last bit, at the price of a subtraction a score, and a tile's probabilities are summed apart.
+template <bool kExact = false, int kRows, int kKeys, class Real>
+CF_DEVICE Real softmax_row(Fragment<kRows, kKeys, Real>& s, int r, RowState<Real>& row, Real log2_unit) {
+  Real tile_max = -infinity<Real>();
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) tile_max = max_of(tile_max, max_of(s.at(r, n, 0), s.at(r, n, 1)));
-  const float rescale = row.update(row_max(tile_max), log2_unit);
-  float shift = row.shift(log2_unit);
-  if (kExact || RowState<float>::is_far(shift)) {
+  const Real rescale = row.update(row_max(tile_max), log2_unit);
+  Real shift = row.shift(log2_unit);
+  if (kExact || RowState<Real>::is_far(shift)) {
     subtract_from_row(s, r, row.m);
-    shift = 0.f;
+    shift = Real(0);
   }
+  Real sum = kExact ? Real(0) : row.l;
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float& p = s.at(r, n, i);
+      Real& p = s.at(r, n, i);
       p = exp2(fma(p, log2_unit, -shift));
-      row.l += p;
+      sum += p;
     }
   }
+  row.l = kExact ? row.l + sum : sum;
   return rescale;
 }
 

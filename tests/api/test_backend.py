@@ -45,7 +45,8 @@ def problem(dtype: str = "fp16", dim: int = 64) -> Problem:
 
 def test_nothing_is_preferred_by_default() -> None:
     assert cuflash.preferred_backend() == "default"
-    assert planned(problem()) == planned(problem("fp32")) == "sm80" and planned(problem("fp64")) == "simt"
+    assert planned(problem()) == planned(problem("fp32")) == planned(problem("fp64")) == "sm80"
+    assert planned(problem("fp64", 200)) == "simt"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,9 @@ def test_the_call_goes_before_the_setter_and_that_before_the_environment(monkeyp
     assert planned(problem()) == "sm80" and cuflash.preferred_backend() == "flash"
 
 
-@pytest.mark.parametrize(("dtype", "dim", "name"), [("fp64", 64, "h100"), ("fp16", 600, "h100"), ("fp16", 64, "sm_75")])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "name"), [("fp64", 200, "h100"), ("fp16", 600, "h100"), ("fp16", 64, "sm_75")]
+)
 def test_a_preference_of_the_environment_warns_once_and_falls_back(
     dtype: str, dim: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,12 +104,12 @@ def test_a_preference_of_the_environment_warns_once_and_falls_back(
 
 
 def test_a_preference_of_the_setter_or_the_call_raises() -> None:
-    with pytest.raises(UnsupportedProblem, match=r"sm80 .* no fp64"):
-        planned(problem("fp64"), "flash")
+    with pytest.raises(UnsupportedProblem, match=r"sm80 .* heads of 200 > 128 in fp64"):
+        planned(problem("fp64", 200), "flash")
     cuflash.preferred_backend("flash")
-    with pytest.raises(UnsupportedProblem, match=r"sm80 .* no fp64"):
-        planned(problem("fp64"))
-    assert planned(problem("fp64"), "mem_eff") == "simt"
+    with pytest.raises(UnsupportedProblem, match=r"sm80 .* heads of 200 > 128 in fp64"):
+        planned(problem("fp64", 200))
+    assert planned(problem("fp64", 200), "mem_eff") == "simt"
 
 
 def test_what_no_kernel_serves_raises_whoever_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ def test_explain_goes_on_where_the_compiler_does_not_know_the_device(monkeypatch
     ("arguments", "expected"),
     [
         (["--device=v100", "--varlen"], "not sm80   needs sm_80"),
-        (["--dtype=fp64"], "not sm80   no fp64 (has fp16, bf16, fp32)"),
+        (["--dtype=fp64", "--dim=160"], "not sm80   heads of 160 > 128 in fp64"),
         (["--dim=320"], "not sm80   dim_qk 320 > 256; dim_v 320 > 256"),
         (["--family=simt"], "family     simt"),
         (["--varlen", "--page-size=16", "--len=100"], "forward bf16 b2 h16 s100x100 d128 varlen pages16"),

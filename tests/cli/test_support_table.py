@@ -113,22 +113,25 @@ def test_what_a_family_does_not_run() -> None:
     lines = {what.removeprefix("| "): runs_on for what, runs_on in lines.items()}
     assert lines["fp16 and bf16"] == "all"
     assert lines["every head dimension up to 256"] == "`sm80`, `simt`, NumPy"
-    assert lines["fp32"] == "`sm80`, `simt`, NumPy"
-    assert lines["fp64"] == lines["head dimensions up to 1024"] == "`simt`, NumPy"
+    assert lines["fp32"] == lines["fp64"] == "`sm80`, `simt`, NumPy"
+    assert lines["head dimensions up to 1024"] == "`simt`, NumPy"
     assert lines["head dimensions above 1024"] == "NumPy"
     assert lines["capture in a CUDA graph"] == "`sm90`, `sm80`, `simt`"
     assert lines[f"split keys: {FEATURES['split keys'].words}"] == "`sm80`, `simt`"
     assert lines["keys appended to it in place, and turned by rotary embeddings"] == "`sm80`, `simt`, NumPy"
     wide = "with gradients of heads up to 256; fp16 and bf16, head dimensions up to 576, sm_90a alone.\n"
     assert f"wgmma, fed by bulk copies, {wide}" in table()
-    assert "cp.async, of fp32 in halves; fp16, bf16 and fp32, head dimensions up to 256, sm_80 and newer" in table()
+    assert (
+        "of fp32 in halves, of fp64 up to head dimension 128; fp16, bf16, fp32 and fp64, head dimensions up to 256, "
+        in table()
+    )
 
 
 def test_everything_but_size_and_precision_runs_on_sm80_and_simt() -> None:
     """In each direction that a row is about; a family that lacks a feature is not in the row."""
     runs_on = {row.what: families_of(row) for row in ROWS}
     assert {what for what, families in runs_on.items() if families != "all" and "`sm80`, `simt`" not in families} == {
-        "fp64", "head dimensions up to 1024", "head dimensions above 1024",
+        "head dimensions up to 1024", "head dimensions above 1024",
     }  # fmt: skip
 
 

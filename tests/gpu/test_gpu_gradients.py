@@ -53,6 +53,21 @@ def test_fifty_deterministic_repeats_are_bit_equal(cp: Any, dims: tuple[int, int
         assert gradients() == first
 
 
+@pytest.mark.parametrize("batch", [2, 3], ids=["added", "summed"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@by_dims
+def test_fifty_gradients_of_a_shared_bias_are_bit_equal(cp: Any, dims: tuple[int, int], dtype: str, batch: int) -> None:
+    arrays = drawn(dims, (280, 150), batch, heads=(2, 1))[:4]
+    q, k, v, dout = (cp.asarray(x.astype(dtype)) for x in arrays)
+    bias = random(1, 2, 280, 150).astype(dtype)
+    _, pullback = cuflash.flash_attn_vjp(q, k, v, attn_bias=cp.asarray(bias), bias_grad=True)
+    first = pullback(dout).dbias
+    exact, naive = (f(*(x.astype(dtype) for x in arrays), bias=bias) for f in (oracle.attention, oracle.naive_in_dtype))
+    oracle.assert_close(first.get(), exact.dbias, naive.dbias, "dbias", np.dtype(dtype))
+    for _ in range(49):
+        assert (pullback(dout).dbias == first).all()
+
+
 @by_dims
 def test_fifty_repeats_of_packed_sequences_are_bit_equal(cp: Any, dims: tuple[int, int]) -> None:
     q, k, v, dout, _ = map(cp.asarray, drawn(dims, (420, 700)))

@@ -37,7 +37,8 @@ KERNELS = {
     f"{family}-{dtype}": (name, DTYPES[dtype])
     for family, name, dtypes in (
         ("sm90", ("sm90", "sm80"), ("fp16", "bf16")),  # whatever Hopper's kernels leave
-        ("sm80", "sm80", ("fp16", "bf16")),
+        ("sm80", "sm80", ("fp16", "bf16", "fp32")),
+        ("sm80", ("sm80", "simt"), ("fp64",)),  # heads over 128 have no other
         ("simt", "simt", ("fp16", "fp32", "fp64")),
     )
     for dtype in dtypes

@@ -12,6 +12,7 @@ import oracle
 import pytest
 from host.build import why_not
 from host.run import run_plan_on_host
+from inputs import scaled
 
 from cuflash.cases.inputs import Normals, make
 from cuflash.cases.sets import exactness
@@ -68,26 +69,6 @@ def test_references_that_creep_far_do_not_round():
     np.testing.assert_allclose(lse, exact.lse, rtol=2**-22)
 
 
-def scaled(kind: str, rng: np.random.Generator, rows: int, keys: int, dim: int) -> list[np.ndarray]:
-    """q, k, v and dout in fp32, of one head."""
-    q, k, v, dout = (rng.standard_normal((n, dim)) for n in (rows, keys, keys, rows))
-    channels = np.exp2(rng.integers(-10, 11, dim))
-    match kind:
-        case "large":
-            q, k, v = q * 2.0**-60, k * 2.0**60, v * 2.0**40
-        case "tiny":
-            q, k, v, dout = (x * 2.0**-100 for x in (q, k, v, dout))
-        case "channels":  # what is small in q is large in k
-            q, k, v = q * channels, k / channels, v * channels
-        case "keys":
-            v *= np.exp2(rng.integers(-30, 31, (keys, 1)))
-        case "lognormal":
-            q, k, v, dout = (x * np.exp(rng.standard_normal(x.shape)) for x in (q, k, v, dout))
-        case "hidden":  # behind the causal mask
-            k[rows:], v[rows:] = k[rows:] * 1e6, v[rows:] * 1e25
-    return [x.astype(np.float32)[None, :, None] for x in (q, k, v, dout)]
-
-
 def hold(name: str, x: np.ndarray, exact: np.ndarray, naive: np.ndarray, kind: str) -> None:
     """An error of twice naive's and a rounding of the numbers; column by column where small columns must count too."""
 
@@ -101,7 +82,7 @@ def hold(name: str, x: np.ndarray, exact: np.ndarray, naive: np.ndarray, kind: s
 @pytest.mark.parametrize("kind", ["normal", "large", "tiny", "channels", "keys", "lognormal", "hidden"])
 def test_floats_in_halves_are_as_exact_as_naive_floats(kind):
     rows, keys, dim = 64, 160, 32
-    q, k, v, dout = scaled(kind, np.random.default_rng(9), rows, keys, dim)
+    q, k, v, dout = scaled(kind, rows, keys, dim, seed=9)
     hidden = kind == "hidden"
     mask = Mask(right=0, alignment="top-left") if hidden else Mask()
     problem = Problem("forward", FP32, 1, 1, 1, rows, keys, dim, dim, mask=mask, softmax_scale=dim**-0.5, num_splits=1)

@@ -368,6 +368,42 @@ CASES |= {
     for name, case in HOPPER.items()
 }
 
+# Two pairs share an element of the bias, to whose gradient both are added.
+CASES |= {
+    "bias-two": dense("bf16", (2, 2), (70, 90), (64, 64), batch=2, bias_axes="hqk"),
+    "bias-two-heads-fp32": dense("fp32", (2, 1), (70, 90), (64, 64), batch=3, bias_axes="bqk", mask=WINDOW),
+    "bias-two-fp64": dense("fp64", (2, 1), (70, 40), (40, 24), batch=2, bias_axes="hqk", bias=FP32),
+    "bias-two-short": dense("fp16", (5, 5), (60, 64), (32, 32), batch=2, num_sms=2, bias_axes="hqk"),
+    "simt-bias-two": dense("fp32", (2, 1), (70, 90), (32, 32), family="simt", batch=2, bias_axes="hqk"),
+    "sm90-bias-two": dense(
+        "bf16", (2, 2), (150, 290), (64, 64), batch=2, bias_axes="hqk", bias_boxes=True, mask=CAUSAL, family="sm90"
+    ),
+    "sm90-bias-two-d256": dense(
+        "bf16", (2, 2), (150, 140), (256, 256), bias_axes="qk", bias_boxes=True, family="sm90"
+    ),
+    "sm90-bias-two-varlen": packed(
+        "bf16", (1, 1), (150, 90), (140, 200), (64, 64), tail=2, bias_axes="hqk", bias_boxes=True, family="sm90"
+    ),
+}  # fmt: skip
+
+# Doubles on sm80 are multiplied as they are.
+CASES |= {
+    "fp64-d64": dense("fp64", (2, 2), (140, 150), (64, 64), batch=2),
+    "fp64-d64-causal": dense("fp64", (4, 2), (150, 200), (64, 64), mask=CAUSAL),
+    "fp64-d128-window": dense("fp64", (2, 1), (150, 100), (128, 128), mask=WINDOW),
+    "fp64-d128-99KB": dense("fp64", (1, 1), (70, 90), (128, 80), device="a10"),
+    "fp64-d40-dv24": dense("fp64", (1, 1), (70, 90), (40, 24), bias_axes="hk", bias=FP32),
+    "fp64-copy-8": dense("fp64", (1, 1), (70, 40), (33, 7), copy_bytes=8, mask=CAUSAL),
+    "fp64-deterministic": dense("fp64", (2, 1), (70, 200), (64, 64), mask=CAUSAL, deterministic=True),
+    "fp64-splits": dense("fp64", (8, 2), (3, 500), (64, 64), num_splits=4),
+    "fp64-varlen-everything": packed(
+        "fp64", (4, 2), (40, 70, 3), (150, 90, 60), (32, 32), seqused_q=(40, 50, 1), seqused_kv=(41, 0, 60), tail=3,
+        mask=CAUSAL, mask_axes="bhqk", alibi_axes="bh", bias_axes="bhqk", softcap=3.0, sink=True, dropout="byte",
+    ),
+    "fp64-dropout-word": dense("fp64", (2, 1), (50, 71), (32, 32), dropout="word", mask=WINDOW),
+    "fp64-paged": paged("fp64", 16, (2, 1), (1, 70), (100, 90), (64, 64), mask=CAUSAL),
+}  # fmt: skip
+
 # Floats on sm80 are split into halves.
 CASES |= {
     "fp32-d64": dense("fp32", (2, 2), (140, 150), (64, 64), batch=2),

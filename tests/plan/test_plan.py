@@ -20,6 +20,7 @@ from cuflash.jit import sources
 from cuflash.masks import Mask
 from cuflash.mods import tanh, trace
 from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
+from cuflash.plan.bias import needs_zeros
 from cuflash.plan.families.sm90 import ForwardConfig, heads_per_section, key_heads_per_section
 from cuflash.problem import Blocks, Problem, visible_pairs
 
@@ -268,7 +269,7 @@ def test_pages_have_no_gradients() -> None:
             {"dtype": dtypes.FP64, "dim_qk": 300, "dim_v": 2000},
             {
                 "sm90": ["needs sm_90a", "no fp64 (has fp16, bf16)", "dim_v 2000 > 576"],
-                "sm80": ["needs sm_80", "no fp64 (has fp16, bf16, fp32)", "dim_qk 300 > 256", "dim_v 2000 > 256"],
+                "sm80": ["needs sm_80", "dim_qk 300 > 256", "dim_v 2000 > 256"],
                 "simt": ["dim_v 2000 > 1024"],
             },
         ),
@@ -309,8 +310,8 @@ def test_nothing_runs_it() -> None:
 
 def test_the_named_family_does_not_run_it() -> None:
     with pytest.raises(UnsupportedProblem) as error:
-        choose(replace(BASE, dtype=dtypes.FP64), named("h100"), "sm80")
-    assert "sm80    no fp64" in str(error.value) and "simt" not in str(error.value)
+        choose(replace(BASE, dtype=dtypes.FP64, dim_v=200), named("h100"), "sm80")
+    assert "sm80    heads of 200 > 128 in fp64" in str(error.value) and "simt" not in str(error.value)
     with pytest.raises(InvalidArgument, match=r"there is no kernel family 'sm75'; there are: sm90, sm80, simt"):
         choose(BASE, named("h100"), ("sm80", "sm75"))
     with pytest.raises(InvalidArgument, match="there is no kernel family 'nope'"):
@@ -357,7 +358,7 @@ def test_explanation() -> None:
 def test_explanation_of_a_family_that_was_asked_for() -> None:
     explanation = explain(replace(BASE, num_splits=0, len_q=700), named("h100"), "sm80")
     assert str(explanation).splitlines()[-2:] == ["  not sm90   not asked for", "  not simt   sm80 comes first"]
-    assert str(explain(replace(BASE, dtype=dtypes.FP64), named("h100"), "sm80")).splitlines()[-1:] == [
+    assert str(explain(replace(BASE, dtype=dtypes.FP64, dim_v=200), named("h100"), "sm80")).splitlines()[-1:] == [
         "  not simt   not asked for"
     ]
 
@@ -961,16 +962,45 @@ def test_many_short_sequences_have_kernels_of_their_own(sizes: dict, forward: st
 
 @pytest.mark.parametrize("broadcast", [(True, False, False, False), (True, True, False, False)], ids=["batch", "heads"])
 def test_a_bias_shared_by_batch_or_heads_is_summed_by_wgmma(broadcast: tuple[bool, ...]) -> None:
-    problem = replace(GRADIENTS, dim_qk=64, dim_v=64, bias=dtypes.BF16, bias_grad=True, bias_broadcast=broadcast)
+    problem = replace(
+        GRADIENTS, batch=3, dim_qk=64, dim_v=64, bias=dtypes.BF16, bias_grad=True, bias_broadcast=broadcast
+    )
     names = [step.kernel for step in choose(problem, H100).steps]
     assert "bwd_bias_sm90" in names and "bwd_bias_sm80" not in names
     along_rows = replace(problem, bias_broadcast=(True, False, True, False))
     assert "bwd_bias_sm80" in [step.kernel for step in choose(along_rows, H100).steps]
 
 
+@pytest.mark.parametrize("family", ["sm80", "simt"])
+def test_what_two_share_is_added_in_place(family: str) -> None:
+    """Then 0 + a + b does not depend on which of them comes first."""
+    bias = {"bias": dtypes.BF16, "bias_grad": True, "bias_broadcast": (True, False, False, False)}
+    problem = replace(GRADIENTS, dtype=dtypes.FP32, heads_q=2, heads_kv=2, dim_qk=64, dim_v=64, **bias)
+    cases = [
+        ({}, "Added"),
+        ({"batch": 1}, "Stored"),
+        ({"bias_broadcast": (False, True, False, False)}, "Added"),
+        ({"bias_broadcast": (False,) * 4}, "Stored"),
+        ({"batch": 3}, None),
+        ({"bias_broadcast": (True, True, False, False)}, None),
+        ({"len_q": 2, "bias_broadcast": (False, False, True, False)}, None),
+        ({"softcap": 2.0}, None),
+        ({"dtype": dtypes.BF16}, None),
+    ]
+    for changes, way in cases:
+        changed = replace(problem, **changes)
+        policies = {
+            step.config.bias_gradient
+            for step in choose(changed, H100, family).steps
+            if "dq" in step.kernel or step.kernel in ("bwd_sm90", "bwd_sm80")
+        }
+        assert policies == {f"{way}BiasGradient<float>" if way else "NoBiasGradient"}, changes
+        assert needs_zeros(changed) == (way == "Added")
+
+
 def test_explanation_of_a_hopper_backward() -> None:
     summed = {"bias_grad": True, "bias_broadcast": (True, False, False, False)}
-    problem = replace(GRADIENTS, dim_qk=128, dim_v=128, bias=dtypes.BF16, sink=True, **summed)
+    problem = replace(GRADIENTS, batch=3, dim_qk=128, dim_v=128, bias=dtypes.BF16, sink=True, **summed)
     plan, lines = choose(problem, H100), str(explain(problem, H100)).splitlines()
     assert lines[2] == "  family     sm90: dk and dv take 128 registers, S and dP 64"
     assert lines[3].startswith(

@@ -13,7 +13,7 @@ import numpy as np
 from cuflash.device import Device
 from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
-from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored, sums_on_the_way
+from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_in_place, sums_on_the_way
 from cuflash.plan.config import (
     BIAS_GRADIENT,
     CAPTURED_GRADIENT,
@@ -71,14 +71,25 @@ def _shared_tile(rows: int, cols: int, itemsize: int = 2) -> int:
     return rows * (cols + 8) * itemsize
 
 
-def _in_halves(problem: Problem) -> bool:
-    """Whether elements are floats, which the kernels take as two halves in fp16 (``tile/halves.cuh``)."""
-    return problem.dtype.itemsize == 4
+def _is_wide(problem: Problem) -> bool:
+    """Whether elements are floats, which the kernels take as two halves in fp16 (``tile/halves.cuh``), or doubles."""
+    return problem.dtype.itemsize > 2
 
 
 def _halves_tile(rows: int, cols: int) -> int:
     """Bytes of a ``HalvesTile`` (tile/halves.cuh): floats in two halves, and the scale of every row."""
     return _shared_tile(rows, 2 * cols) + 4 * rows
+
+
+def _double_tile(rows: int, cols: int) -> int:
+    """Bytes of a ``DoubleTile`` (tile/doubles.cuh)."""
+    return rows * cols * 8
+
+
+def _tile(problem: Problem, rows: int, cols: int) -> int:
+    """Bytes of a tile of q, k, v or dout, as the products of its elements take it."""
+    of = {2: _shared_tile, 4: _halves_tile, 8: _double_tile}
+    return of[problem.dtype.itemsize](rows, cols)
 
 
 def held_bias(problem: Problem, tile_q: int, tile_kv: int) -> int:
@@ -94,8 +105,8 @@ def _rounded(problem: Problem) -> tuple[int, int]:
 def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
     """The config of ``forward/sm80.cuh``, and why these tiles."""
     widest = max(_rounded(problem))
-    if _in_halves(problem):
-        return _halves_forward_config(problem, device)
+    if _is_wide(problem):
+        return _first_that_fits(problem, device, _wide_forward_tiles(problem))
     # 32 rows a warp halve the shared-memory reads per product against 16; wide heads leave registers for 16 only.
     if problem.mask.tensor or problem.bias is not None or problem.dropout == "word" or problem.written:
         candidates = [(64, 64, 128, "16 rows a warp: the addresses of another tensor need the registers")]
@@ -114,22 +125,24 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
 
 def _small_forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
     """The config of ``forward/sm80.cuh`` where rows are few or keys are split, and why."""
-    if _in_halves(problem):
-        return _first_that_fits(problem, device, _SMALL_HALVES_TILES)
+    if _is_wide(problem):
+        return _first_that_fits(problem, device, _SMALL_WIDE_TILES)
     return _forward_of(problem, device, 64, 64, 128), "the smallest: few rows, or few keys each"
 
 
-_SMALL_HALVES_TILES = (
+_SMALL_WIDE_TILES = (
     (64, 64, 128, "16 rows a warp: few rows, or few keys each"),
     (64, 32, 128, "16 rows a warp, the largest that fits"),
     (32, 32, 64, "16 rows a warp, the largest that fits"),
 )
-"""Of floats, which are split into halves: twice the shared memory, three times the products."""
+"""Of floats, which are split into halves, and of doubles."""
 
 
-def _halves_forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
-    """The config of ``forward/sm80.cuh`` for floats, and why these tiles."""
+def _wide_forward_tiles(problem: Problem) -> tuple[tuple[int, int, int, str], ...]:
+    """Candidates of ``forward/sm80.cuh`` for floats and doubles."""
     widest = max(_rounded(problem))
+    if problem.dtype.itemsize == 8:
+        return (64, 32, 128, "16 rows a warp: out takes a register for every column"), *_SMALL_WIDE_TILES[1:]
     candidates: list[tuple[int, int, int, str]] = []
     if problem.len_q > 64 and widest <= 128:
         if problem.mask.kind == "none" and problem.len_q >= 1024 and problem.block_mask is None:
@@ -137,8 +150,8 @@ def _halves_forward_config(problem: Problem, device: Device) -> tuple[ForwardCon
             candidates += [(256, 64, 256, "32 rows a warp, eight of which share the keys' halves")]
         candidates += [(128, 64 if widest <= 64 else 32, 128, "32 rows a warp, two blocks an SM")]
     elif widest <= 64:
-        candidates += [_SMALL_HALVES_TILES[0]]
-    return _first_that_fits(problem, device, (*candidates, *_SMALL_HALVES_TILES[1:]))
+        candidates += [_SMALL_WIDE_TILES[0]]
+    return (*candidates, *_SMALL_WIDE_TILES[1:])
 
 
 def _first_that_fits(
@@ -154,10 +167,8 @@ def _first_that_fits(
 
 def _forward_of(problem: Problem, device: Device, tile_q: int, tile_kv: int, threads: int) -> ForwardConfig:
     dim_qk, dim_v = _rounded(problem)
-    if _in_halves(problem):  # results do not leave through shared memory
-        smem = _halves_tile(tile_q, dim_qk) + _halves_tile(tile_kv, dim_qk) + _halves_tile(tile_kv, dim_v)
-    else:
-        smem = _shared_tile(tile_q, max(dim_qk, dim_v)) + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v)
+    columns = dim_qk if _is_wide(problem) else max(dim_qk, dim_v)  # narrow results leave in the place of q
+    smem = _tile(problem, tile_q, columns) + _tile(problem, tile_kv, dim_qk) + _tile(problem, tile_kv, dim_v)
     return ForwardConfig(
         **policies.policies(problem),
         tile_q=tile_q,
@@ -183,7 +194,7 @@ def _few_config(problem: Problem, device: Device) -> tuple[FewConfig, str] | Non
     """The config of ``forward/sm80_few.cuh``, and why; None where rows are many or keys few."""
     rows, widest = problem.len_q * problem.group, max(_rounded(problem))
     if (
-        _in_halves(problem)
+        _is_wide(problem)
         or problem.num_splits == 1
         or problem.dropout
         or problem.block_mask
@@ -317,8 +328,8 @@ def _forward(problem: Problem, device: Device) -> Plan:
 def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, str]:
     """The config of ``backward/sm80.cuh``, whose dq rows ``backward/convert.cuh`` shares; and why these tiles."""
     widest = max(problem.dim_qk, problem.dim_v)
-    if _in_halves(problem):
-        candidates = _halves_backward_tiles(widest)
+    if _is_wide(problem):
+        candidates = _wide_backward_tiles(problem)
     elif widest <= 64:
         # H200, 8k, d 64: 280 TFLOP/s; 16 key rows a warp 236, 64 keys 235; 64 queries 290, but they spill 350 bytes.
         candidates = [(32, 128, 128, 2, 1, "32 key rows a warp halve the shared-memory reads per product against 16")]
@@ -357,17 +368,23 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
     raise AssertionError(f"no backward tile of {problem} fits {device}")
 
 
-def _halves_backward_tiles(widest: int) -> list[tuple[int, int, int, int, int, str]]:
-    """Candidates for floats, which are split into halves: twice the shared memory, three times the products."""
+def _wide_backward_tiles(problem: Problem) -> list[tuple[int, int, int, int, int, str]]:
+    """Candidates for floats, which are split into halves, and for doubles."""
+    widest = max(problem.dim_qk, problem.dim_v)
+    split = "two blocks share the columns of dk and dv, which else overflow the registers"
+    if problem.dtype.itemsize == 8:
+        if widest <= 64:
+            first = [(32, 64, 128, 2, 1, "16 key rows a warp: dk and dv take 128 registers")]
+            return [*first, (16, 64, 128, 1, 1, "the largest that fits")]
+        return [(16, 64, 128, 1, 2, split), (16, 32, 64, 1, 2, "32 keys: what fits")]
+    if widest > 128:
+        return [(16, 64, 128, 1, 2, split)]
     if widest <= 64:
         # H200, 4k, d 64: 79 TFLOP/s; 64 keys 65, 64 x 64 66, 256 keys 79.
         first = [(32, 128, 128, 1, 1, "32 key rows a warp, two blocks an SM")]
-    elif widest <= 128:
+    else:
         # H200, 4k, d 128: 81 TFLOP/s; 64 keys 76, 16 queries 62.
         first = [(32, 128, 256, 1, 1, "16 key rows a warp: dk and dv take 128 registers")]
-    else:
-        why = "two blocks share the columns of dk and dv, which else overflow the registers"
-        return [(16, 64, 128, 1, 2, why)]
     return [*first, (16, 64, 128, 1, 1, "the largest that fits")]
 
 
@@ -375,7 +392,7 @@ def _dq_columns(dim_qk: int, tile_q: int, threads: int, splits: int) -> int:
     """Columns of q and k in the backward's shared memory and in dq_accum (``DqAccum::kDimQk``)."""
     warps = threads // 32
     widest = 4 if dim_qk % (64 * splits) == 0 else 2
-    warps_across = warps // min(warps // widest, tile_q // 16)
+    warps_across = warps // max(1, min(warps // widest, tile_q // 16))
     return round_up(dim_qk, 16 * warps_across * splits)
 
 
@@ -383,19 +400,20 @@ def _backward_smem(problem: Problem, tile_q: int, tile_kv: int, threads: int, st
     """Bytes of ``BackwardSm80::SmemPlan``."""
     dim_qk = _dq_columns(problem.dim_qk, tile_q, threads, splits)
     dim_v = round_up(problem.dim_v, 16 * splits)
-    if _in_halves(problem):
-        stage = _halves_tile(tile_q, dim_qk) + _halves_tile(tile_q, dim_v) + 3 * 4 * tile_q
+    numbers = 3 * problem.dtype.accumulator.itemsize * tile_q
+    stage = _tile(problem, tile_q, dim_qk) + _tile(problem, tile_q, dim_v) + numbers
+    if problem.dtype.itemsize == 4:
         scores = _shared_tile(tile_kv, 2 * tile_q) + 4 * threads // 32 * tile_q
-        return _halves_tile(tile_kv, dim_qk) + _halves_tile(tile_kv, dim_v) + scores + stages * stage
-    stage = _shared_tile(tile_q, dim_qk) + _shared_tile(tile_q, dim_v) + 3 * 4 * tile_q
-    return _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v) + _shared_tile(tile_kv, tile_q) + stages * stage
+    else:
+        scores = _tile(problem, tile_kv, tile_q)
+    return _tile(problem, tile_kv, dim_qk) + _tile(problem, tile_kv, dim_v) + scores + stages * stage
 
 
 def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
     """The launches of ``backward/bias.cuh`` by ``bwd_bias_sm80``."""
-    if problem.bias is None or not problem.bias_grad or is_stored(problem):
+    if problem.bias is None or not problem.bias_grad or is_in_place(problem):
         return BiasSum()
-    if _in_halves(problem):
+    if problem.dtype.itemsize == 8:
         return simt.sum_bias_gradient(problem, device)
     edge_q, edge_kv = (_bias_edge(n) for n in (problem.len_q, problem.len_kv))
     # The largest tile reads the fewest rows for a pair, and the second stage hides how long that takes.
@@ -427,7 +445,7 @@ def _bias_edge(length: int) -> int:
 def _bias_smem(problem: Problem, tile_q: int, tile_kv: int, stages: int) -> int:
     """Bytes of ``BackwardBias::SmemPlan`` with ``BiasTileSm80``."""
     bias = held_bias(problem, tile_q, tile_kv)
-    rows = sum(_shared_tile(tile_q + tile_kv, dim) for dim in _rounded(problem))
+    rows = sum(_tile(problem, tile, dim) for tile in (tile_q, tile_kv) for dim in _rounded(problem))
     return max(bias + stages * (rows + 3 * 4 * tile_q), tile_q * (tile_kv + 1) * 4)
 
 
@@ -452,7 +470,7 @@ def _short_edge(problem: Problem, device: Device) -> int:
     longest = max(problem.len_q, problem.len_kv)
     few = problem.batch * problem.heads_q < 2 * device.num_sms
     widest = max(problem.dim_qk, problem.dim_v)
-    if longest > (64 if few else 128) or widest > 64 or problem.block_mask or _in_halves(problem):
+    if longest > (64 if few else 128) or widest > 64 or problem.block_mask or _is_wide(problem):
         return 0
     return 64 if longest <= 64 else 128
 
@@ -520,7 +538,7 @@ class ShortBackwardConfig(CopyConfig):
 def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | None:
     """The config of ``backward/sm80_short.cuh`` where sequences fit in one of its tiles; else None."""
     edge = _short_edge(problem, device)
-    if not edge or problem.group > 1 or _in_halves(problem):
+    if not edge or problem.group > 1 or _is_wide(problem):
         return None
     dim_qk, dim_v = _rounded(problem)
     stage = 2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + 3 * 4 * edge
@@ -593,7 +611,7 @@ def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int)
     """Row sums, dq in fp32, and whose turn it is to add to it."""
     q_tiles = problem.heads_q * packed_tiles(problem, config.tile_q)
     shape = (q_tiles, config.tile_q, columns)
-    workspaces = (*steps.row_workspaces(problem), Workspace("dq_accum", np.dtype(np.float32), shape, zeroed=True))
+    workspaces = (*steps.row_workspaces(problem), Workspace("dq_accum", problem.dtype.accumulator, shape, zeroed=True))
     if problem.deterministic:
         turns = (q_tiles * config.dim_splits,)
         workspaces += (Workspace("dq_turn", np.dtype(np.int32), turns, zeroed=True),)
@@ -609,26 +627,33 @@ def lists_without_turns(problem: Problem) -> list[str]:
 
 
 def _leave(problem: Problem, device: Device) -> list[str]:
-    """What of floats is left to plain multiply-adds: tangents, and gradients whose least tile does not fit."""
+    """What of floats and doubles is left to plain multiply-adds: tangents, and what does not fit."""
     if turns := lists_without_turns(problem):
         return turns
-    if not _in_halves(problem):
+    if not _is_wide(problem):
         return []
     if problem.tangents is not None:
-        return ["no tangents in fp32"]
+        return [f"no tangents in {problem.dtype}"]
+    widest = max(problem.dim_qk, problem.dim_v)
+    if problem.dtype.itemsize == 8 and widest > _WIDEST_DOUBLE:
+        return [f"heads of {widest} > {_WIDEST_DOUBLE} in {problem.dtype}"]
     if problem.direction == "backward":
-        *_, last = _halves_backward_tiles(max(problem.dim_qk, problem.dim_v))
+        *_, last = _wide_backward_tiles(problem)
         smem = _backward_smem(problem, *last[:-1])
         if smem > device.smem_per_block:
-            return [f"gradients in fp32 need {smem:,} bytes of shared memory"]
+            return [f"gradients in {problem.dtype} need {smem:,} bytes of shared memory"]
     return []
+
+
+_WIDEST_DOUBLE = 128
+"""The largest head whose output in doubles leaves registers for scores."""
 
 
 SM80 = Family(
     name="sm80",
-    summary="tensor cores by mma.sync and cp.async, of fp32 in halves",
+    summary="tensor cores by mma.sync and cp.async, of fp32 in halves, of fp64 up to head dimension 128",
     min_capability=(8, 0),
-    dtypes=("fp16", "bf16", "fp32"),
+    dtypes=("fp16", "bf16", "fp32", "fp64"),
     max_dim=256,
     features=tuple(FEATURES),
     caches=True,

@@ -12,7 +12,7 @@ import numpy as np
 
 from cuflash.device import Device
 from cuflash.plan import policies, steps
-from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_stored, sums_on_the_way
+from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_in_place, sums_on_the_way
 from cuflash.plan.ceiling import Ceiling
 from cuflash.plan.config import BIAS_GRADIENT, HEADER, AttentionConfig, JvpConfig, SequenceConfig
 from cuflash.plan.families import sm90_wide
@@ -479,7 +479,8 @@ def _short_backward(problem: Problem, device: Device) -> Plan | None:
     few = problem.batch * problem.heads_q < 2 * device.num_sms
     sloped = bool(problem.softcap) or problem.score_mod is not None  # so that dS is not the gradient of a bias
     listed = problem.block_mask is not None
-    if not fits or not shared or few or listed or problem.group > 1 or (problem.bias_grad and sloped):
+    other = listed or is_in_place(problem) or problem.group > 1 or (problem.bias_grad and sloped)
+    if not fits or not shared or few or other:
         return None
     tile_q = 64
     tiles = 2 * _SHORT * 128 * sum(2 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
@@ -529,7 +530,7 @@ def _sum_bias_gradient(problem: Problem, device: Device, boxes: tuple[Box, ...])
     """The launches that sum a bias' gradient, by ``bwd_bias_sm90`` where batch and heads alone share elements."""
     along_rows, along_keys = problem.bias_broadcast[2:]
     widest = max(problem.dim_qk, problem.dim_v)
-    if problem.bias is None or not problem.bias_grad or is_stored(problem) or along_rows or along_keys or widest > 64:
+    if problem.bias is None or not problem.bias_grad or is_in_place(problem) or along_rows or along_keys or widest > 64:
         return sum_bias_gradient(problem, device)
     if problem.block_mask is not None:  # of which its kernel walks no lists
         return sum_bias_gradient(problem, device)

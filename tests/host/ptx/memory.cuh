@@ -18,6 +18,10 @@ inline uint32 smem_u32(const void* pointer) {
 
 inline void red_add(float* address, float x) { *address += x; }
 inline void red_add(double* address, double x) { *address += x; }
+template <class Real>
+void add_to(Real* address, Real x) {
+  *address += x;
+}
 inline void red_add_x4(float* address, const float (&x)[4], bool some) {
   if (!some) return;
   if (reinterpret_cast<size_t>(address) % 16 != 0) host::fail("red_add_x4: an address is not a multiple of 16");

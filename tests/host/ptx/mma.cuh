@@ -1,4 +1,4 @@
-// The host twin of kernels/ptx/mma.cuh: products and sums in float, elements where the PTX manual's figures put them.
+// The host twin of kernels/ptx/mma.cuh: products and sums in float or double, elements where the PTX manual's figures put them.
 #pragma once
 
 #include "block.hpp"
@@ -29,6 +29,19 @@ template <class Element>
 void mma_m16n8k16(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
   Mma<Element> operands{c, a, b0, b1};
   host::execute(Mma<Element>::kInstruction, &operands);
+}
+
+struct MmaDouble {
+  double* c;
+  const double *a, *b;
+
+  static void run(void* const* lanes);
+  static constexpr host::Instruction kInstruction{"mma_m16n8k16 of doubles", run};
+};
+
+inline void mma_m16n8k16(double (&c)[4], const double (&a)[8], const double (&b)[4]) {
+  MmaDouble operands{c, a, b};
+  host::execute(MmaDouble::kInstruction, &operands);
 }
 
 template <class Element>
