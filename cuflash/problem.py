@@ -205,6 +205,7 @@ class Problem:
             ("scores", ", ".join(score)),
         ]
         lines += [("appended", f"{self.appended} keys to each sequence of the cache")] if self.appended else []
+        lines += [("left padding", "before the keys of each sequence")] if self.leftpad else []
         lines += [("rotary", f"turns {self.rotary.dim} columns")] if self.rotary else []
         lines += [("dropout", f"by the {self.dropout} scheme")] if self.dropout else []
         lines += [("wanted", "the gradient of the bias too")] if self.bias_grad else []
@@ -227,6 +228,7 @@ class Problem:
         parts += [self.layout] if self.layout != "dense" else []
         parts += [f"pages{self.page_size}"] if self.page_size else []
         parts += [f"append{self.appended}"] if self.appended else []
+        parts += ["leftpad"] if self.leftpad else []
         parts += [f"rotary{self.rotary.dim}"] if self.rotary else []
         parts += [self.mask.kind] if self.mask.kind != "none" else []
         parts += ["mask"] if self.mask.tensor else []

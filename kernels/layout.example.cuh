@@ -103,6 +103,8 @@ static_assert(CF_OFFSET(FwdParams, pages) == 496, "host layout");
 static_assert(CF_OFFSET(FwdParams, append) == 536, "host layout");
 static_assert(CF_OFFSET(FwdParams, heads_per_section) == 672, "host layout");
 static_assert(CF_OFFSET(FwdParams, tickets) == 680, "host layout");
+static_assert(CF_OFFSET(FwdParams, part_slots) == 688, "host layout");
+static_assert(CF_OFFSET(FwdParams, heads_in_step) == 696, "host layout");
 static_assert(CF_OFFSET(FwdParams, q_map) == 704, "host layout");
 static_assert(CF_OFFSET(FwdParams, k_map) == 832, "host layout");
 static_assert(CF_OFFSET(FwdParams, v_map) == 960, "host layout");

@@ -118,6 +118,9 @@ struct FwdParams {
   int heads_per_section;      // heads whose tiles are worked on together, so that their keys stay in L2; sm90 only
   int* tickets;               // zeroed, and zero again at the end; null: none. sm90: [2], works drawn so far, blocks done;
                               // sm80_few: parts of each query tile that are there
+  int* part_slots;            // [query tiles, 2] the first slot of a query tile's parts, and how many there are; sm90's
+                              // KeyRanges alone (attention/ranges.cuh)
+  int heads_in_step;          // key heads whose blocks walk the same keys at a time, KeyRanges alone; divides heads_kv
   TensorMap q_map;            // boxes of q, k, v, out and attention.bias; sm90 only
   TensorMap k_map;
   TensorMap v_map;

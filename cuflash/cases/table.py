@@ -301,6 +301,9 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ("bf16", "96", ("long", "long_causal")),
         ("bf16", "128", ("deterministic", "dbias")),
         ("bf16", "256", ("varlen_causal", "everything", "deterministic")),
+        ("bf16", "64", ("paged16", "paged48", "paged256", "paged_everything")),
+        ("bf16", "128", ("paged16", "paged256")),
+        ("bf16", "256", ("paged48",)),
         ("bf16", "64x256", ("",)),
         ("fp16", "64", ("", "causal", "long")),
         ("fp16", "128", ("", "softcap")),
@@ -383,16 +386,24 @@ CASES: dict[str, Case] = {case.id: case for case in _table()}
 
 
 def _caches() -> Iterator[Case]:
-    """Caches that are appended to: in pages, pairs of neighbours; dense, not turned; of odd width, pairs of halves."""
+    """Caches that are appended to: in pages, pairs of neighbours; dense, not turned; of odd width, pairs of halves.
+
+    And few queries on Hopper, whose blocks share the keys in equal ranges.
+    """
+    few = {"len_q": 12, "heads_q": 8, "num_splits": 0}
     rows: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         ("sm80", "bf16", "128", {"page_size": 16, "rotary": Rotary(128, True, DTYPES["fp32"], False)}),
         ("simt", "fp32", "64", {}),
         ("simt", "fp64", "33", {"rotary": Rotary(32, False, DTYPES["fp64"], True)}),
+        ("sm90", "bf16", "128", {"page_size": 16, "rotary": Rotary(128, True, DTYPES["fp32"], False)} | few),
+        ("sm90", "bf16", "64", {"page_size": 256} | few),
+        ("sm90", "bf16", "256", few),
+        ("sm90", "fp16", "128", {"len_q": 103, "heads_q": 4}),
     )
     for family, dtype, dims, changes in rows:
         base = _case(family, "forward", dtype, dims, "causal")
         sizes: dict[str, Any] = {"len_q": 3, "appended": 3, "total_kv": 2 * _LEN_KV}
-        problem = replace(base.problem, layout="cache", **sizes, **changes)
+        problem = replace(base.problem, layout="cache", **sizes | changes)
         yield Case(f"fwd_{family}-{dtype}-d{dims}-append", family, problem)
 
 

@@ -30,11 +30,11 @@ class TensorMap:
     """All of a map but its address."""
 
     dtype: DType
-    dims: tuple[int, int, int, int]
-    """Elements along each dimension, innermost first."""
-    strides: tuple[int, int, int]
+    dims: tuple[int, ...]
+    """Elements along each of four or five dimensions, innermost first."""
+    strides: tuple[int, ...]
     """Bytes between neighbours along every dimension but the first, whose elements are contiguous."""
-    box: tuple[int, int, int, int]
+    box: tuple[int, ...]
     """Elements of one copy along each dimension."""
     back: int = 0
     """Bytes from the map's first element to the tensor's."""
@@ -82,6 +82,28 @@ def ragged(dtype: DType, dim: int, total_rows: int, heads: int, strides: tuple[i
     return TensorMap(dtype, dims, (row, row, head), box, back=total_rows * row)
 
 
+def ragged_group(
+    dtype: DType, dim: int, total_rows: int, heads: int, strides: tuple[int, int], box: tuple[int, int]
+) -> TensorMap:
+    """The same with coordinates (column, head, Y - L + r, s + L); ``box`` is of heads and rows."""
+    row, head = _legal((total_rows, heads), strides)
+    dims, steps = (dim, heads, total_rows, total_rows + 1), (head, row, row)
+    return TensorMap(dtype, dims, steps, (_BOX_BYTES // dtype.itemsize, *box, 1), back=total_rows * row)
+
+
+def paged(
+    dtype: DType, dim: int, rows: int, heads: int, pages: int, strides: tuple[int, int, int], box_rows: int
+) -> TensorMap:
+    """A (page, row, head, dim) tensor whose boxes end where what is used of a page does.
+
+    Row r of a page of which L rows are used is at (column, Y - L + r, L, head, page), where Y is ``rows``. Both middle
+    dimensions step from row to row as in :func:`ragged`.
+    """
+    row, head, page = _legal((rows, heads, pages), strides)
+    dims, box = (dim, rows, rows + 1, heads, pages), (_BOX_BYTES // dtype.itemsize, box_rows, 1, 1, 1)
+    return TensorMap(dtype, dims, (row, row, head, page), box, back=rows * row)
+
+
 def _legal(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, where those along a dimension of one element, which may be anything, are ones that the driver takes."""
     return tuple(stride if n > 1 else 16 for n, stride in zip(sizes, strides, strict=True))
@@ -99,8 +121,9 @@ def encoder(tensor: TensorMap, device: int) -> Callable[[int], tuple[int, ...]]:
         If the driver is too old to know tensor maps, or (by the function) refuses this one.
     """
     driver = _driver()
-    dims, strides = (ctypes.c_uint64 * 4)(*tensor.dims), (ctypes.c_uint64 * 3)(*tensor.strides)
-    box, element_strides = (ctypes.c_uint32 * 4)(*tensor.box), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
+    rank = len(tensor.dims)
+    dims, strides = (ctypes.c_uint64 * rank)(*tensor.dims), (ctypes.c_uint64 * (rank - 1))(*tensor.strides)
+    box, element_strides = (ctypes.c_uint32 * rank)(*tensor.box), (ctypes.c_uint32 * rank)(*[1] * rank)
     data_type, words = _DATA_TYPES[tensor.dtype.name], ctypes.c_uint64 * 24
 
     # https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__TENSOR__MEMORY.html
@@ -109,8 +132,8 @@ def encoder(tensor: TensorMap, device: int) -> Callable[[int], tuple[int, ...]]:
         memory = words()
         first = -(ctypes.addressof(memory) // 8) % 8  # the driver wants the map aligned to 64 bytes
         arguments = (
-            ctypes.byref(memory, 8 * first), data_type, 4, ctypes.c_void_p(address - tensor.back), dims, strides, box,
-            element_strides, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTIONS[tensor.promotion], _FILL_WITH_ZEROS,
+            ctypes.byref(memory, 8 * first), data_type, rank, ctypes.c_void_p(address - tensor.back), dims, strides,
+            box, element_strides, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTIONS[tensor.promotion], _FILL_WITH_ZEROS,
         )  # fmt: skip
         status = driver.cuTensorMapEncodeTiled(*arguments)
         if status == _INVALID_CONTEXT:  # a thread on which nothing of CUDA has run yet

@@ -54,6 +54,7 @@ def template(
             block["attention"][f"{listing.side}_lines_{axis}"] = lines
     if problem.direction == "forward":
         block["num_splits"] = plan.num_splits
+        block["heads_in_step"] = plan.heads_in_step
         block["heads_per_section"] = heads_per_section(problem)
         block["empty_lse"], block["tail_lse"] = options.empty_lse, options.tail_lse
         if problem.dropout:
@@ -183,7 +184,8 @@ def filler(
     encoders = []
     for name, tensor in maps.items():
         first = _word(params, f"{name}_map")
-        encoders.append((slice(first, first + 16), names.index(name), jit.tensormap.encoder(tensor, device)))
+        read = "rotated" if name == "q" and "rotated" in names else name
+        encoders.append((slice(first, first + 16), names.index(read), jit.tensormap.encoder(tensor, device)))
 
     def fill(numbers: tuple[int, ...]) -> ctypes.Array:
         filled: Any = copy()

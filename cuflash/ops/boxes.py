@@ -25,24 +25,29 @@ def tensor_map(
     """The map of a tensor but for its address; None without elements, when there is no box to copy."""
     if problem.bias and box.tensor == "bias":
         return _bias_map(box, problem.bias, views["bias"])
-    varlen = problem.layout == "varlen" and not (problem.page_size and box.tensor in ("k", "v"))  # pages are batches
-    axes = dict(zip(options.axes(varlen), shape_and_steps(box.tensor, views, shapes), strict=True))
+    # Pages lie like batches; queries are read where they have been turned into.
+    packed = problem.layout == "varlen" and not (problem.page_size and box.tensor in ("k", "v"))
+    read = "rotated" if box.tensor == "q" and problem.rotary is not None else box.tensor
+    axes = dict(zip(options.axes(packed), shape_and_steps(read, views, shapes), strict=True))
     dim, _ = axes.pop("d")
     sizes = {axis: n for axis, (n, _) in axes.items()}
     strides = {axis: step * problem.dtype.itemsize for axis, (_, step) in axes.items()}
     if 0 in sizes.values():
         return None
-    if varlen:
+    if packed:
         row, head = strides["total"], strides["h"]
-        return jit.tensormap.ragged(problem.dtype, dim, sizes["total"], sizes["h"], (row, head), box.rows)
+        if box.heads > 1:
+            boxes = box.heads, box.rows // box.heads
+            return jit.tensormap.ragged_group(problem.dtype, dim, sizes["total"], sizes["h"], (row, head), boxes)
+        tensor = jit.tensormap.ragged(problem.dtype, dim, sizes["total"], sizes["h"], (row, head), box.rows)
+        return replace(tensor, promotion=128) if box.once else tensor
     row, head, whole = strides["s"], strides["h"], strides["b"]
     if box.heads > 1:
         sizes_in, steps = (sizes["h"], sizes["s"], sizes["b"]), (head, row, whole)
         return jit.tensormap.grouped(problem.dtype, dim, sizes_in, steps, (box.heads, box.rows // box.heads))
-    whole_map = jit.tensormap.dense(
-        problem.dtype, dim, sizes["s"], sizes["h"], sizes["b"], (row, head, whole), box.rows
-    )
-    return replace(whole_map, promotion=128) if box.once else whole_map
+    make = jit.tensormap.paged if box.ends else jit.tensormap.dense
+    tensor = make(problem.dtype, dim, sizes["s"], sizes["h"], sizes["b"], (row, head, whole), box.rows)
+    return replace(tensor, promotion=128) if box.once else tensor
 
 
 def _bias_map(box: Box, dtype: DType, view: View) -> jit.tensormap.TensorMap | None:

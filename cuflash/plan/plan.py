@@ -28,6 +28,8 @@ class Box:
     """Of the rows, neighbours are those of as many heads, and then those of the next query."""
     once: bool = False
     """Nobody else reads what is in it."""
+    ends: bool = False
+    """Of a page or cache, it ends where the rows that are in use do."""
 
 
 _SIZES: tuple[tuple[set[str], str], ...] = (
@@ -111,6 +113,8 @@ class Plan:
     """What the main kernel can reach at most; None where nobody has counted."""
     num_splits: int = 1
     """Blocks that share the keys of one query tile of a forward."""
+    heads_in_step: int = 1
+    """Key heads whose blocks walk the same keys at a time, where blocks share all keys in ranges; forward only."""
     division: str = ""
     """Why so many, and what shares a tile, in words (``plan/splits.py``); forward only."""
     bias_parts: int = 1

@@ -90,6 +90,20 @@ def deal(problem: Problem, device: Device, few: ForwardConfig) -> tuple[Division
     return Division(grouped, max(1, parts), together + why), blocks, "KeyRanges"
 
 
+_BUSY = 0.95
+"""Of all blocks, what may be busy for the sake of heads that go in step."""
+
+
+def heads_in_step(heads: int, blocks: int) -> int:
+    """The most heads whose blocks can walk the same keys at a time (``attention/ranges.cuh``), in whole teams.
+
+    Heads of a key are neighbours in memory. H200: a block for each of 8 heads of 64 times 4k keys 246 us, blocks with
+    keys of one head at places of their own 259.
+    """
+    teams = (size for size in range(1, heads + 1) if heads % size == 0 and blocks // size * size >= _BUSY * blocks)
+    return max(teams, default=1)
+
+
 def _asked(problem: Problem, config: ForwardConfig) -> tuple[int, str]:
     """The number of splits that a call asks for, of those that there can be, and why."""
     num_splits = max(1, min(problem.num_splits, -(-problem.len_kv // config.tile_kv)))

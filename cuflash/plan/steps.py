@@ -22,6 +22,8 @@ class CombineConfig(SequenceConfig):
     score: str = field(metadata={HEADER: "attention/score.cuh"})
     """For its unit, which rows' states are in."""
     sink: str = field(metadata={HEADER: "attention/softmax.cuh"})
+    split: str = field(default="KeySplits", metadata={HEADER: "attention/ranges.cuh"})
+    """KeySplits, KeyRanges."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,19 +123,20 @@ def rotated(problem: Problem) -> tuple[Workspace, ...]:
     return (Workspace("rotated", problem.dtype.numpy, shape),)
 
 
-def combine_step(problem: Problem) -> Step:
+def combine_step(problem: Problem, split: str = "KeySplits") -> Step:
     """The last launch of a forward whose keys are split."""
+    # Eight parts at once take 168 registers of fp64; where parts of ranges are takes more than 80 of fp32.
+    fp32 = problem.dtype.accumulator.itemsize == 4
     config = CombineConfig(
         element=problem.dtype.cuda,
         sequence=policies.sequence(problem),
         dim_v=problem.dim_v,
         threads=128,
-        blocks_per_sm=6
-        if problem.dtype.accumulator.itemsize == 4
-        else 2,  # else eight parts at once take 168 registers
+        blocks_per_sm=(5 if split == "KeyRanges" else 6) if fp32 else 2,
         tile_q=8,
         score=policies.unit_score(problem),
         sink=policies.sink(problem),
+        split=split,
     )
     return Step("fwd_combine", "FwdParams", config, query_blocks(problem, config.tile_q))
 

@@ -202,10 +202,13 @@ def _in_pages(case: Case, rng: np.random.Generator, limits: Limits) -> Case:
     problem = case.problem
     room = limits.elements // (problem.heads_kv * max(problem.dim_qk, problem.dim_v))
     size = min(room, int(rng.choice([1, 16, 48, int(rng.integers(1, 301)), _log_uniform(rng, 300)])))
+    if case.family == "sm90":  # whose kernels have as a constant what a page and a tile have in common
+        common = math.gcd(problem.page_size, 128)
+        size = common * (size // common // 2 * 2 + 1)
     case = replace(case, problem=replace(problem, page_size=size))
     needed = sum(case.pages)
     count = needed + int(rng.choice([0, 1, 7])) if rng.random() < 0.7 else _log_uniform(rng, max(needed, 1))
-    return replace(case, problem=replace(case.problem, total_kv=min(count, room // size) * size))
+    return replace(case, problem=replace(case.problem, total_kv=min(count, max(1, room // size)) * size))
 
 
 def _shares_keys(problem: Problem) -> bool:

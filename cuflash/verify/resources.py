@@ -47,6 +47,7 @@ _FEW_256 = "what the next query tile's keys are loaded by lives on while parts a
 _COMBINE = "held to 80 registers so that six blocks share a multiprocessor"
 _WIDE = "NVRTC 12 keeps more alive beside the 128 registers of out than 13, which spills nothing"
 _WORK = "consumers keep what belongs to a work in memory; in the loops over tiles only the softmax's rare branch spills"
+_PAGES = "what finds pages passes through memory once a tile, in the one warp that loads, whose 32 registers are few"
 _SCORES_90 = "the compiler keeps score terms, in the loops over tiles, for the rare branch that computes scores again"
 _WRITTEN = "what the caller's function computes, beside accumulators that fill the registers"
 _EVERYTHING = "all score features at once: addresses of mask and bias and random numbers beside full accumulators"
@@ -55,6 +56,8 @@ _EVERYTHING = "all score features at once: addresses of mask and bias and random
 ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("fwd_sm90", "*-d64*", 16, _WORK),
     Allowance("fwd_sm90", "*-d64-alibi", 336, _SCORES_90),
+    Allowance("fwd_sm90", "*-d64-paged*", 140, _PAGES),
+    Allowance("fwd_sm90", "*-d256-paged*", 36, _WORK),
     Allowance("fwd_sm90", "*-d256-*causal", 28, _WORK),
     Allowance("fwd_sm90", "*-d256-window", 44, _WORK),
     Allowance("fwd_sm80", "*-d40", 80, _FORWARD_64),

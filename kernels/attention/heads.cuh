@@ -65,11 +65,10 @@ struct HeadGroup {
   CF_DEVICE int64 offset(int row, const Strides& stride) const {
     return query(row) * stride.row + row % size * stride.head;
   }
-  // In a TensorMap (dim, head, row, batch), whose boxes hold whole groups, or parts of one; `row` is the first of either.
+  // Boxes hold whole groups, or parts of one; `row` is the first of either.
   template <class Sequence>
   CF_DEVICE BoxOrigin box(const Attention& a, const Sequence& sequence, int row) const {
-    const BoxOrigin at = sequence.q_box(a, query(row), head(row));
-    return {at.x2, at.x1, at.x3};
+    return sequence.q_group_box(a, query(row), head(row));
   }
   template <class F>
   CF_DEVICE void for_each(F&& f) const {

@@ -2,13 +2,14 @@
 //
 //   OneStretch   a block has one query tile, whole or a part of as many as there are splits (NoSplit, KeySplits).
 //
-//   KeyRanges    the key tiles of all query tiles in a row, dealt out to the blocks in equal ranges:
+//   KeyRanges    the key tiles of all query tiles in a row, dealt out in equal ranges to teams of blocks:
 //
 //                  query tiles   |0 0 0 0 0|1 1|2 2 2 2 2 2 2 2|3|4 4 4 4 4|
-//                  blocks        |a a a a a a a|b b b b b b b|c c c c c c c|      b has parts of 2 alone, c of 2, 3, 4
+//                  teams         |a a a a a a a|b b b b b b b|c c c c c c c|      b has parts of 2 alone, c of 2, 3, 4
 //
 //                Lengths are read where they lie, on the device: one launch serves sequences of any length, and no
-//                block has more to do than another.
+//                block has more to do than another. A team has a block for each of some heads, whose keys are
+//                neighbours in memory and are read at the same time.
 //
 // Parts of a row are left in slots of scratch memory: its out divided by its own sum, and its RowState to merge by.
 // Whoever leaves the last part of a query tile merges all of them, in the order of keys.
@@ -27,9 +28,10 @@ struct Stretch {
   int part;          // of the query tile's keys, and in how many they are found
   int parts;
   int64 first_slot;   // where part 0 goes
-  int64 other_slots;  // where the part after part n - 1 goes, less n
+  int64 other_slots;  // where part n goes, less n times slot_step
+  int slot_step;
 
-  CF_DEVICE int64 slot(int number) const { return number == 0 ? first_slot : other_slots + number; }
+  CF_DEVICE int64 slot(int number) const { return number == 0 ? first_slot : other_slots + int64(number) * slot_step; }
 };
 
 template <class Config>
@@ -52,7 +54,8 @@ struct OneStretch {
                split.index,
                split.parts(),
                first,
-               first};
+               first,
+               1};
     return true;
   }
 
@@ -76,53 +79,59 @@ struct RangeStretches {
   using Heads = typename Config::Heads;
 
   const Attention& a;
-  const int heads;      // blocks of rows along the heads
-  const int tiles;      // query tiles of the longest sequence
+  const int team;      // blocks of one, and the heads that they have
+  const int sections;  // of so many heads
+  const int tiles;     // query tiles of the longest sequence
+  const int range;     // number of this block's, and of its head in a section
+  const int member;
   int per_period;       // key tiles of a period
-  int blocks;           // that have a range
+  int ranges;           // that are not empty
   int least, longer;    // key tiles of a range, and how many ranges have one more, the first
   int at = 0, end = 0;  // number of the key tile that is next, and after this block's last
-  int begin;            // number of the first key tile of the first head's query tile at hand
+  int begin;            // number of the first key tile of the first section's query tile at hand
   int place;            // number of that query tile among all, heads left aside
-  int count;            // key tiles of each of its heads
+  int count;            // key tiles of each of its sections
   int skip, take;       // of the key tiles of the stretch at hand: how many come before it, how many are its
 
   CF_DEVICE explicit RangeStretches(const FwdParams& p)
-      : a(p.attention), heads(Heads::count(a)), tiles(num_tiles(Heads::rows(a, a.len_q), Config::kTileQ)) {
+      : a(p.attention), team(p.heads_in_step), sections(Heads::count(a) / team),
+        tiles(num_tiles(Heads::rows(a, a.len_q), Config::kTileQ)), range(static_cast<int>(ptx::block_index()) / team),
+        member(static_cast<int>(ptx::block_index()) - range * team) {
     const int sequences = Period<Sequence>::sequences(a), places = sequences * tiles;
     const int mine = count_of(0, places);
     int all = mine;
 #pragma unroll 1
     for (int first = 32; first < places; first += 32) all += count_of(first, places);
-    per_period = sum_over_lanes(all) * heads;
-    const int total = per_period * (a.batch / sequences), block = static_cast<int>(ptx::block_index());
-    blocks = min_of(ptx::num_blocks(), total);
-    if (block >= blocks) return;
-    least = total / blocks;
-    longer = total - least * blocks;
-    at = first_of(block);
-    end = first_of(block + 1);
+    per_period = sum_over_lanes(all) * sections;
+    const int total = per_period * (a.batch / sequences);
+    ranges = min_of(ptx::num_blocks() / team, total);
+    if (range >= ranges) return;
+    least = total / ranges;
+    longer = total - least * ranges;
+    at = first_of(range);
+    end = first_of(range + 1);
     find(places, mine);
   }
 
   CF_DEVICE bool next(const FwdParams&, Stretch& stretch) {
     if (at >= end) return false;
-    while (at >= begin + heads * count) {
-      begin += heads * count;
+    while (at >= begin + sections * count) {
+      begin += sections * count;
       count = key_tiles(++place);
     }
-    const int head = (at - begin) / count, first = begin + head * count, first_block = block_of(first);
+    const int section = (at - begin) / count, first = begin + section * count, first_range = range_of(first);
     skip = at - first;
     take = min_of(end, first + count) - at;
     at += take;
-    const int batch = place / tiles;
+    const int batch = place / tiles, head = section * team + member;
     stretch.work = {place - batch * tiles, head, batch};
-    stretch.query_tile = static_cast<int64>(place) * heads + head;
-    stretch.part = static_cast<int>(ptx::block_index()) - first_block;
-    stretch.parts = block_of(first + count - 1) - first_block + 1;
+    stretch.query_tile = static_cast<int64>(place) * (sections * team) + head;
+    stretch.part = range - first_range;
+    stretch.parts = range_of(first + count - 1) - first_range + 1;
     // A block has at most one part that is a query tile's first, its last, and one that is not, its first.
-    stretch.first_slot = ptx::num_blocks() + first_block;
-    stretch.other_slots = first_block;
+    stretch.other_slots = first_range * team + member;
+    stretch.first_slot = ptx::num_blocks() + stretch.other_slots;
+    stretch.slot_step = team;
     return true;
   }
 
@@ -132,10 +141,13 @@ struct RangeStretches {
     return tiles;
   }
 
+  // Of this block's part, where all parts of a stretch have neighbouring slots, a team apart.
+  CF_DEVICE int slot_of(const Stretch& stretch) const { return static_cast<int>(stretch.query_tile) + range * team; }
+
  private:
-  CF_DEVICE int first_of(int block) const { return least * block + min_of(block, longer); }
-  // The block whose range has a key tile.
-  CF_DEVICE int block_of(int number) const {
+  CF_DEVICE int first_of(int number) const { return least * number + min_of(number, longer); }
+  // The range that has a key tile.
+  CF_DEVICE int range_of(int number) const {
     const int of_longer = longer * (least + 1);
     return number < of_longer ? number / (least + 1) : longer + (number - of_longer) / least;
   }
@@ -167,14 +179,14 @@ struct RangeStretches {
         const int before = ptx::shuffle(up_to, max_of(0, ptx::lane_index() - distance));
         if (ptx::lane_index() >= distance) up_to += before;
       }
-      const int all = ptx::shuffle(up_to, 31) * heads;
+      const int all = ptx::shuffle(up_to, 31) * sections;
       if (at >= begin + all) {
         begin += all;
         continue;
       }
-      const int lane = sum_over_lanes(begin + up_to * heads <= at);
+      const int lane = sum_over_lanes(begin + up_to * sections <= at);
       count = ptx::shuffle(mine, lane);
-      begin += (ptx::shuffle(up_to, lane) - count) * heads;
+      begin += (ptx::shuffle(up_to, lane) - count) * sections;
       place = period * places + first + lane;
       return;
     }
@@ -186,9 +198,53 @@ struct RangeStretches {
   }
 };
 
+// Where parts of rows go in a kernel whose query tiles have all rows of a group: [slots, rows] of dim_v numbers and a
+// RowState. Along the key tiles of all query tiles in a row, a stretch ends where a query tile does, or a team's range: its
+// slot is the number of the query tile, and a team's blocks for every range before. `part_slots` has the first of a query
+// tile, and how many there are.
+template <class Config>
+struct RangeRows {
+  static constexpr bool kWhole = false;
+  using Real = Accumulator<typename Config::Element>;
+  using Sequence = typename Config::Sequence;
+
+  CF_DEVICE static int rows(const FwdParams& p) { return HeadGroup::rows(p.attention, p.attention.len_q); }
+  CF_DEVICE static int64 number(const FwdParams& p, const Sequence&, int /*head*/, int slot) {
+    return static_cast<int64>(slot) * rows(p);
+  }
+  CF_DEVICE static Real* out(const FwdParams& p, const Sequence& sequence, int head, int slot) {
+    return static_cast<Real*>(p.partial_out) + number(p, sequence, head, slot) * Config::kDimV;
+  }
+  CF_DEVICE static void close(const FwdParams& p, int64 number, const RowState<Real>& row, Real /*unit*/) {
+    static_cast<RowState<Real>*>(p.partial_state)[number] = row;
+  }
+  CF_DEVICE static Strides out_stride(const FwdParams& p) {
+    return {0, static_cast<int64>(HeadGroup::rows(p.attention, 1)) * Config::kDimV, Config::kDimV};
+  }
+  CF_DEVICE static Strides lse_stride(const FwdParams& p) { return {0, HeadGroup::rows(p.attention, 1), 1}; }
+  CF_DEVICE static int64 first(const FwdParams& p, const Sequence& sequence, int head, int row) {
+    const int group = HeadGroup::rows(p.attention, 1);
+    return number(p, sequence, head, part_slots(p, sequence, head)[0]) + row * group + head % group;
+  }
+  CF_DEVICE static int64 step(const FwdParams& p, const Sequence&, int /*head*/) {
+    return static_cast<int64>(rows(p)) * p.heads_in_step;
+  }
+  CF_DEVICE static int count(const FwdParams& p, const Sequence& sequence, int head) {
+    return part_slots(p, sequence, head)[1];
+  }
+
+ private:
+  CF_DEVICE static const int* part_slots(const FwdParams& p, const Sequence& sequence, int head) {
+    return p.part_slots + 2 * (sequence.batch * p.attention.heads_kv + head / HeadGroup::rows(p.attention, 1));
+  }
+};
+
 struct KeyRanges {
   template <class Config>
   using Stretches = RangeStretches<Config>;
+  template <class Config>
+  using Rows = RangeRows<Config>;
+  static constexpr bool kRanges = true;
 };
 
 }  // namespace cuflash

@@ -69,4 +69,10 @@ struct Works<DenseSequence, Heads> {
   }
 };
 
+// Queries of a cache are dense, whatever its lengths are.
+template <class Heads>
+struct Works<CacheSequence, Heads> : Works<DenseSequence, Heads> {};
+template <class Heads>
+struct Works<PagedCacheSequence, Heads> : Works<DenseSequence, Heads> {};
+
 }  // namespace cuflash

@@ -11,6 +11,16 @@ struct BoxOrigin {
   int x1, x2, x3;
 };
 
+// The same in a cache, whose TensorMap (dim, row, used, head, page) has a dimension for how many rows of a page are used:
+// a box ends where they do.
+struct CacheBoxOrigin {
+  int x1, x2, x3, x4;
+
+  CF_DEVICE static CacheBoxOrigin of(int rows, int row, int used, int head, int page) {
+    return {rows - used + row, used, head, page};
+  }
+};
+
 struct DenseSequence {
   static constexpr bool kZerosBehind = true;  // boxes of keys hold zeros behind the last key, not others' rows
 
@@ -30,6 +40,10 @@ struct DenseSequence {
   // Row `row` of a head in a TensorMap (dim, row, head, batch).
   CF_DEVICE BoxOrigin q_box(const Attention&, int row, int head) const { return {row, head, static_cast<int>(batch)}; }
   CF_DEVICE BoxOrigin kv_box(const Attention&, int row, int head) const { return {row, head, static_cast<int>(batch)}; }
+  // The same in a TensorMap (dim, head, row, batch), whose boxes hold a group of heads.
+  CF_DEVICE BoxOrigin q_group_box(const Attention&, int row, int head) const {
+    return {head, row, static_cast<int>(batch)};
+  }
 
   // Query tiles before this sequence and in all, when every sequence starts a new tile.
   CF_DEVICE int64 first_q_tile(int tile) const { return batch * cdiv(len_q, tile); }
@@ -72,6 +86,10 @@ struct VarlenSequence {
   }
   CF_DEVICE BoxOrigin kv_box(const Attention& a, int row, int head) const {
     return {a.total_kv - len_kv + row, start_kv + len_kv, head};
+  }
+
+  CF_DEVICE BoxOrigin q_group_box(const Attention& a, int row, int head) const {
+    return {head, a.total_q - len_q + row, start_q + len_q};
   }
 
   // floor(start / tile) + batch never overlaps the tiles of the sequence before, whatever the lengths are.
@@ -117,8 +135,14 @@ struct CacheSequence {
   CF_DEVICE int64 q_offset(const Strides& stride) const { return batch * stride.batch; }
   CF_DEVICE int64 kv_offset(const Strides& stride) const { return element * stride.batch + start_kv * stride.row; }
   CF_DEVICE BoxOrigin q_box(const Attention&, int row, int head) const { return {row, head, static_cast<int>(batch)}; }
+  CF_DEVICE BoxOrigin q_group_box(const Attention&, int row, int head) const {
+    return {head, row, static_cast<int>(batch)};
+  }
   CF_DEVICE BoxOrigin kv_box(const Attention&, int row, int head) const {
     return {start_kv + row, head, static_cast<int>(element)};
+  }
+  CF_DEVICE CacheBoxOrigin cache_box(const Attention& a, int row, int head) const {
+    return CacheBoxOrigin::of(a.len_kv, start_kv + row, start_kv + len_kv, head, static_cast<int>(element));
   }
 
   CF_DEVICE int64 first_q_tile(int tile) const { return batch * cdiv(len_q, tile); }

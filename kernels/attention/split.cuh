@@ -62,6 +62,14 @@ struct PartRows {
     return {0, static_cast<int64>(p.attention.heads_q) * Config::kDimV, Config::kDimV};
   }
   CF_DEVICE static Strides lse_stride(const FwdParams& p) { return {0, p.attention.heads_q, 1}; }
+  // The number of a row's first part, the distance to the next, and how many there are.
+  CF_DEVICE static int64 first(const FwdParams& p, const Sequence& sequence, int head, int row) {
+    return number(p, sequence, head, 0) + row * lse_stride(p).row;
+  }
+  CF_DEVICE static int64 step(const FwdParams& p, const Sequence& sequence, int head) {
+    return number(p, sequence, head, 1) - number(p, sequence, head, 0);
+  }
+  CF_DEVICE static int count(const FwdParams& p, const Sequence&, int /*head*/) { return p.num_splits; }
 };
 
 template <class Config>
@@ -70,6 +78,7 @@ struct OneStretch;  // attention/ranges.cuh
 struct NoSplit {
   template <class Config>
   using Rows = WholeRows<Config>;
+  static constexpr bool kRanges = false;
   static constexpr int index = 0;
   int64 block;  // number of the query tile
 
@@ -90,6 +99,7 @@ struct KeySplits {
   using Rows = PartRows<Config>;
   template <class Config>
   using Stretches = OneStretch<Config>;
+  static constexpr bool kRanges = false;
   int index;
   int count;
   int64 block;

@@ -6,6 +6,7 @@
 // here, once a row.
 #pragma once
 
+#include "attention/ranges.cuh"
 #include "attention/schedule.cuh"
 #include "attention/softmax.cuh"
 #include "attention/split.cuh"
@@ -28,20 +29,20 @@ CF_DEVICE void forward_combine(const FwdParams& p) {
   const typename Config::Sequence sequence(a, work.batch);
   const Real unit = typename Config::Score(a, sequence, work.head).unit(), log2_unit = unit * static_cast<Real>(kLog2E);
   using Whole = WholeRows<Config>;
-  using Part = PartRows<Config>;
-  const int64 step = Part::number(p, sequence, work.head, 1) - Part::number(p, sequence, work.head, 0);
+  using Part = typename Config::Split::template Rows<Config>;
+  const int64 step = Part::step(p, sequence, work.head);
 
   const int first = work.tile * Config::kTileQ, end = min_of(first + Config::kTileQ, sequence.len_q);
 #pragma unroll 1
   for (int row = first + ptx::thread_index() / kAcross; row < end; row += kRowsAtOnce) {
 #pragma unroll 1
     for (int col = ptx::thread_index() % kAcross * kWidth; col < Config::kDimV; col += kAcross * kWidth) {
-      const int64 number = Part::number(p, sequence, work.head, 0) + row * Part::lse_stride(p).row;
+      const int64 number = Part::first(p, sequence, work.head, row);
       const Parts<Real, kWidth> parts{static_cast<const RowState<Real>*>(p.partial_state) + number,
                                       static_cast<const Real*>(p.partial_out) + number * Config::kDimV + col, step,
                                       step * Config::kDimV};
       Columns<Real, kWidth> out;
-      RowState<Real> state = merge_parts<8>(out, parts, p.num_splits, log2_unit);
+      RowState<Real> state = merge_parts<8>(out, parts, Part::count(p, sequence, work.head), log2_unit);
       const Real rescale = Config::Sink::close(state, a, work.head, unit);
       Element* place = Whole::out(p, sequence, work.head, 0) + row * p.out_stride.row + col;
 #pragma unroll

@@ -27,6 +27,7 @@
 #pragma once
 
 #include "attention/heads.cuh"
+#include "attention/ranges.cuh"
 #include "attention/split.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/bias.cuh"
@@ -34,6 +35,7 @@
 #include "tile/copy_tma.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm90.cuh"
+#include "tile/key_boxes.cuh"
 #include "tile/parts.cuh"
 #include "tile/ring.cuh"
 #include "tile/softmax_sm90.cuh"
@@ -50,6 +52,7 @@ struct ForwardSm90 {
   using Score = typename Config::Score;
   using Dropout = typename Config::Dropout;
   using Bias = typename Config::BiasCopies;
+  using Split = typename Config::Split;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kStages = Config::kStages;
   static constexpr int kRows = 64, kConsumers = kTileQ / kRows;  // rows of a consumer warpgroup
   static constexpr int kConsumerThreads = kConsumers * ptx::kWarpgroupThreads;
@@ -66,9 +69,10 @@ struct ForwardSm90 {
   using KvRing = Ring<kStages>;
   using Cursor = typename KvRing::Cursor;
   using RowsRing = Ring<Config::kRowBuffers>;
+  using Keys = KeyBoxes<Sequence, kTileKv, Config::kBoxRows>;
   using Walk = typename Mask::Walk;
-  // What of a list the consumers are handed with a work, as they would else wait for memory to read it.
-  using WorkWalk = typename If<Walk::kListed, Walk, Nothing>::Type;
+  // What the consumers are handed with a work: of a list, as they would else wait for memory to read it, and of a range.
+  using WorkWalk = typename If<Walk::kListed || Split::kRanges, Walk, Nothing>::Type;
 
   union Rows {
     QTile q;
@@ -98,8 +102,11 @@ struct ForwardSm90 {
   using Weights = Operand<16, kTileKv>;
   using Output = Fragment<16, kDimV>;
 
-  // One thread loads everything, in the order in which it is used.
+  // One thread loads everything, in the order in which it is used; or a warp, where its lanes share out the boxes of keys,
+  // or find out together which are this block's.
   struct Producer {
+    static constexpr bool kByWarp = Keys::kByWarp || Split::kRanges;
+
     const FwdParams& p;
     SmemPlan& smem;
     const int team;
@@ -107,19 +114,26 @@ struct ForwardSm90 {
     Cursor at;  // K and V are used in step
 
     CF_DEVICE void run() {
+      if constexpr (Split::kRanges) {
+        run_ranges();
+      } else {
+        run_works();
+      }
+    }
+
+    CF_DEVICE void run_works() {
       const int blocks = ptx::num_blocks() * kTeams;
       typename WorkRing<WorkWalk>::Cursor work_at;
       Works<Sequence, Heads> works;
-      for (int number = ptx::block_index() * kTeams + team;;
-           number = p.tickets ? blocks + ptx::count(p.tickets) : number + blocks) {
-        const typename Config::Split split(p, number);
+      for (int number = ptx::block_index() * kTeams + team;; number = p.tickets ? blocks + draw() : number + blocks) {
+        const Split split(p, number);
         Work work = works.find(p.attention, static_cast<int>(split.block), kTileQ, p.heads_per_section);
         work.split = split.index;
         if constexpr (Walk::kListed) {
           if (!listed(work_at, work)) break;
           work_at = work_at.next();
         } else {
-          smem.works.put(work_at, work);
+          if (leads()) smem.works.put(work_at, work);
           work_at = work_at.next();
           if (work.tile < 0) break;
           const Sequence sequence(p.attention, work.batch);
@@ -127,7 +141,51 @@ struct ForwardSm90 {
         }
       }
       // The last of all blocks leaves the tickets as it found them.
-      if (p.tickets && ptx::count_around(p.tickets + 1, blocks - 1) == blocks - 1) p.tickets[0] = 0;
+      if (p.tickets && leads() && ptx::count_around(p.tickets + 1, blocks - 1) == blocks - 1) p.tickets[0] = 0;
+    }
+
+    CF_DEVICE void run_ranges() {
+      typename WorkRing<WorkWalk>::Cursor work_at;
+      RangeStretches<Config> stretches(p);
+      for (Stretch stretch; stretches.next(p, stretch); work_at = work_at.next()) {
+        Work work = stretch.work;
+        work.split = stretches.slot_of(stretch);
+        const Sequence sequence(p.attention, work.batch);
+        const Heads heads(p.attention, work.head);
+        const Walk tiles = stretches.part(tiles_of(work, sequence, heads));
+        if (leads()) {
+          smem.works.put(work_at, work, tiles);
+          if (stretch.part == 0) {
+            p.part_slots[2 * stretch.query_tile] = work.split;
+            p.part_slots[2 * stretch.query_tile + 1] = stretch.parts;
+          }
+        }
+        if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) load(work, sequence, heads, tiles);
+      }
+      if (leads()) smem.works.put(work_at, kNoWork, WorkWalk());
+    }
+
+    CF_DEVICE static bool leads() {
+      if constexpr (kByWarp) {
+        return ptx::lane_index() == 0;
+      } else {
+        return true;
+      }
+    }
+    CF_DEVICE int draw() const {
+      if constexpr (kByWarp) {
+        return ptx::shuffle(leads() ? ptx::count(p.tickets) : 0, 0);
+      } else {
+        return ptx::count(p.tickets);
+      }
+    }
+    template <class AnyRing, class At>
+    CF_DEVICE static uint32 acquire(AnyRing& ring, const At& at, int bytes) {
+      if constexpr (kByWarp) {
+        return ring.acquire_by_warp(at, bytes);
+      } else {
+        return ring.acquire(at, bytes);
+      }
     }
 
     // Hands on a work with what it walks of a list, and loads it; whether there is one.
@@ -147,7 +205,11 @@ struct ForwardSm90 {
 
     CF_DEVICE Walk tiles_of(const Work& work, const Sequence& sequence, const Heads& heads) const {
       const Walk seen = heads.template bind<Mask>(p.attention, sequence).kv_tiles(work.tile * kTileQ, kTileQ, kTileKv);
-      return Config::Split::part(p, work.split, seen);
+      if constexpr (Split::kRanges) {
+        return seen;
+      } else {
+        return Split::part(p, work.split, seen);
+      }
     }
     CF_DEVICE void load(const Work& work, const Sequence& sequence) {
       const Heads heads(p.attention, work.head);
@@ -157,24 +219,39 @@ struct ForwardSm90 {
       const Attention& a = p.attention;
       const int q_first = work.tile * kTileQ;
       if (tiles.begin >= tiles.end) load_q(work, sequence, heads);
+      Keys keys(p, sequence, heads.kv, first_visible(heads, sequence, q_first), tiles);
 #pragma unroll 1
       for (int place = tiles.end - 1; place >= tiles.begin; --place) {
         const int tile = tiles.number(place);
-        const BoxOrigin origin = sequence.kv_box(a, tile * kTileKv, heads.kv);
-        load_boxes<kOnce>(smem.k[at.stage], p.k_map, origin, smem.k_ring.acquire(at, sizeof(KTile)));
+        const auto boxes = keys.find(tile);
+        load_keys(smem.k[at.stage], p.k_map, boxes, acquire(smem.k_ring, at, sizeof(KTile)));
         if (place == tiles.end - 1) load_q(work, sequence, heads);  // after K, which needs not wait for a work before
-        smem.bias.load(p.bias_map, a, sequence, work.head, q_first, tile * kTileKv, at);
-        load_boxes<kOnce>(smem.v[at.stage], p.v_map, origin, smem.v_ring.acquire(at, sizeof(VTile)));
+        if (leads()) smem.bias.load(p.bias_map, a, sequence, work.head, q_first, tile * kTileKv, at);
+        load_keys(smem.v[at.stage], p.v_map, boxes, acquire(smem.v_ring, at, sizeof(VTile)));
         at = at.next();
       }
+    }
+
+    // The first key that a query of the tile sees.
+    CF_DEVICE int first_visible(const Heads& heads, const Sequence& sequence, int q_first) const {
+      if constexpr (Keys::kByWarp && !Mask::kFullFromStart) {
+        return heads.template bind<Mask>(p.attention, sequence).kv_tiles(q_first, kTileQ, 1).begin;
+      } else {
+        return 0;
+      }
+    }
+
+    template <class Tile, class Boxes>
+    CF_DEVICE static void load_keys(Tile& tile, const TensorMap& map, const Boxes& boxes, uint32 barrier) {
+      if (Keys::kByWarp || leads()) load_boxes<kOnce>(tile, map, boxes, barrier);
     }
 
     CF_DEVICE void load_q(const Work& work, const Sequence& sequence, const Heads& heads) {
 #pragma unroll 1
       for (int w = 0; w < kConsumers; ++w) {  // rows that no query has begin with the last query's: see load_boxes
         const int row = min_of(work.tile * kTileQ + w * kRows, Heads::rows(p.attention, sequence.len_q) - 1);
-        const uint32 barrier = smem.rows_rings[w].acquire(rows_at, sizeof(QTile));
-        load_boxes(smem.rows[w][rows_at.stage].q, p.q_map, heads.box(p.attention, sequence, row), barrier);
+        const uint32 barrier = acquire(smem.rows_rings[w], rows_at, sizeof(QTile));
+        if (leads()) load_boxes(smem.rows[w][rows_at.stage].q, p.q_map, heads.box(p.attention, sequence, row), barrier);
       }
       rows_at = rows_at.next();
     }
@@ -260,7 +337,7 @@ struct ForwardSm90 {
 
   // What a consumer does for one work: its scores, weights and output, in registers.
   struct Visit {
-    using Results = typename Config::Split::template Rows<Config>;
+    using Results = typename Split::template Rows<Config>;
     using BoundMask = typename Heads::template Bound<Mask, Sequence>;
     using BoundScore = typename Heads::template Bound<Score, Sequence>;
     using BoundDropout = typename Heads::template Bound<Dropout, Sequence>;
@@ -296,7 +373,7 @@ struct ForwardSm90 {
     CF_DEVICE void run(const Walk& listed) { run_over(listed); }
     CF_DEVICE void run(const Nothing&) {
       const Tiles seen = mask.kv_tiles(work.tile * kTileQ, kTileQ, kTileKv);
-      run_over(Config::Split::part(p, work.split, seen));
+      run_over(Split::part(p, work.split, seen));
     }
     CF_DEVICE void run_over(const Walk& loaded) {
       const auto tiles = own_tiles(loaded);
@@ -497,8 +574,9 @@ struct ForwardSm90 {
     if (warpgroup == 0) {
       if constexpr (kConsumers > 1) ptx::lower_registers<Config::kProducerRegisters>();
       if constexpr (kTeams == 1) {
-        if (ptx::warp_index() == 0 && ptx::elect()) Producer{p, *plans, 0}.run();
+        if (ptx::warp_index() == 0 && (Producer::kByWarp || ptx::elect())) Producer{p, *plans, 0}.run();
       } else {
+        static_assert(!Producer::kByWarp);
         const int team = ptx::warp_index();
         if (team < kTeams && ptx::elect()) Producer{p, plans[team], team}.run();
       }

@@ -27,6 +27,22 @@ CF_DEVICE void tma_load_by(uint64 policy, uint32 shared, const TensorMap& map, i
       : "memory");
 }
 
+// Both of a tensor of five dimensions.
+CF_DEVICE void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, int x4, uint32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, "
+      "%6}], [%7];" ::"r"(shared), "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(barrier)
+      : "memory");
+}
+CF_DEVICE void tma_load_by(uint64 policy, uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, int x4,
+                           uint32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3, %4, %5, %6}], [%7], %8;" ::"r"(shared), "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4),
+      "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 CF_DEVICE void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, uint32 shared) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
                ::"l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(shared) : "memory");

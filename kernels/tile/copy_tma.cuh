@@ -13,17 +13,31 @@
 
 namespace cuflash {
 
-// To the tile's rows from `row` on, which begins a group of eight. kOnce: nobody else reads the tile, and L2 need not keep it.
-template <bool kOnce = false, class Tile>
-CF_DEVICE void load_boxes(Tile& tile, const TensorMap& map, const BoxOrigin& at, uint32 barrier, int row = 0) {
+// One box; kOnce: nobody else reads it, and L2 need not keep it.
+template <bool kOnce>
+CF_DEVICE void load_box(uint32 place, const TensorMap& map, int col, const BoxOrigin& at, uint32 barrier) {
+  if constexpr (kOnce) {
+    ptx::tma_load_by(ptx::evict_first(), place, map, col, at.x1, at.x2, at.x3, barrier);
+  } else {
+    ptx::tma_load(place, map, col, at.x1, at.x2, at.x3, barrier);
+  }
+}
+template <bool kOnce>
+CF_DEVICE void load_box(uint32 place, const TensorMap& map, int col, const CacheBoxOrigin& at, uint32 barrier) {
+  if constexpr (kOnce) {
+    ptx::tma_load_by(ptx::evict_first(), place, map, col, at.x1, at.x2, at.x3, at.x4, barrier);
+  } else {
+    ptx::tma_load(place, map, col, at.x1, at.x2, at.x3, at.x4, barrier);
+  }
+}
+
+// Those of a tile, or of its rows from `row` on, which begins a group of eight.
+template <bool kOnce = false, class Tile, class Origin>
+CF_DEVICE void load_boxes(Tile& tile, const TensorMap& map, const Origin& at, uint32 barrier, int row = 0) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
     const uint32 place = tile.base() + Tile::bytes_to_row(row) + chunk * Tile::kChunkBytes;
-    if constexpr (kOnce) {
-      ptx::tma_load_by(ptx::evict_first(), place, map, chunk * Tile::kChunkCols, at.x1, at.x2, at.x3, barrier);
-    } else {
-      ptx::tma_load(place, map, chunk * Tile::kChunkCols, at.x1, at.x2, at.x3, barrier);
-    }
+    load_box<kOnce>(place, map, chunk * Tile::kChunkCols, at, barrier);
   }
 }
 

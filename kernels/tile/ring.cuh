@@ -55,6 +55,13 @@ struct Ring {
     return full_barrier(at);
   }
 
+  // The same by a whole warp, of which all lanes start copies.
+  CF_DEVICE uint32 acquire_by_warp(const Cursor& at, int bytes) {
+    if (ptx::lane_index() == 0) acquire(at, bytes);
+    ptx::sync_warp();
+    return full_barrier(at);
+  }
+
   // Writer: waits for the buffer; and says that what it stored is there.
   CF_DEVICE void wait_empty(const Cursor& at) { ptx::mbarrier_wait(empty_barrier(at), at.phase ^ 1); }
   CF_DEVICE void publish(const Cursor& at) { ptx::mbarrier_arrive(full_barrier(at)); }

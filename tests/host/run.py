@@ -75,9 +75,8 @@ def tensor_map(
     address: int, dims: Sequence[int], strides: Sequence[int], box: Sequence[int], itemsize: int
 ) -> np.ndarray:
     """The words of a map as the emulated copy engine reads them: strides in bytes, of all dimensions but the first."""
-    words = np.zeros(16, np.uint64)
-    words[:13] = [address, *dims, *strides, *box, itemsize]
-    return words
+    fifth = [1] * (5 - len(dims))
+    return np.array([address, *dims, *fifth, *strides, *(0 for _ in fifth), *box, *fifth, itemsize], np.uint64)
 
 
 def encoder(tensor: tensormap.TensorMap, device: int = 0) -> Callable[[int], tuple[int, ...]]:

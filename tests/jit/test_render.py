@@ -66,6 +66,7 @@ HOPPER = sm90.ForwardConfig(
     bias_copies="BiasRow<float>",
     tile_q=128,
     tile_kv=128,
+    box_rows=128,
     stages=3,
     ping_pong=True,
     row_buffers=2,

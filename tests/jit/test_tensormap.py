@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cuflash.dtypes import BF16, FP16
 from cuflash.errors import UnsupportedProblem
 from cuflash.jit import tensormap
-from cuflash.jit.tensormap import TensorMap, dense, ragged
+from cuflash.jit.tensormap import TensorMap, dense, paged, ragged, ragged_group
 
 
 class Memory:
@@ -129,12 +129,47 @@ def test_ragged_boxes_end_with_their_sequence(layout: tuple, data: st.DataObject
     assert (memory.elements != before).sum() == (expected == -1).sum()
 
 
+@given(layouts(3), st.data())
+def test_ragged_boxes_of_a_group_of_heads(layout: tuple, data: st.DataObject) -> None:
+    (total, heads, dim), strides, memory = layout
+    group, box_rows = data.draw(st.integers(1, heads)), data.draw(st.integers(1, 9))
+    tensor = ragged_group(FP16, dim, total, heads, in_bytes(*strides[:2]), (group, box_rows))
+    assert all(stride % 16 == 0 < stride for stride in tensor.strides)
+    values = memory.strided((total, heads, dim), strides).copy()
+    start = data.draw(st.integers(0, total))
+    length = data.draw(st.integers(0, total - start))
+    row, first = data.draw(st.integers(0, length + 3)), data.draw(st.integers(0, heads - group))
+    box = memory.load(tensor, (0, first, total - length + row, start + length))
+    assert box.shape == (1, box_rows, group, 64)
+    for h in range(group):
+        expected = padded(values[start : start + length, first + h], row, box_rows, 0)
+        np.testing.assert_array_equal(box[0, :, h], expected)
+
+
+@given(layouts(4), st.data())
+def test_paged_boxes_end_where_what_is_used_of_a_page_does(layout: tuple, data: st.DataObject) -> None:
+    (pages, rows, heads, dim), strides, memory = layout
+    box_rows = data.draw(st.integers(1, 9))
+    tensor = paged(BF16, dim, rows, heads, pages, in_bytes(strides[1], strides[2], strides[0]), box_rows)
+    assert all(stride % 16 == 0 < stride for stride in tensor.strides)
+    values = memory.strided((pages, rows, heads, dim), strides).copy()
+    page, h = data.draw(st.integers(0, pages - 1)), data.draw(st.integers(0, heads - 1))
+    used = data.draw(st.integers(0, rows))
+    row, column = data.draw(st.integers(0, used + 3)), 64 * data.draw(st.integers(0, dim // 64))
+    box = memory.load(tensor, (column, rows - used + row, used, h, page))
+    assert box.shape == (1, 1, 1, box_rows, 64)
+    np.testing.assert_array_equal(box[0, 0, 0], padded(values[page, :used, h], row, box_rows, column))
+
+
 def test_maps_in_numbers() -> None:
     strides = 16 * 128 * 2, 128 * 2, 4096 * 16 * 128 * 2
     tensor = dense(BF16, 128, 4096, 16, 2, strides, 80)
     assert tensor == TensorMap(BF16, (128, 4096, 16, 2), strides, (64, 80, 1, 1))
     tensor = ragged(FP16, 72, 1000, 3, (3 * 72 * 2, 72 * 2), 64)
     assert tensor == TensorMap(FP16, (72, 1000, 1001, 3), (432, 432, 144), (64, 64, 1, 1), back=432_000)
+    tensor = paged(BF16, 128, 16, 8, 1000, (8 * 256, 256, 16 * 8 * 256), 16)
+    dims, strides = (128, 16, 17, 8, 1000), (2048, 2048, 256, 32_768)
+    assert tensor == TensorMap(BF16, dims, strides, (64, 16, 1, 1, 1), back=32_768)
 
 
 # The driver
@@ -198,6 +233,9 @@ def test_the_driver_is_asked_for_a_swizzled_map_that_fills_with_zeros(driver: Dr
     assert driver.calls == [(9, 4, address, *sizes, (0, swizzle_128b, promote_to_256b, 0))]
     tensormap.encoder(ragged(FP16, 64, 100, 2, (256, 128), 64), 0)(address)
     assert driver.calls[1][:3] == (6, 4, address - 100 * 256)
+    tensormap.encoder(paged(FP16, 64, 16, 2, 9, (256, 128, 4096), 16), 0)(address)
+    assert driver.calls[2][:3] == (6, 5, address - 4096)
+    assert driver.calls[2][3:7] == ([64, 16, 17, 2, 9], [256, 256, 128, 4096], [64, 16, 1, 1, 1], [1] * 5)
 
 
 def test_maps_of_the_last_addresses_are_kept(driver: Driver) -> None:

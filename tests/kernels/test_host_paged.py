@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cuflash.arrays import View
 from cuflash.jit import params
+from cuflash.masks import Mask
 from cuflash.ops import block
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -90,6 +91,24 @@ def test_rows_are_where_the_table_says(size: int, data: st.DataObject) -> None:
             key = min(first + row + ahead, lengths[batch] - 1)
             page = int(table[batch, key // size])
             assert offsets[row] == page * int(stride[0]) + key % size * int(stride[1]) + 8
+
+
+HOPPER = {
+    16: {"mask": CAUSAL, "tail": 2},
+    24: {"mask": Mask(left=60, right=3), "shared": True},
+    64: {"mask": Mask(left=20, right=0), "seqused_kv": (90, 0, 333)},
+    256: {"dropout": "byte"},
+    384: {"mask_axes": "bhqk", "alibi_axes": "h", "softcap": 2.0, "sink": True},
+}
+
+
+@pytest.mark.parametrize("page_size", HOPPER)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 40), (256, 256)], ids=str)
+def test_hoppers_boxes_of_pages(page_size: int, dims: tuple[int, int]) -> None:
+    """Pages smaller than a tile, larger, and with a part in common; what no key is in is NaN."""
+    lens = (200, 0, 70), (300, 40, 600)
+    case = paged("bf16", page_size, (4, 2), *lens, dims, family="sm90", num_sms=3, **HOPPER[page_size])
+    check_forward(case, seed=page_size)
 
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 150)), min_size=1, max_size=3)

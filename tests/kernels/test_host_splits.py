@@ -83,6 +83,10 @@ CASES: dict[str, tuple[HostCase, tuple[str, str]]] = {
         ),
         RANGES,
     ),
+    "ranges-in-step": (
+        packed("bf16", (8, 4), (1, 0, 3, 8), (500, 40, 0, 300), (64, 64), tail=3, mask=CAUSAL, num_sms=6), RANGES,
+    ),
+    "ranges-in-step-dense": (dense("fp16", (12, 6), (3, 330), (64, 64), batch=3, num_sms=6, mask=CAUSAL), RANGES),
     "ranges-of-one-sm": (
         packed("fp16", (8, 2), (2,) * 9, (300, 10, 0, 65, 64, 63, 1, 200, 128), (16, 16), num_sms=1), RANGES,
     ),
@@ -110,6 +114,43 @@ CASES: dict[str, tuple[HostCase, tuple[str, str]]] = {
     "hopper-group-of-64": (dense("bf16", (64, 1), (1, 1100), (64, 64), num_sms=3, **HOPPER), BOTH),
     "hopper-d256": (dense("bf16", (8, 2), (9, 200), (256, 256), num_sms=2, **HOPPER), GROUP),
     "hopper-no-keys": (dense("bf16", (8, 2), (9, 0), (64, 64), num_sms=2, sink=True, **HOPPER), GROUP),
+    "hopper-ranges": (
+        packed(
+            "bf16", (4, 1), (1, 0, 3, 12, 2), (500, 40, 0, 300, 1), (64, 64), tail=3, mask=CAUSAL, num_sms=3,
+            seqused_q=(1, 0, 2, 12, 0), seqused_kv=(450, 0, 0, 300, 1), **HOPPER,
+        ), RANGES,
+    ),
+    "hopper-ranges-in-step": (
+        paged("bf16", 16, (32, 4), (1, 8, 0, 3), (500, 340, 20, 7), (64, 64), num_sms=12, mask=CAUSAL, **HOPPER),
+        RANGES,
+    ),
+    "hopper-ranges-in-step-few-keys": (
+        packed("fp16", (16, 4), (9,) * 3, (30, 0, 65), (16, 16), num_sms=16, sink=True, **HOPPER), RANGES,
+    ),
+    "hopper-ranges-of-one-sm": (
+        packed("fp16", (8, 2), (9,) * 9, (300, 10, 0, 65, 64, 63, 1, 200, 128), (16, 16), num_sms=1, **HOPPER), RANGES,
+    ),
+    "hopper-ranges-paged16": (
+        paged(
+            "bf16", 16, (8, 2), (1, 9, 1), (500, 340, 7), (128, 128), tail=2, num_sms=3, shared=True, mask=CAUSAL,
+            **HOPPER,
+        ), RANGES,
+    ),
+    "hopper-ranges-paged8-window": (
+        paged(
+            "bf16", 8, (4, 1), (1, 9, 1), (500, 340, 7), (64, 64), tail=2, mask=Mask(left=100, right=0), num_sms=2,
+            shared=True, **HOPPER,
+        ), RANGES,
+    ),
+    "hopper-ranges-paged48": (
+        paged(
+            "fp16", 48, (4, 1), (1, 9, 0), (500, 340, 7), (72, 24), mask=CAUSAL, sink=True, alibi_axes="bh", num_sms=5,
+            **HOPPER,
+        ), RANGES,
+    ),
+    "hopper-ranges-paged256": (
+        paged("bf16", 256, (4, 1), (1, 16, 1), (700, 340, 7), (64, 64), softcap=2.0, num_sms=3, **HOPPER), RANGES,
+    ),
     "decode-window": (dense("fp16", (4, 1), (3, 2000), (64, 64), num_splits=30, mask=Mask(left=70, right=0)), BOTH),
     "decode-mask": (dense("fp16", (4, 2), (9, 330), (64, 64), batch=2, num_splits=5, mask_axes="bhqk"), BOTH),
     "decode-alibi": (dense("fp16", (8, 2), (9, 330), (64, 64), batch=2, num_splits=4, alibi_axes="bh"), BOTH),

@@ -22,6 +22,7 @@ from cuflash.mods import tanh, trace
 from cuflash.plan import FAMILIES, Config, Plan, Step, choose, explain, why_not
 from cuflash.plan.bias import needs_zeros
 from cuflash.plan.families.sm90 import ForwardConfig, heads_per_section, key_heads_per_section
+from cuflash.plan.splits import heads_in_step
 from cuflash.problem import Blocks, Problem, visible_pairs
 
 DIMS += [(16, 256), (256, 1), (512, 512), (257, 64), (1024, 1024)]
@@ -186,6 +187,53 @@ def test_no_tile_of_a_list_is_larger_than_a_block_of_128(device: str) -> None:
             assert walking and all(128 % x.tile_q == 0 and 128 % x.tile_kv == 0 for x in walking), problem
 
 
+@pytest.mark.parametrize(("size", "rows"), [(8, 8), (16, 16), (48, 16), (80, 16), (64, 64), (192, 64), (256, 64)])
+def test_boxes_are_what_a_page_and_a_tile_have_in_common(size: int, rows: int) -> None:
+    paged = replace(BASE, layout="varlen", total_q=900, total_kv=4096, dim_qk=64, dim_v=64, page_size=size)
+    cache = replace(paged, layout="cache", total_q=0)
+    for problem in (paged, cache, replace(paged, heads_q=16, len_q=8, num_splits=0)):
+        step = next(step for step in choose(problem, named("h100"), "sm90").steps if step.kernel == "fwd_sm90")
+        assert step.config.tile_kv == 64
+        assert step.config.box_rows == rows
+        assert [box.rows for box in step.boxes if box.tensor in "kv"] == [rows, rows]
+
+
+def test_what_hopper_has_no_boxes_for() -> None:
+    paged = replace(BASE, layout="cache", total_kv=4096, page_size=16)
+    assert why_not(paged, named("h100"))["sm90"] == []
+    assert why_not(replace(paged, leftpad=True), named("h100"))["sm90"] == [
+        "no boxes of pages that a sequence begins in the middle of"
+    ]
+    assert why_not(replace(paged, leftpad=True, page_size=0), named("h100"))["sm90"] == []
+    assert why_not(replace(paged, page_size=20), named("h100"))["sm90"] == [
+        "no boxes of pages whose size, 20, is no multiple of 8"
+    ]
+
+
+def test_blocks_share_the_keys_of_caches_in_equal_ranges() -> None:
+    sizes = {"batch": 64, "heads_q": 32, "heads_kv": 8, "len_q": 16, "len_kv": 4096, "dim_qk": 128, "dim_v": 128}
+    cache = replace(BASE, layout="cache", num_splits=0, total_kv=64 * 4096, page_size=16, **sizes)
+    device = named("h200")
+    plan = choose(cache, device)
+    assert [step.kernel for step in plan.steps] == ["fwd_sm90", "fwd_combine"]
+    assert plan.steps[0].config.split == plan.steps[1].config.split == "KeyRanges"
+    assert plan.steps[0].num_blocks == device.num_sms
+    slots = 64 * 8 + device.num_sms
+    assert {w.name: w.shape for w in plan.workspaces} == {
+        "partial_out": (slots, 64, 128), "partial_state": (slots, 64, 2), "part_slots": (512, 2),
+    }  # fmt: skip
+    assert plan.num_splits == 2, "at most"
+    assert plan.heads_in_step == 8
+
+
+@pytest.mark.parametrize(
+    ("heads", "blocks", "in_step"),
+    [(8, 132, 8), (4, 132, 4), (40, 132, 10), (3, 132, 3), (7, 6, 1), (1, 5, 1), (8, 264, 8)],
+)
+def test_heads_go_in_step_where_that_leaves_few_blocks_idle(heads: int, blocks: int, in_step: int) -> None:
+    assert heads_in_step(heads, blocks) == in_step
+
+
 def test_pages_have_no_gradients() -> None:
     paged = replace(BASE, direction="backward", layout="varlen", total_q=900, total_kv=4096, page_size=16)
     reason = "no gradients of pages: sequences may share them"
@@ -254,7 +302,7 @@ def test_pages_have_no_gradients() -> None:
             "h100",
             {"layout": "cache", "total_kv": 960, "page_size": 16, "num_splits": 2},
             {
-                "sm90": ["no split keys", "no paged", "no cache whose lengths are on the device"],
+                "sm90": ["no split keys"],
                 "sm80": [],
                 "simt": [],
             },

@@ -7,6 +7,8 @@ compile.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import product
+from math import gcd
 
 import numpy as np
 
@@ -27,7 +29,7 @@ from cuflash.plan.families.sm80 import (
 )
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
-from cuflash.plan.splits import best_splits, key_tiles
+from cuflash.plan.splits import best_splits, heads_in_step, key_tiles
 from cuflash.plan.tiles import fits_blocks, key_blocks, packed_tiles, query_blocks, round_up
 from cuflash.problem import Problem
 
@@ -37,6 +39,9 @@ _ROWS = 64
 _REGISTERS = {1: (240, 240), 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 """Consumers -> registers of a producer and of a consumer thread: what a launch gives a block, and ``setmaxnreg``, which
 counts in eights, may share out."""
+
+_PAGING_REGISTERS = {2: (40, 232), 3: (56, 152), 4: (32, 112)}
+"""The same where a producer's warp looks up pages."""
 
 _MOST_STAGES = 6
 """Of a lone consumer: 192 KB of keys and values of 128 columns."""
@@ -48,6 +53,9 @@ query on 4 times 4k keys 23.9 us instead of 25.2, on 8k keys 16.7 like the other
 
 _LIGHT = 14
 """Operations on a score that a caller may write beside four consumers of 64 columns: none spills that has no more."""
+
+_LEAST_ROWS = 8
+"""Of a box: what the swizzle of 128 bytes spans."""
 
 _LEAST_HEADS = 32
 _L2_BYTES = 32 << 20
@@ -71,8 +79,10 @@ class ForwardConfig(AttentionConfig):
     """NoBias, BiasTiles, BiasRow."""
     heads: str = field(default="OneHead", metadata={HEADER: "attention/heads.cuh"})
     """Whose rows a query tile holds: OneHead, HeadGroup."""
-    split: str = field(default="NoSplit", metadata={HEADER: "attention/split.cuh"})
-    """Which of its keys a work walks: NoSplit, KeySplits."""
+    split: str = field(default="NoSplit", metadata={HEADER: "attention/ranges.cuh"})
+    """Which of its keys a work walks: NoSplit, KeySplits, KeyRanges."""
+    box_rows: int
+    """Keys of a box: those of a tile, or what a page and a tile have in common."""
     stages: int
     """Key tiles in flight."""
     ping_pong: bool
@@ -115,12 +125,13 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
         smem = teams * _forward_smem(problem, consumers, tile_kv, stages, row_buffers)
         if smem <= device.smem_per_block:
             break
-    producer, consumer = _REGISTERS[teams * consumers]
+    producer, consumer = (_PAGING_REGISTERS if problem.page_size else _REGISTERS)[teams * consumers]
     score, bias_copies = _score_and_bias(problem)
     config = ForwardConfig(
         **policies.policies(problem) | {"score": score},
         tile_q=consumers * _ROWS,
         tile_kv=tile_kv,
+        box_rows=gcd(tile_kv, problem.page_size),
         threads=128 * (1 + teams * consumers),
         smem_bytes=smem,
         sink=policies.sink(problem),
@@ -140,7 +151,7 @@ def _fills_better(problem: Problem, device: Device) -> bool:
     Not with one split, where the batch decides nothing. H200, d 128, causal: 512 queries on 32k keys 368 us, else 459.
     """
     rows = {c: c * -(-query_blocks(problem, c * _ROWS) // device.num_sms) for c in (2, 3)}  # of all waves, in 64
-    return problem.layout == "dense" and problem.num_splits != 1 and 10 * rows[2] <= 7 * rows[3]
+    return problem.layout != "varlen" and problem.num_splits != 1 and 10 * rows[2] <= 7 * rows[3]
 
 
 def _is_crowded(problem: Problem) -> bool:
@@ -163,12 +174,14 @@ def _score_and_bias(problem: Problem) -> tuple[str, str]:
     return policies.score_beside_bias(problem), copies
 
 
-def _forward_smem(problem: Problem, consumers: int, tile_kv: int, stages: int, row_buffers: int) -> int:
+def _forward_smem(
+    problem: Problem, consumers: int, tile_kv: int, stages: int, row_buffers: int, ranges: bool = False
+) -> int:
     """Bytes of ``ForwardSm90::SmemPlan``: chunks of 64 columns, 128 bytes a row, and mbarriers."""
     row_qk, row_v = (128 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
     rows = row_buffers * max(row_qk, row_v)
     barriers = 2 * (row_buffers * consumers + 2 * stages)  # full and empty
-    works = 2 * (2 * 8 + 4 * 4)
+    works = 2 * (2 * 8 + 4 * (8 if ranges else 4))
     works += 0 if problem.block_mask is None else 2 * 56  # ListedTiles
     tiles = consumers * _ROWS * rows + stages * tile_kv * (row_qk + row_v)
     smem = round_up(tiles + 8 * barriers + works, 1024)
@@ -202,28 +215,35 @@ def _packs_heads(problem: Problem) -> bool:
     """Whether the queries of a group of heads fill one tile of a lone consumer, whose keys nobody else reads."""
     group, mask = problem.group, problem.mask
     plain = problem.dropout is None and not mask.tensor and problem.bias is None and not problem.written
-    free = problem.layout == "dense" and problem.num_splits == 0 and problem.tangents is None
+    free = problem.num_splits == 0 and problem.tangents is None
     whole = group > 1 and group & (group - 1) == 0  # so that tiles and boxes hold whole groups
-    return free and plain and whole and problem.len_q * group <= _ROWS
+    counted = problem.batch * problem.heads_kv * problem.len_kv < 2**36  # tiles of keys, in 32 bits
+    return free and plain and whole and counted and problem.len_q * group <= _ROWS
 
 
 def _packed_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
-    """The config of ``forward/sm90.cuh`` for the queries of a group in one tile: one consumer, keys far ahead."""
-    for stages in range(_MOST_STAGES, 1, -1):
-        smem = _forward_smem(problem, 1, _ROWS, stages, 1)
+    """The config of ``forward/sm90.cuh`` for the queries of a group in one tile: one consumer, keys far ahead.
+
+    Where the device alone knows how many keys a sequence has, blocks share all of them in equal ranges.
+    """
+    ranges = problem.layout != "dense"
+    for stages, row_buffers in product(range(_MOST_STAGES, 1, -1), (2, 1)):
+        smem = _forward_smem(problem, 1, _ROWS, stages, row_buffers, ranges)
         if smem <= device.smem_per_block:
             break
     config = ForwardConfig(
         **policies.policies(problem),
         tile_q=_ROWS,
         tile_kv=_ROWS,
+        box_rows=gcd(_ROWS, problem.page_size),
         threads=256,
         smem_bytes=smem,
-        sink=policies.sink(problem),
+        sink="NoSink" if ranges else policies.sink(problem),  # with parts it counts once, in the combine kernel
         heads="HeadGroup",
+        split="KeyRanges" if ranges else "NoSplit",
         stages=stages,
         ping_pong=False,
-        row_buffers=1,
+        row_buffers=row_buffers,
         producer_registers=255,
         consumer_registers=255,
     )
@@ -231,13 +251,14 @@ def _packed_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str
 
 
 def _packed_forward(problem: Problem, device: Device) -> Plan:
-    """The plan of few queries of many heads over long keys: the tile of a group's queries, its keys in splits."""
+    """The plan of few queries of many heads over long keys: the tile of a group's queries, its keys in parts."""
     config, reason = _packed_config(problem, device)
     works = problem.batch * problem.heads_kv
+    if problem.layout != "dense":
+        return _ranges_forward(problem, device, config, reason)
     num_splits = best_splits(works, key_tiles(problem, config) // _LEAST_TILES, device.num_sms, 0.95)
     division = f"{problem.group} heads share a tile; {works} tiles for {device.num_sms} multiprocessors"
-    keys = tuple(Box(name, config.tile_kv, once=True) for name in ("k", "v"))
-    boxes: tuple[Box, ...] = (Box("q", _ROWS, problem.group), *keys)
+    boxes: tuple[Box, ...] = (Box("q", _ROWS, problem.group), *_key_boxes(problem, config, once=True))
     combine: tuple[Step, ...] = ()
     workspaces: tuple[Workspace, ...] = ()
     if num_splits == 1:
@@ -262,6 +283,37 @@ def key_heads_per_section(problem: Problem) -> int:
         return 1
     heads = min(max(1, _SECTION_BYTES // head_bytes), all_heads)
     return -(-all_heads // -(-all_heads // heads))  # so that no section is much smaller than others
+
+
+def _key_boxes(problem: Problem, config: ForwardConfig, once: bool = False) -> tuple[Box, Box]:
+    ends = problem.page_size > 0 or problem.layout == "cache"
+    return Box("k", config.box_rows, once=once, ends=ends), Box("v", config.box_rows, once=once, ends=ends)
+
+
+def _ranges_forward(problem: Problem, device: Device, config: ForwardConfig, reason: str) -> Plan:
+    """The same with parts as ``KeyRanges`` of ``attention/ranges.cuh`` deals them out."""
+    works, blocks = problem.batch * problem.heads_kv, device.num_sms
+    walked = key_tiles(problem, config)
+    parts = max(1, min(walked, -(-blocks // max(1, works)) + 1))
+    division = f"{problem.group} heads share a tile; at most, as {blocks} blocks share all tiles of keys alike"
+    slots, rows = (works + blocks,), problem.len_q * problem.group
+    real = problem.dtype.accumulator
+    workspaces = (
+        *steps.rotated(problem),
+        Workspace("partial_out", real, (*slots, rows, problem.dim_v)),
+        Workspace("partial_state", real, (*slots, rows, 2)),
+        Workspace("part_slots", np.dtype(np.int32), (works, 2)),
+    )
+    boxes = (Box("q", _ROWS, problem.group), *_key_boxes(problem, config, once=True))
+    launches = (
+        *steps.append_step(problem),
+        Step("fwd_sm90", "FwdParams", config, blocks, boxes),
+        steps.combine_step(problem, "KeyRanges"),
+    )
+    return Plan(
+        problem, device, "sm90", launches, workspaces, reason, num_splits=parts,
+        heads_in_step=heads_in_step(problem.heads_kv, blocks), division=division,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,15 +376,14 @@ def _forward(problem: Problem, device: Device) -> Plan:
     # Blocks go from one tile to another, and load the next while they store the last.
     blocks = min(-(-works // teams), device.num_sms)
     # Tiles that differ in length are drawn.
-    differ = varlen or problem.mask.kind != "none" or problem.block_mask is not None
+    differ = problem.layout != "dense" or problem.mask.kind != "none" or problem.block_mask is not None
     tickets = Workspace("tickets", np.dtype(np.int32), (2,), kept=True)
-    workspaces = (tickets,) if differ and teams * blocks < works else ()
-    boxes: tuple[Box, ...] = (
-        Box("q", _ROWS), Box("k", config.tile_kv), Box("v", config.tile_kv), Box("out", _ROWS),
-    )  # fmt: skip
+    workspaces = steps.rotated(problem) + ((tickets,) if differ and teams * blocks < works else ())
+    boxes: tuple[Box, ...] = (Box("q", _ROWS), *_key_boxes(problem, config), Box("out", _ROWS))
     if problem.copies_bias:
         boxes += (Box("bias", 1 if problem.bias_broadcast[2] else config.tile_q),)
-    launches = (*steps.rng_step(problem), Step("fwd_sm90", "FwdParams", config, blocks, boxes, "kv"))
+    before = steps.rng_step(problem) + steps.append_step(problem)
+    launches = (*before, Step("fwd_sm90", "FwdParams", config, blocks, boxes, "kv"))
     ceiling = _forward_ceiling(problem, config)
     return Plan(problem, device, "sm90", launches, workspaces, reason, ceiling=ceiling)
 
@@ -634,6 +685,12 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
         return sm90_wide.leave(problem)
     if alone := sm90_wide.of_wide_alone(problem):
         return alone
+    if problem.page_size % _LEAST_ROWS:
+        return [f"no boxes of pages whose size, {problem.page_size}, is no multiple of {_LEAST_ROWS}"]
+    if problem.page_size and problem.leftpad:
+        return ["no boxes of pages that a sequence begins in the middle of"]
+    if problem.block_mask is not None and (problem.page_size or problem.layout == "cache"):
+        return ["no boxes of caches beside lists of blocks"]
     if problem.block_mask is not None and not _walks_whole_blocks(problem, device):
         return ["its tiles reach over several blocks of the mask, those of sm80 do not"]
     if problem.direction == "backward":
@@ -651,7 +708,8 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
         return []
     read = problem.batch * problem.heads_kv * problem.len_kv * (problem.dim_qk + problem.dim_v) * problem.dtype.itemsize
     many = problem.len_q * problem.group > 32  # rows for sm80's kernel of few
-    if _packs_heads(problem) and (read >= _LEAST_READ or many):
+    # H200, 64 sequences of unequal lengths in pages of 16: 650 us here, 586 there; heads did not go in step yet.
+    if _packs_heads(problem) and (many or (problem.layout == "dense" and read >= _LEAST_READ)):
         return []
     division = forward_division(problem, device)
     return [] if division.plain else [f"sm80 serves few queries better ({division.reason})"]
@@ -690,7 +748,7 @@ SM90 = Family(
     dtypes=("fp16", "bf16"),
     max_dim=sm90_wide.MOST_QK,
     features=(
-        "backward", "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient",
+        "backward", "varlen", "paged", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient",
         "written score", "written mask", "block mask", "sink", "dropout", "gqa", "dim_v != dim_qk", "deterministic",
         "tangents", "split keys", "paged",
     ),

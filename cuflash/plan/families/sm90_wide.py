@@ -129,10 +129,6 @@ def of_wide_alone(problem: Problem) -> list[str]:
     reasons = []
     if problem.direction == "forward" and problem.num_splits > 1:
         reasons.append("no split keys")
-    if problem.page_size:
-        reasons.append("no paged")
-    if problem.layout == "cache":
-        reasons.append("no cache whose lengths are on the device")
     return reasons
 
 

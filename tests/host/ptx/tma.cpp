@@ -10,18 +10,18 @@ namespace cuflash::host {
 
 struct Tensor {
   uint64 address;
-  int64 dim[4];
-  uint64 stride[4];  // bytes
-  int64 box[4];
+  int64 dim[5];
+  uint64 stride[5];  // bytes
+  int64 box[5];
 
   Tensor(const char* who, const TensorMap& map) : address(map.words[0]) {
-    const uint64 itemsize = map.words[12];
+    const uint64 itemsize = map.words[15];
     if (reinterpret_cast<size_t>(&map) % 64 != 0) fail("%s: the tensor map is not aligned to 64 bytes", who);
     if (itemsize == 0) fail("%s: the tensor map is empty", who);
-    for (int axis = 0; axis < 4; ++axis) {
+    for (int axis = 0; axis < 5; ++axis) {
       dim[axis] = static_cast<int64>(map.words[1 + axis]);
-      stride[axis] = axis == 0 ? itemsize : map.words[4 + axis];
-      box[axis] = static_cast<int64>(map.words[8 + axis]);
+      stride[axis] = axis == 0 ? itemsize : map.words[5 + axis];
+      box[axis] = static_cast<int64>(map.words[10 + axis]);
       if (dim[axis] < 1 || dim[axis] > int64(1) << 32) fail("%s: dimension %d has %lld elements", who, axis, dim[axis]);
       if (box[axis] < 1 || box[axis] > 256) fail("%s: a box has %lld elements along %d", who, box[axis], axis);
       if (axis > 0 && stride[axis] % 16 != 0) fail("%s: a stride of %llu bytes", who, stride[axis]);
@@ -30,18 +30,18 @@ struct Tensor {
     if (box[0] * static_cast<int64>(itemsize) != 128) fail("%s: rows of a box are not 128 bytes", who);
   }
 
-  int box_bytes() const { return static_cast<int>(128 * box[1] * box[2] * box[3]); }
+  int box_bytes() const { return static_cast<int>(128 * box[1] * box[2] * box[3] * box[4]); }
 };
 
 // A box of a tensor, and where it lies in shared memory.
 struct Box {
   Tensor tensor;
-  int at[4];
+  int at[5];
   uint32 shared;
 
   // For such a box hardware touches the map's first element, be it there or not.
   bool misses() const {
-    for (int axis = 0; axis < 4; ++axis) {
+    for (int axis = 0; axis < 5; ++axis) {
       if (at[axis] >= tensor.dim[axis] || at[axis] + tensor.box[axis] <= 0) return true;
     }
     return false;
@@ -68,13 +68,15 @@ struct Box {
   void for_each_row(const F& f) const {
     const int64 first = clamp_to<int64>(-int64(at[0]), 0, tensor.box[0]);
     const int64 end = clamp_to<int64>(tensor.dim[0] - at[0], first, tensor.box[0]);
-    for (int64 x3 = at[3]; x3 < at[3] + tensor.box[3]; ++x3) {
-      for (int64 x2 = at[2]; x2 < at[2] + tensor.box[2]; ++x2) {
-        for (int64 x1 = at[1]; x1 < at[1] + tensor.box[1]; ++x1) {
-          const bool inside = has(1, x1) && has(2, x2) && has(3, x3);
-          const uint64 global = tensor.address + (at[0] + first) * tensor.stride[0] + x1 * tensor.stride[1] +
-                                x2 * tensor.stride[2] + x3 * tensor.stride[3];
-          f(reinterpret_cast<char*>(global), first * tensor.stride[0], inside ? (end - first) * tensor.stride[0] : 0);
+    for (int64 x4 = at[4]; x4 < at[4] + tensor.box[4]; ++x4) {
+      for (int64 x3 = at[3]; x3 < at[3] + tensor.box[3]; ++x3) {
+        for (int64 x2 = at[2]; x2 < at[2] + tensor.box[2]; ++x2) {
+          for (int64 x1 = at[1]; x1 < at[1] + tensor.box[1]; ++x1) {
+            const bool inside = has(1, x1) && has(2, x2) && has(3, x3) && has(4, x4);
+            const uint64 global = tensor.address + (at[0] + first) * tensor.stride[0] + x1 * tensor.stride[1] +
+                                  x2 * tensor.stride[2] + x3 * tensor.stride[3] + x4 * tensor.stride[4];
+            f(reinterpret_cast<char*>(global), first * tensor.stride[0], inside ? (end - first) * tensor.stride[0] : 0);
+          }
         }
       }
     }
@@ -182,15 +184,23 @@ static host::Mbarrier& barrier_of_load(const char* who, uint32 barrier) {
   return known;
 }
 
-static host::Box box_of(const char* who, const TensorMap& map, const int (&at)[4], uint32 shared) {
-  const host::Box box{host::Tensor(who, map), {at[0], at[1], at[2], at[3]}, shared};
+static host::Box box_of(const char* who, const TensorMap& map, const int (&at)[5], uint32 shared) {
+  const host::Box box{host::Tensor(who, map), {at[0], at[1], at[2], at[3], at[4]}, shared};
   if (box.misses()) host::fail("%s: the box lies wholly outside the tensor", who);
   return box;
 }
 
-void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier) {
+void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, int x4, uint32 barrier) {
   host::Mbarrier& known = barrier_of_load("tma_load", barrier);
-  host::copy_engine.add("tma_load", &known, box_of("tma_load", map, {x0, x1, x2, x3}, shared));
+  host::copy_engine.add("tma_load", &known, box_of("tma_load", map, {x0, x1, x2, x3, x4}, shared));
+}
+
+void tma_load(uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier) {
+  tma_load(shared, map, x0, x1, x2, x3, 0, barrier);
+}
+
+void tma_load_by(uint64, uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, int x4, uint32 barrier) {
+  tma_load(shared, map, x0, x1, x2, x3, x4, barrier);
 }
 
 void tma_load_by(uint64, uint32 shared, const TensorMap& map, int x0, int x1, int x2, int x3, uint32 barrier) {
@@ -223,7 +233,7 @@ void bulk_add(float* global, uint32 shared, int bytes) {
 }
 
 void tma_store(const TensorMap& map, int x0, int x1, int x2, int x3, uint32 shared) {
-  const host::Box box = box_of("tma_store", map, {x0, x1, x2, x3}, shared);
+  const host::Box box = box_of("tma_store", map, {x0, x1, x2, x3, 0}, shared);
   ++host::copy_engine.stores[host::block.current->index].started;
   host::copy_engine.add("tma_store", nullptr, box);
 }
