@@ -81,15 +81,15 @@ UNIT = r"""
 
 using namespace cuflash;
 
-struct Place { double s, ds; int b, h, q, k; };
+struct Pair { double s, ds; int b, h, q, k; };
 
 template <class Real, class Mod, class Attention>
-CF_DEVICE void run(const void* captured, const Place* places, double* results, int count) {
+CF_DEVICE void run(const void* captured, const Pair* places, double* results, int count) {
   for (int i = 0; i < count; ++i) {
-    const Place& p = places[i];
+    const Pair& p = places[i];
     const Mod mod(*static_cast<const Attention*>(captured), p.b, p.h);
     const Real s = static_cast<Real>(p.s);
-    results[2 * i] = mod.value(s, Real(1), p.b, p.h, p.q, p.k);
+    results[2 * i] = mod.value(s, Real(1), p.b, p.h, p.q, p.k) * mod.unit(Real(1));
     results[2 * i + 1] = mod.slope(s, Real(1), p.b, p.h, p.q, p.k);
     mod.add_gradients(s, Real(1), p.b, p.h, p.q, p.k, static_cast<Real>(p.ds));
   }
@@ -101,10 +101,10 @@ namespace cuflash::e{number} {{
 struct Attention : Captured {{}};
 {structs}
 }}
-{export} void run_float{number}(const void* captured, const Place* places, double* results, int count) {{
+{export} void run_float{number}(const void* captured, const Pair* places, double* results, int count) {{
   run<float, e{number}::ScoreMod, e{number}::Attention>(captured, places, results, count);
 }}
-{export} void run_double{number}(const void* captured, const Place* places, double* results, int count) {{
+{export} void run_double{number}(const void* captured, const Pair* places, double* results, int count) {{
   run<double, e{number}::ScoreMod, e{number}::Attention>(captured, places, results, count);
 }}
 """

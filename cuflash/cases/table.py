@@ -444,6 +444,7 @@ _WRITTEN: dict[str, dict[str, Any]] = {
         "mask": _CAUSAL,
     },
     "written_softcap": {"score_mod": mods.trace("score_mod", lambda s, b, h, q, k: 30.0 * mods.tanh(s / 30.0)).mod},
+    "written_table": {"score_mod": mods.trace("score_mod", lambda s, b, h, q, k: s + _TABLE[h, k - q + 64]).mod},
     "written_mask": {"mask_mod": mods.trace("mask_mod", lambda b, h, q, k: _IDS[q] == _IDS[k]).mod},
 }
 _WRITTEN["blocks"] = {"block_mask": Blocks((128, 128), _WRITTEN["written_mask"]["mask_mod"])}
@@ -456,12 +457,12 @@ def _written() -> Iterator[Case]:
     """Scores and masks as a caller may write them: ALiBi, a soft cap, documents, all with a table to learn."""
     both: tuple[Direction, ...] = ("forward", "backward")
     rows: tuple[tuple[tuple[Direction, ...], str, str, str, tuple[str, ...]], ...] = (
-        (both, "sm90", "bf16", "64", ("written_alibi", "written", "blocks")),
+        (both, "sm90", "bf16", "64", ("written_alibi", "written_table", "written", "blocks")),
         (both, "sm90", "bf16", "128", tuple(_WRITTEN)),
         (both, "sm90", "bf16", "256", ("written_mask", "blocks")),
         (("forward",), "sm90", "bf16", "256", ("written_alibi", "written")),
         (("forward",), "sm90", "bf16", "512", ("written_alibi", "written")),
-        (both, "sm80", "bf16", "64", ("written_alibi", "written")),
+        (both, "sm80", "bf16", "64", ("written_alibi", "written_table", "written")),
         (both, "sm80", "bf16", "128", ("written_softcap", "written_mask", "written")),
         (both, "sm80", "bf16", "256", ("written", "blocks")),
         (both, "simt", "fp32", "64", ("written_mask", "written", "blocks")),
@@ -470,7 +471,9 @@ def _written() -> Iterator[Case]:
     for directions, family, dtype, dims, features in rows:
         for direction, feature in product(directions, features):
             base = _case(family, direction, dtype, dims, "")
-            learns = direction == "backward" and feature == "written" and family != "sm90"
+            learns = direction == "backward" and (
+                feature == "written_table" or (feature == "written" and family != "sm90")
+            )
             problem = replace(base.problem, captured_grad=learns, **_WRITTEN[feature])
             yield Case(f"{base.id}-{feature}", family, replace(problem, captured_flat=(0, 1)))
     base = _case("sm80", "forward", "bf16", "128", "decode")

@@ -12,7 +12,8 @@ import numpy as np
 
 from cuflash.dtypes import DTYPES
 from cuflash.mods.derive import slopes
-from cuflash.mods.emit import emit
+from cuflash.mods.distance import learned
+from cuflash.mods.emit import emit, in_units, is_bounded
 from cuflash.mods.expression import Node, in_order
 from cuflash.mods.tracing import Mod, Operand
 from cuflash.plan.config import Written
@@ -64,10 +65,21 @@ def structs(written: Written, fast: bool = False) -> list[str]:
     lines: list[str] = []
     if written.score is not None:
         printer = _Printer(written.score, written.flat, 0, fast)
-        body = printer.function("Real value(Real s, Real unit, {})", written.score.expression)
-        body += printer.function("Real slope(Real s, Real unit, {})", slopes(written.score).by_score)
+        score, slope = written.score.expression, slopes(written.score).by_score
+        unit, value = in_units(score) if fast else ("Real(1)", score)
+        body = [
+            f"  static constexpr bool kBoundedSlope = {str(is_bounded(slope)).lower()};",
+            f"  static constexpr bool kFiniteBeyond = {str(is_bounded(score, beyond=True)).lower()};",
+            "  template <class Real>",
+            f"  CF_DEVICE static Real unit(Real inner) {{ return {unit}; }}",
+        ]
+        body += printer.function("Real value(Real s, Real unit, {})", value)
+        body += printer.function("Real slope(Real s, Real unit, {})", slope)
         if written.gradients:
             body += printer.gradients("void add_gradients(Real s, Real unit, {}, Real ds)", written.gradients)
+            body += printer.gradients_by_distance(
+                "void add_at_distance(int b, int h, int distance, Real ds)", written.gradients
+            )
         lines += printer.struct("ScoreMod", body)
     first = len(written.score.operands) if written.score else 0
     for name, mask in (("MaskMod", written.mask), ("BlockMod", written.blocks)):
@@ -140,11 +152,24 @@ class _Printer:
         lines = [*_opened(signature), *(f"    {x}" for x in statements)]
         indices = iter(words[len(loads) :])
         for (load, _), slope in zip(loads, words, strict=False):
-            array = f"a->captured{load.value}"
-            nearest = [f"mods::nearest({next(indices)}, {array}_size[{n}])" for n in range(len(load.args))]
-            at = _flat_index(array, nearest, "int" if load.value in self._flat else "int64") or "0"
-            lines += [f"    ptx::red_add(static_cast<Real*>(a->dcaptured{load.value}) + {at}, ds * {slope});"]
+            lines += [self._added(load, [next(indices) for _ in load.args], f"ds * {slope}")]
         return [*lines, "  }"]
+
+    def gradients_by_distance(self, signature: str, wanted: Sequence[int]) -> list[str]:
+        """The same of all pairs of a distance, where that decides which numbers are read; else none."""
+        loads = learned(self._mod, wanted)
+        statements, words = self._emit(*(i for _, indices in loads for i in indices))
+        lines = [*_opened(signature), *(f"    {x}" for x in statements)]
+        rest = iter(words)
+        lines += [self._added(load, [next(rest) for _ in indices], "ds") for load, indices in loads]
+        return [*lines, "  }"] if loads else []
+
+    def _added(self, load: Node, indices: Sequence[str], term: str) -> str:
+        """The line that adds a term to the gradient of what a load reads."""
+        array = f"a->captured{load.value}"
+        nearest = [f"mods::nearest({x}, {array}_size[{n}])" for n, x in enumerate(indices)]
+        at = _flat_index(array, nearest, "int" if load.value in self._flat else "int64") or "0"
+        return f"    ptx::red_add(static_cast<Real*>(a->dcaptured{load.value}) + {at}, {term});"
 
     def _emit(self, *results: Node) -> tuple[list[str], list[str]]:
         return emit(*results, operands=self._mod.operands, known=self._held, fast=self._fast)
@@ -159,7 +184,7 @@ def _flat_index(array: str, nearest: Sequence[str], kind: str) -> str:
 
 
 def _opened(signature: str) -> list[str]:
-    result, _, rest = signature.format("int b, int h, int q, int k").partition(" ")
+    result, _, rest = signature.format("int b, int h, Place q, Place k").partition(" ")
     return ["  template <class Real>", f"  CF_DEVICE {result} {rest} const {{"]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from cuflash.mods.distance import steps, varies
 from cuflash.mods.expression import OPERATIONS, Node, constant, in_order
 from cuflash.mods.symbols import Operand
 
@@ -77,11 +78,20 @@ def _text(node: Node, args: Sequence[str], kind: str) -> str:
     if node.op == "score":
         return "(s * unit)"
     if node.op == "position":
-        return str(node.value)
+        return f"{node.value}.at" if node.value in ("q", "k") else str(node.value)
     if node.op == "load":
         return f"static_cast<{kind}>(captured{node.value}({', '.join(args)}))"
-    if node.op in ("tanh_of_exponent", "small_real"):
-        return f"mods::{node.op}({args[0]})"
+    if node.op == "raw_score":
+        return "s"
+    if node.op == "inverse_unit":
+        return "(Real(1) / unit)"
+    if node.op == "tanh_of_exponent":
+        return f"mods::tanh_of_exponent({args[0]})"
+    if node.op == "small_real":
+        known = _known(node.args[0])
+        if not known:
+            return f"mods::small_real({args[0]})"
+        return f"mods::small_real({args[0]} - ({known})) - static_cast<Real>(-({known}))"
     if node.op == "multiply" and node.args[0].op == "score" and node.args[1].op == "constant":
         return f"s * (unit * {args[1]})"  # of which the second product is the same for all scores
     return OPERATIONS[node.op].cuda.format(*args)
@@ -115,6 +125,85 @@ def quick(result: Node) -> Node:
             new = _product(rest, factor)
         made[node] = new
     return made[result]
+
+
+def in_units(result: Node) -> tuple[str, Node]:
+    """What a fast result is a multiple of, in CUDA, and how often it is taken: saves a product for every pair.
+
+    The unit may be a constant, or that of the score, if what is added to it is a number for a head times a distance.
+    """
+    result = quick(result)
+    factor, rest = _factor(result)
+    if factor is not None and factor > 0:
+        return _number(constant(factor), "Real"), rest
+    if result.op in ("add", "subtract"):
+        a, b = result.args
+        if b.op == "score" and result.op == "add":
+            a, b = b, a
+        if a.op == "score" and b.op == "multiply":
+            for x, y in (b.args, b.args[::-1]):
+                if not varies(x) and _is_distance(y):
+                    each = Node("multiply", (Node("multiply", (x, Node("inverse_unit"))), y))
+                    return "inner", Node(result.op, (Node("raw_score"), each))
+    return "Real(1)", result
+
+
+def _is_distance(node: Node) -> bool:
+    return node.op == "small_real" or (node.op == "abs" and _is_distance(node.args[0]))
+
+
+def is_bounded(result: Node, beyond: bool = False) -> bool:
+    """Whether a number is finite, and no larger than a million, whatever the score is.
+
+    With `beyond` it is asked of a score of 0, of queries past the last one, and whether it is finite as far as numbers
+    are that are read whatever the query: those beside it are wrong, too, if these are not.
+    """
+    bounds: dict[Node, float] = {}
+    for node in in_order(result):
+        bounds[node] = _size(node, [bounds[x] for x in node.args], beyond)
+    return bounds[result] <= (_LARGEST if beyond else 2.0**20)
+
+
+def _size(node: Node, of_args: Sequence[float], beyond: bool) -> float:
+    """What the size of a number is at most; infinity where it may be anything."""
+    if node.kind == "bool":
+        return 1.0
+    if node.op == "constant":
+        return abs(float(node.value))
+    if node.op == "score":
+        return 0.0 if beyond else math.inf
+    if node.op == "position":
+        return 2.0**20
+    if node.op == "load":
+        return 2.0**63 if node.kind == "int" else 2.0**20 if beyond and not any(map(varies, node.args)) else math.inf
+    if node.op == "tanh":
+        return 1.0 if of_args[0] < math.inf or _is_finite(node.args[0]) else math.inf
+    if node.op in ("sin", "cos"):
+        return 1.0 if of_args[0] < math.inf else math.inf
+    if node.op == "multiply":
+        return 0.0 if 0.0 in of_args and math.inf not in of_args else of_args[0] * of_args[1]
+    if node.op in ("add", "subtract"):
+        return sum(of_args)
+    if node.op in ("negative", "abs", "real", "minimum", "maximum"):
+        return max(of_args)
+    if node.op == "where":
+        return max(of_args[1:])
+    return math.inf
+
+
+def _is_finite(node: Node) -> bool:
+    """Whether a number is the score times constants."""
+    factor, rest = _factor(node)
+    return node.op == "score" or (factor is not None and _is_finite(rest))
+
+
+_LARGEST = 2.0**100
+
+
+def _known(node: Node) -> str:
+    """What the compiler knows of a whole number that is a sum of multiples of the query and the key."""
+    of_both = steps(node)
+    return " + ".join(f"{step} * {name}.known" for step, name in zip(of_both or (), "qk", strict=False) if step)
 
 
 def _real(node: Node, small: bool) -> Node:

@@ -88,8 +88,8 @@ class CopyConfig(AttentionConfig):
 BIAS_GRADIENT = {HEADER: "attention/bias_gradient.cuh"}
 """Metadata of the field that says where the gradient of the bias goes: NoBiasGradient, StoredBiasGradient."""
 
-CAPTURED_GRADIENT = {HEADER: "attention/captured_gradient.cuh"}
-"""The same of what a written score reads: NoCapturedGradient, AddedCapturedGradient."""
+CAPTURED_GRADIENT = {HEADER: "tile/captured_gradient.cuh"}
+"""The same of what a written score reads: NoCapturedGradient, AddedCapturedGradient, DistanceCapturedGradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

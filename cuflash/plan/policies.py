@@ -7,6 +7,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from cuflash.mods.distance import learned
 from cuflash.mods.emit import work
 from cuflash.plan.config import Written
 from cuflash.problem import Problem
@@ -84,9 +85,16 @@ def written_work(problem: Problem) -> int:
     return sum(work(mod.expression) for mod in mods)
 
 
-def captured_gradient(problem: Problem) -> str:
+def captured_gradient(problem: Problem, in_fragments: bool = True) -> str:
     """The policy that says where the gradients of what a written score reads go."""
-    return "AddedCapturedGradient" if problem.captured_gradients else "NoCapturedGradient"
+    if not problem.captured_gradients:
+        return "NoCapturedGradient"
+    return "DistanceCapturedGradient" if in_fragments and learns_distances(problem) else "AddedCapturedGradient"
+
+
+def learns_distances(problem: Problem) -> bool:
+    """Whether all numbers that have gradients are added to the score, and the distance alone decides which are read."""
+    return problem.score_mod is not None and bool(learned(problem.score_mod, problem.captured_gradients))
 
 
 def score(problem: Problem) -> str:
@@ -115,7 +123,7 @@ def score_without_bias(problem: Problem) -> str:
 def score_beside_bias(problem: Problem) -> str:
     """The score policy, in natural logits, of a kernel that adds the bias itself."""
     policy = score_without_bias(problem)
-    return policy if problem.alibi or problem.score_mod else f"NaturalScore<{policy}>"
+    return policy if problem.alibi else f"NaturalScore<{policy}>"
 
 
 def unit_score(problem: Problem) -> str:

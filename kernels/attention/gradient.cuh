@@ -6,13 +6,14 @@
 #pragma once
 
 #include "attention/dropout.cuh"
+#include "attention/place.cuh"
 #include "attention/softmax.cuh"
 #include "element.cuh"
 
 namespace cuflash {
 
-// Of one head.
-template <class Config>
+// Of one head. kNoneBeyond: rows past the last query have an empty shift, which hides every logit that is finite.
+template <class Config, bool kNoneBeyond = false>
 struct ScoreGradient {
   using Real = Accumulator<typename Config::Element>;
 
@@ -27,13 +28,13 @@ struct ScoreGradient {
         log2_unit(score.unit() * static_cast<Real>(kLog2E)), keep_scale(static_cast<Real>(Config::Dropout::scale(a))) {}
 
   // P, from s = q.k; exactly 0 where masked. Tiles that are visible whole (`full`) need no test.
-  CF_DEVICE Real probability(Real s, const RowShift<Real>& shift, int q, int kv, bool full) const {
+  CF_DEVICE Real probability(Real s, const RowShift<Real>& shift, Place q, Place kv, bool full) const {
     return full || mask.keep(q, kv) ? shift.probability(logit(s, q, kv), log2_unit) : Real(0);
   }
 
   // The same where a bias in natural logits comes beside the score. Of tiles that are visible whole the shift is folded,
   // which makes two multiply-adds.
-  CF_DEVICE Real probability(Real s, Real bias, const RowShift<Real>& shift, int q, int kv, bool full) const {
+  CF_DEVICE Real probability(Real s, Real bias, const RowShift<Real>& shift, Place q, Place kv, bool full) const {
     constexpr Real kLog2 = static_cast<Real>(kLog2E);
     const Real sum = fma(logit(s, q, kv), score.unit(), bias);
     if (full) return exp2(fma(sum, kLog2, -shift.log2_l));
@@ -41,7 +42,10 @@ struct ScoreGradient {
   }
 
   // From s = q.k, but for its unit; finite past the last query.
-  CF_DEVICE Real logit(Real s, int q, int kv) const { return score.within(score.apply(s, q, kv), q); }
+  CF_DEVICE Real logit(Real s, Place q, Place kv) const {
+    const Real x = score.apply(s, q, kv);
+    return kNoneBeyond && Config::Score::finite_beyond() ? x : score.within(x, q);
+  }
 
   // d(logit), from dp = dout.v, which does not reach what dropout dropped; a bias has this gradient.
   CF_DEVICE Real of_logit(Real p, Real dp, Real delta, bool kept) const {
@@ -49,12 +53,12 @@ struct ScoreGradient {
   }
 
   // d(q.k) but for softmax_scale: dS of dQ = scale * dS K and dK = scale * dS^T Q.
-  CF_DEVICE Real of_product(Real s, Real p, Real dp, Real delta, bool kept, int q, int kv) const {
+  CF_DEVICE Real of_product(Real s, Real p, Real dp, Real delta, bool kept, Place q, Place kv) const {
     return times_slope(of_logit(p, dp, delta, kept), s, q, kv);
   }
 
   // What is 0 stays so, as it is of hidden pairs.
-  CF_DEVICE Real times_slope(Real x, Real s, int q, int kv) const {
+  CF_DEVICE Real times_slope(Real x, Real s, Place q, Place kv) const {
     const Real product = x * score.slope(s, q, kv);
     return Config::Score::any_slope() && x == Real(0) ? Real(0) : product;
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/mask.cuh"
+#include "attention/place.cuh"
 #include "element.cuh"
 #include "params.cuh"
 #include "ptx/memory.cuh"
@@ -105,8 +106,9 @@ CF_DEVICE int nearest(int64 i, int size) { return static_cast<int>(clamp_to(i, i
 
 }  // namespace mods
 
-// What a caller's function makes of another policy's score, in natural logits. `Mod` has value(s, unit, b, h, q, k) of the
-// score s * unit, the slope of it, and add_gradients(), which adds up those of the numbers that it reads.
+// What a caller's function makes of another policy's score. `Mod` has value(s, unit, b, h, q, k) of the score s * unit, in
+// units of its unit(unit), the slope of it, and add_gradients(), which adds up those of the numbers that it reads; and says
+// whether its slope is bounded, and its value finite for a score of 0 and queries past the last one.
 template <class Inner, class Mod>
 struct WrittenScore {
   using Number = typename Inner::Number;
@@ -120,19 +122,22 @@ struct WrittenScore {
   CF_DEVICE WrittenScore(const Attention& a, const Sequence& sequence, int query_head)
       : inner(a, sequence, query_head), mod(a, static_cast<int>(sequence.batch), query_head), len_q(sequence.len_q),
         batch(static_cast<int>(sequence.batch)), head(query_head) {}
-  CF_DEVICE Number unit() const { return Number(1); }
-  CF_DEVICE Number apply(Number s, int q, int kv) const {
+  CF_DEVICE Number unit() const { return mod.unit(inner.unit()); }
+  CF_DEVICE Number apply(Number s, Place q, Place kv) const {
     return mod.value(inner.apply(s, q, kv), inner.unit(), batch, head, q, kv);
   }
   CF_DEVICE Number within(Number x, int q) const { return q < len_q ? x : Number(0); }
-  CF_DEVICE Number slope(Number s, int q, int kv) const {
+  CF_DEVICE Number slope(Number s, Place q, Place kv) const {
     return mod.slope(inner.apply(s, q, kv), inner.unit(), batch, head, q, kv) * inner.slope(s, q, kv);
   }
-  CF_DEVICE static constexpr bool any_slope() { return true; }
+  CF_DEVICE static constexpr bool any_slope() { return Inner::any_slope() || !Mod::kBoundedSlope; }
+  CF_DEVICE static constexpr bool finite_beyond() { return Inner::finite_beyond() && Mod::kFiniteBeyond; }
   // ds: d(logit)
-  CF_DEVICE void add_gradients(Number s, Number ds, int q, int kv) const {
+  CF_DEVICE void add_gradients(Number s, Number ds, Place q, Place kv) const {
     mod.add_gradients(inner.apply(s, q, kv), inner.unit(), batch, head, q, kv, ds);
   }
+  // The same of all pairs of a distance q - kv, where that alone decides what is read, and added to the score.
+  CF_DEVICE void add_at_distance(Number ds, int distance) const { mod.add_at_distance(batch, head, distance, ds); }
 };
 
 // A mask and a caller's rule: elements must pass both. Nothing is known about whole tiles of the rule.

@@ -6,6 +6,7 @@
 // past the last query may be anything: within() makes them finite, for probabilities that are multiplied by 0.
 #pragma once
 
+#include "attention/place.cuh"
 #include "element.cuh"
 #include "params.cuh"
 #include "ptx/keep.cuh"
@@ -26,6 +27,7 @@ struct ScaledScore {
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return s; }
   CF_DEVICE Real slope(Real /*s*/, int /*q*/, int /*kv*/) const { return Real(1); }
   CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE static constexpr bool finite_beyond() { return true; }
   CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
@@ -42,6 +44,7 @@ struct SignedScore {
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return softmax_scale * s; }
   CF_DEVICE Real slope(Real /*s*/, int /*q*/, int /*kv*/) const { return Real(1); }
   CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE static constexpr bool finite_beyond() { return true; }
   CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
@@ -63,6 +66,7 @@ struct SoftCapScore {
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return tanh(s); }
   CF_DEVICE Real slope(Real s, int /*q*/, int /*kv*/) const { return Real(1) - tanh(s) * tanh(s); }
   CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE static constexpr bool finite_beyond() { return true; }
   CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
@@ -91,6 +95,7 @@ struct ExactSoftCapScore {
     return Real(1) - t * t;
   }
   CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE static constexpr bool finite_beyond() { return true; }
   CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
@@ -103,11 +108,13 @@ struct NaturalScore {
   template <class Sequence>
   CF_DEVICE NaturalScore(const Attention& a, const Sequence& sequence, int head) : inner(a, sequence, head) {}
   CF_DEVICE Number unit() const { return Number(1); }
-  CF_DEVICE Number apply(Number s, int q, int kv) const { return inner.unit() * inner.apply(s, q, kv); }
-  CF_DEVICE Number slope(Number s, int q, int kv) const { return inner.slope(s, q, kv); }
+  CF_DEVICE Number apply(Number s, Place q, Place kv) const { return inner.unit() * inner.apply(s, q, kv); }
+  CF_DEVICE Number slope(Number s, Place q, Place kv) const { return inner.slope(s, q, kv); }
   CF_DEVICE static constexpr bool any_slope() { return Inner::any_slope(); }
+  CF_DEVICE static constexpr bool finite_beyond() { return Inner::finite_beyond(); }
   CF_DEVICE Number within(Number x, int q) const { return inner.within(x, q); }
-  CF_DEVICE void add_gradients(Number s, Number ds, int q, int kv) const { inner.add_gradients(s, ds, q, kv); }
+  CF_DEVICE void add_gradients(Number s, Number ds, Place q, Place kv) const { inner.add_gradients(s, ds, q, kv); }
+  CF_DEVICE void add_at_distance(Number ds, int distance) const { inner.add_at_distance(ds, distance); }
 };
 
 // The score of another policy plus a term that depends on the position only; natural logits.
@@ -121,13 +128,15 @@ struct Plus {
   CF_DEVICE Plus(const Attention& a, const Sequence& sequence, int head)
       : inner(a, sequence, head), term(a, sequence, head) {}
   CF_DEVICE Number unit() const { return Number(1); }
-  CF_DEVICE Number apply(Number s, int q, int kv) const {
+  CF_DEVICE Number apply(Number s, Place q, Place kv) const {
     return inner.unit() * inner.apply(s, q, kv) + term.template at<Number>(q, kv);
   }
-  CF_DEVICE Number slope(Number s, int q, int kv) const { return inner.slope(s, q, kv); }
+  CF_DEVICE Number slope(Number s, Place q, Place kv) const { return inner.slope(s, q, kv); }
   CF_DEVICE static constexpr bool any_slope() { return Inner::any_slope(); }
+  CF_DEVICE static constexpr bool finite_beyond() { return Inner::finite_beyond(); }
   CF_DEVICE Number within(Number x, int q) const { return inner.within(x, q); }
-  CF_DEVICE void add_gradients(Number s, Number ds, int q, int kv) const { inner.add_gradients(s, ds, q, kv); }
+  CF_DEVICE void add_gradients(Number s, Number ds, Place q, Place kv) const { inner.add_gradients(s, ds, q, kv); }
+  CF_DEVICE void add_at_distance(Number ds, int distance) const { inner.add_at_distance(ds, distance); }
 };
 
 // Attention with linear biases (Press et al. 2021, arXiv 2108.12409): -slope * distance from the diagonal. 0 for rows

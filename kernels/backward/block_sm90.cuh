@@ -7,6 +7,7 @@
 #include "attention/schedule.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/bias.cuh"
+#include "tile/captured_gradient.cuh"
 #include "tile/copy_tma.cuh"
 #include "tile/dq_accum.cuh"
 #include "tile/dropout.cuh"
@@ -20,7 +21,7 @@ template <class Config>
 struct BackwardBlock {
   using Element = typename Config::Element;
   using Sequence = typename Config::Sequence;
-  using Gradient = ScoreGradient<Config>;
+  using Gradient = ScoreGradient<Config, true>;
   using Sums = QueryTiles<Config>;
   using Walk = typename Config::Mask::Walk;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kStages = Config::kStages;
@@ -205,7 +206,7 @@ struct BackwardBlock {
           float weight[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int q = q_first + n * 8 + lane % 4 * 2 + i, kv = kv_first + r * 8 + lane / 4;
+            const Place q(q_first + col_of(lane, n, i), col_of(0, n, i)), kv(kv_first + row_of(lane, r), row_of(0, r));
             const RowShift<float> shift{kCareful ? m.x[n % 2 * 2 + i] : 0.f, shifts.x[n % 2 * 2 + i]};
             const float product = s.at(r, n, i);
             if (beside.kSome) {

@@ -16,7 +16,7 @@
 #pragma once
 
 #include "attention/bias_gradient.cuh"
-#include "attention/captured_gradient.cuh"
+#include "tile/captured_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "tile/gemm_simt.cuh"

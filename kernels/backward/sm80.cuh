@@ -19,7 +19,7 @@
 #pragma once
 
 #include "attention/bias_gradient.cuh"
-#include "attention/captured_gradient.cuh"
+#include "tile/captured_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
 #include "tile/copy.cuh"
@@ -181,6 +181,7 @@ struct BackwardSm80 {
       }
 
       if (split == 0) {
+        Config::CapturedGradient::add_all(gradient.score, dp, q_first, kv_first + warp_row);
         const typename Config::BiasGradient bias_gradient(p, sequence, head);
         dp.for_each(lane, [&](Real ds, int row, int col) {
           bias_gradient.store(q_first + col, kv_first + warp_row + row, ds);

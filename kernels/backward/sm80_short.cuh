@@ -18,7 +18,7 @@
 #pragma once
 
 #include "attention/bias_gradient.cuh"
-#include "attention/captured_gradient.cuh"
+#include "tile/captured_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "backward/delta.cuh"
 #include "ptx/warpgroup.cuh"
@@ -135,6 +135,7 @@ struct BackwardSm80Short {
           }
         }
       }
+      Config::CapturedGradient::add_all(gradient.score, dp, first_q, warp_row);
     }
 
     // `prepare_next` is called where few registers are in use.

@@ -175,6 +175,7 @@ struct BackwardSm90 {
       ptx::fence_proxy_async();
       ptx::sync_warp();
       if (ptx::lane_index() == 0) smem.ds_ring.publish(step.ds);
+      Config::CapturedGradient::add_all(gradient.score, dp, q_first, kv_first);
 
       // First, as all of dS before is there, and its registers are needed soonest.
       Share dq;

@@ -247,6 +247,7 @@ struct BackwardSm90Wide {
       Block::differentiate(p_slope, dp, gradient, in.rows[at.stage], kept);
       this->block.store_bias_gradient(dp, step.head, q_first, kv_first);
       pack_operand<Element>(ds, dp);
+      Config::CapturedGradient::add_all(gradient.score, dp, q_first, kv_first);
       ds_ring.wait_empty(step.ds);
       store_transposed(this->smem.ds[step.ds.stage], this->warp_row, ptx::lane_index(), ds);
       ptx::fence_proxy_async();

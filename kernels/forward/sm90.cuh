@@ -497,7 +497,11 @@ struct ForwardSm90 {
       return grew;
     }
     CF_DEVICE void apply_score(int tile) {
-      s.for_each(me.lane, [&](float& x, int row, int col) { x = score.apply(x, q_warp + row, tile * kTileKv + col); });
+      Scores::for_each_index([&](int r, int n, int i) {
+        const Place q(q_warp + row_of(me.lane, r), row_of(0, r));
+        const Place kv(tile * kTileKv + col_of(me.lane, n, i), col_of(0, n, i));
+        s.at(r, n, i) = score.apply(s.at(r, n, i), q, kv);
+      });
       smem.bias.add(s, me.number * kRows + me.warp_row, me.lane, me.at);
     }
     CF_DEVICE void hide(int tile) {

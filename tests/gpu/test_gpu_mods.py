@@ -89,6 +89,9 @@ ROWS: list[Row] = [
     ("sm90", dense("fp16", (2, 1), (300, 400), (128, 128)), far_documents),
     ("sm90", dense("bf16", (2, 1), (300, 400), (128, 128), deterministic=True), prefix),
     ("sm90", dense("bf16", (2, 1), (300, 400), (64, 64), deterministic=True), documents),
+    ("sm90", dense("bf16", (4, 2), (300, 400), (64, 64), batch=2, mask=CAUSAL), table),
+    ("sm90", packed("bf16", (4, 2), *LENS, (128, 128), tail=5), table),
+    ("sm90", dense("bf16", (2, 2), (100, 120), (64, 64), batch=140, mask=CAUSAL), composed),
     ("sm90", dense("bf16", (2, 1), (300, 400), (256, 256)), documents),
     ("sm90", dense("bf16", (2, 1), (300, 400), (192, 128)), prefix),
     ("sm90", dense("bf16", (2, 1), (300, 400), (128, 128), dropout="byte", alibi_axes="h"), composed),
@@ -119,7 +122,7 @@ class Call:
 
     def __init__(self, cp: Any, family: Any, case: HostCase, make: Callable[..., Written]) -> None:
         self.case, self.written = case, make(case, np.random.default_rng(11))
-        self.learns = self.written.learned is not None and family != "sm90"
+        self.learns = self.written.learned is not None
         problem, self.tensors = case.problem, Tensors(case)
         for name in ("q", "k", "v", "dout", "dlse"):
             self.tensors.random(name)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 COLUMNS = tuple(range(16, 257, 16))
 
 UNIT = r"""
+#include "tile/diagonals.cuh"
 #include "tile/gemm_sm80.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -146,6 +147,28 @@ EXPORT const char* fragment_round_trip(float* by_at, fp16* stored) {
   return host::launch(round_trip, &arguments, 1, 32, 48 * 72 * 2, 0);
 }
 
+// One warp: sums along the diagonals of the rows from 16 on, by column - row + 15, and how many lanes gave each.
+struct Diagonals { const float* from; double* sums; int* lanes; };
+
+template <int kCols>
+void diagonals(const void* params) {
+  const Diagonals& arguments = *static_cast<const Diagonals*>(params);
+  Fragment<32, kCols> f;
+  f.for_each(ptx::lane_index(), [&](float& x, int row, int col) { x = arguments.from[row * kCols + col]; });
+  for_each_diagonal(f, 1, ptx::lane_index(), [&](int diagonal, float sum) {
+    if (sum == 0.f) return;
+    arguments.sums[diagonal + 15] += sum;
+    arguments.lanes[diagonal + 15] += 1;
+  });
+}
+
+EXPORT const char* sum_diagonals(int cols, const float* from, double* sums, int* lanes) {
+  const Diagonals arguments{from, sums, lanes};
+  const auto kernel = cols == 16 ? diagonals<16> : cols == 32 ? diagonals<32> : cols == 48 ? diagonals<48>
+                      : cols == 64 ? diagonals<64> : diagonals<128>;
+  return host::launch(kernel, &arguments, 1, 32, 0, 0);
+}
+
 EXPORT void round_to_fp16(const float* x, fp16* y, int n) { while (n--) *y++ = from_accumulator<fp16>(*x++); }
 EXPORT void round_to_bf16(const float* x, bf16* y, int n) { while (n--) *y++ = from_accumulator<bf16>(*x++); }
 EXPORT void widen_fp16(const fp16* x, float* y, int n) { while (n--) *y++ = to_accumulator(*x++); }
@@ -157,6 +180,7 @@ EXPORT void widen_bf16(const bf16* x, float* y, int n) { while (n--) *y++ = to_a
 def unit() -> ctypes.CDLL:
     library = build(UNIT)
     library.multiply.restype = library.fragment_round_trip.restype = ctypes.c_char_p
+    library.sum_diagonals.restype = ctypes.c_char_p
     return library
 
 
@@ -188,6 +212,15 @@ def test_elements_are_numbered_as_registers_are() -> None:
         np.testing.assert_array_equal(same, np.arange(48))
     np.testing.assert_array_equal(row_number, r)
     np.testing.assert_array_equal(block_number, n)
+
+
+@pytest.mark.parametrize("cols", [16, 32, 48, 64, 128])
+def test_sums_along_diagonals(cols: int) -> None:
+    numbers = np.random.default_rng(cols).integers(1, 99, (32, cols)).astype(np.float32)  # sums are exact, and not 0
+    sums, lanes = np.zeros(cols + 15), np.zeros(cols + 15, np.int32)
+    assert unit().sum_diagonals(cols, pointer(numbers), pointer(sums), pointer(lanes)) is None
+    np.testing.assert_array_equal(sums, [np.trace(numbers[16:], n) for n in range(-15, cols)])
+    np.testing.assert_array_equal(lanes, 1)
 
 
 def multiply(kind: int, cols: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

@@ -176,6 +176,7 @@ EXPORT void scores(int kind, int is_double, double scale, double softcap, const 
 template <class Real>
 struct LopsidedScore {
   CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE static constexpr bool finite_beyond() { return true; }
   CF_DEVICE Real within(Real x, int) const { return x; }
   Real softmax_scale;
   template <class Sequence>

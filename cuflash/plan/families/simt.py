@@ -145,7 +145,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         **tile,
         copy_bytes=common[1],
         bias_gradient=gradient_policy(problem),
-        captured_gradient=policies.captured_gradient(problem),
+        captured_gradient=policies.captured_gradient(problem, in_fragments=False),
     )
     # Either kernel owns as many rows.
     dkdv = CopyConfig(**common[0], **tile | {"tile_q": dq.tile_kv, "tile_kv": dq.tile_q}, copy_bytes=common[1])

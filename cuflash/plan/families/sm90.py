@@ -16,7 +16,7 @@ from cuflash.device import Device
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_in_place, sums_on_the_way
 from cuflash.plan.ceiling import Ceiling
-from cuflash.plan.config import BIAS_GRADIENT, HEADER, AttentionConfig, JvpConfig, SequenceConfig
+from cuflash.plan.config import BIAS_GRADIENT, CAPTURED_GRADIENT, HEADER, AttentionConfig, JvpConfig, SequenceConfig
 from cuflash.plan.families import sm90_wide
 from cuflash.plan.families.sm80 import (
     SM80,
@@ -412,6 +412,7 @@ class BackwardConfig(AttentionConfig):
     reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
     """AtomicReduction, OrderedReduction."""
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
+    captured_gradient: str = field(default="NoCapturedGradient", metadata=CAPTURED_GRADIENT)
     bias_copies: str = field(default="NoBias", metadata={HEADER: "tile/bias.cuh"})
     """NoBias, BiasTiles, BiasRow."""
     copied_sums: bool = False
@@ -466,6 +467,7 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
         # added, which only those who add from registers know.
         copied_sums=64 < widest <= 128 and not problem.deterministic,
         bias_gradient=gradient_policy(problem),
+        captured_gradient=policies.captured_gradient(problem),
     )
     config = replace(config, smem_bytes=_backward_smem(problem, config))
     # Beside the widest heads there is no room for a tile of the bias, and beside the smallest not for one in fp32.
@@ -530,8 +532,8 @@ def _short_backward(problem: Problem, device: Device) -> Plan | None:
     few = problem.batch * problem.heads_q < 2 * device.num_sms
     sloped = bool(problem.softcap) or problem.score_mod is not None  # so that dS is not the gradient of a bias
     listed = problem.block_mask is not None
-    other = listed or is_in_place(problem) or problem.group > 1 or (problem.bias_grad and sloped)
-    if not fits or not shared or few or other:
+    learns = problem.captured_gradients or is_in_place(problem) or (problem.bias_grad and sloped)
+    if not fits or not shared or few or listed or problem.group > 1 or learns:
         return None
     tile_q = 64
     tiles = 2 * _SHORT * 128 * sum(2 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
@@ -700,6 +702,8 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
             return ["the assembler serialises products beside a written score of more than 128 columns"]
         if turns := lists_without_turns(problem):
             return turns
+        if problem.captured_gradients and not policies.learns_distances(problem):
+            return ["no gradients of numbers that are read by more than the distance, or not added to the score"]
         # Its two warpgroups share dq's columns, of which there must be two chunks of 64 or a tile of 128 queries.
         return ["dim_v > 64 beside dim_qk <= 64"] if problem.dim_qk <= 64 < problem.dim_v <= 128 else []
     if short_forward(problem, device) is not None:
@@ -748,9 +752,9 @@ SM90 = Family(
     dtypes=("fp16", "bf16"),
     max_dim=sm90_wide.MOST_QK,
     features=(
-        "backward", "varlen", "paged", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient",
-        "written score", "written mask", "block mask", "sink", "dropout", "gqa", "dim_v != dim_qk", "deterministic",
-        "tangents", "split keys", "paged",
+        "backward", "varlen", "causal", "window", "boolean mask", "softcap", "alibi", "bias", "bias gradient",
+        "written score", "written mask", "captured gradient", "block mask", "sink", "dropout", "gqa", "dim_v != dim_qk",
+        "deterministic", "tangents", "split keys", "paged",
     ),
     caches=True,
     forward=_forward,

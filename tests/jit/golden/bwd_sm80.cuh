@@ -9,7 +9,7 @@
 #include "attention/dropout.cuh"
 #include "tile/dq_accum.cuh"
 #include "attention/bias_gradient.cuh"
-#include "attention/captured_gradient.cuh"
+#include "tile/captured_gradient.cuh"
 
 namespace cuflash {
 

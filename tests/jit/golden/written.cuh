@@ -10,7 +10,7 @@
 #include "attention/mods.cuh"
 #include "tile/dq_accum.cuh"
 #include "attention/bias_gradient.cuh"
-#include "attention/captured_gradient.cuh"
+#include "tile/captured_gradient.cuh"
 
 namespace cuflash {
 
@@ -21,20 +21,24 @@ struct ScoreMod {
   }
   template <class I0, class I1>
   CF_DEVICE float captured0(I0 i0, I1 i1) const { return mods::real_of(static_cast<const fp16*>(a->captured0)[(static_cast<int>(mods::nearest(i0, a->captured0_size[0])) * a->captured0_size[1] + mods::nearest(i1, a->captured0_size[1]))]); }
+  static constexpr bool kBoundedSlope = false;
+  static constexpr bool kFiniteBeyond = false;
   template <class Real>
-  CF_DEVICE Real value(Real s, Real unit, int b, int h, int q, int k) const {
-    const Real x0 = static_cast<Real>(captured0(h, q));
+  CF_DEVICE static Real unit(Real inner) { return Real(1); }
+  template <class Real>
+  CF_DEVICE Real value(Real s, Real unit, int b, int h, Place q, Place k) const {
+    const Real x0 = static_cast<Real>(captured0(h, q.at));
     const Real x1 = (s * unit) * x0;
     return x1;
   }
   template <class Real>
-  CF_DEVICE Real slope(Real s, Real unit, int b, int h, int q, int k) const {
-    const Real x0 = static_cast<Real>(captured0(h, q));
+  CF_DEVICE Real slope(Real s, Real unit, int b, int h, Place q, Place k) const {
+    const Real x0 = static_cast<Real>(captured0(h, q.at));
     return x0;
   }
   template <class Real>
-  CF_DEVICE void add_gradients(Real s, Real unit, int b, int h, int q, int k, Real ds) const {
-    ptx::red_add(static_cast<Real*>(a->dcaptured0) + (static_cast<int>(mods::nearest(h, a->captured0_size[0])) * a->captured0_size[1] + mods::nearest(q, a->captured0_size[1])), ds * (s * unit));
+  CF_DEVICE void add_gradients(Real s, Real unit, int b, int h, Place q, Place k, Real ds) const {
+    ptx::red_add(static_cast<Real*>(a->dcaptured0) + (static_cast<int>(mods::nearest(h, a->captured0_size[0])) * a->captured0_size[1] + mods::nearest(q.at, a->captured0_size[1])), ds * (s * unit));
   }
 };
 
@@ -46,9 +50,9 @@ struct MaskMod {
   template <class I0>
   CF_DEVICE int64 captured0(I0 i0) const { return mods::int_of(static_cast<const int64*>(a->captured1)[mods::nearest(i0, a->captured1_size[0]) * a->captured1_stride[0]]); }
   template <class Real>
-  CF_DEVICE bool value(int b, int h, int q, int k) const {
-    const int64 x0 = static_cast<int64>(captured0(q));
-    const int64 x1 = static_cast<int64>(captured0(k));
+  CF_DEVICE bool value(int b, int h, Place q, Place k) const {
+    const int64 x0 = static_cast<int64>(captured0(q.at));
+    const int64 x1 = static_cast<int64>(captured0(k.at));
     const bool x2 = x0 == x1;
     return x2;
   }
