@@ -151,9 +151,10 @@ struct Alibi {
       : len_q(sequence.len_q), slope(a.alibi[sequence.batch * a.alibi_batch + head]),
         off(a.top_left ? 0 : sequence.len_kv - sequence.len_q) {}
   template <class Real>
-  CF_DEVICE Real at(int q, int kv) const {
+  CF_DEVICE Real at(Place q, Place kv) const {
     const Real row_slope = static_cast<Real>(q < len_q ? slope : 0.f);  // one number a row, not a choice an element
-    return -row_slope * abs_of(static_cast<Real>(q + off - kv));
+    const int known = q.known - kv.known;  // taken off a number of a row
+    return -row_slope * abs_of(static_cast<Real>(q + off - kv - known) - static_cast<Real>(-known));
   }
 };
 
