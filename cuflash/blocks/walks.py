@@ -18,7 +18,10 @@ class Walk(NamedTuple):
     """What ``attention/lists.cuh`` reads, int32."""
 
     lines: np.ndarray
-    """(lines, 4): where the tiles of a line are in the list, ``begin``, ``full_end`` and ``end``; the last is 0."""
+    """(lines, 4): where the tiles of a line are in the list, ``begin``, ``full_end`` and ``end``, and ``ranked``.
+
+    The last is of line `i` of a matrix the number of the one that `i` others are longer than, the later one of equals
+    first."""
     entries: np.ndarray
     """Of each line the tiles that are full, ascending, and then the partial ones, ascending."""
     turns: np.ndarray
@@ -29,7 +32,7 @@ def over_keys(mask: BlockMask, tile_q: int, tile_kv: int) -> Walk:
     """The key tiles of each query tile: line ``(b * heads + h) * query tiles + i``."""
     matrix, row, column, full = _tiles(mask, tile_q, tile_kv)
     height, _ = _counts(mask, tile_q, tile_kv)
-    return _walk(matrix * height + row, column, full, mask.batch * mask.heads * height)
+    return _walk(matrix * height + row, column, full, mask.batch * mask.heads * height, height)
 
 
 def over_queries(mask: BlockMask, tile_q: int, tile_kv: int, group: int) -> Walk:
@@ -50,7 +53,7 @@ def over_queries(mask: BlockMask, tile_q: int, tile_kv: int, group: int) -> Walk
         matrix, member = np.divmod(matrix, group)
     matrices = mask.batch * (1 if mask.heads == 1 else mask.heads // group)
     bits = (group - 1).bit_length()
-    return _walk(matrix * width + column, (row << bits) + member, full, matrices * width, turns)
+    return _walk(matrix * width + column, (row << bits) + member, full, matrices * width, width, turns)
 
 
 def _counts(mask: BlockMask, tile_q: int, tile_kv: int) -> tuple[int, int]:
@@ -58,7 +61,9 @@ def _counts(mask: BlockMask, tile_q: int, tile_kv: int) -> tuple[int, int]:
     return -(-mask.len_q // tile_q), -(-mask.len_kv // tile_kv)
 
 
-def _walk(line: np.ndarray, entry: np.ndarray, full: np.ndarray, lines: int, turns: np.ndarray | None = None) -> Walk:
+def _walk(
+    line: np.ndarray, entry: np.ndarray, full: np.ndarray, lines: int, per_matrix: int, turns: np.ndarray | None = None
+) -> Walk:
     """Entries in any order as a list."""
     if len(entry) >= 2**31 or (len(entry) and entry.max() >= 2**31):
         raise InvalidArgument(
@@ -69,9 +74,15 @@ def _walk(line: np.ndarray, entry: np.ndarray, full: np.ndarray, lines: int, tur
     ends = np.cumsum(np.bincount(line, minlength=lines))
     begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)[:lines]
     full_ends = begins + np.bincount(line[full], minlength=lines)
-    found = np.stack([begins, full_ends, ends, np.zeros(lines, np.int64)], axis=-1).astype(np.int32)
+    found = np.stack([begins, full_ends, ends, _ranked(ends - begins, per_matrix)], axis=-1).astype(np.int32)
     taken = np.zeros(0, np.int32) if turns is None else turns[order].astype(np.int32)
     return Walk(found, entry[order].astype(np.int32), taken)
+
+
+def _ranked(lengths: np.ndarray, per_matrix: int) -> np.ndarray:
+    """Of each matrix the numbers of its lines, the longest first, the later one of equals first."""
+    by_matrix = lengths.reshape(-1, max(per_matrix, 1))[:, ::-1]
+    return (per_matrix - 1 - np.argsort(-by_matrix, axis=1, kind="stable")).ravel()
 
 
 def _tiles(mask: BlockMask, tile_q: int, tile_kv: int) -> tuple[np.ndarray, ...]:

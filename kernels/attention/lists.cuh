@@ -17,7 +17,7 @@ struct alignas(16) Line {
   int begin;
   int full_end;
   int end;
-  int padding;
+  int ranked;  // another thing, of this line's place in its matrix: the number of the line that as many are longer than
 };
 
 // What a block walks of a line. Places count from 0: first tiles that are listed as visible whole, then the others.
@@ -110,19 +110,33 @@ struct ListedMask {
     return inner.keep(q, kv) && mod.template value<float>(batch, head, q, kv);
   }
 
+  // The query tile of which as many of this head's are longer as a number says, if no other mask shortens them.
+  CF_DEVICE int ranked_query(int number, int rows) const {
+    return kAlone ? kv_lines()[number].ranked : cdiv(a->len_q, rows) - 1 - number;
+  }
   CF_DEVICE ListedTiles kv_tiles(int q, int rows, int tile) const {
-    const int64 line = batch * a->kv_lines_batch + head * a->kv_lines_head + q / rows;
-    return ListedTiles(static_cast<const int*>(a->kv_list), nullptr, static_cast<const Line*>(a->kv_lines)[line],
+    return ListedTiles(static_cast<const int*>(a->kv_list), nullptr, kv_lines()[q / rows],
                        inner.kv_tiles(q, rows, tile), cdiv(a->len_kv, tile), 0);
   }
+  // The same of key tiles.
+  CF_DEVICE int ranked_key(int number) const { return kAlone ? q_lines()[number].ranked : number; }
   CF_DEVICE ListedTiles q_tiles(int kv, int rows, int tile) const {
-    const int group = a->heads_q / a->heads_kv;
     int bits = 0;
-    while ((1 << bits) < group) ++bits;
-    const int64 line = batch * a->q_lines_batch + head / group * a->q_lines_head + kv / rows;
-    return ListedTiles(static_cast<const int*>(a->q_list), static_cast<const int*>(a->q_turns),
-                       static_cast<const Line*>(a->q_lines)[line], inner.q_tiles(kv, rows, tile), cdiv(a->len_q, tile),
-                       bits);
+    while ((1 << bits) < a->heads_q / a->heads_kv) ++bits;
+    return ListedTiles(static_cast<const int*>(a->q_list), static_cast<const int*>(a->q_turns), q_lines()[kv / rows],
+                       inner.q_tiles(kv, rows, tile), cdiv(a->len_q, tile), bits);
+  }
+
+ private:
+  static constexpr bool kAlone = Inner::kFullFromStart && Inner::kFullToEnd;
+
+  // Those of this head.
+  CF_DEVICE const Line* kv_lines() const {
+    return static_cast<const Line*>(a->kv_lines) + batch * a->kv_lines_batch + head * a->kv_lines_head;
+  }
+  CF_DEVICE const Line* q_lines() const {
+    const int group = a->heads_q / a->heads_kv;
+    return static_cast<const Line*>(a->q_lines) + batch * a->q_lines_batch + head / group * a->q_lines_head;
   }
 };
 

@@ -88,6 +88,10 @@ struct BackwardBlock {
     const int index = static_cast<int>(ptx::block_index());
     Work work = section_work(index, longest, a.heads_kv, heads, params.heads_per_section);
     work.tile = Config::Reduction::key_tile(longest - 1 - work.tile, longest);
+    if constexpr (Walk::kListed && !Config::Reduction::kOrdered && IsSame<Sequence, DenseSequence>::value) {
+      const Sequence sequence(a, work.batch);
+      work.tile = typename Config::Mask(a, sequence, work.head * (a.heads_q / a.heads_kv)).ranked_key(work.tile);
+    }
     return work;
   }
 
@@ -95,7 +99,10 @@ struct BackwardBlock {
   CF_DEVICE int num_steps() const { return tiles.steps(head_end - head_first); }
   CF_DEVICE int tile_after(int tile) const { return tile + 1 == tiles.end ? tiles.begin : tile + 1; }
 
-  // Where a walk is that goes by a list. The next tile is looked up while one is worked on.
+  // Where a walk is that goes by a list, of a thread or of a warp. The next tile is looked up while one is worked on. A
+  // warp's lanes look at several, of which the first counts: of what they all read the compiler would make a uniform
+  // register, and wait for it at once.
+  template <bool kWarp>
   struct ListStep {
     int place, upcoming;  // and what is listed next
 
@@ -103,12 +110,15 @@ struct BackwardBlock {
       place = block.first_tile;
       block.take(block.tiles.entry(place), head, tile);
     }
-    CF_DEVICE void look_ahead(const BackwardBlock& block) { upcoming = block.tiles.entry(block.tile_after(place)); }
+    CF_DEVICE void look_ahead(const BackwardBlock& block) {
+      const int after = block.tile_after(place);
+      upcoming = block.tiles.entry(kWarp ? min_of(after + ptx::lane_index(), block.tiles.end - 1) : after);
+    }
     // Whether the next tile is another head's.
     CF_DEVICE bool go_on(const BackwardBlock& block, int& head, int& tile) {
       const int before = head;
       place = block.tile_after(place);
-      block.take(upcoming, head, tile);
+      block.take(kWarp ? ptx::shuffle(upcoming, 0) : upcoming, head, tile);
       return head != before;
     }
   };
@@ -130,7 +140,7 @@ struct BackwardBlock {
     Cursor at;
     BiasCursor bias_at;
     int head = head_first, tile = first_tile;
-    ListStep list;
+    ListStep<false> list;
     if constexpr (Walk::kListed) list.start(*this, head, tile);
 #pragma unroll 1
     for (int step = 0; step < num_steps(); ++step) {

@@ -103,7 +103,7 @@ struct BackwardSm90 {
       const bool far = block.some_row_is_far();
       Cursor at;
       typename Block::BiasCursor bias_at;
-      typename Block::ListStep list;
+      typename Block::template ListStep<true> list;
       if constexpr (Block::Walk::kListed) list.start(block, step.head, step.tile);
       Gradient gradient(block.p.attention, block.sequence, step.head);
       in.wait_k();

@@ -77,7 +77,7 @@ struct BackwardSm90Wide {
       Role& me = static_cast<Role&>(*this);
       Cursor at;
       Step step{block.head_first, block.first_tile, block.first_tile, {}, {}};
-      typename Block::ListStep list;
+      typename Block::template ListStep<true> list;
       if constexpr (Block::Walk::kListed) list.start(block, step.head, step.tile);
       Step before{step.head, step.tile, step.place, {1, 1}, {}};
       Gradient gradient(block.p.attention, block.sequence, step.head);

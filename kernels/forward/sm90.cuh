@@ -23,7 +23,7 @@
 //
 // A block goes from one work, a tile of queries, to another; rings and phases run on, so that the next work's loads run
 // under the end of this one. Works of equal length are dealt out in turn, others are drawn by tickets, the longest of
-// some heads first. The producer tells the consumers which it is.
+// some heads first. The producer tells the consumers which it is, or where tiles are listed a scheduler tells both.
 #pragma once
 
 #include "attention/heads.cuh"
@@ -60,6 +60,8 @@ struct ForwardSm90 {
   // A block may have several teams of consumers, with a thread of the producer each, that work like blocks of their own.
   static constexpr int kTeams = (Config::kThreads - ptx::kWarpgroupThreads) / kConsumerThreads;
   static_assert(Config::kThreads == ptx::kWarpgroupThreads + kTeams * kConsumerThreads);
+  static_assert(kTeams <= (Mask::Walk::kListed ? 2 : 1), "a producing warpgroup has a warp or two for each");
+  static_assert(!Mask::Walk::kListed || IsSame<typename Config::Split, NoSplit>::value, "lists are walked whole");
   static_assert(Config::kPingPong || IsSame<Bias, NoBias>::value, "consumers that skip tiles give no bias back");
 
   using QTile = SwizzledTile<Element, kRows, kDimQk>;
@@ -88,6 +90,8 @@ struct ForwardSm90 {
     typename Bias::template Buffers<kTileQ, kTileKv, kStages> bias;
   };
 
+  using WorkCursor = typename WorkRing<WorkWalk>::Cursor;
+
   // Named barriers, one of each kind a consumer: its turn, for which it waits and the one before it arrives, and
   // where its four warps meet, which all wait.
   using Turns = NamedBarriers<1, 2 * ptx::kWarpgroupThreads>;
@@ -109,7 +113,6 @@ struct ForwardSm90 {
 
     const FwdParams& p;
     SmemPlan& smem;
-    const int team;
     typename RowsRing::Cursor rows_at;
     Cursor at;  // K and V are used in step
 
@@ -122,30 +125,25 @@ struct ForwardSm90 {
     }
 
     CF_DEVICE void run_works() {
-      const int blocks = ptx::num_blocks() * kTeams;
-      typename WorkRing<WorkWalk>::Cursor work_at;
+      const int blocks = ptx::num_blocks();
+      WorkCursor work_at;
       Works<Sequence, Heads> works;
-      for (int number = ptx::block_index() * kTeams + team;; number = p.tickets ? blocks + draw() : number + blocks) {
+      for (int number = ptx::block_index();; number = p.tickets ? blocks + draw() : number + blocks) {
         const Split split(p, number);
         Work work = works.find(p.attention, static_cast<int>(split.block), kTileQ, p.heads_per_section);
         work.split = split.index;
-        if constexpr (Walk::kListed) {
-          if (!listed(work_at, work)) break;
-          work_at = work_at.next();
-        } else {
-          if (leads()) smem.works.put(work_at, work);
-          work_at = work_at.next();
-          if (work.tile < 0) break;
-          const Sequence sequence(p.attention, work.batch);
-          if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) load(work, sequence);
-        }
+        if (leads()) smem.works.put(work_at, work);
+        work_at = work_at.next();
+        if (work.tile < 0) break;
+        const Sequence sequence(p.attention, work.batch);
+        if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) load(work, sequence);
       }
       // The last of all blocks leaves the tickets as it found them.
       if (p.tickets && leads() && ptx::count_around(p.tickets + 1, blocks - 1) == blocks - 1) p.tickets[0] = 0;
     }
 
     CF_DEVICE void run_ranges() {
-      typename WorkRing<WorkWalk>::Cursor work_at;
+      WorkCursor work_at;
       RangeStretches<Config> stretches(p);
       for (Stretch stretch; stretches.next(p, stretch); work_at = work_at.next()) {
         Work work = stretch.work;
@@ -188,19 +186,21 @@ struct ForwardSm90 {
       }
     }
 
-    // Hands on a work with what it walks of a list, and loads it; whether there is one.
-    CF_DEVICE bool listed(const typename WorkRing<WorkWalk>::Cursor& work_at, const Work& work) {
-      if (work.tile < 0) {
-        smem.works.put(work_at, work, WorkWalk());
-        return false;
+    // The same of works that a scheduler finds.
+    CF_DEVICE void run_scheduled() {
+      WorkCursor work_at;
+      for (;;) {
+        smem.works.ring.wait(work_at);
+        const Work work = smem.works.works[work_at.stage];
+        const WorkWalk& tiles = smem.works.more[work_at.stage];  // read there, as registers are few
+        if (work.tile < 0) break;
+        const Sequence sequence(p.attention, work.batch);
+        if (work.tile * kTileQ < Heads::rows(p.attention, sequence.len_q)) {
+          load(work, sequence, Heads(p.attention, work.head), tiles);
+        }
+        smem.works.ring.release(work_at);
+        work_at = work_at.next();
       }
-      const Sequence sequence(p.attention, work.batch);
-      const Heads heads(p.attention, work.head);
-      const int q_first = work.tile * kTileQ;
-      const Walk tiles = tiles_of(work, sequence, heads);
-      smem.works.put(work_at, work, tiles);
-      if (q_first < Heads::rows(p.attention, sequence.len_q)) load(work, sequence, heads, tiles);
-      return true;
     }
 
     CF_DEVICE Walk tiles_of(const Work& work, const Sequence& sequence, const Heads& heads) const {
@@ -220,9 +220,12 @@ struct ForwardSm90 {
       const int q_first = work.tile * kTileQ;
       if (tiles.begin >= tiles.end) load_q(work, sequence, heads);
       Keys keys(p, sequence, heads.kv, first_visible(heads, sequence, q_first), tiles);
+      int upcoming = 0;  // of a list: what is looked up while the tile before is loaded
+      if constexpr (Walk::kListed) upcoming = tiles.begin < tiles.end ? tiles.number(tiles.end - 1) : 0;
 #pragma unroll 1
       for (int place = tiles.end - 1; place >= tiles.begin; --place) {
-        const int tile = tiles.number(place);
+        const int tile = Walk::kListed ? ptx::keep(upcoming) : place;
+        if constexpr (Walk::kListed) upcoming = tiles.number(max_of(place - 1, tiles.begin));
         const auto boxes = keys.find(tile);
         load_keys(smem.k[at.stage], p.k_map, boxes, acquire(smem.k_ring, at, sizeof(KTile)));
         if (place == tiles.end - 1) load_q(work, sequence, heads);  // after K, which needs not wait for a work before
@@ -257,6 +260,41 @@ struct ForwardSm90 {
     }
   };
 
+  // Finds works and what they walk of a list, for a team, ahead of its producer, which would else wait for memory before
+  // every work.
+  struct Scheduler {
+    const FwdParams& p;
+    SmemPlan& smem;
+    const int team;
+
+    CF_DEVICE void run() {
+      const int blocks = ptx::num_blocks() * kTeams;
+      WorkCursor work_at;
+      Works<Sequence, Heads> works;
+      for (int number = ptx::block_index() * kTeams + team;;
+           number = p.tickets ? blocks + ptx::count(p.tickets) : number + blocks) {
+        Work work = works.find(p.attention, number, kTileQ, p.heads_per_section);
+        WorkWalk tiles;
+        if (work.tile >= 0) tiles = walk_of(work);
+        smem.works.put(work_at, work, tiles);
+        work_at = work_at.next();
+        if (work.tile < 0) break;
+      }
+      // The last of all teams leaves the tickets as it found them.
+      if (p.tickets && ptx::count_around(p.tickets + 1, blocks - 1) == blocks - 1) p.tickets[0] = 0;
+    }
+
+    // What a work walks, whose tile becomes the one that is as long for its head as its number says: see ListedMask.
+    CF_DEVICE WorkWalk walk_of(Work& work) const {
+      const Sequence sequence(p.attention, work.batch);
+      const auto mask = Heads(p.attention, work.head).template bind<Mask>(p.attention, sequence);
+      if constexpr (IsSame<Sequence, DenseSequence>::value) {
+        work.tile = mask.ranked_query(num_tiles(sequence.len_q, kTileQ) - 1 - work.tile, kTileQ);  // the longest first
+      }
+      return mask.kv_tiles(work.tile * kTileQ, kTileQ, kTileKv);
+    }
+  };
+
   // A warpgroup, which has 64 rows of every q tile. What it keeps from work to work: who it is, and where rings are.
   struct Consumer {
     const FwdParams& p;
@@ -277,7 +315,7 @@ struct ForwardSm90 {
           warp_row(ptx::warp_index() % 4 * 16) {}
 
     CF_DEVICE void run() {
-      typename WorkRing<WorkWalk>::Cursor work_at;
+      WorkCursor work_at;
       if (number == kConsumers - 1) pass_turn();
       for (;;) {
         WorkWalk walk;
@@ -569,7 +607,7 @@ struct ForwardSm90 {
         smem.k_ring.init(kWarps);                             // which may read scores' K again alone
         smem.v_ring.init(kConsumers);
         smem.bias.init(kWarps);
-        smem.works.ring.init(kWarps);
+        smem.works.ring.init(kWarps + Walk::kListed);
       }
       ptx::fence_mbarrier_init();
     }
@@ -577,12 +615,18 @@ struct ForwardSm90 {
     const int warpgroup = ptx::warpgroup_index();
     if (warpgroup == 0) {
       if constexpr (kConsumers > 1) ptx::lower_registers<Config::kProducerRegisters>();
-      if constexpr (kTeams == 1) {
-        if (ptx::warp_index() == 0 && (Producer::kByWarp || ptx::elect())) Producer{p, *plans, 0}.run();
-      } else {
+      if constexpr (Walk::kListed) {  // a warp for each team's producer and for its scheduler
         static_assert(!Producer::kByWarp);
-        const int team = ptx::warp_index();
-        if (team < kTeams && ptx::elect()) Producer{p, plans[team], team}.run();
+        const int warp = ptx::warp_index(), team = warp / 2;
+        if (team < kTeams && ptx::elect()) {
+          if (warp % 2 == 0) {
+            Producer{p, plans[team]}.run_scheduled();
+          } else {
+            Scheduler{p, plans[team], team}.run();
+          }
+        }
+      } else {
+        if (ptx::warp_index() == 0 && (Producer::kByWarp || ptx::elect())) Producer{p, *plans}.run();
       }
     } else {
       if constexpr (kConsumers > 1) ptx::raise_registers<Config::kConsumerRegisters>();

@@ -78,7 +78,7 @@ struct Ring {
   CF_DEVICE uint32 empty_barrier(const Cursor& at) const { return ptx::smem_u32(empty) + at.stage * sizeof(uint64); }
 };
 
-// Works that one thread hands to whole warps, each of which takes them all, with what else they are to know of each.
+// Works that one thread hands to whole warps, each of which takes them all, and to a thread, with what else they are to know of each.
 template <class With>
 struct WorkRing {
   using Slots = Ring<2>;

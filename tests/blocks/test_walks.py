@@ -55,6 +55,16 @@ def test_no_pair_is_tested_where_all_blocks_are_full_and_hold_whole_tiles() -> N
     assert again.tested is EVERY_PAIR and again.kind != create_block_mask(blocks=kept, **sizes).kind
 
 
+def assert_ranked(walk: Walk, per_matrix: int) -> None:
+    """The lines of each matrix from the longest to the shortest, of equals the later one first."""
+    lengths = walk.lines[:, 2] - walk.lines[:, 0]
+    for first in range(0, len(lengths), max(per_matrix, 1)):
+        mine = lengths[first : first + per_matrix]
+        assert walk.lines[first : first + per_matrix, 3].tolist() == sorted(
+            range(per_matrix), key=lambda i, mine=mine: (-mine[i], -i)
+        )
+
+
 def listed(walk: Walk, line: int) -> tuple[list[int], list[int]]:
     """The full tiles of a line, and its partial ones."""
     begin, full_end, end, _ = walk.lines[line]
@@ -68,6 +78,7 @@ def test_key_tiles_of_query_tiles(name: str, tile: tuple[int, int]) -> None:
     some, whole = cells(mask, *tile)
     walk = over_keys(mask, *tile)
     assert walk.lines.shape == (some[..., 0].size, 4) and walk.lines.dtype == walk.entries.dtype == np.int32
+    assert_ranked(walk, some.shape[2])
     for line, (seen, full) in enumerate(
         zip(some.reshape(-1, some.shape[3]), whole.reshape(-1, some.shape[3]), strict=True)
     ):
@@ -85,6 +96,7 @@ def test_query_tiles_of_key_tiles_and_their_turns(name: str, tile: tuple[int, in
     heads_kv = 1 if heads == 1 else heads // group
     bits = {1: 0, 2: 1, 6: 3}[group]
     assert walk.lines.shape == (batch * heads_kv * columns, 4)
+    assert_ranked(walk, columns)
     for b, h, j in product(range(batch), range(heads_kv), range(columns)):
         line = (b * heads_kv + h) * columns + j
         own = [0] * group if heads == 1 else [h * group + member for member in range(group)]
