@@ -89,7 +89,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("fwd_sm90", "*-d64-written*", 52, _WRITTEN),
     Allowance("bwd_sm80", "*-d64-written*", 260, _WRITTEN),
     Allowance("bwd_sm80", "*-d128-written*", 208, _WRITTEN),
-    Allowance("bwd_sm80", "*-d256-written", 180, _WRITTEN),
+    Allowance("bwd_sm80", "*-d256-written", 224, _WRITTEN),
     Allowance("fwd_sm80", "*-d256-written", 8, _WRITTEN),
     Allowance("fwd_sm90", "*-d256-written", 88, _WRITTEN),
     Allowance("bwd_sm90", "*-d64-written*", 592, _WRITTEN),
