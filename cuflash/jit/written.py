@@ -66,7 +66,8 @@ def structs(written: Written, fast: bool = False) -> list[str]:
     if written.score is not None:
         printer = _Printer(written.score, written.flat, 0, fast)
         score, slope = written.score.expression, slopes(written.score).by_score
-        unit, value = in_units(score) if fast else ("Real(1)", score)
+        factor, value = in_units(score) if fast else (1.0, score)
+        unit = "inner" if factor is None else f"static_cast<Real>({factor.hex()})"
         body = [
             f"  static constexpr bool kBoundedSlope = {str(is_bounded(slope)).lower()};",
             f"  static constexpr bool kFiniteBeyond = {str(is_bounded(score, beyond=True)).lower()};",

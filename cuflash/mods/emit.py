@@ -127,15 +127,16 @@ def quick(result: Node) -> Node:
     return made[result]
 
 
-def in_units(result: Node) -> tuple[str, Node]:
-    """What a fast result is a multiple of, in CUDA, and how often it is taken: saves a product for every pair.
+def in_units(result: Node) -> tuple[float | None, Node]:
+    """What a fast result is a multiple of, and how often it is taken: saves a product for every pair.
 
-    The unit may be a constant, or that of the score, if what is added to it is a number for a head times a distance.
+    The unit may be a constant, or that of the score, said by None, if what is added to it is a number for a head times
+    a distance.
     """
     result = quick(result)
     factor, rest = _factor(result)
     if factor is not None and factor > 0:
-        return _number(constant(factor), "Real"), rest
+        return factor, rest
     if result.op in ("add", "subtract"):
         a, b = result.args
         if b.op == "score" and result.op == "add":
@@ -144,8 +145,8 @@ def in_units(result: Node) -> tuple[str, Node]:
             for x, y in (b.args, b.args[::-1]):
                 if not varies(x) and _is_distance(y):
                     each = Node("multiply", (Node("multiply", (x, Node("inverse_unit"))), y))
-                    return "inner", Node(result.op, (Node("raw_score"), each))
-    return "Real(1)", result
+                    return None, Node(result.op, (Node("raw_score"), each))
+    return 1.0, result
 
 
 def _is_distance(node: Node) -> bool:

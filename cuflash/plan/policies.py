@@ -8,7 +8,7 @@ from typing import TypedDict
 import numpy as np
 
 from cuflash.mods.distance import learned
-from cuflash.mods.emit import work
+from cuflash.mods.emit import in_units, work
 from cuflash.plan.config import Written
 from cuflash.problem import Problem
 
@@ -93,8 +93,13 @@ def captured_gradient(problem: Problem, in_fragments: bool = True) -> str:
 
 
 def learns_distances(problem: Problem) -> bool:
-    """Whether all numbers that have gradients are added to the score, and the distance alone decides which are read."""
-    return problem.score_mod is not None and bool(learned(problem.score_mod, problem.captured_gradients))
+    """Whether all numbers that have gradients are added to the score, and the distance alone decides which are read.
+
+    Of a score whose slope is 1, as the kernels then sum what reaches the product q.k.
+    """
+    if problem.score_mod is None or problem.softcap:
+        return False
+    return bool(learned(problem.score_mod, problem.captured_gradients))
 
 
 def score(problem: Problem) -> str:
@@ -128,8 +133,15 @@ def score_beside_bias(problem: Problem) -> str:
 
 def unit_score(problem: Problem) -> str:
     """A score policy with the unit of the problem's, for row-wise kernels that read rows' states."""
-    natural = problem.alibi or problem.bias or problem.score_mod
-    return f"{'SignedScore' if natural else _base_score(problem)}<{_real(problem)}>"
+    mods = written(problem)
+    if problem.alibi or problem.bias:
+        return f"SignedScore<{_real(problem)}>"
+    if mods is None or mods.score is None:
+        return f"{_base_score(problem)}<{_real(problem)}>"
+    factor = in_units(mods.score.expression)[0] if mods.fast else 1.0
+    if factor is None:
+        return f"{_base_score(problem)}<{_real(problem)}>"
+    return f"ScoreOfUnit<{_real(problem)}, {np.float64(factor).view(np.uint64):#x}>"
 
 
 def copy_bytes(problem: Problem) -> int:

@@ -48,6 +48,14 @@ struct SignedScore {
   CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
+// The unit of a written score that is a multiple of a constant, a double of these bits, for kernels that need no more.
+template <class Real, uint64 kBits>
+struct ScoreOfUnit {
+  template <class Sequence>
+  CF_DEVICE ScoreOfUnit(const Attention&, const Sequence&, int /*head*/) {}
+  CF_DEVICE Real unit() const { return static_cast<Real>(ptx::double_of(kBits)); }
+};
+
 // x = softcap * tanh(softmax_scale * s / softcap), in units of softcap; slope = 1 - tanh^2.
 template <class Real>
 struct SoftCapScore {

@@ -22,6 +22,7 @@ from written import (
     check_printed,
     composed,
     documents,
+    grid,
     prefix,
     printed,
     scaled,
@@ -135,6 +136,7 @@ def cases() -> list[Any]:
         ("sm80", "f", dense("bf16", (6, 2), (40, 200), (64, 64), num_splits=3), table),
         ("sm80", "b", packed("bf16", (4, 2), (70, 0, 33), (150, 20, 40), (64, 64), tail=5, mask=CAUSAL), table),
         ("sm80", "b", dense("bf16", (2, 1), (70, 150), (64, 64), batch=2), composed),
+        ("sm80", "b", dense("bf16", (4, 2), (70, 90), (64, 64), softcap=1.0), table),
         ("sm80", "b", dense("bf16", (2, 2), (70, 150), (136, 136)), table),
         ("sm80", "b", dense("bf16", (2, 2), (50, 61), (64, 64), batch=3, num_sms=3, mask=CAUSAL), table),
         ("sm80", "b", dense("bf16", (2, 2), (70, 70), (64, 64), dropout="byte", softcap=2.0), alibi),
@@ -168,3 +170,45 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("case", "make", "direction"), cases())
 def test_kernels_compute_what_is_written(case: HostCase, make: Callable[..., Written], direction: str) -> None:
     check(case, make, direction)
+
+
+def halved(case: HostCase, rng: np.random.Generator) -> Written:
+    """A multiple of a constant, which is its unit."""
+    cap = 1.25
+    return Written(lambda s, b, h, q, k: mods.tanh(s / cap) * cap, options={"softcap": cap})
+
+
+def sloped(case: HostCase, rng: np.random.Generator) -> Written:
+    """In the unit of the score that it is made of."""
+    slopes = np.linspace(0.01, 0.5, case.problem.heads_q).astype(np.float32)
+    _, h, q, k = grid(case.problem)
+    bias = -slopes.astype(np.float64)[h] * abs(q - k)
+    return Written(lambda s, b, h, q, k: s - slopes[h] * abs(q - k), options={"bias": bias})
+
+
+@pytest.mark.parametrize(
+    ("family", "make", "splits"),
+    [("sm90", halved, 1), ("sm90", sloped, 1), ("sm80", halved, 2), ("sm80", sloped, 1), ("simt", halved, 2)],
+)
+def test_gradients_by_what_the_forward_leaves(family: str, make: Callable[..., Written], splits: int) -> None:
+    """States of rows are in units of the score, as whoever reads them has to know."""
+    case = replace(dense("bf16", (4, 4), (70, 90), (64, 64), num_splits=splits), family=family)
+    written, tensors, changes = make(case, np.random.default_rng(3)), Tensors(case), {}
+    changes["score_mod"], captured = mods.trace("score_mod", written.score)
+    for name in ("q", "k", "v", "dout"):
+        tensors.random(name)
+    tensors.options |= written.options
+    exact, naive = exact_and_naive(tensors, "dout")
+    rows = case.problem.batch, case.problem.heads_q, case.problem.len_q
+    states = {"lse": np.zeros(rows, np.float32), "row_state": np.full((*rows, 2), np.nan, np.float32)}
+    tensors.arrays |= {f"captured{i}": x for i, x in enumerate(captured)} | states
+    changes["captured_flat"] = tuple(range(len(captured)))
+    dout = tensors.arrays.pop("dout")
+    tensors.place("out")
+    run(case, tensors, "forward", 0, **changes)
+    oracle.assert_close(states["lse"], exact.lse, naive.lse, "lse")
+    tensors.arrays["dout"] = dout
+    results = {name: tensors.place(name) for name in ("dq", "dk", "dv")}
+    run(replace(case, problem=replace(case.problem, num_splits=1)), tensors, "backward", 0, **changes)
+    for name, x in results.items():
+        oracle.assert_close(x, getattr(exact, name), getattr(naive, name), name)

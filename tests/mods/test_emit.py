@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -72,18 +71,17 @@ def test_bounds_of_those_that_are_used_most() -> None:
 @pytest.mark.parametrize(
     ("function", "unit"),
     [
-        (mods.alibi(SLOPES), "inner"),
-        (lambda s, b, h, q, k: (q - k) * SLOPES[h] + s, "inner"),
-        (mods.softcap(30.0), r"static_cast<Real>\(0x1.e0+p\+4\)"),
-        (lambda s, b, h, q, k: s * 3.0, r"static_cast<Real>\(0x1.80+p\+1\)"),
-        (lambda s, b, h, q, k: s * -3.0, r"Real\(1\)"),
-        (lambda s, b, h, q, k: s - SLOPES[h] * (q * k), r"Real\(1\)"),  # no small whole number
-        (mods.relative_bias(TABLE), r"Real\(1\)"),
+        (mods.alibi(SLOPES), None),
+        (lambda s, b, h, q, k: (q - k) * SLOPES[h] + s, None),
+        (mods.softcap(30.0), 30.0),
+        (lambda s, b, h, q, k: s * 3.0, 3.0),
+        (lambda s, b, h, q, k: s * -3.0, 1.0),
+        (lambda s, b, h, q, k: s - SLOPES[h] * (q * k), 1.0),  # no small whole number
+        (mods.relative_bias(TABLE), 1.0),
     ],
 )
-def test_units(function: Callable[..., Any], unit: str) -> None:
-    found, _ = in_units(traced(function).expression)
-    assert re.fullmatch(unit, found)
+def test_units(function: Callable[..., Any], unit: float | None) -> None:
+    assert in_units(traced(function).expression)[0] == unit
 
 
 def test_what_the_compiler_knows_of_a_distance_is_taken_off_once() -> None:
