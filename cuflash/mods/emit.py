@@ -135,7 +135,7 @@ def in_units(result: Node) -> tuple[float | None, Node]:
     """
     result = quick(result)
     factor, rest = _factor(result)
-    if factor is not None and factor > 0:
+    if factor is not None and 2.0**-100 < factor < 2.0**100:  # so that a float holds it, and what is made of it
         return factor, rest
     if result.op in ("add", "subtract"):
         a, b = result.args

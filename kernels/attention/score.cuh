@@ -161,7 +161,7 @@ struct Alibi {
   template <class Real>
   CF_DEVICE Real at(Place q, Place kv) const {
     const Real row_slope = static_cast<Real>(q < len_q ? slope : 0.f);  // one number a row, not a choice an element
-    const int known = q.known - kv.known;  // taken off a number of a row
+    const int known = q.known - kv.known;                               // taken off a number of a row
     return -row_slope * abs_of(static_cast<Real>(q + off - kv - known) - static_cast<Real>(-known));
   }
 };

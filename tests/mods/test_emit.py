@@ -75,6 +75,7 @@ def test_bounds_of_those_that_are_used_most() -> None:
         (lambda s, b, h, q, k: (q - k) * SLOPES[h] + s, None),
         (mods.softcap(30.0), 30.0),
         (lambda s, b, h, q, k: s * 3.0, 3.0),
+        (lambda s, b, h, q, k: s * 1e38, 1.0),
         (lambda s, b, h, q, k: s * -3.0, 1.0),
         (lambda s, b, h, q, k: s - SLOPES[h] * (q * k), 1.0),  # no small whole number
         (mods.relative_bias(TABLE), 1.0),

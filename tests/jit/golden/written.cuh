@@ -24,7 +24,7 @@ struct ScoreMod {
   static constexpr bool kBoundedSlope = false;
   static constexpr bool kFiniteBeyond = false;
   template <class Real>
-  CF_DEVICE static Real unit(Real inner) { return Real(1); }
+  CF_DEVICE static Real unit(Real inner) { return static_cast<Real>(0x1.0000000000000p+0); }
   template <class Real>
   CF_DEVICE Real value(Real s, Real unit, int b, int h, Place q, Place k) const {
     const Real x0 = static_cast<Real>(captured0(h, q.at));
