@@ -17,6 +17,11 @@ inline uint32 bits_of(float x) {
   memcpy(&bits, &x, 4);
   return bits;
 }
+inline double double_of(uint64 bits) {
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
 
 inline float float_of_fp16(uint16 half) {
   const uint32 sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 0x3ffu;
