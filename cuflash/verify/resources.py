@@ -28,11 +28,12 @@ class Allowance:
 _FORWARD_64 = "128 x 128 keeps 255 registers busy; on an H200 at 8k it runs 316 TFLOP/s, the next tile, 128 x 64, 298"
 _COPY_2 = "rows at odd places pass through registers two bytes at a time, beside accumulators that fill them"
 _FORWARD_128 = "128 x 64 keeps 255 registers busy; on an H200 at 8k it runs 349 TFLOP/s, the next tile, 128 x 32, 306"
+_FORWARD_256 = "tiles of a list that need no test have code of their own, beside the 128 registers of out"
 _TANGENTS_64 = "64 x 128 keeps 255 registers busy; on an H200 at 8k it runs 318 TFLOP/s, 64 x 64 without spills 292"
 _TANGENTS_128 = "64 x 64 keeps 255 registers busy; on an H200 at 8k it runs 323 TFLOP/s"
 _BACKWARD_64 = "32 x 128 keeps 255 registers busy; on an H200 at 8k it runs 280 TFLOP/s, 16 key rows a warp 236"
-_BACKWARD_128 = "64 x 128 keeps 255 registers busy; on an H200 at 8k it runs 284 TFLOP/s, with 64 keys 264"
-_BACKWARD_256 = "two words stored and loaded, beside the 128 registers that hold dk and dv"
+_BACKWARD_128 = "64 x 128 keeps 255 registers busy; on an H200 at 4k it runs 308 TFLOP/s, with 64 keys 277"
+_BACKWARD_256 = "64 x 64 keeps 255 registers busy; on an H200 at 4k it runs 253 TFLOP/s, 32 x 32 without spills 173"
 _GRADIENTS_90 = "S, dP, P, dk and dv fill the 240 registers of consumers; what else makes a score passes through memory"
 _GRADIENTS_SHORT = (
     "dk, dv and the sums of a shared bias' gradient fill half of the registers, S and dP of some queries the rest"
@@ -73,7 +74,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm80", "*-fp32-*", 1000, _HALVES),
     Allowance("bwd_sm80", "*-d64*", 100, _BACKWARD_64),
     Allowance("bwd_sm80", "*-d128*", 188, _BACKWARD_128),
-    Allowance("bwd_sm80", "*-d256*", 16, _BACKWARD_256),
+    Allowance("bwd_sm80", "*-d256*", 64, _BACKWARD_256),
     Allowance("bwd_sm90", "*-d64-*mask*", 300, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-softcap", 480, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-window", 56, _GRADIENTS_90),
@@ -90,7 +91,8 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm80", "*-d64-written*", 260, _WRITTEN),
     Allowance("bwd_sm80", "*-d128-written*", 208, _WRITTEN),
     Allowance("bwd_sm80", "*-d256-written", 224, _WRITTEN),
-    Allowance("fwd_sm80", "*-d256-written", 8, _WRITTEN),
+    Allowance("fwd_sm80", "*-d256-blocks", 48, _FORWARD_256),
+    Allowance("fwd_sm80", "*-d256-written", 16, _WRITTEN),
     Allowance("fwd_sm90", "*-d256-written", 88, _WRITTEN),
     Allowance("bwd_sm90", "*-d64-written*", 592, _WRITTEN),
     Allowance("bwd_sm90", "*-d128-written*", 80, _WRITTEN),
@@ -101,7 +103,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("fwd_sm90_wide", "*-d512", 28, _WIDE),
     Allowance("fwd_sm90_wide", "*-d512-*everything", 72, _EVERYTHING),
     Allowance("fwd_sm90_wide", "*-d512-written", 16, _EVERYTHING),
-    Allowance("fwd_sm80", "*-d256-everything", 32, _EVERYTHING),
+    Allowance("fwd_sm80", "*-d256-everything", 40, _EVERYTHING),
     Allowance("bwd_bias_sm90", "*everything", 668, _EVERYTHING),
     Allowance("bwd_sm90", "*-d64-*everything", 1076, _EVERYTHING),
     Allowance("bwd_sm90", "*-d128-everything", 296, _EVERYTHING),

@@ -32,6 +32,11 @@ struct ScoreGradient {
     return full || mask.keep(q, kv) ? shift.probability(logit(s, q, kv), log2_unit) : Real(0);
   }
 
+  // The same of a tile that is visible whole and has no far row (RowShift::is_far), from a folded shift.
+  CF_DEVICE Real visible_probability(Real s, Real folded, Place q, Place kv) const {
+    return exp2(fma(logit(s, q, kv), log2_unit, -folded));
+  }
+
   // The same where a bias in natural logits comes beside the score. Of tiles that are visible whole the shift is folded,
   // which makes two multiply-adds.
   CF_DEVICE Real probability(Real s, Real bias, const RowShift<Real>& shift, Place q, Place kv, bool full) const {

@@ -63,8 +63,9 @@ struct ListedTiles {
   }
 
   CF_DEVICE int steps(int /*group*/) const { return end - begin; }
-  CF_DEVICE int member(int step) const { return member_of(entry(place(step))); }
-  CF_DEVICE int place(int step) const { return begin + step; }
+  CF_DEVICE Step first_step() const { return {begin, 0}; }
+  CF_DEVICE Step next_step(Step step) const { return {step.place + 1, 0}; }
+  CF_DEVICE int member(Step step) const { return member_of(entry(step.place)); }
   CF_DEVICE bool is_of(int place, int member) const { return member_of(entry(place)) == member; }
 
   template <class Mask>

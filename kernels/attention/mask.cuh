@@ -12,6 +12,12 @@ struct Turn {
   int before;
 };
 
+// A query tile that a key tile's block visits: its place, and the head's number in the group.
+struct Step {
+  int place;
+  int member;
+};
+
 // Tiles [begin, end) hold every visible element; those in [full_begin, full_end) are visible whole and need no test.
 // A block walks them in order, by their numbers; those of a list (attention/lists.cuh), which has all that this one has for
 // kernels, by their places in it, which `number` turns into theirs.
@@ -32,8 +38,12 @@ struct Tiles {
 
   // Steps over these query tiles for each head of a group, one head after the other.
   CF_DEVICE int steps(int group) const { return (end - begin) * group; }
-  CF_DEVICE int member(int step) const { return step / (end - begin); }
-  CF_DEVICE int place(int step) const { return begin + step % (end - begin); }
+  CF_DEVICE Step first_step() const { return {begin, 0}; }
+  CF_DEVICE Step next_step(Step step) const {
+    const int place = step.place + 1 < end ? step.place + 1 : begin;
+    return {place, step.member + (place == begin)};
+  }
+  CF_DEVICE int member(Step step) const { return step.member; }
   // Whether the query tile at a place is one of a head's.
   CF_DEVICE bool is_of(int /*place*/, int /*member*/) const { return true; }
 

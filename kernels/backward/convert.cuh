@@ -31,10 +31,10 @@ struct BackwardConvert {
     for (int split = 0; split < Config::kDimSplits; ++split) {
       Real* tile = Accum::tile(p, Accum::index(a, sequence, work.head, work.tile, split));
       typename Accum::Share share;
-      Accum::for_each(share, tile, [&](Real& x, const Real* accumulator) { x = *accumulator * scale; });
+      Accum::read(share, tile);
       share.for_each(ptx::lane_index(), [&](Real x, int row, int col) {
         *smem.dq.at(Accum::warp_row() + row, split * Accum::kCols + Accum::warp_col() + col) =
-            from_accumulator<Element>(x);
+            from_accumulator<Element>(x * scale);
       });
     }
     ptx::sync_threads();

@@ -14,8 +14,11 @@
 //
 // Only dQ mixes key rows of different warps: dS^T passes through shared memory, and the block adds its share to an fp32
 // accumulator in global memory. A group's query heads are summed here in fp32. With kDimSplits > 1 several blocks share
-// the columns of one tile's dK, dV and dQ share, each recomputing the scores: what 256 columns need to fit in
+// the columns of one tile's dK, dV and dQ share, each recomputing the scores: what some wide heads need to fit in
 // registers.
+//
+// With kWarpsAcross > 1 several warps share key rows, each with some of the queries, and P^T passes through shared memory
+// as dS^T does: fragments of S, dK, dV and dQ are then closer to squares, which read less from there than long ones.
 #pragma once
 
 #include "attention/bias_gradient.cuh"
@@ -38,10 +41,26 @@ struct BackwardSm80 {
   using Accum = DqAccum<Config>;
   using Real = typename Accum::Real;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
-  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileKv / kWarps;
-  static constexpr int kDimQk = Accum::kDimQk, kDimV = round_up(Config::kDimV, 16 * Config::kDimSplits);
+  static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+  // What a warp has of the scores, and of dk and dv.
+  static constexpr int kWarpsAcross = Config::kWarpsAcross;
+  static constexpr bool kShared = kWarpsAcross > 1;
+  static constexpr int kWarpRows = kTileKv / (kWarps / kWarpsAcross), kWarpCols = kTileQ / kWarpsAcross;
+  static constexpr int kGradDown = kShared ? min_of(kWarps, kTileKv / 32) : kWarps, kGradAcross = kWarps / kGradDown;
+  static constexpr int kGradRows = kTileKv / kGradDown;
+  static constexpr int kDimQk = Accum::kDimQk, kDimV = round_up(Config::kDimV, 16 * kGradAcross * Config::kDimSplits);
   static constexpr int kColsQk = kDimQk / Config::kDimSplits, kColsV = kDimV / Config::kDimSplits;
+  static_assert(kColsQk % (16 * kGradAcross) == 0);
+  using GradK = Fragment<kGradRows, kColsQk / kGradAcross, Real>;
+  using GradV = Fragment<kGradRows, kColsV / kGradAcross, Real>;
   static constexpr int kBytes = Config::kCopyBytes, kStages = Config::kStages;
+
+  // Additions to dQ of a wide head are so many that they had better run under dK. There is no branch between the two then.
+  static constexpr bool kDqFirst = kShared && kStages > 1 && kDimQk > 128;
+  // Whether tiles without hidden pairs have code of their own: where scores are products alone, and registers suffice.
+  static constexpr bool kFolds = sizeof(Element) == 2 && kShared && !kDqFirst && !Config::Mask::kNoneFull &&
+                                 IsSame<typename Config::Score, ScaledScore<Real>>::value &&
+                                 IsSame<Dropout, NoDropout>::value;
 
   using Products = GradientProducts<Element, kWarpRows>;
 
@@ -52,13 +71,13 @@ struct BackwardSm80 {
     Real delta[kTileQ];
   };
   struct SmemPlan {
-    typename Products::template Tile<kTileKv, kDimQk> k;  // dk on the way out
-    typename Products::template Tile<kTileKv, kDimV> v;   // dv on the way out
-    typename Products::template ScoreTile<kTileKv, kTileQ> ds;
+    typename Products::template Tile<kTileKv, kDimQk> k;                             // dk on the way out
+    typename Products::template Tile<kTileKv, kDimV> v;                              // dv on the way out
+    typename Products::template ScoreTile<kTileKv, kTileQ> scores[kShared ? 2 : 1];  // dS^T, and P^T
     Stage stage[kStages];
   };
 
-  using Scores = Fragment<kWarpRows, kTileQ, Real>;
+  using Scores = Fragment<kWarpRows, kWarpCols, Real>;
 
   // Starts the copy of one q tile with its dout, shifts and delta.
   CF_DEVICE static void load_q(Stage& stage, const BwdParams& p, const Sequence& sequence, int head, int q_first) {
@@ -78,32 +97,37 @@ struct BackwardSm80 {
     ptx::cp_async_commit();
   }
 
-  // Writes this warp's rows of a gradient: what is not rounded as it is, others through the shared tile its operand lay in.
+  // Writes a gradient, of which this warp has what lies from a row and a column on: what is not rounded as it is, others
+  // through the shared tile its operand lay in.
   template <int kCols, int kDim, class Tile, class Grad>
-  CF_DEVICE static void store_grad(Tile& tile, Grad& grad, Real scale, Real unit, void* pointer, const Strides& stride,
-                                   const Sequence& sequence, int head, int kv_first, int first_col) {
-    const int warp_row = ptx::warp_index() * kWarpRows, row = kv_first + warp_row;
+  CF_DEVICE static void store_grad(Tile& tile, Grad& grad, int grad_row, int grad_col, Real scale, Real unit,
+                                   void* pointer, const Strides& stride, const Sequence& sequence, int head,
+                                   int kv_first, int first_col) {
+    const auto all = key_rows<Element>(pointer, stride, sequence, head);
     grad.for_each([&](Real& x) { x = x * scale * unit; });
     if constexpr (IsSame<Element, Real>::value) {
-      const auto rows = key_rows<Element>(pointer, stride, sequence, head).from(row);
+      const auto rows = all.from(kv_first + grad_row);
       grad.for_each(ptx::lane_index(), [&](Real x, int down, int col) {
         if (rows.has(down) && first_col + col < kDim) *rows.at(down, first_col, col) = x;
       });
     } else {
-      Operand<kWarpRows, kCols> packed;
+      Operand<Grad::kM * 16, Grad::kN * 8> packed;
       pack_operand<Element>(packed, grad);
-      store_operand(tile, warp_row, ptx::lane_index(), packed);
-      ptx::sync_warp();
-      auto rows = key_rows<Element>(pointer, stride, sequence, head).from(row);
+      store_operand(tile, grad_row, ptx::lane_index(), packed, grad_col);
+      ptx::sync_threads();
+      auto rows = all.from(kv_first);
       rows.data += first_col;
-      store_tile<kWarpRows, kCols, kBytes, 32>(rows, kDim - first_col, tile, warp_row, ptx::lane_index());
+      store_tile<kTileKv, kCols, kBytes, kThreads>(rows, kDim - first_col, tile, 0, ptx::thread_index());
     }
   }
 
   CF_DEVICE static void run(const BwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
-    const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
+    const int lane = ptx::lane_index(), warp = ptx::warp_index();
+    const int warp_row = warp / kWarpsAcross * kWarpRows, warp_col = warp % kWarpsAcross * kWarpCols;
+    const int grad_row = warp / kGradAcross * kGradRows;
+    const int grad_col_k = warp % kGradAcross * GradK::kN * 8, grad_col_v = warp % kGradAcross * GradV::kN * 8;
 
     const int split = ptx::block_index() % Config::kDimSplits;
     const int kv_tiles_longest = num_tiles(a.len_kv, kTileKv);
@@ -117,14 +141,14 @@ struct BackwardSm80 {
     const int group = a.heads_q / a.heads_kv, head_first = work.head * group;
     const auto tiles = typename Config::Mask(a, sequence, head_first).q_tiles(kv_first, kTileKv, kTileQ);
     const int num_steps = tiles.steps(group);
-    const auto load_step = [&](int step) {
-      load_q(smem.stage[step % kStages], p, sequence, head_first + tiles.member(step),
-             tiles.number(tiles.place(step)) * kTileQ);
+    const auto load_step = [&](int number, Step step) {
+      load_q(smem.stage[number % kStages], p, sequence, head_first + tiles.member(step),
+             tiles.number(step.place) * kTileQ);
     };
 
     Products products;
-    Fragment<kWarpRows, kColsQk, Real> dk;
-    Fragment<kWarpRows, kColsV, Real> dv;
+    GradK dk;
+    GradV dv;
     dk.clear();
     dv.clear();
 
@@ -133,42 +157,45 @@ struct BackwardSm80 {
       const auto v = key_rows<const Element>(p.v, p.v_stride, sequence, work.head).from(kv_first);
       Products::template load<Config::kDimQk, kBytes, kThreads>(smem.k, k);
       Products::template load<Config::kDimV, kBytes, kThreads>(smem.v, v);
-      load_step(0);
+      load_step(0, tiles.first_step());
       Products::template prepare_first<kBytes, kThreads>(smem.k, smem.v);
     }
-    for (int step = 0; step < num_steps; ++step) {
-      const int head = head_first + tiles.member(step), place = tiles.place(step), tile = tiles.number(place);
+    Step step = tiles.first_step();
+    ScoreGradient<Config> gradient(a, sequence, head_first);
+    int head_before = head_first;
+    // A tile that is here, in a tile's walk number `number`. Folded shifts, for tiles that are visible whole and have no far
+    // rows, save a subtraction a score.
+    const auto visit = [&](int number, bool full, bool folded) {
+      const int head = head_first + tiles.member(step), place = step.place, tile = tiles.number(place);
       const int q_first = tile * kTileQ;
-      Stage& stage = smem.stage[step % kStages];
-      ptx::cp_async_wait<0>();
-      Products::template prepare<kBytes, kThreads>(stage.q);
-      Products::template prepare<kBytes, kThreads>(stage.dout);
-      ptx::sync_threads();  // this stage is here, and every warp is done with the one before and with ds
-      if (kStages > 1 && step + 1 < num_steps) load_step(step + 1);
+      Stage& stage = smem.stage[number % kStages];
+      step = tiles.next_step(step);
+      if (kStages > 1 && number + 1 < num_steps) load_step(number + 1, step);
 
-      const ScoreGradient<Config> gradient(a, sequence, head);
+      if (!kDqFirst || head != head_before) gradient = ScoreGradient<Config>(a, sequence, head);
+      head_before = head;
       Scores s, dp;
       s.clear();
       dp.clear();
-      Products::multiply(s, smem.k, warp_row, stage.q);
-      Products::multiply(dp, smem.v, warp_row, stage.dout);
+      Products::multiply(s, smem.k, warp_row, stage.q, warp_col);
+      Products::multiply(dp, smem.v, warp_row, stage.dout, warp_col);
 
-      const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first + warp_row);
+      const auto kept = kept_transposed<Scores>(gradient.dropout, q_first + warp_col, kv_first + warp_row);
 
       // s becomes p and dp becomes ds, both transposed: rows are keys, columns are queries.
-      const bool full = tiles.is_full(place);
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int col = col_of(lane, n, i);
-          const RowShift<Real> shift = stage.shift[col];
+          const int col = warp_col + col_of(lane, n, i);
+          const RowShift<Real> shift = folded ? stage.shift[col].folded(gradient.log2_unit) : stage.shift[col];
           const Real delta = stage.delta[col];
 #pragma unroll
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
             const int q = q_first + col, kv = kv_first + warp_row + row_of(lane, r);
             const Real raw = s.at(r, n, i);
-            const Real weight = gradient.probability(raw, shift, q, kv, full);
+            const Real weight = folded ? gradient.visible_probability(raw, shift.log2_l, q, kv)
+                                       : gradient.probability(raw, shift, q, kv, full);
             const bool keep = kept.has(r, n, i);
             s.at(r, n, i) = keep ? weight : Real(0);
             if (split == 0) {
@@ -181,34 +208,68 @@ struct BackwardSm80 {
       }
 
       if (split == 0) {
-        Config::CapturedGradient::add_all(gradient.score, dp, q_first, kv_first + warp_row);
+        Config::CapturedGradient::add_all(gradient.score, dp, q_first + warp_col, kv_first + warp_row);
         const typename Config::BiasGradient bias_gradient(p, sequence, head);
         dp.for_each(lane, [&](Real ds, int row, int col) {
-          bias_gradient.store(q_first + col, kv_first + warp_row + row, ds);
+          bias_gradient.store(q_first + warp_col + col, kv_first + warp_row + row, ds);
         });
       }
 
-      products.add_to_dv(dv, s, stage.dout, split * kColsV);
-      products.add_to_dk(dk, dp, smem.ds, smem.k, warp_row, stage.q, split * kColsQk);
-      ptx::sync_threads();  // ds is complete, and with one stage every warp is done with q and dout
-      if (kStages == 1 && step + 1 < num_steps) load_step(step + 1);
+      if constexpr (kShared) {
+        Products::share(smem.scores[1], warp_row, warp_col, s);
+        Products::share(smem.scores[0], warp_row, warp_col, dp);
+        ptx::sync_threads();  // P and dS are complete
+        Products::add_shared(dv, smem.scores[1], grad_row, stage.dout, split * kColsV + grad_col_v);
+        if (!kDqFirst) Products::add_shared(dk, smem.scores[0], grad_row, stage.q, split * kColsQk + grad_col_k);
+      } else {
+        products.add_to_dv(dv, s, stage.dout, split * kColsV);
+        products.add_to_dk(dk, dp, smem.scores[0], smem.k, warp_row, stage.q, split * kColsQk);
+      }
+      // dS is complete, and with one stage every warp is done with q and dout
+      if (!kShared || kStages == 1) ptx::sync_threads();
+      if (kStages == 1 && number + 1 < num_steps) load_step(number + 1, step);
 
       const Turn turn = tiles.turn(gradient.mask, place, q_first, kTileQ, kTileKv, work.tile);
-      if (turn.adds) {
+      if ((kDqFirst && !Config::Reduction::kOrdered) || turn.adds) {
         typename Accum::Share dq;
-        products.multiply_dq(dq, smem.ds, Accum::warp_row(), smem.k, split * kColsQk + Accum::warp_col());
+        products.multiply_dq(dq, smem.scores[0], Accum::warp_row(), smem.k, split * kColsQk + Accum::warp_col());
         const int64 index = Accum::index(a, sequence, head, tile, split);
         Config::Reduction::wait_turn(p.dq_turn + index, turn.before);
-        Accum::for_each(dq, Accum::tile(p, index), [](Real x, Real* accumulator) { ptx::red_add(accumulator, x); });
+        Accum::add(dq, Accum::tile(p, index));
         Config::Reduction::pass_turn(p.dq_turn + index);
+      }
+      if constexpr (kDqFirst) {
+        Products::add_shared(dk, smem.scores[0], grad_row, stage.q, split * kColsQk + grad_col_k);
+      }
+    };
+    for (int number = 0; number < num_steps; ++number) {
+      Stage& stage = smem.stage[number % kStages];
+      ptx::cp_async_wait<0>();
+      Products::template prepare<kBytes, kThreads>(stage.q);
+      Products::template prepare<kBytes, kThreads>(stage.dout);
+      ptx::sync_threads();  // this stage is here, and every warp is done with the one before and with ds
+      const bool full = tiles.is_full(step.place);
+      if constexpr (kFolds) {
+        const Real log2_unit = typename Config::Score(a, sequence, head_first).unit() * static_cast<Real>(kLog2E);
+        bool far = false;
+        for (int row = lane; row < kTileQ; row += 32) far |= stage.shift[row].is_far(log2_unit);
+        if (full && !ptx::any(far)) {
+          visit(number, true, true);
+        } else {
+          visit(number, full, false);
+        }
+      } else {
+        visit(number, full, false);
       }
     }
 
     ptx::sync_threads();  // every warp is done with K and V, whose memory dk and dv take over
-    store_grad<kColsQk, Config::kDimQk>(smem.k, dk, static_cast<Real>(a.softmax_scale), products.dk_unit(), p.dk,
-                                        p.dk_stride, sequence, work.head, kv_first, split * kColsQk);
-    store_grad<kColsV, Config::kDimV>(smem.v, dv, static_cast<Real>(Dropout::scale(a)), products.dv_unit(), p.dv,
-                                      p.dv_stride, sequence, work.head, kv_first, split * kColsV);
+    store_grad<kColsQk, Config::kDimQk>(smem.k, dk, grad_row, grad_col_k, static_cast<Real>(a.softmax_scale),
+                                        products.dk_unit(), p.dk, p.dk_stride, sequence, work.head, kv_first,
+                                        split * kColsQk);
+    store_grad<kColsV, Config::kDimV>(smem.v, dv, grad_row, grad_col_v, static_cast<Real>(Dropout::scale(a)),
+                                      products.dv_unit(), p.dv, p.dv_stride, sequence, work.head, kv_first,
+                                      split * kColsV);
   }
 };
 

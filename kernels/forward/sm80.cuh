@@ -46,6 +46,12 @@ struct ForwardSm80 {
     typename Products::template Tile<kTileKv, kDimV> v;
   };
 
+  // Whether tiles that need the mask's test have code of their own, so that no branch keeps a product from what is around
+  // it: where scores are products alone.
+  static constexpr bool kApart = sizeof(Element) == 2 && !Config::Mask::kNoneFull &&
+                                 IsSame<typename Config::Score, ScaledScore<Real>>::value &&
+                                 IsSame<Dropout, NoDropout>::value;
+
   using Scores = Fragment<kWarpRows, kTileKv, Real>;
   using Output = Fragment<kWarpRows, kDimV, Real>;
   static constexpr int kRowsPerLane = Scores::kRowsPerLane;
@@ -113,7 +119,7 @@ struct ForwardSm80 {
       load_k(tiles.number(tiles.begin));
       Products::template prepare_first<kBytes, kThreads>(smem.q);
     }
-    for (int place = tiles.begin; place < tiles.end; ++place) {
+    const auto visit = [&](int place, bool full) {
       const int tile = tiles.number(place);
       ptx::cp_async_wait<0>();
       Products::template prepare<kBytes, kThreads>(smem.k);
@@ -124,7 +130,7 @@ struct ForwardSm80 {
       Products::multiply(s, smem.q, warp_row, smem.k);
       s.for_each(
           lane, [&](Real& x, int row, int col) { x = score.apply(x, q_first + warp_row + row, tile * kTileKv + col); });
-      if (!tiles.is_full(place)) {
+      if (!full) {
         s.for_each(lane, [&](Real& x, int row, int col) {
           if (!mask.keep(q_first + warp_row + row, tile * kTileKv + col)) x = -infinity<Real>();
         });
@@ -138,6 +144,18 @@ struct ForwardSm80 {
       if (place + 1 < tiles.end) load_k(tiles.number_after(place));
 
       products.accumulate(out, s, smem.v);
+    };
+    for (int place = tiles.begin; place < tiles.end; ++place) {
+      const bool full = tiles.is_full(place);
+      if constexpr (kApart) {
+        if (full) {
+          visit(place, true);
+        } else {
+          visit(place, false);
+        }
+      } else {
+        visit(place, full);
+      }
     }
 
     // The outputs' addresses are made only now: registers are scarce inside the loop.

@@ -26,6 +26,13 @@ CF_DEVICE void red_add(double* address, double x) {
 CF_DEVICE void add_to(float* address, float x) { atomicAdd(address, x); }
 CF_DEVICE void add_to(double* address, double x) { atomicAdd(address, x); }
 
+// Whether red_add_x4 is there.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kAddsFour = true;
+#else
+constexpr bool kAddsFour = false;
+#endif
+
 // If `some`, four neighbours, 16 bytes from a multiple of 16 on; each is added on its own. Needs sm_90. There is no branch,
 // as one under products would wait for their end.
 CF_DEVICE void red_add_x4(float* address, const float (&x)[4], bool some) {

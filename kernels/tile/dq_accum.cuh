@@ -1,7 +1,8 @@
 // The accumulator of dq, in fp32 or fp64, in global memory, to which every key tile's block adds its share.
 //
-// One tile of kTileQ rows x kCols columns is stored in fragment order, [element][thread]: a warp's addition is one
-// coalesced 128-byte line, and whoever reads it back (backward/convert.cuh) owns the same fragment.
+// One tile of kTileQ rows x kCols columns is stored in fragment order, [element][thread], or where four elements are added
+// at once [four elements][thread][element]: a warp's addition is one coalesced piece, and whoever reads it back
+// (backward/convert.cuh) owns the same fragment.
 #pragma once
 
 #include "attention/sequence.cuh"
@@ -41,13 +42,43 @@ struct DqAccum {
     return (head * tiles + sequence.first_q_tile(Config::kTileQ) + tile) * Config::kDimSplits + split;
   }
 
-  // f(element, address of its accumulator)
+  // Neighbours in a lane's fragment that are added at once: by one instruction, or one by one.
+  static constexpr int kTogether = ptx::kAddsFour && IsSame<Real, float>::value ? 4 : 1;
+
+  // f(elements, address of their accumulators)
   template <class F>
   CF_DEVICE static void for_each(Share& share, Real* tile, F&& f) {
-    Real* address = tile + ptx::thread_index();
-    share.for_each([&](Real& x) {
-      f(x, address);
-      address += kThreads;
+    Real* address = tile + ptx::thread_index() * kTogether;
+#pragma unroll
+    for (int m = 0; m < Share::kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < Share::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; i += kTogether) {
+          f(share.x[m][n] + i, address);
+          address += kThreads * kTogether;
+        }
+      }
+    }
+  }
+  CF_DEVICE static void add(Share& share, Real* tile) {
+    for_each(share, tile, [](Real* x, Real* accumulator) {
+      if constexpr (kTogether == 4) {
+        const float four[4] = {x[0], x[1], x[2], x[3]};
+        ptx::red_add_x4(accumulator, four, true);
+      } else {
+        ptx::red_add(accumulator, *x);
+      }
+    });
+  }
+  CF_DEVICE static void read(Share& share, Real* tile) {
+    for_each(share, tile, [](Real* x, const Real* accumulator) {
+      if constexpr (kTogether == 4) {
+        const float4 four = *reinterpret_cast<const float4*>(accumulator);
+        x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+      } else {
+        *x = *accumulator;
+      }
     });
   }
 };

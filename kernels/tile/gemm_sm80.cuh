@@ -16,12 +16,13 @@ CF_DEVICE int across_first_row() { return ptx::lane_index() / 16 * 8 + ptx::lane
 CF_DEVICE int across_first_col() { return ptx::lane_index() / 8 % 2 * 8; }
 
 // C += A B^T with A [M x K] and B [N x K], both row-major in shared memory; A starts at row `a_row`, B at row `b_row`.
-template <class Element, int kM, int kN, class TileA, class TileB>
+// kSteps products of 16 columns are one piece of code: the more, the sooner their operands are read.
+template <class Element, int kSteps = 2, int kM, int kN, class TileA, class TileB>
 CF_DEVICE void gemm_abt(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int b_row = 0) {
   static_assert(TileA::kCols == TileB::kCols);
   const uint32 a_address = a.address(a_row + down_first_row(), down_first_col());
   const uint32 b_address = b.address(b_row + across_first_row(), across_first_col());
-#pragma unroll 2
+#pragma unroll kSteps
   for (int k = 0; k < TileA::kCols; k += 16) {
     uint32 a_regs[kM / 16][4];
 #pragma unroll
@@ -88,6 +89,30 @@ CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, const Operand<kM, kK>& a, TileB& b, 
   }
 }
 
+// The same with A in shared memory, from row `a_row` on.
+template <class Element, int kM, int kN, class TileA, class TileB>
+CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int b_col) {
+  static_assert(TileA::kCols == TileB::kRows);
+  const uint32 a_address = a.address(a_row + down_first_row(), down_first_col());
+  const uint32 b_address = b.address(down_first_row(), b_col + down_first_col());
+#pragma unroll
+  for (int k = 0; k < TileA::kCols; k += 16) {
+    uint32 a_regs[kM / 16][4];
+#pragma unroll
+    for (int m = 0; m < kM; m += 16) ptx::ldmatrix_x4(a_regs[m / 16], a_address + (m * TileA::kPitch + k) * 2);
+#pragma unroll
+    for (int n = 0; n < kN; n += 16) {
+      uint32 b_regs[4];
+      ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m) {
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs[m], b_regs[0], b_regs[1]);
+        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs[m], b_regs[2], b_regs[3]);
+      }
+    }
+  }
+}
+
 // C += A B and D += E B at once: each fragment of B serves both.
 template <class Element, int kM, int kN, int kK, class TileB>
 CF_DEVICE void gemm_ab_pair(Fragment<kM, kN>& c, const Operand<kM, kK>& a, Fragment<kM, kN>& d,
@@ -137,12 +162,12 @@ CF_DEVICE void store_operand(Tile& tile, int first_row, int lane, const Operand<
 }
 
 // C += A^T B with A [K x M] from column `a_col` on and B [K x N] from column `b_col` on, row-major in shared memory.
-template <class Element, int kM, int kN, class TileA, class TileB>
+template <class Element, int kSteps = 2, int kM, int kN, class TileA, class TileB>
 CF_DEVICE void gemm_atb(Fragment<kM, kN>& c, TileA& a, int a_col, TileB& b, int b_col) {
   static_assert(TileA::kRows == TileB::kRows);
   const uint32 a_address = a.address(across_first_row(), a_col + across_first_col());
   const uint32 b_address = b.address(down_first_row(), b_col + down_first_col());
-#pragma unroll 2
+#pragma unroll kSteps
   for (int k = 0; k < TileA::kRows; k += 16) {
     uint32 a_regs[kM / 16][4];
 #pragma unroll

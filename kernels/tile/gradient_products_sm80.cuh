@@ -30,8 +30,23 @@ struct GradientProducts {
 
   // S^T = K Q^T, and dP^T = V dO^T.
   template <int kQueries, class TileK, class TileQ>
-  CF_DEVICE static void multiply(Fragment<kRows, kQueries>& s, TileK& k, int warp_row, TileQ& q) {
-    gemm_abt<Element>(s, k, warp_row, q);
+  CF_DEVICE static void multiply(Fragment<kRows, kQueries>& s, TileK& k, int warp_row, TileQ& q, int warp_col) {
+    gemm_abt<Element, 16>(s, k, warp_row, q, warp_col);
+  }
+
+  // Leaves P^T or dS^T for all warps.
+  template <int kQueries, class TileScores>
+  CF_DEVICE static void share(TileScores& shared, int warp_row, int warp_col, const Fragment<kRows, kQueries>& x) {
+    Operand<kRows, kQueries> weights;
+    pack_operand<Element>(weights, x);
+    store_operand(shared, warp_row, ptx::lane_index(), weights, warp_col);
+  }
+
+  // dV += P^T dO or dK += dS^T Q of what all warps have left.
+  template <int kKeys, int kCols, class TileScores, class TileQ>
+  CF_DEVICE static void add_shared(Fragment<kKeys, kCols>& grad, TileScores& shared, int first_row, TileQ& q,
+                                   int first_col) {
+    gemm_ab<Element>(grad, shared, first_row, q, first_col);
   }
 
   // dV += P^T dO
@@ -58,7 +73,7 @@ struct GradientProducts {
   CF_DEVICE static void multiply_dq(Fragment<kQueries, kCols>& dq, TileScores& shared, int first_row, TileK& k,
                                     int first_col) {
     dq.clear();
-    gemm_atb<Element>(dq, shared, first_row, k, first_col);
+    gemm_atb<Element, 16>(dq, shared, first_row, k, first_col);
   }
 
   // What sums are in. It may be so small that nothing else can be multiplied by it first.
@@ -99,7 +114,7 @@ struct GradientProducts<float, kRows> {
   }
 
   template <int kQueries, class TileK, class TileQ>
-  CF_DEVICE static void multiply(Fragment<kRows, kQueries>& s, TileK& k, int warp_row, TileQ& q) {
+  CF_DEVICE static void multiply(Fragment<kRows, kQueries>& s, TileK& k, int warp_row, TileQ& q, int /*warp_col*/) {
     gemm_abt_halves<Role::kKeys>(s, k, warp_row, q);
   }
 
@@ -215,7 +230,8 @@ struct GradientProducts<double, kRows> {
   CF_DEVICE static void prepare_first(TileK&, TileV&) {}
 
   template <int kQueries, class TileK, class TileQ>
-  CF_DEVICE static void multiply(Fragment<kRows, kQueries, double>& s, TileK& k, int warp_row, TileQ& q) {
+  CF_DEVICE static void multiply(Fragment<kRows, kQueries, double>& s, TileK& k, int warp_row, TileQ& q,
+                                 int /*warp_col*/) {
     gemm_abt_doubles(s, k, warp_row, q);
   }
 

@@ -32,7 +32,8 @@ struct Products {
   template <int kKeys, class TileQ, class TileK>
   CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k, int first_key = 0) {
     s.clear();
-    gemm_abt<Element>(s, q, warp_row, k, first_key);
+    constexpr int kSteps = kRows * kKeys < 32 * 64 ? 16 : 4;  // all that scores leave the registers for
+    gemm_abt<Element, kSteps>(s, q, warp_row, k, first_key);
   }
 
   template <int kKeys, int kDim>

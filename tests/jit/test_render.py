@@ -55,6 +55,7 @@ BACKWARD = BackwardConfig(
     tile_kv=32,
     stages=2,
     dim_splits=3,
+    warps_across=2,
     copy_bytes=8,
     smem_bytes=12345,
 )

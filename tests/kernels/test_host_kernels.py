@@ -47,6 +47,11 @@ CASES: dict[str, HostCase] = {
     "d256-99KB": dense("bf16", (1, 1), (50, 90), (256, 256), device="a10", deterministic=True),
     "d16-dv256-99KB": dense("bf16", (1, 1), (70, 90), (16, 256), device="a10"),
     "d128-99KB": dense("fp16", (2, 1), (70, 150), (128, 128), device="a10", mask=CAUSAL),
+    "d128-164KB": dense("bf16", (2, 1), (130, 150), (128, 128), device="a100", mask=CAUSAL),
+    "d192-gqa-causal": dense("fp16", (2, 1), (140, 130), (192, 128), mask=CAUSAL, deterministic=True),
+    "d256-164KB": dense("fp16", (2, 1), (70, 90), (256, 256), device="a100"),
+    "d128-huge-scores": dense("bf16", (2, 1), (140, 260), (128, 128), softmax_scale=30.0),
+    "d256-gqa-alibi": dense("bf16", (4, 2), (70, 140), (256, 256), alibi_axes="h"),
     "copy-4": dense("fp16", (1, 1), (33, 80), (34, 18), copy_bytes=4, mask=CAUSAL),
     "copy-2": dense("bf16", (1, 1), (70, 40), (33, 7), copy_bytes=2),
     "more-queries-causal": dense("fp16", (2, 1), (200, 60), (64, 64), mask=CAUSAL),
@@ -526,7 +531,7 @@ MAIN_KERNELS = ("fwd_sm90", "fwd_sm80", "fwd_simt", "bwd_sm90", "bwd_sm80", "bwd
 
 def tile(plan: Plan) -> tuple:
     config = next(step.config for step in plan.steps if step.kernel.startswith(MAIN_KERNELS))
-    names = ("tile_q", "tile_kv", "threads", "stages", "row_buffers", "dim_splits", "ping_pong")
+    names = ("tile_q", "tile_kv", "threads", "stages", "row_buffers", "dim_splits", "warps_across", "ping_pong")
     return plan.family, plan.problem.direction, *(getattr(config, name, None) for name in names)
 
 

@@ -7,6 +7,7 @@ compile.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class BackwardConfig(CopyConfig):
     """Query tiles in flight."""
     dim_splits: int
     """Blocks that share the columns of one gradient tile."""
+    warps_across: int
+    """Warps that share the keys of a fragment of scores. If more than one, P and dS pass through shared memory."""
     reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
     """How blocks add to dq: AtomicReduction, OrderedReduction."""
     bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
@@ -118,6 +121,9 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     elif widest <= 128:
         # H200, 8k, d 128: 349 TFLOP/s; 64 x 64 292, 128 x 32 306, 16 rows a warp 234.
         candidates = [(128, 64, 128, "32 rows a warp, 64 keys: out and S fit in 255 registers, two blocks an SM")]
+    elif resident(_forward_of(problem, device, 64, 64, 128).smem_bytes, 128, 255, device) > 1:
+        # H200, 4k, d 256: 307 TFLOP/s; 128 x 64 278, 64 x 32 254.
+        candidates = [(64, 64, 128, "16 rows a warp: 256 columns of out take 128 registers; two blocks an SM")]
     else:
         candidates = [(128, 64, 256, "16 rows a warp: 256 columns of out take 128 registers")]
     return _first_that_fits(problem, device, (*candidates, (64, 64, 128, "the largest that fits")))
@@ -325,88 +331,119 @@ def _forward(problem: Problem, device: Device) -> Plan:
     )
 
 
-def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, str]:
-    """The config of ``backward/sm80.cuh``, whose dq rows ``backward/convert.cuh`` shares; and why these tiles."""
-    widest = max(problem.dim_qk, problem.dim_v)
-    if _is_wide(problem):
-        candidates = _wide_backward_tiles(problem)
-    elif widest <= 64:
-        # H200, 8k, d 64: 280 TFLOP/s; 16 key rows a warp 236, 64 keys 235; 64 queries 290, but they spill 350 bytes.
-        candidates = [(32, 128, 128, 2, 1, "32 key rows a warp halve the shared-memory reads per product against 16")]
-        candidates += [(64, 64, 128, 1, 1, "the largest that fits")]
-    elif widest <= 128:
-        # H200, 8k, d 128: 284 TFLOP/s; with two stages 266, 64 keys 264, 32 queries 238.
-        candidates = [
-            (64, 128, 256, 1, 1, "dk and dv take 128 registers, S and dP 64"),
-            (64, 64, 128, 1, 1, "the largest that fits"),
-        ]
-    else:
-        # H200, 8k, d 256: 198 TFLOP/s; 64 keys 149, and with 32 queries 172.
-        candidates = [
-            (64, 128, 256, 1, 2, "two blocks share the columns of dk and dv, which else overflow the registers"),
-            (64, 64, 128, 1, 2, "the largest that fits"),
-            (16, 64, 128, 1, 2, "16 query rows: what fits in 99 KB"),
-        ]
-    fitting = [candidate for candidate in candidates if fits_blocks(problem, *candidate[:2])]
-    for tile_q, tile_kv, threads, stages, splits, reason in fitting or candidates:
-        smem = _backward_smem(problem, tile_q, tile_kv, threads, stages, splits)
-        if smem <= device.smem_per_block:
+class BackwardTile(NamedTuple):
+    """How ``bwd_sm80`` may cut a problem, and why so."""
+
+    reason: str
+    tile_q: int
+    tile_kv: int
+    threads: int
+    stages: int
+    splits: int = 1
+    across: int = 1
+
+    @property
+    def gradients_across(self) -> int:
+        """Warps that share the keys of a fragment of dk and dv: ``BackwardSm80::kGradAcross``."""
+        warps = self.threads // 32
+        return warps // min(warps, self.tile_kv // 32) if self.across > 1 else 1
+
+
+def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, BackwardTile]:
+    """The config of ``backward/sm80.cuh``, whose dq rows ``backward/convert.cuh`` shares, and its tile."""
+    candidates = _wide_backward_tiles(problem) if _is_wide(problem) else _backward_tiles(problem)
+    fitting = [tile for tile in candidates if fits_blocks(problem, tile.tile_q, tile.tile_kv)]
+    for tile in fitting or candidates:
+        smem = _backward_smem(problem, tile)
+        if smem <= device.smem_per_block and _dq_columns(problem.dim_qk, tile) % (16 * tile.gradients_across) == 0:
             config = BackwardConfig(
                 **policies.policies(problem),
-                tile_q=tile_q,
-                tile_kv=tile_kv,
-                threads=threads,
+                tile_q=tile.tile_q,
+                tile_kv=tile.tile_kv,
+                threads=tile.threads,
                 smem_bytes=smem,
                 copy_bytes=policies.copy_bytes(problem),
-                stages=stages,
-                dim_splits=splits,
+                stages=tile.stages,
+                dim_splits=tile.splits,
+                warps_across=tile.across,
                 reduction="OrderedReduction" if problem.deterministic else "AtomicReduction",
                 bias_gradient=gradient_policy(problem),
                 captured_gradient=policies.captured_gradient(problem),
             )
-            return config, reason
+            return config, tile
     raise AssertionError(f"no backward tile of {problem} fits {device}")
 
 
-def _wide_backward_tiles(problem: Problem) -> list[tuple[int, int, int, int, int, str]]:
+def _backward_tiles(problem: Problem) -> list[BackwardTile]:
+    """Candidates for 16-bit elements, best first."""
+    widest = max(problem.dim_qk, problem.dim_v)
+    largest = "the largest that fits"
+    if widest <= 64:
+        # H200, 8k, d 64: 280 TFLOP/s; 16 key rows a warp 236, 64 keys 235; 64 queries 290, but they spill 350 bytes.
+        reason = "32 key rows a warp halve the shared-memory reads per product against 16"
+        return [BackwardTile(reason, 32, 128, 128, 2), BackwardTile(largest, 64, 64, 128, 1)]
+    # P passes through shared memory, too, but fragments of 32 rows read less of everything else.
+    shared = "32 rows of dk and dv a warp, which read less from shared memory than 16"
+    if widest <= 128:
+        # H200, 4k, d 128: 308 TFLOP/s, with one stage 292; 16 key rows a warp 279; 64 keys 277, of 16 rows a warp 267.
+        return [
+            BackwardTile(shared, 64, 128, 256, 2, across=2),
+            BackwardTile(shared, 64, 128, 256, 1, across=2),
+            BackwardTile("64 keys: what fits in 99 KB", 64, 64, 128, 1, across=2),
+        ]
+    # H200, 4k, d 256: 254 TFLOP/s, with one stage 226; two blocks to 128 keys 196; 32 x 32 173, and 149 by 16 x 64.
+    split = "two blocks share the columns of dk and dv, which else overflow the registers"
+    return [
+        BackwardTile(shared, 64, 64, 256, 2, across=2),
+        BackwardTile(shared, 64, 64, 256, 1, across=2),
+        BackwardTile(split, 64, 128, 256, 1, splits=2),
+        BackwardTile(largest, 64, 64, 128, 1, splits=2),
+        BackwardTile("32 keys: what fits in 99 KB", 32, 32, 128, 1, across=2),
+        BackwardTile("16 query rows: what fits in 99 KB", 16, 64, 128, 1, splits=2),
+    ]
+
+
+def _wide_backward_tiles(problem: Problem) -> list[BackwardTile]:
     """Candidates for floats, which are split into halves, and for doubles."""
     widest = max(problem.dim_qk, problem.dim_v)
     split = "two blocks share the columns of dk and dv, which else overflow the registers"
+    largest = BackwardTile("the largest that fits", 16, 64, 128, 1)
     if problem.dtype.itemsize == 8:
         if widest <= 64:
-            first = [(32, 64, 128, 2, 1, "16 key rows a warp: dk and dv take 128 registers")]
-            return [*first, (16, 64, 128, 1, 1, "the largest that fits")]
-        return [(16, 64, 128, 1, 2, split), (16, 32, 64, 1, 2, "32 keys: what fits")]
+            return [BackwardTile("16 key rows a warp: dk and dv take 128 registers", 32, 64, 128, 2), largest]
+        return [
+            BackwardTile(split, 16, 64, 128, 1, splits=2),
+            BackwardTile("32 keys: what fits", 16, 32, 64, 1, splits=2),
+        ]
     if widest > 128:
-        return [(16, 64, 128, 1, 2, split)]
+        return [BackwardTile(split, 16, 64, 128, 1, splits=2)]
     if widest <= 64:
         # H200, 4k, d 64: 79 TFLOP/s; 64 keys 65, 64 x 64 66, 256 keys 79.
-        first = [(32, 128, 128, 1, 1, "32 key rows a warp, two blocks an SM")]
-    else:
-        # H200, 4k, d 128: 81 TFLOP/s; 64 keys 76, 16 queries 62.
-        first = [(32, 128, 256, 1, 1, "16 key rows a warp: dk and dv take 128 registers")]
-    return [*first, (16, 64, 128, 1, 1, "the largest that fits")]
+        return [BackwardTile("32 key rows a warp, two blocks an SM", 32, 128, 128, 1), largest]
+    # H200, 4k, d 128: 81 TFLOP/s; 64 keys 76, 16 queries 62.
+    return [BackwardTile("16 key rows a warp: dk and dv take 128 registers", 32, 128, 256, 1), largest]
 
 
-def _dq_columns(dim_qk: int, tile_q: int, threads: int, splits: int) -> int:
+def _dq_columns(dim_qk: int, tile: BackwardTile) -> int:
     """Columns of q and k in the backward's shared memory and in dq_accum (``DqAccum::kDimQk``)."""
-    warps = threads // 32
-    widest = 4 if dim_qk % (64 * splits) == 0 else 2
-    warps_across = warps // max(1, min(warps // widest, tile_q // 16))
-    return round_up(dim_qk, 16 * warps_across * splits)
+    warps = tile.threads // 32
+    widest = 4 if dim_qk % (64 * tile.splits) == 0 else 2
+    warps_across = warps // max(1, min(warps // widest, tile.tile_q // 16))
+    return round_up(dim_qk, 16 * warps_across * tile.splits)
 
 
-def _backward_smem(problem: Problem, tile_q: int, tile_kv: int, threads: int, stages: int, splits: int) -> int:
+def _backward_smem(problem: Problem, tile: BackwardTile) -> int:
     """Bytes of ``BackwardSm80::SmemPlan``."""
-    dim_qk = _dq_columns(problem.dim_qk, tile_q, threads, splits)
-    dim_v = round_up(problem.dim_v, 16 * splits)
+    tile_q, tile_kv = tile.tile_q, tile.tile_kv
+    dim_qk = _dq_columns(problem.dim_qk, tile)
+    dim_v = round_up(problem.dim_v, 16 * tile.gradients_across * tile.splits)
     numbers = 3 * problem.dtype.accumulator.itemsize * tile_q
     stage = _tile(problem, tile_q, dim_qk) + _tile(problem, tile_q, dim_v) + numbers
     if problem.dtype.itemsize == 4:
-        scores = _shared_tile(tile_kv, 2 * tile_q) + 4 * threads // 32 * tile_q
+        scores = _shared_tile(tile_kv, 2 * tile_q) + 4 * tile.threads // 32 * tile_q
     else:
-        scores = _tile(problem, tile_kv, tile_q)
-    return _tile(problem, tile_kv, dim_qk) + _tile(problem, tile_kv, dim_v) + scores + stages * stage
+        scores = _tile(problem, tile_kv, tile_q) * (2 if tile.across > 1 else 1)
+    return _tile(problem, tile_kv, dim_qk) + _tile(problem, tile_kv, dim_v) + scores + tile.stages * stage
 
 
 def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
@@ -582,8 +619,8 @@ def _backward(problem: Problem, device: Device) -> Plan:
     short = short_backward(problem, device)
     if short is not None:
         return _short_backward(problem, device, short)
-    config, reason = _backward_config(problem, device)
-    columns = _dq_columns(problem.dim_qk, config.tile_q, config.threads, config.dim_splits)
+    config, tile = _backward_config(problem, device)
+    columns = _dq_columns(problem.dim_qk, tile)
     convert = ConvertConfig(
         element=config.element,
         sequence=config.sequence,
@@ -604,7 +641,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         *steps.sink_step(problem),
     )
     workspaces = _backward_workspaces(problem, config, columns) + bias.workspaces
-    return Plan(problem, device, "sm80", launches, workspaces, reason, bias_parts=bias.parts)
+    return Plan(problem, device, "sm80", launches, workspaces, tile.reason, bias_parts=bias.parts)
 
 
 def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int) -> tuple[Workspace, ...]:
@@ -638,8 +675,7 @@ def _leave(problem: Problem, device: Device) -> list[str]:
     if problem.dtype.itemsize == 8 and widest > _WIDEST_DOUBLE:
         return [f"heads of {widest} > {_WIDEST_DOUBLE} in {problem.dtype}"]
     if problem.direction == "backward":
-        *_, last = _wide_backward_tiles(problem)
-        smem = _backward_smem(problem, *last[:-1])
+        smem = _backward_smem(problem, _wide_backward_tiles(problem)[-1])
         if smem > device.smem_per_block:
             return [f"gradients in {problem.dtype} need {smem:,} bytes of shared memory"]
     return []

@@ -22,6 +22,7 @@ template <class Real>
 void add_to(Real* address, Real x) {
   *address += x;
 }
+constexpr bool kAddsFour = true;
 inline void red_add_x4(float* address, const float (&x)[4], bool some) {
   if (!some) return;
   if (reinterpret_cast<size_t>(address) % 16 != 0) host::fail("red_add_x4: an address is not a multiple of 16");

@@ -77,6 +77,7 @@ struct Config {
   static constexpr int kCopyBytes = 8;
   static constexpr int kStages = 2;
   static constexpr int kDimSplits = 3;
+  static constexpr int kWarpsAcross = 2;
 };
 
 }  // namespace cuflash
