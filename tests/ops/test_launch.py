@@ -739,9 +739,15 @@ def maps(params: np.ndarray) -> dict[str, list[int]]:
         if name == "bias":
             continue
         address, *words = params[f"{name}_map"]["words"][0].tolist()
-        words_of[name] = [address - int(params[name][0]), *words[:12]] if any(words) else []
-        assert not any(words[12:])
+        words_of[name] = [address - int(params[name][0]), *of_four(words)] if any(words) else []
     return words_of
+
+
+def of_four(words: list[int]) -> list[int]:
+    """The words of a map behind its address, without those of the fifth dimension, which pages alone have."""
+    dims, strides, box, itemsize = words[:5], words[5:9], words[9:14], words[14]
+    assert (dims.pop(), strides.pop(), box.pop()) == (1, 0, 1)
+    return [*dims, *strides, *box, itemsize]
 
 
 @pytest.mark.parametrize("wrap", FRAMEWORKS)
@@ -914,8 +920,10 @@ def test_a_bias_on_hopper(launches: Launches, monkeypatch: pytest.MonkeyPatch, n
     out, lse = ops.forward(ops.asked(), ops.Arrays(*map(as_torch, (q, k, v)), bias=as_torch(bias)))[:2]
     assert launches.take() == ["fwd_sm90"]
     (params,) = launches.params
-    words = params["bias_map"]["words"][0].tolist()
-    assert words[:13] == ([bias.ctypes.data, *described] if described else [0] * 13)
+    address, *words = params["bias_map"]["words"][0].tolist()
+    assert [address, *(of_four(words) if described else words)] == (
+        [bias.ctypes.data, *described] if described else [0] * 16
+    )
     exact, naive = (f(q, k, v, bias=bias) for f in (oracle.attention, oracle.naive_in_dtype))
     oracle.assert_all_close(oracle.Attention(to_numpy(out), to_numpy(lse)), exact, naive)
 
