@@ -57,6 +57,18 @@ def sleeper(name: str, log: list[str], seconds: float = 0.0, sleep: Callable[[fl
     return Runner(name, "sleep", launch, launch, clock="wall", wait=lambda: None)
 
 
+def test_work_on_another_stream_is_timed_between_events(monkeypatch):
+    """One launch is in front of the first event, so that the device need not wait for the host behind it."""
+    log: list[str] = []
+    event = SimpleNamespace(record=lambda stream: log.append("event"), synchronize=lambda: log.append("end"))
+    cuda = SimpleNamespace(get_current_stream=object, Event=lambda: event, get_elapsed_time=lambda start, end: 6.0)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    runner = sleeper("launch", log)
+    runner.clock, runner.join = "events", lambda: log.append("join")
+    assert timing.measure(runner, 3) == 2000.0
+    assert log == ["launch", "join", "event", *["launch"] * 3, "join", "event", "end"]
+
+
 def test_rounds_are_rotated():
     log: list[str] = []
     interleave([sleeper(name, log, 0.002) for name in "abc"], seconds=10, rounds=3, slice_us=1)
