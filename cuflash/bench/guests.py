@@ -1,4 +1,4 @@
-"""What calls cost the host inside JAX and torch, where GPU times say nothing: those of problems too small for a GPU."""
+"""What calls cost the host inside JAX and torch, and prepared: of problems too small for GPU times to say anything."""
 
 from __future__ import annotations
 
@@ -23,16 +23,50 @@ CHAIN = 16
 _SHAPE = (1, 64, 2, 64)
 """Batch, length, heads and columns of a tiny problem."""
 
+_TOKEN, _CACHE = (1, 1, 32, 128), (1, 1024, 8, 128)
+"""A token's queries, and the keys of a cache."""
+
 
 def costs() -> list[dict[str, object]]:
     """Host microseconds, as a report's host section has them; of libraries that are here and see a GPU."""
     found: list[dict[str, object]] = []
-    for measured in (_torch, _jax):
+    for measured in (_prepared, _torch, _jax):
         try:
             found += measured()
         except (ImportError, UnsupportedProblem):
             continue
     return found
+
+
+def _prepared() -> list[dict[str, object]]:
+    """Prepared calls on CuPy's arrays, beside one that is not prepared."""
+    import cupy
+    import ml_dtypes
+
+    q, k, v, out = (cupy.zeros(_SHAPE, ml_dtypes.bfloat16) for _ in range(4))
+    token, new_token, k_cache, v_cache = (
+        cupy.zeros(shape, ml_dtypes.bfloat16) for shape in (_TOKEN, (1, 1, *_CACHE[2:]), _CACHE, _CACHE)
+    )
+    lengths = cupy.full(1, 500, cupy.int32)
+    over_cache: dict[str, Any] = {"cache": (k_cache, v_cache), "cache_seqlens": lengths, "causal": True}
+    attend = cuflash.flash_attn_prepare(q, k, v, causal=True)
+    attend_to = cuflash.flash_attn_prepare(q, k, v, causal=True, out=out)
+    append = cuflash.flash_attn_prepare(token, new_token, new_token, **over_cache)
+    append_to = cuflash.flash_attn_prepare(token, new_token, new_token, **over_cache, out=cupy.empty_like(token))
+    look = cuflash.flash_attn_prepare(token, None, None, **over_cache)
+    look_to = cuflash.flash_attn_prepare(token, None, None, **over_cache, out=cupy.empty_like(token))
+    place = cupy.empty_like(token)
+    calls: dict[str, Callable[[], Any]] = {
+        "forward, not prepared": lambda: cuflash.flash_attn_func(q, k, v, causal=True),
+        "forward, prepared": lambda: attend(q, k, v),
+        "forward, prepared, to an array": lambda: attend_to(q, k, v, out),
+        "a token, prepared": lambda: append(token, new_token, new_token),
+        "a token, prepared, to an array": lambda: append_to(token, new_token, new_token, place),
+        "a token that is in the cache, prepared": lambda: look(token),
+        "a token that is in the cache, prepared, to an array": lambda: look_to(token, out=place),
+    }
+    took = _in_turn(calls, cupy.cuda.get_current_stream().synchronize)
+    return [{"impl": "cuflash", "phase": phase, "host_us": round(us, 2)} for phase, us in took.items()]
 
 
 def _torch() -> list[dict[str, object]]:
