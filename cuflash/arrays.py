@@ -188,7 +188,7 @@ class NumPy(Library):
                 continue
             pointer = x.__array_interface__["data"][0]
             pointers.append(pointer)
-            key.append((x.shape, x.strides, x.dtype, pointer & 15))
+            key += (x.shape, x.strides, x.dtype, pointer & 15)
         return pointers, tuple(key)
 
     def view(self, name: str, x: np.ndarray) -> View:
@@ -209,12 +209,6 @@ class NumPy(Library):
         return np.zeros(shape, dtype)
 
 
-class Stream(NamedTuple):
-    """A stream of another library, of its device; what CuPy asks of one to launch a kernel on it."""
-
-    ptr: int
-
-
 class Launcher(Library):
     """Arrays of a library on the GPU, whose streams and memory kernels are launched with."""
 
@@ -227,13 +221,23 @@ class Launcher(Library):
         there = self.elsewhere(device)
         return nullcontext() if there is None else there
 
-    def launch_stream(self, device: int) -> Any:
-        """The current stream of the device that calls are launched on, which has its handle as ``ptr``."""
+    def launch_stream(self, device: int) -> int:
+        """The handle of the device's current stream, on which calls are launched."""
         raise NotImplementedError
 
     def allocator(self, shape: tuple[int, ...], dtype: Any, device: int) -> Callable[[], Any]:
         """What :meth:`empty` of these does, for the same again and again; call inside :meth:`context`."""
         return partial(self.empty, shape, dtype, device)
+
+    def scratch(self, nbytes: int, device: int) -> Callable[[], tuple[Any, int]]:
+        """What allocates so many bytes that only kernels see: what holds them, and where they begin."""
+        allocate = self.allocator((nbytes,), self.dtype(np.dtype(np.uint8)), device)
+
+        def made() -> tuple[Any, int]:
+            memory = allocate()
+            return memory, self.pointer(memory)
+
+        return made
 
     def stream(self) -> tuple[int, Any]:
         """Handle of the current stream, and what keeps it from being destroyed; None where nothing here can."""
@@ -289,7 +293,7 @@ class CuPy(Launcher):
             data = x.data
             pointer = data.ptr
             pointers.append(pointer)
-            key.append((x.shape, x.strides, x.dtype, data.device_id, pointer & 15))
+            key += (x.shape, x.strides, x.dtype, data.device_id, pointer & 15)
         return pointers, tuple(key)
 
     def view(self, name: str, x: Any) -> View:
@@ -309,17 +313,18 @@ class CuPy(Launcher):
         """Where launches and allocations for the device belong; None where they belong here."""
         return None if self._current_device() == device else self._cupy.cuda.Device(device)
 
-    def launch_stream(self, device: int) -> Any:
-        """CuPy's current stream; call inside :meth:`context`."""
-        return self._current_stream()
+    def launch_stream(self, device: int) -> int:
+        """The handle of CuPy's current stream; call inside :meth:`context`."""
+        handle: int = self._current_stream().ptr
+        return handle
 
     def is_capturing(self) -> bool:
         """Whether the current stream records a graph."""
-        return self._cupy.cuda.get_current_stream().is_capturing()
+        return self._current_stream().is_capturing()
 
     def stream(self) -> tuple[int, Any]:
         """Handle of the current stream, and what keeps it from being destroyed; None where nothing here can."""
-        stream = self._cupy.cuda.get_current_stream()
+        stream = self._current_stream()
         return stream.ptr, None if isinstance(stream, self._cupy.cuda.ExternalStream) else stream
 
     def is_done(self, stream: Any) -> bool:
@@ -338,6 +343,16 @@ class CuPy(Launcher):
     def allocator(self, shape: tuple[int, ...], dtype: Any, device: int) -> Callable[[], Any]:
         """What :meth:`empty` of these does."""
         return partial(self._ndarray, shape, dtype)
+
+    def scratch(self, nbytes: int, device: int) -> Callable[[], tuple[Any, int]]:
+        """The same without an array around it, which takes longer to make than to find the memory."""
+        alloc = self._cupy.cuda.alloc
+
+        def made() -> tuple[Any, int]:
+            memory = alloc(nbytes)
+            return memory, memory.ptr
+
+        return made
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
         """Allocate and clear on the current stream; call inside :meth:`context`."""

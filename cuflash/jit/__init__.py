@@ -2,9 +2,9 @@
 
 from cuflash.jit import cache, params, render, sources, tensormap
 from cuflash.jit.compile import Cubin, compile_kernel, compile_many, compile_together
-from cuflash.jit.kernel import Kernel, clear, load, parameters
+from cuflash.jit.kernel import Kernel, Launch, clear, load, parameters
 
 __all__ = [
-    "Cubin", "Kernel", "cache", "clear", "compile_kernel", "compile_many", "compile_together", "load",
+    "Cubin", "Kernel", "Launch", "cache", "clear", "compile_kernel", "compile_many", "compile_together", "load",
     "parameters", "params", "render", "sources", "tensormap",
 ]  # fmt: skip

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cuflash import device
-from cuflash.arrays import Stream
 from cuflash.errors import UnsupportedProblem
 from cuflash.jit import params
 from cuflash.jit.compile import Cubin, compile_together
@@ -17,6 +16,10 @@ from cuflash.plan.plan import Step
 
 MAX_BLOCKS = 2**31 - 1
 """The largest one-dimensional grid CUDA launches."""
+
+
+Launch = Callable[[Any, int], None]
+"""Launches a kernel with a block of `parameters`, which is read before it returns, on a stream by its handle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,47 +36,59 @@ class Kernel:
     first_byte: int = 0
     """Where its arguments begin in a parameter block (:func:`cuflash.jit.params.first_byte`)."""
 
-    def launch(self, num_blocks: int, block: ctypes.Array[Any], stream: Any) -> None:
-        """Launch on a stream, CuPy's or a :class:`Stream`; a block of `parameters` is read before this returns."""
-        config, address = self.config, ctypes.addressof(block)
-        arguments = address + ctypes.sizeof(block) - 8
-        if self.first_byte:
-            moved = ctypes.c_uint64(address + self.first_byte)
-            arguments = ctypes.addressof(moved)
-        given = (num_blocks, 1, 1, config.threads, 1, 1, config.smem_bytes, stream.ptr, arguments, 0)
-        try:
-            self.start(self.function.ptr, *given)
-        except Exception as error:
-            if getattr(error, "status", None) != _INVALID_CONTEXT:
-                raise
-            import cupy
+    def of(self, num_blocks: int) -> Launch:
+        """What launches so many blocks."""
+        start, first_byte = self.start, self.first_byte
+        given = (self.function.ptr, num_blocks, 1, 1, self.config.threads, 1, 1, self.config.smem_bytes)
 
-            cupy.cuda.runtime.free(0)  # has the device's context be that of a thread which has had none
-            self.start(self.function.ptr, *given)
+        def launch(block: Any, stream: int) -> None:
+            arguments = block.arguments
+            if first_byte:
+                moved = ctypes.c_uint64(ctypes.addressof(block) + first_byte)
+                arguments = ctypes.addressof(moved)
+            try:
+                start(*given, stream, arguments, 0)
+            except Exception as error:
+                if getattr(error, "status", None) != _INVALID_CONTEXT:
+                    raise
+                import cupy
+
+                cupy.cuda.runtime.free(0)  # has the device's context be that of a thread which has had none
+                self.start(*given, stream, arguments, 0)
+
+        return launch
+
+    def launch(self, num_blocks: int, block: Any, stream: int) -> None:
+        """Launch blocks once."""
+        self.of(num_blocks)(block, stream)
 
 
 _INVALID_CONTEXT = 201
 """CUDA_ERROR_INVALID_CONTEXT."""
 
 
-def parameters(struct: bytes) -> Callable[[], ctypes.Array[Any]]:
-    """What makes copies of a kernel's one parameter; behind each is its address, which is what a launch reads."""
+def parameters(struct: bytes) -> Callable[[], Any]:
+    """What makes copies of a kernel's one parameter, by words; `arguments` of each is where its address is kept.
+
+    A launch reads that address, so it lies behind the words.
+    """
     content = struct + bytes(8)
     words = ctypes.c_uint64 * (len(content) // 8)
 
-    def copy() -> ctypes.Array[Any]:
-        made = words.from_buffer_copy(content)
-        made[-1] = ctypes.addressof(made)
+    def copy() -> Any:
+        made: Any = words.from_buffer_copy(content)
+        address = ctypes.addressof(made)
+        made[-1], made.arguments = address, address + len(struct)
         return made
 
     return copy
 
 
-def clear(pointer: int, nbytes: int, stream: Stream) -> None:
+def clear(pointer: int, nbytes: int, stream: int) -> None:
     """Fill device memory with zeros on a stream."""
     import cupy
 
-    cupy.cuda.runtime.memsetAsync(pointer, 0, nbytes, stream.ptr)
+    cupy.cuda.runtime.memsetAsync(pointer, 0, nbytes, stream)
 
 
 _loaded: dict[tuple[str, Config, str, int], Kernel] = {}

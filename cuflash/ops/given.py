@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cuflash import device, jit
-from cuflash.arrays import Stream, View
+from cuflash.arrays import View
 from cuflash.errors import UnsupportedProblem
 from cuflash.mods import Mod, words
 from cuflash.numbers import integer, is_array
@@ -176,8 +176,7 @@ def on_gpu(call: GivenCall, ordinal: int) -> Callable[[list[int], int], None]:
     num_read, zeroed, starts = len(call.operands), scratch.nbytes_zeroed, scratch.starts
     cleared = [(num_read + i, r.nbytes) for i, r in enumerate(call.results) if r.zeroed and r.nbytes]
 
-    def launch(pointers: list[int], handle: int) -> None:
-        stream = Stream(handle)
+    def launch(pointers: list[int], stream: int) -> None:
         for index, nbytes in cleared:
             jit.clear(pointers[index], nbytes, stream)
         if scratch.nbytes:
@@ -186,8 +185,8 @@ def on_gpu(call: GivenCall, ordinal: int) -> Callable[[list[int], int], None]:
                 jit.clear(memory, zeroed, stream)
             pointers += [memory + start for start in starts]
         block = params(tuple(pointers))
-        for kernel, num_blocks in launches:
-            kernel.launch(num_blocks, block, stream)
+        for start in launches:
+            start(block, stream)
 
     return launch
 

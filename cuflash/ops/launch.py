@@ -90,15 +90,17 @@ class Prepared:
 
     framework: Launcher
     device: int
-    launches: tuple[tuple[jit.Kernel, int], ...]
-    """Kernels, each with its number of blocks; none when there is no pair of a query and a key."""
+    launches: tuple[jit.Launch, ...]
+    """Those of the kernels, in order; none when there is no pair of a query and a key."""
     params: Callable[[tuple[int, ...]], ctypes.Array]
     """The parameter block for the pointers of the given and of the allocated arrays, and with dropout the address of a
     generator, a seed and an offset, or how many rows of a cache are in use."""
     allocations: tuple[Callable[[], Any], ...]
-    """What allocates the results that are not given, workspaces that begin as zeros, and one array for all others."""
+    """What allocates the results that are not given, and workspaces that begin as zeros."""
+    scratch: Callable[[], tuple[Any, int]] | None
+    """What allocates memory for all other workspaces, and says where it begins; None where there are none."""
     shared: tuple[int, ...]
-    """At which bytes those others start in the last of these, if there are any."""
+    """At which bytes of it they start."""
     results: Callable[[Sequence[Any]], tuple[Any, ...]]
     """Takes the results out of the given outputs and the allocations."""
     fills: tuple[tuple[int, float], ...]
@@ -119,7 +121,7 @@ class Prepared:
         self,
         outputs: tuple[Any, ...],
         pointers: list[int],
-        generator: Any,
+        generator: Any = None,
         cached: int | None = None,
         listed: tuple[int, ...] = (),
     ) -> tuple[Any, ...]:
@@ -134,20 +136,10 @@ class Prepared:
             )
         if self.check_separate is not None:
             self.check_separate(tuple(pointers))
-        if (there := self.framework.elsewhere(self.device)) is not None:
-            with there:
-                return self._launch(outputs, pointers, generator, cached, listed)
-        return self._launch(outputs, pointers, generator, cached, listed)
-
-    def _launch(
-        self,
-        outputs: tuple[Any, ...],
-        pointers: list[int],
-        generator: Any,
-        cached: int | None,
-        listed: tuple[int, ...],
-    ) -> tuple[Any, ...]:
         framework = self.framework
+        if (there := framework.elsewhere(self.device)) is not None:
+            with there:
+                return self(outputs, pointers, generator, cached, listed)
         drawn: tuple[int, ...] = ()
         if self.room is not None:
             name, room, appended = self.room
@@ -158,13 +150,13 @@ class Prepared:
         written = (*outputs, *allocated)
         if self.launches:
             places = framework.pointers(allocated)
-            if self.shared:
-                base = places.pop()
-                places += [base + start for start in self.shared]
+            if self.scratch is not None:
+                scratch = self.scratch()  # held until the launches are queued
+                places += [scratch[1] + start for start in self.shared]
             params = self.params((*pointers, *listed, *places, *drawn))
             stream = framework.launch_stream(self.device)
-            for kernel, num_blocks in self.launches:
-                kernel.launch(num_blocks, params, stream)
+            for launch in self.launches:
+                launch(params, stream)
         for index, value in self.fills:
             written[index][...] = value
         return self.results(written)
@@ -184,8 +176,6 @@ def prepare(
     places = [*(name if name in views else None for name in OUTPUTS[direction]), *(w.name for w in call.results)]
     allocations = [_allocator(framework, w, ordinal) for w in (*call.results, *call.apart)]
     scratch = Scratch(call.shared)
-    if call.shared:
-        allocations.append(framework.allocator((scratch.nbytes,), framework.dtype(np.dtype(np.uint8)), ordinal))
     written = check.written(direction, views)
     with framework.context(ordinal):
         launches = call.load(ordinal)
@@ -195,6 +185,7 @@ def prepare(
         launches=launches,
         params=call.params(ordinal),
         allocations=tuple(allocations),
+        scratch=framework.scratch(scratch.nbytes, ordinal) if call.shared else None,
         shared=scratch.starts,
         results=itemgetter(*(places.index(name) for name in call.names)),
         fills=tuple((places.index(name), value) for name, value in call.fills.items()),
@@ -251,10 +242,10 @@ class PlannedCall:
         """Whether it takes a number of rows of a cache that every sequence uses."""
         return self.problem.layout == "cache" and "seqused_kv" not in self.given
 
-    def load(self, ordinal: int) -> tuple[tuple[jit.Kernel, int], ...]:
+    def load(self, ordinal: int) -> tuple[jit.Launch, ...]:
         """:attr:`Prepared.launches`; call where launches for the GPU belong."""
         kernels = jit.load(self.steps, ordinal, policies.written(self.problem))
-        return tuple((kernel, step.num_blocks) for kernel, step in zip(kernels, self.steps, strict=True))
+        return tuple(kernel.of(step.num_blocks) for kernel, step in zip(kernels, self.steps, strict=True))
 
     def params(self, ordinal: int) -> Callable[[tuple[int, ...]], ctypes.Array]:
         """:attr:`Prepared.params`: pointers of what is given, of lists of a block mask, then of what is allocated."""

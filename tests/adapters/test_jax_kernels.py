@@ -14,7 +14,6 @@ from doubles.launch import Launches, needs_compiler
 from inputs import FP16, random
 
 from cuflash import device, jit
-from cuflash.arrays import Stream
 from cuflash.errors import REFUSALS, UnsupportedProblem
 from cuflash.ops import asked
 from cuflash.ops.given import GivenCall
@@ -31,9 +30,9 @@ def streams(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Programs for a GPU run on the CPU; the streams on which memory is cleared."""
     cleared: list[int] = []
 
-    def clear(pointer: int, nbytes: int, stream: Stream) -> None:
+    def clear(pointer: int, nbytes: int, stream: int) -> None:
         ctypes.memset(pointer, 0, nbytes)
-        cleared.append(stream.ptr)
+        cleared.append(stream)
 
     monkeypatch.setattr(jit, "clear", clear)
     monkeypatch.setattr(ffi, "_stream", lambda api, context: 5)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,7 +78,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
                 before = next(seen.repeated[0])
                 assert blocks.dtype == before.dtype and blocks.tobytes() == before.tobytes()
 
-        return SimpleNamespace(launch=go)
+        return SimpleNamespace(launch=go, of=lambda num_blocks: partial(go, num_blocks))
 
     def allocate(byte: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         if seen.repeated is not None:
@@ -95,6 +96,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         monkeypatch.setattr(framework, "elsewhere", lambda self, ordinal: None)
         monkeypatch.setattr(framework, "launch_stream", lambda self, ordinal: None)
         monkeypatch.setattr(framework, "allocator", arrays.Launcher.allocator)
+        monkeypatch.setattr(framework, "scratch", arrays.Launcher.scratch)
         monkeypatch.setattr(framework, "is_capturing", lambda self: False)
         monkeypatch.setattr(framework, "stream", lambda self: (0, None))  # nothing is kept for it
         monkeypatch.setattr(framework, "moved", lambda self, x, beside, wrap=wrap: wrap(np.array(x)))

@@ -43,14 +43,20 @@ def writeable_library(request: pytest.FixtureRequest) -> Library:
 def params_of_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, np.ndarray]]]:
     """Every (kernel, parameter block) that is launched."""
     seen: list[tuple[str, np.ndarray]] = []
-    original = jit.Kernel.launch
+    original = jit.Kernel.of
 
-    def recording(self: jit.Kernel, num_blocks: int, params: ctypes.Array, stream: Any) -> None:
-        struct = jit.params.dtype("FwdParams" if self.name.startswith("fwd") else "BwdParams")
-        seen.append((self.name, np.frombuffer(params, struct, 1)))
-        original(self, num_blocks, params, stream)
+    def of(self: jit.Kernel, num_blocks: int) -> jit.Launch:
+        launch = original(self, num_blocks)
 
-    monkeypatch.setattr(jit.Kernel, "launch", recording)
+        def recording(params: ctypes.Array, stream: int) -> None:
+            struct = jit.params.dtype("FwdParams" if self.name.startswith("fwd") else "BwdParams")
+            seen.append((self.name, np.frombuffer(params, struct, 1)))
+            launch(params, stream)
+
+        return recording
+
+    monkeypatch.setattr(jit.Kernel, "of", of)
+    monkeypatch.setattr(ops.launch, "_prepared", {})
     yield seen
 
 

@@ -17,7 +17,6 @@ from inputs import BF16, FP16, FP32, random
 
 import cuflash
 from cuflash import device, jit
-from cuflash.arrays import Stream
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import given
 from cuflash.ops.call import Arrays
@@ -74,9 +73,9 @@ def cleared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The streams on which memory was cleared."""
     streams: list[int] = []
 
-    def clear(pointer: int, nbytes: int, stream: Stream) -> None:
+    def clear(pointer: int, nbytes: int, stream: int) -> None:
         ctypes.memset(pointer, 0, nbytes)
-        streams.append(stream.ptr)
+        streams.append(stream)
 
     monkeypatch.setattr(jit, "clear", clear)
     return streams

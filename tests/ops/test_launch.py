@@ -387,7 +387,7 @@ def test_a_kernel_takes_the_address_of_its_parameters() -> None:
     loaded = jit.Kernel("fwd_sm80", None, config, SimpleNamespace(ptr=77), lambda *given: calls.append(given))
     struct = random(25, dtype=np.float64).tobytes()
     params = jit.parameters(struct)()
-    loaded.launch(7, params, arrays.Stream(5))
+    loaded.launch(7, params, 5)
     ((*given, arguments, extra),) = calls
     assert given == [77, 7, 1, 1, 96, 1, 1, 1000, 5] and extra == 0
     assert ctypes.string_at(ctypes.c_void_p.from_address(arguments).value, len(struct)) == struct
@@ -407,11 +407,11 @@ def test_a_thread_without_a_context_gets_one(monkeypatch: pytest.MonkeyPatch) ->
     runtime = SimpleNamespace(free=freed.append)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     loaded = jit.Kernel("fwd_sm80", None, Config(threads=96, smem_bytes=0), SimpleNamespace(ptr=1), start)
-    loaded.launch(7, jit.parameters(bytes(8))(), arrays.Stream(5))
+    loaded.launch(7, jit.parameters(bytes(8))(), 5)
     assert freed == [0] and not errors
     errors.append(DriverError(1))
     with pytest.raises(DriverError):
-        loaded.launch(7, jit.parameters(bytes(8))(), arrays.Stream(5))
+        loaded.launch(7, jit.parameters(bytes(8))(), 5)
 
 
 def test_kernels_are_compiled_once_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,20 +192,23 @@ class _OfThree(torch.autograd.Function):
     @staticmethod
     def is_enough(options: Options, arrays: Arrays) -> bool:
         """Whether it answers a call."""
-        others = [x for x in arrays if x is not None]
+        for x in arrays[3:]:
+            if x is not None:
+                return False
         more = options.dropout_p or options.keep_state or options.cache or options.block_mask is not None
-        return len(others) == 3 and not more and torch.autograd.forward_ad._current_level < 0
+        return not more and torch.autograd.forward_ad._current_level < 0
 
     @staticmethod
     def forward(ctx: Any, framework: Any, options: Options, q: Any, k: Any, v: Any) -> Any:
+        pair: _Pair | None = None
+        pointers: list[int] = []
         if q.is_cuda:
             pair, pointers = _Pair.of(framework, options, (q, k, v))
-            out, lse, row_state = pair.forward((None,), pointers, None)
-            ctx.pair, ctx.pointers = pair, (*pointers, out.data_ptr(), lse.data_ptr(), row_state.data_ptr())
+            out, lse, row_state = pair.forward((None,), pointers)
+            pointers += (out.data_ptr(), lse.data_ptr(), row_state.data_ptr())
         else:
             out, lse, row_state = framework.plain("forward", options.keeping, new(Arrays, q=q, k=k, v=v))
-            ctx.pair = None
-        ctx.framework, ctx.options = framework, options
+        ctx.found = pair, pointers, framework, options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, row_state)
         return out, lse
@@ -213,9 +216,10 @@ class _OfThree(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any) -> Any:
         saved = ctx.saved_tensors
+        pair, pointers, framework, options = ctx.found
         plain = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
-        if plain and dlse is None and dout is not None and ctx.pair is not None:
-            gradients = ctx.pair.pull_back(ctx.pointers, saved, dout)
+        if plain and dlse is None and dout is not None and pair is not None:
+            gradients = pair.pull_back(pointers, saved, dout)
             if gradients is not None:
                 return None, None, *gradients
         q, k, v, out, lse, row_state = saved
@@ -223,11 +227,11 @@ class _OfThree(torch.autograd.Function):
             if dlse is None:
                 return (None,) * 5
             dout = torch.zeros_like(out)
-        options = of_gradient(ctx.options, False)
+        options = of_gradient(options, False)
         arrays = new(Arrays, q=q, k=k, v=v, dout=dout, lse=lse, dlse=dlse, row_state=row_state, out=out)
         if plain:
-            return None, None, *gradient(ctx.framework, options, arrays)
-        return None, None, *_AttentionGradient.apply(ctx.framework, options, True, (), *arrays)
+            return None, None, *gradient(framework, options, arrays)
+        return None, None, *_AttentionGradient.apply(framework, options, True, (), *arrays)
 
 
 class _Pair:
@@ -258,7 +262,7 @@ class _Pair:
                 _pairs[key] = pair
         return pair, pointers
 
-    def pull_back(self, pointers: tuple[int, ...], saved: tuple[Any, ...], dout: Any) -> tuple[Any, ...] | None:
+    def pull_back(self, pointers: list[int], saved: tuple[Any, ...], dout: Any) -> tuple[Any, ...] | None:
         """(dq, dk, dv) from what was saved; None where that, or dout, is not as it should be.
 
         Hooks of saved tensors may give back others than the forward had, and callers change theirs by `Tensor.data`.
@@ -266,7 +270,7 @@ class _Pair:
         q, k, v, out, lse, row_state = saved
         if (
             not dout.is_contiguous()
-            or tuple([x.data_ptr() for x in saved]) != pointers
+            or [x.data_ptr() for x in saved] != pointers
             or (q.stride(), k.stride(), v.stride()) != self._strides
         ):
             return None
@@ -277,7 +281,7 @@ class _Pair:
             arrays = Arrays(q, k, v, dout=dout, lse=lse, row_state=row_state, out=out)
             self._backward = launch.prepare(self._framework, "backward", of_gradient(self._options, False), arrays)
         at_q, at_k, at_v, at_out, at_lse, at_row_state = pointers
-        return self._backward((None, None, None), [at_q, at_k, at_v, at, at_lse, at_row_state, at_out], None)
+        return self._backward((None, None, None), [at_q, at_k, at_v, at, at_lse, at_row_state, at_out])
 
 
 _MAX_PAIRS = 1024

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.arrays import Adapter, Launcher, Stream, View, framework_of, not_here, numpy_arrays
+from cuflash.arrays import Adapter, Launcher, View, framework_of, not_here, numpy_arrays
 from cuflash.dtypes import BF16
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.generator import default_generator
@@ -24,6 +24,11 @@ ON_GPU = (
     "NumPy backend. Move the arrays there."
 )
 """What is said of them on a GPU."""
+
+
+def _name_of(x: Any, names: Sequence[str], arrays: Sequence[Any]) -> str:
+    """What the caller knows one of the arrays as, where it is to be told."""
+    return next(name for name, y in zip(names, arrays, strict=True) if y is x)
 
 
 class Draws:
@@ -61,8 +66,6 @@ class Torch(Launcher, Adapter):
         self.xp = self._torch = sys.modules["torch"]
         self._forward_ad = self._torch.autograd.forward_ad
         self._devices: dict[int, Any] = {}
-        self._streams: dict[int, Stream] = {}
-        """By handle; torch pools its streams."""
 
     def describe(self, names: Sequence[str], arrays: Sequence[Any]) -> tuple[list[int], tuple[Any, ...]]:
         """Pointers of the arrays that are given, and everything else about all of them as a key.
@@ -79,23 +82,23 @@ class Torch(Launcher, Adapter):
             self._refuse_tangents(names, arrays)
         pointers: list[int] = []
         key: list[Any] = []
-        for name, x in zip(names, arrays, strict=True):
+        for x in arrays:
             if x is None:
                 key.append(None)
                 continue
             if type(x) is not kind:
-                self._check_kind(name, x, names, arrays)
+                self._check_kind(_name_of(x, names, arrays), x, names, arrays)
             if grad and x.requires_grad:
-                raise self._on_tape(name, x)
+                raise self._on_tape(_name_of(x, names, arrays), x)
             try:
                 pointer = x.data_ptr()
-                described = x.shape, x.stride(), x.dtype, x.device, x.is_neg(), pointer & 15
+                shape = x.shape
+                key += (shape, x.stride(), x.dtype, x.device, x.is_neg(), pointer & 15)
             except RuntimeError as error:
-                raise self._without_memory(name, x) from error
-            if not pointer and 0 not in x.shape:
-                raise self._without_memory(name, x)
+                raise self._without_memory(_name_of(x, names, arrays), x) from error
+            if not pointer and 0 not in shape:
+                raise self._without_memory(_name_of(x, names, arrays), x)
             pointers.append(pointer)
-            key.append(described)
         return pointers, tuple(key)
 
     def view(self, name: str, x: Any) -> View:
@@ -366,11 +369,10 @@ class Torch(Launcher, Adapter):
         torch = self._torch
         return None if torch._C._cuda_getDevice() == device else torch.cuda.device(device)
 
-    def launch_stream(self, device: int) -> Stream:
-        """Torch's current stream of the device."""
-        handle = self._torch._C._cuda_getCurrentRawStream(device)  # as compiled graphs ask: no object
-        stream = self._streams.get(handle)
-        return self._streams.setdefault(handle, Stream(handle)) if stream is None else stream
+    def launch_stream(self, device: int) -> int:
+        """The handle of torch's current stream of the device."""
+        handle: int = self._torch._C._cuda_getCurrentRawStream(device)  # as compiled graphs ask: no object
+        return handle
 
     def is_capturing(self) -> bool:
         """Whether torch's current stream records a graph."""
