@@ -70,6 +70,10 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def out(self, options: Any, arrays: Any, generator: Any = None) -> Any:
+        """The first result of a forward, for a caller who wants no other."""
+        return self.answer("forward", options, arrays, generator)[0]
+
     def answer_along(self, options: Any, arrays: Any, tangents: Any, generator: Any = None) -> tuple[Any, ...]:
         """The same of a call of ``ops.jvp``."""
         raise NotImplementedError

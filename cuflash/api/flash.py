@@ -468,9 +468,9 @@ def _forward(
         return_rng_state = flag("return_rng_state", return_rng_state)
     if return_attn_probs:
         options = _countable(options, arrays)
-    out, lse, *drawn = ops.forward(options, arrays, generator)
     if not (return_lse or return_attn_probs or return_rng_state):
-        return out
+        return ops.out(options, arrays, generator)
+    out, lse, *drawn = ops.forward(options, arrays, generator)
     rng_state = drawn[0] if drawn else None
     results = (out, lse) if return_lse or return_attn_probs else (out,)
     if return_attn_probs:

@@ -121,8 +121,9 @@ def scaled_dot_product_attention(
         numbers = attn_mask is not None and "float" in str(getattr(attn_mask, "dtype", ""))
         mask, bias = (None, attn_mask) if numbers else (attn_mask, None)
         arrays = new(Arrays, q=query, k=key, v=value, mask=mask, bias=bias, out=out)
-        results = backends.call(ops.forward, options, backend, arrays, generator)
-        return results[:2] if return_lse else results[0]
+        if not return_lse:
+            return backends.call(ops.out, options, backend, arrays, generator)
+        return backends.call(ops.forward, options, backend, arrays, generator)[:2]
     except REFUSALS as error:
         shorten(error)
         raise

@@ -3,7 +3,7 @@
 from cuflash.ops.backward import backward
 from cuflash.ops.call import Arrays, CapturedGradients, Gradients, Options, Tangents, asked, new
 from cuflash.ops.explain import Explanation, explain
-from cuflash.ops.forward import forward
+from cuflash.ops.forward import forward, out
 from cuflash.ops.jvp import jvp
 from cuflash.ops.prepared import PreparedAttention
 from cuflash.ops.vjp import vjp
@@ -11,5 +11,5 @@ from cuflash.ops.written import with_mods
 
 __all__ = [
     "Arrays", "CapturedGradients", "Explanation", "Gradients", "Options", "PreparedAttention", "Tangents", "asked",
-    "backward", "explain", "forward", "jvp", "new", "vjp", "with_mods",
+    "backward", "explain", "forward", "jvp", "new", "out", "vjp", "with_mods",
 ]  # fmt: skip

@@ -10,6 +10,15 @@ from cuflash.ops.answer import answer
 from cuflash.ops.call import Arrays, Options
 
 
+def out(options: Options, arrays: Arrays, generator: Any = None) -> Any:
+    """The first result of :func:`forward`, for callers who want no other, as autograd takes time for each."""
+    kind: type = type(arrays.q)
+    framework = framework_of_type(kind)
+    if isinstance(framework, Launcher) and isinstance(framework, Adapter):
+        return framework.out(options, arrays, generator)
+    return forward(options, arrays, generator)[0]
+
+
 def forward(options: Options, arrays: Arrays, generator: Any = None, cached: int | None = None) -> tuple[Any, ...]:
     """(out, lse), row_state if the options keep it, and rng_state with dropout, as arrays of the same framework.
 

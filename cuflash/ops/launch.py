@@ -146,20 +146,29 @@ class Prepared:
             drawn = (room if cached is None else check.cached_rows(name, cached, room, appended),)
         elif self.increment is not None:
             drawn = draw.on_device(generator, self.increment, framework, self.device)
-        allocated = [allocate() for allocate in self.allocations]
-        written = (*outputs, *allocated)
-        if self.launches:
-            places = framework.pointers(allocated)
-            if self.scratch is not None:
-                scratch = self.scratch()  # held until the launches are queued
-                places += [scratch[1] + start for start in self.shared]
-            params = self.params((*pointers, *listed, *places, *drawn))
-            stream = framework.launch_stream(self.device)
-            for launch in self.launches:
-                launch(params, stream)
+        written = (*outputs, *self.start([*pointers, *listed], drawn))
         for index, value in self.fills:
             written[index][...] = value
         return self.results(written)
+
+    def start(self, numbers: list[int], drawn: tuple[int, ...] = ()) -> list[Any]:
+        """Allocate, launch and return what was allocated, the results that are not given first.
+
+        `numbers` are the pointers of what is given, and take up those of what is allocated. Call where launches for the
+        device belong.
+        """
+        framework = self.framework
+        allocated = [allocate() for allocate in self.allocations]
+        if self.launches:
+            numbers += framework.pointers(allocated)
+            if self.scratch is not None:
+                scratch = self.scratch()  # held until the launches are queued
+                numbers += [scratch[1] + first for first in self.shared]
+            params = self.params((*numbers, *drawn))
+            stream = framework.launch_stream(self.device)
+            for launch in self.launches:
+                launch(params, stream)
+        return allocated
 
 
 def prepare(

@@ -73,8 +73,10 @@ def answer(
     return (out, lse, row_state, *drawn) if options.keep_state else (out, lse, *drawn)
 
 
-def recorded(framework: Any, options: Options, arrays: Arrays, generator: Any = None) -> tuple[Any, ...]:
-    """Answer a forward that autograd records, and nothing else of torch's has to see.
+def recorded(
+    framework: Any, options: Options, arrays: Arrays, generator: Any = None, alone: bool = False
+) -> tuple[Any, ...]:
+    """Answer a forward that autograd records, and nothing else of torch's has to see; with out alone or with all else.
 
     Raises
     ------
@@ -82,6 +84,8 @@ def recorded(framework: Any, options: Options, arrays: Arrays, generator: Any = 
         If something is to have a gradient that has none.
     """
     if _OfThree.is_enough(options, arrays):
+        if alone:
+            return (_OutOfThree.apply(framework, options, *arrays[:3]),)
         return _OfThree.apply(framework, options, *arrays[:3])
     arrays = differentiated(options, arrays)
     options = with_lengths("forward", options, arrays)
@@ -204,10 +208,10 @@ class _OfThree(torch.autograd.Function):
         pointers: list[int] = []
         if q.is_cuda:
             pair, pointers = _Pair.of(framework, options, (q, k, v))
-            out, lse, row_state = pair.forward((None,), pointers)
-            pointers += (out.data_ptr(), lse.data_ptr(), row_state.data_ptr())
-        else:
+        if pair is None:
             out, lse, row_state = framework.plain("forward", options.keeping, new(Arrays, q=q, k=k, v=v))
+        else:
+            out, lse, row_state, *_ = pair.start(pair.forward, pointers)
         ctx.found = pair, pointers, framework, options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, row_state)
@@ -234,6 +238,18 @@ class _OfThree(torch.autograd.Function):
         return None, None, *_AttentionGradient.apply(framework, options, True, (), *arrays)
 
 
+class _OutOfThree(_OfThree):
+    """The same with out alone."""
+
+    @staticmethod
+    def forward(ctx: Any, framework: Any, options: Options, q: Any, k: Any, v: Any) -> Any:
+        return _OfThree.forward(ctx, framework, options, q, k, v)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any) -> Any:  # type: ignore[override]
+        return _OfThree.backward(ctx, dout, None)
+
+
 class _Pair:
     """A forward on a GPU of q, k and v alone, and its gradient where dout is in one piece: found together.
 
@@ -249,8 +265,8 @@ class _Pair:
         self._backward: launch.Prepared | None = None
 
     @classmethod
-    def of(cls, framework: Any, options: Options, few: tuple[Any, Any, Any]) -> tuple[_Pair, list[int]]:
-        """That of tensors like these, and their pointers."""
+    def of(cls, framework: Any, options: Options, few: tuple[Any, Any, Any]) -> tuple[_Pair | None, list[int]]:
+        """That of tensors like these, and their pointers; None where there is nothing to attend to."""
         pointers, described = framework.describe(options.manner.names[:3], few)
         key = options, described, pointers[1] == pointers[2]  # whether k and v start together
         pair = _pairs.get(key)
@@ -260,17 +276,24 @@ class _Pair:
                 _pairs.clear()
             if options.is_kind:
                 _pairs[key] = pair
-        return pair, pointers
+        return (pair if pair.forward.launches else None), pointers
 
-    def pull_back(self, pointers: list[int], saved: tuple[Any, ...], dout: Any) -> tuple[Any, ...] | None:
-        """(dq, dk, dv) from what was saved; None where that, or dout, is not as it should be.
+    def start(self, prepared: launch.Prepared, numbers: list[int]) -> list[Any]:
+        """Results of one of both, whose pointers are put behind those of what is given."""
+        if (there := self._framework.elsewhere(prepared.device)) is not None:
+            with there:
+                return prepared.start(numbers)
+        return prepared.start(numbers)
+
+    def pull_back(self, pointers: list[int], saved: tuple[Any, ...], dout: Any) -> list[Any] | None:
+        """dq, dk and dv from what was saved; None where that, or dout, is not as it should be.
 
         Hooks of saved tensors may give back others than the forward had, and callers change theirs by `Tensor.data`.
         """
         q, k, v, out, lse, row_state = saved
         if (
             not dout.is_contiguous()
-            or [x.data_ptr() for x in saved] != pointers
+            or [x.data_ptr() for x in saved] != pointers[:6]
             or (q.stride(), k.stride(), v.stride()) != self._strides
         ):
             return None
@@ -280,8 +303,8 @@ class _Pair:
         if self._backward is None:
             arrays = Arrays(q, k, v, dout=dout, lse=lse, row_state=row_state, out=out)
             self._backward = launch.prepare(self._framework, "backward", of_gradient(self._options, False), arrays)
-        at_q, at_k, at_v, at_out, at_lse, at_row_state = pointers
-        return self._backward((None, None, None), [at_q, at_k, at_v, at, at_lse, at_row_state, at_out])
+        at_q, at_k, at_v, at_out, at_lse, at_row_state, *_ = pointers
+        return self.start(self._backward, [at_q, at_k, at_v, at, at_lse, at_row_state, at_out])[:3]
 
 
 _MAX_PAIRS = 1024

@@ -144,8 +144,9 @@ class Torch(Launcher, Adapter):
         arrays: Arrays,
         generator: Any = None,
         cached: int | None = None,
+        alone: bool = False,
     ) -> tuple[Any, ...]:
-        """Answer a call on tensors, plain or recorded, batched or traced.
+        """Answer a call on tensors, plain or recorded, batched or traced; with out alone there may be nothing else.
 
         Raises
         ------
@@ -174,9 +175,13 @@ class Torch(Launcher, Adapter):
             return self._recorded.recorded(self, options, arrays, generator)
         if torch.is_grad_enabled() and self._needs_grad(options, arrays):
             if direction == "forward":
-                return self._recorded.recorded(self, options, arrays, generator)
+                return self._recorded.recorded(self, options, arrays, generator, alone)
             return self._recorded.answer(self, direction, options, arrays)
         return self.plain(direction, options, arrays, generator, cached)
+
+    def out(self, options: Options, arrays: Arrays, generator: Any = None) -> Any:
+        """The first result of a forward, for a caller who wants no other."""
+        return self.answer("forward", options, arrays, generator, None, True)[0]
 
     @cached_property
     def _recorded(self) -> Any:

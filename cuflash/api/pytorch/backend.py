@@ -86,9 +86,7 @@ def resolve(backend: str | None) -> Choice:
     return Choice(_named("CUFLASH_ATTENTION_BACKEND", settings.attention_backend()), optional=True)
 
 
-def call(
-    operation: Callable[..., tuple[Any, ...]], options: Options, backend: str | None, *arguments: Any
-) -> tuple[Any, ...]:
+def call(operation: Callable[..., Any], options: Options, backend: str | None, *arguments: Any) -> Any:
     """Run an operation of `cuflash.ops` on the kernels that are preferred; `arguments` come behind its options."""
     choice = resolve(backend)
     if choice.backend == "default":
