@@ -310,7 +310,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         *(("bf16", dims, ("",)) for dims in ("264", "320x448", "512x64", "64x512")),
         ("bf16", "512", ("", "causal", "window", "mask", "softcap", "alibi", "bias", "sink", "dropout", "everything")),
         ("bf16", "512", ("varlen_causal", "seqused_q", "paged16", "paged48", "paged256", "decode", "decode_causal")),
-        ("bf16", "512", ("decode_varlen", "decode_everything", "varlen_everything", "gqa")),
+        ("bf16", "512", ("decode_varlen", "decode_everything", "varlen_everything", "gqa", "deterministic", "dbias")),
         ("bf16", "576x512", ("", "causal", "decode", "latent", "latent_split")),
         ("fp16", "512", ("", "causal")),
         ("fp16", "576x512", ("latent",)),
@@ -365,7 +365,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
 def _exists(feature: str, direction: Direction, family: str, dims: str) -> bool:
     """Whether a family has a feature in a direction."""
     if direction == "backward":
-        return feature not in _FORWARD_ONLY and not (family == "sm90" and max(_dims(dims)) > 256)
+        return feature not in _FORWARD_ONLY and not (family == "sm90" and max(_dims(dims)) > 512)
     if feature == "short100" and family == "sm90":  # which leaves it to sm80
         return False
     return feature not in _BACKWARD_ONLY
@@ -496,7 +496,7 @@ SMOKE: tuple[str, ...] = (
     *(f"fwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d64-causal", "d128-long", "d128-varlen_causal", "d256")),
     *(f"fwd_sm90-bf16-{rest}" for rest in ("d512", "d576x512-latent_split")),
     *(f"bwd_sm90-bf16-{rest}" for rest in ("d64-everything", "d128-causal", "d256-varlen_causal")),
-    "bwd_sm90-bf16-d128-deterministic",
+    *(f"bwd_sm90-bf16-{rest}" for rest in ("d128-deterministic", "d512-causal")),
     *(
         f"{name}_{rest}"
         for name in ("fwd", "bwd")

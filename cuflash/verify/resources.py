@@ -86,6 +86,8 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm90_short", "*", 48, _GRADIENTS_SHORT),
     Allowance("bwd_sm80_short", "*-d64-short100", 112, _GRADIENTS_SHORT),
     Allowance("bwd_sm90_wide", "*-d256*", 404, _GRADIENTS_256),
+    Allowance("bwd_sm90_sliced", "*", 412, _GRADIENTS_256),
+    Allowance("bwd_sm90_sliced", "*everything", 820, _EVERYTHING),
     Allowance("fwd_simt", "*-d64x128", 28, _SIMT_64),
     Allowance("fwd_sm90", "*-d64-written*", 52, _WRITTEN),
     Allowance("bwd_sm80", "*-d64-written*", 260, _WRITTEN),

@@ -5,6 +5,8 @@
 #include "attention/bias_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/keep.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/bias.cuh"
 #include "tile/captured_gradient.cuh"
@@ -27,7 +29,14 @@ struct BackwardBlock {
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kStages = Config::kStages;
   static constexpr int kRows = 64, kKeyTiles = kTileKv / kRows;
   static constexpr int kConsumers = 2, kConsumerThreads = kConsumers * ptx::kWarpgroupThreads;
-  static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
+  // Blocks of a cluster that share the columns of a head, in whole chunks: each makes an addend of every score.
+  static constexpr int kSlices = Config::kSlices;
+  CF_DEVICE static constexpr int slice_of(int dim) {
+    return kSlices == 1 ? round_up(dim, 16) : 64 * cdiv(dim, 64 * kSlices);
+  }
+  static constexpr int kDimQk = slice_of(Config::kDimQk), kDimV = slice_of(Config::kDimV);
+  // Of dO: beside so many columns, and what slices hand to each other, there is no room for a second one.
+  static constexpr int kDoutStages = kSlices == 1 ? kStages : 1;
   static_assert(Config::kThreads == ptx::kWarpgroupThreads + kConsumerThreads);
 
   using KTile = SwizzledTile<Element, kRows, kDimQk>;
@@ -37,6 +46,7 @@ struct BackwardBlock {
   using DsTile = SwizzledTile<Element, kTileQ, kTileKv>;
   using Rows = RowTile<kTileQ>;
   using Cursor = RingCursor<kStages>;
+  using DoutCursor = RingCursor<kDoutStages>;
   using Scores = Fragment<16, kTileQ>;  // transposed: rows are keys
   using Weights = Operand<16, kTileQ>;
   using Kept = ElementSet<Scores>;  // those that dropout keeps
@@ -49,9 +59,10 @@ struct BackwardBlock {
     KTile k[kKeyTiles];  // dk on the way out
     VTile v[kKeyTiles];  // dv on the way out
     QTile q[kStages];
-    DoutTile dout[kStages];
-    Rows rows[kStages];               // come with q
-    Ring<kStages> q_ring, dout_ring;  // given back by every warp, which reads rows by itself, and by every warpgroup
+    DoutTile dout[kDoutStages];
+    Rows rows[kStages];           // come with q
+    Ring<kStages> q_ring;         // given back by every warp, which reads rows by itself
+    Ring<kDoutStages> dout_ring;  // given back by every warpgroup
     uint64 k_full, v_full;
     Bias bias;
 
@@ -85,7 +96,7 @@ struct BackwardBlock {
   CF_DEVICE static Work find(const BwdParams& params) {
     const Attention& a = params.attention;
     const int longest = num_tiles(a.len_kv, kTileKv), heads = a.heads_kv * a.batch;
-    const int index = static_cast<int>(ptx::block_index());
+    const int index = static_cast<int>(ptx::block_index() / kSlices);
     Work work = section_work(index, longest, a.heads_kv, heads, params.heads_per_section);
     work.tile = Config::Reduction::key_tile(longest - 1 - work.tile, longest);
     if constexpr (Walk::kListed && !Config::Reduction::kOrdered && IsSame<Sequence, DenseSequence>::value) {
@@ -94,6 +105,25 @@ struct BackwardBlock {
     }
     return work;
   }
+
+  CF_DEVICE static int slice() { return kSlices == 1 ? 0 : static_cast<int>(ptx::block_index() % kSlices); }
+  // Of `dim` columns, bytes of the boxes of this slice's; the last chunk of the last slice may be none of the head's.
+  template <class Tile>
+  CF_DEVICE static int box_bytes(int dim) {
+    return Tile::kChunkBytes * min_of(Tile::kChunks, cdiv(dim - slice() * Tile::kCols, Tile::kChunkCols));
+  }
+  // Which buffer has the dO of a step.
+  CF_DEVICE static DoutCursor dout_at(const Cursor& at) {
+    if constexpr (kDoutStages == kStages) {
+      return at;
+    } else {
+      static_assert(kDoutStages == 1 && kStages == 2);
+      return {0, at.stage};
+    }
+  }
+
+  // The buffer of a product: no constant, as the compiler would hold addresses of all its parts in registers.
+  CF_DEVICE static int dout_stage(int stage) { return kDoutStages == 1 ? ptx::keep(0) : stage; }
 
   CF_DEVICE bool empty() const { return tiles.begin >= tiles.end; }
   CF_DEVICE int num_steps() const { return tiles.steps(head_end - head_first); }
@@ -136,7 +166,7 @@ struct BackwardBlock {
   CF_DEVICE void produce(Inputs& smem) const {
     if (empty()) return;
     const Attention& a = p.attention;
-    load_keys(smem.k, p.k_map, smem.k_full);
+    load_keys(smem.k, p.k_map, smem.k_full, Config::kDimQk);
     Cursor at;
     BiasCursor bias_at;
     int head = head_first, tile = first_tile;
@@ -146,13 +176,14 @@ struct BackwardBlock {
     for (int step = 0; step < num_steps(); ++step) {
       if constexpr (Walk::kListed) list.look_ahead(*this);
       const BoxOrigin origin = sequence.q_box(a, tile * kTileQ, head);
-      const uint32 q_barrier = smem.q_ring.acquire(at, sizeof(QTile) + sizeof(Rows));
-      load_boxes(smem.q[at.stage], p.q_map, origin, q_barrier);
+      const uint32 q_barrier = smem.q_ring.acquire(at, box_bytes<QTile>(Config::kDimQk) + sizeof(Rows));
+      load_slice(smem.q[at.stage], p.q_map, origin, q_barrier, Config::kDimQk);
       ptx::bulk_load(ptx::smem_u32(&smem.rows[at.stage]),
                      static_cast<const Rows*>(p.row_tiles) + Sums::index(a, sequence, head, tile), sizeof(Rows),
                      q_barrier);
-      if (step == 0) load_keys(smem.v, p.v_map, smem.v_full);
-      load_boxes(smem.dout[at.stage], p.dout_map, origin, smem.dout_ring.acquire(at, sizeof(DoutTile)));
+      if (step == 0) load_keys(smem.v, p.v_map, smem.v_full, Config::kDimV);
+      load_slice(smem.dout[dout_at(at).stage], p.dout_map, origin,
+                 smem.dout_ring.acquire(dout_at(at), box_bytes<DoutTile>(Config::kDimV)), Config::kDimV);
       smem.bias.load(p.bias_map, a, sequence, head, tile * kTileQ, kv_first, bias_at);
       bias_at = bias_at.next();
       at = at.next();
@@ -165,11 +196,23 @@ struct BackwardBlock {
     }
   }
   template <class Tile>
-  CF_DEVICE void load_keys(Tile (&all)[kKeyTiles], const TensorMap& map, uint64& full) const {
+  CF_DEVICE void load_keys(Tile (&all)[kKeyTiles], const TensorMap& map, uint64& full, int dim) const {
     const uint32 barrier = ptx::smem_u32(&full);
-    ptx::mbarrier_arrive_expect_tx(barrier, sizeof(all));
+    ptx::mbarrier_arrive_expect_tx(barrier, kKeyTiles * box_bytes<Tile>(dim));
 #pragma unroll
-    for (int number = 0; number < kKeyTiles; ++number) load_boxes(all[number], map, kv_box(number), barrier);
+    for (int number = 0; number < kKeyTiles; ++number) load_slice(all[number], map, kv_box(number), barrier, dim);
+  }
+  template <class Tile>
+  CF_DEVICE static void load_slice(Tile& tile, const TensorMap& map, const BoxOrigin& at, uint32 barrier, int dim) {
+    load_boxes(tile, map, at, barrier, 0, slice() * Tile::kCols, dim);
+  }
+
+  // Chunks that no box brings hold zeros. Called by all threads.
+  CF_DEVICE static void clear_padding(Inputs& smem) {
+    for (KTile& tile : smem.k) clear_bytes<Config::kThreads>(tile, box_bytes<KTile>(Config::kDimQk));
+    for (VTile& tile : smem.v) clear_bytes<Config::kThreads>(tile, box_bytes<VTile>(Config::kDimV));
+    for (QTile& tile : smem.q) clear_bytes<Config::kThreads>(tile, box_bytes<QTile>(Config::kDimQk));
+    for (DoutTile& tile : smem.dout) clear_bytes<Config::kThreads>(tile, box_bytes<DoutTile>(Config::kDimV));
   }
 
   // Asked once for all tiles that the block walks: few blocks have such a row, and it need not be known tile by tile.
@@ -270,11 +313,18 @@ struct BackwardBlock {
     }
   }
 
+  // Shares of dQ that a block makes: of the columns of its slice.
+  static constexpr int kShares = kSlices == 1 ? Sums::kShares : kDimQk / 64;
+
   // Adds a warpgroup's share to the sums, if `some`; `barrier` is its own named barrier, and `adder` this warp's.
   template <class Adder>
   CF_DEVICE void add_to_sums(Adder& adder, const typename Sums::Share& dq, int head, int tile, int place, int share,
                              int barrier, bool some) const {
     const Attention& a = p.attention;
+    if constexpr (kSlices > 1) {
+      share += slice() * kShares;
+      some = some && share < Sums::kShares;
+    }
     const int64 index = Sums::index(a, sequence, head, tile);
     const Turn order =
         tiles.turn(typename Config::Mask(a, sequence, head), place, tile * kTileQ, kTileQ, kTileKv, work.tile);
@@ -287,10 +337,10 @@ struct BackwardBlock {
     Config::Reduction::pass_turn(turn, thread == 0, barrier);
   }
 
-  // Writes a warpgroup's 64 rows of dk or dv through a tile that nobody reads any more.
+  // Writes a warpgroup's 64 rows of dk or dv through a tile that nobody reads any more; `columns` has the whole head.
   template <class Tile, int kDim>
   CF_DEVICE void store(Tile& tile, int number, Fragment<16, kDim>& gradient, double scale, const TensorMap& map,
-                       int barrier) const {
+                       int barrier, int columns = kDim) const {
     const int thread = ptx::thread_index() % ptx::kWarpgroupThreads, lane = ptx::lane_index();
     const float factor = static_cast<float>(scale);
     gradient.for_each(0, [&](float& x, int, int) { x *= factor; });
@@ -298,7 +348,7 @@ struct BackwardBlock {
     ptx::fence_proxy_async();
     ptx::sync_named(barrier, ptx::kWarpgroupThreads);
     if (thread == 0 && kv_first + number * kRows < sequence.len_kv) {
-      store_boxes(map, kv_box(number), tile);
+      store_boxes(map, kv_box(number), tile, slice() * kDim, columns);
       ptx::tma_store_commit();
     }
   }
@@ -312,7 +362,12 @@ struct BackwardBlock {
       smem.init();
       ptx::fence_mbarrier_init();
     }
-    ptx::sync_threads();
+    if constexpr (kSlices == 1) {
+      ptx::sync_threads();
+    } else {
+      clear_padding(smem.inputs);
+      ptx::sync_cluster();
+    }
     const int warpgroup = ptx::warpgroup_index();
     const bool some = block.kv_first < block.sequence.len_kv;
     if (warpgroup == 0) {
@@ -320,12 +375,13 @@ struct BackwardBlock {
       if (some && ptx::warp_index() == 0 && ptx::elect()) block.produce(smem.inputs);
     } else {
       ptx::raise_registers<Config::kConsumerRegisters>();
-      if (block.work.tile == 0) {
+      if (block.work.tile == 0 && slice() == 0) {
         store_key_tail<Config, kConsumerThreads>(params, block.sequence, block.work.head,
                                                  ptx::thread_index() - ptx::kWarpgroupThreads);
       }
       if (some) consume(block, smem, warpgroup - 1);
     }
+    if constexpr (kSlices > 1) ptx::sync_cluster();  // the other block may still arrive at barriers of this one
   }
 };
 

@@ -7,6 +7,7 @@
 #include "attention/sequence.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/stmatrix.cuh"
+#include "ptx/sync.cuh"
 #include "ptx/tma.cuh"
 #include "tile/fragment.cuh"
 #include "tile/shared.cuh"
@@ -31,13 +32,16 @@ CF_DEVICE void load_box(uint32 place, const TensorMap& map, int col, const Cache
   }
 }
 
-// Those of a tile, or of its rows from `row` on, which begins a group of eight.
+// Those of a tile, or of its rows from `row` on, which begins a group of eight; of the columns from `first_col` on, but for
+// chunks from `end_col` on.
 template <bool kOnce = false, class Tile, class Origin>
-CF_DEVICE void load_boxes(Tile& tile, const TensorMap& map, const Origin& at, uint32 barrier, int row = 0) {
+CF_DEVICE void load_boxes(Tile& tile, const TensorMap& map, const Origin& at, uint32 barrier, int row = 0,
+                          int first_col = 0, int end_col = Tile::kCols) {
 #pragma unroll
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
     const uint32 place = tile.base() + Tile::bytes_to_row(row) + chunk * Tile::kChunkBytes;
-    load_box<kOnce>(place, map, chunk * Tile::kChunkCols, at, barrier);
+    const int col = first_col + chunk * Tile::kChunkCols;
+    if (col < end_col) load_box<kOnce>(place, map, col, at, barrier);
   }
 }
 
@@ -50,6 +54,15 @@ CF_DEVICE void store_boxes(const TensorMap& map, const BoxOrigin& at, Tile& tile
     const int col = first_col + chunk * Tile::kChunkCols;
     if (col < end_col) ptx::tma_store(map, col, at.x1, at.x2, at.x3, tile.base() + chunk * Tile::kChunkBytes);
   }
+}
+
+// Zeros in the bytes of a tile from `first` on, for products behind a barrier. Called by kThreads threads.
+template <int kThreads, class Tile>
+CF_DEVICE void clear_bytes(Tile& tile, int first) {
+  constexpr int kWord = sizeof(uint32);
+  uint32* const words = reinterpret_cast<uint32*>(tile.data);
+  for (int i = first / kWord + ptx::thread_index(); i < int(sizeof(tile.data)) / kWord; i += kThreads) words[i] = 0;
+  ptx::fence_proxy_async();
 }
 
 // Writes a warp's A operand to the 16 rows of a tile from `first_row` on, and its columns from `first_col` on.

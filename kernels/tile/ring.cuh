@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/schedule.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/sync.cuh"
@@ -71,6 +72,16 @@ struct Ring {
 
   // Reader, one thread of each: gives the buffer back.
   CF_DEVICE void release(const Cursor& at) { ptx::mbarrier_arrive(empty_barrier(at)); }
+
+  // The same of a ring in each block of a cluster of two, whose buffers the other one fills: the reader, of number `rank`,
+  // gives its buffer back to the writer there, which waits for that. Its readers announce and await what will be stored.
+  CF_DEVICE void release_across(const Cursor& at, int rank) {
+    ptx::mbarrier_arrive_across(ptx::across(empty_barrier(at), rank));
+  }
+  CF_DEVICE void wait_empty_across(const Cursor& at) { ptx::mbarrier_wait_across(empty_barrier(at), at.phase ^ 1); }
+  CF_DEVICE uint32 full_across(const Cursor& at, int rank) const { return ptx::across(full_barrier(at), rank); }
+  CF_DEVICE void announce(const Cursor& at, int bytes) { ptx::mbarrier_arrive_expect_tx(full_barrier(at), bytes); }
+  CF_DEVICE void wait_across(const Cursor& at) { ptx::mbarrier_wait_across(full_barrier(at), at.phase); }
 
  private:
   // Sums, not addresses of elements: those NVRTC computes anew where they are used, and a release would come late.

@@ -119,7 +119,7 @@ def test_what_a_family_does_not_run() -> None:
     assert lines["capture in a CUDA graph"] == "`sm90`, `sm80`, `simt`"
     assert lines[f"split keys: {FEATURES['split keys'].words}"] == "`sm80`, `simt`"
     assert lines["keys appended to it in place, and turned by rotary embeddings"] == "all"
-    wide = "with gradients of heads up to 256; fp16 and bf16, head dimensions up to 576, sm_90a alone.\n"
+    wide = "with gradients of heads up to 512; fp16 and bf16, head dimensions up to 576, sm_90a alone.\n"
     assert f"wgmma, fed by bulk copies, {wide}" in table()
     assert (
         "of fp32 in halves, of fp64 up to head dimension 128; fp16, bf16, fp32 and fp64, head dimensions up to 256, "

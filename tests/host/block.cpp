@@ -81,19 +81,15 @@ void execute(const Instruction& instruction, void* operands) {
   suspend(State::kAtInstruction);
 }
 
-void meet(int number, int threads, bool waits) {
+static void meet_at(NamedBarrier& barrier, int number, int threads, bool waits) {
   const auto describe = [](const Wait& wait) -> std::string {
     const NamedBarrier& barrier = *static_cast<const NamedBarrier*>(wait.at);
-    const int64 number = &barrier - block.barriers;
+    if (&barrier == &block.barriers.back()) return "sync_cluster";
+    const int64 number = (&barrier - block.barriers.data()) % Block::kBarriers;
     if (number == 0) return "sync_threads";
     return "sync_named (barrier " + std::to_string(number) + ", " + std::to_string(barrier.arrived) + " of " +
            std::to_string(barrier.threads) + " threads there)";
   };
-  if (number < 0 || number > 15) fail("named barrier %d: there are 0 to 15", number);
-  if (threads <= 0 || threads % 32 != 0 || threads > static_cast<int>(block.threads.size())) {
-    fail("named barrier %d for %d threads: not whole warps of this block", number, threads);
-  }
-  NamedBarrier& barrier = block.barriers[number];
   if (barrier.arrived == 0) barrier.threads = threads;
   if (barrier.threads != threads) {
     fail("named barrier %d: thread %d says %d threads, one that came before %d", number, block.current->index, threads,
@@ -106,6 +102,16 @@ void meet(int number, int threads, bool waits) {
   wake(&barrier);
   if (number == 0) draw_order();
 }
+
+void meet(int number, int threads, bool waits) {
+  if (number < 0 || number >= Block::kBarriers) fail("named barrier %d: there are 0 to 15", number);
+  if (threads <= 0 || threads % 32 != 0 || threads > block.threads_each) {
+    fail("named barrier %d for %d threads: not whole warps of this block", number, threads);
+  }
+  meet_at(block.barriers[block.current->rank * Block::kBarriers + number], number, threads, waits);
+}
+
+void meet_cluster() { meet_at(block.barriers.back(), 0, static_cast<int>(block.threads.size()), true); }
 
 static void thread_main() {
   block.kernel(block.params);
@@ -210,7 +216,7 @@ static bool step() {
 
 static void run_block() {
   memset(block.memory.data(), 0xff, block.memory.size());  // NaN in every element type
-  for (NamedBarrier& barrier : block.barriers) barrier = {0, 0};
+  block.barriers.assign(block.cluster * Block::kBarriers + 1, {0, 0});
   for (Thread& thread : block.threads) {
     thread.state = State::kRunnable;
     thread.started = false;
@@ -242,35 +248,42 @@ static void run_block() {
   for (const Part& part : parts()) {
     if (part.end) guarded([&] { part.end(); });
   }
-  for (int i = 0; i < Block::kGuardBytes; ++i) {
-    if (block.smem[block.smem_bytes + i] != static_cast<char>(0xff)) {
-      note_fault("wrote %d bytes past the end of shared memory", i);
+  for (int i = 0; i < block.cluster * Block::kGuardBytes; ++i) {
+    const int rank = i / Block::kGuardBytes, behind = i % Block::kGuardBytes;
+    if (block.smem[rank * block.smem_stride + block.smem_bytes_each + behind] != static_cast<char>(0xff)) {
+      note_fault("wrote %d bytes past the end of shared memory", behind);
       return;
     }
   }
 }
 
 const char* launch(void (*kernel)(const void*), const void* params, int64 num_blocks, int num_threads, int smem_bytes,
-                   unsigned seed) {
+                   unsigned seed, int cluster) {
+  if (num_blocks % cluster != 0) return "the blocks are no whole clusters";
   block.kernel = kernel;
   block.params = params;
   block.count = num_blocks;
-  block.smem_bytes = smem_bytes;
-  block.memory.resize(smem_bytes + Block::kGuardBytes + Block::kSmemAlignment);
+  block.cluster = cluster;
+  block.threads_each = num_threads;
+  block.smem_bytes_each = smem_bytes;
+  block.smem_stride = Block::kClusterStride;
+  block.smem_bytes = (cluster - 1) * block.smem_stride + smem_bytes;
+  block.memory.resize(block.smem_bytes + Block::kGuardBytes + Block::kSmemAlignment);
   const size_t misalignment = reinterpret_cast<size_t>(block.memory.data()) % Block::kSmemAlignment;
   block.smem = block.memory.data() + Block::kSmemAlignment - misalignment;
   block.error[0] = 0;
   block.bank_conflicts = 0;
   block.random = seed;
-  block.threads.resize(num_threads);
-  const size_t stack_bytes = size_t(num_threads) * Block::kStackBytes;
+  block.threads.resize(cluster * num_threads);
+  const size_t stack_bytes = block.threads.size() * Block::kStackBytes;
   void* const mapped = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return "no memory for the threads' stacks";
-  for (int index = 0; index < num_threads; ++index) {
+  for (int index = 0; index < cluster * num_threads; ++index) {
     block.threads[index].index = index;
+    block.threads[index].rank = index / num_threads;
     block.threads[index].stack = static_cast<char*>(mapped) + size_t(index) * Block::kStackBytes;
   }
-  for (block.index = 0; block.index < num_blocks && !block.error[0]; ++block.index) run_block();
+  for (block.index = 0; block.index < num_blocks / cluster && !block.error[0]; ++block.index) run_block();
   munmap(mapped, stack_bytes);
   return block.error[0] ? block.error : nullptr;
 }

@@ -1,6 +1,7 @@
 // One thread block on a CPU: every thread is a fiber that runs until it meets a barrier or a warp-wide instruction.
 //
-// A launch runs its blocks one after another, in rising order. Inside a block one warp at a time runs until its lanes
+// A launch runs its blocks one after another, in rising order, and those of a cluster together: what is called a block here
+// then has the threads of all of them, and their shared memories one behind the other. Inside a block one warp at a time runs until its lanes
 // wait or have returned; which one is next follows a random order that is drawn anew all the time, and in which the
 // parts of the multiprocessor that work on their own (tensor cores, copy engine) stand like warps. A kernel that lacks
 // a barrier reads what another warp has not written yet, or has already overwritten, and its numbers are wrong. Threads
@@ -73,7 +74,8 @@ struct Wait {
 enum class State { kRunnable, kAtInstruction, kWaiting, kReturned };
 
 struct Thread {
-  int index;
+  int index;  // among those of the cluster
+  int rank;   // of its block in the cluster
   State state;
   bool started;
   ucontext_t start;
@@ -111,16 +113,23 @@ struct Block {
   static constexpr int kGuardBytes = 4096;  // behind the dynamic shared memory, where nothing may be written
   static constexpr int kMaxSpins = 1000;
 
+  static constexpr int kBarriers = 16;
+  static constexpr int kClusterStride = 1 << 18;  // so that 18 bits of an address are what they are inside its block
+
   std::vector<Thread> threads;
-  size_t returned;               // threads
-  std::vector<int> order;        // warps, then parts; who comes first runs first
-  std::vector<size_t> laziness;  // of parts: how often they pass before they work, on the average
-  NamedBarrier barriers[16];
+  int cluster;                         // blocks that run together
+  int threads_each;                    // of such a block
+  int smem_stride;                     // bytes from the shared memory of one to that of the next
+  size_t returned;                     // threads
+  std::vector<int> order;              // warps, then parts; who comes first runs first
+  std::vector<size_t> laziness;        // of parts: how often they pass before they work, on the average
+  std::vector<NamedBarrier> barriers;  // of every block, and behind them the cluster's
   std::vector<char> memory;
   char* smem;
-  int smem_bytes;
-  int64 index;
-  int64 count;
+  int smem_bytes;       // to the end of the last block's
+  int smem_bytes_each;  // of a block
+  int64 index;          // of the cluster
+  int64 count;          // of blocks
   void (*kernel)(const void* params);
   const void* params;
 
@@ -163,11 +172,15 @@ void execute(const Instruction& instruction, void* operands);
 // Inside an instruction: which warp executes it.
 inline int executing_warp() { return block.current->index / 32; }
 
-// Inside an instruction: counts the warp in at barrier `number`, one of `threads` threads, and lets it wait there.
+// Inside an instruction: counts the warp in at barrier `number` of its block, one of `threads` threads, and lets it wait
+// there.
 void meet(int number, int threads, bool waits);
+
+// The same at the barrier of the cluster.
+void meet_cluster();
 
 // Null, or what went wrong.
 const char* launch(void (*kernel)(const void*), const void* params, int64 num_blocks, int num_threads, int smem_bytes,
-                   unsigned seed);
+                   unsigned seed, int cluster = 1);
 
 }  // namespace cuflash::host

@@ -21,13 +21,15 @@ UNIT = """
 #define __global__
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __cluster_dims__(...)
 #include "block.hpp"
 #include "entry/{kernel}.cu"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-EXPORT const char* launch(const void* params, long long num_blocks, int threads, int smem_bytes, unsigned seed) {{
+EXPORT const char* launch(
+    const void* params, long long num_blocks, int threads, int smem_bytes, unsigned seed, int cluster) {{
   const auto kernel = [](const void* p) {{ {kernel}(*static_cast<const cuflash::{params}*>(p)); }};
-  return cuflash::host::launch(kernel, params, num_blocks, threads, smem_bytes, seed);
+  return cuflash::host::launch(kernel, params, num_blocks, threads, smem_bytes, seed, cluster);
 }}
 EXPORT int bank_conflicts() {{ return static_cast<int>(cuflash::host::block.bank_conflicts); }}
 """
@@ -56,6 +58,7 @@ def launch(step: Step, params: np.ndarray, seed: int = 0) -> int:
         config.threads,
         config.smem_bytes,
         ctypes.c_uint(seed),
+        getattr(config, "slices", 1),
     )
     if error is not None:
         raise LaunchFailed(f"{step.kernel}: {error.decode()}\n{rendered['config.cuh']}")

@@ -169,3 +169,27 @@ def test_every_ordering_call_of_the_hopper_backward_matters(file: str, number: i
     with pytest.raises((AssertionError, LaunchFailed)):
         for seed in range(8):
             check_backward(HOPPER_TESTS[file], seed)
+
+
+CROSSING = re.compile(
+    r"(?:ptx::sync_cluster|(?:this->plan\.)?\w+\.(?:wait\w*_across|release_across|announce))\([^;]*\);"
+)
+SLICED = dense("bf16", (1, 1), (150, 100), (264, 72), family="sm90")
+CROSSINGS = [
+    (file, number)
+    for file in ("backward/block_sm90.cuh", "backward/sm90_wide.cuh")
+    for number in range(len(CROSSING.findall((build.KERNELS / file).read_text())))
+]
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(("file", "number"), CROSSINGS)
+def test_every_call_across_a_cluster_matters(file: str, number: int, kernels_copy: Path) -> None:
+    """As above, of what one block does for the other."""
+    path = kernels_copy / file
+    text = path.read_text()
+    call = list(CROSSING.finditer(text))[number]
+    path.write_text(text[: call.start()] + ";" + text[call.end() :])
+    with pytest.raises((AssertionError, LaunchFailed)):
+        for seed in range(8):
+            check_backward(SLICED, seed)

@@ -291,7 +291,12 @@ def test_pages_have_no_gradients() -> None:
         (
             "h100",
             {"dim_qk": 300, "direction": "backward"},
-            {"sm90": ["no gradients of heads over 256"], "sm80": ["dim_qk 300 > 256"], "simt": []},
+            {"sm90": [], "sm80": ["dim_qk 300 > 256"], "simt": []},
+        ),
+        (
+            "h100",
+            {"dim_qk": 520, "direction": "backward"},
+            {"sm90": ["no gradients of heads over 512"], "sm80": ["dim_qk 520 > 256"], "simt": []},
         ),
         (
             "h100",
@@ -1120,6 +1125,15 @@ def test_wide_heads_have_two_consumers_that_share_columns() -> None:
     assert (step.kernel, step.config.tile_q, step.config.threads) == ("fwd_sm90_wide", 64, 384)
     assert [box.tensor for box in step.boxes] == ["q", "k", "v", "out"]
     assert step.config.smem_bytes <= H100.smem_per_block
+
+
+def test_gradients_of_wide_heads_are_those_of_two_blocks() -> None:
+    plan = choose(replace(WIDE, direction="backward"), H100)
+    step = plan.steps[1]
+    assert [step.kernel for step in plan.steps] == ["bwd_prepare_sm90", "bwd_sm90_sliced", "bwd_convert_sm90"]
+    assert (step.config.slices, step.num_blocks) == (2, 2 * 2 * 16 * 4096 // 64)
+    assert max(s.config.smem_bytes for s in plan.steps) <= H100.smem_per_block
+    assert {w.name: w.shape for w in plan.workspaces}["dq_accum"] == (32 * 64, 64, 512)
 
 
 def test_values_that_lie_in_keys_are_copied_once() -> None:

@@ -407,7 +407,7 @@ def _forward_ceiling(problem: Problem, config: ForwardConfig) -> Ceiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardConfig(AttentionConfig):
-    """``bwd_sm90`` and ``bwd_sm90_wide``."""
+    """``bwd_sm90``, ``bwd_sm90_wide`` and, with slices, ``bwd_sm90_sliced``."""
 
     reduction: str = field(metadata={HEADER: "tile/dq_accum.cuh"})
     """AtomicReduction, OrderedReduction."""
@@ -417,6 +417,8 @@ class BackwardConfig(AttentionConfig):
     """NoBias, BiasTiles, BiasRow."""
     copied_sums: bool = False
     """Shares of dq are added to the sums by the copy engine instead of from registers."""
+    slices: int = 1
+    """Blocks of a cluster that share the columns of a head."""
     stages: int = 2
     """Query tiles in flight."""
     producer_registers: int = 24
@@ -447,7 +449,7 @@ class ConvertConfig(SequenceConfig):
 
 def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, str]:
     """The config of ``backward/sm90.cuh``, or of ``backward/sm90_wide.cuh`` where its tile has 64 keys; and why."""
-    widest = max(problem.dim_qk, problem.dim_v)
+    widest, slices = max(problem.dim_qk, problem.dim_v), 1
     if widest <= 64:
         # H200, d 64, 8k: 530 TFLOP/s, all launches (benchmarks/results/2026-11-30-h200-backward.json).
         tile_q, tile_kv, reason = 128, 128, "dk and dv take 64 registers, S and dP 128"
@@ -455,8 +457,11 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
         # H200, d 128, 8k, the main launch alone: 590 TFLOP/s, causal 570. The first version's 80 queries, dq through
         # shared memory, 595 and 520.
         tile_q, tile_kv, reason = 64, 128, "dk and dv take 128 registers, S and dP 64"
-    else:
+    elif widest <= sm90_wide.NARROW:
         tile_q, tile_kv, reason = 64, 64, "one warpgroup has the registers for dk, another those for dv"
+    else:
+        tile_q, tile_kv, slices = 64, 64, 2
+        reason = "a cluster of two blocks with half the columns each, one warpgroup for dk and one for dv"
     config = BackwardConfig(
         **policies.policies(problem),
         tile_q=tile_q,
@@ -466,6 +471,7 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
         # H200, 8k: 2 % faster at d 128, causal 3 to 6 %, but 3 to 6 % slower at d 64. A turn ends when all has been
         # added, which only those who add from registers know.
         copied_sums=64 < widest <= 128 and not problem.deterministic,
+        slices=slices,
         bias_gradient=gradient_policy(problem),
         captured_gradient=policies.captured_gradient(problem),
     )
@@ -481,13 +487,16 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
 
 def _backward_smem(problem: Problem, config: BackwardConfig) -> int:
     """Bytes of ``BackwardSm90::SmemPlan`` or ``BackwardSm90Wide::SmemPlan``."""
-    row = sum(128 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
-    barriers = 8 * (2 * 2 * config.stages + 2)  # full and empty of q and dout; k, v
-    stage = config.tile_q * row + _row_tile(config.tile_q)
-    inputs = round_up(config.tile_kv * row + config.stages * stage + barriers, 1024)
+    row_qk, row_v = (128 * -(-dim // (64 * config.slices)) for dim in (problem.dim_qk, problem.dim_v))
+    dout_stages = config.stages if config.slices == 1 else 1
+    barriers = 8 * (2 * (config.stages + dout_stages) + 2)  # full and empty of q and dout; k, v
+    queries = config.stages * (config.tile_q * row_qk + _row_tile(config.tile_q)) + dout_stages * config.tile_q * row_v
+    inputs = round_up(config.tile_kv * (row_qk + row_v) + queries + barriers, 1024)
     ds, rings = 2 * config.tile_q * config.tile_kv * 2, 8 * 2 * 2
-    if config.tile_kv == _ROWS:  # P in fp32, and a ring of its own
-        return round_up(inputs + ds + config.tile_q * config.tile_kv * 4 + rings + 8 * 2, 1024)
+    if config.tile_kv == _ROWS:  # P in fp32, and a ring of its own; dP, and rings of both, that slices hand over
+        handed = config.tile_q * config.tile_kv * 4
+        across = handed + 2 * 8 * 2 if config.slices > 1 else 0
+        return round_up(inputs + ds + handed + rings + 8 * 2 + across, 1024)
     adders = 2 * _ROWS * 64 * 4 if config.copied_sums else 8  # ShareAdder of each of eight warps
     return round_up(inputs + ds + rings + adders, 1024)
 
@@ -512,6 +521,8 @@ class ShortBackwardConfig(AttentionConfig):
     """NoBias."""
     sum_bias: bool
     """The gradient of a bias that the batch shares is summed on the way."""
+    slices: int = 1
+    """All columns of a head are one block's."""
     stages: int = 2
     """Batch elements in flight."""
     copy_bytes: int = 16
@@ -604,7 +615,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         return short
     config, reason = _backward_config(problem, device)
     columns = _dq_columns(config)
-    kernel = "bwd_sm90_wide" if config.tile_kv == _ROWS else "bwd_sm90"
+    kernel = "bwd_sm90" if config.tile_kv != _ROWS else "bwd_sm90_wide" if config.slices == 1 else "bwd_sm90_sliced"
     prepare = PrepareConfig(
         element=config.element,
         sequence=config.sequence,
@@ -631,7 +642,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
     bias = _sum_bias_gradient(problem, device, boxes)
     launches = (
         Step("bwd_prepare_sm90", "BwdParams", prepare, query_blocks(problem, config.tile_q)),
-        Step(kernel, "BwdParams", config, key_blocks(problem, config.tile_kv), boxes, "q"),
+        Step(kernel, "BwdParams", config, config.slices * key_blocks(problem, config.tile_kv), boxes, "q"),
         Step("bwd_convert_sm90", "BwdParams", convert, query_blocks(problem, config.tile_q)),
         *bias.steps,
         *steps.sink_step(problem),
@@ -657,7 +668,10 @@ def _backward_workspaces(problem: Problem, config: BackwardConfig, columns: int)
 
 def _backward_ceiling(problem: Problem, config: BackwardConfig) -> Ceiling:
     """The ceiling of ``backward/sm90.cuh``: S, dP and dQ with both operands in shared memory, dK and dV with one."""
-    dim_qk, dim_v = round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
+    dim_qk, dim_v = (
+        round_up(dim, 16) if config.slices == 1 else 64 * -(-dim // (64 * config.slices))
+        for dim in (problem.dim_qk, problem.dim_v)
+    )
     size, pairs = problem.dtype.itemsize, config.tile_q * config.tile_kv
     consumers = config.tile_kv // _ROWS  # each reads the queries anew for S, dP, dK and dV
     queries, keys = config.tile_q * (dim_qk + dim_v), config.tile_kv * (dim_qk + dim_v)
@@ -665,7 +679,7 @@ def _backward_ceiling(problem: Problem, config: BackwardConfig) -> Ceiling:
     halves = 2 * config.tile_q * config.tile_kv + config.tile_kv * dim_qk
     if config.tile_q == 128:
         halves = config.tile_q * config.tile_kv + 2 * config.tile_kv * dim_qk
-    handed = pairs * (2 * 4 if config.tile_kv == _ROWS else 0)  # P in fp32, written and read
+    handed = pairs * 2 * 4 * (3 if config.slices > 1 else config.tile_kv == _ROWS)  # P, addends, written and read
     traffic = (2 * consumers * queries + keys + halves + queries + pairs) * size + handed
     return Ceiling(
         tensor_cores=2 * pairs * (3 * dim_qk + 2 * dim_v) / _FLOPS,
@@ -743,7 +757,7 @@ def _walks_whole_blocks(problem: Problem, device: Device) -> bool:
 
 SM90 = Family(
     name="sm90",
-    summary="warpgroup tensor cores by wgmma, fed by bulk copies, with gradients of heads up to 256",
+    summary="warpgroup tensor cores by wgmma, fed by bulk copies, with gradients of heads up to 512",
     min_capability=(9, 0),
     only=True,
     dtypes=("fp16", "bf16"),

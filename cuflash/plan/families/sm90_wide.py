@@ -111,7 +111,7 @@ def packs_heads(problem: Problem) -> bool:
 def leave(problem: Problem) -> list[str]:
     """Reasons to leave a problem of wide heads to others."""
     if problem.direction == "backward":
-        return [f"no gradients of heads over {NARROW}"]
+        return _leave_gradients(problem)
     reasons = [f"dim_v {problem.dim_v} > {MOST_V}"] if problem.dim_v > MOST_V else []
     if problem.page_size % _LEAST_BOX:
         reasons.append(f"no pages of {problem.page_size} keys, but of multiples of {_LEAST_BOX}")
@@ -121,6 +121,17 @@ def leave(problem: Problem) -> list[str]:
         reasons.append(f"no block mask of heads over {NARROW}")
     if problem.rotary:
         reasons.append("no queries that are turned first")
+    return reasons
+
+
+def _leave_gradients(problem: Problem) -> list[str]:
+    """The same of gradients, by ``bwd_sm90_sliced``."""
+    widest = max(problem.dim_qk, problem.dim_v)
+    reasons = [f"no gradients of heads over {MOST_V}"] if widest > MOST_V else []
+    if problem.block_mask is not None:
+        reasons.append(f"no block mask of heads over {NARROW}")
+    if problem.score_mod is not None:
+        reasons.append(f"no gradients through a written score of heads over {NARROW}")
     return reasons
 
 

@@ -6,7 +6,7 @@
 
 namespace cuflash::ptx {
 
-inline char* dynamic_smem() { return host::block.smem; }
+inline char* dynamic_smem() { return host::block.smem + host::block.current->rank * host::block.smem_stride; }
 
 inline uint32 smem_u32(const void* pointer) {
   const int64 offset = static_cast<const char*>(pointer) - host::block.smem;

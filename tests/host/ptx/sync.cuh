@@ -6,14 +6,14 @@
 
 namespace cuflash::ptx {
 
-inline int thread_index() { return host::block.current->index; }
+inline int thread_index() { return host::block.current->index - host::block.current->rank * host::block.threads_each; }
 inline int lane_index() { return thread_index() % 32; }
 inline int warp_index() { return thread_index() / 32; }
-inline int64 block_index() { return host::block.index; }
+inline int64 block_index() { return host::block.index * host::block.cluster + host::block.current->rank; }
 inline int num_blocks() { return static_cast<int>(host::block.count); }
 
-inline constexpr host::Instruction kSyncThreads{
-    "sync_threads", [](void* const*) { host::meet(0, static_cast<int>(host::block.threads.size()), true); }};
+inline constexpr host::Instruction kSyncThreads{"sync_threads",
+                                                [](void* const*) { host::meet(0, host::block.threads_each, true); }};
 inline void sync_threads() { host::execute(kSyncThreads, nullptr); }
 
 inline constexpr host::Instruction kSyncWarp{"sync_warp", [](void* const*) {}};

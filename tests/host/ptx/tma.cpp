@@ -4,6 +4,7 @@
 
 #include "async_proxy.hpp"
 #include "block.hpp"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 
 namespace cuflash::host {
@@ -217,6 +218,15 @@ void bulk_load(uint32 shared, const void* global, int bytes, uint32 barrier) {
   check_bulk("bulk_load", global, bytes);
   const auto copy = [=] { memcpy(host::block.smem + shared, global, bytes); };
   host::copy_engine.add({"bulk_load", host::block.current->index, &known, false, shared, bytes, 16, copy});
+}
+
+void store_across(uint32 remote, const float (&x)[4], uint32 remote_barrier) {
+  host::Mbarrier& known = barrier_of_load("store_across", remote_barrier);
+  struct {
+    float x[4];
+  } four{{x[0], x[1], x[2], x[3]}};
+  const auto store = [=] { memcpy(host::block.smem + remote, &four, 16); };
+  host::copy_engine.add({"store_across", host::block.current->index, &known, false, remote, 16, 16, store});
 }
 
 void bulk_add(float* global, uint32 shared, int bytes) {

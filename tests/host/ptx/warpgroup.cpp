@@ -6,9 +6,9 @@ RegisterFile register_file;
 static const Register kRegisterFile{{[] { register_file.start(); }, nullptr, [] { register_file.end(); }}};
 
 void RegisterFile::start() {
-  const int at_launch = min_of(256, static_cast<int>(65536 / block.threads.size() / 8 * 8));
+  const int at_launch = min_of(256, static_cast<int>(65536 / block.threads_each / 8 * 8));
   of_warp.assign(block.threads.size() / 32, at_launch);
-  left = 0;
+  left.assign(block.cluster, 0);
   elected = static_cast<int>(random_below(32));
 }
 
@@ -18,8 +18,9 @@ bool RegisterFile::change(int registers, bool raise) {
     fail("%s of thread %d: from %d to %d", raise ? "raise_registers" : "lower_registers", block.current->index, mine,
          registers);
   }
-  if (left < registers - mine) return false;
-  left -= registers - mine;
+  int& free = left[block.current->rank];
+  if (free < registers - mine) return false;
+  free -= registers - mine;
   mine = registers;
   if (!raise) wake(this);
   return true;

@@ -9,7 +9,7 @@ namespace cuflash::host {
 
 struct RegisterFile {
   std::vector<int> of_warp;  // registers of each of its threads
-  int left;                  // of 32 threads, that warps have given back
+  std::vector<int> left;     // of 32 threads, that warps of a block have given back
   int elected;               // the lane that elect picks, always the same one
 
   void start();

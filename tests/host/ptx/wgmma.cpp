@@ -50,6 +50,7 @@ struct ProductOfFour {
   void (*multiply)(const Product&);
   int n;        // columns
   uint64 a, b;  // descriptors
+  uint32 base;  // of the block's shared memory, which addresses in them are relative to
   bool accumulate;
 
   bool operator!=(const ProductOfFour& other) const {
@@ -193,7 +194,8 @@ struct Descriptor {
   uint32 start, chunk_bytes;
 
   // `step` is what start addresses are multiples of inside a swizzled group of eight rows.
-  Descriptor(uint64 bits, uint32 step) : start((bits & 0x3fff) << 4), chunk_bytes((bits >> 16 & 0x3fff) << 4) {
+  Descriptor(uint64 bits, uint32 base, uint32 step)
+      : start(base + ((bits & 0x3fff) << 4)), chunk_bytes((bits >> 16 & 0x3fff) << 4) {
     constexpr uint64 kFields = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
     if (bits & ~kFields) fail("wgmma descriptor %#llx: bits outside its fields are set", bits);
     if (bits >> 62 != 1) fail("wgmma descriptor %#llx: not in 128-byte swizzle", bits);
@@ -223,26 +225,26 @@ void multiply(const Product& product) {
       }
     }
   } else if constexpr (kForm == Form::kAtbt) {
-    const Descriptor a_matrix(product.whole.a, 128);
+    const Descriptor a_matrix(product.whole.a, product.whole.base, 128);
     for (int k = 0; k < 16; ++k) {
       const uint32 address = a_matrix.start + k * kRowBytes + product.quarter * 32;
       for (int row = 0; row < 16; row += 8) read_eight<Element>(&a[row][k], 16, address + row * 2);
     }
   } else {
-    const Descriptor a_matrix(product.whole.a, 32);
+    const Descriptor a_matrix(product.whole.a, product.whole.base, 32);
     for (int row = 0; row < 16; ++row) {
       const uint32 address = a_matrix.start + (product.quarter * 16 + row) * kRowBytes;
       for (int k = 0; k < 16; k += 8) read_eight<Element>(&a[row][k], 1, address + k * 2);
     }
   }
   if constexpr (kForm == Form::kAbt || kForm == Form::kAtbt) {
-    const Descriptor b_matrix(product.whole.b, 32);
+    const Descriptor b_matrix(product.whole.b, product.whole.base, 32);
     for (int col = 0; col < n; ++col) {
       const uint32 address = b_matrix.start + col * kRowBytes;
       for (int k = 0; k < 16; k += 8) read_eight<Element>(&b[k][col], kMostColumns, address + k * 2);
     }
   } else {
-    const Descriptor b_matrix(product.whole.b, 128);
+    const Descriptor b_matrix(product.whole.b, product.whole.base, 128);
     for (int k = 0; k < 16; ++k) {
       for (int col = 0; col < n; col += 8) {
         const uint32 address = b_matrix.start + col / kChunk * b_matrix.chunk_bytes + k * kRowBytes;
@@ -270,8 +272,9 @@ template void multiply<bf16, Form::kAbFromRegisters>(const Product&);
 
 void issue(void* const* lanes, void (*multiply)(const Product&), int n) {
   const WgmmaOperands& first = *static_cast<const WgmmaOperands*>(lanes[0]);
+  const uint32 base = block.current->rank * block.smem_stride;
   Product product{
-      {multiply, n, first.a_descriptor, first.b, first.accumulate}, executing_warp() % 4, nullptr, {}, {}, false};
+      {multiply, n, first.a_descriptor, first.b, base, first.accumulate}, executing_warp() % 4, nullptr, {}, {}, false};
   BusyAccumulator c{{}, n, 0, {}};
   for (int lane = 0; lane < 32; ++lane) {
     const WgmmaOperands& mine = *static_cast<const WgmmaOperands*>(lanes[lane]);

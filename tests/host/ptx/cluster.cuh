@@ -1,0 +1,34 @@
+// The host twin of kernels/ptx/cluster.cuh. What is stored in the other block comes at any time, as bulk copies do.
+#pragma once
+
+#include "block.hpp"
+#include "ptx/mbarrier.cuh"
+#include "std.cuh"
+
+namespace cuflash::ptx {
+
+constexpr int kClusterBlocks = 2;
+
+inline constexpr host::Instruction kSyncCluster{"sync_cluster", [](void* const*) { host::meet_cluster(); }};
+inline void sync_cluster() { host::execute(kSyncCluster, nullptr); }
+
+inline uint32 across(uint32 shared, int rank) {
+  const host::Thread& me = *host::block.current;
+  if (rank != me.rank || host::block.cluster != kClusterBlocks) {
+    host::fail("across: thread %d is in block %d of a cluster of %d", me.index, me.rank, host::block.cluster);
+  }
+  if (static_cast<int>(shared) / host::block.smem_stride != rank) host::fail("across: %u is not this block's", shared);
+  for (const host::Thread& other : host::block.threads) {
+    if (other.rank != rank && other.state != host::State::kReturned) {
+      return shared + (1 - 2 * rank) * host::block.smem_stride;
+    }
+  }
+  host::fail("across: thread %d reaches for the other block, which has ended", me.index);
+}
+
+void store_across(uint32 remote, const float (&x)[4], uint32 remote_barrier);
+
+inline void mbarrier_arrive_across(uint32 remote_barrier) { mbarrier_arrive(remote_barrier); }
+inline void mbarrier_wait_across(uint32 barrier, int parity) { mbarrier_wait(barrier, parity); }
+
+}  // namespace cuflash::ptx
