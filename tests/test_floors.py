@@ -379,7 +379,7 @@ KERNEL_FLOORS = {
     "attention": {
         "std.cuh", "element.cuh", "params.cuh", "attention", "ptx/keep.cuh", "ptx/memory.cuh", "ptx/sync.cuh",
     },
-    "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
+    "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention", "forward/visit_sm90.cuh"},
     "cache": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
     "backward": {
         "std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention",

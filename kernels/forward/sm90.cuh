@@ -29,6 +29,7 @@
 #include "attention/heads.cuh"
 #include "attention/ranges.cuh"
 #include "attention/split.cuh"
+#include "forward/visit_sm90.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/bias.cuh"
 #include "tile/copy.cuh"
@@ -374,37 +375,32 @@ struct ForwardSm90 {
   };
 
   // What a consumer does for one work: its scores, weights and output, in registers.
-  struct Visit {
-    using Results = typename Split::template Rows<Config>;
-    using BoundMask = typename Heads::template Bound<Mask, Sequence>;
-    using BoundScore = typename Heads::template Bound<Score, Sequence>;
-    using BoundDropout = typename Heads::template Bound<Dropout, Sequence>;
+  struct Visit : VisitSm90<Config, Heads, kDimV> {
+    using Base = VisitSm90<Config, Heads, kDimV>;
+    using Results = typename Base::Results;
+    using Base::dropout;
+    using Base::heads;
+    using Base::mask;
+    using Base::out;
+    using Base::p;
+    using Base::q_first;
+    using Base::q_warp;
+    using Base::rows;
+    using Base::s;
+    using Base::sequence;
+    using Base::softmax;
+    using Base::weights;
+    using Base::work;
 
     Consumer& me;
-    const FwdParams& p;
     SmemPlan& smem;
-    const Work& work;
-    const Sequence& sequence;
-    const Heads heads;
-    const int q_first, q_warp;  // the consumer's first row among all of the sequence's, and this warp's
-    const int rows;             // of the sequence
-    const BoundMask mask;
-    const BoundScore score;
-    const BoundDropout dropout;
     Rows& mine;
-    Scores s;
-    Weights weights;
-    Output out;
-    WarpSoftmax softmax;
     Cursor before;  // the tile that was visited before
 
     CF_DEVICE Visit(Consumer& consumer, const Work& its_work, const Sequence& its_sequence)
-        : me(consumer), p(me.p), smem(me.smem), work(its_work), sequence(its_sequence), heads(p.attention, work.head),
-          q_first(work.tile * kTileQ + me.number * kRows), q_warp(q_first + me.warp_row),
-          rows(Heads::rows(p.attention, sequence.len_q)),
-          mask(in_registers(heads.template bind<Mask>(p.attention, sequence))),
-          score(heads.template bind<Score>(p.attention, sequence)),
-          dropout(heads.template bind<Dropout>(p.attention, sequence)), mine(smem.rows[me.number][me.rows_at.stage]) {
+        : Base(consumer.p, its_work, its_sequence, its_work.tile * kTileQ + consumer.number * kRows, consumer.warp_row,
+               consumer.lane),
+          me(consumer), smem(me.smem), mine(smem.rows[me.number][me.rows_at.stage]) {
       out.clear();
     }
 
@@ -424,7 +420,7 @@ struct ForwardSm90 {
         me.release_rows_before();
       }
       if constexpr (!Mask::kFullFromStart) me.skip(tiles.begin - loaded.begin);
-      finish();
+      this->finish(true);
       store();
       me.rows_at = me.rows_at.next();
       me.stored = true;
@@ -507,7 +503,8 @@ struct ForwardSm90 {
     // A tile's products, which have come in, to P, while the product of the tile before is added to the output.
     CF_DEVICE void to_weights(int tile, bool first, bool look_first, bool some_hidden) {
       if (Config::kPingPong) finish_output(before, !first);  // the softmax runs under the products of others
-      const bool grew = weigh(tile, look_first, some_hidden);
+      const bool grew = this->weigh(tile, look_first, !Walk::kListed || some_hidden, mine.q, smem.k[me.at.stage],
+                                    smem.bias, me.number * kRows + me.warp_row, me.at);
       if (me.lane == 0) {  // no lane still reads: all have voted on what they read
         smem.k_ring.release(me.at);
         smem.bias.release(me.at);
@@ -515,57 +512,7 @@ struct ForwardSm90 {
       drop(dropout, s, q_warp, tile * kTileKv);
       if (!Config::kPingPong) finish_output(before, !first);
       pack_operand<Element>(weights, s);
-      if (grew && !first) rescale_output(softmax.rescale);
-    }
-
-    // Scores to probabilities; whether the output so far must be rescaled.
-    CF_DEVICE bool weigh(int tile, bool look_first, bool some_hidden) {
-      apply_score(tile);
-      bool grew;
-      if (look_first || !softmax.look_after(s, grew)) {
-        if (look_first) {
-          if (!Walk::kListed || some_hidden) hide(tile);
-        } else {
-          s.clear();
-          gemm_abt_warp<Element>(s, mine.q, me.warp_row, smem.k[me.at.stage]);
-          apply_score(ptx::keep(tile));  // positions for this rare case alone, not held ready for it
-        }
-        grew = softmax.look_first(s, score.unit());
-      }
-      return grew;
-    }
-    CF_DEVICE void apply_score(int tile) {
-      Scores::for_each_index([&](int r, int n, int i) {
-        const Place q(q_warp + row_of(me.lane, r), row_of(0, r));
-        const Place kv(tile * kTileKv + col_of(me.lane, n, i), col_of(0, n, i));
-        s.at(r, n, i) = score.apply(s.at(r, n, i), q, kv);
-      });
-      smem.bias.add(s, me.number * kRows + me.warp_row, me.lane, me.at);
-    }
-    CF_DEVICE void hide(int tile) {
-      s.for_each(me.lane, [&](float& x, int row, int col) {
-        if (!mask.keep(q_warp + row, tile * kTileKv + col)) x = -infinity<float>();
-      });
-    }
-    CF_DEVICE void rescale_output(const float (&factor)[2]) {
-      Output::for_each_index([&](int r, int n, int i) { out.at(r, n, i) *= factor[r]; });
-    }
-
-    // out divided by its sums, and lse; or what a part has instead.
-    CF_DEVICE void finish() {
-      const int64 number = Results::number(p, sequence, heads.first, work.split);
-      float factor[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = q_warp + row_of(me.lane, r);
-        RowState<float> state = softmax.whole(r);
-        const float shrink = Config::Sink::close(state, p.attention, heads.head(row), score.unit());
-        factor[r] = shrink * state.inverse_sum() * static_cast<float>(Dropout::scale(p.attention));
-        if (me.lane % 4 == 0 && row < rows) {
-          Results::close(p, number + heads.offset(row, Results::lse_stride(p)), state, score.unit());
-        }
-      }
-      rescale_output(factor);
+      if (grew && !first) this->rescale_output(softmax.rescale);
     }
 
     CF_DEVICE void store() {
@@ -576,7 +523,7 @@ struct ForwardSm90 {
         Store::template store<Config>(p, sequence, heads, q_first, mine.out, me.thread);
         if (!Store::kByOneThread) me.meet();
       } else {
-        store_part();
+        this->store_part(0);
         me.meet();  // no warp reads Q any more
       }
       if (Config::kRowBuffers == 1 && me.leader) {
@@ -584,58 +531,50 @@ struct ForwardSm90 {
         me.rows_ring().release(me.rows_at);
       }
     }
-    CF_DEVICE void store_part() {
-      const Strides stride = Results::out_stride(p);
-      auto* part = Results::out(p, sequence, heads.first, work.split);
-      Output::for_each_index([&](int r, int n, int i) {
-        const int row = q_warp + row_of(me.lane, r), col = col_of(me.lane, n, 0);
-        if (i != 0 || row >= rows || col >= Config::kDimV) return;
-        auto* place = part + heads.offset(row, stride) + col;
-        *reinterpret_cast<Columns<float, 2>*>(place) = {{out.at(r, n, 0), out.at(r, n, 1)}};
-      });
-    }
   };
+
+  CF_DEVICE static void init(SmemPlan& smem) {
+    constexpr int kWarps = kConsumerThreads / 32;
+    for (RowsRing& ring : smem.rows_rings) ring.init(1);  // its consumer
+    smem.k_ring.init(kWarps);                             // which may read scores' K again alone
+    smem.v_ring.init(kConsumers);
+    smem.bias.init(kWarps);
+    smem.works.ring.init(kWarps + Walk::kListed);
+  }
+
+  // The first warpgroup: where tiles are listed, a warp for each team's producer and one for its scheduler.
+  CF_DEVICE static void produce(const FwdParams& p, SmemPlan* plans) {
+    if constexpr (Walk::kListed) {
+      static_assert(!Producer::kByWarp);
+      const int warp = ptx::warp_index(), team = warp / 2;
+      if (team < kTeams && ptx::elect()) {
+        if (warp % 2 == 0) {
+          Producer{p, plans[team]}.run_scheduled();
+        } else {
+          Scheduler{p, plans[team], team}.run();
+        }
+      }
+    } else {
+      if (ptx::warp_index() == 0 && (Producer::kByWarp || ptx::elect())) Producer{p, *plans}.run();
+    }
+  }
 
   CF_DEVICE static void run(const FwdParams& p) {
     SmemPlan* const plans = reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());  // of each team
     if (ptx::thread_index() == 0) {
 #pragma unroll
-      for (int team = 0; team < kTeams; ++team) {
-        constexpr int kWarps = kConsumerThreads / 32;
-        SmemPlan& smem = plans[team];
-        for (RowsRing& ring : smem.rows_rings) ring.init(1);  // its consumer
-        smem.k_ring.init(kWarps);                             // which may read scores' K again alone
-        smem.v_ring.init(kConsumers);
-        smem.bias.init(kWarps);
-        smem.works.ring.init(kWarps + Walk::kListed);
-      }
+      for (int team = 0; team < kTeams; ++team) init(plans[team]);
       ptx::fence_mbarrier_init();
     }
     ptx::sync_threads();
     const int warpgroup = ptx::warpgroup_index();
     if (warpgroup == 0) {
       if constexpr (kConsumers > 1) ptx::lower_registers<Config::kProducerRegisters>();
-      if constexpr (Walk::kListed) {  // a warp for each team's producer and for its scheduler
-        static_assert(!Producer::kByWarp);
-        const int warp = ptx::warp_index(), team = warp / 2;
-        if (team < kTeams && ptx::elect()) {
-          if (warp % 2 == 0) {
-            Producer{p, plans[team]}.run_scheduled();
-          } else {
-            Scheduler{p, plans[team], team}.run();
-          }
-        }
-      } else {
-        if (ptx::warp_index() == 0 && (Producer::kByWarp || ptx::elect())) Producer{p, *plans}.run();
-      }
+      produce(p, plans);
     } else {
       if constexpr (kConsumers > 1) ptx::raise_registers<Config::kConsumerRegisters>();
-      if constexpr (kTeams == 1) {
-        Consumer(p, *plans, warpgroup - 1, 0).run();
-      } else {
-        const int index = warpgroup - 1, team = index / kConsumers;
-        Consumer(p, plans[team], index - team * kConsumers, team).run();
-      }
+      const int index = warpgroup - 1, team = kTeams == 1 ? 0 : index / kConsumers;
+      Consumer(p, plans[team], index - team * kConsumers, team).run();
     }
   }
 };

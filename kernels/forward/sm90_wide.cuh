@@ -16,7 +16,9 @@
 
 #include "attention/heads.cuh"
 #include "attention/split.cuh"
+#include "forward/visit_sm90.cuh"
 #include "ptx/warpgroup.cuh"
+#include "tile/bias.cuh"
 #include "tile/copy.cuh"
 #include "tile/copy_tma.cuh"
 #include "tile/dropout.cuh"
@@ -189,31 +191,28 @@ struct ForwardSm90Wide {
   };
 
   // What a consumer does for one work: its scores, weights and output, in registers.
-  struct Visit {
-    using Results = typename Config::Split::template Rows<Config>;
+  struct Visit : VisitSm90<Config, Heads, kHalf> {
+    using Base = VisitSm90<Config, Heads, kHalf>;
+    using Results = typename Base::Results;
+    using Base::dropout;
+    using Base::heads;
+    using Base::mask;
+    using Base::out;
+    using Base::p;
+    using Base::q_first;
+    using Base::q_warp;
+    using Base::s;
+    using Base::sequence;
+    using Base::softmax;
+    using Base::weights;
+    using Base::work;
 
     Consumer& me;
-    const FwdParams& p;
     SmemPlan& smem;
-    const Work& work;
-    const Sequence& sequence;
-    const Heads heads;
-    const int q_first, q_warp;  // the tile's first row among all of the sequence's, and this warp's
-    const int rows;             // of the sequence
-    const typename Heads::template Bound<Mask, Sequence> mask;
-    const typename Heads::template Bound<Score, Sequence> score;
-    const typename Heads::template Bound<Dropout, Sequence> dropout;
-    Scores s;
-    Weights weights;
-    Output out;
-    WarpSoftmax softmax;
 
     CF_DEVICE Visit(Consumer& consumer, const Work& its_work, const Sequence& its_sequence)
-        : me(consumer), p(me.p), smem(me.smem), work(its_work), sequence(its_sequence), heads(p.attention, work.head),
-          q_first(work.tile * kTileQ), q_warp(q_first + me.warp_row), rows(Heads::rows(p.attention, sequence.len_q)),
-          mask(in_registers(heads.template bind<Mask>(p.attention, sequence))),
-          score(heads.template bind<Score>(p.attention, sequence)),
-          dropout(heads.template bind<Dropout>(p.attention, sequence)) {
+        : Base(consumer.p, its_work, its_sequence, its_work.tile * kTileQ, consumer.warp_row, consumer.lane),
+          me(consumer), smem(me.smem) {
       out.clear();
     }
 
@@ -222,7 +221,7 @@ struct ForwardSm90Wide {
       smem.rows_ring.wait(me.rows_at);
       walk(tiles);
       me.at = me.at.next(max_of(tiles.end - tiles.begin, 0));
-      finish();
+      this->finish(me.number == 0);
       store();
       me.rows_at = me.rows_at.next();
     }
@@ -231,6 +230,7 @@ struct ForwardSm90Wide {
     // other's goes first, as it makes room for a tile that is to come.
     CF_DEVICE void walk(const Tiles& tiles) {
       Cursor at = me.at.next(me.number), before = me.at;
+      NoBias::Buffers<kTileQ, kTileKv, kStages> no_bias;  // a bias is a term of the score
       int tile = tiles.end - 1 - me.number;
 #pragma unroll 1
       for (bool others = me.number == 1; tile >= tiles.begin; tile -= 2, others = true) {
@@ -240,12 +240,13 @@ struct ForwardSm90Wide {
         wait_for_scores();
         const bool first = tile == tiles.end - 1;
         const bool full = tile < tiles.full_end && (Mask::kFullFromStart || tile >= tiles.full_begin);
-        const bool grew = weigh(tile, at, Mask::kNoneFull || first || !full);
+        const bool grew = this->weigh(tile, Mask::kNoneFull || first || !full, true, smem.rows.q, smem.kv.k[at.stage],
+                                      no_bias, 0, at);
         if (!kShared && me.lane == 0) smem.k_ring.release(at);  // no lane still reads: all have voted on what they read
         drop(dropout, s, q_warp, tile * kTileKv);
         pack_operand<Element>(weights, s);
         give_weights(grew);
-        if (grew) rescale_output(softmax.rescale);
+        if (grew) this->rescale_output(softmax.rescale);
         start_own(at, tile);
         finish_output<0>(at);
         before = at.next();
@@ -316,52 +317,7 @@ struct ForwardSm90Wide {
     }
     CF_DEVICE void take_weights() {
       Handovers::wait(1 - me.number);
-      if (softmax.take(smem.handed + me.warp_row, me.lane)) rescale_output(softmax.rescale);
-    }
-
-    // Scores to probabilities; whether the output so far must be rescaled.
-    CF_DEVICE bool weigh(int tile, const Cursor& at, bool look_first) {
-      apply_score(tile);
-      bool grew;
-      if (look_first || !softmax.look_after(s, grew)) {
-        if (look_first) {
-          hide(tile);
-        } else {
-          s.clear();
-          gemm_abt_warp<Element>(s, smem.rows.q, me.warp_row, smem.kv.k[at.stage]);
-          apply_score(ptx::keep(tile));  // positions for this rare case alone, not held ready for it
-        }
-        grew = softmax.look_first(s, score.unit());
-      }
-      return grew;
-    }
-    CF_DEVICE void apply_score(int tile) {
-      s.for_each(me.lane, [&](float& x, int row, int col) { x = score.apply(x, q_warp + row, tile * kTileKv + col); });
-    }
-    CF_DEVICE void hide(int tile) {
-      s.for_each(me.lane, [&](float& x, int row, int col) {
-        if (!mask.keep(q_warp + row, tile * kTileKv + col)) x = -infinity<float>();
-      });
-    }
-    CF_DEVICE void rescale_output(const float (&factor)[2]) {
-      Output::for_each_index([&](int r, int n, int i) { out.at(r, n, i) *= factor[r]; });
-    }
-
-    // out divided by its sums, and lse; or what a part has instead.
-    CF_DEVICE void finish() {
-      const int64 number = Results::number(p, sequence, heads.first, work.split);
-      float factor[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = q_warp + row_of(me.lane, r);
-        RowState<float> state = softmax.whole(r);
-        const float shrink = Config::Sink::close(state, p.attention, heads.head(row), score.unit());
-        factor[r] = shrink * state.inverse_sum() * static_cast<float>(Dropout::scale(p.attention));
-        if (me.number == 0 && me.lane % 4 == 0 && row < rows) {
-          Results::close(p, number + heads.offset(row, Results::lse_stride(p)), state, score.unit());
-        }
-      }
-      rescale_output(factor);
+      if (softmax.take(smem.handed + me.warp_row, me.lane)) this->rescale_output(softmax.rescale);
     }
 
     CF_DEVICE void store() {
@@ -377,20 +333,10 @@ struct ForwardSm90Wide {
           ptx::tma_store_wait_read();
         }
       } else {
-        store_part(first_col);
+        this->store_part(first_col);
         Meetings::wait(me.number);  // no warp reads Q any more
       }
       if (me.leader) smem.rows_ring.release(me.rows_at);
-    }
-    CF_DEVICE void store_part(int first_col) {
-      const Strides stride = Results::out_stride(p);
-      auto* part = Results::out(p, sequence, heads.first, work.split);
-      Output::for_each_index([&](int r, int n, int i) {
-        const int row = q_warp + row_of(me.lane, r), col = first_col + col_of(me.lane, n, 0);
-        if (i != 0 || row >= rows || col >= Config::kDimV) return;
-        auto* place = part + heads.offset(row, stride) + col;
-        *reinterpret_cast<Columns<float, 2>*>(place) = {{out.at(r, n, 0), out.at(r, n, 1)}};
-      });
     }
   };
 
@@ -398,8 +344,8 @@ struct ForwardSm90Wide {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     if (ptx::thread_index() == 0) {
       smem.rows_ring.init(kConsumers);
-      smem.k_ring.init(kShared ? kConsumers
-                               : 4);  // warps of the one whose scores they make, which may read K again alone
+      // Warps of the one whose scores they make, which may read K again alone.
+      smem.k_ring.init(kShared ? kConsumers : 4);
       smem.v_ring.init(kConsumers);
       smem.works.ring.init(kConsumerThreads / 32);
       ptx::fence_mbarrier_init();
