@@ -160,8 +160,8 @@ class Library:
 
     def copied(self, x: Any) -> np.ndarray:
         """A copy in host memory of an array on a GPU."""
-        found: np.ndarray = x.get()
-        return found
+        copy: np.ndarray = x.get()
+        return copy
 
     def cast(self, x: Any, dtype: Any) -> Any:
         """The array in another dtype of the library; itself if it has that one."""

@@ -76,10 +76,10 @@ def flag(name: str, value: Any) -> bool:
         If it is neither True nor False, nor 1 nor 0.
     """
     number = scalar(value)
-    found = bool(number) if isinstance(number, bool | np.bool_) else integer(number)
-    if found not in (0, 1):
+    switch = bool(number) if isinstance(number, bool | np.bool_) else integer(number)
+    if switch not in (0, 1):
         raise InvalidArgument(f"{name} is {shown(value)}; expected True or False.")
-    return bool(found)
+    return bool(switch)
 
 
 def pair(value: Any) -> tuple[int, int] | None:

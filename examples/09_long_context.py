@@ -111,8 +111,8 @@ def main() -> None:
             continue
         local = partial(attention, group="sequence", order="zigzag", **words)
         run = step(jax.shard_map(local, mesh=mesh, in_specs=(divided,) * 3, out_specs=divided))
-        found, seconds, repeats = timed(run, parts)
-        furthest = max(float(apart(x, y)) for x, y in zip(found, expected, strict=True))
+        results, seconds, repeats = timed(run, parts)
+        furthest = max(float(apart(x, y)) for x, y in zip(results, expected, strict=True))
         show(attention.__name__, seconds, f"; {furthest:.1e} from one device, repeats to the bit: {repeats}")
         assert furthest < (2e-2 if on_gpu else 1e-5) and (repeats or not options.deterministic)
 

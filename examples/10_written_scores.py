@@ -101,7 +101,7 @@ for _step in range(60):
     dout[:, reach:] = 2 * error / error.size
     (slope,) = pullback(dout).dcaptured
     table -= slope * np.float32(2) / xp.sqrt((slope**2).mean(axis=1, keepdims=True) + 1e-30)
-found = np.array((reach - table.argmax(axis=1)).tolist())
+learned = np.array((reach - table.argmax(axis=1)).tolist())
 off = float((error**2).mean())
-print(f"learned to look {found.tolist()} rows back, where {behind.tolist()} was wanted: {off:.1e} off")
-assert (found == behind).all()
+print(f"learned to look {learned.tolist()} rows back, where {behind.tolist()} was wanted: {off:.1e} off")
+assert (learned == behind).all()

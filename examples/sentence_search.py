@@ -134,13 +134,13 @@ def main(query: str, device: str, top: int, corpus: Path) -> None:
     sentences = [line.strip() for line in corpus.read_text(encoding="utf-8").splitlines() if line.strip()]
     encoder = Encoder(xp)
     start = perf_counter()
-    found = search(encoder, query, sentences)
+    nearest = search(encoder, query, sentences)
     seconds = perf_counter() - start
 
     table = Table(title=f"Nearest to “{query}”", title_justify="left")
     table.add_column("cosine", justify="right")
     table.add_column("sentence")
-    for cosine, sentence in found[:top]:
+    for cosine, sentence in nearest[:top]:
         table.add_row(f"{cosine:.3f}", sentence)
     console = Console()
     console.print(table)

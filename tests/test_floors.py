@@ -283,6 +283,19 @@ def test_no_file_has_a_vague_name():
     assert not wrong
 
 
+MUTE = {"found", "stuff", "tmp", "foo"}
+"""What no variable is called: it says that there is something, not what."""
+
+
+@pytest.mark.parametrize("folder", ["cuflash", "tests", "examples"])
+def test_no_variable_has_a_name_that_says_nothing(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        assert not names & MUTE, path
+
+
 def test_import_brings_nothing_heavy():
     script = "import sys, cuflash; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

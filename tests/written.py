@@ -65,15 +65,15 @@ NUM_SOURCES, NUM_PLACES, SEED = 32, 64, 5
 def printed() -> list[tuple[str, Traced, config.Written]]:
     """Random scores, traced, with gradients of all real numbers that they read."""
     rng = np.random.default_rng(SEED)
-    found: list[tuple[str, Traced, config.Written]] = []
-    while len(found) < NUM_SOURCES:
+    computed: list[tuple[str, Traced, config.Written]] = []
+    while len(computed) < NUM_SOURCES:
         source = f"{random_source(rng, 'R', 4)} + w * {random_source(rng, 'R', 2)} * s"
         with suppress(InvalidArgument):  # -1 << -2 is an error of Python's own
             traced = mods.trace("score_mod", eval(f"lambda s, b, h, q, k: {source}", {"m": mods} | READ))
             learned = tuple(i for i, operand in enumerate(traced.mod.operands) if operand.kind == "real")
-            flat = tuple(i for i, array in enumerate(traced.arrays) if array.flags.c_contiguous and len(found) % 2)
-            found.append((source, traced, config.Written(traced.mod, None, learned, flat)))
-    return found
+            flat = tuple(i for i, array in enumerate(traced.arrays) if array.flags.c_contiguous and len(computed) % 2)
+            computed.append((source, traced, config.Written(traced.mod, None, learned, flat)))
+    return computed
 
 
 UNIT = r"""

@@ -27,17 +27,17 @@ class Sequences(NamedTuple):
 
     def bins(self, bins: int) -> np.ndarray:
         """The bin of each row of the call; -1 for rows of no sequence, or not in use."""
-        found = np.full(self.total, -1)
+        numbers = np.full(self.total, -1)
         for start, length in zip(self.starts, self.lengths, strict=True):
             rows = np.arange(length)
-            found[start : start + length] = rows * bins // length if length > bins else rows
-        return found
+            numbers[start : start + length] = rows * bins // length if length > bins else rows
+        return numbers
 
     def firsts(self) -> np.ndarray:
         """Whether each row of the call is the first of a sequence."""
-        found = np.zeros(self.total, bool)
-        found[[start for start, length in zip(self.starts, self.lengths, strict=True) if length]] = True
-        return found
+        firsts = np.zeros(self.total, bool)
+        firsts[[start for start, length in zip(self.starts, self.lengths, strict=True) if length]] = True
+        return firsts
 
     def members(self, rows: tuple[int, ...] | None, bins: int) -> tuple[np.ndarray, np.ndarray]:
         """(b, rows, n) rows of the call that go into each row of the map, and which of these numbers count."""
@@ -64,15 +64,15 @@ def queries_and_keys(problem: Problem, arrays: Arrays) -> tuple[Sequences, Seque
             Sequences([i * length for i in range(problem.batch)], [length] * problem.batch, problem.batch * length)
             for length in (problem.len_q, problem.len_kv)
         )  # type: ignore[return-value]
-    found = []
+    sequences = []
     for starts, used, total in (
         (arrays.cu_seqlens_q, arrays.seqused_q, problem.total_q),
         (arrays.cu_seqlens_kv, arrays.seqused_kv, problem.total_kv),
     ):
         edges = starts.tolist()
         lengths = used.tolist() if used is not None else np.diff(edges).tolist()
-        found.append(Sequences(edges[:-1], lengths, total))
-    return found[0], found[1]
+        sequences.append(Sequences(edges[:-1], lengths, total))
+    return sequences[0], sequences[1]
 
 
 class BinSums:

@@ -261,10 +261,10 @@ def _map(options: Options, arrays: Arrays, rows: tuple[int, ...] | None, bins: i
     if isinstance(framework, Guest):
         _, views = framework.borrow(names, arrays.each())
         borrowed = arrays.like(views)
-        found = _map(options, borrowed, rows, bins)
-        lent = framework.lend([found.mass, found.entropy, found.first_share, found.sink_share], borrowed, arrays.q)
+        whole = _map(options, borrowed, rows, bins)
+        lent = framework.lend([whole.mass, whole.entropy, whole.first_share, whole.sink_share], borrowed, arrays.q)
         fields = ("mass", "entropy", "first_share", "sink_share")
-        return replace(found, **dict(zip(fields, lent, strict=True)))
+        return replace(whole, **dict(zip(fields, lent, strict=True)))
     check_readable(framework, "what a map of attention shows", "Draw maps before or after.")
     options = with_lengths("forward", options, arrays)
     problem = check.problem_of("forward", options, options.views(framework, arrays))

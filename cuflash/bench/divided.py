@@ -36,9 +36,9 @@ class Divided:
 
 def cells(rows: Iterable[Divided]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the table: of each case and way the forward, the backward, and both together."""
-    found: dict[tuple[str, str], list[Divided]] = {}
+    runs: dict[tuple[str, str], list[Divided]] = {}
     for row in rows:
-        found.setdefault((row.case, row.way), []).append(row)
+        runs.setdefault((row.case, row.way), []).append(row)
     header = [
         "case",
         "way",
@@ -52,12 +52,12 @@ def cells(rows: Iterable[Divided]) -> tuple[list[str], list[list[str]]]:
         "apart",
     ]
     lines = []
-    for (case, way), phases in found.items():
+    for (case, way), phases in runs.items():
         together = [(row.phase, [row]) for row in phases]
         if len(phases) > 1:
             together.append(("both", phases))
         for phase, of in together:
-            alone = sum(row.seconds for row in found.get((case, ALONE), []) if phase in ("both", row.phase))
+            alone = sum(row.seconds for row in runs.get((case, ALONE), []) if phase in ("both", row.phase))
             seconds, kernels, transfers = sum(row.seconds for row in of), _sum(of, "kernels"), _sum(of, "transfers")
             larger = max(kernels or 0.0, transfers or 0.0)
             apart = max((row.apart for row in of if row.apart is not None), default=None)
@@ -79,8 +79,8 @@ def cells(rows: Iterable[Divided]) -> tuple[list[str], list[list[str]]]:
 
 
 def _sum(rows: Iterable[Divided], name: str) -> float | None:
-    found = [getattr(row, name) for row in rows]
-    return None if None in found else sum(found)
+    values = [getattr(row, name) for row in rows]
+    return None if None in values else sum(values)
 
 
 def _ms(seconds: float | None) -> str:

@@ -29,13 +29,13 @@ _TOKEN, _CACHE = (1, 1, 32, 128), (1, 1024, 8, 128)
 
 def costs() -> list[dict[str, object]]:
     """Host microseconds, as a report's host section has them; of libraries that are here and see a GPU."""
-    found: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = []
     for measured in (_prepared, _torch, _jax):
         try:
-            found += measured()
+            rows += measured()
         except (ImportError, UnsupportedProblem):
             continue
-    return found
+    return rows
 
 
 def _prepared() -> list[dict[str, object]]:
@@ -105,11 +105,11 @@ def _jax() -> list[dict[str, object]]:
             calls[f"{name} {count}"] = lambda program=program: program(q)  # type: ignore[misc]
             calls[f"{name} {count} done"] = lambda program=program: program(q).block_until_ready()  # type: ignore[misc]
     took = _in_turn(calls, lambda: jax.block_until_ready([call() for call in calls.values()]))
-    found: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = []
     for when, end in (("", ""), (", with the GPU's time", " done")):
         added = {name: (took[f"{name} {CHAIN}{end}"] - took[f"{name} 1{end}"]) / (CHAIN - 1) for name in attentions}
-        found += _table(f"one of {CHAIN} calls of a jitted program{when}", added)
-    return found
+        rows += _table(f"one of {CHAIN} calls of a jitted program{when}", added)
+    return rows
 
 
 def _chain(attention: Callable[[Any], Any], count: int) -> Callable[[Any], Any]:

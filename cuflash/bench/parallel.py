@@ -155,23 +155,23 @@ class _Member:
         tokens = self._cupy.asarray(token_order(length, self._size, ORDER).reshape(self._size, -1)[self._rank])
         parts = [x[:, tokens] for x in whole]
         words = {name: calls.keywords(case)[name] for name in ("softmax_scale", "causal", "window_size")}
-        found: dict[str, list[_Took]] = {name: [] for name in (ALONE, *_WAYS)}
-        ways = list(found)
+        times: dict[str, list[_Took]] = {name: [] for name in (ALONE, *_WAYS)}
+        ways = list(times)
         for repetition in range(min(8, max(2, int(_FORWARDS / length**2)))):
             backward, mine = repetition < max(1, int(_BACKWARDS / length**2)), None
             first = repetition % len(ways)  # they take turns, as each leaves the GPUs warmer than it found them
             for way in ways[first:] + ways[:first]:
                 if way != ALONE:
                     function, turned = _WAYS[way][0], repetition % 2 == 1
-                    found[way].append(self._divided(function, parts, words, mine, backward, turned))
+                    times[way].append(self._divided(function, parts, words, mine, backward, turned))
                     continue
                 results, took = self._step(lambda: cuflash.flash_attn_vjp(*whole[:3], **words), whole[3], backward)
-                found[ALONE].append(_Took(took))
+                times[ALONE].append(_Took(took))
                 mine = [x[:, tokens] for x in results] if repetition == 0 else None
                 del results
         rows = []
         speeds = [model.speeds_of(current(self._rank), case.turned(phase).problem) for phase in _PHASES]
-        for name, runs in found.items():
+        for name, runs in times.items():
             for i, phase in enumerate(_PHASES):
                 problem = case.turned(phase).problem
                 paper = (

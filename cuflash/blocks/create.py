@@ -138,8 +138,8 @@ def _created(
         if needed and given is None and number == 1:
             raise InvalidArgument(f"{name} is None but the mask depends on {position}; pass how many there are.")
     own_batch, own_heads = (number if needed else min(number, 1) for number, needed in zip(numbers, read, strict=True))
-    found = _kinds(rule, seen if len(conditions) == 1 else None, grid, own_batch, own_heads)
-    return BlockMask(rule, grid.len_q, grid.len_kv, sizes, own_batch, own_heads, listed(found))
+    of_blocks = _kinds(rule, seen if len(conditions) == 1 else None, grid, own_batch, own_heads)
+    return BlockMask(rule, grid.len_q, grid.len_kv, sizes, own_batch, own_heads, listed(of_blocks))
 
 
 def _rule(mask: Any, seen: np.ndarray | None, grid: Grid) -> Callable[..., Any]:
@@ -169,20 +169,20 @@ def _kinds(rule: Traced, seen: np.ndarray | None, grid: Grid, batch: int, heads:
 
 def _bools(name: str, array: Array) -> np.ndarray:
     """A boolean array with four axes."""
-    found = rules.in_host_memory(name, array)
-    if found.dtype != bool or found.ndim > 4:
+    bools = rules.in_host_memory(name, array)
+    if bools.dtype != bool or bools.ndim > 4:
         raise InvalidArgument(
-            f"{name} is {found.dtype} with {found.ndim} axes; expected bool with up to four, True where pairs are seen."
+            f"{name} is {bools.dtype} with {bools.ndim} axes; expected bool with up to four, True where pairs are seen."
         )
-    return found.reshape((1,) * (4 - found.ndim) + found.shape)
+    return bools.reshape((1,) * (4 - bools.ndim) + bools.shape)
 
 
 def _starts(cu_seqlens: Array) -> np.ndarray:
     """The first rows of documents and the end of the last."""
-    found = rules.in_host_memory("cu_seqlens", cu_seqlens)
-    if found.ndim != 1 or found.dtype.kind not in "iu" or not len(found) or found[0] or np.any(np.diff(found) < 0):
-        raise InvalidArgument(f"cu_seqlens is {shown(found)}; expected integers that ascend from 0, one axis of them.")
-    return found
+    starts = rules.in_host_memory("cu_seqlens", cu_seqlens)
+    if starts.ndim != 1 or starts.dtype.kind not in "iu" or not len(starts) or starts[0] or np.any(np.diff(starts) < 0):
+        raise InvalidArgument(f"cu_seqlens is {shown(starts)}; expected integers that ascend from 0, one axis of them.")
+    return starts
 
 
 def _length(name: str, given: Any, implied: int | None) -> int:

@@ -58,15 +58,15 @@ def of_rule(traced: Traced, grid: Grid, b: int, h: int) -> Iterator[np.ndarray]:
     by_key = _without(traced.mod.expression, "q")
     whole: dict[Node, Bounds] = {}
     for start, stop in grid.chunks():
-        known = {node: found for node, found in whole.items() if node in by_key}
+        known = {node: limits for node, limits in whole.items() if node in by_key}
         positions = {
             "b": _at(b), "h": _at(h),
             "q": _spans(start, stop, grid.block_size[0], grid.len_q, axis=0),
             "k": _spans(0, grid.shape[1], grid.block_size[1], grid.len_kv, axis=1),
         }  # fmt: skip
-        found = bounds(traced.mod.expression, positions, traced.arrays, known)
+        limits = bounds(traced.mod.expression, positions, traced.arrays, known)
         whole = whole or known
-        kinds = np.where(found.low == 1, FULL, np.where(found.high == 0, EMPTY, UNKNOWN))
+        kinds = np.where(limits.low == 1, FULL, np.where(limits.high == 0, EMPTY, UNKNOWN))
         kinds = np.broadcast_to(kinds, (stop - start, grid.shape[1])).astype(np.int8)
         yield looked_at(kinds, start, traced, grid, b, h)
 

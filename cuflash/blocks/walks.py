@@ -74,9 +74,9 @@ def _walk(
     ends = np.cumsum(np.bincount(line, minlength=lines))
     begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)[:lines]
     full_ends = begins + np.bincount(line[full], minlength=lines)
-    found = np.stack([begins, full_ends, ends, _ranked(ends - begins, per_matrix)], axis=-1).astype(np.int32)
+    spans = np.stack([begins, full_ends, ends, _ranked(ends - begins, per_matrix)], axis=-1).astype(np.int32)
     taken = np.zeros(0, np.int32) if turns is None else turns[order].astype(np.int32)
-    return Walk(found, entry[order].astype(np.int32), taken)
+    return Walk(spans, entry[order].astype(np.int32), taken)
 
 
 def _ranked(lengths: np.ndarray, per_matrix: int) -> np.ndarray:

@@ -57,9 +57,9 @@ def written(case: Case, inputs: Inputs) -> dict[str, Any]:
     """The keywords of a written score, a written mask and a block mask; none where there is none of them."""
     score, mask = case.problem.score_mod, case.problem.mask_mod
     count = len(score.operands) if score else 0
-    found = {"score_mod": (score, inputs.captured[:count]), "mask_mod": (mask, inputs.captured[count:])}
+    mods = {"score_mod": (score, inputs.captured[:count]), "mask_mod": (mask, inputs.captured[count:])}
     blocks = {} if case.blocks is None else {"block_mask": case.blocks}
-    return {name: Traced(mod, read) for name, (mod, read) in found.items() if mod is not None} | blocks
+    return {name: Traced(mod, read) for name, (mod, read) in mods.items() if mod is not None} | blocks
 
 
 def lengths(case: Case) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def lines(
     yield "", ""
     yield "on paper", f"{speeds.flops / 1e12:,.0f} TFLOP/s, {links}; one device: {_time(alone.seconds)}"
     ways: dict[str, Any] = {"ring": model.ring, "all-to-all": model.all_to_all}
-    found: dict[str, model.Estimate] = {}
+    estimates: dict[str, model.Estimate] = {}
     for name, estimate in ways.items():
         try:
-            found[name] = took = estimate(asked.problem, devices, order, speeds)
+            estimates[name] = took = estimate(asked.problem, devices, order, speeds)
         except REFUSALS as error:
             yield name, f"not possible: {error}"
             continue
@@ -64,8 +64,8 @@ def lines(
             f"{_time(took.seconds)} on {devices} devices, {share:.0%} of their speed: waits {_time(took.waits)} for "
             f"{took.transfers} transfers, {took.nbytes / 1e6:,.1f} MB to each device",
         )
-    if found:
-        best = min(found, key=lambda name: found[name].seconds)
+    if estimates:
+        best = min(estimates, key=lambda name: estimates[name].seconds)
         yield "choose", f"{best}, in {order} order"
 
 

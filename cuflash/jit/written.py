@@ -31,23 +31,23 @@ def members(written: Written | None) -> dict[str, np.dtype]:
 
     With a block mask also its lists (``attention/lists.cuh``), and how many lines are between batch elements and heads.
     """
-    found: dict[str, np.dtype] = {}
+    types: dict[str, np.dtype] = {}
     operands = written.operands if written else ()
     for number, operand in enumerate(operands):
-        found[f"captured{number}"] = _POINTER
+        types[f"captured{number}"] = _POINTER
         if written and number in written.gradients:
-            found[f"dcaptured{number}"] = _POINTER
+            types[f"dcaptured{number}"] = _POINTER
         if operand.ndim:
             if written and number not in written.flat:
-                found[f"captured{number}_stride"] = np.dtype((_STRIDE, (operand.ndim,)))
-            found[f"captured{number}_size"] = np.dtype((_SIZE, (operand.ndim,)))
+                types[f"captured{number}_stride"] = np.dtype((_STRIDE, (operand.ndim,)))
+            types[f"captured{number}_size"] = np.dtype((_SIZE, (operand.ndim,)))
     if written and written.blocks:
-        found |= dict.fromkeys(("kv_lines", "kv_list", "q_lines", "q_list", "q_turns"), _POINTER)
-        found |= {f"{side}_lines_{axis}": _STRIDE for side in ("kv", "q") for axis in ("batch", "head")}
-    nbytes = sum(kind.itemsize + -kind.itemsize % 8 for kind in found.values())
+        types |= dict.fromkeys(("kv_lines", "kv_list", "q_lines", "q_list", "q_turns"), _POINTER)
+        types |= {f"{side}_lines_{axis}": _STRIDE for side in ("kv", "q") for axis in ("batch", "head")}
+    nbytes = sum(kind.itemsize + -kind.itemsize % 8 for kind in types.values())
     if nbytes % _BOUNDARY:
-        found["padding"] = np.dtype((_STRIDE, (-nbytes % _BOUNDARY // 8,)))
-    return found
+        types["padding"] = np.dtype((_STRIDE, (-nbytes % _BOUNDARY // 8,)))
+    return types
 
 
 def captured_struct(written: Written) -> list[str]:

@@ -137,13 +137,13 @@ class _Rebinding:
 
 def _line_of(error: BaseException) -> str:
     """Where an error was raised outside of this library, for a message."""
-    found = ""
+    place = ""
     step = error.__traceback__
     while step:
         if step.tb_frame.f_globals.get("__name__", "").partition(".")[0] != "cuflash":
-            found = quoted(step.tb_frame.f_code.co_filename, step.tb_lineno)
+            place = quoted(step.tb_frame.f_code.co_filename, step.tb_lineno)
         step = step.tb_next
-    return found
+    return place
 
 
 def _described(value: Any) -> str:

@@ -81,10 +81,12 @@ class Asked:
                 f"cu_seqlens is {shown(self.cu_seqlens)}; expected numbers that rise from 0 to {rows}, the rows of q "
                 "on all devices together."
             )
-        found = max(self.lengths, default=0)
-        if given is not None and given < found:
-            raise InvalidArgument(f"max_seqlen is {given}, but a sequence has {found} rows; expected at least as many.")
-        return found if given is None else given
+        longest = max(self.lengths, default=0)
+        if given is not None and given < longest:
+            raise InvalidArgument(
+                f"max_seqlen is {given}, but a sequence has {longest} rows; expected at least as many."
+            )
+        return longest if given is None else given
 
     def check_chunks(self, devices: int, rows: int) -> None:
         """Refuse sequences that devices cannot have equal parts of; `rows` are those of one device.

@@ -182,30 +182,30 @@ class _Traffic:
 
     def _keys(self, index: int) -> _Keys:
         step, work = self._steps[index], self._steps[index].work[self._rank]
-        found = _Keys(step, () if work is None else work.calls, [], [], [])
+        keys = _Keys(step, () if work is None else work.calls, [], [], [])
         for move in step.moves:
             for source, target in move.pairs:
                 parts = [rows_of(x, move.rows) for x in self._kv]
                 if source == self._rank:
-                    found.sent.extend(Message(target, self._xp.ascontiguousarray(x)) for x in parts)
+                    keys.sent.extend(Message(target, self._xp.ascontiguousarray(x)) for x in parts)
                 if target == self._rank:
-                    found.arrays.extend(self._xp.empty(x.shape, x.dtype) for x in parts)
-                    found.received.extend(Message(source, x) for x in found.arrays)
-        return found
+                    keys.arrays.extend(self._xp.empty(x.shape, x.dtype) for x in parts)
+                    keys.received.extend(Message(source, x) for x in keys.arrays)
+        return keys
 
     def back(self, step: Step, made: Sequence[Any], real: Any) -> _Back:
         """Gradients of the keys of a step, the other way."""
-        found = _Back([], [], [])
+        gradients = _Back([], [], [])
         for move in step.moves:
             for home, away in move.pairs:
                 if away == self._rank:
-                    found.sent.extend(Message(home, x) for x in made)
+                    gradients.sent.extend(Message(home, x) for x in made)
                 if home == self._rank:
                     parts = [rows_of(x, move.rows) for x in self._kv]
                     empty = [self._xp.empty(x.shape, real if step.sums else x.dtype) for x in parts]
-                    found.homes.append((move.rows, empty))
-                    found.received.extend(Message(away, x) for x in empty)
-        return found
+                    gradients.homes.append((move.rows, empty))
+                    gradients.received.extend(Message(away, x) for x in empty)
+        return gradients
 
 
 def _real(q: Any) -> Any:

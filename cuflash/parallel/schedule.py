@@ -153,14 +153,14 @@ class Schedule:
         if self.mask.kind != "window":
             return tuple(range(1, self.devices))
         owner = {chunk: device for device in range(self.devices) for chunk in self.chunks(device)}
-        found = {
+        steps = {
             (device - owner[i - ahead]) % self.devices
             for device in range(self.devices)
             for i in self.chunks(device)
             for ahead in self._reach
             if i - ahead in owner
         }
-        return tuple(sorted(found - {0}))
+        return tuple(sorted(steps - {0}))
 
 
 def places_of(order: Order) -> int:

@@ -34,10 +34,10 @@ def test_made_of_arrays_of_other_libraries(library: str) -> None:
     own = mask & (lambda b, h, q, k: ids[q] == ids[k])
     np.testing.assert_array_equal(own.to_dense()[0, 0], PAIRS & (IDS[:30, None] == IDS))
     q, k, v, _ = (put(x) for x in tensors())
-    found = cuflash.flash_attn_func(q, k, v, block_mask=own)
-    assert type(found) is type(q)
+    computed = cuflash.flash_attn_func(q, k, v, block_mask=own)
+    assert type(computed) is type(q)
     expected = cuflash.flash_attn_func(q, k, v, attn_mask=put(own.to_dense()))
-    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), 1e-5, 1e-6)
+    np.testing.assert_allclose(np.asarray(computed), np.asarray(expected), 1e-5, 1e-6)
 
 
 def test_autograd_visits_the_same_blocks_and_keeps_none() -> None:

@@ -125,9 +125,9 @@ def test_explicit_functions_of_pytorch_take_its_tensors(dropout_p: float) -> Non
         options = {chance: dropout_p, **state}
         put = lambda y: library.put(y) if isinstance(y, np.ndarray) else y  # noqa: E731
         expected = function(*given, **others, **options)
-        found = function(*map(put, given), **{name: put(y) for name, y in others.items()}, **options)
-        assert len(found) == len(expected)
-        for a, b in zip(found, expected, strict=True):
+        computed = function(*map(put, given), **{name: put(y) for name, y in others.items()}, **options)
+        assert len(computed) == len(expected)
+        for a, b in zip(computed, expected, strict=True):
             same = np.testing.assert_array_equal if isinstance(b, np.ndarray) else lambda a, b: a == b or pytest.fail()
             same(library.get(a) if isinstance(b, np.ndarray) else a, b)
     out, lse = cuflash.flash_attn_func(*x[:3], return_lse=True)

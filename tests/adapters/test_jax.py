@@ -346,8 +346,8 @@ def test_scan_and_remat() -> None:
 
     expected = jax.grad(unrolled, (0, 1, 2))(q, k, v)
     for block in (attend, jax.checkpoint(attend), jax.checkpoint(attend, policy=jax.checkpoint_policies.dots_saveable)):
-        found = jax.jit(jax.grad(lambda *x, block=block: layers(*x, block), (0, 1, 2)))(q, k, v)
-        for a, b in zip(found, expected, strict=True):
+        computed = jax.jit(jax.grad(lambda *x, block=block: layers(*x, block), (0, 1, 2)))(q, k, v)
+        for a, b in zip(computed, expected, strict=True):
             np.testing.assert_allclose(get(a), get(b), rtol=1e-5, atol=1e-5)
 
 
@@ -469,10 +469,10 @@ def test_derivatives_in_both_modes_and_of_both_orders(name: str, derivative: str
     with jax.enable_x64(True):
         function = Differentiated(name)
         tensors, changes = (tuple(map(put, x)) for x in (function.tensors, function.changes))
-        found, expected = (
+        computed, expected = (
             jax.jit(DERIVATIVES[derivative](f, changes))(*tensors) for f in (function, function.written_out)
         )
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        for a, b in zip(jax.tree.leaves(computed), jax.tree.leaves(expected), strict=True):
             assert a.dtype == np.float64
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
@@ -499,8 +499,8 @@ def test_explicit_tangents(place: str) -> None:
     q, k, v, *_ = tensors(FP32)
     call = lambda *x: cuflash.flash_attn_jvp(*x[:3], x[3], dv=x[4], causal=True)  # noqa: E731
     expected = call(q, k, v, q, 2 * v)
-    for found in (jax.jit(call), call):
-        for a, b in zip(found(*map(put, (q, k, v, q, 2 * v))), expected, strict=True):
+    for computed in (jax.jit(call), call):
+        for a, b in zip(computed(*map(put, (q, k, v, q, 2 * v))), expected, strict=True):
             np.testing.assert_allclose(get(a), b, rtol=1e-4, atol=1e-5)
     with pytest.raises(InvalidArgument, match=r"^dq has shape"):
         jax.jit(call)(*map(put, (q, k, v, v, v)))
@@ -601,8 +601,8 @@ def test_functions_that_need_memory_refuse_tracers() -> None:
 
 
 def test_explain_needs_shapes_alone() -> None:
-    found = []
+    computed = []
     x = jax.ShapeDtypeStruct((2, 4096, 8, 128), BF16)
-    jax.eval_shape(lambda x: found.append(cuflash.explain(x, x, x, causal=True, device="h100")) or x, x)
+    jax.eval_shape(lambda x: computed.append(cuflash.explain(x, x, x, causal=True, device="h100")) or x, x)
     q, k, v = (np.zeros((2, 4096, 8, 128), BF16) for _ in range(3))
-    assert found[0].plan == cuflash.explain(q, k, v, causal=True, device="h100").plan
+    assert computed[0].plan == cuflash.explain(q, k, v, causal=True, device="h100").plan

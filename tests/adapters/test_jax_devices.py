@@ -195,8 +195,8 @@ def test_tangents_and_second_derivatives_are_divided(mesh: Any, parts: list[Any]
     parts.clear()
     places = [of_q, of_k, of_k] * 2
     sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(given, places, strict=True)]
-    found = jax.jit(derivatives, static_argnums=0)(divided, *sharded)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    computed = jax.jit(derivatives, static_argnums=0)(divided, *sharded)
+    for a, b in zip(jax.tree.leaves(computed), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-4)
     assert {shapes[1:] for shapes in parts} == {((2, 20, 2, 16), (2, 24, 1, 16))}
 
@@ -251,6 +251,6 @@ def test_dropout_is_drawn_on_each_device_by_its_own_key(mesh: Any) -> None:
     with pytest.raises(Exception, match=r"dropout draws by the number of a batch element and a head"):
         jax.jit(call)(jax.device_put(q, NamedSharding(mesh, P("x"))), key)
     local = lambda q, key: call(q, jax.random.fold_in(key, jax.lax.axis_index("x")))  # noqa: E731
-    found = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x")))(q, key)
+    computed = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x")))(q, key)
     expected = [jax.jit(call)(q[2 * i : 2 * i + 2], jax.random.fold_in(key, i)) for i in range(2)]
-    np.testing.assert_array_equal(np.asarray(found), np.concatenate(expected))
+    np.testing.assert_array_equal(np.asarray(computed), np.concatenate(expected))

@@ -84,9 +84,9 @@ def run(
         return (*results, *pullback((dout, dlse)))
 
     shards = [np.take(x, tokens, axis) for x, axis in zip(tensors, axes, strict=True)]
-    found = [np.asarray(x) for x in program(*shards, *given)]
+    computed = [np.asarray(x) for x in program(*shards, *given)]
     again = [np.asarray(x) for x in program(*shards, *given)]
-    for first, second in zip(found, again, strict=True):
+    for first, second in zip(computed, again, strict=True):
         np.testing.assert_array_equal(first, second)
 
     def in_one_process() -> list[np.ndarray]:
@@ -104,28 +104,28 @@ def run(
     )
     words = {name: x for name, x in words.items() if "cu_seqlens" not in name}
     back = np.argsort(tokens)
-    whole = oracle.Attention(*(np.take(x, back, -1 if i == 1 else -3) for i, x in enumerate(found)))
+    whole = oracle.Attention(*(np.take(x, back, -1 if i == 1 else -3) for i, x in enumerate(computed)))
     oracle.assert_all_close(whole, exact, naive)
-    return found, in_one_process(), program.lower(*shards, *given)
+    return computed, in_one_process(), program.lower(*shards, *given)
 
 
 @on_eight
 @pytest.mark.parametrize("name", CASES)
 def test_a_program_of_devices_computes_what_one_does(name: str) -> None:
-    found, in_one_process, _ = run(**CASES[name])
-    for field, x, y in zip(oracle.Attention._fields, found, in_one_process, strict=False):
+    computed, in_one_process, _ = run(**CASES[name])
+    for field, x, y in zip(oracle.Attention._fields, computed, in_one_process, strict=False):
         few = 4 * np.abs(y[np.isfinite(y)]).max() * (2**-8 if x.dtype == BF16 else 2**-23)
         np.testing.assert_allclose(x.astype(float), y.astype(float), rtol=0, atol=few, err_msg=field)
 
 
 def permuted(lowered: Any) -> list[tuple[int, str]]:
     """(pairs, shape) of every exchange of neighbours in a program."""
-    found = []
+    computed = []
     for line in lowered.as_text().splitlines():
         if "stablehlo.collective_permute" in line:
             pairs = line.split("source_target_pairs = dense<")[1].split(">")[0]
-            found.append((pairs.count("[") - 1, line.rsplit("tensor<", 1)[1].rstrip(">")))
-    return found
+            computed.append((pairs.count("[") - 1, line.rsplit("tensor<", 1)[1].rstrip(">")))
+    return computed
 
 
 @on_eight
@@ -174,8 +174,8 @@ def test_inside_scan_and_checkpoint() -> None:
     def whole(x: Any) -> Any:
         return cuflash.flash_attn_func(x, x, x, causal=True)
 
-    found, expected = (jax.jit(jax.grad(lambda x, f=f: two_layers(f, x)))(x) for f in (ring, whole))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
+    computed, expected = (jax.jit(jax.grad(lambda x, f=f: two_layers(f, x)))(x) for f in (ring, whole))
+    np.testing.assert_allclose(computed, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
 
 
 @on_eight
@@ -190,8 +190,8 @@ def test_gradients_of_vmap(method: Any) -> None:
     def whole(x: Any) -> Any:
         return jax.vmap(lambda q: cuflash.flash_attn_func(q, q, q, causal=True))(x)
 
-    found, expected = (jax.jit(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(x) for f in (of_devices, whole))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
+    computed, expected = (jax.jit(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(x) for f in (of_devices, whole))
+    np.testing.assert_allclose(computed, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
 
 
 def inside(function: Any, *arrays: Any, group: Any = "x") -> Any:

@@ -48,15 +48,17 @@ def naive(q: Any, k: Any, v: Any, bias: Any = None, sink: Any = None, causal: bo
 
 def results(f: Callable[..., Any], *inputs: Any) -> list[Any]:
     """What a function gives, and the gradients of all inputs for weights that are always the same."""
-    found = f(*inputs)
-    found = found if isinstance(found, tuple) else (found,)
-    total = sum((x * torch.linspace(-1, 1, x.numel(), device=x.device, dtype=x.dtype).view_as(x)).sum() for x in found)
-    return [*found, *torch.autograd.grad(total, inputs)]
+    computed = f(*inputs)
+    computed = computed if isinstance(computed, tuple) else (computed,)
+    total = sum(
+        (x * torch.linspace(-1, 1, x.numel(), device=x.device, dtype=x.dtype).view_as(x)).sum() for x in computed
+    )
+    return [*computed, *torch.autograd.grad(total, inputs)]
 
 
-def close(found: list[Any], expected: list[Any], atol: float = 2e-5) -> None:
-    assert len(found) == len(expected)
-    for x, y in zip(found, expected, strict=True):
+def close(computed: list[Any], expected: list[Any], atol: float = 2e-5) -> None:
+    assert len(computed) == len(expected)
+    for x, y in zip(computed, expected, strict=True):
         assert x.shape == y.shape
         torch.testing.assert_close(x.double(), y.double(), atol=atol, rtol=1e-4)
 
@@ -254,10 +256,10 @@ def test_transforms(device: str) -> None:
 
     for given, dim in ((bias, 0), (bias[0], None), (bias[:, :1], 0), (bias[0, 0], None)):
         outs = torch.vmap(attend, in_dims=(2, dim, 0))(many, given, sink)
-        found = torch.vmap(gradients, in_dims=(2, dim, 0))(many, given, sink)
+        computed = torch.vmap(gradients, in_dims=(2, dim, 0))(many, given, sink)
         for i in range(3):
             alone = many[:, :, i], given if dim is None else given[i], sink[i]
-            close([outs[i], *(x[i] for x in found)], [attend(*alone), *gradients(*alone)])
+            close([outs[i], *(x[i] for x in computed)], [attend(*alone), *gradients(*alone)])
     nested = torch.vmap(torch.vmap(lambda q: attend(q, None, None)), in_dims=1)(
         many.movedim(2, 0).repeat(2, 1, 1, 1, 1).unflatten(0, (3, 2))
     )
@@ -392,10 +394,10 @@ def test_streams_and_graphs() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            found = [x.detach() for x in results(cuflash.flash_attn_func, *inputs)]
+            computed = [x.detach() for x in results(cuflash.flash_attn_func, *inputs)]
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    close(found, expected)
+    close(computed, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = results(cuflash.flash_attn_func, *inputs)

@@ -50,8 +50,8 @@ def attend(*leaves: Any) -> Any:
 def right(out: Any, gradients: Any, dout: np.ndarray) -> None:
     """Compare a result and its gradients with the oracle."""
     exact, naive = (f(*INPUTS[:3], dout, causal=True) for f in (oracle.attention, oracle.naive_in_dtype))
-    found = [x.detach().numpy() for x in (out, *gradients)]
-    oracle.assert_all_close(oracle.Attention(found[0], exact.lse, *found[1:]), exact, naive)
+    computed = [x.detach().numpy() for x in (out, *gradients)]
+    oracle.assert_all_close(oracle.Attention(computed[0], exact.lse, *computed[1:]), exact, naive)
 
 
 def leaves() -> list[Any]:

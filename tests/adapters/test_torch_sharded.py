@@ -42,8 +42,8 @@ def exact(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
     return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
 
 
-def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found.double(), expected.double(), atol=2e-5, rtol=1e-4)
+def close(computed: Any, expected: Any) -> None:
+    torch.testing.assert_close(computed.double(), expected.double(), atol=2e-5, rtol=1e-4)
 
 
 class Block(torch.nn.Module):
@@ -85,15 +85,15 @@ def each_process_attends_to_its_part(mesh: Any, rank: int) -> None:
         tensors = [distribute_tensor(x.detach(), mesh, [placement]) for x in plain]
         for x in tensors:
             x.requires_grad_()
-        found = cuflash.flash_attn_func(*tensors, causal=True, return_lse=True)
-        assert tuple(found[0].to_local().shape) == local and found[0].placements == (placement,)
-        assert found[0].shape == out.shape and found[1].shape == lse.shape
-        ((found[0] * share(dout, mesh)).sum() + (found[1] * share(dlse, mesh)).sum()).backward()
-        for x, y in zip([*found, *(x.grad for x in tensors)], expected, strict=True):
+        computed = cuflash.flash_attn_func(*tensors, causal=True, return_lse=True)
+        assert tuple(computed[0].to_local().shape) == local and computed[0].placements == (placement,)
+        assert computed[0].shape == out.shape and computed[1].shape == lse.shape
+        ((computed[0] * share(dout, mesh)).sum() + (computed[1] * share(dlse, mesh)).sum()).backward()
+        for x, y in zip([*computed, *(x.grad for x in tensors)], expected, strict=True):
             close(x.full_tensor(), y)
         heads_first = [x.detach().transpose(1, 2) for x in tensors]
-        found = cuflash.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
-        close(found.full_tensor(), out.transpose(1, 2))
+        computed = cuflash.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        close(computed.full_tensor(), out.transpose(1, 2))
 
 
 def share(x: Any, mesh: Any) -> Any:

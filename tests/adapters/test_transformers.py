@@ -87,11 +87,11 @@ def learned(model: Any, implementation: str, ids: Any, real: Any, **others: Any)
     return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def apart(found: list[Any], expected: list[Any]) -> float:
+def apart(computed: list[Any], expected: list[Any]) -> float:
     """The largest difference of two tensors beside the largest number of all gradients, or of the logits."""
-    assert len(found) == len(expected) > 5
+    assert len(computed) == len(expected) > 5
     scales = [expected[0].abs().max(), *[max(x.abs().max() for x in expected[1:])] * (len(expected) - 1)]
-    return max(float((x - y).abs().max() / s) for x, y, s in zip(found, expected, scales, strict=True))
+    return max(float((x - y).abs().max() / s) for x, y, s in zip(computed, expected, scales, strict=True))
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
@@ -140,9 +140,9 @@ def test_a_model_of_another_kind_says_what_it_says_without(make, padding):
     for implementation in ("sdpa", register()):
         model.set_attn_implementation(implementation)
         model.zero_grad()
-        found = model(input_ids=ids, attention_mask=real, **others).logits[rows]
-        found.square().sum().backward()
-        logits.append([found.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        computed = model(input_ids=ids, attention_mask=real, **others).logits[rows]
+        computed.square().sum().backward()
+        logits.append([computed.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert apart(logits[1], logits[0]) < 1e-5
 
 
@@ -231,10 +231,10 @@ def test_packed_sequences_do_not_see_each_other(make):
     model, (ids, real) = make().eval(), batch("none")
     packed = {"position_ids": torch.tensor([[*range(5), *range(6)]] * 3), "use_cache": False}
     expected = learned(model, "eager" if make is gemma else "sdpa", ids, real, attention_mask=None, **packed)
-    assert apart(found := learned(model, register(), ids, real, attention_mask=None, **packed), expected) < 1e-6
+    assert apart(computed := learned(model, register(), ids, real, attention_mask=None, **packed), expected) < 1e-6
     assert apart(learned(model, register(), ids, real, attention_mask=None, use_cache=False), expected) > 1e-3
     alone = model(ids[:, 5:], use_cache=False).logits
-    assert (found[0].unflatten(0, (3, 11))[:, 5:] - alone).abs().max() < 1e-6 * alone.abs().max()
+    assert (computed[0].unflatten(0, (3, 11))[:, 5:] - alone).abs().max() < 1e-6 * alone.abs().max()
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -252,8 +252,8 @@ def test_a_compiled_model_says_the_same(make):
     expected = model(ids, attention_mask=real).logits[real.bool()]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     others = {"use_cache": False} if make is llama else {}
-    found = compiled(ids, attention_mask=real, **others).logits[real.bool()]
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    computed = compiled(ids, attention_mask=real, **others).logits[real.bool()]
+    assert (computed - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_dropout_drops_and_a_seed_repeats_it():

@@ -36,11 +36,11 @@ def test_tensors_are_computed_as_arrays_are_and_autograd_sees_what_they_read() -
         for tensor in tensors:
             tensor.grad = None
         q, k, v, table = tensors
-        found = cuflash.flash_attn_func(
+        computed = cuflash.flash_attn_func(
             q, k, v, score_mod=score_of(table, numbers), mask_mod=seen, causal=True
         )  # fmt: skip
-        found.backward(torch.tensor(dout))
-        np.testing.assert_array_equal(found.detach().numpy(), out)
+        computed.backward(torch.tensor(dout))
+        np.testing.assert_array_equal(computed.detach().numpy(), out)
         expected = (*gradients[:3], gradients.dcaptured[1])
         for tensor, dx in zip(tensors, expected, strict=True):
             np.testing.assert_array_equal(tensor.grad.numpy(), dx)
@@ -64,11 +64,11 @@ def test_arrays_of_jax() -> None:
     out, pullback = cuflash.flash_attn_vjp(Q, K, V, score_mod=score_of(TABLE), mask_mod=seen, captured_grad=True)
     expected = pullback(out)
     table = put(TABLE)
-    found, pullback = cuflash.flash_attn_vjp(
+    computed, pullback = cuflash.flash_attn_vjp(
         put(Q), put(K), put(V), score_mod=score_of(table), mask_mod=seen, captured_grad=True
     )
-    gradients = pullback(found)
-    for one, other in zip((found, *gradients[:3], gradients.dcaptured[1]), (out, *expected[:3], expected[-1][1])):  # noqa: B905
+    gradients = pullback(computed)
+    for one, other in zip((computed, *gradients[:3], gradients.dcaptured[1]), (out, *expected[:3], expected[-1][1])):  # noqa: B905
         assert isinstance(one, jax.Array)
         np.testing.assert_array_equal(one, other)
     assert gradients.dcaptured[0] is None
@@ -95,8 +95,8 @@ def test_a_program_of_jax_differentiates_what_it_reads(compiled: bool) -> None:
         return (out * dout).sum()
 
     program = jax.grad(loss, (0, 1, 2, 3))
-    found = (jax.jit(program) if compiled else program)(*map(_of_jax, (Q, K, V, TABLE)))
-    for one, other in zip(found, (*gradients[:3], gradients.dcaptured[1]), strict=True):
+    computed = (jax.jit(program) if compiled else program)(*map(_of_jax, (Q, K, V, TABLE)))
+    for one, other in zip(computed, (*gradients[:3], gradients.dcaptured[1]), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
     table = jax.grad(loss, 3)(*map(_of_jax, (Q, K, V, TABLE)))
     np.testing.assert_allclose(table, gradients.dcaptured[1], rtol=1e-6, atol=1e-6)
@@ -114,8 +114,8 @@ def test_a_program_of_jax_maps_what_it_reads(mapped: str) -> None:
 
     axes = (None if mapped == "table" else 0), (None if mapped == "q" else 0)
     given = [x if axis == 0 else x[0] for x, axis in zip((queries, tables), axes, strict=True)]
-    found = jax.vmap(attend, axes)(*map(_of_jax, given))
-    for i, out in enumerate(found):
+    computed = jax.vmap(attend, axes)(*map(_of_jax, given))
+    for i, out in enumerate(computed):
         q, table = (x[i] if axis == 0 else x for x, axis in zip(given, axes, strict=True))
         np.testing.assert_array_equal(out, cuflash.flash_attn_func(q, K, V, score_mod=score_of(table)))
 
@@ -161,8 +161,8 @@ def test_a_score_in_a_program_of_jax_changes_along_queries() -> None:
     attend = lambda q: cuflash.flash_attn_func(  # noqa: E731
         q, _of_jax(K), _of_jax(V), score_mod=score_of(_of_jax(TABLE), numbers), return_lse=True
     )
-    _, found = jax.jvp(attend, (_of_jax(Q),), (_of_jax(change),))
-    for one, other in zip(found, expected[2:], strict=True):
+    _, computed = jax.jvp(attend, (_of_jax(Q),), (_of_jax(change),))
+    for one, other in zip(computed, expected[2:], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 

@@ -43,8 +43,8 @@ def test_outputs_and_gradients_are_those_of_the_pairs(size: Any, dtype: Any) -> 
     again = cuflash.flash_attn_backward(dout, q, k, v, out, lse, block_mask=mask, **features, bias_grad=True, dlse=dlse)
     words = {"causal": True, "bias": bias, "sink": sink, "mask": mask.to_dense()}
     exact, naive = (f(q, k, v, dout, dlse, **words) for f in (oracle.attention, oracle.naive_in_dtype))
-    for found in (gradients, again):
-        oracle.assert_all_close(oracle.Attention(out, lse, *found[:5]), exact, naive, str(mask))
+    for computed in (gradients, again):
+        oracle.assert_all_close(oracle.Attention(out, lse, *computed[:5]), exact, naive, str(mask))
     np.testing.assert_array_equal(cuflash.flash_attn_func(q, k, v, block_mask=mask, **features), out)
 
 
@@ -54,14 +54,14 @@ def test_other_masks_hide_as_well() -> None:
     mask = create_block_mask(blocks=blocks, len_q=45, len_kv=53, block_size=(16, 16))
     pairs = np.array(mask.to_dense() & made(45, 53).to_dense())
     tensor = RNG.random((45, 53)) < 0.8
-    found = cuflash.flash_attn_func(
+    computed = cuflash.flash_attn_func(
         q, k, v, block_mask=mask, mask_mod=document, attn_mask=tensor, window_size=(20, 9), return_lse=True
     )
     exact = oracle.attention(q, k, v, mask=pairs & tensor, window=(20, 9))
-    for x, y in zip(found, exact[:2], strict=True):
+    for x, y in zip(computed, exact[:2], strict=True):
         np.testing.assert_allclose(x, y, 1e-12, 1e-12)
     together = cuflash.flash_attn_func(q, k, v, block_mask=made(45, 53) & mask, attn_mask=tensor, window_size=(20, 9))
-    np.testing.assert_allclose(together, found[0], 1e-12, 1e-12)
+    np.testing.assert_allclose(together, computed[0], 1e-12, 1e-12)
 
 
 def test_packed_sequences_have_the_first_blocks() -> None:
@@ -83,11 +83,11 @@ def test_other_functions_visit_the_same() -> None:
     q, k, v, _ = tensors(2, 45, 53)
     mask = made(45, 53)
     out, lse = cuflash.flash_attn_func(q, k, v, block_mask=mask, return_lse=True)
-    found = cuflash.flex_attention(
+    computed = cuflash.flex_attention(
         *(x.swapaxes(1, 2) for x in (q, k, v)), lambda s, b, h, q, k: s, mask, enable_gqa=True, return_lse=True
     )
-    np.testing.assert_array_equal(found[0].swapaxes(1, 2), out)
-    np.testing.assert_array_equal(found[1], lse)
+    np.testing.assert_array_equal(computed[0].swapaxes(1, 2), out)
+    np.testing.assert_array_equal(computed[1], lse)
     for x, y in zip(cuflash.flash_attn_prepare(q, k, v, block_mask=mask)(q, k, v), (out, lse), strict=True):
         np.testing.assert_array_equal(x, y)
     packed = cuflash.flash_attn_kvpacked_func(q, np.stack([k, k], axis=2), block_mask=mask)
@@ -99,9 +99,9 @@ def test_other_functions_visit_the_same() -> None:
 def test_tangents_are_those_of_the_pairs() -> None:
     q, k, v, _ = tensors(2, 45, 53)
     mask, (dq, dk, dv, _) = made(45, 53), tensors(2, 45, 53)
-    found = cuflash.flash_attn_jvp(q, k, v, dq, dk, dv, block_mask=mask, causal=True)
+    computed = cuflash.flash_attn_jvp(q, k, v, dq, dk, dv, block_mask=mask, causal=True)
     expected = cuflash.flash_attn_jvp(q, k, v, dq, dk, dv, attn_mask=mask.to_dense(), causal=True)
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(computed, expected, strict=True):
         np.testing.assert_allclose(x, y, 1e-12, 1e-12)
 
 
@@ -115,10 +115,10 @@ def test_probabilities_are_of_listed_blocks() -> None:
 def test_explain_says_what_is_visited() -> None:
     q, k, v, _ = tensors(2, 256, 256, FP32)
     mask = create_block_mask(Mask(right=0), len_q=256, len_kv=256, block_size=(64, 128))
-    found = cuflash.explain(q, k, v, block_mask=mask, device="h100")
-    assert found.plan is not None and found.problem.block_mask.size == (64, 128)
-    assert ("blocks", "75.0% are visited: 2 full, 4 partial, 2 empty") in found.lines()
-    assert "blocks64x128" in str(found.problem) and "blocks of 64 x 128 where " in str(found.problem.sheet())
+    computed = cuflash.explain(q, k, v, block_mask=mask, device="h100")
+    assert computed.plan is not None and computed.problem.block_mask.size == (64, 128)
+    assert ("blocks", "75.0% are visited: 2 full, 4 partial, 2 empty") in computed.lines()
+    assert "blocks64x128" in str(computed.problem) and "blocks of 64 x 128 where " in str(computed.problem.sheet())
 
 
 def test_a_block_mask_is_not_kept() -> None:

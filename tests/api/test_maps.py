@@ -89,12 +89,12 @@ def split(n: int, bins: int) -> list[Array]:
 
 def expected(q: Array, k: Array, rows: Any, bins: int, **options: Any) -> tuple[Array, ...]:
     """Mass, entropy, share of the first key and of the sink, from whole matrices."""
-    found = whole(q, k, **options)
-    count_q, count_kv = (min(bins, max(p.shape[axis] for p in found[0])) for axis in (1, 2))
+    computed = whole(q, k, **options)
+    count_q, count_kv = (min(bins, max(p.shape[axis] for p in computed[0])) for axis in (1, 2))
     heads, count_q = q.shape[-2], count_q if rows is None else len(rows)
-    mass = np.zeros((len(found[0]), heads, count_q, count_kv))
-    totals = np.zeros((4, len(found[0]), heads))
-    for b, (p, lse, share) in enumerate(zip(*found, strict=True)):
+    mass = np.zeros((len(computed[0]), heads, count_q, count_kv))
+    totals = np.zeros((4, len(computed[0]), heads))
+    for b, (p, lse, share) in enumerate(zip(*computed, strict=True)):
         len_q = p.shape[1]
         chosen = split(len_q, count_q) if rows is None else [np.arange(len_q)[r : (r + 1) or None] for r in rows]
         of_bins = np.stack([p[..., keys].sum(-1) for keys in split(p.shape[2], count_kv)], axis=-1)
@@ -112,9 +112,9 @@ def expected(q: Array, k: Array, rows: Any, bins: int, **options: Any) -> tuple[
         return mass, *(totals[:3] / totals[3])
 
 
-def compare(found: cuflash.AttentionMap, right: tuple[Array, ...], tolerance: float) -> None:
+def compare(computed: cuflash.AttentionMap, right: tuple[Array, ...], tolerance: float) -> None:
     for name, exact in zip(("mass", "entropy", "first_share", "sink_share"), right, strict=True):
-        actual = getattr(found, name)
+        actual = getattr(computed, name)
         assert actual.shape == exact.shape, name
         scale = 4.0 if name == "entropy" else 1.0  # some nats
         np.testing.assert_allclose(actual, exact, rtol=0, atol=scale * tolerance, err_msg=name)
@@ -129,18 +129,18 @@ TOLERANCES = [(np.float64, 1e-13), (np.float32, 2e-6), (np.float16, 1e-3), (ml_d
 def test_maps_are_sums_of_probabilities(feature: str, bins: int, rows: Any) -> None:
     q, k = random(BATCH, LEN_Q, HEADS, DIM), random(BATCH, LEN_KV, HEADS_KV, DIM)
     options = features()[feature]
-    found = cuflash.attention_map(q, k, rows=rows, bins=bins, **asked(options))
-    compare(found, expected(q, k, rows, bins, **options), 2e-6)
-    assert (found.len_q, found.len_kv) == ((LEN_Q,) * BATCH, (LEN_KV,) * BATCH)
-    assert found.mass.dtype == np.float32 and found.rows == (None if rows is None else tuple(rows))
+    computed = cuflash.attention_map(q, k, rows=rows, bins=bins, **asked(options))
+    compare(computed, expected(q, k, rows, bins, **options), 2e-6)
+    assert (computed.len_q, computed.len_kv) == ((LEN_Q,) * BATCH, (LEN_KV,) * BATCH)
+    assert computed.mass.dtype == np.float32 and computed.rows == (None if rows is None else tuple(rows))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=lambda x: getattr(x, "__name__", ""))
 def test_maps_in_every_type(dtype: Any, tolerance: float) -> None:
     q, k = random(1, LEN_Q, HEADS, DIM).astype(dtype), random(1, LEN_KV, HEADS_KV, DIM).astype(dtype)
-    found = cuflash.attention_map(q, k, bins=9, causal=True)
-    compare(found, expected(q.astype(np.float64), k.astype(np.float64), None, 9, causal=True), tolerance)
-    assert found.mass.dtype == (np.float64 if dtype == np.float64 else np.float32)
+    computed = cuflash.attention_map(q, k, bins=9, causal=True)
+    compare(computed, expected(q.astype(np.float64), k.astype(np.float64), None, 9, causal=True), tolerance)
+    assert computed.mass.dtype == (np.float64 if dtype == np.float64 else np.float32)
 
 
 @pytest.mark.parametrize("bins", [255, 256, 300, 700])
@@ -168,10 +168,10 @@ def test_maps_of_packed_sequences(feature: str, used: bool, rows: Any) -> None:
         q[starts_q[2] + 11 : starts_q[3]] = np.nan
         k[starts_k[0] + 2 : starts_k[1]] = np.nan
     q[starts_q[-1] :], k[starts_k[-1] :] = np.nan, np.nan
-    found = cuflash.attention_map(q, k, rows=rows, bins=12, **asked(options))
+    computed = cuflash.attention_map(q, k, rows=rows, bins=12, **asked(options))
     clean = {"q": np.nan_to_num(q), "k": np.nan_to_num(k)}
-    compare(found, expected(**clean, rows=rows, bins=12, **options), 2e-6)
-    assert found.len_kv == ((2, 9, 0, 0, 40) if used else tuple(LENGTHS_KV))
+    compare(computed, expected(**clean, rows=rows, bins=12, **options), 2e-6)
+    assert computed.len_kv == ((2, 9, 0, 0, 40) if used else tuple(LENGTHS_KV))
 
 
 @pytest.mark.parametrize("rows", [None, [3, -2]])
@@ -184,20 +184,20 @@ def test_maps_of_written_scores_and_masks(rows: Any) -> None:
     blocks = cuflash.create_block_mask(np.broadcast_to(seen, (1, 1, LEN_Q, LEN_KV)), block_size=16)
     score = lambda s, b, h, i, j: s + table[h, i - j + LEN_KV]  # noqa: E731
     for mask in ({"mask_mod": lambda b, h, i, j: cuflash.mods.abs(i - j) % 3 != 1}, {"block_mask": blocks}):
-        found = cuflash.attention_map(q, k, rows=rows, bins=10, score_mod=score, **mask)
-        np.testing.assert_allclose(found.mass, expected.mass, atol=1e-5)
-        np.testing.assert_allclose(found.entropy, expected.entropy, atol=1e-4)
+        computed = cuflash.attention_map(q, k, rows=rows, bins=10, score_mod=score, **mask)
+        np.testing.assert_allclose(computed.mass, expected.mass, atol=1e-5)
+        np.testing.assert_allclose(computed.entropy, expected.entropy, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 def test_maps_of_nothing(shape: tuple[int, int, int]) -> None:
     batch, len_q, len_kv = shape
     q, k = random(batch, len_q, 2, 8), random(batch, len_kv, 2, 8)
-    found = cuflash.attention_map(q, k)
-    assert found.mass.shape == (batch, 2, len_q if batch else 0, len_kv if batch else 0) and not found.mass.any()
-    assert found.entropy.shape == found.first_share.shape == found.sink_share.shape == (batch, 2)
-    assert np.isnan(found.entropy).all()
-    assert "attention map" in str(found) and "attention map" in found._repr_html_()
+    computed = cuflash.attention_map(q, k)
+    assert computed.mass.shape == (batch, 2, len_q if batch else 0, len_kv if batch else 0) and not computed.mass.any()
+    assert computed.entropy.shape == computed.first_share.shape == computed.sink_share.shape == (batch, 2)
+    assert np.isnan(computed.entropy).all()
+    assert "attention map" in str(computed) and "attention map" in computed._repr_html_()
 
 
 def test_the_numbers_of_heads_that_can_be_told() -> None:
@@ -208,20 +208,20 @@ def test_the_numbers_of_heads_that_can_be_told() -> None:
     q[0, :, 1], k[0, :, 1] = 1000 * np.eye(n), np.eye(n)
     q[0, :, 2, 0], k[0, 0, 2, 0] = 1000, 1
     sink = np.array([-np.inf, -np.inf, -np.inf, 90], np.float32)
-    found = cuflash.attention_map(q, k, softmax_scale=1.0, sink=sink)
-    np.testing.assert_allclose(found.entropy[0], [np.log(n), 0, 0, 0], atol=5e-6)
-    np.testing.assert_allclose(found.first_share[0], [1 / n, 1 / n, 1, 0], atol=1e-6)
-    np.testing.assert_allclose(found.sink_share[0], [0, 0, 0, 1], atol=1e-6)
-    lines = str(found).splitlines()
-    assert lines[0] == "attention map: b1 h4, 64 x 64 in 64 x 64 bins" and repr(found) == f"<{lines[0]}>"
+    computed = cuflash.attention_map(q, k, softmax_scale=1.0, sink=sink)
+    np.testing.assert_allclose(computed.entropy[0], [np.log(n), 0, 0, 0], atol=5e-6)
+    np.testing.assert_allclose(computed.first_share[0], [1 / n, 1 / n, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(computed.sink_share[0], [0, 0, 0, 1], atol=1e-6)
+    lines = str(computed).splitlines()
+    assert lines[0] == "attention map: b1 h4, 64 x 64 in 64 x 64 bins" and repr(computed) == f"<{lines[0]}>"
     assert lines[3].split("head 2")[1].strip() == "entropy 0.00 nats, 100.0% to the first key, 0.0% to the sink"
 
 
 def test_what_is_given_stays_as_it_is() -> None:
     q, k = random(1, 9, 2, 8)[:, ::-1], random(1, 30, 2, 8)[:, :, ::-1]
     copies = q.copy(), k.copy()
-    found = cuflash.attention_map(q, k, bins=5)
-    compare(found, expected(*copies, None, 5), 2e-6)
+    computed = cuflash.attention_map(q, k, bins=5)
+    compare(computed, expected(*copies, None, 5), 2e-6)
     np.testing.assert_array_equal(q, copies[0])
     np.testing.assert_array_equal(k, copies[1])
 
@@ -255,25 +255,25 @@ def test_pictures_of_maps() -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib (the extra viz)")
     starts = np.array([0, 9, 40], np.int32)
     x = random(40, 5, 8)
-    found = cuflash.attention_map(x, x, bins=16, cu_seqlens_q=starts, cu_seqlens_k=starts)
-    figure = found.plot(sequence=1).figure
+    computed = cuflash.attention_map(x, x, bins=16, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    figure = computed.plot(sequence=1).figure
     assert [ax.get_title("left") for ax in figure.axes] == [*(f"head {h}" for h in range(5)), "", "", ""]
-    np.testing.assert_allclose(figure.axes[3].images[0].get_array() ** 2, found.mass[1, 3], rtol=1e-5)
+    np.testing.assert_allclose(figure.axes[3].images[0].get_array() ** 2, computed.mass[1, 3], rtol=1e-5)
     tokens = list("abcdefghi")
-    [ax] = found.plot(head=-1, sequence=0, tokens=tokens).figure.axes
+    [ax] = computed.plot(head=-1, sequence=0, tokens=tokens).figure.axes
     assert ax.get_title("left") == "head 4" and ax.images[0].get_array().shape == (9, 9)
     assert [label.get_text() for label in ax.get_xticklabels()] == tokens
     chosen = cuflash.attention_map(x, x, rows=[0, -1], bins=16, cu_seqlens_q=starts, cu_seqlens_k=starts)
     [ax] = chosen.plot(head=0).figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "-1"]
     with pytest.raises(InvalidArgument, match=r"^tokens has 9 words for 31 keys in 16 bins"):
-        found.plot(sequence=1, tokens=tokens)
+        computed.plot(sequence=1, tokens=tokens)
     with pytest.raises(InvalidArgument, match=r"^head is 5; expected the number of one, of 5"):
-        found.plot(head=5)
+        computed.plot(head=5)
     with pytest.raises(InvalidArgument, match=r"^sequence is 2"):
-        found.plot(sequence=2)
+        computed.plot(sequence=2)
     with pytest.raises(InvalidArgument, match=r"^ax is given and head is None"):
-        found.plot(ax=ax)
+        computed.plot(ax=ax)
 
 
 @pytest.mark.gpu
@@ -292,8 +292,8 @@ def test_maps_on_a_gpu(library: str, dtype: Any, packed: bool) -> None:
     given = {name: there.put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     tolerance = next(tolerance for kind, tolerance in TOLERANCES if kind == dtype)
     for rows in (None, [0, 5, -1]):
-        found = cuflash.attention_map(there.put(q), there.put(k), rows=rows, bins=63, **given)
-        results = (found.mass, found.entropy, found.first_share, found.sink_share)
-        assert all(there.owns(x) for x in results) and "head 3" in str(found)
-        on_cpu = cuflash.AttentionMap(*map(there.get, results), found.len_q, found.len_kv, found.rows)
+        computed = cuflash.attention_map(there.put(q), there.put(k), rows=rows, bins=63, **given)
+        results = (computed.mass, computed.entropy, computed.first_share, computed.sink_share)
+        assert all(there.owns(x) for x in results) and "head 3" in str(computed)
+        on_cpu = cuflash.AttentionMap(*map(there.get, results), computed.len_q, computed.len_kv, computed.rows)
         compare(on_cpu, expected(q.astype(np.float64), k.astype(np.float64), rows, 63, **options), tolerance)

@@ -34,8 +34,8 @@ WRITTEN: dict[str, Any] = {"score_mod": score, "mask_mod": seen}
 GIVEN: dict[str, Any] = {"attn_bias": BIAS, "attn_mask": MASK}
 
 
-def close(found: Any, expected: Any) -> None:
-    for one, other in zip(found, expected, strict=True):
+def close(computed: Any, expected: Any) -> None:
+    for one, other in zip(computed, expected, strict=True):
         np.testing.assert_allclose(one, other, 1e-5, 1e-5)
 
 
@@ -58,14 +58,14 @@ def test_every_function_computes_what_a_bias_and_a_mask_do() -> None:
 def test_gradients_are_those_of_a_bias() -> None:
     out, pullback = cuflash.flash_attn_vjp(Q, K, V, bias_grad=True, **GIVEN)
     expected = pullback(out)
-    found, pullback = cuflash.flash_attn_vjp(Q, K, V, captured_grad=True, **WRITTEN)
+    computed, pullback = cuflash.flash_attn_vjp(Q, K, V, captured_grad=True, **WRITTEN)
     gradients = pullback(out)
     close(gradients[:3], expected[:3])
     of_slopes = -(expected.dbias * abs(AT[2] - AT[3])).sum(axis=(0, 2, 3))
     close(gradients.dcaptured, [of_slopes])
     assert isinstance(gradients, cuflash.CapturedGradients) and gradients.dbias is None and gradients.dsink is None
     out, lse = cuflash.flash_attn_func(Q, K, V, return_lse=True, **WRITTEN)
-    close(cuflash.flash_attn_backward(found, Q, K, V, out, lse, **WRITTEN), gradients[:3])
+    close(cuflash.flash_attn_backward(computed, Q, K, V, out, lse, **WRITTEN), gradients[:3])
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
@@ -177,11 +177,11 @@ def test_gradients_of_nothing_are_refused() -> None:
 def test_narrow_tensors_have_scores_in_float32(dtype: Any) -> None:
     q, k, v = (x.astype(dtype) for x in (Q, K, V))
     table = RNG.standard_normal((4, 9)).astype(dtype)
-    found = cuflash.flash_attn_func(q, k, v, score_mod=lambda s, b, h, q, k: s + table[h, k], return_lse=True)
+    computed = cuflash.flash_attn_func(q, k, v, score_mod=lambda s, b, h, q, k: s + table[h, k], return_lse=True)
     bias = table.astype(np.float32)[:, None]
     expected = cuflash.flash_attn_func(q, k, v, attn_bias=bias, return_lse=True)
-    assert found[0].dtype == dtype and found[1].dtype == np.float32
-    close([x.astype(np.float32) for x in found], [x.astype(np.float32) for x in expected])
+    assert computed[0].dtype == dtype and computed[1].dtype == np.float32
+    close([x.astype(np.float32) for x in computed], [x.astype(np.float32) for x in expected])
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0), (2, 5, 4)])

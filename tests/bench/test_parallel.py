@@ -34,9 +34,9 @@ class Member(parallel._Member):
     def _latest(self, number: float) -> float:
         self._numbers[self._rank] = number
         self._barrier.wait(30)
-        found = max(self._numbers)
+        computed = max(self._numbers)
         self._barrier.wait(30)
-        return found
+        return computed
 
 
 @needs_cupy
@@ -46,12 +46,14 @@ def test_every_way_is_timed_and_gives_what_one_device_gives(monkeypatch: pytest.
     case = sets._dense("short", "bf16", 1, 4, 64, 16, heads_kv=2, mask=sets._CAUSAL)
     barrier, numbers = threading.Barrier(2), [0.0, 0.0]
     with communicators(monkeypatch, 2) as devices:
-        found = in_threads(2, lambda rank: Member(rank, OfHostMemory(Nccl(devices[rank])), barrier, numbers).case(case))
-    assert found[0] == found[1]
-    assert [(row.way, row.phase) for row in found[0]] == [
+        computed = in_threads(
+            2, lambda rank: Member(rank, OfHostMemory(Nccl(devices[rank])), barrier, numbers).case(case)
+        )
+    assert computed[0] == computed[1]
+    assert [(row.way, row.phase) for row in computed[0]] == [
         (way, phase) for way in (ALONE, "ring", "all-to-all") for phase in ("forward", "backward")
     ]
-    for row in found[0]:
+    for row in computed[0]:
         assert row.seconds > 0 and row.on_paper > 0 and row.case == "short"
         if row.way == ALONE:
             assert row.kernels is row.transfers is row.nbytes is row.apart is None and row.devices == 1
@@ -59,8 +61,8 @@ def test_every_way_is_timed_and_gives_what_one_device_gives(monkeypatch: pytest.
             assert row.kernels and row.transfers and row.devices == 2 and row.nbytes
             assert (1e-4 if row.way == "ring" else 0) <= row.apart < 1e-2, row
     keys = 2 * 32 * 2 * 16 * 2  # bytes of half the keys and values
-    assert found[0][2].nbytes == keys and found[0][3].nbytes == 3 * keys // 2
-    assert found[0][4].nbytes == 32 * (2 * 2 * 16 * 2 + 2 * 1 * 16 * 2 + 2 * 4)
+    assert computed[0][2].nbytes == keys and computed[0][3].nbytes == 3 * keys // 2
+    assert computed[0][4].nbytes == 32 * (2 * 2 * 16 * 2 + 2 * 1 * 16 * 2 + 2 * 4)
 
 
 ROWS = [
@@ -80,10 +82,10 @@ def test_the_table_joins_both_phases() -> None:
 
 
 def test_a_report_keeps_and_renders_them(tmp_path: Path) -> None:
-    found = report.new(gpu=False)
-    found.divided = ROWS
+    computed = report.new(gpu=False)
+    computed.divided = ROWS
     path = tmp_path / "run.json"
-    found.write(path)
+    computed.write(path)
     again = report.Report.read(path)
     assert again.divided == ROWS and again.of("forward").divided == ROWS[::2]
     assert "| a | ring, 2 | both | 500.00 | 345.00 | 1.60x |" in report.markdown(again, path.name)

@@ -71,12 +71,12 @@ def pairs_of(source: str, batch: int, heads: int, len_q: int, len_kv: int) -> np
 def naive_kinds(dense: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """The kind of every block of a matrix of pairs."""
     rows, columns = (range(0, n, size) for n, size in zip(dense.shape, block, strict=True))
-    found = np.zeros((len(rows), len(columns)), int)
+    computed = np.zeros((len(rows), len(columns)), int)
     for i, top in enumerate(rows):
         for j, left in enumerate(columns):
             tile = dense[top : top + block[0], left : left + block[1]]
-            found[i, j] = FULL if tile.all() else PARTIAL if tile.any() else EMPTY
-    return found
+            computed[i, j] = FULL if tile.all() else PARTIAL if tile.any() else EMPTY
+    return computed
 
 
 def check_lists(lists: Lists, lines: list[np.ndarray]) -> None:
@@ -94,10 +94,10 @@ def check_mask(mask: BlockMask, dense: np.ndarray) -> None:
     dense = np.broadcast_to(dense, (max(len(dense), mask.batch), max(dense.shape[1], mask.heads), *dense.shape[2:]))
     np.testing.assert_array_equal(np.broadcast_to(mask.to_dense(), dense.shape), dense)
     own = dense[: mask.batch, : mask.heads]
-    found = [naive_kinds(matrix, mask.block_size) for element in own for matrix in element]
-    check_lists(mask.kv, [line for matrix in found for line in matrix])
-    check_lists(mask.q, [line for matrix in found for line in matrix.T])
-    assert mask.counts == tuple(sum(int((x == kind).sum()) for x in found) for kind in (FULL, PARTIAL, EMPTY))
+    computed = [naive_kinds(matrix, mask.block_size) for element in own for matrix in element]
+    check_lists(mask.kv, [line for matrix in computed for line in matrix])
+    check_lists(mask.q, [line for matrix in computed for line in matrix.T])
+    assert mask.counts == tuple(sum(int((x == kind).sum()) for x in computed) for kind in (FULL, PARTIAL, EMPTY))
 
 
 @given(RULES, SIZES, BLOCKS, st.integers(1, 2), st.integers(1, 3))
@@ -131,10 +131,10 @@ def test_bounds_hold_every_value(source, first_q, first_k, rows, columns):
     whole = traced.mod.expression.args[0]
     spans = {"b": (1, 1), "h": (0, 2), "q": (first_q, last_q), "k": (first_k, last_k)}
     limits = {name: Bounds(np.array([float(low)]), np.array([float(high)])) for name, (low, high) in spans.items()}
-    found = bounds(whole, limits, traced.arrays, {})
+    computed = bounds(whole, limits, traced.arrays, {})
     at = dict(zip(spans, np.ogrid[tuple(slice(low, high + 1) for low, high in spans.values())], strict=True))
     [values] = evaluate(whole, score=None, positions=at, captured=traced.arrays, real=np.float64)
-    assert np.all(found.low <= values.min()) and np.all(values.max() <= found.high)
+    assert np.all(computed.low <= values.min()) and np.all(values.max() <= computed.high)
 
 
 def test_bounds_are_given_up_where_integers_may_not_fit():

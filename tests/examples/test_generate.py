@@ -84,12 +84,12 @@ def test_both_ways_to_logits_are_the_models(decoder):
         exact = written_out(prompt, SHAPE, chance_weights())
         np.testing.assert_allclose(decoder.recomputed(np.array([prompt]))[0], exact, atol=2e-4)
         memory = decoder.new_cache(1, 40)
-        found = []
+        computed = []
         for first in range(0, len(prompt), 3):
             some = prompt[first : first + 3]
             with memory.room(len(some)):
-                found.append(decoder.cached(np.array([some]), memory)[0])
-        np.testing.assert_allclose(np.concatenate(found), exact, atol=2e-4)
+                computed.append(decoder.cached(np.array([some]), memory)[0])
+        np.testing.assert_allclose(np.concatenate(computed), exact, atol=2e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 2.0])

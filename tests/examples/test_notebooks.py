@@ -53,9 +53,9 @@ def test_every_notebook_is_here() -> None:
 def test_a_notebook_holds_what_it_gave(name: str) -> None:
     path = NOTEBOOKS / name
     assert [cell["execution_count"] for cell in cells(path)] == [*range(1, len(cells(path)) + 1)]
-    found = [kind for cell in kinds(path) for kind in cell]
-    assert "error" not in {kind for kind, _ in found}
-    assert any("image/png" in data for _, data in found) and any("text/html" in data for _, data in found)
+    computed = [kind for cell in kinds(path) for kind in cell]
+    assert "error" not in {kind for kind, _ in computed}
+    assert any("image/png" in data for _, data in computed) and any("text/html" in data for _, data in computed)
     assert path.stat().st_size < 600_000
     source = path.read_text(encoding="utf-8")
     assert not re.search(r"[\"' ](/tmp|/home|/root|/work|/Users)/", source), "a path of the machine it ran on"

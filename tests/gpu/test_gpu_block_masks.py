@@ -120,8 +120,8 @@ def test_deterministic_repeats_of_many_blocks_are_bit_equal(cp: Any, dim: int) -
     out, lse = cuflash.flash_attn_func(q, k, v, block_mask=mask, return_lse=True)
 
     def gradients() -> list[bytes]:
-        found = cuflash.flash_attn_backward(dout, q, k, v, out, lse, block_mask=mask, deterministic=True)
-        return [x.tobytes() for x in found[:3]]
+        computed = cuflash.flash_attn_backward(dout, q, k, v, out, lse, block_mask=mask, deterministic=True)
+        return [x.tobytes() for x in computed[:3]]
 
     first = gradients()
     for _ in range(20):

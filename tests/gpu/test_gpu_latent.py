@@ -54,8 +54,8 @@ def test_cache(cp: Any, heads: int, len_q: int, page_size: int) -> None:
     )  # fmt: skip
     exact, naive = expected(q, keys, len_q > 1)
     oracle.assert_close(cp.asnumpy(out).reshape(-1, heads, DIM_V), exact.out, naive.out, "out")
-    found = cp.asnumpy(lse).transpose(1, 0, 2).reshape(heads, -1)
-    oracle.assert_close(found, exact.lse, naive.lse, "lse")
+    computed = cp.asnumpy(lse).transpose(1, 0, 2).reshape(heads, -1)
+    oracle.assert_close(computed, exact.lse, naive.lse, "lse")
 
 
 @pytest.mark.parametrize("num_splits", [0, 1, 7])

@@ -177,9 +177,9 @@ class Call:
         arrays = arrays._replace(**dict(zip(("dq", "dk", "dv"), places, strict=True)))
         before = self.arena.snapshot()
         gradients = ops.backward(options, arrays._replace(rng_state=drawn[0] if drawn else None))
-        found = [*gradients[:3], *(x for x in gradients[3:5] if x is not None)]
-        found += gradients.dcaptured if self.learns else []
-        copies = tuple(x.copy() for x in found)
+        computed = [*gradients[:3], *(x for x in gradients[3:5] if x is not None)]
+        computed += gradients.dcaptured if self.learns else []
+        copies = tuple(x.copy() for x in computed)
         assert self.arena.change(before, places) == ""
         return copies
 

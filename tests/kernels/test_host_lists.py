@@ -77,17 +77,17 @@ def check(case: HostCase, mask: BlockMask, direction: str, seed: int = 0) -> Non
     def choose(problem: Problem, device: Device, family: str) -> Plan:
         """The plan of a family, with the lists that it walks beside the arrays."""
         plan = next(known for known in FAMILIES if known.name == family).plan(problem, device)
-        found = listings(problem, plan.steps)
-        assert found
+        computed = listings(problem, plan.steps)
+        assert computed
         sums = problem.bias_grad and problem.bias_broadcast[2]  # the gradient of a bias is summed over all pairs
         if (
             case.problem.layout == "dense"
             and not sums
-            and not any(mask.block_size[0] % x[1] or mask.block_size[1] % x[2] for x in found)
+            and not any(mask.block_size[0] % x[1] or mask.block_size[1] % x[2] for x in computed)
         ):
             for name in ("k", "v"):  # rows that no tile of a list has, which a product with 0 would pass on
                 tensors.arrays[name][:, (mask.grid.shape[1] - 1) * mask.block_size[1] :] = np.nan
-        for side, tile_q, tile_kv, group in found:
+        for side, tile_q, tile_kv, group in computed:
             walk = over_keys(mask, tile_q, tile_kv) if side == "kv" else over_queries(mask, tile_q, tile_kv, group)
             tensors.arrays.update(zip(MEMBERS[side], walk, strict=False))
         return plan

@@ -121,9 +121,9 @@ def check(case: HostCase, changed: Sequence[str], seed: int = 0, wanted: bool = 
         if name == "lse":
             expected = list(map(tensors.told_of_nothing, expected))
         oracle.assert_close(result, *expected, name)
-    found = {name: result.copy() for name, result in results.items()}
+    computed = {name: result.copy() for name, result in results.items()}
     tensors.assert_surroundings_untouched(*names, *(["rng_state"] if case.problem.dropout else []))
-    return found
+    return computed
 
 
 EVERY = ("q", "k", "v", "bias", "sink")
@@ -144,6 +144,6 @@ def test_any_order_of_warps(seed: int) -> None:
 @pytest.mark.parametrize("changed", ["", "q", "k", "v"])
 def test_what_does_not_change_and_is_not_wanted(name: str, changed: str) -> None:
     """Tangents that are left out are zero, whatever they would be multiplied by; out and lse may be left out."""
-    found = check(CASES[name], tuple(changed), wanted=False)
-    assert found["tangent_out"].any() == bool(changed)
-    assert found["tangent_lse"].any() == (changed in ("q", "k"))
+    computed = check(CASES[name], tuple(changed), wanted=False)
+    assert computed["tangent_out"].any() == bool(changed)
+    assert computed["tangent_lse"].any() == (changed in ("q", "k"))

@@ -27,12 +27,14 @@ def traced(function: Callable[..., Any]) -> mods.Mod:
 
 def sources(count: int) -> list[tuple[str, Any]]:
     """Random scores, and what they read."""
-    rng, found = np.random.default_rng(3), []
-    while len(found) < count:
+    rng, computed = np.random.default_rng(3), []
+    while len(computed) < count:
         source = random_source(rng, "R", int(rng.integers(1, 4)))
         with suppress(InvalidArgument):
-            found.append((source, mods.trace("score_mod", eval(f"lambda s, b, h, q, k: {source}", {"m": mods} | READ))))
-    return found
+            computed.append(
+                (source, mods.trace("score_mod", eval(f"lambda s, b, h, q, k: {source}", {"m": mods} | READ)))
+            )
+    return computed
 
 
 def test_what_is_bounded_is_so_for_every_score_and_number() -> None:
@@ -115,11 +117,11 @@ def test_steps() -> None:
 )
 def test_indices_by_distance_are_those_of_every_pair_at_it(function: Callable[..., Any]) -> None:
     mod, arrays = mods.trace("score_mod", function)
-    found = learned(mod, range(9))
-    assert found
+    computed = learned(mod, range(9))
+    assert computed
     q, k = np.arange(-3, 20)[:, None], np.arange(17)
     positions = {"b": 0, "h": 1, "q": q, "k": k, "distance": q - k}
-    for load, indices in found:
+    for load, indices in computed:
         rest = {"score": np.float64(0), "positions": positions, "captured": arrays, "real": np.float64}
         for got, wanted in zip(evaluate(*indices, **rest), evaluate(*load.args, **rest), strict=True):
             np.testing.assert_array_equal(np.broadcast_to(got, (23, 17)), np.broadcast_to(wanted, (23, 17)))

@@ -27,13 +27,13 @@ PARENTS = np.array([[-1, 0, 0, 1, 1, 2, -1, 6, 3], [-1, 0, 1, 2, 3, 4, 5, 6, 7]]
 
 
 def ancestors(parents: np.ndarray) -> np.ndarray:
-    found = np.zeros((len(parents),) * 2, bool)
+    results = np.zeros((len(parents),) * 2, bool)
     for node in range(len(parents)):
         at = node
         while at >= 0:
-            found[node, at] = True
+            results[node, at] = True
             at = parents[at]
-    return found
+    return results
 
 
 ANCESTORS = np.stack([ancestors(x) for x in PARENTS])
@@ -74,8 +74,8 @@ MASK_MODS: dict[str, tuple[Callable[..., Any], np.ndarray]] = {
 def computed(argument: str, function: Callable[..., Any]) -> np.ndarray:
     mod, captured = mods.trace(argument, function)
     positions = dict(zip("bhqk", AT, strict=True))
-    (found,) = evaluate(mod.expression, score=SCORES, positions=positions, captured=captured, real=np.float64)
-    return np.broadcast_to(found, SCORES.shape)
+    (results,) = evaluate(mod.expression, score=SCORES, positions=positions, captured=captured, real=np.float64)
+    return np.broadcast_to(results, SCORES.shape)
 
 
 @pytest.mark.parametrize("name", SCORE_MODS)
@@ -93,8 +93,8 @@ def test_masks_are_their_closed_forms(name: str) -> None:
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_t5_bias(bidirectional: bool) -> None:
     bucket = t5_buckets(8, bidirectional, 10)
-    found = computed("score_mod", mods.t5_bias(T5, bidirectional, 10, offset=OFF))
-    np.testing.assert_array_equal(found, SCORES + T5[bucket[np.clip(k - q - OFF, -10, 10) + 10], h])
+    results = computed("score_mod", mods.t5_bias(T5, bidirectional, 10, offset=OFF))
+    np.testing.assert_array_equal(results, SCORES + T5[bucket[np.clip(k - q - OFF, -10, 10) + 10], h])
     # By the definition: half of a side's buckets hold one distance, the others grow with the logarithm up to 10.
     side = 4 if bidirectional else 8
     for distance, number in zip(range(-10, 11), bucket, strict=True):

@@ -40,12 +40,12 @@ def test_outputs_and_gradients_are_those_of_the_pairs(launches: Launches, put: A
     mask, (q, k, v, dout) = made(0), tensors()
     options, arrays = ops.with_mods(ops.asked(), Arrays(*map(put, (q, k, v))), None, None, block_mask=mask)
     out, lse, pullback = ops.vjp(options, arrays)
-    found = [to_numpy(x) for x in (out, lse, *pullback(put(dout))[:3])]
+    computed = [to_numpy(x) for x in (out, lse, *pullback(put(dout))[:3])]
     exact, naive = (
-        f(q, k, v, dout, np.zeros_like(found[1]), mask=mask.to_dense())
+        f(q, k, v, dout, np.zeros_like(computed[1]), mask=mask.to_dense())
         for f in (oracle.attention, oracle.naive_in_dtype)
     )
-    oracle.assert_all_close(oracle.Attention(*found, None, None), exact, naive)
+    oracle.assert_all_close(oracle.Attention(*computed, None, None), exact, naive)
     assert launches.take() == ["fwd_sm80", "bwd_delta", "bwd_sm80", "bwd_convert"]
 
 

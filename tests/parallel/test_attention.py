@@ -58,8 +58,8 @@ class Whole:
         if self.packed:
             words |= {"cu_seqlens_q": self.starts, "cu_seqlens_k": self.starts}
         exact, naive = (f(*self.tensors, **words) for f in (oracle.attention, oracle.naive_in_dtype))
-        found = oracle.Attention(*(self.joined(x, -1 if i == 1 else -3) for i, x in enumerate(results)))
-        oracle.assert_all_close(found, exact, naive)
+        computed = oracle.Attention(*(self.joined(x, -1 if i == 1 else -3) for i, x in enumerate(results)))
+        oracle.assert_all_close(computed, exact, naive)
 
 
 @pytest.mark.sample(5)
@@ -95,15 +95,17 @@ def test_queries_may_be_fewer_than_keys_where_all_are_seen(order: Any) -> None:
     q, k, v, dout = (random(1, n, h, 8, dtype=FP32) for n, h in ((12, 4), (36, 2), (36, 2), (12, 4)))
     parts = [np.split(x, 3, axis=1) for x in (q, k, v, dout)]
     (out, lse), pullback = ring_attention_vjp(*parts[:3], order=order, return_lse=True)
-    found = [np.concatenate(x, -1 if i == 1 else 1) for i, x in enumerate([out, lse, *pullback(parts[3])])]
+    computed = [np.concatenate(x, -1 if i == 1 else 1) for i, x in enumerate([out, lse, *pullback(parts[3])])]
     exact, naive = (f(q, k, v, dout) for f in (oracle.attention, oracle.naive_in_dtype))
-    oracle.assert_all_close(oracle.Attention(*found), exact, naive)
+    oracle.assert_all_close(oracle.Attention(*computed), exact, naive)
     (out, lse), pullback = all_to_all_attention_vjp(
         *(np.split(x, 2, axis=1) for x in (q, k, v)), causal=True, return_lse=True
     )
-    found = [np.concatenate(x, -1 if i == 1 else 1) for i, x in enumerate([out, lse, *pullback(np.split(dout, 2, 1))])]
+    computed = [
+        np.concatenate(x, -1 if i == 1 else 1) for i, x in enumerate([out, lse, *pullback(np.split(dout, 2, 1))])
+    ]
     exact, naive = (f(q, k, v, dout, causal=True) for f in (oracle.attention, oracle.naive_in_dtype))
-    oracle.assert_all_close(oracle.Attention(*found), exact, naive)
+    oracle.assert_all_close(oracle.Attention(*computed), exact, naive)
 
 
 def test_one_device_gives_the_bits_of_no_devices() -> None:

@@ -73,12 +73,12 @@ def parts(name: str, size: int) -> list[list[np.ndarray]]:
     return [[np.split(x, size, axis)[rank] for x, axis in zip(given, axes, strict=True)] for rank in range(size)]
 
 
-def judge(name: str, size: int, found: list[list[np.ndarray]]) -> None:
+def judge(name: str, size: int, computed: list[list[np.ndarray]]) -> None:
     """Compare out, lse, dq, dk and dv of every device with float64."""
     back = np.argsort(order_of(name, size))
     axes = -3, -1, -3, -3, -3
     whole = [
-        np.take(np.concatenate(x, axis), back, axis) for x, axis in zip(zip(*found, strict=True), axes, strict=True)
+        np.take(np.concatenate(x, axis), back, axis) for x, axis in zip(zip(*computed, strict=True), axes, strict=True)
     ]
     oracle.assert_all_close(oracle.Attention(*whole), *expected(name), f"{name}, {size} GPUs:")
 
@@ -108,7 +108,7 @@ def by_communicator(rank: int, size: int, names: list[str], unique: Any, repeats
 
     with cupy.cuda.Device(rank), cupy.cuda.Stream(non_blocking=True):
         communicator = nccl.NcclCommunicator(size, unique, rank)
-        found = {}
+        computed = {}
         for name in names:
             given = [cupy.asarray(x) for x in parts(name, size)[rank]]
             runs = [attended(name, communicator, given) for _ in range(repeats)]
@@ -116,8 +116,8 @@ def by_communicator(rank: int, size: int, names: list[str], unique: Any, repeats
             for other in others:
                 for x, y in zip(first, other, strict=True):
                     np.testing.assert_array_equal(x, y, f"{name}, device {rank}: runs differ")
-            found[name] = first
-        return found
+            computed[name] = first
+        return computed
 
 
 def in_lists(name: str, size: int) -> list[list[np.ndarray]]:
@@ -129,10 +129,10 @@ def in_lists(name: str, size: int) -> list[list[np.ndarray]]:
     return [[x.get() for x in of] for of in zip(*results, strict=True)]
 
 
-def check(size: int, found: list[dict[str, list[np.ndarray]]]) -> None:
+def check(size: int, computed: list[dict[str, list[np.ndarray]]]) -> None:
     """All is right, and has the bits of lists on one GPU, whose schedule is the same."""
     for name in CASES | LONG:
-        results = [of[name] for of in found]
+        results = [of[name] for of in computed]
         for rank, (here, there) in enumerate(zip(results, in_lists(name, size), strict=True)):
             for x, y in zip(here, there, strict=True):
                 np.testing.assert_array_equal(x, y, f"{name}, device {rank} of {size}")
@@ -170,11 +170,11 @@ def test_a_process_for_each(size: int, tmp_path: Path) -> None:
     ]
     errors = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
-    found = []
+    computed = []
     for rank in range(size):
         with np.load(tmp_path / f"{rank}.npz") as file:
-            found.append({name: [file[f"{name} {i}"] for i in range(5)] for name in CASES | LONG})
-    check(size, [{n: [x.view(BF16) if x.dtype == np.uint16 else x for x in of[n]] for n in of} for of in found])
+            computed.append({name: [file[f"{name} {i}"] for i in range(5)] for name in CASES | LONG})
+    check(size, [{n: [x.view(BF16) if x.dtype == np.uint16 else x for x in of[n]] for n in of} for of in computed])
 
 
 def test_jax(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,8 +214,8 @@ def test_jax(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def main(folder: Path, rank: int, size: int) -> None:
     """One process of several."""
     unique = (folder / "unique").read_bytes()
-    found = by_communicator(rank, size, [*CASES, *LONG], unique)
-    arrays = {f"{name} {i}": x for name, of in found.items() for i, x in enumerate(of)}
+    computed = by_communicator(rank, size, [*CASES, *LONG], unique)
+    arrays = {f"{name} {i}": x for name, of in computed.items() for i, x in enumerate(of)}
     np.savez(folder / f"{rank}.npz", **{n: x.view(np.uint16) if x.dtype == BF16 else x for n, x in arrays.items()})
 
 

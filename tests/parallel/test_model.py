@@ -29,8 +29,8 @@ def test_where_nothing_takes_time_but_kernels_devices_share_the_work(problem: Pr
     alone = one_device(problem, QUICK)
     assert alone.seconds == problem.flops() / 1e15
     # Diagonals are halved where a device has chunks to itself: row by row that is not an even share.
-    found = ring(problem, devices, "zigzag", QUICK)
-    assert found.seconds == pytest.approx(alone.seconds / devices) and found.waits == pytest.approx(0)
+    computed = ring(problem, devices, "zigzag", QUICK)
+    assert computed.seconds == pytest.approx(alone.seconds / devices) and computed.waits == pytest.approx(0)
     if problem.heads_kv >= devices or devices == 8:
         assert all_to_all(problem, devices, "zigzag", QUICK).seconds == pytest.approx(alone.seconds / devices)
 
@@ -42,11 +42,11 @@ def test_in_contiguous_order_the_last_device_has_causal_work_at_every_step() -> 
 
 def test_where_kernels_take_no_time_links_do() -> None:
     slow = Speeds(flops=inf, link=1e9, network=1e8, memory=inf, latency=1e-6)
-    found = ring(FULL, 4, "contiguous", slow)
-    assert found.nbytes == 3 * 1024 * KEYS and found.transfers == 3
-    assert found.seconds == found.waits == pytest.approx(3e-6 + found.nbytes / 1e9)
+    computed = ring(FULL, 4, "contiguous", slow)
+    assert computed.nbytes == 3 * 1024 * KEYS and computed.transfers == 3
+    assert computed.seconds == computed.waits == pytest.approx(3e-6 + computed.nbytes / 1e9)
     back = ring(replace(FULL, direction="backward"), 4, "contiguous", slow)
-    assert back.nbytes == 2 * found.nbytes and back.transfers == 5
+    assert back.nbytes == 2 * computed.nbytes and back.transfers == 5
     assert ring(FULL, 16, "contiguous", slow).seconds == pytest.approx(15e-6 + 15 * 256 * KEYS / 1e8)
     window = ring(replace(CAUSAL, mask=Mask(100, 0)), 4, "contiguous", slow)
     assert window.nbytes == 100 * KEYS and window.transfers == 1
@@ -59,8 +59,8 @@ def test_keys_that_come_beside_a_kernel_are_not_waited_for() -> None:
     work = one_device(FULL, QUICK).seconds / 16  # a step of one of four devices
     link = 1024 * KEYS / work
     for share, waits in ((0.5, 0), (2.0, 3)):  # as long as half a step, and as two
-        found = ring(FULL, 4, "contiguous", replace(QUICK, link=link / share))
-        assert found.waits == pytest.approx(waits * work) and found.seconds == pytest.approx((4 + waits) * work)
+        computed = ring(FULL, 4, "contiguous", replace(QUICK, link=link / share))
+        assert computed.waits == pytest.approx(waits * work) and computed.seconds == pytest.approx((4 + waits) * work)
 
 
 def test_speeds_are_known_or_asked_for() -> None:

@@ -48,8 +48,8 @@ def test_threads_get_the_bits_of_one_process(name: str, monkeypatch: pytest.Monk
             return [out, lse, *pullback(dout[rank], dlse[rank])]
 
         for rank, results in enumerate(in_threads(size, run)):
-            for found, of_all in zip(results, expected, strict=True):
-                np.testing.assert_array_equal(found, of_all[rank])
+            for computed, of_all in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(computed, of_all[rank])
 
 
 def test_messages_overlap_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

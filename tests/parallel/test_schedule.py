@@ -30,15 +30,15 @@ def test_a_rectangle_is_narrowed_to_what_meets() -> None:
     for _ in range(4000):
         len_q, len_kv, ahead = rng.randrange(9), rng.randrange(9), rng.randrange(-20, 21)
         mask = Mask(*(rng.choice([None, *range(12)]) for _ in range(2)))
-        expected, found = seen(len_q, len_kv, ahead, mask), np.zeros((len_q, len_kv), bool)
+        expected, computed = seen(len_q, len_kv, ahead, mask), np.zeros((len_q, len_kv), bool)
         band = narrowed(len_q, len_kv, ahead, mask)
         if band is not None:
-            found[band.q, band.kv] = inside = seen(
+            computed[band.q, band.kv] = inside = seen(
                 band.q.stop - band.q.start, band.kv.stop - band.kv.start, 0, Mask(band.left, band.right)
             )
             assert band.pairs == inside.sum() > 0
             assert inside.any(axis=1)[[0, -1]].all() and inside.any(axis=0)[[0, -1]].all()
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(computed, expected)
 
 
 def pairs_of(call: Call, q: np.ndarray, kv: np.ndarray, lengths: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -46,14 +46,14 @@ def pairs_of(call: Call, q: np.ndarray, kv: np.ndarray, lengths: tuple[int, ...]
     if call.packs is None:
         rows, keys = q[call.q], kv[call.kv]
         return [(rows[i], keys[j]) for i, j in np.argwhere(seen(len(rows), len(keys), 0, Mask(call.left, call.right)))]
-    found, at_q, at_kv = [], call.q.start, call.kv.start
+    computed, at_q, at_kv = [], call.q.start, call.kv.start
     for length in lengths:
         for of_q, of_kv in zip(*call.packs, strict=True):
             rows, keys = q[at_q : at_q + of_q * length], kv[at_kv : at_kv + of_kv * length]
             met = np.argwhere(seen(len(rows), len(keys), 0, Mask(call.left, call.right)))
-            found += [(rows[i], keys[j]) for i, j in met]
+            computed += [(rows[i], keys[j]) for i, j in met]
             at_q, at_kv = at_q + len(rows), at_kv + len(keys)
-    return found
+    return computed
 
 
 @pytest.mark.sample(3)

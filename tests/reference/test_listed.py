@@ -95,8 +95,8 @@ def test_empty_blocks_are_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda mask=mask: cuflash.reference.forward(q, k, v, block_mask=mask, **features),
             lambda mask=mask: cuflash.reference.backward(dout, q, k, v, out, lse, block_mask=mask, **features),
         ):
-            found = visited(monkeypatch, call)
-            assert len(mask.kv.indices) * size**2 <= found <= most
+            computed = visited(monkeypatch, call)
+            assert len(mask.kv.indices) * size**2 <= computed <= most
     assert window.sparsity > 0.87 and far.sparsity > 0.93
 
 
@@ -116,5 +116,5 @@ def test_full_blocks_are_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(st.integers(1, 50), st.sampled_from([1, 3, 16, 100]), st.sampled_from([1, 2, 3, 8, 600]))
 def test_row_tiles_cover_every_row_once(len_q: int, height: int, group: int) -> None:
     mask = create_block_mask(Mask(), len_q=len_q, len_kv=4, block_size=(height, 4))
-    found = list(Scores(Mask(), len_q, 4, 1.0, listed=Listed(mask, 0, group)).row_tiles(group))
-    assert [i for rows in found for i in range(rows.start, rows.stop)] == list(range(len_q))
+    computed = list(Scores(Mask(), len_q, 4, 1.0, listed=Listed(mask, 0, group)).row_tiles(group))
+    assert [i for rows in computed for i in range(rows.start, rows.stop)] == list(range(len_q))

@@ -130,8 +130,8 @@ def test_gradients_are_those_of_differences(score: Score, captured: tuple[np.nda
         return float((out * dout).sum() + np.where(np.isinf(lse), 0, lse * dlse).sum())
 
     assert gradients.dcaptured is not None and len(gradients.dcaptured) == len(captured)
-    found = zip(("q", "k", "v", 0, 1), (q, k, v, *captured), (*gradients[:3], *gradients.dcaptured), strict=True)
-    for name, x, dx in found:
+    computed = zip(("q", "k", "v", 0, 1), (q, k, v, *captured), (*gradients[:3], *gradients.dcaptured), strict=True)
+    for name, x, dx in computed:
         if x.dtype.kind == "i":
             assert dx is None
             continue

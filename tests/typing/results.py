@@ -119,11 +119,11 @@ def explained(problem: cuflash.Problem) -> None:
 
 
 def maps(q: Dense, starts: Lengths, problem: cuflash.Problem) -> None:
-    found = cuflash.attention_map(q, q, rows=[0, -1], bins=64, causal=True, cu_seqlens_q=starts, cu_seqlens_k=starts)
-    assert_type(found, cuflash.AttentionMap)
-    assert_type(found.rows, tuple[int, ...] | None)
-    found.mass.sum()
-    found.plot(head=0, tokens=["a"]).save("map.png")
+    computed = cuflash.attention_map(q, q, rows=[0, -1], bins=64, causal=True, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    assert_type(computed, cuflash.AttentionMap)
+    assert_type(computed.rows, tuple[int, ...] | None)
+    computed.mass.sum()
+    computed.plot(head=0, tokens=["a"]).save("map.png")
     problem.mask.plot(problem, tile=(64, 128)).save("mask.svg")
     seen = cuflash.create_block_mask(problem.mask & cuflash.Mask(left=99), len_q=512, len_kv=512)
     assert_type(seen & (lambda b, h, q, k: k % 2 == 0) | ~seen, cuflash.BlockMask)

@@ -177,17 +177,17 @@ class _PushGradients:
         if not weights:
             return (None,) * len(self.along)
         along: Names = tuple(weights)
-        found: dict[str, Any] = {}
+        gradients: dict[str, Any] = {}
         if any(map(_has_gradient, self.along)):
             options = self.options.replace(bias_grad="bias" in self.along)
             results = once("backward", options, self.names, along)(*alike([*given, *weights.values()]))
-            found |= _named(options, self.names, given, results)
+            gradients |= _named(options, self.names, given, results)
         if set(self.along) & set(_UPSTREAM):
             names = tuple(name for name in self.names if name not in _OF_BACKWARD)
             operands = alike([*(values[name] for name in names), *weights.values()])
             pushed = once("forward", self.options.replace(bias_grad=False), names, along)(*operands)
-            found |= dict(zip(_UPSTREAM, pushed, strict=True))
-        return tuple(found[name] for name in self.along)
+            gradients |= dict(zip(_UPSTREAM, pushed, strict=True))
+        return tuple(gradients[name] for name in self.along)
 
     def derivative(self, moving: tuple[int, ...]) -> tuple[linear.Map, tuple[int, ...]]:
         return _Third(), moving

@@ -442,8 +442,8 @@ def _gradients(ctx: Any, dout: Any, dlse: Any, bias_grad: bool, captured_grads: 
     if options.captured_grad and options.score_mod is not None:
         for i, operand in enumerate(options.score_mod.operands):
             if operand.kind == "real":
-                found = others.pop(0)
-                dcaptured[i] = found.to(tensors[i].dtype) if captured_grads[i] else None
+                sums = others.pop(0)
+                dcaptured[i] = sums.to(tensors[i].dtype) if captured_grads[i] else None
     return dq, dk, dv, dbias, dsink, *dcaptured
 
 
@@ -511,20 +511,20 @@ class _AttentionGradient(torch.autograd.Function):
         dbias = None if dbias is None else dbias.to(arrays.bias.dtype)
         along = Tangents(dq, dk, dv, dbias, None if arrays.sink is None else others.pop(0))
         wanted = {name: ctx.needs_input_grad[4 + at] for name, at in _WHERE.items()}
-        found: dict[str, Any] = {}
+        by_name: dict[str, Any] = {}
         if any(wanted[name] for name in _DIFFERENTIABLE):
             options = of_gradient(ctx.options, wanted["bias"])
             results = list(_along(ctx.framework, "backward", options, _contiguous(arrays), along))
-            found = dict(zip(("q", "k", "v"), results, strict=False))
+            by_name = dict(zip(("q", "k", "v"), results, strict=False))
             if wanted["bias"]:
-                found["bias"] = results[3].to(arrays.bias.dtype)
+                by_name["bias"] = results[3].to(arrays.bias.dtype)
             if arrays.sink is not None:
-                found["sink"] = results[-1]
+                by_name["sink"] = results[-1]
         if wanted["dout"] or wanted["dlse"]:
             options = of_gradient(ctx.options, False)
             read = arrays._replace(dout=None, lse=None, dlse=None, row_state=None, out=None)
-            found |= dict(zip(_UPSTREAM, _along(ctx.framework, "forward", options, read, along), strict=True))
-        changes = (found.get(name) if wanted.get(name) else None for name in Arrays._fields[:-1])
+            by_name |= dict(zip(_UPSTREAM, _along(ctx.framework, "forward", options, read, along), strict=True))
+        changes = (by_name.get(name) if wanted.get(name) else None for name in Arrays._fields[:-1])
         return None, None, None, None, *changes, *(None for _ in ctx.on_host or (None,))
 
     @staticmethod
