@@ -392,7 +392,10 @@ KERNEL_FLOORS = {
     "attention": {
         "std.cuh", "element.cuh", "params.cuh", "attention", "ptx/keep.cuh", "ptx/memory.cuh", "ptx/sync.cuh",
     },
-    "forward": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention", "forward/visit_sm90.cuh"},
+    "forward": {
+        "std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention",
+        "forward/producer_sm90.cuh", "forward/visit_sm90.cuh",
+    },
     "cache": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
     "backward": {
         "std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention",
@@ -466,6 +469,10 @@ def test_instructions_are_named_in_ptx_only(name):
 def test_no_architecture_is_asked_for(name):
     """A kernel for another architecture is another file; an instruction may be several before one."""
     assert "__CUDA_ARCH__" not in code(name)
+
+
+def test_a_kernel_file_fits_in_a_reading():
+    assert not [name for name in HEADERS if len((KERNELS / name).read_text().splitlines()) > 450]
 
 
 @pytest.mark.parametrize("name", [name for name in HEADERS if name.endswith(".cuh")])
