@@ -599,7 +599,7 @@ def test_explain_says_what_would_run() -> None:
     problem = report.problem
     assert (problem.direction, problem.layout, problem.deterministic) == ("backward", "varlen", True)
     assert (problem.len_q, problem.len_kv, problem.total_q, problem.total_kv) == (8, 10, SQ, SK)
-    assert cuflash.explain(*inputs("fp64"), device="h100").plan.family == "simt"
+    assert cuflash.explain(*inputs("fp64"), device="h100").plan.family == "sm80"
 
 
 def test_explain_of_a_forward_does_not_depend_on_deterministic() -> None:
