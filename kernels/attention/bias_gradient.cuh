@@ -72,8 +72,9 @@ using StoredBiasGradient = BiasGradientInPlace<Stored, Real>;
 template <class Real>
 using AddedBiasGradient = BiasGradientInPlace<Added, Real>;
 
-// How a sum for the gradient of a broadcast bias is laid out: in dbias itself, or, where several blocks share an element, in
-// one of several parts, of which each has as many rows and columns as there are queries and keys; dbias may have more.
+// How a sum for the gradient of a broadcast bias is laid out: in dbias itself, or, where several blocks share an
+// element, in one of several parts, of which each has as many rows and columns as there are queries and keys; dbias may
+// have more.
 struct BiasSums {
   int columns, rows, heads, batches;
   int64 batch, head, row;  // strides in elements

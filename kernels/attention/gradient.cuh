@@ -37,8 +37,8 @@ struct ScoreGradient {
     return exp2(fma(logit(s, q, kv), log2_unit, -folded));
   }
 
-  // The same where a bias in natural logits comes beside the score. Of tiles that are visible whole the shift is folded,
-  // which makes two multiply-adds.
+  // The same where a bias in natural logits comes beside the score. Of tiles that are visible whole the shift is
+  // folded, which makes two multiply-adds.
   CF_DEVICE Real probability(Real s, Real bias, const RowShift<Real>& shift, Place q, Place kv, bool full) const {
     constexpr Real kLog2 = static_cast<Real>(kLog2E);
     const Real sum = fma(logit(s, q, kv), score.unit(), bias);

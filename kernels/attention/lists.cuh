@@ -3,8 +3,8 @@
 //   line of a query tile     k k k k | k k        numbers of key tiles, those that are visible whole first
 //   line of a key tile       q q q | q q q q      of the query tiles of all heads of its group: number and member
 //
-// Either part ascends. blocks/walks.py makes the lines, in tiles of the kernel that reads them; there is one set for all
-// batch elements or heads where the distance between theirs is 0.
+// Either part ascends. blocks/walks.py makes the lines, in tiles of the kernel that reads them; there is one set for
+// all batch elements or heads where the distance between theirs is 0.
 #pragma once
 
 #include "attention/mask.cuh"

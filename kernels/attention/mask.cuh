@@ -19,8 +19,8 @@ struct Step {
 };
 
 // Tiles [begin, end) hold every visible element; those in [full_begin, full_end) are visible whole and need no test.
-// A block walks them in order, by their numbers; those of a list (attention/lists.cuh), which has all that this one has for
-// kernels, by their places in it, which `number` turns into theirs.
+// A block walks them in order, by their numbers; those of a list (attention/lists.cuh), which has all that this one has
+// for kernels, by their places in it, which `number` turns into theirs.
 struct Tiles {
   static constexpr bool kListed = false;
 

@@ -199,9 +199,9 @@ struct RangeStretches {
 };
 
 // Where parts of rows go in a kernel whose query tiles have all rows of a group: [slots, rows] of dim_v numbers and a
-// RowState. Along the key tiles of all query tiles in a row, a stretch ends where a query tile does, or a team's range: its
-// slot is the number of the query tile, and a team's blocks for every range before. `part_slots` has the first of a query
-// tile, and how many there are.
+// RowState. Along the key tiles of all query tiles in a row, a stretch ends where a query tile does, or a team's range:
+// its slot is the number of the query tile, and a team's blocks for every range before. `part_slots` has the first of a
+// query tile, and how many there are.
 template <class Config>
 struct RangeRows {
   static constexpr bool kWhole = false;

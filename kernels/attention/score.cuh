@@ -1,9 +1,9 @@
 // Score: from the raw product q.k to the logit, and back for the gradient.
 //
 // apply(s, q, kv) is in units in which p = exp2(log2_unit * (x - max)), log2_unit = log2(e) * unit(). softmax_scale *
-// slope(s, q, kv) is d(logit)/d(q.k); the constant factor is left to the end of the gradient products. any_slope: it may
-// be infinite or no number, as of a written score (attention/mods.cuh), which has add_gradients, too, and whose scores
-// past the last query may be anything: within() makes them finite, for probabilities that are multiplied by 0.
+// slope(s, q, kv) is d(logit)/d(q.k); the constant factor is left to the end of the gradient products. any_slope: it
+// may be infinite or no number, as of a written score (attention/mods.cuh), which has add_gradients, too, and whose
+// scores past the last query may be anything: within() makes them finite, for probabilities that are multiplied by 0.
 #pragma once
 
 #include "attention/place.cuh"
@@ -166,8 +166,8 @@ struct Alibi {
   }
 };
 
-// An additive tensor, broadcast over any axis by strides of 0; tile/bias.cuh has those that the copy engine reads. Where
-// keys are known to be neighbours, those of a row have one address.
+// An additive tensor, broadcast over any axis by strides of 0; tile/bias.cuh has those that the copy engine reads.
+// Where keys are known to be neighbours, those of a row have one address.
 template <class Element, bool kNeighbours = false>
 struct Bias {
   int len_q, len_kv;

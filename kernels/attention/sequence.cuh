@@ -1,5 +1,5 @@
-// Sequence: how long one batch element is and where its rows lie. Dense, packed, paged or cached; the kernels never know
-// which.
+// Sequence: how long one batch element is and where its rows lie. Dense, packed, paged or cached; the kernels never
+// know which.
 #pragma once
 
 #include "params.cuh"
@@ -11,8 +11,8 @@ struct BoxOrigin {
   int x1, x2, x3;
 };
 
-// The same in a cache, whose TensorMap (dim, row, used, head, page) has a dimension for how many rows of a page are used:
-// a box ends where they do.
+// The same in a cache, whose TensorMap (dim, row, used, head, page) has a dimension for how many rows of a page are
+// used: a box ends where they do.
 struct CacheBoxOrigin {
   int x1, x2, x3, x4;
 

@@ -1,5 +1,5 @@
-// Who loads for the consumers of forward/sm90.cuh: the producer, and where tiles are listed a scheduler, which finds out
-// ahead of it what there is to load. Kernel is what they are part of.
+// Who loads for the consumers of forward/sm90.cuh: the producer, and where tiles are listed a scheduler, which finds
+// out ahead of it what there is to load. Kernel is what they are part of.
 #pragma once
 
 #include "attention/heads.cuh"
@@ -12,8 +12,8 @@
 
 namespace cuflash {
 
-// One thread loads everything, in the order in which it is used; or a warp, where its lanes share out the boxes of keys,
-// or find out together which are this block's.
+// One thread loads everything, in the order in which it is used; or a warp, where its lanes share out the boxes of
+// keys, or find out together which are this block's.
 template <class Config, class Heads, class Kernel>
 struct ProducerSm90 {
   using Sequence = typename Config::Sequence;

@@ -2,8 +2,8 @@
 //
 // Registers hold C as the 16-row accumulators of four warps one below the other, blocks of 8 columns side by side
 // (tile/fragment.cuh). Operands in shared memory lie in swizzled rows of 128 bytes (tile/shared.cuh) and are named by
-// 64-bit descriptors. A product may read its operands, and its C is not the program's, until wgmma_wait has returned for
-// its group.
+// 64-bit descriptors. A product may read its operands, and its C is not the program's, until wgmma_wait has returned
+// for its group.
 #pragma once
 
 #include "element.cuh"
@@ -25,8 +25,8 @@ CF_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" 
 template <int kPending>
 CF_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
 
-// Ties an accumulator's registers to this point of the program: the compiler, which takes a product to be done once it is
-// issued, would otherwise move reads of the result before the wait, or writes of the operands after the issue.
+// Ties an accumulator's registers to this point of the program: the compiler, which takes a product to be done once it
+// is issued, would otherwise move reads of the result before the wait, or writes of the operands after the issue.
 template <int kBlocks>
 CF_DEVICE void wgmma_hold(float (&c)[kBlocks][4]) {
 #pragma unroll
@@ -47,9 +47,9 @@ CF_DEVICE uint64 wgmma_descriptor(uint32 shared, int chunk_bytes) {
 // Descriptor of the matrix that starts `bytes` later.
 CF_DEVICE uint64 advance_descriptor(uint64 descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
-// C += A B, or C = A B where `accumulate` is false. A is in registers or, as B is, in shared memory. A name says what lies
-// there in rows: of `wgmma_abt` A and B^T, both contiguous along K; of `wgmma_ab` A and B, which is contiguous along N; of
-// `wgmma_atbt` A^T, contiguous along M, and B^T.
+// C += A B, or C = A B where `accumulate` is false. A is in registers or, as B is, in shared memory. A name says what
+// lies there in rows: of `wgmma_abt` A and B^T, both contiguous along K; of `wgmma_ab` A and B, which is contiguous
+// along N; of `wgmma_atbt` A^T, contiguous along M, and B^T.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions-wgmma-mma-async
 template <class Element, int kN>
 struct Wgmma;
@@ -109,8 +109,8 @@ CF_DEVICE void wgmma_ab(float (&c)[kBlocks][4], const uint32 (&a)[4], uint64 b, 
 #define CF_REGISTERS_15 CF_REGISTERS_14, CF_EIGHT(14)
 #define CF_REGISTERS_16 CF_REGISTERS_15, CF_EIGHT(15)
 
-// kN, its groups of eight registers, and the numbers of the six operands that follow them. Members are templates, as the
-// compiler takes time over those in use alone.
+// kN, its groups of eight registers, and the numbers of the six operands that follow them. Members are templates, as
+// the compiler takes time over those in use alone.
 #define CF_WGMMA(kN, groups, o0, o1, o2, o3, o4, o5)                                                                  \
   CF_WGMMA_OF(fp16, "f16", kN, groups, o0, o1, o2, o3, o4, o5)                                                        \
   CF_WGMMA_OF(bf16, "bf16", kN, groups, o0, o1, o2, o3, o4, o5)

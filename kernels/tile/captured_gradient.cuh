@@ -13,8 +13,8 @@ struct NoCapturedGradient {
   CF_DEVICE static void add_all(const Score&, Fragment& /*ds*/, int /*q*/, int /*kv*/) {}
 };
 
-// In the sums that `Captured` points to, in whatever order blocks come. Pairs without a gradient add nothing, as what they
-// read may be no number.
+// In the sums that `Captured` points to, in whatever order blocks come. Pairs without a gradient add nothing, as what
+// they read may be no number.
 struct AddedCapturedGradient {
   template <class Score, class Real>
   CF_DEVICE static void add(const Score& score, Real s, Real ds, int q, int kv) {
@@ -24,7 +24,8 @@ struct AddedCapturedGradient {
   CF_DEVICE static void add_all(const Score&, Fragment& /*ds*/, int /*q*/, int /*kv*/) {}
 };
 
-// The same of a score to which numbers are added that are read by the distance alone: first a warp's sums of each distance.
+// The same of a score to which numbers are added that are read by the distance alone: first a warp's sums of each
+// distance.
 struct DistanceCapturedGradient {
   template <class Score, class Real>
   CF_DEVICE static void add(const Score&, Real /*s*/, Real /*ds*/, int /*q*/, int /*kv*/) {}

@@ -29,9 +29,9 @@ struct VectorOf<16> {
 };
 
 // Starts the copy of the columns [0, kDim) of the rows that there are into `tile`; everything else in the tile becomes
-// zero, so that padding of any content (NaN included) never enters a product. By kThreads threads of which this is number
-// `thread`, at most kMostAcross to a row; complete after cp_async_wait and a barrier among them. kOnce: nobody else reads
-// the rows, and L2 need not keep them.
+// zero, so that padding of any content (NaN included) never enters a product. By kThreads threads of which this is
+// number `thread`, at most kMostAcross to a row; complete after cp_async_wait and a barrier among them. kOnce: nobody
+// else reads the rows, and L2 need not keep them.
 template <int kDim, int kBytes, int kThreads, int kMostAcross = kThreads, bool kOnce = false, class Tile, class Rows>
 CF_DEVICE void load_tile_async(Tile& tile, const Rows& rows, int thread = ptx::thread_index()) {
   constexpr int kWidth = kBytes / sizeof(*rows.data);  // elements of one access

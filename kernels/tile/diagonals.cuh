@@ -4,8 +4,8 @@
 //   row 1     f  g  h  i  j ...   ->   1:     f  g  h  i  j  ...        neighbours of every eight columns of its row;
 //   row 2     k  l  m  n  o ...        2:  k  l  m  n  o  ...           skewed, it still has them of other blocks.
 //
-// Rows 8 apart are in the same lane. Rows 4, 2 and 1 apart are in other lanes, which exchange halves: each step leaves a
-// lane half of the blocks, summed over twice as many rows.
+// Rows 8 apart are in the same lane. Rows 4, 2 and 1 apart are in other lanes, which exchange halves: each step leaves
+// a lane half of the blocks, summed over twice as many rows.
 #pragma once
 
 #include "tile/fragment.cuh"
@@ -26,7 +26,8 @@ struct DiagonalBlocks {
   template <int kRows>
   CF_DEVICE DiagonalBlocks<kHalf> fold(int lane) const {
     const bool further = (lane & 4 * kRows) != 0;
-    // The same diagonal is kRows columns further in a row that is so much further: in the next lane, if not in this one.
+    // The same diagonal is kRows columns further in a row that is so much further: in the next lane, if not in this
+    // one.
     const int step = (kRows + 1) / 2, around = (lane + (further ? -step : step)) & 3;
     const int across = ((lane & ~3) ^ 4 * kRows) | around, straight = kRows == 1 ? lane ^ 4 : across;
     DiagonalBlocks<kHalf> half;

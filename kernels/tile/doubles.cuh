@@ -16,8 +16,8 @@
 
 namespace cuflash {
 
-// kRows rows of kCols doubles, in every row the 16-byte units of 128 bytes permuted by the row's number: two neighbours by
-// four units, and four rows of one parity by two units, lie in different banks.
+// kRows rows of kCols doubles, in every row the 16-byte units of 128 bytes permuted by the row's number: two neighbours
+// by four units, and four rows of one parity by two units, lie in different banks.
 template <int kRows_, int kCols_>
 struct alignas(128) DoubleTile {
   static_assert(kCols_ % 16 == 0);
@@ -67,7 +67,8 @@ CF_DEVICE void load_b(double (&b_regs)[4], TileB& b, int k, int col) {
   for (int i = 0; i < 4; ++i) b_regs[i] = *b.at(k + col_of(lane, i / 2, i % 2), col + row_of(lane, 0));
 }
 
-// sum = sum * rescale + A B, with A [M x K] in registers and B [K x N] row-major in shared memory from column `b_col` on.
+// sum = sum * rescale + A B, with A [M x K] in registers and B [K x N] row-major in shared memory from column `b_col`
+// on.
 template <int kM, int kN, int kK, class TileB>
 CF_DEVICE void add_ab_doubles(Fragment<kM, kN, double>& sum, const double (&rescale)[kM / 8],
                               Fragment<kM, kK, double>& a, TileB& b, int b_col) {

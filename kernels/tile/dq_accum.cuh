@@ -96,8 +96,8 @@ struct AtomicReduction {
   CF_DEVICE static void pass_turn(int*, Who...) {}
 };
 
-// Blocks add to a query tile in falling order of their key tiles. Under a causal mask all blocks of a head thus start at
-// their diagonals at once and follow each other like a wave. A block waits only for blocks of lower index, which the
+// Blocks add to a query tile in falling order of their key tiles. Under a causal mask all blocks of a head thus start
+// at their diagonals at once and follow each other like a wave. A block waits only for blocks of lower index, which the
 // hardware starts first.
 struct OrderedReduction {
   static constexpr bool kOrdered = true;

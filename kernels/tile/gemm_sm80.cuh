@@ -70,7 +70,8 @@ CF_DEVICE void gemm_abt_pair(Fragment<kM, kN>& c, TileA& a, Fragment<kM, kN>& d,
   }
 }
 
-// C += A B with A [M x K] in registers and B [K x N] row-major in shared memory, from column `b_col` and row `b_row` on.
+// C += A B with A [M x K] in registers and B [K x N] row-major in shared memory, from column `b_col` and row `b_row`
+// on.
 template <class Element, int kM, int kN, int kK, class TileB>
 CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, const Operand<kM, kK>& a, TileB& b, int b_col = 0, int b_row = 0) {
   const uint32 b_address = b.address(b_row + down_first_row(), b_col + down_first_col());

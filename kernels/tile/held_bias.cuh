@@ -1,5 +1,5 @@
-// HeldBias: a tile of an additive tensor that stays in shared memory while a block visits all that reads it. Threads copy
-// it themselves; tile/bias.cuh has what the copy engine brings.
+// HeldBias: a tile of an additive tensor that stays in shared memory while a block visits all that reads it. Threads
+// copy it themselves; tile/bias.cuh has what the copy engine brings.
 #pragma once
 
 #include "params.cuh"

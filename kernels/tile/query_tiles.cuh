@@ -1,9 +1,9 @@
 // What the Hopper backward keeps of each query tile in global memory: the fp32 sums of dQ, and what its rows need.
 //
 // Key tiles add their shares of dQ = dS K to the sums as they lie in registers. So a tile is stored in fragment order,
-// [share][warp][four registers][lane] of four floats: a warp's addition is 512 neighbouring bytes, all that it adds lies
-// together, and whoever reads it back (backward/convert_sm90.cuh) owns the same registers. A share is 64 queries and up to 64 columns:
-// of 128 queries those of one half, else all queries and a chunk of the columns.
+// [share][warp][four registers][lane] of four floats: a warp's addition is 512 neighbouring bytes, all that it adds
+// lies together, and whoever reads it back (backward/convert_sm90.cuh) owns the same registers. A share is 64 queries
+// and up to 64 columns: of 128 queries those of one half, else all queries and a chunk of the columns.
 #pragma once
 
 #include "attention/sequence.cuh"

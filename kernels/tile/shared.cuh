@@ -6,8 +6,9 @@
 
 namespace cuflash {
 
-// kRows rows of kCols elements. Eight elements of padding make the pitch of 16-bit ones an odd number of 16-byte units, so
-// the eight rows that one ldmatrix phase reads lie in different banks, and addresses stay linear: a k-step is an immediate.
+// kRows rows of kCols elements. Eight elements of padding make the pitch of 16-bit ones an odd number of 16-byte units,
+// so the eight rows that one ldmatrix phase reads lie in different banks, and addresses stay linear: a k-step is an
+// immediate.
 template <class Element, int kRows_, int kCols_>
 struct SharedTile {
   static_assert(kCols_ % 16 == 0);

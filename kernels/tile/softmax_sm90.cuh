@@ -95,8 +95,8 @@ struct WarpSoftmax {
     return true;
   }
 
-  // Leaves the rows, the first 16 of `handed`, to another warp, which takes them; `grew` is the answer for the last tile.
-  // Sums are shared out among the lanes of a row. Whether the output so far must be rescaled.
+  // Leaves the rows, the first 16 of `handed`, to another warp, which takes them; `grew` is the answer for the last
+  // tile. Sums are shared out among the lanes of a row. Whether the output so far must be rescaled.
   CF_DEVICE void give(RowHandover* handed, int lane, bool grew) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -7,7 +7,8 @@
 
 namespace cuflash {
 
-// By the copy engine, as a box: queries that are neighbours, of one head or of a group. One thread starts it and goes on.
+// By the copy engine, as a box: queries that are neighbours, of one head or of a group. One thread starts it and goes
+// on.
 struct BoxStore {
   static constexpr bool kByOneThread = true;
 
