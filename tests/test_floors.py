@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,14 @@ class Import(NamedTuple):
     in_function: bool
 
 
-def imports(name: str) -> Iterator[Import]:
+@cache
+def tree(path: Path) -> ast.Module:
+    """A file of Python, parsed."""
+    return ast.parse(path.read_text())
+
+
+@cache
+def imports(name: str) -> tuple[Import, ...]:
     """Every import statement of a module of the package."""
 
     def walk(node: ast.AST, in_function: bool) -> Iterator[Import]:
@@ -90,7 +98,7 @@ def imports(name: str) -> Iterator[Import]:
                 yield from (Import(f"{child.module}.{a.name}", child.lineno, in_function) for a in child.names)
             yield from walk(child, in_function or isinstance(child, ast.FunctionDef | ast.Lambda))
 
-    return walk(ast.parse((PACKAGE / name).read_text()), False)
+    return tuple(walk(tree(PACKAGE / name), False))
 
 
 def part(name: str) -> str:
@@ -136,7 +144,7 @@ def test_module_imports_its_libraries_only(name):
 
 def words(name: str) -> set[str]:
     """Every name and attribute that the code of a module speaks of."""
-    nodes = list(ast.walk(ast.parse((PACKAGE / name).read_text())))
+    nodes = list(ast.walk(tree(PACKAGE / name)))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     return used | {word for imported in imports(name) for word in imported.name.split(".")}
@@ -236,7 +244,7 @@ def test_no_files_import_each_other():
     """Within a room, too, each file can be read after those that it imports; circles raise."""
     above = {name: {file_of(x.name) for x in imports(name) if not x.in_function} - {None, name} for name in MODULES}
     for name in MODULES:  # for types alone
-        blocks = [node for node in ast.parse((PACKAGE / name).read_text()).body if isinstance(node, ast.If)]
+        blocks = [node for node in tree(PACKAGE / name).body if isinstance(node, ast.If)]
         lines = {child.lineno for node in blocks if "TYPE_CHECKING" in ast.dump(node.test) for child in node.body}
         above[name] -= {file_of(x.name) for x in imports(name) if x.line in lines}
     order = list(TopologicalSorter(above).static_order())
@@ -257,11 +265,7 @@ def test_words_of_callers_are_renamed_in_one_place():
     }
     for name in MODULES:
         if part(name) in ("ops", "reference") and name != "ops/call.py":
-            constants = {
-                node.value
-                for node in ast.walk(ast.parse((PACKAGE / name).read_text()))
-                if isinstance(node, ast.Constant)
-            }
+            constants = {node.value for node in ast.walk(tree(PACKAGE / name)) if isinstance(node, ast.Constant)}
             assert not constants & renamed, name
 
 
@@ -290,7 +294,7 @@ MUTE = {"found", "stuff", "tmp", "foo"}
 @pytest.mark.parametrize("folder", ["cuflash", "tests", "examples"])
 def test_no_variable_has_a_name_that_says_nothing(folder):
     for path in (ROOT / folder).rglob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text())))
+        nodes = list(ast.walk(tree(path)))
         names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
         assert not names & MUTE, path
@@ -364,7 +368,7 @@ TEST_FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("
 @pytest.mark.parametrize("name", TEST_FILES)
 def test_no_test_file_is_imported(name):
     """What several test files need is in a library: a file of another name, or a fixture in a conftest.py."""
-    nodes = [*ast.walk(ast.parse((TESTS / name).read_text()))]
+    nodes = [*ast.walk(tree(TESTS / name))]
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     words = {word for module in modules for word in module.split(".")}
