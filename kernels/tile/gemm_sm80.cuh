@@ -15,6 +15,13 @@ CF_DEVICE int down_first_col() { return ptx::lane_index() / 16 * 8; }
 CF_DEVICE int across_first_row() { return ptx::lane_index() / 16 * 8 + ptx::lane_index() % 8; }
 CF_DEVICE int across_first_col() { return ptx::lane_index() / 8 % 2 * 8; }
 
+// C += A B for a 16 x 16 block of each: rows from 16 m on, columns from n on, in the registers that ldmatrix leaves.
+template <class Element, int kM, int kN>
+CF_DEVICE void add_block(Fragment<kM, kN>& c, int m, int n, const uint32 (&a_regs)[4], const uint32 (&b_regs)[4]) {
+  ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs, b_regs[0], b_regs[1]);
+  ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs, b_regs[2], b_regs[3]);
+}
+
 // C += A B^T with A [M x K] and B [N x K], both row-major in shared memory; A starts at row `a_row`, B at row `b_row`.
 // kSteps products of 16 columns are one piece of code: the more, the sooner their operands are read.
 template <class Element, int kSteps = 2, int kM, int kN, class TileA, class TileB>
@@ -33,8 +40,7 @@ CF_DEVICE void gemm_abt(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int 
       ptx::ldmatrix_x4(b_regs, b_address + (n * TileB::kPitch + k) * 2);
 #pragma unroll
       for (int m = 0; m < kM / 16; ++m) {
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs[m], b_regs[0], b_regs[1]);
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs[m], b_regs[2], b_regs[3]);
+        add_block<Element>(c, m, n, a_regs[m], b_regs);
       }
     }
   }
@@ -61,10 +67,8 @@ CF_DEVICE void gemm_abt_pair(Fragment<kM, kN>& c, TileA& a, Fragment<kM, kN>& d,
       ptx::ldmatrix_x4(b_regs, b_address + (n * TileB::kPitch + k) * 2);
 #pragma unroll
       for (int m = 0; m < kM / 16; ++m) {
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs[m], b_regs[0], b_regs[1]);
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs[m], b_regs[2], b_regs[3]);
-        ptx::mma_m16n8k16<Element>(d.x[m][n / 8], e_regs[m], b_regs[0], b_regs[1]);
-        ptx::mma_m16n8k16<Element>(d.x[m][n / 8 + 1], e_regs[m], b_regs[2], b_regs[3]);
+        add_block<Element>(c, m, n, a_regs[m], b_regs);
+        add_block<Element>(d, m, n, e_regs[m], b_regs);
       }
     }
   }
@@ -83,8 +87,7 @@ CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, const Operand<kM, kK>& a, TileB& b, 
       ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
 #pragma unroll
       for (int m = 0; m < kM / 16; ++m) {
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a.x[m][k / 16], b_regs[0], b_regs[1]);
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a.x[m][k / 16], b_regs[2], b_regs[3]);
+        add_block<Element>(c, m, n, a.x[m][k / 16], b_regs);
       }
     }
   }
@@ -127,10 +130,8 @@ CF_DEVICE void gemm_ab_pair(Fragment<kM, kN>& c, const Operand<kM, kK>& a, Fragm
       ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
 #pragma unroll
       for (int m = 0; m < kM / 16; ++m) {
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a.x[m][k / 16], b_regs[0], b_regs[1]);
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a.x[m][k / 16], b_regs[2], b_regs[3]);
-        ptx::mma_m16n8k16<Element>(d.x[m][n / 8], e.x[m][k / 16], b_regs[0], b_regs[1]);
-        ptx::mma_m16n8k16<Element>(d.x[m][n / 8 + 1], e.x[m][k / 16], b_regs[2], b_regs[3]);
+        add_block<Element>(c, m, n, a.x[m][k / 16], b_regs);
+        add_block<Element>(d, m, n, e.x[m][k / 16], b_regs);
       }
     }
   }
@@ -179,8 +180,7 @@ CF_DEVICE void gemm_atb(Fragment<kM, kN>& c, TileA& a, int a_col, TileB& b, int 
       ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
 #pragma unroll
       for (int m = 0; m < kM / 16; ++m) {
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs[m], b_regs[0], b_regs[1]);
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs[m], b_regs[2], b_regs[3]);
+        add_block<Element>(c, m, n, a_regs[m], b_regs);
       }
     }
   }

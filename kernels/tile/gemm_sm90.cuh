@@ -67,8 +67,7 @@ CF_DEVICE void gemm_abt_warp(Fragment<16, kN>& c, TileA& a, int a_row, TileB& b)
     for (int n = 0; n < kN; n += 16) {
       uint32 b_regs[4];
       ptx::ldmatrix_x4(b_regs, b.address(n + across_first_row(), k + across_first_col()));
-      ptx::mma_m16n8k16<Element>(c.x[0][n / 8], a_regs, b_regs[0], b_regs[1]);
-      ptx::mma_m16n8k16<Element>(c.x[0][n / 8 + 1], a_regs, b_regs[2], b_regs[3]);
+      add_block<Element>(c, 0, n, a_regs, b_regs);
     }
   }
 }
