@@ -67,7 +67,7 @@ struct BackwardBlock {
     Bias bias;
 
     CF_DEVICE void init() {
-      q_ring.init(kConsumerThreads / 32);
+      q_ring.init(kConsumerThreads / 32 * kWarpArrivals);
       dout_ring.init(kConsumers);
       ptx::mbarrier_init(ptx::smem_u32(&k_full), 1);
       ptx::mbarrier_init(ptx::smem_u32(&v_full), 1);
@@ -129,32 +129,44 @@ struct BackwardBlock {
   CF_DEVICE int num_steps() const { return tiles.steps(head_end - head_first); }
   CF_DEVICE int tile_after(int tile) const { return tile + 1 == tiles.end ? tiles.begin : tile + 1; }
 
-  // Where a walk is that goes by a list, of a thread or of a warp. The next tile is looked up while one is worked on. A
+  // A tile of queries that is visited: whose, which, and its place in a list if the walk goes by one.
+  struct Visit {
+    int head, tile, place;
+  };
+  CF_DEVICE Visit first_visit() const { return {head_first, first_tile, first_tile}; }
+
+  // A walk over all visits, of a thread or of a warp. By a list, the next tile is looked up while one is worked on. A
   // warp's lanes look at several, of which the first counts: of what they all read the compiler would make a uniform
   // register, and wait for it at once.
   template <bool kWarp>
-  struct ListStep {
-    int place, upcoming;  // and what is listed next
+  struct Steps {
+    int upcoming;  // what is listed next
 
-    CF_DEVICE void start(const BackwardBlock& block, int& head, int& tile) {
-      place = block.first_tile;
-      block.take(block.tiles.entry(place), head, tile);
+    CF_DEVICE void start(const BackwardBlock& block, Visit& at) {
+      if constexpr (Walk::kListed) block.take(block.tiles.entry(at.place), at);
     }
-    CF_DEVICE void look_ahead(const BackwardBlock& block) {
-      const int after = block.tile_after(place);
-      upcoming = block.tiles.entry(kWarp ? min_of(after + ptx::lane_index(), block.tiles.end - 1) : after);
+    CF_DEVICE void look_ahead(const BackwardBlock& block, const Visit& at) {
+      if constexpr (Walk::kListed) {
+        const int after = block.tile_after(at.place);
+        upcoming = block.tiles.entry(kWarp ? min_of(after + ptx::lane_index(), block.tiles.end - 1) : after);
+      }
     }
     // Whether the next tile is another head's.
-    CF_DEVICE bool go_on(const BackwardBlock& block, int& head, int& tile) {
-      const int before = head;
-      place = block.tile_after(place);
-      block.take(kWarp ? ptx::shuffle(upcoming, 0) : upcoming, head, tile);
-      return head != before;
+    CF_DEVICE bool go_on(const BackwardBlock& block, Visit& at) {
+      if constexpr (Walk::kListed) {
+        const int before = at.head;
+        at.place = block.tile_after(at.place);
+        block.take(kWarp ? ptx::shuffle(upcoming, 0) : upcoming, at);
+        return at.head != before;
+      } else {
+        at.place = at.tile = block.tile_after(at.tile);
+        return at.tile == block.first_tile && ++at.head < block.head_end;
+      }
     }
   };
-  CF_DEVICE void take(int entry, int& head, int& tile) const {
-    head = head_first + tiles.member_of(entry);
-    tile = tiles.number_of(entry);
+  CF_DEVICE void take(int entry, Visit& at) const {
+    at.head = head_first + tiles.member_of(entry);
+    at.tile = tiles.number_of(entry);
   }
 
   // A box of keys that would lie behind the last one begins with it: see load_boxes. No element of it is visible.
@@ -169,30 +181,25 @@ struct BackwardBlock {
     load_keys(smem.k, p.k_map, smem.k_full, Config::kDimQk);
     Cursor at;
     BiasCursor bias_at;
-    int head = head_first, tile = first_tile;
-    ListStep<false> list;
-    if constexpr (Walk::kListed) list.start(*this, head, tile);
+    Visit visit = first_visit();
+    Steps<false> steps;
+    steps.start(*this, visit);
 #pragma unroll 1
     for (int step = 0; step < num_steps(); ++step) {
-      if constexpr (Walk::kListed) list.look_ahead(*this);
-      const BoxOrigin origin = sequence.q_box(a, tile * kTileQ, head);
+      steps.look_ahead(*this, visit);
+      const BoxOrigin origin = sequence.q_box(a, visit.tile * kTileQ, visit.head);
       const uint32 q_barrier = smem.q_ring.acquire(at, box_bytes<QTile>(Config::kDimQk) + sizeof(Rows));
       load_slice(smem.q[at.stage], p.q_map, origin, q_barrier, Config::kDimQk);
       ptx::bulk_load(ptx::smem_u32(&smem.rows[at.stage]),
-                     static_cast<const Rows*>(p.row_tiles) + Sums::index(a, sequence, head, tile), sizeof(Rows),
-                     q_barrier);
+                     static_cast<const Rows*>(p.row_tiles) + Sums::index(a, sequence, visit.head, visit.tile),
+                     sizeof(Rows), q_barrier);
       if (step == 0) load_keys(smem.v, p.v_map, smem.v_full, Config::kDimV);
       load_slice(smem.dout[dout_at(at).stage], p.dout_map, origin,
                  smem.dout_ring.acquire(dout_at(at), box_bytes<DoutTile>(Config::kDimV)), Config::kDimV);
-      smem.bias.load(p.bias_map, a, sequence, head, tile * kTileQ, kv_first, bias_at);
+      smem.bias.load(p.bias_map, a, sequence, visit.head, visit.tile * kTileQ, kv_first, bias_at);
       bias_at = bias_at.next();
       at = at.next();
-      if constexpr (Walk::kListed) {
-        list.go_on(*this, head, tile);
-      } else {
-        tile = tile_after(tile);
-        if (tile == first_tile) ++head;
-      }
+      steps.go_on(*this, visit);
     }
   }
   template <class Tile>
@@ -221,9 +228,9 @@ struct BackwardBlock {
     if constexpr (Walk::kListed) {
 #pragma unroll 1
       for (int place = tiles.begin + ptx::lane_index(); place < tiles.end; place += 32) {
-        int head, tile;
-        take(tiles.entry(place), head, tile);
-        far = far || static_cast<const Rows*>(p.row_tiles)[Sums::index(p.attention, sequence, head, tile)].far;
+        Visit at;
+        take(tiles.entry(place), at);
+        far = far || static_cast<const Rows*>(p.row_tiles)[Sums::index(p.attention, sequence, at.head, at.tile)].far;
       }
     } else {
 #pragma unroll 1
@@ -318,16 +325,16 @@ struct BackwardBlock {
 
   // Adds a warpgroup's share to the sums, if `some`; `barrier` is its own named barrier, and `adder` this warp's.
   template <class Adder>
-  CF_DEVICE void add_to_sums(Adder& adder, const typename Sums::Share& dq, int head, int tile, int place, int share,
-                             int barrier, bool some) const {
+  CF_DEVICE void add_to_sums(Adder& adder, const typename Sums::Share& dq, const Visit& of, int share, int barrier,
+                             bool some) const {
     const Attention& a = p.attention;
     if constexpr (kSlices > 1) {
       share += slice() * kShares;
       some = some && share < Sums::kShares;
     }
-    const int64 index = Sums::index(a, sequence, head, tile);
+    const int64 index = Sums::index(a, sequence, of.head, of.tile);
     const Turn order =
-        tiles.turn(typename Config::Mask(a, sequence, head), place, tile * kTileQ, kTileQ, kTileKv, work.tile);
+        tiles.turn(typename Config::Mask(a, sequence, of.head), of.place, of.tile * kTileQ, kTileQ, kTileKv, work.tile);
     // The mask's two views of a tile may differ at its edge, where dS is 0.
     if (Config::Reduction::kOrdered && !(some && order.adds)) return;
     const int thread = ptx::thread_index() % ptx::kWarpgroupThreads;

@@ -32,17 +32,17 @@ struct BackwardSm90 {
 
   using Share = typename Block::Sums::Share;
   using Adder = ShareAdder<Share, Config::kCopiedSums>;
-  using DsCursor = RingCursor<2>;
+  using Visit = typename Block::Visit;
 
   struct SmemPlan {
     typename Block::Inputs inputs;
     typename Block::DsTile ds[2];
-    Ring<2> ds_ring;  // of these, from every warp to both consumers
+    Ring<2> ds_ring;  // of these, from every warp to both consumers, in step with that of q
     Adder adders[Block::kConsumerThreads / 32];
 
     CF_DEVICE void init() {
       inputs.init();
-      ds_ring.init(Block::kConsumers, Block::kConsumerThreads / 32);
+      ds_ring.init(Block::kConsumers, Block::kConsumerThreads / 32 * kWarpArrivals);
     }
   };
 
@@ -51,12 +51,6 @@ struct BackwardSm90 {
   // The second consumer begins so much later, about half a visit, where there are so many that it pays. H200: 2 % at d 64,
   // 1 % at d 128.
   static constexpr int kApartNs = 8 * Config::kTileQ, kApartSteps = 16;
-
-  // A tile of queries, its place in a list if it goes by one, and where its dS is.
-  struct Step {
-    int head, tile, place;
-    DsCursor ds;
-  };
 
   struct Consumer {
     const Block& block;
@@ -80,14 +74,14 @@ struct BackwardSm90 {
     CF_DEVICE void run() {
       const Attention& a = block.p.attention;
       // Of a tile before the first there is a dS that nobody waits for, and a dQ that nobody adds.
-      Step step{block.head_first, block.first_tile, block.first_tile, {}},
-          before{step.head, step.tile, step.place, {1, 1}};
-      if (!block.empty()) walk(step, before);
+      Cursor at;
+      Visit now = block.first_visit(), before = now;
+      if (!block.empty()) walk(now, before, at);
       // V's rows are this consumer's alone. The gradient leaves under the last dQ.
       block.store(in.v[number], number, dv, Config::Dropout::scale(a), block.p.dv_map, kMyWarps + number);
       if (!block.empty()) {
         Share dq;
-        issue_dq(dq, before);
+        issue_dq(dq, at.before());
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(dq.x[0]);
         add_to_sums(dq, before, true);
@@ -98,50 +92,40 @@ struct BackwardSm90 {
       adder().finish();
     }
 
-    // Leaves the last tile in `before`.
-    CF_DEVICE void walk(Step& step, Step& before) {
+    // Leaves the last tile in `before`, and goes on from its place in the rings.
+    CF_DEVICE void walk(Visit& now, Visit& before, Cursor& at) {
       const bool far = block.some_row_is_far();
-      Cursor at;
       typename Block::BiasCursor bias_at;
-      typename Block::template ListStep<true> list;
-      if constexpr (Block::Walk::kListed) list.start(block, step.head, step.tile);
-      Gradient gradient(block.p.attention, block.sequence, step.head);
+      typename Block::template Steps<true> steps;
+      steps.start(block, now);
+      Gradient gradient(block.p.attention, block.sequence, now.head);
       in.wait_k();
       in.wait_v();
       if (number > 0 && block.num_steps() >= kApartSteps) ptx::sleep_ns(kApartNs);
-      const int steps = block.num_steps();
+      const int visits = block.num_steps();
 #pragma unroll 1
-      for (int done = 0; done < steps; ++done) {
-        if constexpr (Block::Walk::kListed) list.look_ahead(block);
+      for (int done = 0; done < visits; ++done) {
+        steps.look_ahead(block, now);
         // A choice for all of a visit, before anything of it is under way: one within it costs 3 to 20 % of the whole.
-        if (far || !block.is_full(step.place, step.tile)) {
-          visit<true>(gradient, step, before, done == 0, at, bias_at);
+        if (far || !block.is_full(now.place, now.tile)) {
+          visit<true>(gradient, now, before, done == 0, at, bias_at);
         } else {
-          visit<false>(gradient, step, before, done == 0, at, bias_at);
+          visit<false>(gradient, now, before, done == 0, at, bias_at);
         }
         at = at.next();
         bias_at = bias_at.next();
-        before = step;
-        step.ds = step.ds.next();
-        if constexpr (Block::Walk::kListed) {
-          if (list.go_on(block, step.head, step.tile)) {
-            gradient = Gradient(block.p.attention, block.sequence, step.head);
-          }
-          step.place = list.place;
-        } else {
-          step.place = step.tile = block.tile_after(step.tile);
-          if (step.tile == block.first_tile && ++step.head < block.head_end) {
-            gradient = Gradient(block.p.attention, block.sequence, step.head);
-          }
+        before = now;
+        if (steps.go_on(block, now)) {
+          gradient = Gradient(block.p.attention, block.sequence, now.head);
         }
       }
     }
 
     // One tile of queries; `kCareful` where some element may be hidden or some row is far.
     template <bool kCareful>
-    CF_DEVICE void visit(const Gradient& gradient, const Step& step, const Step& before, bool first, const Cursor& at,
+    CF_DEVICE void visit(const Gradient& gradient, const Visit& now, const Visit& before, bool first, const Cursor& at,
                          const typename Block::BiasCursor& bias_at) {
-      const int q_first = step.tile * Config::kTileQ;
+      const int q_first = now.tile * Config::kTileQ;
       const auto& rows = in.rows[at.stage];
       Scores s, dp;
       Weights weights, ds;
@@ -168,42 +152,40 @@ struct BackwardSm90 {
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dp.x[0]);
       Block::differentiate(s, dp, gradient, rows, kept);
-      block.store_bias_gradient(dp, step.head, q_first, kv_first);
+      block.store_bias_gradient(dp, now.head, q_first, kv_first);
       pack_operand<Element>(ds, dp);
-      smem.ds_ring.wait_empty(step.ds);
-      store_transposed(smem.ds[step.ds.stage], number * Block::kRows + warp_row, ptx::lane_index(), ds);
+      smem.ds_ring.wait_empty(at);
+      store_transposed(smem.ds[at.stage], number * Block::kRows + warp_row, ptx::lane_index(), ds);
       ptx::fence_proxy_async();
-      ptx::sync_warp();
-      if (ptx::lane_index() == 0) smem.ds_ring.publish(step.ds);
+      smem.ds_ring.publish_by_warp(at);
       Config::CapturedGradient::add_all(gradient.score, dp, q_first, kv_first);
 
       // First, as all of dS before is there, and its registers are needed soonest.
       Share dq;
-      issue_dq(dq, before);
+      issue_dq(dq, at.before());
       ptx::wgmma_fence();
       issue_ab<Element>(dv, weights, in.dout, at.stage);
       issue_ab<Element>(dk, ds, in.q, at.stage);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(dq.x[0]);
-      if (leader && !first) smem.ds_ring.release(before.ds);
+      if (leader && !first) smem.ds_ring.release(at.before());
       add_to_sums(dq, before, !first);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dv.x[0]);
       ptx::wgmma_hold(dk.x[0]);
       if (leader) in.dout_ring.release(at);
-      ptx::sync_warp();
-      if (ptx::lane_index() == 0) in.q_ring.release(at);
+      in.q_ring.release_by_warp(at);
     }
 
-    CF_DEVICE void issue_dq(Share& dq, const Step& of) {
-      smem.ds_ring.wait(of.ds);
+    CF_DEVICE void issue_dq(Share& dq, const Cursor& of) {
+      smem.ds_ring.wait(of);
       ptx::wgmma_fence();
-      Block::Sums::template issue<Element>(dq, smem.ds, of.ds.stage, in.k, number);
+      Block::Sums::template issue<Element>(dq, smem.ds, of.stage, in.k, number);
       ptx::wgmma_commit();
     }
-    CF_DEVICE void add_to_sums(const Share& dq, const Step& of, bool some) {
-      block.add_to_sums(adder(), dq, of.head, of.tile, of.place, number, kMyWarps + number, some);
+    CF_DEVICE void add_to_sums(const Share& dq, const Visit& of, bool some) {
+      block.add_to_sums(adder(), dq, of, number, kMyWarps + number, some);
     }
     CF_DEVICE Adder& adder() { return smem.adders[ptx::warp_index() - ptx::kWarpgroupThreads / 32]; }
   };

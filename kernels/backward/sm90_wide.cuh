@@ -47,7 +47,7 @@ struct BackwardSm90Wide {
     Ring<1> p_ring;   // of P, from every warp of the values to every warp of the keys
 
     CF_DEVICE void init() {
-      constexpr int kWarps = ptx::kWarpgroupThreads / 32;
+      constexpr int kWarps = ptx::kWarpgroupThreads / 32 * kWarpArrivals;
       inputs.init();
       ds_ring.init(Block::kConsumers, kWarps);
       p_ring.init(kWarps, kWarps);
@@ -71,15 +71,19 @@ struct BackwardSm90Wide {
   using DsCursor = RingCursor<2>;
   using PCursor = RingCursor<1>;
 
-  // A tile of queries, its place in a list if it goes by one, and where its dS and P are.
+  // A visit, and where its dS and P are.
   struct Step {
-    int head, tile, place;
+    typename Block::Visit visit;
     DsCursor ds;
     PCursor p;
   };
 
   // Named barriers: K is no longer read, of both warpgroups' threads, and of a warpgroup's own, one for each.
   static constexpr int kKeysDone = 1, kMyWarps = 2;
+
+  // Of the only tile of keys. The compiler does not know it, or it would make the descriptors of scores once, before the
+  // walk, and spill them.
+  CF_DEVICE static int only_tile() { return ptx::keep(0); }
 
   // What both warpgroups have and do; Role says what is its own.
   template <class Role, int kNumber, int kDim>
@@ -102,11 +106,11 @@ struct BackwardSm90Wide {
     CF_DEVICE void walk() {
       Role& me = static_cast<Role&>(*this);
       Cursor at;
-      Step step{block.head_first, block.first_tile, block.first_tile, {}, {}};
-      typename Block::template ListStep<true> list;
-      if constexpr (Block::Walk::kListed) list.start(block, step.head, step.tile);
-      Step before{step.head, step.tile, step.place, {1, 1}, {}};
-      Gradient gradient(block.p.attention, block.sequence, step.head);
+      Step step{block.first_visit(), {}, {}};
+      typename Block::template Steps<true> walk;
+      walk.start(block, step.visit);
+      Step before{step.visit, {1, 1}, {}};
+      Gradient gradient(block.p.attention, block.sequence, step.visit.head);
       in.wait_k();
       in.wait_v();
       me.wait(at);
@@ -114,7 +118,7 @@ struct BackwardSm90Wide {
       const int steps = block.num_steps();
 #pragma unroll 1
       for (int done = 0; done < steps; ++done) {
-        if constexpr (Block::Walk::kListed) list.look_ahead(block);
+        walk.look_ahead(block, step.visit);
         Weights operand;  // P or dS: the product with sum reads it until add_dq has waited
         me.visit(gradient, step, at, operand);
         const Cursor next = at.next();
@@ -127,22 +131,13 @@ struct BackwardSm90Wide {
           if (done > 0) smem.ds_ring.release(before.ds);
           if (!kSliced) in.dout_ring.release(Block::dout_at(at));
         }
-        ptx::sync_warp();
-        if (ptx::lane_index() == 0) in.q_ring.release(at);
+        in.q_ring.release_by_warp(at);
         at = next;
         before = step;
         step.ds = step.ds.next();
         step.p = step.p.next();
-        if constexpr (Block::Walk::kListed) {
-          if (list.go_on(block, step.head, step.tile)) {
-            gradient = Gradient(block.p.attention, block.sequence, step.head);
-          }
-          step.place = list.place;
-        } else {
-          step.place = step.tile = block.tile_after(step.tile);
-          if (step.tile == block.first_tile && ++step.head < block.head_end) {
-            gradient = Gradient(block.p.attention, block.sequence, step.head);
-          }
+        if (walk.go_on(block, step.visit)) {
+          gradient = Gradient(block.p.attention, block.sequence, step.visit.head);
         }
       }
       add_dq(before, at, at, false, true, false);
@@ -179,7 +174,7 @@ struct BackwardSm90Wide {
         }
         if (share == kNumber && under_way) me.give_dout_back(at);
         ptx::wgmma_hold(dq.x[0]);
-        block.add_to_sums(adder, dq, of.head, of.tile, of.place, share, kMyWarps + kNumber, some);
+        block.add_to_sums(adder, dq, of.visit, share, kMyWarps + kNumber, some);
       }
       ptx::wgmma_hold(sum.x[0]);
     }
@@ -223,14 +218,14 @@ struct BackwardSm90Wide {
     }
     CF_DEVICE void start(int stage) {
       ptx::wgmma_fence();
-      issue_abt<Element>(this->scores, this->in.k[0], this->in.q, stage);
+      issue_abt<Element>(this->scores, this->in.k[only_tile()], this->in.q, stage);
       ptx::wgmma_commit();
     }
 
     CF_DEVICE void visit(const Gradient& gradient, const Step& step, const Cursor& at, Weights& weights) {
       auto& in = this->in;
       auto& p_ring = this->smem.p_ring;
-      const int q_first = step.tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
+      const int q_first = step.visit.tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
       const auto& rows = in.rows[at.stage];
       Scores& s = this->scores;
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
@@ -239,7 +234,7 @@ struct BackwardSm90Wide {
       if constexpr (kSliced) this->add_other_slice(this->smem.p_slope, this->plan.s_ring, step.p);
       // Products that are scores are changed where that is needed, so that all others take the short way.
       constexpr bool kProducts = IsSame<typename Config::Score, ScaledScore<float>>::value;
-      if (kProducts && (this->far || !this->block.tiles.is_full(step.place, step.tile))) {
+      if (kProducts && (this->far || !this->block.tiles.is_full(step.visit.place, step.visit.tile))) {
         s.for_each(ptx::lane_index(), [&](float& x, int row, int col) {
           const bool visible = gradient.mask.keep(q_first + col, kv_first + row);
           x = visible ? x - rows.m[Block::Rows::place(col)] : -infinity<float>();
@@ -252,8 +247,7 @@ struct BackwardSm90Wide {
       for (int n = 0; n < Scores::kN; ++n) {
         this->smem.p_slope[n][this->thread] = {s.x[0][n][0], s.x[0][n][1], s.x[0][n][2], s.x[0][n][3]};
       }
-      ptx::sync_warp();
-      if (ptx::lane_index() == 0) p_ring.publish(step.p);
+      p_ring.publish_by_warp(step.p);
       in.dout_ring.wait(Block::dout_at(at));
       ptx::wgmma_fence();
       issue_ab<Element>(this->sum, weights, in.dout, Block::dout_stage(at.stage));
@@ -277,7 +271,7 @@ struct BackwardSm90Wide {
     CF_DEVICE void give_dout_back(const Cursor&) {}  // of slices it was as soon as dP was there
     CF_DEVICE void start(int stage) {
       ptx::wgmma_fence();
-      issue_abt<Element>(this->scores, this->in.v[0], this->in.dout, Block::dout_stage(stage));
+      issue_abt<Element>(this->scores, this->in.v[only_tile()], this->in.dout, Block::dout_stage(stage));
       ptx::wgmma_commit();
     }
 
@@ -285,7 +279,7 @@ struct BackwardSm90Wide {
       auto& in = this->in;
       auto& p_ring = this->smem.p_ring;
       auto& ds_ring = this->smem.ds_ring;
-      const int q_first = step.tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
+      const int q_first = step.visit.tile * Config::kTileQ, kv_first = this->block.kv_first + this->warp_row;
       Scores p_slope, &dp = this->scores;
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
       in.q_ring.wait(at);
@@ -305,24 +299,23 @@ struct BackwardSm90Wide {
 #pragma unroll
         for (int i = 0; i < 4; ++i) p_slope.x[0][n][i] = four.x[i];
       }
-      ptx::sync_warp();
       if constexpr (kSliced) {
+        ptx::sync_warp();
         if (ptx::lane_index() == 0) this->plan.s_ring.release_across(step.p, Block::slice());
       } else {
-        if (ptx::lane_index() == 0) p_ring.release(step.p);
+        p_ring.release_by_warp(step.p);
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(dp.x[0]);
       }
       Block::differentiate(p_slope, dp, gradient, in.rows[at.stage], kept);
       const bool once = Block::slice() == 0;
-      if (once) this->block.store_bias_gradient(dp, step.head, q_first, kv_first);
+      if (once) this->block.store_bias_gradient(dp, step.visit.head, q_first, kv_first);
       pack_operand<Element>(ds, dp);
       if (once) Config::CapturedGradient::add_all(gradient.score, dp, q_first, kv_first);
       ds_ring.wait_empty(step.ds);
       store_transposed(this->smem.ds[step.ds.stage], this->warp_row, ptx::lane_index(), ds);
       ptx::fence_proxy_async();
-      ptx::sync_warp();
-      if (ptx::lane_index() == 0) ds_ring.publish(step.ds);
+      ds_ring.publish_by_warp(step.ds);
       ptx::wgmma_fence();
       issue_ab<Element>(this->sum, ds, in.q, at.stage);
       ptx::wgmma_commit();

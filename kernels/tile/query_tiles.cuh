@@ -52,8 +52,9 @@ struct QueryTiles {
 template <class Share, bool kCopied>
 struct ShareAdder {
   CF_DEVICE void add(float* sums, const Share& dq, bool some) {
+    if (!some) return;  // of each addition there would be a branch of its own
 #pragma unroll
-    for (int n = 0; n < Share::kN; ++n) ptx::red_add_x4(sums + n * 4 * 32, dq.x[0][n], some);
+    for (int n = 0; n < Share::kN; ++n) ptx::red_add_x4(sums + n * 4 * 32, dq.x[0][n], true);
   }
   CF_DEVICE void finish() {}
 };

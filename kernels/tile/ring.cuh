@@ -17,6 +17,15 @@ struct NamedBarriers {
   CF_DEVICE static void arrive(int number) { ptx::arrive_named(kFirst + number, kThreads); }
 };
 
+// How often a warp arrives: once, by a lane that has met the others. racecheck of compute-sanitizer follows whoever arrives,
+// not those whom it met before: it takes what other lanes have read or written for a hazard. In its build every lane
+// arrives by itself.
+#ifdef CF_DEBUG
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
 // Which buffer is next, and in which round (modulo 2) the ring is. Every reader and the writer keep their own.
 template <int kStages>
 struct RingCursor {
@@ -26,6 +35,10 @@ struct RingCursor {
   CF_DEVICE RingCursor next() const {
     const bool wraps = stage == kStages - 1;
     return {wraps ? 0 : stage + 1, phase ^ wraps};
+  }
+  CF_DEVICE RingCursor before() const {
+    const bool wraps = stage == 0;
+    return {wraps ? kStages - 1 : stage - 1, phase ^ wraps};
   }
   CF_DEVICE RingCursor next(int count) const {
     const int after = stage + count;
@@ -40,7 +53,8 @@ struct Ring {
   uint64 full[kStages];   // the writers arrive, and the bytes that they announced: the buffer may be read
   uint64 empty[kStages];  // `readers` arrive, each once it is done with the buffer: it may be written
 
-  // Readers and writers are warps or warpgroups, one thread of each arriving for it. Called by one thread.
+  // How many arrivals there are of readers and writers: one thread arrives for each of them, or a warp as below. Called by
+  // one thread.
   CF_DEVICE void init(int readers, int writers = 1) {
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(ptx::smem_u32(&full[stage]), writers);
@@ -72,6 +86,17 @@ struct Ring {
 
   // Reader, one thread of each: gives the buffer back.
   CF_DEVICE void release(const Cursor& at) { ptx::mbarrier_arrive(empty_barrier(at)); }
+  // Both of a whole warp, whose lanes have all read or stored.
+  CF_DEVICE void release_by_warp(const Cursor& at) {
+    if (arrives_for_warp()) release(at);
+  }
+  CF_DEVICE void publish_by_warp(const Cursor& at) {
+    if (arrives_for_warp()) publish(at);
+  }
+  CF_DEVICE static bool arrives_for_warp() {
+    ptx::sync_warp();
+    return kWarpArrivals > 1 || ptx::lane_index() == 0;
+  }
 
   // The same of a ring in each block of a cluster of two, whose buffers the other one fills: the reader, of number `rank`,
   // gives its buffer back to the writer there, which waits for that. Its readers announce and await what will be stored.

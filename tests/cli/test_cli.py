@@ -426,14 +426,17 @@ def test_check_ends_with_status_1_on_a_wrong_result(monkeypatch):
 def test_check_runs_itself_under_the_sanitizer(monkeypatch):
     commands = []
 
-    def fake_run(command, check):
-        commands.append(command)
+    def fake_run(command, check, env):
+        commands.append((command, env.get("CUFLASH_DEBUG")))
         return subprocess.CompletedProcess(command, 97)
 
+    monkeypatch.delenv("CUFLASH_DEBUG", raising=False)
     monkeypatch.setattr(check_command.shutil, "which", lambda name, path=None: "/tools/compute-sanitizer")
     monkeypatch.setattr(check_command.subprocess, "run", fake_run)
+    run("check", "smoke", "--sanitize=memcheck", status=97)
     run("check", "smoke", "--sanitize=racecheck", "--seed=3", status=97)
-    [command] = commands
+    [(_, debug_memcheck), (command, debug)] = commands
+    assert (debug_memcheck, debug) == (None, "1")
     assert command[:3] == ["/tools/compute-sanitizer", "--tool=racecheck", "--error-exitcode=97"]
     assert command[3:] == [sys.executable, "-m", "cuflash", "check", "smoke", "--seed=3", "--no-pool"]
 
