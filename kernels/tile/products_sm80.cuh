@@ -28,12 +28,17 @@ struct Products {
   template <int kBytes, int kThreads, class Tile>
   CF_DEVICE static void prepare_first(Tile&) {}
 
-  // Of rows of a warp and of keys from some on.
+  // Of rows of a warp and all keys, or those from some on beside which much else is in registers.
   template <int kKeys, class TileQ, class TileK>
-  CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k, int first_key = 0) {
-    s.clear();
+  CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k) {
     constexpr int kSteps = kRows * kKeys < 32 * 64 ? 16 : 4;  // all that scores leave the registers for
-    gemm_abt<Element, kSteps>(s, q, warp_row, k, first_key);
+    s.clear();
+    gemm_abt<Element, kSteps>(s, q, warp_row, k);
+  }
+  template <int kKeys, class TileQ, class TileK>
+  CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k, int first_key) {
+    s.clear();
+    gemm_abt<Element>(s, q, warp_row, k, first_key);
   }
 
   template <int kKeys, int kDim>
