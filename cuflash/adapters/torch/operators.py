@@ -75,7 +75,7 @@ def traced(
         arrays.cu_seqlens_kv, arrays.seqused_q, arrays.seqused_kv, arrays.table, options.softmax_scale, options.causal,
         left, right, options.softcap, options.alignment, options.dropout_p, options.dropout_scheme,
         options.unbiased_dropout, options.max_seqlen_q, options.max_seqlen_k, options.num_splits, options.deterministic,
-        options.precision, manner.validate, manner.enable_gqa, manner.layout, manner.vocabulary, seed, offset,
+        manner.validate, manner.enable_gqa, manner.layout, manner.vocabulary, seed, offset,
         grad or options.keep_state,
     )  # fmt: skip
     results = (out, lse, row_state) if options.keep_state else (out, lse)
@@ -92,13 +92,13 @@ def _transforms() -> tuple[str, ...]:
 def _options(
     softmax_scale: float | None, causal: bool, left: int, right: int, softcap: float, alignment: str, dropout_p: float,
     dropout_scheme: str, unbiased_dropout: bool, max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int,
-    deterministic: bool, precision: Any, validate: bool, enable_gqa: bool, layout: Any, vocabulary: str,
+    deterministic: bool, validate: bool, enable_gqa: bool, layout: Any, vocabulary: str,
 ) -> Options:  # fmt: skip
     return asked(
         softmax_scale=softmax_scale, causal=causal, window_size=(left, right), softcap=softcap, alignment=alignment,
         dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, num_splits=num_splits, deterministic=deterministic,
-        precision=precision, validate=validate, enable_gqa=enable_gqa, layout=layout, vocabulary=vocabulary,
+        validate=validate, enable_gqa=enable_gqa, layout=layout, vocabulary=vocabulary,
     )  # fmt: skip
 
 
@@ -108,8 +108,8 @@ def forward(
     sink: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, seqused_q: Tensor | None,
     seqused_kv: Tensor | None, table: Tensor | None, softmax_scale: float | None, causal: bool, left: int, right: int,
     softcap: float, alignment: str, dropout_p: float, dropout_scheme: str, unbiased_dropout: bool,
-    max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int, deterministic: bool, precision: str,
-    validate: bool, enable_gqa: bool, layout: str, vocabulary: str, seed: int, offset: int, keep_state: bool,
+    max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int, deterministic: bool, validate: bool,
+    enable_gqa: bool, layout: str, vocabulary: str, seed: int, offset: int, keep_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, lse, row_state, rng_state as int64); the third is empty unless kept, and the fourth without dropout.
 
@@ -117,7 +117,7 @@ def forward(
     """
     options = _options(
         softmax_scale, causal, left, right, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout,
-        max_seqlen_q, max_seqlen_k, num_splits, deterministic, precision, validate, enable_gqa, layout, vocabulary,
+        max_seqlen_q, max_seqlen_k, num_splits, deterministic, validate, enable_gqa, layout, vocabulary,
     )  # fmt: skip
     arrays = Arrays(
         q, k, v, mask, bias, alibi, sink, cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv, table
@@ -153,13 +153,12 @@ def backward(
     cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, seqused_q: Tensor | None, seqused_kv: Tensor | None,
     softmax_scale: float | None, causal: bool, left: int, right: int, softcap: float, alignment: str, dropout_p: float,
     dropout_scheme: str, unbiased_dropout: bool, max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int,
-    deterministic: bool, precision: str, validate: bool, enable_gqa: bool, layout: str, vocabulary: str,
-    bias_grad: bool,
+    deterministic: bool, validate: bool, enable_gqa: bool, layout: str, vocabulary: str, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dbias, dsink); the last two are empty without a bias that wants one, and without a sink."""
     options = _options(
         softmax_scale, causal, left, right, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout,
-        max_seqlen_q, max_seqlen_k, num_splits, deterministic, precision, validate, enable_gqa, layout, vocabulary,
+        max_seqlen_q, max_seqlen_k, num_splits, deterministic, validate, enable_gqa, layout, vocabulary,
     )  # fmt: skip
     arrays = Arrays(
         q, k, v, mask, bias, alibi, sink, cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv,
@@ -187,14 +186,14 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(row_state, rng_state)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:11], out, lse, row_state, rng_state)
-    ctx.rest = inputs[12:30]
+    ctx.rest = inputs[12:29]
 
 
 def _backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
     *given, out, lse, row_state, rng_state = ctx.saved_tensors
     if dout is None:
         if dlse is None:
-            return (None,) * 33
+            return (None,) * 32
         dout = torch.zeros_like(out)
     bias_grad = ctx.needs_input_grad[4]
     dq, dk, dv, dbias, dsink = backward(
@@ -202,7 +201,7 @@ def _backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
     )  # fmt: skip
     bias, sink = given[4], given[6]
     dbias = dbias.to(bias.dtype) if bias_grad else None
-    return dq, dk, dv, None, dbias, None, None if sink is None else dsink, *(None,) * 26
+    return dq, dk, dv, None, dbias, None, None if sink is None else dsink, *(None,) * 25
 
 
 forward.register_autograd(_backward, setup_context=_keep)
