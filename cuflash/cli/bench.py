@@ -60,7 +60,11 @@ from cuflash.problem import Direction
     "--sustained", is_flag=True, help="Also time each one on the card as hot as it makes it; takes seconds each."
 )
 @click.option("--processes/--no-processes", default=True, help="Also time new processes and calls on a tiny problem.")
-@click.option("--json", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write everything here.")
+@click.option(
+    "--json",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write everything here, after each case what is known by then.",
+)
 @click.option("--render", type=FILE, help="Measure nothing; print such a file as Markdown, or one --phase of it.")
 @click.option(
     "--standing",
@@ -163,6 +167,8 @@ def command(
 
         def done(measured: Case) -> None:
             progress.update(task, advance=1, description=f"{measured.problem.direction} {measured.id}")
+            if json is not None:
+                run.report.write(json)
 
         run.run(cases, seconds, done)
     if gpu:

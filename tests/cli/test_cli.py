@@ -21,7 +21,9 @@ import cuflash.cli.compile
 import cuflash.cli.explain
 from cuflash import jit, mods, plan
 from cuflash.bench.peers import PEERS
+from cuflash.bench.run import Bench
 from cuflash.cases import calls
+from cuflash.cases.table import Case
 from cuflash.cli import app
 from cuflash.cli import check as check_command
 from cuflash.device import named
@@ -445,6 +447,21 @@ def test_check_says_what_sanitizing_needs(monkeypatch):
     monkeypatch.setattr(check_command.shutil, "which", lambda name, path=None: None)
     with pytest.raises(InvalidArgument, match="needs the program compute-sanitizer"):
         run("check", "smoke", "--sanitize=memcheck")
+
+
+def test_what_was_measured_outlives_a_bench_that_is_stopped(tmp_path, monkeypatch):
+    measure = Bench._case
+
+    def stopped(bench: Bench, case: Case, seconds: float) -> None:
+        if bench.report.rows:
+            raise KeyboardInterrupt
+        measure(bench, case, seconds)
+
+    monkeypatch.setattr(Bench, "_case", stopped)
+    out = tmp_path / "out.json"
+    with pytest.raises(AssertionError):
+        run("bench", "numpy", "--phase=forward", "--quick", "--no-processes", "--peers=", f"--json={out}")
+    assert len(json.loads(out.read_text())["rows"]) == 1
 
 
 def test_bench_writes_its_rows_and_renders_them(tmp_path):
