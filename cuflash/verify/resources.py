@@ -76,7 +76,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("bwd_sm80", "*-d128*", 188, _BACKWARD_128),
     Allowance("bwd_sm80", "*-d256*", 64, _BACKWARD_256),
     Allowance("bwd_sm90", "*-d64-*mask*", 300, _GRADIENTS_90),
-    Allowance("bwd_sm90", "*-d64-softcap", 480, _GRADIENTS_90),
+    Allowance("bwd_sm90", "*-d64-softcap", 500, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-window", 56, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-alibi", 576, _GRADIENTS_90),
     Allowance("bwd_sm90", "*-d64-*bias", 92, _GRADIENTS_90),
