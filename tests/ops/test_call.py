@@ -42,12 +42,12 @@ def test_vocabularies_rename_what_there_is(vocabulary: str) -> None:
 
 
 DOORS: dict[Callable[..., Any], tuple[str, str]] = {
-    cuflash.flash_attn_func: ("forward", "flash"),
-    cuflash.flash_attn_varlen_func: ("forward", "flash"),
+    cuflash.flash_attn_func: ("out", "flash"),
+    cuflash.flash_attn_varlen_func: ("out", "flash"),
     cuflash.flash_attn_backward: ("backward", "flash"),
     cuflash.flash_attn_vjp: ("vjp", "flash"),
     cuflash.explain: ("explain", "flash"),
-    cuflash.scaled_dot_product_attention: ("forward", "sdpa"),
+    cuflash.scaled_dot_product_attention: ("out", "sdpa"),
     cuflash.flex_attention: ("forward", "sdpa"),
     cuflash.mha_fwd: ("forward", "mha_fwd"),
     cuflash.mha_varlen_fwd: ("forward", "mha_fwd"),
