@@ -229,11 +229,10 @@ def written() -> list[Case]:
 
     Masks are given as lists of blocks. Of random ones, without a rule, half and nine tenths are empty.
     """
-    return [case for dim in (64, 128) for case in _written(dim)]
+    return [case for dim in (64, 128) for case in _written(dim, 2048 // dim, 8192)]
 
 
-def _written(dim: int) -> list[Case]:
-    heads, length = 2048 // dim, 8192
+def _written(dim: int, heads: int, length: int) -> list[Case]:
     rng = np.random.default_rng(0)
     slopes = (2.0 ** -np.linspace(1, 8, heads)).astype(np.float32)
     table = rng.standard_normal((heads, 2 * length - 1), np.float32)
@@ -241,7 +240,7 @@ def _written(dim: int) -> list[Case]:
     documents = np.searchsorted(ends, np.arange(length), side="right").astype(np.int32)
     prefixes = np.array([length // 4, length // 2], np.int32)
 
-    sizes = {"len_q": length, "len_kv": length}
+    sizes, width, tiles = {"len_q": length, "len_kv": length}, length // 8, length // 128
 
     def case(
         name: str,
@@ -274,11 +273,11 @@ def _written(dim: int) -> list[Case]:
         case("documents16", blocks=create_block_mask(mods.document(documents), **sizes)),
         case("prefix", blocks=create_block_mask(mods.prefix_lm(prefixes), batch=2, **sizes)),
         case(
-            "window1024", {"mask": Mask(left=1024, right=0)},
-            blocks=create_block_mask(mods.sliding_window(1024, 0), **sizes),
+            f"window{width}", {"mask": Mask(left=width, right=0)},
+            blocks=create_block_mask(mods.sliding_window(width, 0), **sizes),
         ),
         *(
-            case(f"blocks{empty}", blocks=create_block_mask(blocks=rng.random((64, 64)) >= empty / 100, **sizes))
+            case(f"blocks{empty}", blocks=create_block_mask(blocks=rng.random((tiles, tiles)) >= empty / 100, **sizes))
             for empty in (50, 90)
         ),
     ]  # fmt: skip
@@ -339,10 +338,11 @@ def cpu() -> list[Case]:
 
 
 def exactness() -> list[Case]:
-    """What shows in errors: both 16-bit types, dims, masks, inputs times 1, 3 and 10; then one feature; few queries.
+    """What shows in errors: both 16-bit types, dims, masks, inputs times 1, 3 and 10; one feature; few queries.
 
-    Of so many heads that no library splits the keys of a self-attention, which would show instead of what it computes:
-    each part has a largest probability of its own, which does not round.
+    And what callers write where an option says the same. Of so many heads that no library splits the keys of a
+    self-attention, which would show instead of what it computes: each part has a largest probability of its own, which
+    does not round.
     """
     plain: list[tuple[str, str, int, dict[str, Any]]] = [
         (f"{dtype}-d{dim}{'-causal' if mask.right == 0 else ''}", dtype, dim, {"mask": mask})
@@ -367,9 +367,15 @@ def exactness() -> list[Case]:
         for name, dtype, dim, change in plain + featured
     ]
     few = [_decode("bf16-d128-q1", 4, 4096), _decode("bf16-d128-q16", 4, 4096, 16, mask=_CAUSAL)]
+    own = [
+        replace(case, id=f"bf16-{case.id}-written")
+        for dim in (64, 128)
+        for case in _written(dim, 8, 1024)
+        if case.built_in
+    ]
     return [
         replace(case, id=f"{case.id}-x{factor}", qk_factor=float(factor))
-        for case in long + few
+        for case in long + few + own
         for factor in (1, 3, 10)
     ]
 

@@ -35,19 +35,21 @@ CASES = {case.id: case for case in sets.exactness()}
 def small(case_id: str, len_q: int = 40, len_kv: int = 40) -> Case:
     """A case of the table with fewer rows."""
     case = CASES[case_id]
-    return replace(case, problem=replace(case.problem, len_q=len_q, len_kv=len_kv))
+    problem, built_in = (x and replace(x, len_q=len_q, len_kv=len_kv) for x in (case.problem, case.built_in))
+    return replace(case, problem=problem, built_in=built_in)
 
 
 @pytest.mark.parametrize(
     "case_id", ["bf16-d64-causal-x3", "fp16-d128-x10", "bf16-d128-gqa-x1", "bf16-d128-sink-x3", "fp16-d64-dropout-x1",
-                "fp16-d64-dropout_word-x3"]
+                "fp16-d64-dropout_word-x3", "bf16-alibi-d64-written-x3", "bf16-softcap30-d128-written-x10"]
 )  # fmt: skip
 def test_the_exact_answer_is_that_of_the_oracle(case_id):
     case = small(case_id, 40, 70).turned("backward")
-    problem = case.problem
+    problem = case.built_in or case.problem
     inputs = make(case, Normals(np))
     expected = oracle.attention(
         inputs.q, inputs.k, inputs.v, inputs.dout, causal=problem.mask.right == 0, sink=inputs.sink,
+        softcap=problem.softcap, alibi_slopes=inputs.captured[0] if problem.alibi else None,
         dropout_p=case.dropout_p, dropout_scheme=problem.dropout or "byte", rng_state=inputs.rng_state or (0, 0),
     )  # fmt: skip
     answers = ideal(case, inputs, np)[0] | ideal(case.turned("forward"), inputs, np)[0]
@@ -122,7 +124,7 @@ def test_a_factor_scales_q_and_k_and_nothing_else():
 
 def test_the_set_is_what_the_bar_is_for():
     ids = list(CASES)
-    assert len(ids) == len(set(ids)) == 72
+    assert len(ids) == len(set(ids)) == 90
     for dtype in ("bf16", "fp16"):
         for dim in (64, 128, 256):
             for mask in ("", "-causal"):

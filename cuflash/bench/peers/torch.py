@@ -312,7 +312,9 @@ class FlexAttention(Torch):
             make = self._module.create_block_mask
             if q.shape[2] * k.shape[2] > _MOST_PAIRS:
                 make = torch.compile(make)
-            block_mask = make(visible, None, None, q.shape[2], k.shape[2], device=str(q.device))
+            batch, heads = (case.blocks.batch, case.blocks.heads) if case.blocks is not None else (1, 1)
+            own = (n if n > 1 else None for n in (batch, heads))
+            block_mask = make(visible, *own, q.shape[2], k.shape[2], device=str(q.device))
         options: dict[str, object] = {
             "score_mod": _written(torch, problem.score_mod, inputs.captured[:read])
             or _score_mod(torch, problem, inputs, bias, places[0]),
