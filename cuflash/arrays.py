@@ -78,6 +78,10 @@ class Adapter:
         """The same of a call of ``ops.jvp``."""
         raise NotImplementedError
 
+    def tracer(self) -> Any:
+        """What finds out at the moment what a written function does, in the place of ``mods.trace``; None for that."""
+        return None
+
     def divided(self, method: str, asked: Any, tensors: Any, group: Any) -> tuple[Any, Any]:
         """(out, lse) of a call that devices share, by the name of a function of ``cuflash.parallel``.
 

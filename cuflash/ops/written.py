@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cuflash.arrays import Adapter, framework_of_type
 from cuflash.errors import InvalidArgument
 from cuflash.mods import Traced, trace
 from cuflash.ops.call import Arrays, Options
@@ -24,7 +25,13 @@ def with_mods(
     InvalidArgument
         If a function cannot be traced.
     """
-    score, mask = _traced("score_mod", score_mod), _traced("mask_mod", mask_mod)
+    kind: type = type(arrays.q)
+    framework = framework_of_type(kind)
+    tracer = (framework.tracer() if isinstance(framework, Adapter) else None) or traced
+    score, mask = (
+        _NOTHING if function is None else tracer(argument, function)
+        for argument, function in (("score_mod", score_mod), ("mask_mod", mask_mod))
+    )
     options = options.replace(score_mod=score.mod, mask_mod=mask.mod, captured_grad=captured_grad)
     if block_mask is not None:  # which cannot be hashed, so that such options are kept nowhere
         options = options.replace(block_mask=block_mask)
@@ -34,10 +41,8 @@ def with_mods(
 _NOTHING = Traced(None, ())  # type: ignore[arg-type]
 
 
-def _traced(argument: str, function: Any) -> Traced:
+def traced(argument: str, function: Any) -> Traced:
     """What a function does, which may have been traced before."""
-    if function is None:
-        return _NOTHING
     if not isinstance(function, Traced):
         return trace(argument, function)
     is_mask = function.mod.expression.kind == "bool"

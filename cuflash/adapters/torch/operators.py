@@ -6,6 +6,7 @@ back empty.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from cuflash.adapters.torch.recorded import (
     differentiated,
     gradient,
     of_gradient,
-    refuse_written,
 )
+from cuflash.adapters.torch.written import spelled, written
 from cuflash.arrays import framework_of_type
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.ops import Arrays, Options, asked
@@ -40,7 +41,6 @@ def traced(
             "torch.compile traces attention whose gradient autograd takes, and no explicit gradients or caches. "
             "Call them outside of the compiled function, or behind torch.compiler.disable."
         )
-    refuse_written(options, "to a call that torch.compile traces")
     transforms = _transforms()
     if "Jvp" in transforms:
         raise UnsupportedProblem(NO_FORWARD_MODE)
@@ -61,7 +61,7 @@ def traced(
     arrays = autocast(arrays)
     grad = False
     if torch.is_grad_enabled():
-        for x in arrays:
+        for x in arrays.each():
             if x is not None and x.requires_grad:
                 grad = True
     if grad:
@@ -72,10 +72,11 @@ def traced(
     manner = options.manner
     out, lse, row_state, rng_state = torch.ops.cuflash.forward(
         arrays.q, arrays.k, arrays.v, arrays.mask, arrays.bias, arrays.alibi, arrays.sink, arrays.cu_seqlens_q,
-        arrays.cu_seqlens_kv, arrays.seqused_q, arrays.seqused_kv, arrays.table, options.softmax_scale, options.causal,
+        arrays.cu_seqlens_kv, arrays.seqused_q, arrays.seqused_kv, list(arrays.captured or ()), arrays.table,
+        options.softmax_scale, options.causal,
         left, right, options.softcap, options.alignment, options.dropout_p, options.dropout_scheme,
         options.unbiased_dropout, options.max_seqlen_q, options.max_seqlen_k, options.num_splits, options.deterministic,
-        manner.validate, manner.enable_gqa, manner.layout, manner.vocabulary, seed, offset,
+        manner.validate, manner.enable_gqa, manner.layout, manner.vocabulary, spelled(options), seed, offset,
         grad or options.keep_state,
     )  # fmt: skip
     results = (out, lse, row_state) if options.keep_state else (out, lse)
@@ -92,24 +93,26 @@ def _transforms() -> tuple[str, ...]:
 def _options(
     softmax_scale: float | None, causal: bool, left: int, right: int, softcap: float, alignment: str, dropout_p: float,
     dropout_scheme: str, unbiased_dropout: bool, max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int,
-    deterministic: bool, validate: bool, enable_gqa: bool, layout: Any, vocabulary: str,
+    deterministic: bool, validate: bool, enable_gqa: bool, layout: Any, vocabulary: str, text: str,
 ) -> Options:  # fmt: skip
-    return asked(
+    options = asked(
         softmax_scale=softmax_scale, causal=causal, window_size=(left, right), softcap=softcap, alignment=alignment,
         dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, num_splits=num_splits, deterministic=deterministic,
         validate=validate, enable_gqa=enable_gqa, layout=layout, vocabulary=vocabulary,
     )  # fmt: skip
+    return options.replace(**written(text)) if written(text) else options
 
 
 @torch.library.custom_op("cuflash::forward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, alibi: Tensor | None,
     sink: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, seqused_q: Tensor | None,
-    seqused_kv: Tensor | None, table: Tensor | None, softmax_scale: float | None, causal: bool, left: int, right: int,
-    softcap: float, alignment: str, dropout_p: float, dropout_scheme: str, unbiased_dropout: bool,
-    max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int, deterministic: bool, validate: bool,
-    enable_gqa: bool, layout: str, vocabulary: str, seed: int, offset: int, keep_state: bool,
+    seqused_kv: Tensor | None, captured: Sequence[Tensor], table: Tensor | None, softmax_scale: float | None,
+    causal: bool, left: int, right: int, softcap: float, alignment: str, dropout_p: float, dropout_scheme: str,
+    unbiased_dropout: bool, max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int, deterministic: bool,
+    validate: bool, enable_gqa: bool, layout: str, vocabulary: str, text: str, seed: int, offset: int,
+    keep_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, lse, row_state, rng_state as int64); the third is empty unless kept, and the fourth without dropout.
 
@@ -117,10 +120,11 @@ def forward(
     """
     options = _options(
         softmax_scale, causal, left, right, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout,
-        max_seqlen_q, max_seqlen_k, num_splits, deterministic, validate, enable_gqa, layout, vocabulary,
+        max_seqlen_q, max_seqlen_k, num_splits, deterministic, validate, enable_gqa, layout, vocabulary, text,
     )  # fmt: skip
     arrays = Arrays(
-        q, k, v, mask, bias, alibi, sink, cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv, table
+        q, k, v, mask, bias, alibi, sink, cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv, table,
+        captured=tuple(captured) or None,
     )  # fmt: skip
     generator = None if offset < 0 else (seed % 2**64, offset)
     framework: Any = framework_of_type(torch.Tensor)
@@ -134,7 +138,7 @@ def forward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, alibi: Any, sink: Any, cu_seqlens_q: Any, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout, keep_state, dropout_p = others[-5], others[-1], others[10]
+    layout, keep_state, dropout_p = others[-6], others[-1], others[11]
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     if cu_seqlens_q is not None:
         rows = (q.shape[1], q.shape[0])
@@ -151,57 +155,75 @@ def backward(
     dout: Tensor, lse: Tensor, dlse: Tensor | None, row_state: Tensor, rng_state: Tensor, out: Tensor, q: Tensor,
     k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, alibi: Tensor | None, sink: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, seqused_q: Tensor | None, seqused_kv: Tensor | None,
-    softmax_scale: float | None, causal: bool, left: int, right: int, softcap: float, alignment: str, dropout_p: float,
-    dropout_scheme: str, unbiased_dropout: bool, max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int,
-    deterministic: bool, validate: bool, enable_gqa: bool, layout: str, vocabulary: str, bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dbias, dsink); the last two are empty without a bias that wants one, and without a sink."""
+    captured: Sequence[Tensor], softmax_scale: float | None, causal: bool, left: int, right: int, softcap: float,
+    alignment: str, dropout_p: float, dropout_scheme: str, unbiased_dropout: bool, max_seqlen_q: int | None,
+    max_seqlen_k: int | None, num_splits: int, deterministic: bool, validate: bool, enable_gqa: bool,
+    layout: str, vocabulary: str, text: str, bias_grad: bool, captured_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """(dq, dk, dv, dbias, dsink, dcaptured); the others than three are empty where there is none."""
     options = _options(
         softmax_scale, causal, left, right, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout,
-        max_seqlen_q, max_seqlen_k, num_splits, deterministic, validate, enable_gqa, layout, vocabulary,
+        max_seqlen_q, max_seqlen_k, num_splits, deterministic, validate, enable_gqa, layout, vocabulary, text,
     )  # fmt: skip
     arrays = Arrays(
         q, k, v, mask, bias, alibi, sink, cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv,
         rng_state=rng_state if dropout_p else None, dout=dout, lse=lse, dlse=dlse, row_state=row_state, out=out,
+        captured=tuple(captured) or None,
     )  # fmt: skip
     framework: Any = framework_of_type(torch.Tensor)
-    dq, dk, dv, *others = gradient(framework, of_gradient(options, bias_grad), arrays)
+    dq, dk, dv, *others = gradient(framework, of_gradient(options, bias_grad, captured_grad), arrays)
     dq, dk, dv = (x.contiguous() for x in (dq, dk, dv))  # NumPy's follow the strides of rows before heads
-    empty = lse.new_empty(0)
-    return dq, dk, dv, others[0] if bias_grad else empty, lse.new_empty(0) if sink is None else others[-1]
+    dbias = others.pop(0) if bias_grad else lse.new_empty(0)
+    dsink = lse.new_empty(0) if sink is None else others.pop(0)
+    return dq, dk, dv, dbias, dsink, others if captured_grad else []
 
 
 @backward.register_fake
 def _(
     dout: Tensor, lse: Tensor, dlse: Any, row_state: Any, rng_state: Any, out: Any, q: Tensor, k: Tensor, v: Tensor,
     mask: Any, bias: Any, alibi: Any, sink: Any, *others: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
+    captured, (text, bias_grad, captured_grad) = others[4], others[-3:]
     gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-    dbias = lse.new_empty(bias.shape if others[-1] else (0,))
-    return *gradients, dbias, lse.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+    dbias = lse.new_empty(bias.shape if bias_grad else (0,))
+    dsink = lse.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+    dcaptured = [lse.new_empty(captured[i].shape) for i in _learned(text)] if captured_grad else []
+    return *gradients, dbias, dsink, dcaptured
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     out, lse, row_state, rng_state = output
     ctx.mark_non_differentiable(row_state, rng_state)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:11], out, lse, row_state, rng_state)
-    ctx.rest = inputs[12:29]
+    captured = inputs[11]
+    ctx.save_for_backward(*inputs[:11], out, lse, row_state, rng_state, *captured)
+    ctx.rest = inputs[13:31]
 
 
 def _backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
-    *given, out, lse, row_state, rng_state = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    given, (out, lse, row_state, rng_state), captured = saved[:11], saved[11:15], list(saved[15:])
     if dout is None:
         if dlse is None:
-            return (None,) * 32
+            return (None,) * 34
         dout = torch.zeros_like(out)
-    bias_grad = ctx.needs_input_grad[4]
-    dq, dk, dv, dbias, dsink = backward(
-        dout, lse, dlse, row_state, rng_state, out, *given, *ctx.rest, bias_grad
-    )  # fmt: skip
+    bias_grad, wanted = ctx.needs_input_grad[4], ctx.needs_input_grad[11]
+    learned = _learned(ctx.rest[-1]) if any(wanted or ()) else ()
+    dq, dk, dv, dbias, dsink, found = backward(
+        dout, lse, dlse, row_state, rng_state, out, *given, captured, *ctx.rest, bias_grad, bool(learned)
+    )
     bias, sink = given[4], given[6]
     dbias = dbias.to(bias.dtype) if bias_grad else None
-    return dq, dk, dv, None, dbias, None, None if sink is None else dsink, *(None,) * 25
+    dcaptured: list[Any] = [None] * len(captured)
+    for i, gradient_of in zip(learned, found, strict=True):
+        dcaptured[i] = gradient_of.to(captured[i].dtype) if wanted[i] else None
+    return dq, dk, dv, None, dbias, None, None if sink is None else dsink, *(None,) * 4, dcaptured, *(None,) * 22
+
+
+def _learned(text: str) -> tuple[int, ...]:
+    """Which of the arrays that are captured have gradients."""
+    score = written(text).get("score_mod")
+    return tuple(i for i, operand in enumerate(score.operands) if operand.kind == "real") if score else ()
 
 
 forward.register_autograd(_backward, setup_context=_keep)

@@ -137,6 +137,14 @@ class Torch(Launcher, Adapter):
         """Where torch records nothing."""
         return self._torch.no_grad()
 
+    def tracer(self) -> Any:
+        """What torch can follow, where it follows this."""
+        if not self._torch.compiler.is_dynamo_compiling():
+            return None
+        from cuflash.adapters.torch.written import traced
+
+        return traced
+
     def answer(
         self,
         direction: Direction,
