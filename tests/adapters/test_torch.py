@@ -325,42 +325,39 @@ def test_compiled(device: str, attend: Callable[..., Any], backend: str) -> None
 
 # PyTorch's own check looks at .grad of tensors that have none.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_operators(device: str) -> None:
+@pytest.mark.parametrize("written", [False, True])
+def test_operators(device: str, written: bool) -> None:
     from cuflash.adapters.torch import operators
+    from cuflash.adapters.torch.written import spelled
+    from cuflash.ops.call import asked
 
     q, k, v = tensors(device)
     bias, sink = (
         torch.randn(4, 9, 9, device=device, requires_grad=True),
         torch.randn(4, device=device, requires_grad=True),
     )
+    table, ids = torch.randn(4, 17, device=device, requires_grad=True), torch.arange(9, device=device)
+    score, mask = (
+        cuflash.mods.trace("score_mod", lambda s, b, h, i, j: 2 * s + table[h, i - j + 8]),
+        cuflash.mods.trace("mask_mod", lambda b, h, i, j: ids[i] >= j),
+    )
+    options = asked().replace(score_mod=score.mod, mask_mod=mask.mod) if written else asked()
+    captured = [*score.arrays, *mask.arrays] if written else []
     settings = (
-        None,
-        True,
-        -1,
-        -1,
-        0.0,
-        "bottom-right",
-        0.0,
-        "byte",
-        False,
-        None,
-        None,
-        0,
-        False,
-        False,
-        True,
-        "bshd",
-        "flash",
-    )
-    given = (q, k, v, None, bias, None, sink, *5 * (None,), *settings, 0, -1, True)
+        None, True, -1, -1, 0.0, "bottom-right", 0.0, "byte", False, None, None, 0, False, False, True, "bshd", "flash",
+        spelled(options),
+    )  # fmt: skip
+    given = (q, k, v, None, bias, None, sink, *4 * (None,), captured, None, *settings, 0, -1, True)
     torch.library.opcheck(operators.forward, given)
-    torch.library.opcheck(
-        torch.ops.cuflash.forward.default, (*(x.detach() if torch.is_tensor(x) else x for x in given),)
-    )
+
+    def detached(x: Any) -> Any:
+        return [y.detach() for y in x] if isinstance(x, list) else x.detach() if torch.is_tensor(x) else x
+
+    torch.library.opcheck(torch.ops.cuflash.forward.default, (*map(detached, given),))
     with torch.no_grad():
         out, lse, row_state, rng = torch.ops.cuflash.forward(*given)
-    inputs = [x.detach() if torch.is_tensor(x) else x for x in given[:11]]
-    backward = (torch.randn_like(out), lse, None, row_state, rng, out, *inputs, *settings, True)
+    inputs = [detached(x) for x in given[:12]]
+    backward = (torch.randn_like(out), lse, None, row_state, rng, out, *inputs, *settings, True, written)
     torch.library.opcheck(operators.backward, backward)
 
 

@@ -209,10 +209,40 @@ def test_second_derivatives_in_a_program_of_jax_are_finite_differences() -> None
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     table = _of_jax(TABLE)
     attend = lambda q: cuflash.flash_attn_func(q, _of_jax(K), _of_jax(V), score_mod=curved(table)).sum()  # noqa: E731
-    q, change = _of_jax(Q), _of_jax(RNG.standard_normal(Q.shape).astype(np.float32))
+    q, change = _of_jax(Q), _of_jax(np.random.default_rng(4).standard_normal(Q.shape).astype(np.float32))
     turned = jax.jvp(jax.grad(attend), (q,), (change,))[1]
     pulled = jax.grad(lambda q: (jax.grad(attend)(q) * change).sum())(q)
     np.testing.assert_allclose(turned, pulled, rtol=1e-4, atol=1e-5)
     step = 1e-2
     after, before = (jax.grad(attend)(q + sign * step * change) for sign in (1, -1))
     np.testing.assert_allclose(turned, (after - before) / (2 * step), rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*is deprecated:")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_torch_functions_of_functions() -> None:
+    """Gradients, changes and both of what reads arrays, by torch.func, as autograd has them and by differences."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    q, k, v, table = (torch.tensor(x, dtype=torch.float64) for x in (Q, K, V, TABLE))
+    weights = torch.linspace(-1, 1, Q.size, dtype=torch.float64).view(Q.shape)
+
+    def loss(q: Any, k: Any, v: Any, table: Any) -> Any:
+        return (cuflash.flash_attn_func(q, k, v, score_mod=score_of(table), mask_mod=seen) * weights).sum()
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, table)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    gradient = torch.func.grad(loss, argnums=(0, 1, 2, 3))
+    for found, dx in zip(gradient(q, k, v, table), expected, strict=True):
+        np.testing.assert_array_equal(found, dx)
+    _, along = torch.func.jvp(lambda k: loss(q, k, v, table), (k,), (v,))
+    np.testing.assert_allclose(along, (expected[1] * v).sum(), rtol=1e-12)
+    of_q = torch.func.grad(lambda q: loss(q, k, v, table))
+    _, curvature = torch.func.jvp(of_q, (q,), (torch.ones_like(q),))
+    np.testing.assert_allclose(curvature, (of_q(q + 1e-5) - of_q(q - 1e-5)) / 2e-5, atol=1e-8)
+    blocks = cuflash.create_block_mask(mods.causal(), len_q=5, len_kv=7)
+    attend = lambda q: cuflash.flash_attn_func(q, k, v, block_mask=blocks).square().sum()  # noqa: E731
+    np.testing.assert_array_equal(torch.func.grad(attend)(q), torch.autograd.grad(attend(leaves[0]), leaves[0])[0])
+    with pytest.raises(UnsupportedProblem, match="what score_mod reads has a tangent"):
+        torch.func.jvp(lambda table: loss(q, k, v, table), (table,), (table,))
+    with pytest.raises(UnsupportedProblem, match=r"block_mask is given inside torch.vmap"):
+        torch.func.vmap(torch.func.grad(attend))(q[None])

@@ -37,6 +37,7 @@ NO_FURTHER = (
     "tangents or explicit gradients, of flash_attn_vjp and flash_attn_backward. Use "
     "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
 )
+_VMAP = torch._C._functorch.TransformType.Vmap
 _UPSTREAM = ("dout", "dlse")
 _WHERE = {name: Arrays._fields.index(name) for name in (*_DIFFERENTIABLE, *_UPSTREAM)}
 
@@ -57,8 +58,8 @@ def answer(
         If something is to have a gradient that has none.
     """
     mapped = torch._C._are_functorch_transforms_active()
-    if mapped:
-        refuse_written(options, "inside torch.vmap, torch.func and the like")
+    if mapped and any(level.key() == _VMAP for level in torch._C._functorch.get_interpreter_stack() or ()):
+        refuse_written(options, "inside torch.vmap")
     if direction == "backward":
         if not (mapped or torch.is_grad_enabled()):
             return framework.plain(direction, options, arrays)
@@ -69,7 +70,9 @@ def answer(
     if not mapped:
         return recorded(framework, options, arrays, generator)
     arrays = differentiated(options, arrays)
-    out, lse, row_state, *drawn = _Mapped.apply(framework, options, generator, *arrays)
+    out, lse, row_state, *drawn = _Mapped.apply(
+        framework, options, generator, _on_host(arrays.captured), *arrays.each()
+    )  # fmt: skip
     return (out, lse, row_state, *drawn) if options.keep_state else (out, lse, *drawn)
 
 
@@ -451,37 +454,40 @@ class _Mapped(torch.autograd.Function):
     """The same inside torch's transforms, which map tensors that are arguments, and in forms that they know."""
 
     @staticmethod
-    def forward(framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
-        return framework.plain("forward", options.replace(keep_state=True), Arrays(*arrays), generator)
+    def forward(framework: Any, options: Options, generator: Any, on_host: Any, *each: Any) -> Any:
+        return framework.plain("forward", options.replace(keep_state=True), _rejoined(on_host, each), generator)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        framework, options, _, *arrays = inputs
-        _keep(ctx, framework, options, arrays, output)
-        ctx.save_for_forward(*arrays, *output[3:])
+        framework, options, _, on_host, *each = inputs
+        _keep(ctx, framework, options, _rejoined(on_host, each), output)
+        ctx.save_for_forward(*each, *output[3:])
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
-        dq, dk, dv, dbias, dsink = _gradients(ctx, dout, dlse, ctx.needs_input_grad[3 + _BIAS])
-        return None, None, None, *Arrays(dq, dk, dv, bias=dbias, sink=dsink)
+        captured_grads = ctx.needs_input_grad[4 + _CAPTURED :]
+        found = _gradients(ctx, dout, dlse, ctx.needs_input_grad[4 + _BIAS], captured_grads)
+        dq, dk, dv, dbias, dsink, *dcaptured = found
+        own = Arrays(dq, dk, dv, bias=dbias, sink=dsink)[:_CAPTURED]
+        return None, None, None, None, *own, *(dcaptured or (None,))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        count = len(Arrays._fields)
-        arrays, drawn = Arrays(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        count = _CAPTURED + max(1, len(ctx.on_host))
+        arrays, drawn = _rejoined(ctx.on_host, ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
         ctx.given = arrays, drawn[0] if drawn else None
-        changes = Arrays(*tangents[3:])
-        return _pushed(ctx, [getattr(changes, name) for name in _DIFFERENTIABLE])
+        changes = Arrays(*tangents[4 : 4 + _CAPTURED])
+        return _pushed(ctx, [getattr(changes, name) for name in _DIFFERENTIABLE], tangents[4 + _CAPTURED :])
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, framework: Any, options: Options, generator: Any, *arrays: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, framework: Any, options: Options, generator: Any, _: Any, *arrays: Any) -> Any:
         if options.dropout_p and info.randomness != "different":
             raise UnsupportedProblem(
                 f"randomness is {info.randomness!r} in torch.vmap, and dropout of what is mapped differs along it. "
                 "Pass randomness='different' to torch.vmap."
             )
-        fold = _Folded(info.batch_size, options, Arrays(*arrays), in_dims[3:])
-        out, lse, row_state, *drawn = _Mapped.apply(framework, options, generator, *fold.arrays())
+        fold = _Folded(info.batch_size, options, Arrays(*arrays), in_dims[4:])
+        out, lse, row_state, *drawn = _Mapped.apply(framework, options, generator, (), *fold.arrays())
         results = fold.unfolded(out, fold.heads), fold.unfolded(lse, fold.rows), fold.unfolded(row_state, fold.rows)
         return (*results, *drawn), (fold.heads, fold.rows, fold.rows, *(None for _ in drawn))
 
