@@ -148,6 +148,18 @@ def test_numbers_are_compiled_in_and_anew_where_they_change(device: str) -> None
         close([compiled(q, share, reach)], [attend(q, share, reach)])
 
 
+def test_another_mask_or_score_is_compiled_anew(device: str) -> None:
+    q = inputs(device)[0]
+    blocks = torch.compile(lambda q, m: cuflash.flash_attn_func(q, q, q, block_mask=m), fullgraph=True, backend="eager")
+    for rule in (mods.causal(), mods.sliding_window(2, 0)):
+        mask = cuflash.create_block_mask(rule, len_q=9, len_kv=9)
+        close([blocks(q, mask)], [cuflash.flash_attn_func(q, q, q, block_mask=mask)])
+    scores = torch.compile(lambda q, s: cuflash.flash_attn_func(q, q, q, score_mod=s), fullgraph=True, backend="eager")
+    for cap in (2.0, 3.0):
+        score = mods.trace("score_mod", mods.softcap(cap))
+        close([scores(q, score)], [cuflash.flash_attn_func(q, q, q, score_mod=score)])
+
+
 def test_what_torch_does_not_follow_is_refused_with_what_helps() -> None:
     q = torch.randn(1, 5, 2, 8)
     held = type("Held", (), {})()
