@@ -72,8 +72,8 @@ def results(f: Callable[..., Any], given: list[Any]) -> list[Any]:
     return [out, *torch.autograd.grad((out * weights).sum(), [x for x in given if x.requires_grad])]
 
 
-def close(found: list[Any], expected: list[Any]) -> None:
-    for x, y in zip(found, expected, strict=True):
+def close(actual: list[Any], expected: list[Any]) -> None:
+    for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
 
 
@@ -126,12 +126,12 @@ def test_a_module_learns_what_its_score_reads(device: str) -> None:
     module = Attention()
     given = inputs(device)[:3]
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    found = []
+    gradients = []
     for attend in (compiled, module):
         module.zero_grad()
         attend(*given).square().sum().backward()
-        found.append(module.table.grad)
-    close(found[:1], found[1:])
+        gradients.append(module.table.grad)
+    close(gradients[:1], gradients[1:])
 
 
 @shows_closures

@@ -232,8 +232,8 @@ def test_torch_functions_of_functions() -> None:
     leaves = [x.clone().requires_grad_() for x in (q, k, v, table)]
     expected = torch.autograd.grad(loss(*leaves), leaves)
     gradient = torch.func.grad(loss, argnums=(0, 1, 2, 3))
-    for found, dx in zip(gradient(q, k, v, table), expected, strict=True):
-        np.testing.assert_array_equal(found, dx)
+    for actual, dx in zip(gradient(q, k, v, table), expected, strict=True):
+        np.testing.assert_array_equal(actual, dx)
     _, along = torch.func.jvp(lambda k: loss(q, k, v, table), (k,), (v,))
     np.testing.assert_allclose(along, (expected[1] * v).sum(), rtol=1e-12)
     of_q = torch.func.grad(lambda q: loss(q, k, v, table))

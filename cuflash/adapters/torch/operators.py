@@ -209,13 +209,13 @@ def _backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
         dout = torch.zeros_like(out)
     bias_grad, wanted = ctx.needs_input_grad[4], ctx.needs_input_grad[11]
     learned = _learned(ctx.rest[-1]) if any(wanted or ()) else ()
-    dq, dk, dv, dbias, dsink, found = backward(
+    dq, dk, dv, dbias, dsink, of_captured = backward(
         dout, lse, dlse, row_state, rng_state, out, *given, captured, *ctx.rest, bias_grad, bool(learned)
     )
     bias, sink = given[4], given[6]
     dbias = dbias.to(bias.dtype) if bias_grad else None
     dcaptured: list[Any] = [None] * len(captured)
-    for i, gradient_of in zip(learned, found, strict=True):
+    for i, gradient_of in zip(learned, of_captured, strict=True):
         dcaptured[i] = gradient_of.to(captured[i].dtype) if wanted[i] else None
     return dq, dk, dv, None, dbias, None, None if sink is None else dsink, *(None,) * 4, dcaptured, *(None,) * 22
 

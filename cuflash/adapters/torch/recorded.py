@@ -466,8 +466,8 @@ class _Mapped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
         captured_grads = ctx.needs_input_grad[4 + _CAPTURED :]
-        found = _gradients(ctx, dout, dlse, ctx.needs_input_grad[4 + _BIAS], captured_grads)
-        dq, dk, dv, dbias, dsink, *dcaptured = found
+        gradients = _gradients(ctx, dout, dlse, ctx.needs_input_grad[4 + _BIAS], captured_grads)
+        dq, dk, dv, dbias, dsink, *dcaptured = gradients
         own = Arrays(dq, dk, dv, bias=dbias, sink=dsink)[:_CAPTURED]
         return None, None, None, None, *own, *(dcaptured or (None,))
 

@@ -44,31 +44,31 @@ def traced(argument: str, function: Any) -> Traced:
     if isinstance(function, Traced):
         arrays = tuple([_tensor(x) for x in function.arrays])
         return Traced(Spelled(*_spelled(argument, function.mod, len(arrays))), arrays)  # type: ignore[arg-type]
-    found: list[Any] = []
-    text, kinds, order = _found(argument, _parts(argument, function, found))
-    return Traced(Spelled(text, kinds), tuple([found[i] for i in order]))  # type: ignore[arg-type]
+    tensors: list[Any] = []
+    text, kinds, order = _found(argument, _parts(argument, function, tensors))
+    return Traced(Spelled(text, kinds), tuple([tensors[i] for i in order]))  # type: ignore[arg-type]
 
 
-def _parts(argument: str, value: Any, found: list[Any]) -> tuple[Any, ...]:
+def _parts(argument: str, value: Any, tensors: list[Any]) -> tuple[Any, ...]:
     """A value in constants, but for the tensors in it: these are numbered as they are found."""
     if isinstance(value, Captured):
         value = value.array
     if isinstance(value, torch.Tensor | np.ndarray):
         value = _tensor(value)
-        found.append(value)
-        return "array", len(found) - 1, str(value.dtype), tuple([_fixed(n) for n in value.shape])
+        tensors.append(value)
+        return "array", len(tensors) - 1, str(value.dtype), tuple([_fixed(n) for n in value.shape])
     if value is None or isinstance(value, bool | int | float | str):
         return "value", value if value is None else _fixed(value)
     if isinstance(value, tuple | list):
-        return "tuple", *[_parts(argument, x, found) for x in value]
+        return "tuple", *[_parts(argument, x, tensors) for x in value]
     if isinstance(value, partial):
-        keywords = [(name, _parts(argument, x, found)) for name, x in value.keywords.items()]
-        return "partial", _parts(argument, value.func, found), _parts(argument, value.args, found), tuple(keywords)
+        keywords = [(name, _parts(argument, x, tensors)) for name, x in value.keywords.items()]
+        return "partial", _parts(argument, value.func, tensors), _parts(argument, value.args, tensors), tuple(keywords)
     if isinstance(value, types.ModuleType):
         return "module", value.__name__
     if isinstance(value, types.FunctionType):
-        cells = [_parts(argument, cell.cell_contents, found) for cell in value.__closure__ or ()]
-        return "function", value.__code__, value.__module__, tuple(cells), _parts(argument, value.__defaults__, found)
+        cells = [_parts(argument, cell.cell_contents, tensors) for cell in value.__closure__ or ()]
+        return "function", value.__code__, value.__module__, tuple(cells), _parts(argument, value.__defaults__, tensors)
     raise UnsupportedProblem(
         f"{argument} finds a {type(value).__name__} by name, and torch.compile follows functions, tensors and numbers. "
         f"Pass cuflash.mods.trace({argument!r}, function), called outside of what is compiled."
@@ -161,7 +161,7 @@ def spelled(options: Options) -> str:
 def written(text: str) -> dict[str, Any]:
     """The options of which :func:`spelled` gives the text."""
     score, mask, blocks = text.split("\n")
-    found: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         name: words.from_words(json.loads(mod)) for name, mod in (("score_mod", score), ("mask_mod", mask)) if mod
     }
-    return found | ({"block_mask": _block_masks[blocks]} if blocks else {})
+    return chosen | ({"block_mask": _block_masks[blocks]} if blocks else {})
