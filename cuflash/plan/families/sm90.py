@@ -541,10 +541,8 @@ def _short_backward(problem: Problem, device: Device) -> Plan | None:
     fits = problem.layout == "dense" and min(lengths) > _ROWS and max(lengths) <= _SHORT and widest <= 64
     shared = problem.bias is None or problem.bias_broadcast[0]
     few = problem.batch * problem.heads_q < 2 * device.num_sms
-    sloped = bool(problem.softcap) or problem.score_mod is not None  # so that dS is not the gradient of a bias
-    listed = problem.block_mask is not None
-    learns = problem.captured_gradients or is_in_place(problem) or (problem.bias_grad and sloped)
-    if not fits or not shared or few or listed or problem.group > 1 or learns:
+    sloped = problem.bias_grad and problem.softcap  # so that dS is not the gradient of the bias
+    if not fits or not shared or few or problem.written or problem.group > 1 or is_in_place(problem) or sloped:
         return None
     tile_q = 64
     tiles = 2 * _SHORT * 128 * sum(2 * -(-dim // 64) for dim in (problem.dim_qk, problem.dim_v))
