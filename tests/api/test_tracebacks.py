@@ -124,7 +124,7 @@ def test_an_error_while_another_is_handled_keeps_it() -> None:
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuflash.ops, "forward", lambda *arguments: {}["missing"])
+    monkeypatch.setattr(cuflash.ops, "out", lambda *arguments: {}["missing"])
     with pytest.raises(KeyError) as caught:
         cuflash.flash_attn_func(X, X, X)
     assert len(frames_of(caught.value)) > 1
