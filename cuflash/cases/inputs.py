@@ -57,8 +57,12 @@ class Inputs:
     """What a written score reads, then a written mask."""
 
 
-_DRAWN = 2**26
-"""Numbers that are drawn at most: the gigabytes of a cache repeat them, which takes a second instead of a minute."""
+_DRAWN = 2**26 - 1
+"""Numbers that are drawn at most: the gigabytes of a cache repeat them, which takes a second instead of a minute.
+
+An odd count, so that rows repeat shifted: a key that is the very numbers of a query would take half of its weight, and
+gradients, in which everything then cancels, would be all rounding.
+"""
 
 
 class Normals:

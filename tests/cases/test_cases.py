@@ -11,7 +11,7 @@ import pytest
 
 from cuflash import dtypes
 from cuflash.cases import calls, sets
-from cuflash.cases.inputs import Normals, make
+from cuflash.cases.inputs import _DRAWN, Normals, make
 from cuflash.cases.table import CASES, SMOKE, TANGENTS, WRITTEN, Case, select, widest_copy
 from cuflash.device import named
 from cuflash.errors import InvalidArgument
@@ -200,3 +200,9 @@ def test_numbers_repeat_where_there_are_very_many(monkeypatch):
     a, b = Normals(np).tensors(dtypes.BF16, [(1500,), (1500,)])
     np.testing.assert_array_equal(a[:500].view(np.uint16), a[1000:].view(np.uint16))
     assert not np.shares_memory(a, b)
+
+
+def test_repeated_numbers_make_other_rows(monkeypatch):
+    monkeypatch.setattr("cuflash.cases.inputs._DRAWN", 4096 + _DRAWN % 4096)
+    q, k = Normals(np).tensors(dtypes.FP32, [(256, 128), (64, 128)])
+    assert len(np.unique(np.concatenate([q, k]), axis=0)) == 256 + 64
