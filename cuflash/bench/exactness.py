@@ -65,6 +65,7 @@ class Exactness(Bench):
 def steps(cases: list[Case]) -> list[Step]:
     """The distinct kernels of the cases on this GPU, and of the forward that a backward needs first."""
     gpu = current(0)
-    problems = [direction.problem for case in cases for direction in (case.turned("forward"), case)]
-    kernels = {(step.kernel, step.params, step.config): step for x in problems for step in choose(x, gpu).steps}
+    both = [direction for case in cases for direction in (case.turned("forward"), case)]
+    plans = [choose(each.problem, gpu, each.family) for each in both]
+    kernels = {(step.kernel, step.params, step.config): step for plan in plans for step in plan.steps}
     return list(kernels.values())

@@ -340,9 +340,9 @@ def cpu() -> list[Case]:
 def exactness() -> list[Case]:
     """What shows in errors: both 16-bit types, dims, masks, inputs times 1, 3 and 10; one feature; few queries.
 
-    And what callers write where an option says the same. Of so many heads that no library splits the keys of a
-    self-attention, which would show instead of what it computes: each part has a largest probability of its own, which
-    does not round.
+    And what callers write where an option says the same, Ampere's kernels, short sequences and learned biases. Of so
+    many heads that no library splits the keys of a self-attention, which would show instead of what it computes: each
+    part has a largest probability of its own, which does not round.
     """
     plain: list[tuple[str, str, int, dict[str, Any]]] = [
         (f"{dtype}-d{dim}{'-causal' if mask.right == 0 else ''}", dtype, dim, {"mask": mask})
@@ -373,9 +373,16 @@ def exactness() -> list[Case]:
         for case in _written(dim, 8, 1024)
         if case.built_in
     ]
+    bias = {"bias": BF16, "bias_broadcast": (True, False, False, False), "bias_grad": True}
+    other_kernels = [
+        *(replace(_dense(f"bf16-d{dim}-sm80", "bf16", 2, 8, 1024, dim), family="sm80") for dim in (64, 128, 256)),
+        _dense("bf16-d64-short", "bf16", 64, 8, 128, 64),
+        _dense("bf16-d64-short-bias", "bf16", 64, 8, 128, 64, **bias),
+        _dense("bf16-d64-bias", "bf16", 2, 8, 1024, 64, **bias),
+    ]
     return [
         replace(case, id=f"{case.id}-x{factor}", qk_factor=float(factor))
-        for case in long + few + own
+        for case in long + few + own + other_kernels
         for factor in (1, 3, 10)
     ]
 

@@ -124,7 +124,7 @@ def test_a_factor_scales_q_and_k_and_nothing_else():
 
 def test_the_set_is_what_the_bar_is_for():
     ids = list(CASES)
-    assert len(ids) == len(set(ids)) == 90
+    assert len(ids) == len(set(ids)) == 108
     for dtype in ("bf16", "fp16"):
         for dim in (64, 128, 256):
             for mask in ("", "-causal"):
@@ -140,11 +140,14 @@ def test_every_case_has_kernels_to_compile_ahead(monkeypatch):
     monkeypatch.setattr("cuflash.bench.exactness.current", lambda ordinal: named("h100"))
     backward = [case.turned("backward") for case in CASES.values()]
     kernels = {step.kernel for step in steps(backward)}
-    assert {"fwd_sm90", "bwd_sm90", "bwd_sm90_wide"} <= kernels
+    hoppers = {"bwd_sm90", "bwd_sm90_short", "bwd_sm90_wide", "bwd_bias_sm90"}
+    assert hoppers | {"bwd_sm80"} <= kernels
     assert len(steps(backward)) == len({(step.kernel, step.params, step.config) for step in steps(backward)})
     assert {step.kernel for step in steps(list(CASES.values()))} == {
         "fwd_sm90",
         "fwd_sm90_wide",
+        "fwd_sm80",
+        "fwd_sm80_short",
         "fwd_combine",
         "fwd_rng",
     }
