@@ -81,6 +81,22 @@ def test_devices_compute_what_one_does(
     whole.judge([out, lse, *pullback(dout, dlse)], causal=causal, window=window)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("method", "devices", "heads"),
+    [("ring", 3, (4, 2)), ("ring", 5, (3, 1)), ("ring", 6, (2, 2)), ("heads", 3, (6, 3)), ("heads", 6, (6, 2))],
+)
+def test_any_number_of_devices(method: str, devices: int, heads: tuple[int, int], packed: bool) -> None:
+    for order, band in (("zigzag", "causal"), ("contiguous", "sides")):
+        whole = Whole(devices, order, packed, FP32, heads)
+        q, k, v, dout, dlse = map(whole.parts, whole.tensors)
+        causal, window = BANDS[band]
+        (out, lse), pullback = METHODS[method](
+            q, k, v, causal=causal, window_size=window, order=order, cu_seqlens=whole.starts, return_lse=True
+        )
+        whole.judge([out, lse, *pullback(dout, dlse)], causal=causal, window=window)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_scale_softcap_and_bfloat16(method: str) -> None:
     whole = Whole(2, "zigzag", False, BF16, heads=(6, 2), rows=11)

@@ -5,9 +5,10 @@ Every device runs one program. What differs between them, which rows meet, is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,38 @@ Pair = tuple[Any, Any]
 """Keys and values, or gradients of both."""
 
 
+class _Group(NamedTuple):
+    """The devices along an axis of the mesh, or several: they count along the last one that is named first."""
+
+    axis: str | tuple[str, ...]
+    of_mesh: tuple[str, ...]
+    """Its axes in the order of the mesh, by which `jax.lax.ppermute` counts, whatever order it is given."""
+    numbers: tuple[int, ...]
+    """What number each device has there."""
+
+
 def divided(method: str, asked: Asked, tensors: Sequence[Any], group: Any) -> Pair:
     """(out, lse) of this device's rows."""
     devices = _size(group)
     asked.check(*tensors)
-    return (_by_ring if method == "ring_attention" else _by_heads)(asked, devices, group, *alike(tensors))
+    if method != "ring_attention":
+        return _by_heads(asked, devices, group, *alike(tensors))
+    return _by_ring(asked, devices, _group(group), *alike(tensors))
+
+
+def _group(axis: str | tuple[str, ...]) -> _Group:
+    names = axis if isinstance(axis, tuple) else (axis,)
+    mesh = jax.sharding.get_abstract_mesh().axis_names
+    of_mesh = tuple(sorted(names, key=lambda name: mesh.index(name) if name in mesh else -1))
+    sizes = [jax.lax.axis_size(name) for name in of_mesh]
+    numbers = np.arange(prod(sizes)).reshape(sizes).transpose([of_mesh.index(name) for name in names])
+    return _Group(axis, of_mesh, tuple(numbers.ravel().tolist()))
+
+
+def _permuted(x: Any, group: _Group, pairs: Iterable[tuple[int, int]]) -> Any:
+    """What arrives from the device that is another's source, zeros where it has none."""
+    numbers = group.numbers
+    return jax.lax.ppermute(x, group.of_mesh, [(numbers[source], numbers[target]) for source, target in pairs])
 
 
 def _size(group: Any) -> int:
@@ -52,7 +80,7 @@ def _size(group: Any) -> int:
         ) from error
 
 
-def _by_ring(asked: Asked, devices: int, group: Any, q: Any, k: Any, v: Any) -> Pair:
+def _by_ring(asked: Asked, devices: int, group: _Group, q: Any, k: Any, v: Any) -> Pair:
     division = asked.division(devices, q.shape, k.shape)
     longest = asked.longest(q.shape[0] * devices) if asked.packed else None
     if asked.packed and longest is None:
@@ -67,7 +95,7 @@ def _unknown() -> InvalidArgument:
 
 
 @lru_cache(maxsize=256)
-def _ring(division: Division, options: Options, group: Any, longest: int | None) -> Callable[..., Pair]:
+def _ring(division: Division, options: Options, group: _Group, longest: int | None) -> Callable[..., Pair]:
     """The ring, forward and backward, on q, k, v and, packed, cu_seqlens."""
 
     def device(starts: Sequence[Any]) -> Device:
@@ -94,7 +122,7 @@ def _ring(division: Division, options: Options, group: Any, longest: int | None)
 # comes straight from each of them.
 
 
-def _forward(on: Device, group: Any, q: Any, k: Any, v: Any) -> Pair:
+def _forward(on: Device, group: _Group, q: Any, k: Any, v: Any) -> Pair:
     """(out, lse) of this device's queries."""
     *batch, length, heads, _ = q.shape
     out = jnp.zeros((*q.shape[:-1], v.shape[-1]), _real(q))
@@ -107,7 +135,7 @@ def _forward(on: Device, group: Any, q: Any, k: Any, v: Any) -> Pair:
     return sums[0].astype(q.dtype), sums[1]
 
 
-def _of_neighbours(division: Division, group: Any, add: Any, q: Any, kv: Pair, sums: Pair) -> Pair:
+def _of_neighbours(division: Division, group: _Group, add: Any, q: Any, kv: Pair, sums: Pair) -> Pair:
     def received(work: Work | None, q: Any, moved: Sequence[Pair], sums: Pair) -> Pair:
         return sums if work is None else add(work.calls, q, moved[work.move], sums)
 
@@ -118,7 +146,7 @@ def _of_neighbours(division: Division, group: Any, add: Any, q: Any, kv: Pair, s
     return sums
 
 
-def _of_all(division: Division, group: Any, add: Any, q: Any, kv: Pair, sums: Pair) -> Pair:
+def _of_all(division: Division, group: _Group, add: Any, q: Any, kv: Pair, sums: Pair) -> Pair:
     devices = division.schedule.devices
     if devices == 1:
         return add(division.own(0), q, kv, sums)
@@ -143,7 +171,7 @@ def _attended(on: Device, calls: Sequence[Call], q: Any, kv: Pair, sums: Pair) -
 
 
 def _backward(
-    on: Device, group: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, dlse: Any
+    on: Device, group: _Group, q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, dlse: Any
 ) -> tuple[Any, Any, Any]:
     """(dq, dk, dv) of this device's queries and keys."""
     dq, dk, dv, *_ = alike((*(jnp.zeros(x.shape, _real(q)) for x in (q, k, v)), q))
@@ -155,7 +183,7 @@ def _backward(
 
 
 def _back_from_neighbours(
-    division: Division, group: Any, add: Any, given: Any, kv: Pair, dq: Any, dkv: Pair
+    division: Division, group: _Group, add: Any, given: Any, kv: Pair, dq: Any, dkv: Pair
 ) -> tuple[Any, Any, Any]:
     def received(work: Work | None, given: Any, moved: Sequence[Pair], dq: Any, made: Sequence[Pair]) -> Any:
         made = list(made)
@@ -172,14 +200,14 @@ def _back_from_neighbours(
         for move, pair in zip(step.moves, made, strict=True):
             home = [(target, source) for source, target in move.pairs]
             dk, dv = (
-                _put(total, move.rows, rows_of(total, move.rows) + jax.lax.ppermute(x, group, home).astype(dk.dtype))
+                _put(total, move.rows, rows_of(total, move.rows) + _permuted(x, group, home).astype(dk.dtype))
                 for total, x in zip((dk, dv), pair, strict=True)
             )
     return dq, dk, dv
 
 
 def _back_from_all(
-    division: Division, group: Any, add: Any, given: Any, kv: Pair, dq: Any, dkv: Pair
+    division: Division, group: _Group, add: Any, given: Any, kv: Pair, dq: Any, dkv: Pair
 ) -> tuple[Any, Any, Any]:
     """The sums of gradients of keys are one device behind the keys: they travel beside the step after theirs."""
     devices = division.schedule.devices
@@ -227,25 +255,25 @@ def _zeros(like: Pair, dtype: Any, beside: Any) -> Pair:
     return first, second
 
 
-def _passed_on(kv: Pair, group: Any, devices: int) -> Pair:
+def _passed_on(kv: Pair, group: _Group, devices: int) -> Pair:
     """What the device before this one has."""
     ring = [(device, (device + 1) % devices) for device in range(devices)]
-    first, second = (jax.lax.ppermute(x, group, ring) for x in kv)
+    first, second = (_permuted(x, group, ring) for x in kv)
     return first, second
 
 
-def _moved(step: Step, group: Any, kv: Pair) -> list[Pair]:
+def _moved(step: Step, group: _Group, kv: Pair) -> list[Pair]:
     """The keys and values of each move of a step, zeros where none arrive."""
-    return [tuple(jax.lax.ppermute(rows_of(x, of.rows), group, of.pairs) for x in kv) for of in step.moves]
+    return [tuple(_permuted(rows_of(x, of.rows), group, of.pairs) for x in kv) for of in step.moves]
 
 
-def _lower(group: Any, beside: Any) -> Any:
+def _lower(group: _Group, beside: Any) -> Any:
     """The number of devices with a lower number, whose keys come first.
 
     It is bound to what comes beside it: JAX's `scan` of layers would compute what depends on nothing else before the
     loop, and keep what the branches make of it for every step.
     """
-    lower, _ = jax.lax.optimization_barrier((jax.lax.axis_index(group), beside))
+    lower, _ = jax.lax.optimization_barrier((jax.lax.axis_index(group.axis), beside))
     return lower
 
 
@@ -257,7 +285,7 @@ def _added(lower: Any, division: Division, function: Callable[..., Any], *operan
     return jax.lax.cond(lower > 0, partial(function, below), partial(function, above), *operands)
 
 
-def _chosen(group: Any, work: Sequence[Any], function: Callable[..., Any], *operands: Any) -> Any:
+def _chosen(group: _Group, work: Sequence[Any], function: Callable[..., Any], *operands: Any) -> Any:
     """``function(work of this device, *operands)``."""
     kinds: list[Any] = []
     for one in work:
@@ -265,7 +293,7 @@ def _chosen(group: Any, work: Sequence[Any], function: Callable[..., Any], *oper
             kinds.append(one)
     if len(kinds) == 1:
         return function(kinds[0], *operands)
-    kind = jnp.asarray([kinds.index(one) for one in work])[jax.lax.axis_index(group)]
+    kind = jnp.asarray([kinds.index(one) for one in work])[jax.lax.axis_index(group.axis)]
     return jax.lax.switch(kind, [partial(function, one) for one in kinds], *operands)
 
 
