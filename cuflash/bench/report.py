@@ -115,6 +115,8 @@ class Report:
     """Seconds of a new process, by phase and state of the kernel cache."""
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
+    timing: str = ""
+    """What is to be known of how times were taken."""
 
     def write(self, path: Path) -> None:
         """Write JSON."""
@@ -374,6 +376,8 @@ def markdown(report: Report, name: str) -> str:
     made_with = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     driver = f", driver {report.driver}" if report.driver else ""
     parts = [f"`{name}`: {report.device}{driver}, {report.date[:10]}; {made_with}."]
+    if report.timing:
+        parts.append(f"{report.timing}.")
     for phase in dict.fromkeys(line[0] for line in lines):
         own = [line[1:] for line in lines if line[0] == phase]
         parts.append(f"{phase.capitalize()}; in brackets beside a peer, how many times faster cuflash is.")

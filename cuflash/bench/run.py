@@ -15,7 +15,7 @@ from cuflash.bench.meter import Meter
 from cuflash.bench.peers.implementation import Implementation
 from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.report import Mode
-from cuflash.bench.timing import Runner, interleave
+from cuflash.bench.timing import AT_REST, Runner, interleave
 from cuflash.cases.inputs import Inputs, Normals, make
 from cuflash.cases.table import Case
 from cuflash.errors import UnsupportedProblem
@@ -46,6 +46,7 @@ class Bench:
         else:
             import numpy
 
+            self.report.timing = AT_REST
             self._normals = Normals(numpy)
 
     def run(self, cases: list[Case], seconds: float, done: Callable[[Case], None]) -> None:

@@ -7,6 +7,10 @@ reached its power limit runs at the clock that this implementation's energy allo
 Tensors stay where the last call left them. Those of the ``prefill`` problems (268 MB in, out) exceed every L2 cache;
 smaller ones are partly in L2, as they are in a model whose previous layer has just written them. All implementations
 read the same inputs, so none has a warmer cache than another.
+
+What the host's clock times begins when the process is at rest (:func:`settle`). OpenBLAS's threads look for more work
+for 100 ms after a product, OpenMP's for some: with as many implementations as cores, the next one would share a core
+with the last one's threads.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cuflash.bench.meter import Meter, Reading
+
+AT_REST = "Each slice on the host's clock begins when no thread of the process has computed for 20 ms"
+"""What a run on a CPU says of its times."""
 
 
 @dataclass(slots=True)
@@ -64,6 +71,16 @@ class Timing:
     """SM clock during the slices, the median of what was read; None where nothing was."""
     watts: float | None = None
     """Power during the slices, likewise."""
+
+
+def settle(most_s: float = 2.0) -> bool:
+    """Wait until no thread of the process has computed for 20 ms, or for so many seconds; whether that came to be."""
+    deadline_s, calm = time.perf_counter() + most_s, 0
+    while calm < 4 and time.perf_counter() < deadline_s:
+        before_s = time.process_time()
+        time.sleep(0.005)
+        calm = calm + 1 if time.process_time() - before_s < 0.0005 else 0
+    return calm == 4
 
 
 def measure(runner: Runner, repeats: int) -> float:
@@ -114,6 +131,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time runners in rotated order, so that none always follows the same one or runs on the warmest card.
 
+    Those on the host's clock begin at rest, one like the other.
+
     Parameters
     ----------
     runners
@@ -154,6 +173,8 @@ def interleave(
             failed(runner, error)
 
     def prepare(runner: Runner) -> None:
+        if runner.clock == "wall":
+            settle()
         runner.launch()  # the first one may still allocate or upload
         runner.wait()
         estimate_us = max(measure(runner, 1), 1.0)
@@ -164,6 +185,8 @@ def interleave(
         host_us[runner.impl] = measure_host(runner, min(50, max(3, round(calls))))
 
     def one_round(runner: Runner) -> None:
+        if runner.clock == "wall":
+            settle()
         runner.launch()  # brings back this implementation's own caches after the previous one's
         hot_s = time.perf_counter() + heat_s
         while time.perf_counter() < hot_s:

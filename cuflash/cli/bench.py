@@ -44,7 +44,8 @@ from cuflash.problem import Direction
     GPU time is the median over rounds of replays of a captured graph, by CUDA events; host time the median of calls
     that do not wait. With --sustained a second pass lets each implementation run for a second before its slice, when
     clocks have sagged to what its power allows. The matrix product gemm in the rotation is the yardstick for the
-    card. Where there is no GPU it runs on the NumPy backend, beside naive NumPy attention and torch's on the CPU.""",
+    card. Where there is no GPU it runs on the NumPy backend, beside naive NumPy attention and torch's on the CPU, each
+    once the threads of the one before have come to rest.""",
 )
 @click.argument("problems", required=False)
 @click.option("--case", help="Only cases whose id contains this or matches it as a glob.")

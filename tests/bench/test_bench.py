@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,10 +34,14 @@ ROW_KEYS += ["causal", "features", "gpu_us", "host_us", "tflops", "gbps", "mode"
 class Clock:
     """Time that passes only in sleep, however busy the machine is."""
 
-    now = 0.0
+    now = busy_until = 0.0
 
     def perf_counter(self) -> float:
         return self.now
+
+    def process_time(self) -> float:
+        """Of threads that compute until `busy_until`, whatever sleeps."""
+        return min(self.now, self.busy_until)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -67,6 +72,23 @@ def test_work_on_another_stream_is_timed_between_events(monkeypatch):
     runner.clock, runner.join = "events", lambda: log.append("join")
     assert timing.measure(runner, 3) == 2000.0
     assert log == ["launch", "join", "event", *["launch"] * 3, "join", "event", "end"]
+
+
+def test_what_the_hosts_clock_times_begins_when_all_threads_are_at_rest(clock):
+    """OpenBLAS's threads spin for 100 ms after a product."""
+    spun_at, begun_at = [], []
+
+    def spin() -> None:
+        spun_at.append(clock.now)
+        clock.busy_until = clock.now + 0.1
+
+    runners = [Runner("a", "x", spin, spin, "wall", lambda: None)]
+    runners.append(sleeper("b", [], sleep=lambda seconds: begun_at.append((clock.now, clock.busy_until))))
+    interleave(runners, seconds=10, rounds=2, slice_us=1)
+    assert len(set(spun_at)) == 3  # it is prepared, and has two rounds
+    assert all(begun >= busy_until for begun, busy_until in begun_at)
+    clock.busy_until = math.inf
+    assert not timing.settle(most_s=0.5)  # others may never rest
 
 
 def test_rounds_are_rotated():
