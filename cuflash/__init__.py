@@ -17,7 +17,7 @@ from cuflash.api.packed import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from cuflash.api.prepare import PreparedAttention, flash_attn_prepare
+from cuflash.api.prepare import BoundAttention, PreparedAttention, flash_attn_prepare
 from cuflash.api.pytorch.backend import preferred_backend
 from cuflash.api.pytorch.efficient import efficient_attention_backward, efficient_attention_forward
 from cuflash.api.pytorch.mem_eff import mem_eff_backward, mem_eff_forward
@@ -34,6 +34,7 @@ from cuflash.problem import Problem
 __all__ = [
     "AttentionMap",
     "BlockMask",
+    "BoundAttention",
     "CapturedGradients",
     "CompileError",
     "Explanation",

@@ -11,10 +11,12 @@ from cuflash.arrays import Array, ArrayT
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import shown
-from cuflash.ops import Arrays, PreparedAttention, asked, new, with_mods
+from cuflash.ops import Arrays, BoundAttention, PreparedAttention, asked, new, with_mods
 
 if TYPE_CHECKING:
     from cuflash.blocks import BlockMask
+
+__all__ = ["BoundAttention", "PreparedAttention", "flash_attn_prepare"]
 
 
 def flash_attn_prepare(
@@ -77,7 +79,8 @@ def flash_attn_prepare(
     PreparedAttention
         ``call(q, k, v, out=None) -> (out, lse)``, where lse is the log-sum-exp; with a `cache` also
         ``call(q, k, v, cache_seqlens=n)`` where that is a number. It runs on the stream that is current when it is
-        called and refuses arrays of another kind.
+        called and refuses arrays of another kind. ``call.bind(q, k, v)`` is the same for arrays that stay, which costs
+        the host the launches alone.
 
     Raises
     ------

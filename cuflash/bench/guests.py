@@ -56,14 +56,17 @@ def _prepared() -> list[dict[str, object]]:
     look = cuflash.flash_attn_prepare(token, None, None, **over_cache)
     look_to = cuflash.flash_attn_prepare(token, None, None, **over_cache, out=cupy.empty_like(token))
     place = cupy.empty_like(token)
+    appended, looked = append.bind(token, new_token, new_token), look.bind(token)
     calls: dict[str, Callable[[], Any]] = {
         "forward, not prepared": lambda: cuflash.flash_attn_func(q, k, v, causal=True),
         "forward, prepared": lambda: attend(q, k, v),
         "forward, prepared, to an array": lambda: attend_to(q, k, v, out),
         "a token, prepared": lambda: append(token, new_token, new_token),
         "a token, prepared, to an array": lambda: append_to(token, new_token, new_token, place),
+        "a token, prepared and bound": appended,
         "a token that is in the cache, prepared": lambda: look(token),
         "a token that is in the cache, prepared, to an array": lambda: look_to(token, out=place),
+        "a token that is in the cache, prepared and bound": looked,
     }
     took = _in_turn(calls, cupy.cuda.get_current_stream().synchronize)
     return [{"impl": "cuflash", "phase": phase, "host_us": round(us, 2)} for phase, us in took.items()]

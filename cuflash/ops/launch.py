@@ -130,20 +130,14 @@ class Prepared:
         `outputs` are those of the arrays, None where one is allocated, and `pointers` are of all arrays that are given.
         `cached` rows of a cache are in use, all of them if it is None. `listed` is where the lists of a block mask are.
         """
-        if self.shares_values and pointers[1] != pointers[2]:
-            raise InvalidArgument(
-                "the values do not begin where the keys do, as they did when the call was prepared. Prepare another."
-            )
-        if self.check_separate is not None:
-            self.check_separate(tuple(pointers))
+        self._check(pointers)
         framework = self.framework
         if (there := framework.elsewhere(self.device)) is not None:
             with there:
                 return self(outputs, pointers, generator, cached, listed)
         drawn: tuple[int, ...] = ()
         if self.room is not None:
-            name, room, appended = self.room
-            drawn = (room if cached is None else check.cached_rows(name, cached, room, appended),)
+            drawn = self.rows(cached)
         elif self.increment is not None:
             drawn = draw.on_device(generator, self.increment, framework, self.device)
         written = (*outputs, *self.start([*pointers, *listed], drawn))
@@ -169,6 +163,70 @@ class Prepared:
             for launch in self.launches:
                 launch(params, stream)
         return allocated
+
+    def bind(
+        self, outputs: tuple[Any, ...], pointers: list[int], cached: int | None = None, listed: tuple[int, ...] = ()
+    ) -> Bound:
+        """The call on arrays that stay, without dropout; what is not given is allocated now, for all calls."""
+        self._check(pointers)
+        framework = self.framework
+        with framework.context(self.device):
+            allocated = [a.own() if isinstance(a, KeptZeros) else a() for a in self.allocations]
+            numbers = [*pointers, *listed, *framework.pointers(allocated)]
+            held: list[Any] = [*allocated]
+            if self.scratch is not None:
+                scratch = self.scratch()
+                held.append(scratch[0])
+                numbers += [scratch[1] + first for first in self.shared]
+            written = (*outputs, *allocated)
+            for index, value in self.fills:
+                written[index][...] = value
+        drawn = self.rows(cached) if self.room is not None else ()
+        params = self.params((*numbers, *drawn)) if self.launches else None
+        return Bound(self, tuple(numbers), params, self.results(written), tuple(held))
+
+    def rows(self, cached: int | None) -> tuple[int, ...]:
+        """What a parameter block says of how many rows of a cache are in use, where that is a number."""
+        assert self.room is not None
+        name, room, appended = self.room
+        return (room if cached is None else check.cached_rows(name, cached, room, appended),)
+
+    def _check(self, pointers: list[int]) -> None:
+        if self.shares_values and pointers[1] != pointers[2]:
+            raise InvalidArgument(
+                "the values do not begin where the keys do, as they did when the call was prepared. Prepare another."
+            )
+        if self.check_separate is not None:
+            self.check_separate(tuple(pointers))
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A call whose arrays are bound to it: its launches alone are left, one call at a time."""
+
+    prepared: Prepared
+    numbers: tuple[int, ...]
+    """Pointers of what is given, then of what was allocated."""
+    params: Any
+    """The parameter block; None when there is nothing to launch."""
+    results: tuple[Any, ...]
+    held: tuple[Any, ...]
+    """Memory that the launches use."""
+
+    def __call__(self, cached: int | None = None) -> None:
+        """Launch; of a cache `cached` rows are in use, or as many as at the binding if it is None."""
+        prepared, params = self.prepared, self.params
+        if params is None:
+            return
+        framework = prepared.framework
+        if (there := framework.elsewhere(prepared.device)) is not None:
+            with there:
+                return self(cached)
+        if cached is not None:
+            params = prepared.params((*self.numbers, *prepared.rows(cached)))
+        stream = framework.launch_stream(prepared.device)
+        for launch in prepared.launches:
+            launch(params, stream)
 
 
 def prepare(

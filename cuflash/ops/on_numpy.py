@@ -72,6 +72,13 @@ def forward(
     return (place, lse, *(x for x in (row_state, rng_state) if x is not None))
 
 
+def places(options: Options, arrays: Arrays) -> tuple[Any, np.ndarray]:
+    """Where a forward of such a call may write out and lse again and again; its own out if it is given."""
+    problem, shapes = checked("forward", options, _plain(arrays))[:2]
+    out = np.empty(shapes["out"], arrays.q.dtype) if arrays.out is None else arrays.out
+    return out, np.empty(shapes["lse"], problem.dtype.accumulator)
+
+
 def jvp(options: Options, arrays: Arrays, tangents: Tangents, generator: Any = None) -> tuple[np.ndarray, ...]:
     """(out, lse) and the tangents of both, along those of the arrays."""
     kind = checked("forward", options, _plain(arrays))

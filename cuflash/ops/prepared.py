@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Generic
 
 from cuflash.arrays import Array, ArrayT, Guest, Launcher, NumPy, View, framework_in_memory, framework_of_type
@@ -88,34 +89,93 @@ class PreparedAttention(Generic[ArrayT]):
         """
         try:
             arrays = q, k, v, out
-            kind: type = type(q)
-            framework = framework_of_type(kind)
-            if not isinstance(framework, Launcher):
-                framework = framework_in_memory(self._words, arrays)
-            if framework is not self._framework:
-                raise InvalidArgument(
-                    f"q is a {framework.name} array, but the call was prepared for {self._framework.name} arrays. "
-                    "Prepare another for it."
-                )
-            pointers, described = framework.describe(self._words, arrays)
-            if described != self._kind:
-                raise _unlike(self._spelled_out(arrays), self._views, self._words)
+            pointers = self._pointers_of(arrays)
             cached = self._cached
             if cache_seqlens is not None:
                 cached = self._number(cache_seqlens)
             if self._prepared is None:
-                moved = self._bound._replace(**dict(zip(self._names, arrays, strict=True)))
-                result, lse = on_numpy.forward(self._options, moved, None, cached)
+                result, lse = on_numpy.forward(self._options, self._moved(arrays), None, cached)
             else:
-                if self._places is not None:
-                    pointers, given = self._pointers[:], pointers
-                    for place, pointer in zip(self._places, given, strict=True):
-                        pointers[place] = pointer
                 result, lse = self._prepared((out,), pointers, None, cached, self._listed)
             return result, lse
         except REFUSALS as error:
             shorten(error)
             raise
+
+    def bind(
+        self,
+        q: ArrayT,
+        k: ArrayT | None = None,
+        v: ArrayT | None = None,
+        out: ArrayT | None = None,
+    ) -> BoundAttention[ArrayT]:
+        """Attach arrays that every call is to read anew, and to write to: a call is left that takes none.
+
+        Parameters
+        ----------
+        q, k, v, out : array
+            As for a call. Kept. Where `out` is None it is allocated, once, and so is lse.
+
+        Returns
+        -------
+        BoundAttention
+            ``call() -> (out, lse)``, the same two arrays each time.
+
+        Raises
+        ------
+        InvalidArgument
+            As a call.
+
+        Examples
+        --------
+        A layer of a model that fills the same arrays for every token::
+
+            attend = cuflash.flash_attn_prepare(q, k, v, cache=(k_cache, v_cache), cache_seqlens=lengths, causal=True)
+            step = attend.bind(q, k, v)
+            for token in range(n):
+                project(x, q, k, v)  # writes to q, k and v
+                x, lse = step()
+        """
+        try:
+            arrays = q, k, v, out
+            pointers = self._pointers_of(arrays)
+            if self._prepared is None:
+                results = on_numpy.places(self._options, self._moved(arrays))
+                call: Callable[..., None] = partial(self._on_numpy, self._moved((q, k, v, results[0])), results[1])
+                return BoundAttention(arrays, results, call, self._number)
+            bound = self._prepared.bind((out,), pointers, self._cached, self._listed)
+            return BoundAttention((*arrays, self._bound), bound.results, bound, self._number)
+        except REFUSALS as error:
+            shorten(error)
+            raise
+
+    def _on_numpy(self, arrays: Arrays, lse: Any, cached: int | None = None) -> None:
+        """A bound call."""
+        _, lse[...] = on_numpy.forward(self._options, arrays, None, self._cached if cached is None else cached)
+
+    def _moved(self, arrays: tuple[Any, ...]) -> Arrays:
+        return self._bound._replace(**dict(zip(self._names, arrays, strict=True)))
+
+    def _pointers_of(self, arrays: tuple[Any, ...]) -> list[int]:
+        """Pointers of all arrays of a call on these, which must be like those of the preparation."""
+        kind: type = type(arrays[0])
+        framework = framework_of_type(kind)
+        if not isinstance(framework, Launcher):
+            framework = framework_in_memory(self._words, arrays)
+        if framework is not self._framework:
+            raise InvalidArgument(
+                f"q is a {framework.name} array, but the call was prepared for {self._framework.name} arrays. "
+                "Prepare another for it."
+            )
+        pointers, described = framework.describe(self._words, arrays)
+        if described != self._kind:
+            raise _unlike(self._spelled_out(arrays), self._views, self._words)
+        if self._prepared is None or self._places is None:
+            return pointers
+        every = self._pointers[:]
+        for place, pointer in zip(self._places, pointers, strict=True):
+            every[place] = pointer
+        return every
 
     def _number(self, cache_seqlens: int) -> int:
         """Refuse a number where an array, or nothing, says how much of a cache is in use."""
@@ -127,6 +187,49 @@ class PreparedAttention(Generic[ArrayT]):
     def _spelled_out(self, arrays: Sequence[Any]) -> list[View | None]:
         framework = self._framework
         return [None if x is None else framework.view(word, x) for word, x in zip(self._words, arrays, strict=True)]
+
+
+class BoundAttention(Generic[ArrayT]):
+    """Attention bound to its arrays by `PreparedAttention.bind`: what is left of a call are its launches.
+
+    Each call writes to the same results and uses the same scratch memory, so calls must follow each other, on
+    one stream or on streams that wait for each other. It may be called while a CUDA graph is captured.
+    """
+
+    def __init__(
+        self,
+        held: tuple[Any, ...],
+        results: tuple[Any, ...],
+        call: Callable[..., None],
+        number: Callable[[int], int],
+    ) -> None:
+        self._held, self._call, self._number = held, call, number
+        self._results: Any = results
+
+    def __call__(self, *, cache_seqlens: int | None = None) -> tuple[ArrayT, Array]:
+        """Attend with what the arrays hold now.
+
+        Parameters
+        ----------
+        cache_seqlens : int, optional
+            As for a call of `PreparedAttention`.
+
+        Returns
+        -------
+        out, lse : array
+            The same arrays in every call, as those of a call of `PreparedAttention`.
+
+        Raises
+        ------
+        InvalidArgument
+            If `cache_seqlens` is no number of rows that the cache has room for.
+        """
+        try:
+            self._call(cache_seqlens if cache_seqlens is None else self._number(cache_seqlens))
+        except REFUSALS as error:
+            shorten(error)
+            raise
+        return self._results
 
 
 def _unlike(views: Sequence[View | None], expected: Sequence[View | None], words: Sequence[str]) -> InvalidArgument:

@@ -40,6 +40,10 @@ class KeptZeros:
         kept = self._kept.get(key)
         return self._keep(key, stream, framework.zeros(*self._asked)) if kept is None else kept[1]
 
+    def own(self) -> Any:
+        """An array that no other call gets; call inside the framework's context of the device."""
+        return self._framework.zeros(*self._asked)
+
     def _keep(self, key: Any, stream: Any, array: Any) -> Any:
         """The array, kept for the next call if there is room and its stream can be kept with it."""
         if stream is None:

@@ -311,6 +311,72 @@ def test_a_prepared_call_takes_a_number_of_rows(launches: Launches, wrap: Any) -
         attend(wrap(q), cache_seqlens=10)
 
 
+@needs_compiler
+@pytest.mark.parametrize("wrap", [lambda x: x, as_torch], ids=["numpy", "torch"])
+@pytest.mark.parametrize("to_an_array", [False, True])
+def test_a_bound_call_reads_its_arrays_anew(launches: Launches, wrap: Any, to_an_array: bool) -> None:
+    caches, fresh, queries = small(FP16)
+    others = [cache.copy() for cache in caches]
+    lengths, cos, sin = np.array([3, 5], np.int32), *random(2, 9, 4, dtype=FP16)
+    words = {"rotary_cos": wrap(cos), "rotary_sin": wrap(sin), "cache_seqlens": wrap(lengths), "causal": True}
+    own = [np.zeros_like(x) for x in (queries[0], *fresh)]
+    place = wrap(np.zeros_like(queries[0])) if to_an_array else None
+    attend = cuflash.flash_attn_prepare(*map(wrap, own), cache=[*map(wrap, caches)], **words, out=place)
+    step = attend.bind(*map(wrap, own), out=place)
+    before = [cache.copy() for cache in caches]
+    results = []
+    for q in queries:
+        for x, y in zip(own, (q, *fresh), strict=True):
+            x[...] = y
+        results.append(step())
+        expected = cuflash.flash_attn_with_kvcache(
+            wrap(q), *map(wrap, others), *map(wrap, fresh), **words, return_softmax_lse=True
+        )
+        for x, y in zip((*results[-1], *caches), (*expected, *others), strict=True):
+            np.testing.assert_array_equal(values(x), values(y))
+        lengths += 1
+    assert all((x != y).any() for x, y in zip(caches, before, strict=True)), "something was appended"
+    assert all(x is y for x, y in zip(*results[:2], strict=True)), "results are the same arrays"
+    assert place is None or results[0][0] is place
+    with pytest.raises(InvalidArgument, match="cache_seqlens is 3, but it was none at the preparation"):
+        step(cache_seqlens=3)
+    with pytest.raises(InvalidArgument, match=r"k is None; expected float16 of shape \(2, 1, 2, 8\)"):
+        attend.bind(wrap(own[0]), out=place)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", [lambda x: x, as_torch], ids=["numpy", "torch"])
+def test_a_bound_call_takes_a_number_of_rows(launches: Launches, wrap: Any) -> None:
+    caches, _, (q, _) = small(FP16)
+    step = cuflash.flash_attn_prepare(wrap(q), None, None, cache=[*map(wrap, caches)], cache_seqlens=4).bind(wrap(q))
+    for rows in (None, 7, 0, None):
+        out, lse = step() if rows is None else step(cache_seqlens=rows)
+        expected = cuflash.flash_attn_with_kvcache(
+            wrap(q), *map(wrap, caches), cache_seqlens=4 if rows is None else rows, return_softmax_lse=True
+        )
+        for x, y in zip((out, lse), expected, strict=True):
+            np.testing.assert_array_equal(values(x), values(y))
+    with pytest.raises(InvalidArgument, match="cache_seqlens is 10; expected an integer from 0 to 9"):
+        step(cache_seqlens=10)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", [lambda x: x, as_torch], ids=["numpy", "torch"])
+def test_a_bound_call_allocates_once_and_may_have_nothing_to_launch(launches: Launches, wrap: Any) -> None:
+    q, k = wrap(random(1, 2, 2, 8, dtype=FP16)), wrap(random(1, 300, 2, 8, dtype=FP16))
+    step = cuflash.flash_attn_prepare(q, k, k, num_splits=2).bind(q, k, k)
+    count = len(launches.allocated)
+    first = [values(x).copy() for x in step()]
+    for x, y in zip(step(), first, strict=True):
+        np.testing.assert_array_equal(values(x), y)
+    assert len(launches.allocated) == count, "tickets are left as they were found, and no memory is new"
+    none = wrap(np.zeros((1, 0, 2, 8), FP16))
+    out, lse = cuflash.flash_attn_prepare(q, none, none).bind(q, none, none)()
+    assert not values(out).any() and np.isneginf(values(lse)).all()
+    with pytest.raises(InvalidArgument, match="out"):
+        cuflash.flash_attn_prepare(q, k, k, out=q).bind(q, k, k, out=q)
+
+
 def test_a_prepared_call_without_a_cache_takes_masks_and_sinks() -> None:
     q, k, v = (random(2, 5, 4, 8, dtype=np.float32, seed=seed) for seed in range(3))
     words = {"attn_mask": np.tri(5, dtype=bool), "sink": SINK, "alibi_slopes": ALIBI[0]}
