@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from cuflash import drawing
 from cuflash.bench.peers.product import NAME as PRODUCT
-from cuflash.bench.report import Group, Report, Row, beside_peers, by_case, geometric_mean
+from cuflash.bench.report import YARDSTICKS, Group, Report, Row, beside_peers, by_case, geometric_mean
 from cuflash.errors import InvalidArgument
 from cuflash.verify.deviations import OWN
 
@@ -58,7 +58,7 @@ def draw(report: Report) -> drawing.Picture:
 
 def _colours(report: Report) -> dict[str, str]:
     """One for each implementation in all panels."""
-    peers = dict.fromkeys(row.impl for row in report.rows if row.impl not in (OWN, PRODUCT))
+    peers = dict.fromkeys(row.impl for row in report.rows if row.impl not in (OWN, *YARDSTICKS))
     others = drawing.SERIES[1:]
     return {OWN: drawing.SERIES[0]} | {impl: others[i % len(others)] for i, impl in enumerate(peers)}
 
@@ -105,7 +105,7 @@ def _multiples(ax: Any, ratios: list[float]) -> None:
 def _rates(ax: Any, label: str, device: str, cases: dict[str, Group], colours: dict[str, str]) -> None:
     """TFLOP/s over FLOPs a byte that must be moved, below what the card and its matrix product reach."""
     rows: list[Row] = [row for group in cases.values() for row in group.values()]
-    timed = [row for row in rows if row.impl != PRODUCT and row.tflops > 0 and row.gbps > 0]
+    timed = [row for row in rows if row.impl not in YARDSTICKS and row.tflops > 0 and row.gbps > 0]
     peak = next((PEAKS[name] for name in PEAKS if device.startswith(name)), None)
     if not any(row.dtype in ("bf16", "fp16") for row in timed):
         peak = None

@@ -19,6 +19,7 @@ from rich.table import Table
 from cuflash.bench import divided as divided_of
 from cuflash.bench.divided import Divided
 from cuflash.bench.peers.product import NAME as PRODUCT
+from cuflash.bench.peers.reading import NAME as READ
 from cuflash.bench.timing import Runner, Timing
 from cuflash.cases.sets import BY_MEMORY
 from cuflash.cases.table import Case
@@ -232,6 +233,9 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+YARDSTICKS = (PRODUCT, READ)
+"""Implementations that compute no attention."""
+
 Group = dict[str, Row]
 """The rows of one case in one phase and mode, by implementation."""
 
@@ -249,13 +253,15 @@ def beside_peers(group: Group) -> dict[str, float]:
     own = group.get(OWN)
     if own is None:
         return {}
-    return {impl: row.gpu_us / own.gpu_us for impl, row in group.items() if impl not in (OWN, PRODUCT)}
+    return {impl: row.gpu_us / own.gpu_us for impl, row in group.items() if impl not in (OWN, *YARDSTICKS)}
 
 
-def _share(group: Group) -> float | None:
-    """The rate of cuflash over that of the matrix product in the same rotation."""
-    own, product = group.get(OWN), group.get(PRODUCT)
-    return own.tflops / product.tflops if own and product else None
+def _share(group: Group, yardstick: str) -> float | None:
+    """The rate of cuflash over that of a yardstick in the same rotation."""
+    own, other = group.get(OWN), group.get(yardstick)
+    if own is None or other is None:
+        return None
+    return own.gbps / other.gbps if yardstick == READ else own.tflops / other.tflops
 
 
 def _short(tflops: float) -> str:
@@ -266,10 +272,11 @@ def _short(tflops: float) -> str:
 def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the result table: cuflash, its place beside product and best peer, then each peer."""
     impls = list(dict.fromkeys(row.impl for row in report.rows if row.impl != OWN))
-    products = [impl for impl in impls if impl == PRODUCT]
-    peers = [impl for impl in impls if impl != PRODUCT]
+    yardsticks = [impl for impl in impls if impl in YARDSTICKS]
+    products = [impl for impl in yardsticks if impl == PRODUCT]
+    peers = [impl for impl in impls if impl not in YARDSTICKS]
     by_memory = any(name in BY_MEMORY for name in report.sets)
-    header = ["phase", "case", f"{OWN} TFLOP/s", *["GB/s"] * by_memory, *(f"of {impl}" for impl in products)]
+    header = ["phase", "case", f"{OWN} TFLOP/s", *["GB/s"] * by_memory, *(f"of {impl}" for impl in yardsticks)]
     header += ["beside the best"] * bool(peers) + [f"{impl} TFLOP/s" for impl in [*peers, *products]]
     set_of = {case: name for name, cases in report.sets.items() for case in cases}
     lines = []
@@ -278,31 +285,31 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
         for name in dict.fromkeys(set_of.get(case, "") for case in cases):
             groups = {case: group for case, group in cases.items() if set_of.get(case, "") == name}
             for case, group in groups.items():
-                faster, share = beside_peers(group), _share(group)
+                faster = beside_peers(group)
                 line = [label, case, _cell(group.get(OWN)), *[_bandwidth(group.get(OWN))] * by_memory]
-                line += [times(share, "") for _ in products]
+                line += [times(_share(group, impl), "") for impl in yardsticks]
                 best = min(faster, key=faster.__getitem__, default=None)
                 line += ["–" if best is None else f"{times(faster[best])} {best}"] * bool(peers)
                 line += [_cell(group.get(impl), faster.get(impl)) for impl in [*peers, *products]]
                 lines.append(line)
             if peers and len(groups) > 1:
-                means = _means(name, list(groups.values()), peers, products)
+                means = _means(name, list(groups.values()), peers, yardsticks)
                 lines.append([label, *means[:2], *[""] * by_memory, *means[2:]])
     return header, lines
 
 
-def _means(name: str, groups: list[Group], peers: list[str], products: list[str]) -> list[str]:
+def _means(name: str, groups: list[Group], peers: list[str], yardsticks: list[str]) -> list[str]:
     """The last line of a set: geometric means over the cases that have the ratio, and the least beside the best."""
     ratios = [beside_peers(group) for group in groups]
-    shares = [share for group in groups if (share := _share(group)) is not None]
+    shares = {impl: [share for group in groups if (share := _share(group, impl)) is not None] for impl in yardsticks}
     best = [min(of_peers.values()) for of_peers in ratios if of_peers]
     return [
         f"{name or 'all'}: geometric mean",
         "",
-        *(times(geometric_mean(shares), "") for _ in products),
+        *(times(geometric_mean(shares[impl]), "") for impl in yardsticks),
         f"{times(geometric_mean(best))}, least {times(min(best))}" if best else "–",
         *(times(geometric_mean([of_peers[impl] for of_peers in ratios if impl in of_peers])) for impl in peers),
-        *("" for _ in products),
+        *("" for impl in yardsticks if impl == PRODUCT),
     ]
 
 

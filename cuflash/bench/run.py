@@ -13,7 +13,6 @@ from typing import Any
 from cuflash.bench import report
 from cuflash.bench.meter import Meter
 from cuflash.bench.peers.implementation import Implementation
-from cuflash.bench.peers.product import NAME as PRODUCT
 from cuflash.bench.report import Mode
 from cuflash.bench.timing import AT_REST, Runner, interleave
 from cuflash.cases.inputs import Inputs, Normals, make
@@ -75,7 +74,9 @@ class Bench:
         self._modes = modes
         tiny, self.report.rows = self.report.rows[before:], self.report.rows[:before]
         self.report.host = [
-            {"impl": row.impl, "phase": row.phase, "host_us": row.host_us} for row in tiny if row.impl != PRODUCT
+            {"impl": row.impl, "phase": row.phase, "host_us": row.host_us}
+            for row in tiny
+            if row.impl not in report.YARDSTICKS
         ]
 
     def _case(self, case: Case, seconds: float) -> None:

@@ -325,6 +325,19 @@ def test_a_table_of_caches_says_how_fast_they_are_read():
     assert cells["decode: geometric mean"][1:] == ["", "0.50x, least 0.50x", "0.50x"]
 
 
+def test_a_table_compares_with_what_reads_the_same_bytes_and_nothing_else():
+    first, second = sets.decode()[:2]
+    measurements = report.new(gpu=False)
+    measurements.sets = {"decode": [first.id, second.id]}
+    for case, us in ((first, {"cuflash": 20.0, "peer": 18.0}), (second, {"cuflash": 16.0, "peer": 18.0})):
+        measurements.rows += rows_of(case, us) + rows_of(case, {"read": 16.0}, nbytes=case.nbytes() // 2)
+    lines = report.markdown(measurements, "run.json").splitlines()
+    cells = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in lines}
+    assert cells["case"][1:] == ["GB/s", "of read", "beside the best", "peer TFLOP/s"]
+    assert cells[first.id][2:4] == ["1.60", "0.90x peer"]
+    assert cells["decode: geometric mean"][2:4] == ["1.79", "1.01x, least 0.90x"]
+
+
 def test_burst_and_sustained_are_tables_of_their_own(tmp_path):
     case = sets.prefill()[0]
     measurements = report.new(gpu=False)

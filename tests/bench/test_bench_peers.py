@@ -363,6 +363,7 @@ ALL_BUT_PACKED = ["torch-flash", "torch-efficient", "torch-cudnn", "fa3", "fa4",
         ("dropout0.1-d128-s8192", ["torch-flash", "torch-efficient", "torch-cudnn", "gemm"]),
         ("ramp16-d128-s8192", ALL_BUT_PACKED),
         ("documents16-d64", ["flex", "gemm", "built-in"]),
+        ("decode-b1-s4k", [*ALL_BUT_PACKED, "read"]),
     ],
 )
 def test_who_takes_part(everything_installed, name, takers):
@@ -372,7 +373,7 @@ def test_who_takes_part(everything_installed, name, takers):
         "cuflash",
         *(n for n in PEERS if n not in NOT_ON_GPUS_UNLESS_NAMED),
     ]
-    known = [case for cases in (*sets.of("hopper").values(), *sets.of("mods").values()) for case in cases]
+    known = [case for kind in ("hopper", "mods", "decode") for cases in sets.of(kind).values() for case in cases]
     case = next(case for case in known if case.id == name)
     problem = case.turned("forward").problem
     assert [peer.name for peer in peers.implementations[1:] if peer.why_not(problem) is None] == takers

@@ -13,6 +13,7 @@ from cuflash.bench.peers.implementation import Implementation
 from cuflash.bench.peers.jax import JaxCudnn, JaxCuflash, JaxFlashAttention3
 from cuflash.bench.peers.own import BuiltIn, CuflashCpu, CuflashGpu, NumpyNaive
 from cuflash.bench.peers.product import product
+from cuflash.bench.peers.reading import Read
 from cuflash.bench.peers.torch import FlexAttention, TorchCpu, TorchCuflash, TorchJvp, TorchSdpa, TorchVarlen
 from cuflash.errors import InvalidArgument
 
@@ -29,6 +30,7 @@ PEERS: dict[str, Callable[[], Implementation]] = {
     "jax-cudnn": JaxCudnn,
     "jax-fa3": JaxFlashAttention3,
     "gemm": product,
+    "read": Read,
     "built-in": BuiltIn,
     "numpy-naive": NumpyNaive,
     "torch-cpu": TorchCpu,
