@@ -8,9 +8,11 @@ from cuflash.parallel.attention import (
     token_order,
 )
 from cuflash.parallel.exchange import Exchange
+from cuflash.parallel.nccl import Nccl
 
 __all__ = [
     "Exchange",
+    "Nccl",
     "all_to_all_attention",
     "all_to_all_attention_vjp",
     "ring_attention",

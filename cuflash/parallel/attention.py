@@ -55,9 +55,10 @@ def ring_attention(
         (total, heads_q, dim_qk).
     k, v : array, or list of them
         This device's keys and values, (b, len_kv, heads_kv, dim). `len_kv` is `len_q`, unless every key is seen.
-    group : str, tuple of str, NcclCommunicator or Exchange, optional
+    group : str, tuple of str, NcclCommunicator, Nccl or Exchange, optional
         The devices that the sequences are divided over: under JAX an axis of the mesh, or several; under CuPy a
-        ``cupy.cuda.nccl.NcclCommunicator`` or what ``cupyx.distributed`` made. None where q, k and v are lists.
+        ``cupy.cuda.nccl.NcclCommunicator`` or what ``cupyx.distributed`` made, where each GPU has a process, and where
+        threads of one process have GPUs a `Nccl` of both. None where q, k and v are lists.
     softmax_scale, causal, window_size, softcap
         As for `flash_attn_func`; `causal` and `window_size` are about places in the whole sequence.
     order : {"contiguous", "zigzag"}
@@ -99,9 +100,6 @@ def ring_attention(
     keys without a window do go from hand to hand, and the float32 sums of their gradients behind them, in a loop whose
     size and memory do not depend on the number of devices. A device holds the keys of two steps, besides its own; under
     JAX with a window, those of all neighbours in it.
-
-    Under CuPy prefer a process for each GPU, as was run on two of them. A thread for each did not end there; since then
-    the first call of a kind waits on the host for its messages, which has not been run with threads.
 
     References
     ----------

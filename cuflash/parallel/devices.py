@@ -13,6 +13,7 @@ from cuflash.parallel.asked import Asked
 from cuflash.parallel.calls import Device
 from cuflash.parallel.exchange import Exchange, Program, run_together
 from cuflash.parallel.heads import Heads
+from cuflash.parallel.nccl import Nccl, is_communicator
 
 
 class Method(NamedTuple):
@@ -50,11 +51,6 @@ def _heads_backward(held: tuple[Heads, Any], dout: Any, dlse: Any) -> Program[An
 
 RING = Method("ring_attention", _ring_forward, _ring_backward)
 HEADS = Method("all_to_all_attention", _heads_forward, _heads_backward)
-
-
-_MAX_KNOWN = 1024
-_known: set[tuple[Any, ...]] = set()
-"""Kinds of calls whose kernels this process has loaded."""
 
 
 class Devices:
@@ -99,7 +95,7 @@ class Devices:
             method.forward(rank, self._size, self._asked, self._framework.xp, *shard)
             for rank, shard in zip(self._ranks, self._shards, strict=True)
         ]
-        out, lse, held = zip(*self._run(programs, method.name), strict=True)
+        out, lse, held = zip(*self._run(programs), strict=True)
         return self._given(out), self._given(lse), list(held)
 
     def backward(self, method: Method, held: list[Any], results: tuple[Any, Any], gradients: tuple[Any, Any]) -> Any:
@@ -118,22 +114,15 @@ class Devices:
                 _check_like(name, shard, f"{of}", like)
             given.append(list(shards))
         programs = [method.backward(*one) for one in zip(held, *given, strict=True)]
-        shared = self._run(programs, method.name, "backward", gradients[1] is not None)
+        shared = self._run(programs)
         return tuple(self._given(x) for x in zip(*shared, strict=True))
 
-    def _run(self, programs: Sequence[Program[Any]], *kind: Any) -> list[Any]:
+    def _run(self, programs: Sequence[Program[Any]]) -> list[Any]:
         with self._framework.arithmetic(self._shards[0][0]):
             if self._exchange is None:
                 return run_together(programs)
-            asked, shard = self._asked, self._shards[0]
-            like = tuple((str(x.device), tuple(x.shape), x.dtype) for x in shard)
-            key = (*kind, self._size, asked.options, asked.order, asked.packed, like)
             (program,) = programs
-            result = self._exchange.run(program, first=key not in _known)
-            if len(_known) >= _MAX_KNOWN:
-                _known.clear()
-            _known.add(key)
-            return [result]
+            return [self._exchange.run(program)]
 
     def _given(self, results: Sequence[Any]) -> Any:
         """What the caller gets: a list where lists were given."""
@@ -166,11 +155,9 @@ def exchange_of(group: Any) -> Exchange:
     if isinstance(group, Exchange):
         return group
     communicator = getattr(group, "_comm", group)  # that of an NCCLBackend of cupyx.distributed
-    if all(hasattr(communicator, name) for name in ("rank_id", "size", "send", "recv")):
-        from cuflash.parallel.nccl import Nccl
-
+    if is_communicator(communicator):
         return Nccl(communicator)
     raise InvalidArgument(
-        f"group is {shown(group)}; expected a cupy.cuda.nccl.NcclCommunicator or a communicator of cupyx.distributed, "
-        "or lists of arrays as q, k and v, one for each device, and no group."
+        f"group is {shown(group)}; expected a cupy.cuda.nccl.NcclCommunicator, a cuflash.parallel.Nccl of one, or a "
+        "communicator of cupyx.distributed; or lists of arrays as q, k and v, one for each device, and no group."
     )

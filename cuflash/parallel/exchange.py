@@ -45,30 +45,14 @@ class Exchange:
         """
         raise NotImplementedError
 
-    def settle(self) -> None:
-        """Return when what was posted has arrived, as the host sees it; for where `post` returns before."""
-
-    def run(self, program: Program[Result], first: bool = False) -> Result:
-        """The result of a program here, while the other devices run theirs.
-
-        While the `first` of its kind runs, the host waits for every message: the driver may load a kernel when the GPU
-        is idle, and threads of other GPUs, which have to send what this one waits for, could not call it until then.
-        """
-        return _run(program, self._settled if first else self.post)
-
-    def _settled(self, post: Post) -> Wait:
-        self.post(post)()
-        self.settle()
-        return _arrived
-
-
-def _run(program: Program[Result], post: Callable[[Post], Wait]) -> Result:
-    try:
-        posted = next(program)
-        while True:
-            posted = program.send(post(posted))
-    except StopIteration as stop:
-        return stop.value
+    def run(self, program: Program[Result]) -> Result:
+        """The result of a program here, while the other devices run theirs."""
+        try:
+            posted = next(program)
+            while True:
+                posted = program.send(self.post(posted))
+        except StopIteration as stop:
+            return stop.value
 
 
 def run_together(programs: Sequence[Program[Result]]) -> list[Result]:

@@ -79,12 +79,9 @@ class Stream:
 
     def __init__(self, non_blocking: bool = True, priority: int = 0) -> None:
         assert non_blocking and priority <= 0
-        self.ptr, self.moved, self.times_synchronized = id(self), 0, 0
+        self.ptr, self.moved = id(self), 0
         self.waited: list[tuple[Stream, int]] = []
         self.of[self.ptr] = self
-
-    def synchronize(self) -> None:
-        self.times_synchronized += 1
 
     def record(self) -> tuple[Stream, int]:
         return self, self.moved
@@ -119,9 +116,6 @@ class OfHostMemory(Exchange):
 
     def __init__(self, exchange: Exchange) -> None:
         self.rank, self.size, self._exchange = exchange.rank, exchange.size, exchange
-
-    def settle(self) -> None:
-        self._exchange.settle()
 
     def post(self, post: Post) -> Wait:
         def lent(messages: Sequence[Message]) -> list[Message]:

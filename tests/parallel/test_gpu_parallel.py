@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import pytest
 from doubles.nccl import in_threads
 from inputs import BF16, FP32, random
 
+import cuflash
 from cuflash.parallel import (
+    Nccl,
     all_to_all_attention,
     all_to_all_attention_vjp,
     ring_attention,
@@ -101,8 +104,10 @@ def attended(name: str, group: Any, arrays: Any) -> list[Any]:
     return [out, lse, *pullback(dout, dlse)]
 
 
-def by_communicator(rank: int, size: int, names: list[str], unique: Any, repeats: int = 3) -> dict[str, list[Any]]:
-    """What this device gets, in host memory, the same every time."""
+def by_communicator(
+    rank: int, size: int, names: list[str], unique: Any, repeats: int = 3, barrier: threading.Barrier | None = None
+) -> dict[str, list[Any]]:
+    """What this device gets, in host memory, the same every time; devices of one process have a barrier."""
     import cupy
     from cupy.cuda import nccl
 
@@ -111,7 +116,8 @@ def by_communicator(rank: int, size: int, names: list[str], unique: Any, repeats
         computed = {}
         for name in names:
             given = [cupy.asarray(x) for x in parts(name, size)[rank]]
-            runs = [attended(name, communicator, given) for _ in range(repeats)]
+            group = communicator if barrier is None else Nccl(communicator, barrier)
+            runs = [attended(name, group, given) for _ in range(repeats)]
             first, *others = [[x.get() for x in run] for run in runs]
             for other in others:
                 for x, y in zip(first, other, strict=True):
@@ -146,11 +152,26 @@ def test_lists_on_one_gpu(name: str, devices: int) -> None:
     judge(name, devices, in_lists(name, devices))
 
 
+@pytest.mark.parametrize("name", LONG)
+def test_long_sequences_are_apart_from_one_device_by_rounding(name: str) -> None:
+    import cupy
+
+    q, k, v, dout, dlse = (cupy.asarray(x) for x in tensors(name))
+    (out, _), pullback = cuflash.flash_attn_vjp(q, k, v, causal=True, deterministic=True, return_lse=True)
+    back, results = np.argsort(order_of(name, 2)), in_lists(name, 2)
+    for i, whole in zip((0, 2, 3, 4), (out, *pullback(dout, dlse)), strict=True):
+        divided = np.concatenate([of[i] for of in results], -3)[:, back].astype("f4")
+        difference = divided - whole.get().astype("f4")
+        apart = np.sqrt((difference**2).mean(dtype="f8") / (divided**2).mean(dtype="f8"))
+        assert apart < 2**-8, "two parts and their sum are rounded, each by 2^-9 at most"
+
+
 def test_a_thread_for_each(size: int) -> None:
     from cupy.cuda import nccl
 
-    unique = nccl.get_unique_id()
-    check(size, in_threads(size, lambda rank: by_communicator(rank, size, [*CASES, *LONG], unique)))
+    unique, barrier = nccl.get_unique_id(), threading.Barrier(size)
+    names = [*CASES, *LONG]
+    check(size, in_threads(size, lambda rank: by_communicator(rank, size, names, unique, barrier=barrier)))
 
 
 def test_a_process_for_each(size: int, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,9 @@ from doubles.nccl import OfHostMemory, communicators, in_threads
 from inputs import BF16, FP32, random
 
 import cuflash
-from cuflash.parallel import all_to_all_attention_vjp, nccl, ring_attention, ring_attention_vjp, token_order
-from cuflash.parallel import devices as devices_of
+from cuflash.parallel import Nccl, all_to_all_attention_vjp, nccl, ring_attention, ring_attention_vjp, token_order
 from cuflash.parallel.devices import exchange_of
-from cuflash.parallel.exchange import Message, Post
-from cuflash.parallel.nccl import Nccl
+from cuflash.parallel.exchange import Message, Post, Wait
 
 pytestmark = needs_cupy
 
@@ -77,31 +76,72 @@ def test_messages_overlap_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> N
         in_threads(2, run)
 
 
-@pytest.mark.parametrize("function", [ring_attention_vjp, all_to_all_attention_vjp])
-def test_no_message_is_on_its_way_while_the_first_call_of_a_kind_loads_kernels(
-    function: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(devices_of, "_known", set())
-    x = [random(1, 8, 2, 4, dtype=FP32, seed=rank) for rank in range(2)]
+KINDS = "ready", "launched", "on"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_threads_with_a_barrier_launch_messages_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, size, words = CASES[name]
+    x = np.split(random(*(() if "cu_seqlens" in words else (2,)), 48, 4, 8, dtype=FP32), size, -3)
+    barrier, lock = threading.Barrier(size), threading.Lock()
+    events: list[tuple[str, int]] = []
+
+    def note(kind: str, rank: int) -> None:
+        with lock:
+            events.append((kind, rank))
+
+    class Noting(Nccl):
+        def post(self, post: Post) -> Wait:
+            time.sleep(0.002 * self.rank)  # the last one is late
+            note("ready", self.rank)
+            wait = super().post(post)
+            note("on", self.rank)
+            return wait
+
+        def _move(self, post: Post, part: slice) -> None:
+            super()._move(post, part)
+            note("launched", self.rank)
+
+    with communicators(monkeypatch, size) as devices:
+
+        def run(rank: int) -> None:
+            exchange = OfHostMemory(Noting(devices[rank], barrier))
+            out, pullback = function(x[rank], x[rank], x[rank], exchange, **words)
+            pullback(out)
+
+        in_threads(size, run)
+    times = {kind: [[i for i, x in enumerate(events) if x == (kind, r)] for r in range(size)] for kind in KINDS}
+    ready, launched, on = (zip(*times[kind], strict=True) for kind in KINDS)
+    steps = list(zip(ready, zip(launched, launched, strict=True), on, strict=True))
+    assert len(steps) > 1
+    for arrived, (first, rest), gone in steps:
+        assert max(arrived) < min(first) and max(rest) < min(gone)
+
+
+def test_a_thread_that_fails_lets_no_other_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     barrier = threading.Barrier(2)
+
+    def run(rank: int) -> None:
+        exchange = Nccl(devices[rank], barrier)
+        if rank:
+            monkeypatch.setattr(exchange, "_move", lambda post, part: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                exchange.post(Post([], []))
+        else:
+            with pytest.raises(threading.BrokenBarrierError):
+                exchange.post(Post([], []))
+
     with communicators(monkeypatch, 2) as devices:
+        in_threads(2, run)
 
-        def run(rank: int) -> list[list[int]]:
-            counts = []
-            for words in ({}, {}, {"order": "zigzag", "causal": True}):
-                exchange = Nccl(devices[rank])
-                barrier.wait(30)
-                out, pullback = function(x[rank], x[rank], x[rank], OfHostMemory(exchange), **words)
-                counts.append([exchange._stream.times_synchronized])
-                for _ in range(2):
-                    barrier.wait(30)
-                    pullback(out)
-                    counts[-1].append(exchange._stream.times_synchronized)
-            return counts
 
-        for first, second, other in in_threads(2, run):
-            assert 0 < first[0] < first[1] == first[2] and second == [0, 0, 0]
-            assert 0 < other[0] < other[1] == other[2]
+def test_what_is_no_communicator_or_barrier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(cuflash.InvalidArgument, match=r"communicator is 3; expected a cupy.cuda.nccl.NcclCommunicator"):
+        Nccl(3)
+    with communicators(monkeypatch, 2) as devices:
+        for barrier in (2, threading.Barrier(3)):
+            with pytest.raises(cuflash.InvalidArgument, match=r"barrier is .*; expected a threading.Barrier"):
+                Nccl(devices[0], barrier)
 
 
 def test_which_groups_are_communicators(monkeypatch: pytest.MonkeyPatch) -> None:
