@@ -68,7 +68,15 @@ LIBRARIES = {
 """What each part may import from outside the standard library, at the top of a file; a room of ``adapters``, the
 library that it is for, too."""
 
-MAY_USE_CUPY = {"device.py", "arrays.py", "generator.py", "jit/compile.py", "jit/kernel.py", "parallel/nccl.py"}
+MAY_USE_CUPY = {
+    "device.py",
+    "arrays.py",
+    "generator.py",
+    "jit/compile.py",
+    "jit/driver.py",
+    "jit/kernel.py",
+    "parallel/nccl.py",
+}
 """Files that import cupy, inside functions; verify, bench and cli may as well."""
 
 

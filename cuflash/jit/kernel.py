@@ -9,7 +9,7 @@ from typing import Any
 
 from cuflash import device
 from cuflash.errors import UnsupportedProblem
-from cuflash.jit import params
+from cuflash.jit import driver, params
 from cuflash.jit.compile import Cubin, compile_together
 from cuflash.plan.config import Config, Written
 from cuflash.plan.plan import Step
@@ -32,7 +32,7 @@ class Kernel:
     function: Any
     """The CuPy kernel, of this GPU, which keeps its machine code loaded."""
     start: Callable[..., None]
-    """``cuLaunchKernel`` as CuPy has it, which takes 0.6 us less than a call of the function."""
+    """``cuLaunchKernel`` as CuPy has it, which takes 0.6 us less than a call of the function; or one that says more."""
     first_byte: int = 0
     """Where its arguments begin in a parameter block (:func:`cuflash.jit.params.first_byte`)."""
 
@@ -120,7 +120,7 @@ def load(steps: Sequence[Step], device_index: int, written: Written | None = Non
         cubins = compile_together([(kernel, config, struct, arch) for kernel, config, struct, _ in missing])
         for key, cubin in zip(missing, cubins, strict=True):
             _loaded[key] = _load(cubin, key[1], device_index)
-    kernels = [_loaded[key] for key in keys]
+    kernels = [_of_step(_loaded[key], step) for key, step in zip(keys, steps, strict=True)]
     if written is None:
         return kernels
     return [replace(kernel, first_byte=params.first_byte(kernel.config, written)) for kernel in kernels]
@@ -134,3 +134,10 @@ def _load(cubin: Cubin, config: Config, device_index: int) -> Kernel:
         if config.smem_bytes > 48 * 1024:  # more has to be asked for
             function.max_dynamic_shared_size_bytes = config.smem_bytes
         return Kernel(cubin.kernel, cubin, config, function.kernel, cupy.cuda.driver.launchKernel)
+
+
+def _of_step(kernel: Kernel, step: Step) -> Kernel:
+    """The kernel as the step launches it."""
+    if step.cluster == 1:
+        return kernel
+    return replace(kernel, start=driver.starter(step.cluster))

@@ -1,4 +1,4 @@
-"""Tensor maps: tensors described to the copy engine of sm_90, box by box. The only module that names libcuda.
+"""Tensor maps: tensors described to the copy engine of sm_90, box by box.
 
 A kernel copies one box at a time, at coordinates in elements, innermost dimension first. What a box holds outside the
 tensor is zeros when it is loaded and left alone when it is stored.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from cuflash.dtypes import DType
 from cuflash.errors import UnsupportedProblem
+from cuflash.jit.driver import library
 
 # Enumerations of cuda.h.
 _INVALID_CONTEXT = 201
@@ -120,7 +121,7 @@ def encoder(tensor: TensorMap, device: int) -> Callable[[int], tuple[int, ...]]:
     UnsupportedProblem
         If the driver is too old to know tensor maps, or (by the function) refuses this one.
     """
-    driver = _driver()
+    driver = library("cuTensorMapEncodeTiled")
     rank = len(tensor.dims)
     dims, strides = (ctypes.c_uint64 * rank)(*tensor.dims), (ctypes.c_uint64 * (rank - 1))(*tensor.strides)
     box, element_strides = (ctypes.c_uint32 * rank)(*tensor.box), (ctypes.c_uint32 * rank)(*[1] * rank)
@@ -157,16 +158,3 @@ def _enter(driver: Any, device: int) -> None:
         or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), ordinal)
         or driver.cuCtxSetCurrent(context)
     )
-
-
-@cache
-def _driver() -> Any:
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-        library.cuTensorMapEncodeTiled  # noqa: B018  looked up by its name
-    except (OSError, AttributeError) as error:
-        raise UnsupportedProblem(
-            f"the kernels of sm_90 need cuTensorMapEncodeTiled of the CUDA driver, which is not there ({error}). "
-            "Install driver 525 or newer, which CUDA 12 asks for."
-        ) from error
-    return library

@@ -118,5 +118,7 @@ class FewConfig(ForwardConfig):
 
     split: str = field(default="KeyRanges", metadata={HEADER: "attention/ranges.cuh"})
     """KeyRanges, KeySplits."""
+    cluster: bool = False
+    """The blocks of a query tile are a cluster and merge what they find in each other's shared memory."""
     stages: int
     """Key tiles of a warp in flight."""

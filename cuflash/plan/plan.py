@@ -57,6 +57,8 @@ class Step:
     """The tensors that it copies in bulk (``jit/tensormap.py``)."""
     walks: Literal["", "kv", "q"] = ""
     """What it walks by lists where there is a block mask: key tiles of its query tiles, or the other way round."""
+    cluster: int = 1
+    """So many neighbouring blocks are launched as a cluster."""
 
     def __str__(self) -> str:
         sizes = {field.name: getattr(self.config, field.name) for field in fields(self.config)}

@@ -65,6 +65,17 @@ _MOST_PARTS, _FEW_PARTS, _TILES_WORTH_MORE = 32, 16, 16
 a range that make more of them worth it. H200, d 128, one query on 4k keys, 64 tiles: 16 parts 11.6 us, 32 12.6."""
 
 
+_CLUSTER_TILES = 32
+"""Key tiles up to which few blocks that merge in their shared memory are sooner done than more that do in memory. H200,
+d 128, one query: 512 keys of 4 heads, 8 tiles, 6.5 us by 8 blocks of a cluster, by as many others 8.0; 1024 keys 7.1,
+by 16 others 8.9, by 16 of a cluster 7.4; 4096 keys of 8 heads, 64 tiles, 11.8 by 8, 12.0 by 16, 10.5 by 16 others."""
+
+
+def most_in_cluster(device: Device) -> int:
+    """The most blocks that a cluster can have anywhere on a device; consumers' Blackwell is left alone."""
+    return 8 if device.capability[0] in (9, 10) else 1
+
+
 def deal(problem: Problem, device: Device, few: ForwardConfig) -> tuple[Division, int, str]:
     """The choice for a kernel of few rows, its blocks, and how they share the key tiles: KeyRanges or KeySplits.
 
@@ -79,9 +90,12 @@ def deal(problem: Problem, device: Device, few: ForwardConfig) -> tuple[Division
         num_splits, why = _asked(problem, few)
         return Division(grouped, num_splits, together + why), query_tiles * num_splits, "KeySplits"
     walked = key_tiles(problem, few)
+    alike = problem.layout == "dense" or problem.batch == 1  # in length
     most = min(walked, _MOST_PARTS, max(_FEW_PARTS, walked // _TILES_WORTH_MORE))
+    if alike and walked <= _CLUSTER_TILES and most_in_cluster(device) > 1:
+        most = min(most, most_in_cluster(device))
     resident = device.num_sms * few.blocks_per_sm
-    if problem.layout == "dense" and 0 < query_tiles * most <= resident:
+    if alike and 0 < query_tiles * most <= resident:
         why = f"{query_tiles * most} blocks of {resident} that there can be at once"
         return Division(grouped, most, together + why), query_tiles * most, "KeySplits"
     blocks = max(1, min(resident, query_tiles * most))

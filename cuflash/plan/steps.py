@@ -18,7 +18,8 @@ class CombineConfig(SequenceConfig):
     """``fwd_combine``."""
 
     dim_v: int
-    tile_q: int
+    rows: int
+    """Of any head, that a block merges."""
     score: str = field(metadata={HEADER: "attention/score.cuh"})
     """For its unit, which rows' states are in."""
     sink: str = field(metadata={HEADER: "attention/softmax.cuh"})
@@ -125,20 +126,22 @@ def rotated(problem: Problem) -> tuple[Workspace, ...]:
 
 def combine_step(problem: Problem, split: str = "KeySplits") -> Step:
     """The last launch of a forward whose keys are split."""
-    # Eight parts at once take 168 registers of fp64; where parts of ranges are takes more than 80 of fp32.
-    fp32 = problem.dtype.accumulator.itemsize == 4
+    # Eight parts at once take 168 registers of fp64, and more than 80 of fp32, which six blocks leave.
+    size, threads = problem.dtype.accumulator.itemsize, 128
+    columns = problem.dim_v * size // 16 if problem.dim_v * size % 16 == 0 else problem.dim_v
+    rows = max(1, threads >> (columns - 1).bit_length())  # at a time
     config = CombineConfig(
         element=problem.dtype.cuda,
         sequence=policies.sequence(problem),
         dim_v=problem.dim_v,
-        threads=128,
-        blocks_per_sm=(5 if split == "KeyRanges" else 6) if fp32 else 2,
-        tile_q=8,
+        threads=threads,
+        blocks_per_sm=5 if size == 4 else 2,
+        rows=rows,
         score=policies.unit_score(problem),
         sink=policies.sink(problem),
         split=split,
     )
-    return Step("fwd_combine", "FwdParams", config, query_blocks(problem, config.tile_q))
+    return Step("fwd_combine", "FwdParams", config, problem.batch * tiles(problem.len_q * problem.heads_q, rows))
 
 
 def part_workspaces(problem: Problem, num_splits: int) -> tuple[Workspace, ...]:

@@ -244,7 +244,7 @@ struct KeyRanges {
   using Stretches = RangeStretches<Config>;
   template <class Config>
   using Rows = RangeRows<Config>;
-  static constexpr bool kRanges = true;
+  static constexpr bool kRanges = true, kHalves = false;
 };
 
 }  // namespace cuflash

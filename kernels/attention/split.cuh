@@ -14,6 +14,7 @@
 #include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
 #include "element.cuh"
+#include "ptx/sync.cuh"
 
 namespace cuflash {
 
@@ -78,7 +79,7 @@ struct OneStretch;  // attention/ranges.cuh
 struct NoSplit {
   template <class Config>
   using Rows = WholeRows<Config>;
-  static constexpr bool kRanges = false;
+  static constexpr bool kRanges = false, kHalves = false;
   static constexpr int index = 0;
   int64 block;  // number of the query tile
 
@@ -99,7 +100,7 @@ struct KeySplits {
   using Rows = PartRows<Config>;
   template <class Config>
   using Stretches = OneStretch<Config>;
-  static constexpr bool kRanges = false;
+  static constexpr bool kRanges = false, kHalves = false;
   int index;
   int count;
   int64 block;
@@ -110,21 +111,33 @@ struct KeySplits {
   CF_DEVICE int parts() const { return count; }
   template <class Walk>
   CF_DEVICE Walk part(const Walk& tiles) const {
-    return part(tiles, index, count);
+    return share(tiles, index, count);
   }
   template <class Walk>
   CF_DEVICE static Walk part(const FwdParams& p, int split, const Walk& tiles) {
-    return part(tiles, split, p.num_splits);
+    return share(tiles, split, p.num_splits);
   }
-
- private:
   template <class Walk>
-  CF_DEVICE static Walk part(Walk tiles, int index, int count) {
+  CF_DEVICE static Walk share(Walk tiles, int index, int count) {
     const int first = tiles.begin;
     const int64 number = tiles.end - first;
     tiles.begin = first + static_cast<int>(number * index / count);
     tiles.end = first + static_cast<int>(number * (index + 1) / count);
     return tiles;
+  }
+};
+
+// What a work of another policy walks, in halves: two neighbouring blocks have one each. Where they are a cluster, they merge
+// what they find in their shared memory (tile/half_rows.cuh).
+template <class Split>
+struct Halves : Split {
+  static constexpr bool kHalves = true;
+
+  CF_DEVICE Halves(const FwdParams& p, int64 block_index) : Split(p, block_index / 2) {}
+
+  template <class Walk>
+  CF_DEVICE static Walk part(const FwdParams& p, int split, const Walk& tiles) {
+    return KeySplits::share(Split::part(p, split, tiles), static_cast<int>(ptx::block_index() % 2), 2);
   }
 };
 

@@ -24,30 +24,36 @@ CF_DEVICE void forward_combine(const FwdParams& p) {
   constexpr int kAcross = min_of(Config::kThreads, power_of_two_above(kColumns));  // threads that share a row
   constexpr int kRowsAtOnce = Config::kThreads / kAcross;
 
-  const Attention& a = p.attention;
-  const Work work = query_work(ptx::block_index(), num_tiles(a.len_q, Config::kTileQ), a.heads_q);
-  const typename Config::Sequence sequence(a, work.batch);
-  const Real unit = typename Config::Score(a, sequence, work.head).unit(), log2_unit = unit * static_cast<Real>(kLog2E);
   using Whole = WholeRows<Config>;
   using Part = typename Config::Split::template Rows<Config>;
-  const int64 step = Part::step(p, sequence, work.head);
 
-  const int first = work.tile * Config::kTileQ, end = min_of(first + Config::kTileQ, sequence.len_q);
+  const Attention& a = p.attention;
+  // Rows of all heads of a sequence, head by head; a block has kRows neighbours.
+  const int64 rows = static_cast<int64>(a.len_q) * a.heads_q;
+  const int64 blocks = max_of((rows + Config::kRows - 1) / Config::kRows, int64(1));
+  const int batch = static_cast<int>(ptx::block_index() / blocks);
+  const int64 first = (ptx::block_index() - batch * blocks) * Config::kRows;
+  const int first_row = static_cast<int>(first / a.heads_q), first_head = static_cast<int>(first % a.heads_q);
+  const int count = static_cast<int>(min_of(static_cast<int64>(Config::kRows), rows - first));
+  const typename Config::Sequence sequence(a, batch);
 #pragma unroll 1
-  for (int row = first + ptx::thread_index() / kAcross; row < end; row += kRowsAtOnce) {
+  for (int index = ptx::thread_index() / kAcross; index < count; index += kRowsAtOnce) {
+    const int row = first_row + (first_head + index) / a.heads_q, head = (first_head + index) % a.heads_q;
+    if (row >= sequence.len_q) break;
+    const Real unit = typename Config::Score(a, sequence, head).unit(), log2_unit = unit * static_cast<Real>(kLog2E);
+    const int64 number = Part::first(p, sequence, head, row), step = Part::step(p, sequence, head);
 #pragma unroll 1
     for (int col = ptx::thread_index() % kAcross * kWidth; col < Config::kDimV; col += kAcross * kWidth) {
-      const int64 number = Part::first(p, sequence, work.head, row);
       const Parts<Real, kWidth> parts{static_cast<const RowState<Real>*>(p.partial_state) + number,
                                       static_cast<const Real*>(p.partial_out) + number * Config::kDimV + col, step,
                                       step * Config::kDimV};
       Columns<Real, kWidth> out;
-      RowState<Real> state = merge_parts<8>(out, parts, Part::count(p, sequence, work.head), log2_unit);
-      const Real rescale = Config::Sink::close(state, a, work.head, unit);
-      Element* place = Whole::out(p, sequence, work.head, 0) + row * p.out_stride.row + col;
+      RowState<Real> state = merge_parts<8>(out, parts, Part::count(p, sequence, head), log2_unit);
+      const Real rescale = Config::Sink::close(state, a, head, unit);
+      Element* place = Whole::out(p, sequence, head, 0) + row * p.out_stride.row + col;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) place[i] = from_accumulator<Element>(out.x[i] * rescale * state.inverse_sum());
-      if (col == 0) Whole::close(p, Whole::number(p, sequence, work.head, 0) + row, state, unit);
+      if (col == 0) Whole::close(p, Whole::number(p, sequence, head, 0) + row, state, unit);
     }
   }
 }

@@ -14,6 +14,7 @@
 //
 // Loads run on into the next stretch, whose Q and first keys arrive while the parts of this one are merged.
 // Warps' parts and blocks' parts are merged by the same few lines (tile/parts.cuh), in the order of warps and of keys.
+// Where the blocks of a query tile are a cluster, parts stay in their shared memory, and each merges some of the columns.
 #pragma once
 
 #include "attention/dropout.cuh"
@@ -37,6 +38,8 @@ struct ForwardSm80Few {
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kKeys = kTileKv / kWarps;
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
   static constexpr int kBytes = Config::kCopyBytes;
+  static constexpr bool kCluster = Config::kCluster;
+  static_assert(!kCluster || IsSame<typename Config::Split, KeySplits>::value, "a block has one stretch then");
   static_assert(kKeys == 16 && kStages > 1);
   static_assert(IsSame<typename Config::Dropout, NoDropout>::value, "16 keys are half of what shares a call of Philox");
 
@@ -235,8 +238,9 @@ struct ForwardSm80Few {
         weigh(tile, smem.buffers[me.index][me.stage].keys, rows, out);
         me.stage = Warp::after(me.stage);
       }
-      // Into the buffer of the last keys: the others are full, or being filled, with the next stretch's.
-      const int free = me.stage == 0 ? kStages - 1 : me.stage - 1;
+      // Into the buffer of the last keys: the others are full, or being filled, with the next stretch's. In a cluster no
+      // keys come any more, and parts are where all blocks have them.
+      const int free = kCluster ? 0 : me.stage == 0 ? kStages - 1 : me.stage - 1;
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) {
         rows[r].l = row_sum(rows[r].l);
@@ -248,7 +252,7 @@ struct ForwardSm80Few {
         ptx::sync_warp();  // every lane is done with the keys
         leave(smem.buffers[me.index][free].part, first, rows, out);
         ptx::sync_threads();  // every warp's part is here
-        merge<kWarps>(first, first + kRows, kWarps, stretch.parts == 1, [&](int row, int col) {
+        merge<kWarps>(first, first + kRows, kWarps, stretch.parts == 1, 0, kThreads, [&](int row, int col) {
           const WarpPart& part = smem.buffers[0][free].part;
           constexpr int kStep = sizeof(Buffer) / sizeof(float) * kStages;
           return Parts<float, 4>{&part.states[row - first], &part.out[row - first][col],
@@ -256,8 +260,13 @@ struct ForwardSm80Few {
         });
         ptx::sync_threads();  // before the next parts or keys take their place
       }
-      if (stretch.parts > 1 && is_last()) {
-        merge<8>(0, kTileQ, stretch.parts, true,
+      if constexpr (kCluster) {
+        ptx::sync_cluster();
+        merge<8>(0, kTileQ, stretch.parts, true, stretch.part * kThreads, stretch.parts * kThreads,
+                 [&](int row, int col) { return ClusterParts<4>{state_in(0, row), out_in(0, row) + col}; });
+        ptx::sync_cluster();  // nobody reads this block's shared memory any more
+      } else if (stretch.parts > 1 && is_last()) {
+        merge<8>(0, kTileQ, stretch.parts, true, 0, kThreads,
                  [&](int row, int col) { return SlotParts{stretch, state_in(0, row), out_in(0, row) + col}; });
       }
     }
@@ -290,11 +299,14 @@ struct ForwardSm80Few {
       return smem.is_last;
     }
 
-    // A row's place in a slot of scratch memory.
+    // A row's place in a slot of scratch memory; or of a cluster's block, in a buffer beside that of warps' parts.
+    CF_DEVICE WarpPart& found(int row) const { return smem.buffers[row / kRows][1].part; }
     CF_DEVICE RowState<float>* state_in(int64 slot, int row) const {
+      if constexpr (kCluster) return &found(row).states[row % kRows];
       return static_cast<RowState<float>*>(p.partial_state) + slot * kTileQ + row;
     }
     CF_DEVICE float* out_in(int64 slot, int row) const {
+      if constexpr (kCluster) return found(row).out[row % kRows];
       return static_cast<float*>(p.partial_out) + (slot * kTileQ + row) * kDimV;
     }
 
@@ -310,13 +322,15 @@ struct ForwardSm80Few {
       });
     }
 
-    // Merges the parts of the rows [first, end), four columns a thread, into the result, or into this stretch's part.
+    // Merges the parts of the rows [first, end), four columns a thread, into the result, or into this stretch's part. Of
+    // `threads` that share them this block's are those from `first_thread` on.
     template <int kAtOnce, class PartsOf>
-    CF_DEVICE void merge(int first, int end, int count, bool whole, const PartsOf& parts_of) {
+    CF_DEVICE void merge(int first, int end, int count, bool whole, int first_thread, int threads,
+                         const PartsOf& parts_of) {
       constexpr int kAcross = kDimV / 4;
       const int rows = min_of(q_rows, end) - first;
 #pragma unroll 1
-      for (int index = ptx::thread_index(); index < rows * kAcross; index += kThreads) {
+      for (int index = first_thread + ptx::thread_index(); index < rows * kAcross; index += threads) {
         const int row = first + index / kAcross, col = index % kAcross * 4;
         FourColumns out;
         RowState<float> state = merge_parts<kAtOnce>(out, parts_of(row, col), count, log2_unit());

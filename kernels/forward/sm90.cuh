@@ -37,6 +37,7 @@
 #include "tile/copy_tma.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm90.cuh"
+#include "tile/half_rows.cuh"
 #include "tile/key_boxes.cuh"
 #include "tile/parts.cuh"
 #include "tile/ring.cuh"
@@ -235,6 +236,10 @@ struct ForwardSm90 {
         me.release_rows_before();
       }
       if constexpr (!Mask::kFullFromStart) me.skip(tiles.begin - loaded.begin);
+      if constexpr (Split::kHalves) {
+        finish_half();
+        return;
+      }
       this->finish(true);
       store();
       me.rows_at = me.rows_at.next();
@@ -328,6 +333,27 @@ struct ForwardSm90 {
       if (!Config::kPingPong) finish_output(before, !first);
       pack_operand<Element>(weights, s);
       if (grew && !first) this->rescale_output(softmax.rescale);
+    }
+
+    // The same of half of the keys. A block has one work then.
+    CF_DEVICE void finish_half() {
+      using Found = HalfRows<Config, kRows, kDimV>;
+      static_assert(kConsumers == 1 && sizeof(Found) <= kStages * (sizeof(KTile) + sizeof(VTile)));
+      me.meet();  // no warp reads keys and values any more
+      Found& found = reinterpret_cast<Found&>(smem.k);
+      const int num_rows = min_of(rows - q_first, kRows);
+      float factor[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const RowState<float> state = softmax.whole(r);
+        factor[r] = state.inverse_sum();
+        found.leave(me.warp_row, me.lane, r, state);
+      }
+      this->rescale_output(factor);
+      found.leave(me.warp_row, 0, me.lane, out, num_rows);
+      ptx::sync_cluster();
+      found.merge(p, sequence, heads, this->score, work.split, q_first, num_rows, me.thread, ptx::kWarpgroupThreads);
+      ptx::sync_cluster();  // nobody reads this block's shared memory any more
     }
 
     CF_DEVICE void store() {

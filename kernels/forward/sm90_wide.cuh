@@ -9,6 +9,8 @@
 //   consumer 0                       S(0), softmax 0, P(0) V(0) left  | P(1) V(1) left            | S(2), softmax 2 ...
 //   consumer 1                       P(0) V(0) right                  | S(1), softmax 1, P(1) V(1) right            ...
 //
+// Two blocks of a cluster may share the keys of a work: their parts stay in shared memory, and each merges half of the rows.
+//
 // V may be the first columns of K, as in multi-head latent attention: then one copy serves both products.
 //
 // Blocks, works, rings and roles are those of forward/sm90.cuh.
@@ -23,6 +25,7 @@
 #include "tile/copy_tma.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm90.cuh"
+#include "tile/half_rows.cuh"
 #include "tile/parts.cuh"
 #include "tile/ring.cuh"
 #include "tile/softmax_sm90.cuh"
@@ -43,6 +46,7 @@ struct ForwardSm90Wide {
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
   static constexpr int kBoxRows = Config::kBoxRows, kBoxes = kTileKv / kBoxRows;  // of keys that lie together
   static constexpr bool kShared = Config::kSharedKv;                              // V is the first columns of K
+  static constexpr bool kHalves = Config::Split::kHalves;                         // a block has one work then
   static_assert(kTileQ == 64 && Config::kThreads == ptx::kWarpgroupThreads + kConsumerThreads);
 
   using QTile = SwizzledTile<Element, kTileQ, kDimQk>;
@@ -73,9 +77,12 @@ struct ForwardSm90Wide {
     CF_DEVICE VHalf* halves(int stage) { return reinterpret_cast<VHalf*>(&k[stage]); }
   };
   static_assert(!kShared || 2 * kHalf <= KTile::kChunks * KTile::kChunkCols, "halves of V must lie in K");
+  using Keys = typename If<kShared, KeysWithValues, KeysAndValues>::Type;
+  using Found = HalfRows<Config, kTileQ, kDimV>;
+  static_assert(!kHalves || sizeof(Found) <= sizeof(Keys), "parts take the place of the keys");
   struct SmemPlan {
     Rows rows;
-    typename If<kShared, KeysWithValues, KeysAndValues>::Type kv;
+    Keys kv;
     PTile p;
     RowHandover handed[kTileQ];
     Ring<1> rows_ring;
@@ -86,6 +93,7 @@ struct ForwardSm90Wide {
   // Named barriers, one of each kind a consumer: where the other one waits for its P, and where its four warps meet.
   using Handovers = NamedBarriers<1, kConsumerThreads>;
   using Meetings = NamedBarriers<1 + kConsumers, ptx::kWarpgroupThreads>;
+  using Ends = NamedBarriers<1 + 2 * kConsumers, kConsumerThreads>;  // of the last product
 
   using Scores = Fragment<16, kTileKv>;
   using Weights = Operand<16, kTileKv>;
@@ -221,6 +229,10 @@ struct ForwardSm90Wide {
       smem.rows_ring.wait(me.rows_at);
       walk(tiles);
       me.at = me.at.next(max_of(tiles.end - tiles.begin, 0));
+      if constexpr (kHalves) {
+        finish_half();
+        return;
+      }
       this->finish(me.number == 0);
       store();
       me.rows_at = me.rows_at.next();
@@ -318,6 +330,26 @@ struct ForwardSm90Wide {
     CF_DEVICE void take_weights() {
       Handovers::wait(1 - me.number);
       if (softmax.take(smem.handed + me.warp_row, me.lane)) this->rescale_output(softmax.rescale);
+    }
+
+    // The same of half of the keys.
+    CF_DEVICE void finish_half() {
+      Ends::wait(0);  // nobody reads keys any more
+      Found& found = reinterpret_cast<Found&>(smem.kv);
+      const int num_rows = min_of(this->rows - q_first, kTileQ);
+      float factor[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const RowState<float> state = softmax.whole(r);
+        factor[r] = state.inverse_sum() * static_cast<float>(Dropout::scale(p.attention));
+        if (me.number == 0) found.leave(me.warp_row, me.lane, r, state);
+      }
+      this->rescale_output(factor);
+      found.leave(me.warp_row, me.number * kHalf, me.lane, out, num_rows);
+      ptx::sync_cluster();
+      found.merge(p, sequence, heads, this->score, work.split, q_first, num_rows,
+                  me.number * ptx::kWarpgroupThreads + me.thread, kConsumerThreads);
+      ptx::sync_cluster();  // nobody reads this block's shared memory any more
     }
 
     CF_DEVICE void store() {

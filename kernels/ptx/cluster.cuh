@@ -1,4 +1,4 @@
-// Clusters of two blocks (sm_90), which run at once and write to each other's shared memory.
+// Clusters (sm_90), most of two blocks, which run at once and see each other's shared memory.
 #pragma once
 
 #include "std.cuh"
@@ -7,10 +7,26 @@ namespace cuflash::ptx {
 
 constexpr int kClusterBlocks = 2;
 
-// Waits until all threads of both blocks are here; what they wrote before is seen behind it.
+// Waits until all threads of all blocks are here, but those that have ended; what they wrote before is seen behind it.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-barrier-cluster
 CF_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Number of this block in its cluster.
+CF_DEVICE int rank_in_cluster() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// What a block of the cluster has where this one has `mine`, in shared memory.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-mapa
+template <class T>
+CF_DEVICE const T* in_block(const T* mine, int rank) {
+  uint64 theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return reinterpret_cast<const T*>(theirs);
 }
 
 // What lies at an address of this block, in the other one of a cluster of two, of which this is number `rank`.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/softmax.cuh"
+#include "ptx/cluster.cuh"
 
 namespace cuflash {
 
@@ -21,6 +22,18 @@ struct Parts {
   CF_DEVICE RowState<Real> state(int part) const { return states[part * state_step]; }
   CF_DEVICE Columns<Real, kCols> out(int part) const {
     return *reinterpret_cast<const Columns<Real, kCols>*>(outs + part * out_step);
+  }
+};
+
+// The same where they lie in the shared memory of the blocks of a cluster, each where this block has its own.
+template <int kCols>
+struct ClusterParts {
+  const RowState<float>* own_state;
+  const float* own_out;
+
+  CF_DEVICE RowState<float> state(int part) const { return *ptx::in_block(own_state, part); }
+  CF_DEVICE Columns<float, kCols> out(int part) const {
+    return *reinterpret_cast<const Columns<float, kCols>*>(ptx::in_block(own_out, part));
   }
 };
 

@@ -134,7 +134,7 @@ def test_explain_goes_on_where_the_compiler_does_not_know_the_device(monkeypatch
         ),
         (
             ["--len=1x900", "--heads=4/2"],
-            "splits     15: 2 heads share a tile; 60 blocks of 264 that there can be at once",
+            "splits     8: 2 heads share a tile; 32 blocks of 264 that there can be at once",
         ),
         (
             ["--len=1x900", "--heads=4/2", "--dtype=fp32"],

@@ -84,7 +84,6 @@ void execute(const Instruction& instruction, void* operands) {
 static void meet_at(NamedBarrier& barrier, int number, int threads, bool waits) {
   const auto describe = [](const Wait& wait) -> std::string {
     const NamedBarrier& barrier = *static_cast<const NamedBarrier*>(wait.at);
-    if (&barrier == &block.barriers.back()) return "sync_cluster";
     const int64 number = (&barrier - block.barriers.data()) % Block::kBarriers;
     if (number == 0) return "sync_threads";
     return "sync_named (barrier " + std::to_string(number) + ", " + std::to_string(barrier.arrived) + " of " +
@@ -111,11 +110,26 @@ void meet(int number, int threads, bool waits) {
   meet_at(block.barriers[block.current->rank * Block::kBarriers + number], number, threads, waits);
 }
 
-void meet_cluster() { meet_at(block.barriers.back(), 0, static_cast<int>(block.threads.size()), true); }
+// Lets the cluster go on once everybody is there who has not returned.
+static void pass_cluster() {
+  NamedBarrier& barrier = block.barriers.back();
+  if (barrier.arrived == 0 || barrier.arrived + block.returned < block.threads.size()) return;
+  barrier.arrived = 0;
+  wake(&barrier);
+  draw_order();
+}
+
+void meet_cluster() {
+  NamedBarrier& barrier = block.barriers.back();
+  barrier.arrived += 32;
+  hold_warp({&barrier, 0, [](const Wait&) -> std::string { return "sync_cluster"; }});
+  pass_cluster();
+}
 
 static void thread_main() {
   block.kernel(block.params);
   ++block.returned;
+  pass_cluster();
   suspend(State::kReturned);
 }
 

@@ -58,7 +58,7 @@ def launch(step: Step, params: np.ndarray, seed: int = 0) -> int:
         config.threads,
         config.smem_bytes,
         ctypes.c_uint(seed),
-        getattr(config, "slices", 1),
+        max(step.cluster, getattr(config, "slices", 1)),
     )
     if error is not None:
         raise LaunchFailed(f"{step.kernel}: {error.decode()}\n{rendered['config.cuh']}")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cuflash import jit
 from cuflash.dtypes import BF16, FP16
 from cuflash.errors import UnsupportedProblem
 from cuflash.jit import tensormap
@@ -216,10 +217,10 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     fake = Driver()
-    tensormap._driver.cache_clear()
+    jit.driver.library.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: fake if name == "libcuda.so.1" else None)
     yield fake
-    tensormap._driver.cache_clear()
+    jit.driver.library.cache_clear()
 
 
 MAP = dense(BF16, 128, 4096, 16, 2, (4096, 256, 2**24), 80)

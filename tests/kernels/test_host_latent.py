@@ -28,7 +28,9 @@ CASES: dict[str, dict] = {
     "apart": {"heads": 4, "len_q": 2, "lengths": (270, 129), "dims": (320, 320), "shared": False, "causal": True},
     "pages-64": {"heads": 16, "lengths": (300, 1, 200), "page_size": 64},
     "pages-16": {"heads": 16, "len_q": 3, "lengths": (300, 1, 200), "page_size": 16, "causal": True},
-    "pages-128": {"heads": 128, "lengths": (200, 66), "page_size": 128, "num_splits": 2},
+    "pages-128": {"heads": 128, "lengths": (200, 66), "page_size": 128, "num_splits": 2, "halves": False},
+    "two-blocks": {"heads": 16, "len_q": 2, "lengths": (980, 450), "halves": True, "causal": True},
+    "two-blocks-whole-rows": {"heads": 128, "lengths": (520, 1), "halves": True},
     "pages-8-apart": {"heads": 8, "lengths": (150, 31), "dims": (512, 512), "shared": False, "page_size": 8},
 }
 
@@ -46,6 +48,7 @@ def check(
     cache_batch: tuple[int, ...] | None = None,
     num_splits: int = 0,
     num_sms: int = 132,
+    halves: bool | None = None,
     seed: int = 0,
 ) -> None:
     """Compare with the oracle on packed keys; what no sequence uses of the cache is NaN."""
@@ -76,7 +79,8 @@ def check(
         num_splits=num_splits, softmax_scale=dim_qk**-0.5, mask=Mask(right=0) if causal else Mask(),
     )  # fmt: skip
     plan = choose(problem, replace(named("h100"), num_sms=num_sms), "sm90")
-    assert "fwd_sm90_wide" in [step.kernel for step in plan.steps]
+    (main,) = (step for step in plan.steps if step.kernel == "fwd_sm90_wide")
+    assert main.config.split.startswith("Halves") == (main.cluster == 2) and halves in (None, main.cluster == 2)
     q = rng.standard_normal((batch, len_q, heads, dim_qk)).astype(bf16)
     out, lse = np.full((*q.shape[:-1], dim_v), np.nan, bf16), np.full((batch, heads, len_q), np.nan, np.float32)
     arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "seqused_kv": np.array(lengths, np.int32)}

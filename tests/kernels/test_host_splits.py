@@ -151,6 +151,22 @@ CASES: dict[str, tuple[HostCase, tuple[str, str]]] = {
     "hopper-ranges-paged256": (
         paged("bf16", 256, (4, 1), (1, 16, 1), (700, 340, 7), (64, 64), softcap=2.0, num_sms=3, **HOPPER), RANGES,
     ),
+    "hopper-halves": (
+        dense("bf16", (8, 2), (9, 600), (64, 128), num_sms=4, mask=CAUSAL, sink=True, **HOPPER),
+        ("HeadGroup", "Halves<NoSplit>"),
+    ),
+    "hopper-halves-of-parts": (
+        dense("fp16", (4, 2), (17, 1100), (128, 72), num_sms=8, mask=CAUSAL, sink=True, alibi_axes="h", **HOPPER),
+        ("HeadGroup", "Halves<KeySplits>"),
+    ),
+    "hopper-halves-hidden": (
+        dense("fp16", (4, 2), (17, 600), (64, 64), num_sms=4, mask=TOP_LEFT, **HOPPER),
+        ("HeadGroup", "Halves<NoSplit>"),
+    ),
+    "one-paged": (
+        paged("fp16", 3, (8, 2), (2,), (900,), (64, 64), tail=2, seqused_kv=(777,), mask=CAUSAL, sink=True), BOTH,
+    ),
+    "one-packed-40-parts": (packed("bf16", (4, 1), (1,), (2560,), (64, 64), num_splits=40), BOTH),
     "decode-window": (dense("fp16", (4, 1), (3, 2000), (64, 64), num_splits=30, mask=Mask(left=70, right=0)), BOTH),
     "decode-mask": (dense("fp16", (4, 2), (9, 330), (64, 64), batch=2, num_splits=5, mask_axes="bhqk"), BOTH),
     "decode-alibi": (dense("fp16", (8, 2), (9, 330), (64, 64), batch=2, num_splits=4, alibi_axes="bh"), BOTH),

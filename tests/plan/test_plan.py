@@ -521,7 +521,7 @@ def test_a_split_plan_says_what_it_takes() -> None:
     main, combine = plan.steps
     assert [main.kernel, combine.kernel] == ["fwd_sm80", "fwd_combine"]
     assert (main.config.sink, combine.config.sink) == ("NoSink", "LearnableSink"), "a sink counts once"
-    assert (main.num_blocks, combine.num_blocks) == (5 * 3 * 8, 2 * 3 * 32)
+    assert (main.num_blocks, combine.num_blocks) == (5 * 3 * 8, 3 * 9 * 32 // 8)
     shapes = {w.name: (w.shape, w.dtype) for w in plan.workspaces}
     fp32 = np.dtype(np.float32)
     assert shapes == {"partial_out": ((5, 27, 32, 40), fp32), "partial_state": ((5, 27, 32, 2), fp32)}
@@ -533,9 +533,9 @@ def test_a_split_plan_says_what_it_takes() -> None:
     assert {w.dtype for w in double.workspaces} == {np.dtype(np.float64)}
 
 
-@pytest.mark.parametrize(("family", "variants"), [("sm80", 8), ("simt", 4)])
+@pytest.mark.parametrize(("family", "variants"), [("sm80", 10), ("simt", 4)])
 def test_sizes_choose_between_few_variants(family: str, variants: int) -> None:
-    """Heads together or not, split or not, and the same of few rows: all else about sizes is a run-time value."""
+    """Heads together or not, split or not, few rows in clusters or not: all else about sizes is a run-time value."""
     problems = [
         replace(DECODE, batch=b, len_q=q, len_kv=kv, heads_q=8, heads_kv=h, num_splits=n)
         for b in (1, 50)
@@ -600,8 +600,10 @@ def test_a_group_of_heads_in_one_tile_of_hoppers(changes: dict, splits: int | No
     if splits is not None:
         boxes = [("q", 64, 4, False), ("k", 64, 1, True), ("v", 64, 1, True), ("out", 64, 4, False)]
         assert [(box.tensor, box.rows, box.heads, box.once) for box in step.boxes] == boxes[: 4 if splits == 1 else 3]
-        assert plan.num_splits == splits and step.num_blocks <= 132
-        assert [s.kernel for s in plan.steps] == ["fwd_sm90", "fwd_combine"][: 1 + (splits > 1)]
+        halves = splits % 2 == 0  # which two blocks of a cluster share
+        assert (plan.num_splits, step.cluster) == ((splits // 2, 2) if halves else (splits, 1))
+        assert step.config.split.startswith("Halves") is halves and step.num_blocks <= 132
+        assert [s.kernel for s in plan.steps] == ["fwd_sm90", "fwd_combine"][: 1 + (plan.num_splits > 1)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16, 500])
@@ -611,19 +613,25 @@ def test_ranges_fill_the_device_and_their_slots_do_not_grow(batch: int, len_kv: 
     plan = choose(replace(DECODE, batch=batch, len_kv=len_kv), device, "sm80")
     (step,) = plan.steps
     most = 2 * device.num_sms
-    wanted = 8 * batch * min(32, max(min(16, -(-len_kv // 64)), len_kv // 1024))
+    walked = -(-len_kv // 64)
+    wanted = 8 * batch * min(8 if walked <= 32 else 32, max(min(16, walked), len_kv // 1024))
     assert step.num_blocks == min(most, wanted)
     evenly = wanted <= most  # in splits, of which all have a block at once
     assert step.config.split == ("KeySplits" if evenly else "KeyRanges")
     shapes = {w.name: w.shape for w in plan.workspaces}
     slots = step.num_blocks if evenly else 2 * step.num_blocks
-    assert shapes == {"partial_out": (slots, 16, 128), "partial_state": (slots, 16, 2), "tickets": (8 * batch,)}
-    assert [w.kept for w in plan.workspaces] == [False, False, True]
+    cluster = evenly and plan.num_splits <= 8  # whose parts stay in shared memory
+    assert (step.cluster, step.config.cluster) == ((plan.num_splits, True) if cluster else (1, False))
+    in_memory = {"partial_out": (slots, 16, 128), "partial_state": (slots, 16, 2), "tickets": (8 * batch,)}
+    assert shapes == ({} if cluster else in_memory)
+    assert [w.kept for w in plan.workspaces] == ([] if cluster else [False, False, True])
     assert 1 <= plan.num_splits <= -(-len_kv // 64)
-    asked = choose(replace(DECODE, batch=batch, len_kv=len_kv, num_splits=5), device, "sm80")
-    assert asked.steps[0].num_blocks == 5 * 8 * batch == asked.workspaces[0].shape[0]
+    asked = choose(replace(DECODE, batch=batch, len_kv=len_kv, num_splits=20), device, "sm80")
+    assert asked.steps[0].num_blocks == 8 * batch * min(20, -(-len_kv // 64))
+    assert not asked.workspaces or asked.steps[0].num_blocks == asked.workspaces[0].shape[0]
     words = "blocks of 264 that there can be at once" if evenly else "share all tiles of keys alike"
-    assert words in plan.division and asked.division == "4 heads share a tile; asked for"
+    how = "asked for" if len_kv > 19 * 64 else "of 20: one for each tile of keys"
+    assert words in plan.division and asked.division == f"4 heads share a tile; {how}"
 
 
 def test_what_serves_one_sequence_serves_a_call_of_other_lengths() -> None:

@@ -28,7 +28,7 @@ from cuflash.plan.config import (
 from cuflash.plan.families import simt
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step, Workspace
-from cuflash.plan.splits import Division, deal, divide
+from cuflash.plan.splits import Division, deal, divide, heads_in_step, most_in_cluster
 from cuflash.plan.tiles import fits_blocks, key_blocks, packed_tiles, query_blocks, resident, round_up, tiles
 from cuflash.problem import Problem
 
@@ -245,15 +245,21 @@ def forward_division(problem: Problem, device: Device) -> Division:
     return divide(problem, device, _forward_config(problem, device)[0], _small_forward_config(problem, device)[0])
 
 
+def _cluster(device: Device, num_splits: int) -> int:
+    """Blocks of a query tile that are a cluster: all, or each is one of its own."""
+    return num_splits if num_splits <= most_in_cluster(device) else 1
+
+
 def _few_forward(problem: Problem, device: Device, config: FewConfig, reason: str) -> Plan:
     """The plan of a forward by ``fwd_sm80_few``, whose blocks merge what they find."""
     division, blocks, split = deal(problem, device, config)
-    config = replace(config, split=split)
+    cluster = _cluster(device, division.num_splits) if split == "KeySplits" else 1
+    config = replace(config, split=split, cluster=cluster > 1)
     rows, heads = problem.len_q * problem.group, problem.heads_kv
     query_tiles = tiles(rows, config.tile_q) * heads * problem.batch
     workspaces = steps.rotated(problem)
     ranges = split == "KeyRanges"  # which begin and end anywhere, whatever the lengths
-    if ranges or division.num_splits > 1:
+    if ranges or division.num_splits > cluster:
         slots = 2 * blocks if ranges else blocks
         shape = (slots, config.tile_q)
         workspaces += (
@@ -261,10 +267,12 @@ def _few_forward(problem: Problem, device: Device, config: FewConfig, reason: st
             Workspace("partial_state", problem.dtype.accumulator, (*shape, 2)),
             Workspace("tickets", np.dtype(np.int32), (query_tiles,), kept=True),
         )
-    launches = (*steps.append_step(problem), Step("fwd_sm80_few", "FwdParams", config, blocks))
+    launches = (*steps.append_step(problem), Step("fwd_sm80_few", "FwdParams", config, blocks, cluster=cluster))
+    step = heads_in_step(problem.heads_kv, blocks) if ranges else 1
     return Plan(
-        problem, device, "sm80", launches, workspaces, reason, num_splits=division.num_splits, division=division.reason
-    )
+        problem, device, "sm80", launches, workspaces, reason, num_splits=division.num_splits, heads_in_step=step,
+        division=division.reason,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,7 +80,7 @@ class ForwardConfig(AttentionConfig):
     heads: str = field(default="OneHead", metadata={HEADER: "attention/heads.cuh"})
     """Whose rows a query tile holds: OneHead, HeadGroup."""
     split: str = field(default="NoSplit", metadata={HEADER: "attention/ranges.cuh"})
-    """Which of its keys a work walks: NoSplit, KeySplits, KeyRanges."""
+    """Which of its keys a work walks: NoSplit, KeySplits, KeyRanges, or Halves<> for each of a cluster's two blocks."""
     box_rows: int
     """Keys of a box: those of a tile, or what a page and a tile have in common."""
     stages: int
@@ -252,8 +252,8 @@ def _packed_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str
 
 def _packed_forward(problem: Problem, device: Device) -> Plan:
     """The plan of few queries of many heads over long keys: the tile of a group's queries, its keys in parts."""
-    config, reason = _packed_config(problem, device)
     works = problem.batch * problem.heads_kv
+    config, reason = _packed_config(problem, device)
     if problem.layout != "dense":
         return _ranges_forward(problem, device, config, reason)
     num_splits = best_splits(works, key_tiles(problem, config) // _LEAST_TILES, device.num_sms, 0.95)
@@ -261,14 +261,26 @@ def _packed_forward(problem: Problem, device: Device) -> Plan:
     boxes: tuple[Box, ...] = (Box("q", _ROWS, problem.group), *_key_boxes(problem, config, once=True))
     combine: tuple[Step, ...] = ()
     workspaces: tuple[Workspace, ...] = ()
-    if num_splits == 1:
-        boxes += (Box("out", _ROWS, problem.group),)
-    else:
-        config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
-        combine, workspaces = (steps.combine_step(problem),), steps.part_workspaces(problem, num_splits)
     blocks = min(works * num_splits, device.num_sms)
-    launches = (Step("fwd_sm90", "FwdParams", config, blocks, boxes), *combine)
+    halves = _halves(problem, num_splits) and blocks == works * num_splits  # each has one work
+    if halves:
+        num_splits, division = num_splits // 2, f"{division}; two blocks of a cluster share each part"
+    if num_splits > 1:
+        config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
+        combine = (steps.combine_step(problem),)
+        workspaces += steps.part_workspaces(problem, num_splits)
+    if halves:
+        config = replace(config, split=f"Halves<{config.split}>")
+    elif num_splits == 1:
+        boxes += (Box("out", _ROWS, problem.group),)
+    main = Step("fwd_sm90", "FwdParams", config, blocks, boxes, cluster=2 if halves else 1)
+    launches = (main, *combine)
     return Plan(problem, device, "sm90", launches, workspaces, reason, num_splits=num_splits, division=division)
+
+
+def _halves(problem: Problem, num_splits: int) -> bool:
+    """Whether two blocks of a cluster share what one of half as many splits walks, and merge in their shared memory."""
+    return num_splits % 2 == 0 and problem.dim_v % 8 == 0
 
 
 def key_heads_per_section(problem: Problem) -> int:
@@ -724,11 +736,22 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
         return []
     read = problem.batch * problem.heads_kv * problem.len_kv * (problem.dim_qk + problem.dim_v) * problem.dtype.itemsize
     many = problem.len_q * problem.group > 32  # rows for sm80's kernel of few
-    # H200, 64 sequences of unequal lengths in pages of 16: 650 us here, 586 there; heads did not go in step yet.
-    if _packs_heads(problem) and (many or (problem.layout == "dense" and read >= _LEAST_READ)):
+    if _packs_heads(problem) and (many or (read >= _LEAST_READ and _reads_faster(problem, device))):
         return []
     division = forward_division(problem, device)
     return [] if division.plain else [f"sm80 serves few queries better ({division.reason})"]
+
+
+def _reads_faster(problem: Problem, device: Device) -> bool:
+    """Whether few rows over long keys are read faster by boxes than by the rows of ``sm80``'s kernel.
+
+    H200, 8 caches of 8k keys, pages of 16, 64 and 256: 73.7, 72.2 and 70.6 us, by rows 75.7, 75.9 and 75.3. 64 of 4k:
+    268.7, 257.6 and 255.8, by rows 263.2, 259.9 and 258.7; of unequal lengths in pages of 16 610 and 573.
+    """
+    if problem.layout == "dense":
+        return True
+    few = problem.batch * problem.heads_kv <= device.num_sms  # so that a block seldom goes from one to another
+    return few and problem.page_size % _ROWS == 0
 
 
 def _leave_tangents_to_sm80(problem: Problem) -> list[str]:

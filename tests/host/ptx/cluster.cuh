@@ -3,6 +3,7 @@
 
 #include "block.hpp"
 #include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
 #include "std.cuh"
 
 namespace cuflash::ptx {
@@ -11,6 +12,21 @@ constexpr int kClusterBlocks = 2;
 
 inline constexpr host::Instruction kSyncCluster{"sync_cluster", [](void* const*) { host::meet_cluster(); }};
 inline void sync_cluster() { host::execute(kSyncCluster, nullptr); }
+
+inline int rank_in_cluster() { return host::block.current->rank; }
+
+template <class T>
+const T* in_block(const T* mine, int rank) {
+  smem_u32(mine);  // fails where it is not in shared memory
+  if (rank < 0 || rank >= host::block.cluster) host::fail("in_block: block %d of %d", rank, host::block.cluster);
+  bool runs = false;
+  for (const host::Thread& thread : host::block.threads) {
+    runs = runs || (thread.rank == rank && thread.state != host::State::kReturned);
+  }
+  if (!runs) host::fail("in_block: thread %d reaches for block %d, which has ended", host::block.current->index, rank);
+  const int64 apart = (rank - host::block.current->rank) * static_cast<int64>(host::block.smem_stride);
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(mine) + apart);
+}
 
 inline uint32 across(uint32 shared, int rank) {
   const host::Thread& me = *host::block.current;
