@@ -57,8 +57,8 @@ def ring_attention(
         This device's keys and values, (b, len_kv, heads_kv, dim). `len_kv` is `len_q`, unless every key is seen.
     group : str, tuple of str, NcclCommunicator, Nccl or Exchange, optional
         The devices that the sequences are divided over: under JAX an axis of the mesh, or several; under CuPy a
-        ``cupy.cuda.nccl.NcclCommunicator`` or what ``cupyx.distributed`` made, where each GPU has a process, and where
-        threads of one process have GPUs a `Nccl` of both. None where q, k and v are lists.
+        ``cupy.cuda.nccl.NcclCommunicator`` or what ``cupyx.distributed`` made, with a process for each GPU; with a
+        thread for each, `Nccl` of a communicator and the threads' barrier. None where q, k and v are lists.
     softmax_scale, causal, window_size, softcap
         As for `flash_attn_func`; `causal` and `window_size` are about places in the whole sequence.
     order : {"contiguous", "zigzag"}

@@ -5,9 +5,9 @@ Messages and their order are tested with a communicator that copies host memory 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Barrier
 from typing import Any
 
 from cuflash.arrays import cupy_arrays
@@ -17,6 +17,10 @@ from cuflash.parallel.exchange import Exchange, Post, Wait
 
 _FIRST_BYTES = 1 << 16
 """Of every message, that go before all others."""
+
+_alone: dict[int, int] = {}
+"""GPUs of communicators without a barrier, by the thread that drives them."""
+_noting = threading.Lock()
 
 
 class Nccl(Exchange):
@@ -38,7 +42,8 @@ class Nccl(Exchange):
     Raises
     ------
     InvalidArgument
-        If either is something else, or the barrier has room for more threads than there are devices.
+        If either is something else, the barrier has room for more threads than there are devices, or there is none and
+        another thread of this process drives another GPU.
 
     References
     ----------
@@ -56,16 +61,18 @@ class Nccl(Exchange):
                 return ring_attention(q[rank], k[rank], v[rank], group, causal=True)
     """
 
-    def __init__(self, communicator: Any, barrier: Barrier | None = None) -> None:
+    def __init__(self, communicator: Any, barrier: threading.Barrier | None = None) -> None:
         if not is_communicator(communicator):
             raise InvalidArgument(f"communicator is {shown(communicator)}; expected a cupy.cuda.nccl.NcclCommunicator.")
         self.rank: int = communicator.rank_id()
         self.size: int = communicator.size()
-        if barrier is not None and (not isinstance(barrier, Barrier) or barrier.parties > self.size):
+        if barrier is not None and (not isinstance(barrier, threading.Barrier) or barrier.parties > self.size):
             raise InvalidArgument(
                 f"barrier is {shown(barrier)}; expected a threading.Barrier of those of {self.size} devices that "
                 "threads of this process drive."
             )
+        if barrier is None and self.size > 1:
+            _check_alone(communicator.device_id())
         import cupy
         from cupy.cuda import nccl
 
@@ -120,3 +127,19 @@ class Nccl(Exchange):
 def is_communicator(x: Any) -> bool:
     """Whether this is what NCCL's calls are made on."""
     return all(hasattr(x, name) for name in ("rank_id", "size", "send", "recv"))
+
+
+def _check_alone(gpu: int) -> None:
+    """Refuse another GPU than those of other threads: without a barrier they would sooner or later wait for good."""
+    thread = threading.get_ident()
+    with _noting:
+        for ended in _alone.keys() - {x.ident for x in threading.enumerate()}:
+            del _alone[ended]
+        others = {other for driver, other in _alone.items() if driver != thread} - {gpu}
+        if others:
+            raise InvalidArgument(
+                f"communicator is of GPU {gpu}, and another thread of this process sends from GPU {min(others)}: each "
+                "could wait for the other for good. Pass cuflash.parallel.Nccl(communicator, barrier) as group, with "
+                "one threading.Barrier for all of these threads."
+            )
+        _alone[thread] = gpu

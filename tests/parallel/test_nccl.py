@@ -135,6 +135,29 @@ def test_a_thread_that_fails_lets_no_other_wait(monkeypatch: pytest.MonkeyPatch)
         in_threads(2, run)
 
 
+def test_threads_without_a_barrier_are_refused_a_second_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "_alone", {})
+    first, second = threading.Event(), threading.Event()
+
+    def run(rank: int) -> None:
+        monkeypatch.setattr(devices[rank], "device_id", lambda: rank)
+        if rank:
+            first.wait(30)
+            with pytest.raises(cuflash.InvalidArgument, match=r"of GPU 1, and another thread of this process .* GPU 0"):
+                exchange_of(devices[rank])
+            Nccl(devices[rank], threading.Barrier(2))
+            second.set()
+        else:
+            for _ in range(2):
+                exchange_of(devices[rank])
+            first.set()
+            second.wait(30)
+
+    with communicators(monkeypatch, 2) as devices:
+        in_threads(2, run)
+        exchange_of(devices[1])  # the other thread has ended
+
+
 def test_what_is_no_communicator_or_barrier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(cuflash.InvalidArgument, match=r"communicator is 3; expected a cupy.cuda.nccl.NcclCommunicator"):
         Nccl(3)
