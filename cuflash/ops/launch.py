@@ -101,6 +101,9 @@ class Prepared:
     """What allocates memory for all other workspaces, and says where it begins; None where there are none."""
     shared: tuple[int, ...]
     """At which bytes of it they start."""
+    launch: Callable[..., None]
+    """Launches the kernels where that belongs: on the pointers of the given and of the allocated arrays and, with
+    dropout or a cache, as a second argument on what else there is in the parameter block."""
     results: Callable[[Sequence[Any]], tuple[Any, ...]]
     """Takes the results out of the given outputs and the allocations."""
     fills: tuple[tuple[int, float], ...]
@@ -140,28 +143,19 @@ class Prepared:
             drawn = self.rows(cached)
         elif self.increment is not None:
             drawn = draw.on_device(generator, self.increment, framework, self.device)
-        written = (*outputs, *self.start([*pointers, *listed], drawn))
+        written = (*outputs, *self.start((*pointers, *listed), drawn))
         for index, value in self.fills:
             written[index][...] = value
         return self.results(written)
 
-    def start(self, numbers: list[int], drawn: tuple[int, ...] = ()) -> list[Any]:
+    def start(self, numbers: Sequence[int], drawn: tuple[int, ...] = ()) -> list[Any]:
         """Allocate, launch and return what was allocated, the results that are not given first.
 
-        `numbers` are the pointers of what is given, and take up those of what is allocated. Call where launches for the
-        device belong.
+        `numbers` are the pointers of what is given. Call where launches for the device belong.
         """
-        framework = self.framework
         allocated = [allocate() for allocate in self.allocations]
         if self.launches:
-            numbers += framework.pointers(allocated)
-            if self.scratch is not None:
-                scratch = self.scratch()  # held until the launches are queued
-                numbers += [scratch[1] + first for first in self.shared]
-            params = self.params((*numbers, *drawn))
-            stream = framework.launch_stream(self.device)
-            for launch in self.launches:
-                launch(params, stream)
+            self.launch((*numbers, *self.framework.pointers(allocated)), drawn)
         return allocated
 
     def bind(
@@ -242,18 +236,21 @@ def prepare(
     call = plan_views(direction, options, views, device.current(ordinal))
     places = [*(name if name in views else None for name in OUTPUTS[direction]), *(w.name for w in call.results)]
     allocations = [_allocator(framework, w, ordinal) for w in (*call.results, *call.apart)]
-    scratch = Scratch(call.shared)
     written = check.written(direction, views)
     with framework.context(ordinal):
         launches = call.load(ordinal)
+        shared = Scratch(call.shared)
+        scratch = framework.scratch(shared.nbytes, ordinal) if call.shared else None
+    params = call.params(ordinal)
     return Prepared(
         framework=framework,
         device=ordinal,
         launches=launches,
-        params=call.params(ordinal),
+        params=params,
         allocations=tuple(allocations),
-        scratch=framework.scratch(scratch.nbytes, ordinal) if call.shared else None,
-        shared=scratch.starts,
+        scratch=scratch,
+        shared=shared.starts,
+        launch=_launcher(framework, ordinal, launches, params, scratch, shared.starts),
         results=itemgetter(*(places.index(name) for name in call.names)),
         fills=tuple((places.index(name), value) for name, value in call.fills.items()),
         increment=draw.increment(call.problem) if call.draws else None,
@@ -262,6 +259,29 @@ def prepare(
         room=(options.name("seqused_kv"), call.problem.len_kv, call.problem.appended) if call.counts else None,
         listings=lists.listings(call.problem, call.steps),
     )
+
+
+def _launcher(
+    framework: Launcher,
+    device: int,
+    launches: tuple[jit.Launch, ...],
+    params: Callable[[tuple[int, ...]], ctypes.Array],
+    scratch: Callable[[], tuple[Any, int]] | None,
+    shared: tuple[int, ...],
+) -> Callable[..., None]:
+    """:attr:`Prepared.launch`, with all that it needs beside it: the attributes of objects take time to find."""
+    stream_of = framework.launch_stream
+
+    def launch(numbers: tuple[int, ...], drawn: tuple[int, ...] = ()) -> None:
+        if scratch is not None:
+            memory = scratch()  # held until the launches are queued
+            numbers = (*numbers, *[memory[1] + first for first in shared])
+        block = params((*numbers, *drawn) if drawn else numbers)
+        stream = stream_of(device)
+        for start in launches:
+            start(block, stream)
+
+    return launch
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,31 @@ def test_forward_and_gradient_are_found_together(gpu: Launches) -> None:
         else:
             assert gpu.loaded == loaded and gpu.take() == called
     (pair,) = recorded._pairs.values()
-    assert pair._backward is not None
+    assert pair._pull is not None
+
+
+def test_a_gradient_that_is_recorded_itself(gpu: Launches) -> None:
+    mine, dout = leaves(), torch.from_numpy(INPUTS[3])
+    out = attend(*mine)
+    gradients = torch.autograd.grad(out, mine, dout, create_graph=True)
+    assert all(x.grad_fn is not None for x in gradients)
+    right(out, gradients, INPUTS[3])
+
+
+def test_parameters_beside_tensors(gpu: Launches) -> None:
+    q, k, v = leaves()
+    mine = q, torch.nn.Parameter(k.detach()), torch.nn.Parameter(v.detach())
+    for _ in range(2):
+        out = attend(*mine)
+        right(out, torch.autograd.grad(out, mine, torch.from_numpy(INPUTS[3])), INPUTS[3])
+    assert len(recorded._pairs) == 1
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_arrays_of_two_libraries_are_refused(gpu: Launches, recorded: bool) -> None:
+    q, _, v = leaves()
+    with pytest.raises(cuflash.InvalidArgument, match="k is a NumPy array"):
+        attend(q if recorded else q.detach(), INPUTS[1], v.detach())
 
 
 def test_values_that_start_with_the_keys_are_another_pair(gpu: Launches) -> None:
@@ -94,8 +118,13 @@ def test_gradients_that_arrive_otherwise(gpu: Launches, kind: str) -> None:
     right(out, torch.autograd.grad(out, mine, dout), dout.contiguous().numpy())
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("change", ["moved", "other strides", "data"])
-def test_hooks_may_give_back_other_tensors_than_were_saved(gpu: Launches, change: str) -> None:
+def test_hooks_may_give_back_other_tensors_than_were_saved(gpu: Launches, change: str, return_lse: bool) -> None:
+    def attend(*leaves: Any) -> Any:
+        out = cuflash.flash_attn_func(*leaves, causal=True, return_lse=return_lse)
+        return out[0] if return_lse else out
+
     def unpack(x: Any) -> Any:
         if change == "moved" or x.dim() != 4:
             return x.clone()
