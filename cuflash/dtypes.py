@@ -1,8 +1,9 @@
-"""The four element types: their NumPy, CUDA and accumulator names."""
+"""The four element types: their NumPy, CUDA and accumulator names; and what numbers are rounded to when multiplied."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -26,16 +27,35 @@ class DType:
         """Bytes per element."""
         return self.numpy.itemsize
 
+    def rounded(self, x: Any) -> Any:
+        """An array of accumulators, each as near as numbers of this type come to it; NumPy's or CuPy's."""
+        if self.name != "tf32":
+            return x.astype(self.numpy, copy=False).astype(self.accumulator, copy=False)
+        dropped = 13  # of the 23 bits behind the point
+        bits = x.astype(self.numpy, copy=False).view(np.uint32)
+        even = (bits >> dropped) & 1  # of two that are as near the even one
+        kept = (bits + ((1 << dropped - 1) - 1 + even)) & np.uint32(2**32 - (1 << dropped))
+        return np.where(np.isfinite(x), kept.view(self.numpy), x)
+
     def __str__(self) -> str:
         return self.name
 
+
+Precision = Literal["full", "tf32"]
+"""What products take of the numbers in fp32 tensors: all 24 bits, or the 11 of TF32."""
 
 FP16 = DType("fp16", "fp16", np.dtype(np.float16), np.dtype(np.float32))
 BF16 = DType("bf16", "bf16", np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 FP32 = DType("fp32", "float", np.dtype(np.float32), np.dtype(np.float32))
 FP64 = DType("fp64", "double", np.dtype(np.float64), np.dtype(np.float64))
 
+TF32 = DType("tf32", "float", np.dtype(np.float32), np.dtype(np.float32))
+"""fp32 in memory, whose products take 11 bits of every number."""
+
 DTYPES: dict[str, DType] = {d.name: d for d in (FP16, BF16, FP32, FP64)}
+"""Those of arrays."""
+KINDS: dict[str, DType] = DTYPES | {"tf32": TF32}
+"""Those of problems."""
 BY_NUMPY_NAME: dict[str, DType] = {d.numpy.name: d for d in DTYPES.values()}
 """The same by the names that NumPy has for them, and views carry: ``float16``, ``bfloat16``, ..."""
 _BY_NUMPY: dict[np.dtype, DType] = {d.numpy: d for d in DTYPES.values()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cuflash.dropout import Scheme
-from cuflash.dtypes import BY_NUMPY_NAME, DTYPES, DType
+from cuflash.dtypes import BY_NUMPY_NAME, KINDS, TF32, DType
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.mods import Mod
@@ -144,6 +144,12 @@ class Problem:
         return tuple(i for i, operand in enumerate(self.score_mod.operands) if operand.kind == "real")
 
     @property
+    def precision(self) -> str:
+        """What is given up for speed, in words; empty where nothing is."""
+        words = "numbers are multiplied as TF32 has them: errors up to 2^-11 of each, not 2^-24"
+        return words if self.dtype == TF32 else ""
+
+    @property
     def group(self) -> int:
         """Query heads that share one key/value head."""
         return self.heads_q // self.heads_kv
@@ -204,6 +210,7 @@ class Problem:
             ("mask", ", ".join(masks)),
             ("scores", ", ".join(score)),
         ]
+        lines += [("precision", self.precision)] if self.precision else []
         lines += [("appended", f"{self.appended} keys to each sequence of the cache")] if self.appended else []
         lines += [("left padding", "before the keys of each sequence")] if self.leftpad else []
         lines += [("rotary", f"turns {self.rotary.dim} columns")] if self.rotary else []
@@ -252,9 +259,9 @@ def _dtype(name: str, dtype: Any) -> DType:
     """An element type, also by its name."""
     if isinstance(dtype, DType):
         return dtype
-    if isinstance(dtype, str) and (known := DTYPES.get(dtype) or BY_NUMPY_NAME.get(dtype)):
+    if isinstance(dtype, str) and (known := KINDS.get(dtype) or BY_NUMPY_NAME.get(dtype)):
         return known
-    raise InvalidArgument(f"{name} is {shown(dtype)}; expected one of {', '.join(DTYPES)}.")
+    raise InvalidArgument(f"{name} is {shown(dtype)}; expected one of {', '.join(KINDS)}.")
 
 
 def visible_pairs(mask: Mask, len_q: int, len_kv: int) -> int:

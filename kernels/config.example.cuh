@@ -30,6 +30,7 @@ struct Config {
   static constexpr int kTileQ = 128;
   static constexpr int kTileKv = 64;
   static constexpr int kCopyBytes = 16;
+  static constexpr int kHalves = 2;
 };
 
 }  // namespace cuflash

@@ -51,6 +51,21 @@ def naive_in_dtype(
     return _attention(_Precision(work, q.dtype), q, k, v, dout, dlse, **options)
 
 
+def naive_in_tf32(
+    q: Array, k: Array, v: Array, dout: Array | None = None, dlse: Array | None = None, **options
+) -> Attention:
+    """`naive_in_dtype` of fp32, every matrix that is multiplied and every one in between rounded as TF32 has it."""
+    rounded = (None if x is None else to_tf32(np.asarray(x, np.float32)) for x in (q, k, v, dout))
+    q, k, v, dout = rounded
+    return _attention(_Tf32(np.float32, np.float32), q, k, v, dout, dlse, **options)
+
+
+def to_tf32(x: Array) -> Array:
+    """The nearest numbers of 11 significant bits; of two the even one."""
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    return np.where(np.isfinite(x), np.ldexp(np.rint(mantissa * 2048) / 2048, exponent), x).astype(np.float32)
+
+
 class Tangents(NamedTuple):
     """Results and how they change."""
 
@@ -129,6 +144,11 @@ class _Precision(NamedTuple):
 
     def round(self, x: Array) -> Array:
         return x.astype(self.store).astype(self.work)
+
+
+class _Tf32(_Precision):
+    def round(self, x: Array) -> Array:
+        return to_tf32(x)
 
 
 def _attention(

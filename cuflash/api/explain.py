@@ -8,6 +8,7 @@ from cuflash import ops
 from cuflash.api.keywords import WrittenMask, WrittenScore
 from cuflash.arrays import Array
 from cuflash.dropout import Scheme
+from cuflash.dtypes import Precision
 from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.ops import Arrays, Explanation, asked, with_mods
@@ -44,6 +45,7 @@ def explain(
     dropout_p: float = 0.0,
     dropout_scheme: Scheme = "byte",
     num_splits: int = 0,
+    precision: Precision = "full",
     deterministic: bool = False,
     bias_grad: bool = False,
     captured_grad: bool = False,
@@ -65,7 +67,7 @@ def explain(
         As for `flash_attn_func`.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table
         As for `flash_attn_varlen_func`.
-    dropout_p, dropout_scheme, num_splits
+    dropout_p, dropout_scheme, num_splits, precision
         As for `flash_attn_func`; `num_splits` acts without ``backward=True``.
     deterministic, bias_grad, captured_grad : bool
         As for `flash_attn_backward`; act with ``backward=True``.
@@ -98,7 +100,7 @@ def explain(
         options = asked(
             softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
             dropout_p=dropout_p, dropout_scheme=dropout_scheme, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-            num_splits=num_splits, deterministic=deterministic, bias_grad=bias_grad,
+            num_splits=num_splits, precision=precision, deterministic=deterministic, bias_grad=bias_grad,
         )  # fmt: skip
         arrays = Arrays(
             q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q,

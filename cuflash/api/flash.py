@@ -9,6 +9,7 @@ from cuflash.api.keywords import FlashOptions, Generator, VarlenOptions, Written
 from cuflash.api.probabilities import check_drawn, probabilities
 from cuflash.arrays import Array, ArrayT, framework_in_memory
 from cuflash.dropout import Scheme
+from cuflash.dtypes import Precision
 from cuflash.errors import REFUSALS, InvalidArgument, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
@@ -92,6 +93,7 @@ def flash_attn_func(
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
     num_splits: int = 0,
+    precision: Precision = "full",
     return_lse: bool = False,
     return_rng_state: bool = False,
     out: Array | None = None,
@@ -191,6 +193,13 @@ def flash_attn_func(
         multiprocessors, see `explain`. Parts are merged in a fixed order: any number gives the same bits on every
         run, and results that serve the gradients alike. With 1 the bits of a query depend on its own sequence alone,
         not on what else is in the call. The CPU takes keys in one order whatever the number.
+    precision : {"full", "tf32"}
+        What products take of float32 tensors. ``full`` is as exact as float32 arithmetic. ``tf32`` rounds the numbers
+        of q, k and v to the 11 significant bits of TF32, and probabilities too where a GPU multiplies them, and sums in
+        float32: errors up to 2^-11 of each number instead of 2^-24, like those of float16 tensors but for their range.
+        Tensor cores do it in one product instead of three; the CPU saves nothing. Numbers below 2^-28 of the largest of
+        their row may keep fewer bits. Give it to the gradients as well; they round that of the output and of the
+        scores, too. Head dimensions up to 256 on a GPU of compute capability 8.0 or newer.
     return_lse : bool
         Also return the log-sum-exp.
     return_rng_state : bool
@@ -258,7 +267,7 @@ def flash_attn_func(
         options = asked(
             softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
             dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
-            num_splits=num_splits, deterministic=deterministic,
+            num_splits=num_splits, deterministic=deterministic, precision=precision,
         )  # fmt: skip
         arrays = new(Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink, out=out)
         if score_mod is not None or mask_mod is not None or block_mask is not None:
@@ -356,6 +365,7 @@ def flash_attn_varlen_func(
     dropout_scheme: Scheme = "byte",
     unbiased_dropout: bool = False,
     num_splits: int = 0,
+    precision: Precision = "full",
     return_lse: bool = False,
     return_rng_state: bool = False,
     out: Array | None = None,
@@ -387,7 +397,7 @@ def flash_attn_varlen_func(
         Keys and values lie in the pages of a cache: key ``j`` of sequence ``b`` is row ``j % page_size`` of page
         ``block_table[b, j // page_size]``, for any size of pages. Pages may be shared, and numbers behind a sequence's
         last key are not read. The forward only: gather the pages into packed k and v for gradients.
-    alignment, sink, generator, dropout_scheme, unbiased_dropout, num_splits, return_lse, return_rng_state
+    alignment, sink, generator, dropout_scheme, unbiased_dropout, num_splits, precision, return_lse, return_rng_state
         As for `flash_attn_func`.
     seqused_q, seqused_k : array of int32, (b,), optional
         How many queries and keys of each sequence, from its first, take part; the others are not read. Masks are
@@ -438,7 +448,7 @@ def flash_attn_varlen_func(
             softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
             dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, num_splits=num_splits, deterministic=deterministic,
-            validate=validate,
+            validate=validate, precision=precision,
         )  # fmt: skip
         arrays = new(
             Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink,

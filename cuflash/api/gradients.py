@@ -8,6 +8,7 @@ from cuflash import ops
 from cuflash.api.keywords import BackwardOptions, Generator, Pullback, VjpOptions, WrittenMask, WrittenScore
 from cuflash.arrays import Array, ArrayT
 from cuflash.dropout import Scheme
+from cuflash.dtypes import Precision
 from cuflash.errors import REFUSALS, shorten
 from cuflash.masks import Alignment
 from cuflash.numbers import flag
@@ -80,6 +81,7 @@ def flash_attn_backward(
     deterministic: bool = False,
     bias_grad: bool = False,
     captured_grad: bool = False,
+    precision: Precision = "full",
     dlse: Array | None = None,
     dq: Array | None = None,
     dk: Array | None = None,
@@ -115,6 +117,8 @@ def flash_attn_backward(
     captured_grad : bool
         Also compute the gradients of the arrays of real numbers that `score_mod` reads. On a GPU they are added up in
         whatever order blocks come, so not together with `deterministic`.
+    precision : {"full", "tf32"}
+        As in the forward; ``tf32`` rounds `dout` as well.
     dlse : array, shaped like `lse`, optional
         Gradient of the log-sum-exp; zero by default.
     dq, dk, dv : array, optional
@@ -142,7 +146,7 @@ def flash_attn_backward(
             softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
             dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, deterministic=deterministic, bias_grad=bias_grad,
-            validate=validate,
+            validate=validate, precision=precision,
         )  # fmt: skip
         arrays = new(  # the forward's by position, as each keyword is looked for among all fields
             Arrays, q, k, v, attn_mask, attn_bias, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
@@ -242,6 +246,7 @@ def flash_attn_vjp(
     deterministic: bool = False,
     bias_grad: bool = False,
     captured_grad: bool = False,
+    precision: Precision = "full",
     return_lse: bool = False,
     validate: bool = False,
 ) -> tuple[Array | tuple[Array, Array], Pullback[tuple[Any, ...]]]:
@@ -271,6 +276,8 @@ def flash_attn_vjp(
         Let the pullback return the gradient of `attn_bias` too.
     captured_grad : bool
         Let the pullback return the gradients of the arrays of real numbers that `score_mod` reads too.
+    precision : {"full", "tf32"}
+        As for `flash_attn_func`; the pullback has the same.
     return_lse : bool
         Also return the log-sum-exp.
 
@@ -300,7 +307,7 @@ def flash_attn_vjp(
             softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alignment=alignment,
             dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, num_splits=num_splits, deterministic=deterministic,
-            bias_grad=bias_grad, validate=validate,
+            bias_grad=bias_grad, validate=validate, precision=precision,
         )  # fmt: skip
         arrays = new(
             Arrays, q=q, k=k, v=v, mask=attn_mask, bias=attn_bias, alibi=alibi_slopes, sink=sink,

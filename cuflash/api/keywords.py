@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from cuflash.arrays import Array
 from cuflash.dropout import Scheme
+from cuflash.dtypes import Precision
 from cuflash.generator import PhiloxGenerator
 from cuflash.masks import Alignment
 from cuflash.mods import Traced
@@ -37,6 +38,7 @@ class FlashOptions(TypedDict, total=False):
     dropout_scheme: Scheme
     unbiased_dropout: bool
     num_splits: int
+    precision: Precision
     out: Array | None
 
 
@@ -72,6 +74,7 @@ class _GradientOptions(TypedDict, total=False):
     dropout_scheme: Scheme
     unbiased_dropout: bool
     deterministic: bool
+    precision: Precision
     validate: bool
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import cuflash
 from cuflash.cases.inputs import Array, Inputs
 from cuflash.cases.table import Case
+from cuflash.dtypes import TF32
 from cuflash.mods import Traced
 from cuflash.ops import Tangents, backward, forward, jvp
 from cuflash.ops.call import VOCABULARIES, Arrays, Options, asked
@@ -48,6 +49,7 @@ def keywords(case: Case) -> dict[str, Any]:
         "alignment": mask.alignment,
         "dropout_p": case.dropout_p,
         "dropout_scheme": problem.dropout or "byte",
+        "precision": "tf32" if problem.dtype == TF32 else "full",
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from cuflash import mods
 from cuflash.blocks import BlockMask, create_block_mask
 from cuflash.cases.table import Case, widest_copy
-from cuflash.dtypes import BF16, DTYPES
+from cuflash.dtypes import BF16, DTYPES, KINDS
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.problem import Blocks, Problem, Rotary
@@ -22,7 +22,7 @@ _CAUSAL = Mask(right=0)
 def _dense(name: str, dtype: str, batch: int, heads: int, length: int, dim: int, **changes: Any) -> Case:
     problem = Problem(
         direction="forward",
-        dtype=DTYPES[dtype],
+        dtype=KINDS[dtype],
         batch=batch,
         heads_q=heads,
         heads_kv=heads,
@@ -207,7 +207,7 @@ def science() -> list[Case]:
         biased("bias-bf16-d64-s4096", "bf16", *one, 64),
         biased("own-bias-bf16-d64-s4096", "bf16", *one, 64, shared=False),
         *(biased(named("short", dtype, sizes), dtype, *sizes) for dtype in ("bf16", "fp32") for sizes in _SHORT),
-        *(_dense(f"fp32-d{dim}-s4096", "fp32", *one, dim) for dim in (64, 128)),
+        *(_dense(f"{dtype}-d{dim}-s4096", dtype, *one, dim) for dtype in ("fp32", "tf32") for dim in (64, 128)),
         *(biased(f"bias-fp32-d{dim}-s4096", "fp32", *one, dim) for dim in (64, 128)),
         *(_dense(f"bf16-d512-s{length}", "bf16", 2, 4, length, 512) for length in (2048, 8192)),
         _dense("fp32-d512-s2048", "fp32", 2, 4, 2048, 512),
@@ -350,6 +350,7 @@ def exactness() -> list[Case]:
         for dim in (64, 128, 256)
         for mask in (Mask(), _CAUSAL)
     ]
+    plain += [(f"{dtype}-d{dim}", dtype, dim, {}) for dtype in ("fp32", "tf32") for dim in (64, 128)]
     plain += [("bf16-d512", "bf16", 512, {}), ("fp16-d512-causal", "fp16", 512, {"mask": _CAUSAL})]
     changes: dict[str, dict[str, Any]] = {
         "gqa": {"heads_kv": 2},

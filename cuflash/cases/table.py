@@ -19,7 +19,7 @@ from cuflash import mods
 from cuflash.blocks import BlockMask
 from cuflash.device import Device, named
 from cuflash.dropout import Dropout
-from cuflash.dtypes import DTYPES
+from cuflash.dtypes import BY_NUMPY_NAME, DTYPES, KINDS
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.plan import Step, choose, merge, why_not
@@ -235,7 +235,7 @@ def _dims(dims: str) -> tuple[int, int]:
 
 def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature: str) -> Case:
     dim_qk, dim_v = _dims(dims)
-    dtype = DTYPES[dtype_name]
+    dtype = KINDS[dtype_name]
     base = int(feature.removeprefix("copy")) if feature.startswith("copy") else 16
     problem = Problem(
         direction=direction,
@@ -253,7 +253,7 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
     )
     problem = replace(problem, **_CHANGES.get(feature, {}))
     if feature in ("bias", "bias_apart", "dbias", "short", "short100"):
-        problem = replace(problem, bias=dtype)
+        problem = replace(problem, bias=BY_NUMPY_NAME[dtype.numpy.name])
     if direction == "backward" and ("short" in feature or "dbias" in feature or "everything" in feature):
         problem = replace(problem, bias_grad=True)
     dropout_p = _DROPOUT_P if problem.dropout else 0.0
@@ -334,6 +334,8 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             "64",
             ("", "causal", "everything", "varlen_everything", "dbias", "deterministic", "paged48", "decode"),
         ),
+        ("tf32", "64", ("", "dbias", "everything", "varlen_everything", "decode", "long")),
+        *(("tf32", dims, ("",)) for dims in ("128", "256")),
         *(("fp64", dims, ("",)) for dims in ("33", "40", "128x64")),
         ("fp64", "128", ("", "everything")),
     ],

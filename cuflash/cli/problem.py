@@ -19,7 +19,7 @@ from cuflash.cli.console import options_written
 from cuflash.cli.written import traced
 from cuflash.device import NAMED, Device, current, named
 from cuflash.dropout import Scheme
-from cuflash.dtypes import DTYPES
+from cuflash.dtypes import DTYPES, KINDS, TF32
 from cuflash.errors import InvalidArgument
 from cuflash.ops import Options, Tangents, check
 from cuflash.plan import FAMILIES
@@ -46,7 +46,12 @@ class Asked(NamedTuple):
 _PARAMS: tuple[click.Parameter, ...] = (
     click.Argument(["case"], required=False),
     click.Option(["--backward"], is_flag=True, help="Its gradients."),
-    click.Option(["--dtype"], type=click.Choice(list(DTYPES)), default="bf16", help="Of the tensors."),
+    click.Option(
+        ["--dtype"],
+        type=click.Choice(list(KINDS)),
+        default="bf16",
+        help="Of the tensors; tf32: fp32 multiplied as TF32.",
+    ),
     click.Option(["--batch"], type=click.IntRange(0), default=2, help="Sequences."),
     click.Option(["--heads"], default="16", help="Query heads, or query/key heads: 16/4."),
     click.Option(["--len", "length"], default="4096", help="Rows, or query x key rows: 1024x4096."),
@@ -184,6 +189,7 @@ def _of_options(family: str | None, asked: _Options) -> Asked:
         max_seqlen_q=len_q if asked.varlen else None,
         max_seqlen_k=len_kv if asked.varlen else None,
         bias_grad=asked.bias_grad,
+        precision="tf32" if asked.dtype == TF32.name else "full",
         num_splits=asked.num_splits,
         captured_grad=asked.captured_grad,
         tangents="no" if asked.tangents is None else "too",
@@ -221,7 +227,7 @@ def _views(
     asked: _Options, options: Options, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
 ) -> dict[str, View]:
     """The arrays of such a call; q, k and v are the shapes of dense ones."""
-    dtype, place = DTYPES[asked.dtype], _Places(int(asked.copy_bytes))
+    dtype, place = KINDS[asked.dtype], _Places(int(asked.copy_bytes))
     int32, fp32 = np.dtype(np.int32), np.dtype(np.float32)
     batch, len_q, heads_q, _ = q
     scores = (batch, heads_q, len_q, k[1])
@@ -246,7 +252,7 @@ def _views(
     if asked.alibi:
         views["alibi"] = place("alibi_slopes", (heads_q,), fp32)
     if asked.bias is not None:
-        bias = place("attn_bias", _along(asked.bias, scores), DTYPES[asked.bias_dtype or asked.dtype].numpy)
+        bias = place("attn_bias", _along(asked.bias, scores), KINDS[asked.bias_dtype or asked.dtype].numpy)
         views["bias"] = _spread(bias) if asked.bias_apart else bias
     operands = [x for mod in (options.score_mod, options.mask_mod) if mod is not None for x in mod.operands]
     for i, operand in enumerate(operands):

@@ -13,7 +13,7 @@ import click
 import cuflash
 from cuflash.bench.report import markdown_table
 from cuflash.device import NAMED, Device
-from cuflash.dtypes import DTYPES
+from cuflash.dtypes import KINDS
 from cuflash.errors import InvalidArgument
 from cuflash.features import FEATURES, PLAIN
 from cuflash.masks import Mask
@@ -71,6 +71,7 @@ _WIDE = replace(PLAIN, dim_qk=1024, dim_v=1024)
 ROWS: tuple[Row, ...] = (
     Row("fp16 and bf16", always=ALL, dtypes=("fp16", "bf16")),
     Row("fp32", always=ALL, dtypes=("fp32",)),
+    Row("fp32 in products of TF32", ("precision",), dtypes=("tf32",)),
     Row("fp64", always=ALL, dtypes=("fp64",)),
     Row("every head dimension up to 256", always=ALL, dtypes=("fp16", "bf16"),  # in fp32 where there is room
         problem=replace(PLAIN, dim_qk=255, dim_v=255, copy_bytes=2)),
@@ -196,7 +197,7 @@ def _described(family: Family) -> str:
 
 def _devices(family: Family) -> list[Device]:
     """The devices known by name that run a family, the oldest architecture first."""
-    plain = replace(PLAIN, dtype=DTYPES[family.dtypes[0]])
+    plain = replace(PLAIN, dtype=KINDS[family.dtypes[0]])
     devices = [device for device in NAMED.values() if not family.why_not(plain, device)]
     return sorted(devices, key=lambda device: device.capability)
 
@@ -218,7 +219,7 @@ def _runs(family: Family, row: Row) -> bool:
     asked = row.where & both or both
     has: tuple[Direction, ...] = ("backward", "forward") if family.backward else ("forward",)
     directions = [direction for direction in has if direction in asked]
-    dtypes = [DTYPES[name] for name in row.dtypes or family.dtypes]
+    dtypes = [KINDS[name] for name in row.dtypes or family.dtypes]
     problems = [replace(problem, direction=direction, dtype=dtype) for direction in directions for dtype in dtypes]
     return bool(problems) and not any(family.why_not(problem, _devices(family)[-1]) for problem in problems)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from cuflash.arrays import ArrayT, Library, View
 from cuflash.dropout import Scheme
+from cuflash.dtypes import Precision
 from cuflash.masks import Alignment
 from cuflash.mods import Mod, Traced
 from cuflash.problem import Direction, Problem
@@ -192,6 +193,8 @@ class Options:
     """Backward only."""
     bias_grad: bool = False
     """Backward only."""
+    precision: Precision = "full"
+    """What products take of fp32 tensors."""
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
     block_mask: BlockMask | None = None
@@ -280,6 +283,7 @@ def asked(
     max_seqlen_k: Any = None,
     deterministic: Any = False,
     bias_grad: Any = False,
+    precision: Any = "full",
     validate: Any = False,
     enable_gqa: Any = True,
     layout: Literal["bshd", "bhsd"] = "bshd",
@@ -295,7 +299,8 @@ def asked(
     left, right = window_size if type(window_size) is tuple and len(window_size) == 2 else (None, None)
     values = (
         softmax_scale, causal, window_size, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout, num_splits,
-        max_seqlen_q, max_seqlen_k, deterministic, bias_grad, validate, enable_gqa, layout, vocabulary, left, right,
+        max_seqlen_q, max_seqlen_k, deterministic, bias_grad, precision, validate, enable_gqa, layout, vocabulary, left,
+        right,
     )  # fmt: skip
     try:
         return _asked(*values, **others) if others else _asked(*values)

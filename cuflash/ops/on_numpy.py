@@ -10,6 +10,7 @@ import numpy as np
 from cuflash import reference
 from cuflash.arrays import numpy_arrays
 from cuflash.dropout import Dropout
+from cuflash.dtypes import TF32
 from cuflash.ops import check, draw, lengths, overlap
 from cuflash.ops.call import Arrays, Options, Tangents
 from cuflash.problem import Direction, Problem
@@ -179,6 +180,9 @@ def _keywords(kind: Checked, options: Options, arrays: Arrays) -> dict[str, Any]
         "score_mod": problem.score_mod, "mask_mod": problem.mask_mod, "dropout": kind.dropout,
         "block_mask": options.block_mask,
     }  # fmt: skip
+    if problem.dtype == TF32:
+        with np.errstate(over="ignore"):
+            keywords |= {name: TF32.rounded(keywords[name]) for name in ("q", "k", "v", "dout") if name in keywords}
     if problem.layout == "dense":
         return keywords
     return keywords | {"len_q": problem.len_q, "len_kv": problem.len_kv}

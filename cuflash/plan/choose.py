@@ -60,6 +60,7 @@ class Explanation:
     def lines(self) -> list[tuple[str, str]]:
         """The report, line by line: a label and a text."""
         lines = [("FLOPs", f"{self.problem.flops() / 1e9:,.2f} G")]
+        lines += [("precision", self.problem.precision)] if self.problem.precision else []
         lines += [("blocks", self.blocks)] if self.blocks else []
         lines += self.plan.lines() if self.plan is not None else []
         preferred = True  # to the family that was chosen

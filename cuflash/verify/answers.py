@@ -139,7 +139,8 @@ class Answers:
         """Every output by name."""
         problem = self._problem
         (exact, exact_terms), (naive, naive_terms) = (
-            self.computed(Naive(dtype, problem.softmax_scale, problem.softcap)) for dtype in (FP64, problem.dtype)
+            self.computed(Naive(dtype, problem.softmax_scale, problem.softcap, problem.dtype))
+            for dtype in (FP64, problem.dtype)
         )
         real = problem.dtype.accumulator
         # In fp64 the exact answer is the naive one, so that its own roundings are not seen.

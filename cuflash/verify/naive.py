@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash.dtypes import DType
+from cuflash.dtypes import TF32, DType
 from cuflash.masks import Mask
 
 
@@ -66,10 +66,14 @@ class Gradients(NamedTuple):
 
 
 class Naive:
-    """Attention in one element type, of one sequence or of several that are equally long."""
+    """Attention in one element type, of one sequence or of several that are equally long.
 
-    def __init__(self, dtype: DType, softmax_scale: float, softcap: float) -> None:
+    `inputs` says what q, k, v and dout are rounded to first, where that is TF32.
+    """
+
+    def __init__(self, dtype: DType, softmax_scale: float, softcap: float, inputs: DType | None = None) -> None:
         self._dtype = dtype
+        self._inputs = inputs or dtype
         self._scale = softmax_scale
         self._softcap = softcap
 
@@ -136,6 +140,7 @@ class Naive:
 
     def _wide(self, x: np.ndarray, heads_q: int) -> np.ndarray:
         """The same values in the accumulator type, each kv head repeated for the query heads of its group."""
+        x = self._inputs.rounded(x) if self._inputs == TF32 else x
         x = x.astype(self._dtype.accumulator, copy=False)
         *batch, heads_kv, length, dim = x.shape
         if heads_kv == heads_q:
@@ -145,7 +150,7 @@ class Naive:
 
     def _rounded(self, x: np.ndarray) -> np.ndarray:
         """Rounded to the element type."""
-        return x.astype(self._dtype.numpy, copy=False).astype(self._dtype.accumulator, copy=False)
+        return self._dtype.rounded(x)
 
 
 def _turned(x: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ struct BiasTileSm80 {
   static constexpr int kBytes = Config::kCopyBytes;
   static constexpr float kLog2 = static_cast<float>(kLog2E);
   using Piece = Fragment<kWarpRows, kCols>;
-  using Products = cuflash::Products<Element, kWarpRows>;
+  using Products = cuflash::Products<Element, kWarpRows, Config::kHalves>;
   using Block = Fragment<16, 16>;
 
   struct SmemPlan {

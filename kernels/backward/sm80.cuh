@@ -62,7 +62,7 @@ struct BackwardSm80 {
                                  IsSame<typename Config::Score, ScaledScore<Real>>::value &&
                                  IsSame<Dropout, NoDropout>::value;
 
-  using Products = GradientProducts<Element, kWarpRows>;
+  using Products = GradientProducts<Element, kWarpRows, Config::kHalves>;
 
   struct Stage {
     typename Products::template Tile<kTileQ, kDimQk> q;

@@ -35,7 +35,7 @@ struct ForwardSm80 {
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileQ / kWarps;
   static constexpr int kDimQk = round_up(Config::kDimQk, 16), kDimV = round_up(Config::kDimV, 16);
   static constexpr int kBytes = Config::kCopyBytes;
-  using Products = cuflash::Products<Element, kWarpRows>;
+  using Products = cuflash::Products<Element, kWarpRows, Config::kHalves>;
 
   struct SmemPlan {
     union {

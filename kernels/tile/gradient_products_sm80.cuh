@@ -10,7 +10,7 @@
 namespace cuflash {
 
 // Of 16-bit elements, as tensor cores take them.
-template <class Element, int kRows>
+template <class Element, int kRows, int kHalves = 2>
 struct GradientProducts {
   template <int kTileRows, int kDim>
   using Tile = SharedTile<Element, kTileRows, kDim>;
@@ -82,10 +82,10 @@ struct GradientProducts {
 };
 
 // Of floats, as halves.
-template <int kRows>
-struct GradientProducts<float, kRows> {
+template <int kRows, int kHalves>
+struct GradientProducts<float, kRows, kHalves> {
   template <int kTileRows, int kDim>
-  using Tile = HalvesTile<kTileRows, kDim>;
+  using Tile = HalvesTile<kTileRows, kDim, kHalves>;
   // Each warp scales the queries of its own keys: what it adds to dQ is a sum of its own.
   template <int kTileKv, int kTileQ>
   struct ScoreTile {
@@ -153,10 +153,10 @@ struct GradientProducts<float, kRows> {
 #pragma unroll
       for (int r = 0; r < kRows / 8; ++r) {
         uint32 high, low;
-        halve_pair(high, low, ds.at(r, n, 0) * scale[r] * up[0], ds.at(r, n, 1) * scale[r] * up[1]);
+        halve_pair<kHalves>(high, low, ds.at(r, n, 0) * scale[r] * up[0], ds.at(r, n, 1) * scale[r] * up[1]);
         fp16* const place = shared.halves.at(warp_row + row_of(lane, r), col_of(lane, n, 0));
         *reinterpret_cast<uint32*>(place) = high;
-        *reinterpret_cast<uint32*>(place + kQueries) = low;
+        if (kHalves == 2) *reinterpret_cast<uint32*>(place + kQueries) = low;
       }
     }
     dk_sum.add(dk, ds, q, first_col);
@@ -177,7 +177,7 @@ struct GradientProducts<float, kRows> {
         for (int m = 0; m < kQueries / 16; ++m) {
           const uint32 address = a_address + ((block * kRows + step * 16) * TileScores::kPitch + m * 16) * 2;
           ptx::ldmatrix_x4_trans(a_high[step][m], address);
-          ptx::ldmatrix_x4_trans(a_low[step][m], address + TileScores::kLow);
+          if (kHalves == 2) ptx::ldmatrix_x4_trans(a_low[step][m], address + TileScores::kLow);
         }
       }
       float scale[kQueries / 8];
@@ -195,10 +195,12 @@ struct GradientProducts<float, kRows> {
           const uint32 address = b_address + ((block * kRows + step * 16) * TileK::kPitch + n) * 2;
           uint32 b_high[4], b_low[4];
           ptx::ldmatrix_x4_trans(b_high, address);
-          ptx::ldmatrix_x4_trans(b_low, address + TileK::kLow);
-          multiply_halves(small, a_low[step], b_high);
+          if constexpr (kHalves == 2) {
+            ptx::ldmatrix_x4_trans(b_low, address + TileK::kLow);
+            multiply_halves(small, a_low[step], b_high);
+          }
           multiply_halves(large, a_high[step], b_high);
-          multiply_halves(small, a_high[step], b_low);
+          if constexpr (kHalves == 2) multiply_halves(small, a_high[step], b_low);
         }
         large.for_each_index([&](int r, int part, int i) {
           float& x = dq.at(r, n / 8 + part, i);
@@ -213,8 +215,8 @@ struct GradientProducts<float, kRows> {
 };
 
 // Of doubles, as tensor cores take them.
-template <int kRows>
-struct GradientProducts<double, kRows> {
+template <int kRows, int kHalves>
+struct GradientProducts<double, kRows, kHalves> {
   template <int kTileRows, int kDim>
   using Tile = DoubleTile<kTileRows, kDim>;
   template <int kTileKv, int kTileQ>

@@ -14,6 +14,9 @@
 // behavior of NVIDIA tensor cores"). So small products, which would drop the most, are summed apart from large ones, and
 // what a tile adds to an output is a sum of its own, which is added in fp32.
 //
+// With the high half alone products are those of numbers rounded to 11 bits, which is what TF32 keeps, in one instruction
+// instead of three (kHalves = 1).
+//
 // The scheme is that of Ootomo and Yokota 2022, "Recovering single precision accuracy from tensor cores while
 // surpassing the FP32 theoretical peak performance" (arXiv 2203.03341), with scales for whole rows, as fp16 lacks range.
 #pragma once
@@ -23,10 +26,10 @@
 
 namespace cuflash {
 
-// kRows rows of kCols floats, then of two halves.
-template <int kRows_, int kCols_>
+// kRows rows of kCols floats, then of two halves, or of the high one and as much that nobody reads.
+template <int kRows_, int kCols_, int kHalves_ = 2>
 struct HalvesTile {
-  static constexpr int kRows = kRows_, kCols = kCols_;
+  static constexpr int kRows = kRows_, kCols = kCols_, kHalves = kHalves_;
   using Halves = SharedTile<fp16, kRows, 2 * kCols>;               // all high ones, then all low ones
   static constexpr int kPitch = Halves::kPitch, kLow = kCols * 2;  // bytes from a high half to the low one
 
@@ -56,10 +59,12 @@ CF_DEVICE float inverse_power(float x) { return __uint_as_float(0x7f000000u - __
 // The low half times this; so it has its digits wherever the high one does.
 constexpr float kLowUnit = 0x1p11f;
 
-// Two numbers into their halves.
+// Two numbers into their halves, or into the high one.
+template <int kHalves>
 CF_DEVICE void halve_pair(uint32& high, uint32& low, float a, float b) {
   float high_a, high_b;
   high = ptx::pack<fp16>(a, b);
+  if (kHalves == 1) return;
   ptx::unpack(high, high_a, high_b);
   low = ptx::pack<fp16>((a - high_a) * kLowUnit, (b - high_b) * kLowUnit);
 }
@@ -104,10 +109,10 @@ CF_DEVICE void halve_rows(Tile& tile) {
       const int col = (first_unit + unit * kAcross) * 4;
       if (kUnits % kAcross != 0 && col >= Tile::kCols) continue;
       uint2 high, low;
-      halve_pair(high.x, low.x, x[unit].x * scale.up, x[unit].y * scale.up);
-      halve_pair(high.y, low.y, x[unit].z * scale.up, x[unit].w * scale.up);
+      halve_pair<Tile::kHalves>(high.x, low.x, x[unit].x * scale.up, x[unit].y * scale.up);
+      halve_pair<Tile::kHalves>(high.y, low.y, x[unit].z * scale.up, x[unit].w * scale.up);
       *reinterpret_cast<uint2*>(tile.halves.at(row, col)) = high;
-      *reinterpret_cast<uint2*>(tile.halves.at(row, Tile::kCols + col)) = low;
+      if (Tile::kHalves == 2) *reinterpret_cast<uint2*>(tile.halves.at(row, Tile::kCols + col)) = low;
     }
     if (first_unit == 0) tile.scale[row] = scale.down;
   }
@@ -119,7 +124,7 @@ struct OperandHalves {
   uint32 high[kCols / 16][kRows / 16][4], low[kCols / 16][kRows / 16][4];
 };
 
-template <int kRows, int kCols>
+template <int kHalves, int kRows, int kCols>
 CF_DEVICE void halve_operand(OperandHalves<kRows, kCols>& operand, const Fragment<kRows, kCols>& f) {
 #pragma unroll
   for (int k = 0; k < kCols / 16; ++k) {
@@ -128,7 +133,7 @@ CF_DEVICE void halve_operand(OperandHalves<kRows, kCols>& operand, const Fragmen
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float (&block)[4] = f.x[m][2 * k + i / 2];
-        halve_pair(operand.high[k][m][i], operand.low[k][m][i], block[i % 2 * 2], block[i % 2 * 2 + 1]);
+        halve_pair<kHalves>(operand.high[k][m][i], operand.low[k][m][i], block[i % 2 * 2], block[i % 2 * 2 + 1]);
       }
     }
   }
@@ -151,13 +156,15 @@ enum class Role { kQueries, kKeys };
 // C += A B^T over kSteps * 16 columns, where A and B have these addresses. Small products are summed apart.
 template <Role kA, int kSteps, int kM, int kN, class TileA, class TileB>
 CF_DEVICE void add_columns_of_abt(Fragment<kM, kN>& c, uint32 a_address, uint32 b_address) {
+  static_assert(TileA::kHalves == TileB::kHalves);
+  constexpr bool kBoth = TileA::kHalves == 2;
   uint32 a_high[kSteps][kM / 16][4], a_low[kSteps][kM / 16][4];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int m = 0; m < kM; m += 16) {
       const uint32 address = a_address + (m * TileA::kPitch + step * 16) * 2;
-      ptx::ldmatrix_x4(a_low[step][m / 16], address + TileA::kLow);
+      if (kBoth) ptx::ldmatrix_x4(a_low[step][m / 16], address + TileA::kLow);
       ptx::ldmatrix_x4(a_high[step][m / 16], address);
     }
   }
@@ -170,17 +177,18 @@ CF_DEVICE void add_columns_of_abt(Fragment<kM, kN>& c, uint32 a_address, uint32 
       const uint32 address = b_address + (n * TileB::kPitch + step * 16) * 2;
       uint32 b_high[4], b_low[4];
       ptx::ldmatrix_x4(b_high, address);
-      ptx::ldmatrix_x4(b_low, address + TileB::kLow);
-      if constexpr (kA == Role::kQueries) multiply_halves(small, a_low[step], b_high);
-      if constexpr (kA == Role::kKeys) multiply_halves(small, a_high[step], b_low);
+      if (kBoth) ptx::ldmatrix_x4(b_low, address + TileB::kLow);
+      if constexpr (kBoth && kA == Role::kQueries) multiply_halves(small, a_low[step], b_high);
+      if constexpr (kBoth && kA == Role::kKeys) multiply_halves(small, a_high[step], b_low);
 #pragma unroll
       for (int m = 0; m < kM / 16; ++m) {
         ptx::mma_m16n8k16<fp16>(c.x[m][n / 8], a_high[step][m], b_high[0], b_high[1]);
         ptx::mma_m16n8k16<fp16>(c.x[m][n / 8 + 1], a_high[step][m], b_high[2], b_high[3]);
       }
-      if constexpr (kA == Role::kQueries) multiply_halves(small, a_high[step], b_low);
-      if constexpr (kA == Role::kKeys) multiply_halves(small, a_low[step], b_high);
+      if constexpr (kBoth && kA == Role::kQueries) multiply_halves(small, a_high[step], b_low);
+      if constexpr (kBoth && kA == Role::kKeys) multiply_halves(small, a_low[step], b_high);
     }
+    if constexpr (!kBoth) continue;
     small.for_each_index([&](int r, int block, int i) {
       float& x = c.at(r, n / 8 + block, i);
       x = fma(small.at(r, block, i), 1 / kLowUnit, x);
@@ -233,10 +241,12 @@ CF_DEVICE void for_each_of_ab_halves(const OperandHalves<kM, kK>& a, TileB& b, i
     for (int k = 0; k < kK / 16; ++k) {
       uint32 b_high[4], b_low[4];
       ptx::ldmatrix_x4_trans(b_high, b_address + (k * 16 * TileB::kPitch + n) * 2);
-      ptx::ldmatrix_x4_trans(b_low, b_address + (k * 16 * TileB::kPitch + n) * 2 + TileB::kLow);
-      multiply_halves(small, a.low[k], b_high);
+      if constexpr (TileB::kHalves == 2) {
+        ptx::ldmatrix_x4_trans(b_low, b_address + (k * 16 * TileB::kPitch + n) * 2 + TileB::kLow);
+        multiply_halves(small, a.low[k], b_high);
+      }
       multiply_halves(large, a.high[k], b_high);
-      multiply_halves(small, a.high[k], b_low);
+      if constexpr (TileB::kHalves == 2) multiply_halves(small, a.high[k], b_low);
     }
     large.for_each_index([&](int r, int block, int i) {
       f(r, n / 8 + block, i, fma(small.at(r, block, i), 1 / kLowUnit, large.at(r, block, i)));
@@ -294,7 +304,7 @@ struct HalvesSum {
       row_unit[r] = power.down;
     }
     OperandHalves<kM, kK> halves;
-    halve_operand(halves, a);
+    halve_operand<TileB::kHalves>(halves, a);
     for_each_of_ab_halves<kN>(halves, b, b_col, [&](int r, int n, int i, float x) {
       sum.at(r, n, i) = fma(sum.at(r, n, i), rescale[r], x * row_unit[r]);
     });

@@ -8,8 +8,8 @@
 
 namespace cuflash {
 
-// Of 16-bit elements, as tensor cores take them. kRows rows of a warp.
-template <class Element, int kRows>
+// Of 16-bit elements, as tensor cores take them. kRows rows of a warp, and into how many halves floats are split.
+template <class Element, int kRows, int kHalves = 2>
 struct Products {
   static constexpr bool kStagesOut = true;  // results are packed, so they leave through shared memory
 
@@ -59,12 +59,12 @@ struct Products {
 };
 
 // Of floats, as halves.
-template <int kRows>
-struct Products<float, kRows> {
+template <int kRows, int kHalves>
+struct Products<float, kRows, kHalves> {
   static constexpr bool kStagesOut = false;
 
   template <int kTileRows, int kDim>
-  using Tile = HalvesTile<kTileRows, kDim>;
+  using Tile = HalvesTile<kTileRows, kDim, kHalves>;
   template <int kTileRows, int kDim>
   struct OutTile {};
 
@@ -106,8 +106,8 @@ struct Products<float, kRows> {
 };
 
 // Of doubles, as tensor cores take them.
-template <int kRows>
-struct Products<double, kRows> {
+template <int kRows, int kHalves>
+struct Products<double, kRows, kHalves> {
   static constexpr bool kStagesOut = false;
 
   template <int kTileRows, int kDim>

@@ -323,6 +323,25 @@ def test_compiled(device: str, attend: Callable[..., Any], backend: str) -> None
             close([compiled(*inputs)], [attend(*inputs)])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_of_tf32(device: str, compiled: bool) -> None:
+    """The gradient rounds as the forward does, which no 24 bits come to."""
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return cuflash.flash_attn_func(q, k, v, precision="tf32")
+
+    torch._dynamo.reset()
+    inputs = tensors(device)
+    out, pullback = cuflash.flash_attn_vjp(*(x.detach() for x in inputs), precision="tf32")
+    weights = torch.linspace(-1, 1, out.numel(), device=device, dtype=out.dtype).view_as(out)
+    expected = [out, *pullback(weights)]
+    mine = results(torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend, *inputs)
+    if device == "cpu":
+        assert [bool((x == y).all()) for x, y in zip(mine, expected, strict=True)] == [True] * 4
+    full = results(cuflash.flash_attn_func, *inputs)
+    assert all(float((x - y).detach().abs().max()) > 1e-5 for x, y in zip(mine, full, strict=True))
+
+
 # PyTorch's own check looks at .grad of tensors that have none.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("written", [False, True])
@@ -344,8 +363,8 @@ def test_operators(device: str, written: bool) -> None:
     options = asked().replace(score_mod=score.mod, mask_mod=mask.mod) if written else asked()
     captured = [*score.arrays, *mask.arrays] if written else []
     settings = (
-        None, True, -1, -1, 0.0, "bottom-right", 0.0, "byte", False, None, None, 0, False, False, True, "bshd", "flash",
-        spelled(options),
+        None, True, -1, -1, 0.0, "bottom-right", 0.0, "byte", False, None, None, 0, False, "full", False, True, "bshd",
+        "flash", spelled(options),
     )  # fmt: skip
     given = (q, k, v, None, bias, None, sink, *4 * (None,), captured, None, *settings, 0, -1, True)
     torch.library.opcheck(operators.forward, given)

@@ -55,7 +55,7 @@ SERVED: list[tuple[set[str], list[str]]] = [
     ({FLASH, SDPA}, ["boolean mask"]),
     ({FLASH, SDPA, CK, MEM_EFF, EFFICIENT}, ["bias"]),
     ({FLASH, CK, MEM_EFF, EFFICIENT}, ["bias gradient"]),
-    ({FLASH}, ["written score", "written mask", "block mask", "captured gradient"]),
+    ({FLASH}, ["written score", "written mask", "block mask", "captured gradient", "fp32 in products of TF32"]),
     ({FLASH}, ["sink", "gradient of the log-sum-exp taken in", "tangents"]),
     ({FLASH, MHA, CK, MEM_EFF}, ["probabilities, and which were dropped", "gradients written into your arrays"]),
     ({FLASH, SDPA, MHA, CK, MEM_EFF}, ["output written into your array"]),
@@ -119,10 +119,11 @@ def test_what_a_family_does_not_run() -> None:
     assert lines["capture in a CUDA graph"] == "`sm90`, `sm80`, `simt`"
     assert lines[f"split keys: {FEATURES['split keys'].words}"] == "`sm80`, `simt`"
     assert lines["keys appended to it in place, and turned by rotary embeddings"] == "all"
+    assert lines["fp32 in products of TF32"] == "`sm80`, NumPy"
     wide = "with gradients of heads up to 512; fp16 and bf16, head dimensions up to 576, sm_90a alone.\n"
     assert f"wgmma, fed by bulk copies, {wide}" in table()
     assert (
-        "of fp32 in halves, of fp64 up to head dimension 128; fp16, bf16, fp32 and fp64, head dimensions up to 256, "
+        "of fp32 in halves, of fp64 up to head dimension 128; fp16, bf16, fp32, tf32 and fp64, head dimensions up to "
         in table()
     )
 
@@ -131,7 +132,7 @@ def test_everything_but_size_and_precision_runs_on_sm80_and_simt() -> None:
     """In each direction that a row is about; a family that lacks a feature is not in the row."""
     runs_on = {row.what: families_of(row) for row in ROWS}
     assert {what for what, families in runs_on.items() if families != "all" and "`sm80`, `simt`" not in families} == {
-        "head dimensions up to 1024", "head dimensions above 1024",
+        "head dimensions up to 1024", "head dimensions above 1024", "fp32 in products of TF32",
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 from cuflash.cases import calls
 from cuflash.cases.inputs import Inputs, Normals, host, make, places
 from cuflash.cases.table import CASES, Case
-from cuflash.dtypes import BF16
+from cuflash.dtypes import BF16, TF32
 from cuflash.errors import UnsupportedProblem
 from cuflash.verify.surroundings import Arena
 
@@ -36,7 +36,8 @@ def packed_kv(case: Case, inputs: Inputs) -> list[np.ndarray]:
 def expected(case: Case, inputs: Inputs, *, naive: bool = False) -> oracle.Attention:
     """The oracle's answer, exact or naive in the case's element type."""
     problem, mask = case.problem, case.problem.mask
-    compute = oracle.naive_in_dtype if naive else oracle.attention
+    rounded = oracle.naive_in_tf32 if problem.dtype == TF32 else oracle.naive_in_dtype
+    compute = rounded if naive else oracle.attention
     return compute(
         host(inputs.q),
         *packed_kv(case, inputs),

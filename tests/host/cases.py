@@ -67,13 +67,13 @@ def dense(
     if "mask_axes" in case:
         more["mask"] = replace(more.get("mask", Mask()), tensor=True)
     if "bias_axes" in case:
-        more.setdefault("bias", dtypes.DTYPES[dtype])
+        more.setdefault("bias", dtypes.BY_NUMPY_NAME[dtypes.KINDS[dtype].numpy.name])
         more.setdefault("bias_boxes", False)
         sizes = zip("bhqk", (batch, heads[0], *lens), strict=True)
         more["bias_broadcast"] = tuple(axis not in case["bias_axes"] or n == 1 for axis, n in sizes)
     if "dropout" in more:
         case.setdefault("dropout_p", 0.3)
-    return HostCase(Problem("forward", dtypes.DTYPES[dtype], batch, *heads, *lens, *dims, **more), **case)
+    return HostCase(Problem("forward", dtypes.KINDS[dtype], batch, *heads, *lens, *dims, **more), **case)
 
 
 def packed(
@@ -270,7 +270,9 @@ class Tensors:
 
 def exact_and_naive(tensors: Tensors, *extra: str) -> tuple[oracle.Attention, oracle.Attention]:
     inputs = [tensors.packed.get(name, tensors.arrays[name]) for name in ("q", "k", "v", *extra)]
-    return oracle.attention(*inputs, **tensors.options), oracle.naive_in_dtype(*inputs, **tensors.options)
+    tf32 = tensors.case.problem.dtype == dtypes.TF32
+    naive = oracle.naive_in_tf32 if tf32 else oracle.naive_in_dtype
+    return oracle.attention(*inputs, **tensors.options), naive(*inputs, **tensors.options)
 
 
 def run(

@@ -56,6 +56,7 @@ BACKWARD = BackwardConfig(
     stages=2,
     dim_splits=3,
     warps_across=2,
+    halves=2,
     copy_bytes=8,
     smem_bytes=12345,
 )

@@ -343,7 +343,7 @@ def test_a_feature_that_a_family_lacks_is_a_reason() -> None:
 def test_families_declare_known_features() -> None:
     for family in FAMILIES:
         assert set(family.features) <= set(FEATURES)
-        assert set(family.dtypes) <= set(dtypes.DTYPES)
+        assert set(family.dtypes) <= set(dtypes.KINDS)
         assert ("backward" in family.features) == (family.backward is not None)
         assert family.summary
 

@@ -76,7 +76,8 @@ def traced(
         options.softmax_scale, options.causal,
         left, right, options.softcap, options.alignment, options.dropout_p, options.dropout_scheme,
         options.unbiased_dropout, options.max_seqlen_q, options.max_seqlen_k, options.num_splits, options.deterministic,
-        manner.validate, manner.enable_gqa, manner.layout, manner.vocabulary, spelled(options), seed, offset,
+        options.precision, manner.validate, manner.enable_gqa, manner.layout, manner.vocabulary, spelled(options), seed,
+        offset,
         grad or options.keep_state,
     )  # fmt: skip
     results = (out, lse, row_state) if options.keep_state else (out, lse)
@@ -93,13 +94,13 @@ def _transforms() -> tuple[str, ...]:
 def _options(
     softmax_scale: float | None, causal: bool, left: int, right: int, softcap: float, alignment: str, dropout_p: float,
     dropout_scheme: str, unbiased_dropout: bool, max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int,
-    deterministic: bool, validate: bool, enable_gqa: bool, layout: Any, vocabulary: str, text: str,
+    deterministic: bool, precision: Any, validate: bool, enable_gqa: bool, layout: Any, vocabulary: str, text: str,
 ) -> Options:  # fmt: skip
     options = asked(
         softmax_scale=softmax_scale, causal=causal, window_size=(left, right), softcap=softcap, alignment=alignment,
         dropout_p=dropout_p, dropout_scheme=dropout_scheme, unbiased_dropout=unbiased_dropout,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, num_splits=num_splits, deterministic=deterministic,
-        validate=validate, enable_gqa=enable_gqa, layout=layout, vocabulary=vocabulary,
+        precision=precision, validate=validate, enable_gqa=enable_gqa, layout=layout, vocabulary=vocabulary,
     )  # fmt: skip
     return options.replace(**written(text)) if written(text) else options
 
@@ -111,7 +112,7 @@ def forward(
     seqused_kv: Tensor | None, captured: Sequence[Tensor], table: Tensor | None, softmax_scale: float | None,
     causal: bool, left: int, right: int, softcap: float, alignment: str, dropout_p: float, dropout_scheme: str,
     unbiased_dropout: bool, max_seqlen_q: int | None, max_seqlen_k: int | None, num_splits: int, deterministic: bool,
-    validate: bool, enable_gqa: bool, layout: str, vocabulary: str, text: str, seed: int, offset: int,
+    precision: str, validate: bool, enable_gqa: bool, layout: str, vocabulary: str, text: str, seed: int, offset: int,
     keep_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, lse, row_state, rng_state as int64); the third is empty unless kept, and the fourth without dropout.
@@ -120,7 +121,8 @@ def forward(
     """
     options = _options(
         softmax_scale, causal, left, right, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout,
-        max_seqlen_q, max_seqlen_k, num_splits, deterministic, validate, enable_gqa, layout, vocabulary, text,
+        max_seqlen_q, max_seqlen_k, num_splits, deterministic, precision, validate, enable_gqa, layout, vocabulary,
+        text,
     )  # fmt: skip
     arrays = Arrays(
         q, k, v, mask, bias, alibi, sink, cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv, table,
@@ -157,13 +159,14 @@ def backward(
     cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, seqused_q: Tensor | None, seqused_kv: Tensor | None,
     captured: Sequence[Tensor], softmax_scale: float | None, causal: bool, left: int, right: int, softcap: float,
     alignment: str, dropout_p: float, dropout_scheme: str, unbiased_dropout: bool, max_seqlen_q: int | None,
-    max_seqlen_k: int | None, num_splits: int, deterministic: bool, validate: bool, enable_gqa: bool,
-    layout: str, vocabulary: str, text: str, bias_grad: bool, captured_grad: bool,
+    max_seqlen_k: int | None, num_splits: int, deterministic: bool, precision: str, validate: bool,
+    enable_gqa: bool, layout: str, vocabulary: str, text: str, bias_grad: bool, captured_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """(dq, dk, dv, dbias, dsink, dcaptured); the others than three are empty where there is none."""
     options = _options(
         softmax_scale, causal, left, right, softcap, alignment, dropout_p, dropout_scheme, unbiased_dropout,
-        max_seqlen_q, max_seqlen_k, num_splits, deterministic, validate, enable_gqa, layout, vocabulary, text,
+        max_seqlen_q, max_seqlen_k, num_splits, deterministic, precision, validate, enable_gqa, layout, vocabulary,
+        text,
     )  # fmt: skip
     arrays = Arrays(
         q, k, v, mask, bias, alibi, sink, cu_seqlens_q, cu_seqlens_kv, seqused_q, seqused_kv,
@@ -197,7 +200,7 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     captured = inputs[11]
     ctx.save_for_backward(*inputs[:11], out, lse, row_state, rng_state, *captured)
-    ctx.rest = inputs[13:31]
+    ctx.rest = inputs[13:32]
 
 
 def _backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
@@ -205,7 +208,7 @@ def _backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
     given, (out, lse, row_state, rng_state), captured = saved[:11], saved[11:15], list(saved[15:])
     if dout is None:
         if dlse is None:
-            return (None,) * 34
+            return (None,) * 35
         dout = torch.zeros_like(out)
     bias_grad, wanted = ctx.needs_input_grad[4], ctx.needs_input_grad[11]
     learned = _learned(ctx.rest[-1]) if any(wanted or ()) else ()
@@ -217,7 +220,7 @@ def _backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
     dcaptured: list[Any] = [None] * len(captured)
     for i, gradient_of in zip(learned, of_captured, strict=True):
         dcaptured[i] = gradient_of.to(captured[i].dtype) if wanted[i] else None
-    return dq, dk, dv, None, dbias, None, None if sink is None else dsink, *(None,) * 4, dcaptured, *(None,) * 22
+    return dq, dk, dv, None, dbias, None, None if sink is None else dsink, *(None,) * 4, dcaptured, *(None,) * 23
 
 
 def _learned(text: str) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ _PER_ROW = ("lse", "dlse", "row_state")
 def problem_of(direction: Direction, options: Options, views: Mapping[str, View]) -> Problem:
     """Check everything about a call but the values of its arrays; longest lengths must be filled in."""
     layout = layout_of(direction, options, views)
-    dtype = dtype_of(views["q"], views["k"], views["v"])
+    dtype = dtype_of(views["q"], views["k"], views["v"], options.precision)
     check_sizes(options, views)
     sizes = sizes_of(options, views)
     heads, dim_qk, dim_v = sizes["q"]["h"], sizes["q"]["d"], sizes["v"]["d"]

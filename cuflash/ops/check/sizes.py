@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from cuflash.arrays import View
 from cuflash.dropout import Dropout
-from cuflash.dtypes import BY_NUMPY_NAME, DType
+from cuflash.dtypes import BY_NUMPY_NAME, FP32, TF32, DType
 from cuflash.errors import InvalidArgument
-from cuflash.numbers import flag
+from cuflash.numbers import flag, shown
 from cuflash.ops.call import Options
 from cuflash.ops.check.packed import length
 
@@ -57,8 +57,8 @@ def check_ranks(options: Options, views: Mapping[str, View]) -> None:
             raise InvalidArgument(f"{view.name} has page size 0, shape {view.shape}; expected at least 1.")
 
 
-def dtype_of(q: View, k: View, v: View) -> DType:
-    """The element type, which is that of all three."""
+def dtype_of(q: View, k: View, v: View, precision: object = "full") -> DType:
+    """The element type, which is that of all three, or TF32 where products may take fp32 as that."""
     if q.dtype not in BY_NUMPY_NAME:
         raise InvalidArgument(
             f"{q.name} is {q.dtype}; expected {', '.join(BY_NUMPY_NAME)}. Convert {q.name}, {k.name} and {v.name}."
@@ -66,7 +66,14 @@ def dtype_of(q: View, k: View, v: View) -> DType:
     for view in (k, v):
         if view.dtype != q.dtype:
             raise InvalidArgument(f"{view.name} is {view.dtype} but {q.name} is {q.dtype}; convert one of them.")
-    return BY_NUMPY_NAME[q.dtype]
+    dtype = BY_NUMPY_NAME[q.dtype]
+    if precision == "tf32" and dtype == FP32:
+        return TF32
+    if precision == "tf32":
+        raise InvalidArgument(f'precision is "tf32" but {q.name} is {q.dtype}; it is for float32, leave it out.')
+    if precision != "full":
+        raise InvalidArgument(f'precision is {shown(precision)}; expected "full" or "tf32".')
+    return dtype
 
 
 def check_sizes(options: Options, views: Mapping[str, View]) -> None:

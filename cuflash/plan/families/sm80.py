@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cuflash.device import Device
+from cuflash.dtypes import TF32
 from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
 from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_in_place, sums_on_the_way
@@ -34,8 +35,19 @@ from cuflash.problem import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HalvedForwardConfig(ForwardConfig):
+    """``fwd_sm80``."""
+
+    halves: int
+    """Of floats, in fp16: 2, or 1 where TF32's 11 bits are enough."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardConfig(CopyConfig):
     """``bwd_sm80``."""
+
+    halves: int
+    """As of the forward."""
 
     stages: int
     """Query tiles in flight."""
@@ -55,6 +67,8 @@ class BiasConfig(CopyConfig):
 
     bias: str = field(metadata={HEADER: "element.cuh"})
     """Element type of the bias."""
+    halves: int
+    """As of the forward."""
     stages: int
     """Visits in flight."""
 
@@ -77,6 +91,11 @@ def _shared_tile(rows: int, cols: int, itemsize: int = 2) -> int:
 def _is_wide(problem: Problem) -> bool:
     """Whether elements are floats, which the kernels take as two halves in fp16 (``tile/halves.cuh``), or doubles."""
     return problem.dtype.itemsize > 2
+
+
+def _halves(problem: Problem) -> int:
+    """How many of the two are multiplied."""
+    return 1 if problem.dtype == TF32 else 2
 
 
 def _halves_tile(rows: int, cols: int) -> int:
@@ -105,7 +124,7 @@ def _rounded(problem: Problem) -> tuple[int, int]:
     return round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
 
 
-def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
+def _forward_config(problem: Problem, device: Device) -> tuple[HalvedForwardConfig, str]:
     """The config of ``forward/sm80.cuh``, and why these tiles."""
     widest = max(_rounded(problem))
     if _is_wide(problem):
@@ -129,7 +148,7 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     return _first_that_fits(problem, device, (*candidates, (64, 64, 128, "the largest that fits")))
 
 
-def _small_forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
+def _small_forward_config(problem: Problem, device: Device) -> tuple[HalvedForwardConfig, str]:
     """The config of ``forward/sm80.cuh`` where rows are few or keys are split, and why."""
     if _is_wide(problem):
         return _first_that_fits(problem, device, _SMALL_WIDE_TILES)
@@ -162,7 +181,7 @@ def _wide_forward_tiles(problem: Problem) -> tuple[tuple[int, int, int, str], ..
 
 def _first_that_fits(
     problem: Problem, device: Device, candidates: tuple[tuple[int, int, int, str], ...]
-) -> tuple[ForwardConfig, str]:
+) -> tuple[HalvedForwardConfig, str]:
     """The config of the first of some tiles, each with a reason, that a block has the shared memory for."""
     for *tile, reason in candidates:
         config = _forward_of(problem, device, *tile)
@@ -171,11 +190,11 @@ def _first_that_fits(
     raise AssertionError(f"no forward tile of {problem} fits {device}")
 
 
-def _forward_of(problem: Problem, device: Device, tile_q: int, tile_kv: int, threads: int) -> ForwardConfig:
+def _forward_of(problem: Problem, device: Device, tile_q: int, tile_kv: int, threads: int) -> HalvedForwardConfig:
     dim_qk, dim_v = _rounded(problem)
     columns = dim_qk if _is_wide(problem) else max(dim_qk, dim_v)  # narrow results leave in the place of q
     smem = _tile(problem, tile_q, columns) + _tile(problem, tile_kv, dim_qk) + _tile(problem, tile_kv, dim_v)
-    return ForwardConfig(
+    return HalvedForwardConfig(
         **policies.policies(problem),
         tile_q=tile_q,
         tile_kv=tile_kv,
@@ -184,6 +203,7 @@ def _forward_of(problem: Problem, device: Device, tile_q: int, tile_kv: int, thr
         smem_bytes=smem,
         copy_bytes=policies.copy_bytes(problem),
         sink=policies.sink(problem),
+        halves=_halves(problem),
     )
 
 
@@ -371,6 +391,7 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
                 threads=tile.threads,
                 smem_bytes=smem,
                 copy_bytes=policies.copy_bytes(problem),
+                halves=_halves(problem),
                 stages=tile.stages,
                 dim_splits=tile.splits,
                 warps_across=tile.across,
@@ -477,6 +498,7 @@ def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
         smem_bytes=smem,
         copy_bytes=policies.copy_bytes(problem),
         bias=problem.bias.cuda,
+        halves=_halves(problem),
         stages=stages,
     )
     return bias_sum(problem, device, "bwd_bias_sm80", config)
@@ -697,7 +719,7 @@ SM80 = Family(
     name="sm80",
     summary="tensor cores by mma.sync and cp.async, of fp32 in halves, of fp64 up to head dimension 128",
     min_capability=(8, 0),
-    dtypes=("fp16", "bf16", "fp32", "fp64"),
+    dtypes=("fp16", "bf16", "fp32", "tf32", "fp64"),
     max_dim=256,
     features=tuple(FEATURES),
     caches=True,

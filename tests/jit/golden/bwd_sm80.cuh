@@ -30,6 +30,7 @@ struct Config {
   static constexpr int kTileQ = 64;
   static constexpr int kTileKv = 32;
   static constexpr int kCopyBytes = 8;
+  static constexpr int kHalves = 2;
   static constexpr int kStages = 2;
   static constexpr int kDimSplits = 3;
   static constexpr int kWarpsAcross = 2;
