@@ -74,7 +74,7 @@ class Normals:
     def __init__(self, xp: Any, seed: int = 0) -> None:
         self.xp = xp
         self._seed = seed
-        self._drawn: dict[DType, Array] = {}
+        self._drawn: dict[tuple[DType, int], Array] = {}
         self._bias: Array | None = None
         self._bias_of: tuple[DType, tuple[int, ...], bool] | None = None
 
@@ -95,26 +95,35 @@ class Normals:
         Its rows start at multiples of 16 bytes, or else its keys lie apart.
         """
         if self._bias_of != (dtype, shape, apart):
+            self._bias = None  # before there are two of them
             *outer, keys = shape
             pitch = keys if keys == 1 else keys + -keys % (16 // dtype.itemsize)
-            host = np.random.default_rng(2).standard_normal((*outer, pitch), np.float32).astype(dtype.numpy)
+            words = _words(self._at_least(dtype, prod((*outer, pitch)), seed=2)[: prod((*outer, pitch))])
+            words = words.reshape(*outer, pitch).copy()
             if shape[2] > 3:
-                host[:, :, 3, keys // 2 :] = -np.inf
-            bias = self.xp.asarray(host.swapaxes(2, 3).copy()).swapaxes(2, 3) if apart else self.xp.asarray(host)
-            self._bias, self._bias_of = bias[..., :keys], (dtype, shape, apart)
+                words[:, :, 3, keys // 2 :] = int(_words(np.full(1, -np.inf, dtype.numpy))[0])
+            if apart:
+                words = words.swapaxes(2, 3).copy().swapaxes(2, 3)
+            self._bias, self._bias_of = words.view(dtype.numpy)[..., :keys], (dtype, shape, apart)
         return self._bias
 
-    def _at_least(self, dtype: DType, count: int) -> Array:
-        drawn = self._drawn.get(dtype)
-        if drawn is None or drawn.size < count:
+    def _at_least(self, dtype: DType, count: int, seed: int | None = None) -> Array:
+        seed = self._seed if seed is None else seed
+        drawn = self._drawn.get((dtype, seed))
+        if drawn is None or drawn.size < min(count, _DRAWN):
             real = np.float64 if dtype.accumulator == np.float64 else np.float32
-            rng = np.random.default_rng(self._seed)
+            rng = np.random.default_rng(seed)
             drawn = self.xp.asarray(rng.standard_normal(min(count, _DRAWN), dtype=real).astype(dtype.numpy))
-            if count > _DRAWN:
-                words = drawn.view(f"u{drawn.dtype.itemsize}")
-                drawn = self.xp.tile(words, -(-count // _DRAWN)).view(drawn.dtype)
-            self._drawn[dtype] = drawn
+        if drawn.size < count:
+            words = _words(drawn[:_DRAWN])
+            drawn = self.xp.tile(words, -(-count // _DRAWN)).view(drawn.dtype)
+        self._drawn[dtype, seed] = drawn
         return drawn
+
+
+def _words(x: Array) -> Array:
+    """The same memory as unsigned numbers, which CuPy copies and repeats whatever the element type."""
+    return x.view(f"u{x.dtype.itemsize}")
 
 
 def make(case: Case, normals: Normals) -> Inputs:
