@@ -15,6 +15,7 @@ from cuflash.bench.timing import Runner
 from cuflash.cases.inputs import Array, make
 from cuflash.cases.table import Case
 from cuflash.device import current
+from cuflash.dtypes import TF32
 from cuflash.plan import Step, choose
 from cuflash.verify.deviations import MODEL, OUTPUTS, Deviation, ideal, rms, rounding
 
@@ -36,6 +37,8 @@ class Exactness(Bench):
             name = implementation.name
             if case.problem.dropout and name != CuflashGpu.name:
                 self._left_out[f"{name} (drops other pairs)"].append(self._label(case))
+            elif case.problem.dtype == TF32 and name != CuflashGpu.name:
+                self._left_out[f"{name} (multiplies all bits of fp32)"].append(self._label(case))
             elif runner := self._prepared(implementation, case, inputs):
                 if runner.tensors is None:
                     self._left_out[f"{name} (does not compute the case)"].append(self._label(case))

@@ -17,7 +17,7 @@ class Flash(Naive):
     """FlashAttention on inputs of one element type, whatever its tiles and their order."""
 
     def __init__(self, dtype: DType, softmax_scale: float, softcap: float) -> None:
-        super().__init__(FP64, softmax_scale, softcap)
+        super().__init__(FP64, softmax_scale, softcap, dtype)
         self._element = dtype
 
     def forward(
@@ -52,20 +52,24 @@ class Flash(Naive):
         dq = dx @ k * self._scale
         dk, dv = dx.swapaxes(-1, -2) @ q * self._scale, p.swapaxes(-1, -2) @ dout
         dk, dv = (x.reshape(*x.shape[:-3], heads_kv, heads_q // heads_kv, *x.shape[-2:]).sum(axis=-3) for x in (dk, dv))
-        dq, dk, dv = (self._once(x) for x in (dq, dk, dv))
+        dq, dk, dv = (self._stored(x) for x in (dq, dk, dv))
         return Gradients(dq, dk, dv, ds, -(p_sink * delta)[..., 0], out, lse)
 
     def _output(self, p: np.ndarray, v: np.ndarray, extras: Extras) -> np.ndarray:
         """The product of the probabilities that dropout leaves, rounded relative to each row's largest, with v."""
         most = p.max(axis=-1, keepdims=True)
         most = np.where(most == 0, 1, most)
-        return self._once(self._dropped(self._once(p / most), extras) @ v * most)
+        return self._stored(self._dropped(self._once(p / most), extras) @ v * most)
 
     def _once(self, x: np.ndarray) -> np.ndarray:
-        """Rounded to the element type."""
+        """Rounded as what is multiplied."""
         return rounded_once(x, self._element)
+
+    def _stored(self, x: np.ndarray) -> np.ndarray:
+        """Rounded as what is left in memory, which has TF32's numbers as fp32."""
+        return x.astype(self._element.accumulator).astype(self._element.numpy).astype(np.float64)
 
 
 def rounded_once(x: np.ndarray, dtype: DType) -> np.ndarray:
     """Float64 numbers rounded to the element type, by way of its accumulator type, as kernels and ml_dtypes do."""
-    return x.astype(dtype.accumulator).astype(dtype.numpy).astype(np.float64)
+    return dtype.rounded(x.astype(dtype.accumulator)).astype(np.float64)

@@ -112,6 +112,20 @@ def test_a_key_that_outweighs_its_row_is_exact():
     assert rms(model - exact) == pytest.approx(rounding(exact, case.problem.dtype), rel=1e-3)
 
 
+def test_the_model_of_tf32_rounds_what_is_multiplied_and_keeps_fp32_in_memory():
+    case = small("tf32-d64-x1")
+    inputs = make(case, Normals(np))
+    exact, model = (answers["out"] for answers in ideal(case, inputs, np))
+    q, k, v = (oracle.to_tf32(x[0, :, 0]).astype(np.float64) for x in (inputs.q, inputs.k, inputs.v))
+    s = q @ k.T * case.problem.softmax_scale
+    weights = np.exp(s - s.max(axis=1, keepdims=True))
+    out = oracle.to_tf32(weights) @ v / weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(model[0, :, 0], out, atol=1e-5)
+    np.testing.assert_array_equal(model, model.astype(np.float32))
+    assert rounding(exact, case.problem.dtype) == pytest.approx(rms(oracle.to_tf32(exact) - exact), rel=1e-6)
+    assert rounding(exact, case.problem.dtype) > 1000 * rounding(exact, dtypes.FP32)
+
+
 def test_a_factor_scales_q_and_k_and_nothing_else():
     case = small("fp16-d64-x3")
     plain, scaled = make(replace(case, qk_factor=1.0), Normals(np)), make(case, Normals(np))
