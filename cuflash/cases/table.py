@@ -461,6 +461,9 @@ def _written() -> Iterator[Case]:
     rows: tuple[tuple[tuple[Direction, ...], str, str, str, tuple[str, ...]], ...] = (
         (both, "sm90", "bf16", "64", ("written_alibi", "written_table", "written", "blocks")),
         (both, "sm90", "bf16", "128", tuple(_WRITTEN)),
+        (("backward",), "sm90", "bf16", "64", ("written_table_deterministic",)),
+        (("backward",), "sm80", "bf16", "128", ("written_deterministic",)),
+        (("backward",), "simt", "fp64", "64", ("written_deterministic",)),
         (both, "sm90", "bf16", "256", ("written_mask", "blocks")),
         (("forward",), "sm90", "bf16", "256", ("written_alibi", "written")),
         (("forward",), "sm90", "bf16", "512", ("written_alibi", "written")),
@@ -473,10 +476,9 @@ def _written() -> Iterator[Case]:
     for directions, family, dtype, dims, features in rows:
         for direction, feature in product(directions, features):
             base = _case(family, direction, dtype, dims, "")
-            learns = direction == "backward" and (
-                feature == "written_table" or (feature == "written" and family != "sm90")
-            )
-            problem = replace(base.problem, captured_grad=learns, **_WRITTEN[feature])
+            what = feature.removesuffix("_deterministic")
+            learns = direction == "backward" and (what == "written_table" or (what == "written" and family != "sm90"))
+            problem = replace(base.problem, captured_grad=learns, deterministic=what != feature, **_WRITTEN[what])
             yield Case(f"{base.id}-{feature}", family, replace(problem, captured_flat=(0, 1)))
     base = _case("sm80", "forward", "bf16", "128", "decode")
     yield Case(f"{base.id}_written", "sm80", replace(base.problem, **_WRITTEN["written"]))

@@ -37,6 +37,8 @@ def members(written: Written | None) -> dict[str, np.dtype]:
         types[f"captured{number}"] = _POINTER
         if written and number in written.gradients:
             types[f"dcaptured{number}"] = _POINTER
+            if written.exact:
+                types[f"dcaptured{number}_sums"] = _POINTER
         if operand.ndim:
             if written and number not in written.flat:
                 types[f"captured{number}_stride"] = np.dtype((_STRIDE, (operand.ndim,)))
@@ -64,7 +66,7 @@ def structs(written: Written, fast: bool = False) -> list[str]:
     """The lines of ``ScoreMod``, ``MaskMod`` and ``BlockMod``, if any; `fast` ones for results of 16 bits."""
     lines: list[str] = []
     if written.score is not None:
-        printer = _Printer(written.score, written.flat, 0, fast)
+        printer = _Printer(written.score, written, 0, fast)
         score, slope = written.score.expression, slopes(written.score).by_score
         factor, value = in_units(score) if fast else (1.0, score)
         unit = "inner" if factor is None else f"static_cast<Real>({factor.hex()})"
@@ -81,11 +83,13 @@ def structs(written: Written, fast: bool = False) -> list[str]:
             body += printer.gradients_by_distance(
                 "void add_at_distance(int b, int h, int distance, Real ds)", written.gradients
             )
+        if written.exact:
+            body += _sums(written)
         lines += printer.struct("ScoreMod", body)
     first = len(written.score.operands) if written.score else 0
     for name, mask in (("MaskMod", written.mask), ("BlockMod", written.blocks)):
         if mask is not None:
-            printer = _Printer(mask, written.flat, first, fast)
+            printer = _Printer(mask, written, first, fast)
             lines += printer.struct(name, printer.function("bool value({})", mask.expression))
             first += len(mask.operands)
     return lines
@@ -98,8 +102,9 @@ class _Printer:
     first among the arguments.
     """
 
-    def __init__(self, mod: Mod, flat: tuple[int, ...], first: int, fast: bool) -> None:
-        self._mod, self._flat, self._first, self._fast = mod, flat, first, fast
+    def __init__(self, mod: Mod, written: Written, first: int, fast: bool) -> None:
+        self._mod, self._flat, self._exact = mod, written.flat, written.exact
+        self._first, self._fast = first, fast
         results = [mod.expression]
         if mod.expression.kind == "real":
             results += [x for pair in slopes(mod).by_load for x in pair]
@@ -170,10 +175,22 @@ class _Printer:
         array = f"a->captured{load.value}"
         nearest = [f"mods::nearest({x}, {array}_size[{n}])" for n, x in enumerate(indices)]
         at = _flat_index(array, nearest, "int" if load.value in self._flat else "int64") or "0"
+        if self._exact:
+            return f"    ExactSum<Real>::add(a->dcaptured{load.value}_sums, {at}, {term});"
         return f"    ptx::red_add(static_cast<Real*>(a->dcaptured{load.value}) + {at}, {term});"
 
     def _emit(self, *results: Node) -> tuple[list[str], list[str]]:
         return emit(*results, operands=self._mod.operands, known=self._held, fast=self._fast)
+
+
+def _sums(written: Written) -> list[str]:
+    """The lines of a member function that names every gradient, its exact sums and how many there are."""
+    lines = ["  template <class Each>", "  CF_DEVICE static void for_each_sum(const Attention* a, const Each& each) {"]
+    for number in written.gradients:
+        sizes = (f"a->captured{number}_size[{n}]" for n in range(written.operands[number].ndim))
+        count = " * ".join(["int64(1)", *sizes])
+        lines.append(f"    each(a->dcaptured{number}, a->dcaptured{number}_sums, {count});")
+    return [*lines, "  }"]
 
 
 def _flat_index(array: str, nearest: Sequence[str], kind: str) -> str:

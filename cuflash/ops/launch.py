@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from operator import itemgetter
 from typing import Any
 
@@ -24,6 +25,7 @@ from cuflash.ops.lengths import with_lengths
 from cuflash.ops.scratch import KeptZeros
 from cuflash.plan import Scratch, Step, Workspace, choose, policies
 from cuflash.plan.bias import needs_zeros
+from cuflash.plan.steps import exact_sums
 from cuflash.problem import Direction, Problem
 
 _MAX_PREPARED = 1024
@@ -360,6 +362,8 @@ def plan_views(direction: Direction, options: Options, views: Mapping[str, View]
     fills = {"lse": options.empty_lse if rows else options.tail_lse}
     apart = {"fwd_rng"} | ({"cache_append"} if problem.rows_kv else set())  # what is launched without pairs, too
     left_out = {"fwd_rng"} if "rng_state" in views else set()
+    exact = problem.deterministic and whole
+    sums = [exact_sums(name, problem, prod(shapes[name])) for name in names if exact and name.startswith("dcaptured")]
     steps = tuple(
         step
         for step in plan.steps
@@ -370,7 +374,10 @@ def plan_views(direction: Direction, options: Options, views: Mapping[str, View]
         names=names,
         results=tuple(new.values()),
         workspaces=tuple(
-            sorted((w for w in plan.workspaces if whole and w.name not in new), key=lambda w: not (w.zeroed or w.kept))
+            sorted(
+                (w for w in (*plan.workspaces, *sums) if whole and w.name not in new),
+                key=lambda w: not (w.zeroed or w.kept),
+            )
         ),
         fills={name: fills.get(name, 0.0) for name in names if not whole and name != "rng_state"},
         steps=steps,
@@ -404,7 +411,7 @@ def result(name: str, problem: Problem, shape: tuple[int, ...]) -> Workspace:
         "tangent_lse": problem.dtype.accumulator,
     }  # fmt: skip
     if name.startswith("dcaptured"):  # sums, to which blocks add
-        return Workspace(name, problem.dtype.accumulator, shape, zeroed=True)
+        return Workspace(name, problem.dtype.accumulator, shape, zeroed=not problem.deterministic)
     # Kernels write delta up to the packed rows there are: not those of no sequence.
     zeroed = needs_zeros(problem) if name == "dbias" else name == "delta" and problem.layout == "varlen"
     return Workspace(name, dtypes.get(name, problem.dtype.numpy), shape, zeroed)

@@ -39,6 +39,8 @@ class Written:
     """Which of all arrays, by number, are contiguous, of less than 2^31 elements."""
     fast: bool = False
     """For results of 16 bits, of at most a million queries and keys."""
+    exact: bool = False
+    """The gradients are summed exactly, so that no order of addends shows (``attention/exact_sum.cuh``)."""
     blocks: Mod | None = None
     """The rule of the partial blocks of a block mask, whose lists are arguments, too."""
 

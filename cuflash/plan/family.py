@@ -50,8 +50,6 @@ class Family:
             reasons.append("no gradients of pages: sequences may share them")
         if problem.tangents and problem.written:
             reasons.append("no tangents of written scores and masks")
-        if problem.captured_grad and problem.deterministic:
-            reasons.append("no deterministic gradients of what a written score reads")
         if problem.layout == "cache" and not self.caches:
             reasons.append("no cache whose lengths are on the device")
         if problem.layout == "cache" and problem.direction == "backward":

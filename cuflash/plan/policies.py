@@ -76,7 +76,9 @@ def written(problem: Problem) -> Written | None:
         return None
     fast = problem.dtype.itemsize == 2 and max(problem.len_q, problem.len_kv, problem.batch, problem.heads_q) <= 2**20
     blocks = problem.block_mask.rule if problem.block_mask else None
-    return Written(problem.score_mod, problem.mask_mod, problem.captured_gradients, problem.captured_flat, fast, blocks)
+    gradients = problem.captured_gradients
+    exact = bool(gradients) and problem.deterministic
+    return Written(problem.score_mod, problem.mask_mod, gradients, problem.captured_flat, fast, exact, blocks)
 
 
 def written_work(problem: Problem) -> int:

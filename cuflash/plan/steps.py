@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from cuflash.device import Device
 from cuflash.plan import policies
-from cuflash.plan.config import HEADER, Config, ForwardConfig, JvpConfig, SequenceConfig
+from cuflash.plan.config import HEADER, Config, ForwardConfig, JvpConfig, SequenceConfig, Written
 from cuflash.plan.plan import Box, Plan, Step, Workspace
 from cuflash.plan.splits import divide
 from cuflash.plan.tiles import packed_tiles, query_blocks, tiles
@@ -45,6 +47,16 @@ class DeltaConfig(SequenceConfig):
     dim_v: int
     tile_q: int
     copy_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedConfig(Config):
+    """``bwd_captured``."""
+
+    element: str = field(metadata={HEADER: "element.cuh"})
+    score: str = field(default="ScoreMod", metadata={HEADER: "attention/mods.cuh"})
+    """What a caller wrote, which knows its sums."""
+    written: Written | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,3 +199,18 @@ def sink_step(problem: Problem) -> tuple[Step, ...]:
         score=policies.unit_score(problem),
     )
     return (Step("bwd_sink", "BwdParams", config, problem.heads_q),)
+
+
+def captured_step(problem: Problem, device: Device) -> tuple[Step, ...]:
+    """The launch that rounds the exact sums of gradients of what a written score reads, where there are any."""
+    written = policies.written(problem)
+    if written is None or not written.exact:
+        return ()
+    config = CapturedConfig(element=problem.dtype.cuda, threads=256, written=written)
+    return (Step("bwd_captured", "BwdParams", config, 4 * device.num_sms),)
+
+
+def exact_sums(gradient: str, problem: Problem, count: int) -> Workspace:
+    """What kernels add such a gradient up in: ``ExactSum::kWords`` words of 64 bits a number."""
+    words = 13 if problem.dtype.accumulator.itemsize == 4 else 89
+    return Workspace(f"{gradient}_sums", np.dtype(np.uint8), (count, 8 * words), zeroed=True)

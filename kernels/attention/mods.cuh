@@ -2,6 +2,7 @@
 // and what their text is made of (cuflash/mods/emit.py).
 #pragma once
 
+#include "attention/exact_sum.cuh"
 #include "attention/mask.cuh"
 #include "attention/place.cuh"
 #include "element.cuh"

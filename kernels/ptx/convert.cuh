@@ -19,6 +19,8 @@ CF_DEVICE uint16 fp16_of(float x) {
 
 CF_DEVICE float float_of(uint32 bits) { return __uint_as_float(bits); }
 CF_DEVICE double double_of(uint64 bits) { return __longlong_as_double(static_cast<int64>(bits)); }
+CF_DEVICE uint32 bits_of(float x) { return __float_as_uint(x); }
+CF_DEVICE uint64 bits_of(double x) { return static_cast<uint64>(__double_as_longlong(x)); }
 
 // bfloat16 is the upper half of a float. There is an instruction from sm_80 on, but this suits all.
 CF_DEVICE float float_of_bf16(uint16 bits) { return float_of(uint32(bits) << 16); }

@@ -22,6 +22,10 @@ CF_DEVICE void red_add(double* address, double x) {
   asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(address), "d"(x) : "memory");
 }
 
+CF_DEVICE void red_add(int64* address, int64 x) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(address), "l"(x) : "memory");
+}
+
 // The same by the compiler's own function, whose address may be a register and a number.
 CF_DEVICE void add_to(float* address, float x) { atomicAdd(address, x); }
 CF_DEVICE void add_to(double* address, double x) { atomicAdd(address, x); }

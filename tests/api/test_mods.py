@@ -11,7 +11,7 @@ import pytest
 
 import cuflash
 from cuflash import mods
-from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.errors import InvalidArgument
 from cuflash.mods import Traced
 
 RNG = np.random.default_rng(5)
@@ -133,8 +133,9 @@ def test_which_kernels_have_it() -> None:
     assert "no gradients of numbers that are read by more than the distance" in reason
     assert cuflash.plan.choose(problem, explanation.device).family == "sm80"
     assert cuflash.plan.choose(replace(problem, captured_grad=False), explanation.device).family == "sm90"
-    with pytest.raises(UnsupportedProblem, match="no deterministic gradients of what a written score reads"):
-        cuflash.plan.choose(replace(problem, deterministic=True), explanation.device)
+    plan = cuflash.plan.choose(replace(problem, deterministic=True), explanation.device)
+    assert [plan.family, plan.steps[-1].kernel] == ["sm80", "bwd_captured"]
+    assert "bwd_captured" not in {step.kernel for step in cuflash.plan.choose(problem, explanation.device).steps}
 
 
 EMPTY, FOREIGN, ALIASED = np.zeros((0, 3), np.float32), np.zeros(3, ">f4"), np.zeros((2, 6, 4, 8), np.float32)

@@ -29,7 +29,7 @@ from written import (
 
 import cuflash
 from cuflash import jit, mods, ops
-from cuflash.errors import InvalidArgument, UnsupportedProblem
+from cuflash.errors import InvalidArgument
 from cuflash.mods import Traced
 from cuflash.ops.written import with_mods
 from cuflash.verify.surroundings import Arena
@@ -96,6 +96,13 @@ ROWS: list[Row] = [
     ("sm90", dense("bf16", (2, 1), (300, 400), (192, 128)), prefix),
     ("sm90", dense("bf16", (2, 1), (300, 400), (128, 128), dropout="byte", alibi_axes="h"), composed),
     ("sm90", dense("bf16", (2, 1), (300, 400), (64, 64), bias_axes="hqk", bias_boxes=True), soft_cap),
+    ("simt", dense("fp32", (4, 2), (170, 190), (40, 24), batch=2, deterministic=True), composed),
+    ("simt", dense("fp64", (2, 1), (140, 150), (24, 24), deterministic=True), scaled),
+    ("sm80", packed("bf16", (4, 2), *LENS, (128, 128), tail=5, mask=CAUSAL, deterministic=True), table),
+    ("sm80", dense("bf16", (2, 2), (50, 61), (32, 32), batch=140, mask=CAUSAL, deterministic=True), table),
+    ("sm80", dense("bf16", (2, 1), (170, 250), (64, 64), deterministic=True), scaled),
+    ("sm90", dense("bf16", (4, 2), (300, 400), (64, 64), batch=2, mask=CAUSAL, deterministic=True), table),
+    ("sm90", packed("bf16", (4, 2), *LENS, (128, 128), tail=5, deterministic=True), table),
     (HOPPER, dense("bf16", (4, 2), (300, 400), (128, 128)), table),
     (HOPPER, dense("bf16", (2, 1), (300, 400), (192, 192)), soft_cap),
 ]
@@ -204,11 +211,10 @@ def test_kernels_compute_what_is_written(cp: Any, row: Row) -> None:
             naive = exact + np.maximum(np.abs(naive - exact), units * np.abs(exact).max())
         oracle.assert_close(gradients[-1], exact, naive, "dcaptured0", call.case.problem.dtype.numpy)
 
-    of_blocks = not (row[0] == "simt" or call.case.problem.deterministic)
+    counted = len(gradients) if call.case.problem.deterministic else len(names) if row[0] == "simt" else 0
     for _ in range(4):
         assert [x.tobytes() for x in call.forward()[:2]] == [x.tobytes() for x in results[:2]]
         again = call.backward(*results)
-        counted = 0 if of_blocks else len(names)
         assert [x.tobytes() for x in again[:counted]] == [x.tobytes() for x in gradients[:counted]]
 
 
@@ -343,11 +349,27 @@ def test_jax_arrays(cp: Any) -> None:
     np.testing.assert_allclose(np.asarray(learned), pullback(np.ones_like(host)).dcaptured[0], rtol=1e-3, atol=1e-3)
 
 
-def test_deterministic_sums_are_refused(cp: Any) -> None:
-    q = cp.asarray(random(1, 100, 2, 64))
-    numbers = cp.asarray(random(2, 9, dtype=np.float32))
-    _, pullback = cuflash.flash_attn_vjp(
-        q, q, q, score_mod=mods.relative_bias(numbers), captured_grad=True, deterministic=True
-    )
-    with pytest.raises(UnsupportedProblem, match="no deterministic gradients of what a written score reads"):
-        pullback(q)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_deterministic_sums_are_the_same_bits(cp: Any, dim: int) -> None:
+    """Of many blocks on few numbers, in turn and in a graph, which is cleared before every replay."""
+    q, k, v, dout = (cp.asarray(random(2, 1500, 4, dim, dtype=BF16, seed=seed)) for seed in range(4))
+    numbers = cp.asarray(random(4, 33, dtype=np.float32))
+    written = {"score_mod": mods.relative_bias(numbers), "captured_grad": True}
+    _, pullback = cuflash.flash_attn_vjp(q, k, v, **written, deterministic=True)
+    first = pullback(dout)
+    (loose,) = cuflash.flash_attn_vjp(q, k, v, **written)[1](dout).dcaptured
+    (exact,) = first.dcaptured
+    assert cp.abs(exact - loose).max() < 1e-4 * cp.abs(loose).max()
+    for _ in range(10):
+        again = pullback(dout)
+        for x, y in zip((*first[:3], *first.dcaptured), (*again[:3], *again.dcaptured), strict=True):
+            assert (x.view(np.uint8) == y.view(np.uint8)).all()
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        replayed = pullback(dout)
+        graph = stream.end_capture()
+        for _ in range(3):
+            graph.launch()
+    stream.synchronize()
+    assert (replayed.dcaptured[0] == exact).all()

@@ -35,7 +35,7 @@ from cuflash import mods
 from cuflash.device import Device
 from cuflash.masks import Mask
 from cuflash.mods.expression import OPERATIONS, in_order
-from cuflash.plan import Plan
+from cuflash.plan import Plan, steps
 from cuflash.plan.families import FAMILIES
 from cuflash.problem import Problem
 
@@ -104,8 +104,12 @@ def check(case: HostCase, make: Callable[..., Written], direction: str, seed: in
     real = case.problem.dtype.accumulator
     if backward and case.problem.bias is not None:
         results["dbias"] = tensors.place_flat("dbias", tensors.arrays["bias"].shape, real)
-    sums = {f"dcaptured{i}": np.zeros(x.shape, real) for i, x in enumerate(captured) if learns}
+    exact_sums = learns and case.problem.deterministic
+    sums = {f"dcaptured{i}": np.full(x.shape, 7 if exact_sums else 0, real) for i, x in enumerate(captured) if learns}
     tensors.arrays |= sums
+    if exact_sums:
+        words = {f"{name}_sums": steps.exact_sums(name, case.problem, x.size) for name, x in sums.items()}
+        tensors.arrays |= {name: np.zeros(x.shape, x.dtype) for name, x in words.items()}
 
     changes["captured_flat"] = tuple(i for i, x in enumerate(captured) if x.flags.c_contiguous)
     run(case, tensors, direction, seed, choose=without_asking, captured_grad=learns, **changes)
@@ -153,6 +157,10 @@ def cases() -> list[Any]:
         ("sm90", "b", packed("bf16", (4, 2), (130, 0, 33), (150, 20, 40), (128, 128), tail=5), table),
         ("sm90", "b", dense("bf16", (2, 1), (130, 150), (192, 192)), soft_cap),
         ("sm90", "b", dense("bf16", (2, 1), (130, 150), (128, 128), deterministic=True), prefix),
+        ("simt", "b", dense("fp64", (2, 1), (40, 50), (24, 24), deterministic=True), scaled),
+        ("sm80", "b", dense("bf16", (2, 1), (70, 150), (64, 64), batch=2, deterministic=True), composed),
+        ("sm80", "b", dense("bf16", (2, 2), (50, 61), (64, 64), batch=3, num_sms=3, deterministic=True), table),
+        ("sm90", "b", dense("bf16", (4, 2), (130, 150), (64, 64), batch=2, mask=CAUSAL, deterministic=True), table),
     ]
     directions = {"f": "forward", "b": "backward"}
     return [

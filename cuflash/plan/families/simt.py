@@ -156,6 +156,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         Step("bwd_simt_dq", "BwdParams", dq, query_blocks(problem, dq.tile_q), walks="kv"),
         *bias.steps,
         *steps.sink_step(problem),
+        *steps.captured_step(problem, device),
     )
     workspaces = steps.row_workspaces(problem) + bias.workspaces
     return Plan(problem, device, "simt", launches, workspaces, reason, bias_parts=bias.parts)

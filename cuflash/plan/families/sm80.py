@@ -639,6 +639,7 @@ def _short_backward(problem: Problem, device: Device, config: ShortBackwardConfi
         Step("bwd_sm80_short", "BwdParams", config, problem.heads_q * parts),
         *bias.steps,
         *steps.sink_step(problem),
+        *steps.captured_step(problem, device),
     )
     workspaces = steps.row_workspaces(problem) + bias.workspaces
     reason = "all queries and keys of a sequence are one tile"
@@ -669,6 +670,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         Step("bwd_convert", "BwdParams", convert, query_blocks(problem, config.tile_q)),
         *bias.steps,
         *steps.sink_step(problem),
+        *steps.captured_step(problem, device),
     )
     workspaces = _backward_workspaces(problem, config, columns) + bias.workspaces
     return Plan(problem, device, "sm80", launches, workspaces, tile.reason, bias_parts=bias.parts)

@@ -659,6 +659,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         Step("bwd_convert_sm90", "BwdParams", convert, query_blocks(problem, config.tile_q)),
         *bias.steps,
         *steps.sink_step(problem),
+        *steps.captured_step(problem, device),
     )
     workspaces = _backward_workspaces(problem, config, columns) + bias.workspaces
     ceiling = _backward_ceiling(problem, config)

@@ -22,6 +22,11 @@ inline double double_of(uint64 bits) {
   memcpy(&x, &bits, 8);
   return x;
 }
+inline uint64 bits_of(double x) {
+  uint64 bits;
+  memcpy(&bits, &x, 8);
+  return bits;
+}
 
 inline float float_of_fp16(uint16 half) {
   const uint32 sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 0x3ffu;

@@ -18,6 +18,7 @@ inline uint32 smem_u32(const void* pointer) {
 
 inline void red_add(float* address, float x) { *address += x; }
 inline void red_add(double* address, double x) { *address += x; }
+inline void red_add(int64* address, int64 x) { *address += x; }
 template <class Real>
 void add_to(Real* address, Real x) {
   *address += x;
