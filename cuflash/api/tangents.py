@@ -91,7 +91,8 @@ def flash_attn_jvp(
     InvalidArgument
         As `flash_attn_func`; and if a tangent is not like what it is of.
     UnsupportedProblem
-        If no kernel computes it: what a kernel does not support, `score_mod`, `mask_mod` and `block_mask` yet.
+        If no kernel computes it: what a kernel does not support, such as `block_mask`, whose rule as `mask_mod`
+        is the same.
 
     Examples
     --------

@@ -482,6 +482,10 @@ def _written() -> Iterator[Case]:
             yield Case(f"{base.id}-{feature}", family, replace(problem, captured_flat=(0, 1)))
     base = _case("sm80", "forward", "bf16", "128", "decode")
     yield Case(f"{base.id}_written", "sm80", replace(base.problem, **_WRITTEN["written"]))
+    for family, dtype, dims in (("sm80", "bf16", "64"), ("sm80", "bf16", "128"), ("simt", "fp32", "64")):
+        base = _case(family, "forward", dtype, dims, "")
+        problem = replace(base.problem, tangents=("q", "k", "v"), captured_flat=(0, 1), **_WRITTEN["written"])
+        yield Case(f"{base.id.replace('fwd_', 'jvp_')}-written", family, problem)
 
 
 WRITTEN: dict[str, Case] = {case.id: case for case in _written()}

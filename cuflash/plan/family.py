@@ -48,8 +48,8 @@ class Family:
         reasons += [f"no {feature}" for feature in needs(problem) if feature not in self.features]
         if problem.page_size and problem.direction == "backward":
             reasons.append("no gradients of pages: sequences may share them")
-        if problem.tangents and problem.written:
-            reasons.append("no tangents of written scores and masks")
+        if problem.tangents and problem.block_mask:
+            reasons.append("no tangents of lists of blocks; a mask_mod has them")
         if problem.layout == "cache" and not self.caches:
             reasons.append("no cache whose lengths are on the device")
         if problem.layout == "cache" and problem.direction == "backward":

@@ -90,6 +90,7 @@ struct ScoreTangent {
     const Real slope = score.slope(s, q, kv);
     s = score.apply(s, q, kv);
     ds *= softmax_scale * slope;
+    if (Config::Score::any_slope() && s == -infinity<Real>()) ds = Real(0);  // what hides has no slope of its own
     ds = bias.add(ds, s, q, kv);
     if (!full && !mask.keep(q, kv)) {
       s = -infinity<Real>();

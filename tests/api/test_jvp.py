@@ -213,8 +213,14 @@ def test_arrays_on_a_gpu(launches: Launches, put: Any) -> None:
         np.testing.assert_allclose(to_numpy(x), y, rtol=2e-3, atol=2e-3)
     with pytest.raises(InvalidArgument, match=r"^dq has shape"):
         cuflash.flash_attn_jvp(*map(put, (q, k, v, dq[:, :1])))
-    with pytest.raises(UnsupportedProblem, match=r"no tangents of written scores"):
-        cuflash.flash_attn_jvp(*map(put, (q, k, v, dq)), score_mod=lambda s, b, h, i, j: 2 * s)
+    results = cuflash.flash_attn_jvp(*map(put, (q, k, v, dq)), score_mod=lambda s, b, h, i, j: 2 * s)
+    assert launches.take() == ["jvp_sm80"]
+    expected = cuflash.flash_attn_jvp(q, k, v, dq, softmax_scale=2 * 16**-0.5)
+    for x, y in zip(results, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(x), y, rtol=2e-3, atol=2e-3)
+    blocks = cuflash.create_block_mask(cuflash.mods.causal(), len_q=9, len_kv=7)
+    with pytest.raises(UnsupportedProblem, match=r"no tangents of lists of blocks"):
+        cuflash.flash_attn_jvp(*map(put, (q, k, v, dq)), block_mask=blocks)
 
 
 @needs_compiler

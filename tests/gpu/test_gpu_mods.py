@@ -349,6 +349,28 @@ def test_jax_arrays(cp: Any) -> None:
     np.testing.assert_allclose(np.asarray(learned), pullback(np.ones_like(host)).dcaptured[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [(BF16, 64), (FP16, 128), (np.float32, 64), (np.float64, 40)])
+def test_tangents(cp: Any, dtype: Any, dim: int) -> None:
+    """Along all of q, k and v, through the slope of the score and past what is hidden."""
+    arrays = [random(2, n, 4, dim, dtype=dtype, seed=seed) for seed, n in enumerate((300, 350, 350) * 2)]
+    numbers = random(4, 129, dtype=np.float32)
+
+    def tangents(put: Any, *given: Any) -> Any:
+        held, reach = put(numbers), 64
+        return cuflash.flash_attn_jvp(
+            *given, causal=True, mask_mod=mods.sliding_window(90, 7, 50),
+            score_mod=lambda s, b, h, q, k: mods.where(k % 7 == 3, -np.inf, 2 * mods.tanh(s) + held[h, k - q + reach]),
+        )  # fmt: skip
+
+    results = tangents(cp.asarray, *map(cp.asarray, arrays))
+    expected = tangents(np.asarray, *(x.astype(np.float64) for x in arrays))
+    part = {2: 0.03, 4: 1e-4, 8: 1e-11}[np.dtype(dtype).itemsize]
+    for got, want in zip(results, expected, strict=True):
+        got, seen = cp.asnumpy(got).astype(np.float64), np.isfinite(want)
+        assert np.abs(got[seen] - want[seen]).max() < part * np.abs(want[seen]).max()
+        np.testing.assert_array_equal(got[~seen], want[~seen])
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_deterministic_sums_are_the_same_bits(cp: Any, dim: int) -> None:
     """Of many blocks on few numbers, in turn and in a graph, which is cleared before every replay."""

@@ -36,18 +36,18 @@ EXPORT double sum8(void* words, const double* x, int count) { return sum(words, 
 
 @cache
 def library() -> ctypes.CDLL:
-    found = build(UNIT)
-    found.sum4.restype, found.sum8.restype = ctypes.c_float, ctypes.c_double
-    return found
+    loaded = build(UNIT)
+    loaded.sum4.restype, loaded.sum8.restype = ctypes.c_float, ctypes.c_double
+    return loaded
 
 
 def summed(x: np.ndarray) -> tuple[Any, bytes]:
     """The sum, and the words that are left of it; nothing beside them is written."""
     size = x.dtype.itemsize
     words = np.zeros((3, getattr(library(), f"words{size}")()), np.int64)
-    found = getattr(library(), f"sum{size}")(ctypes.c_void_p(words.ctypes.data), ctypes.c_void_p(x.ctypes.data), len(x))
+    total = getattr(library(), f"sum{size}")(ctypes.c_void_p(words.ctypes.data), ctypes.c_void_p(x.ctypes.data), len(x))
     assert not words[[0, 2]].any()
-    return x.dtype.type(found), words[1].tobytes()
+    return x.dtype.type(total), words[1].tobytes()
 
 
 def exactly(x: np.ndarray) -> Any:
@@ -69,10 +69,10 @@ def test_a_sum_is_exact_in_every_order(real: Any, spread: int, count: int) -> No
         x = np.ldexp(rng.standard_normal(count), powers).astype(real)
         if trial % 2 and count > 1:  # most of it cancels
             x[count // 2 :] = -x[: count - count // 2][::-1]
-        found, words = summed(x)
-        assert found == exactly(x)
+        total, words = summed(x)
+        assert total == exactly(x)
         again, same = summed(x[rng.permutation(count)])
-        assert (again, words) == (found, same)
+        assert (again, words) == (total, same)
 
 
 @pytest.mark.parametrize("real", [np.float32, np.float64])

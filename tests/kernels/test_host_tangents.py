@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import oracle
@@ -11,8 +12,9 @@ import pytest
 from covering import sampled
 from host.build import why_not
 from host.cases import CAUSAL, HostCase, Tensors, dense, packed, run
+from written import Written, composed, table
 
-from cuflash import dtypes
+from cuflash import dtypes, mods
 from cuflash.features import needs
 from cuflash.masks import Mask
 
@@ -101,11 +103,22 @@ class TangentTensors(Tensors):
         return view
 
 
-def check(case: HostCase, changed: Sequence[str], seed: int = 0, wanted: bool = True) -> dict[str, np.ndarray]:
-    """Compare with the oracle; `wanted` are out and lse, too."""
+def check(
+    case: HostCase,
+    changed: Sequence[str],
+    seed: int = 0,
+    wanted: bool = True,
+    make: Callable[..., Written] | None = None,
+) -> dict[str, np.ndarray]:
+    """Compare with the oracle; `wanted` are out and lse, too, and `make` makes a written score or mask."""
     changed = tuple(name for name in changed if name in "qkv" or getattr(case.problem, name))
     case = replace(case, problem=replace(case.problem, tangents=changed))
     tensors = TangentTensors(case, changed)
+    mods_of: dict[str, Any] = {}
+    if make is not None:
+        written = make(case, np.random.default_rng(11))
+        tensors.options |= written.options
+        mods_of, captured = traced_mods(written)
     names = ["out", "lse"] if wanted else []
     names += ["tangent_out", "tangent_lse"]
     results = {name: tensors.place(name) for name in names}
@@ -115,7 +128,10 @@ def check(case: HostCase, changed: Sequence[str], seed: int = 0, wanted: bool = 
     naive = oracle.naive_jvp_in_dtype(*read, changes, **tensors.options)
     if case.problem.dropout:
         tensors.place_flat("rng_state", (2,), np.uint64)
-    run(case, tensors, "forward", seed)
+    if make is not None:
+        tensors.arrays |= {f"captured{i}": x for i, x in enumerate(captured)}
+        mods_of["captured_flat"] = tuple(i for i, x in enumerate(captured) if x.flags.c_contiguous)
+    run(case, tensors, "forward", seed, **mods_of)
     for name, result in results.items():
         expected = [getattr(answer, name) for answer in (exact, naive)]
         if name == "lse":
@@ -126,6 +142,16 @@ def check(case: HostCase, changed: Sequence[str], seed: int = 0, wanted: bool = 
     return computed
 
 
+def traced_mods(written: Written) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """What a problem says of the functions, and the arrays that they read."""
+    described, captured = {}, []
+    for name, function in (("score_mod", written.score), ("mask_mod", written.mask)):
+        if function is not None:
+            described[name], arrays = mods.trace(name, function)
+            captured += arrays
+    return described, captured
+
+
 EVERY = ("q", "k", "v", "bias", "sink")
 HELD = {name: (case, {case.family, case.problem.dtype, *needs(case.problem)}) for name, case in CASES.items()}
 
@@ -133,6 +159,21 @@ HELD = {name: (case, {case.family, case.problem.dtype, *needs(case.problem)}) fo
 @pytest.mark.parametrize("case", sampled(HELD, every=5))
 def test_kernel(case: HostCase) -> None:
     check(case, EVERY)
+
+
+@pytest.mark.parametrize(
+    ("case", "make"),
+    [
+        (dense("bf16", (4, 2), (70, 100), (64, 64), mask=CAUSAL), composed),
+        (dense("fp16", (2, 2), (70, 90), (128, 128), softcap=2.0), table),
+        (dense("fp32", (4, 2), (40, 90), (64, 64), family="simt"), composed),
+        (packed("fp64", (2, 1), (50, 0, 1, 40), (30, 20, 0, 90), (40, 24), family="simt", tail=5), table),
+    ],
+    ids=["sm80-composed", "sm80-table", "simt-composed", "simt-table"],
+)
+def test_written_scores_and_masks(case: HostCase, make: Callable[..., Written]) -> None:
+    """Through the slopes of scores and past what masks hide."""
+    check(case, ("q", "k", "v"), make=make)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -762,8 +762,8 @@ def _leave_tangents_to_sm80(problem: Problem) -> list[str]:
         reasons.append("no tangents but along all of q, k and v")
     if max(problem.dim_qk, problem.dim_v) > 128:
         reasons.append("no tangents of heads over 128")
-    if problem.mask.tensor or problem.bias or problem.dropout:
-        reasons.append("no registers for tangents beside a boolean mask, a bias or dropout")
+    if problem.mask.tensor or problem.bias or problem.dropout or problem.written:
+        reasons.append("no registers for tangents beside a boolean mask, a bias, dropout or a written score or mask")
     if not reasons and problem.len_q <= _ROWS:
         reasons.append("sm80 serves few queries better")
     return reasons
