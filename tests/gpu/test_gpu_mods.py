@@ -91,7 +91,7 @@ ROWS: list[Row] = [
     ("sm90", dense("bf16", (2, 1), (300, 400), (64, 64), deterministic=True), documents),
     ("sm90", dense("bf16", (4, 2), (300, 400), (64, 64), batch=2, mask=CAUSAL), table),
     ("sm90", packed("bf16", (4, 2), *LENS, (128, 128), tail=5), table),
-    ("sm90", dense("bf16", (2, 2), (100, 120), (64, 64), batch=140, mask=CAUSAL), composed),
+    (HOPPER, dense("bf16", (2, 2), (100, 120), (32, 32), batch=140, mask=CAUSAL), composed),
     ("sm90", dense("bf16", (2, 1), (300, 400), (256, 256)), documents),
     ("sm90", dense("bf16", (2, 1), (300, 400), (192, 128)), prefix),
     ("sm90", dense("bf16", (2, 1), (300, 400), (128, 128), dropout="byte", alibi_axes="h"), composed),
