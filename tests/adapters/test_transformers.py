@@ -107,6 +107,21 @@ def test_a_model_learns_what_it_learns_without(make: Callable[[], Any], beside: 
         assert apart(learned(model, register(), ids, torch.ones_like(real))[1:], expected[1:]) > 1e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("make", [llama, bert])
+def test_a_model_on_a_gpu_is_as_exact_as_without(make: Callable[[], Any], padding: str) -> None:
+    """Beside PyTorch's attention in the same 16 bits, by the errors of both: they round at other places."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    model, (ids, real) = make().eval().cuda(), [x.cuda() for x in batch(padding)]
+    exact = learned(model.double(), "sdpa", ids, real)
+    model.bfloat16()
+    computed, peer = ([x.double() for x in learned(model, name, ids, real)] for name in (register(), "sdpa"))
+    error, error_of_peer = apart(computed, exact), apart(peer, exact)
+    assert error <= 1.5 * error_of_peer < 0.1, f"{error:.1e}, beside {error_of_peer:.1e} of PyTorch"
+
+
 def t5(**others: Any) -> Any:
     """Biases of positions, an encoder, a decoder, and attention between them."""
     config = transformers.T5Config(
