@@ -137,7 +137,7 @@ def flash_attn_func(
     causal : bool
         Query ``i`` sees no key after its own, ``i + len_kv - len_q``; the right side of `window_size` becomes 0.
     window_size : (int, int)
-        How many keys before and after its own a query sees; -1 is unbounded.
+        How many keys before and after its own a query sees, in a tuple or a list; -1 is unbounded.
     softcap : float
         Scores become ``softcap * tanh(score / softcap)``; from 2^-126 to 2^126 (2^-1022 to 2^1022 for float64), or 0,
         which leaves them alone.
