@@ -60,7 +60,8 @@ def forward(
     group = q.shape[3]
     row_tiles = list(scores.row_tiles(group))
     every_key = scores.keys_of(slice(0, scores.len_q))
-    worth = scores.plain and scores.len_q * group >= tiles.FEW_ROWS
+    plain = scores.plain
+    worth = plain and scores.len_q * group >= tiles.FEW_ROWS
 
     def job(keys: Keys, batches: slice, heads: slice, row_tiles: list[slice]) -> Job:
         def run(scratch: Scratch) -> None:
@@ -70,7 +71,8 @@ def forward(
                 softmax = RowSoftmax(q_tile.shape[:-1], v.shape[-1], real, scratch, unshifted)
                 for tile, hidden in scores.kv_tiles(batches, heads, rows):
                     s = product("s", q_tile, k_columns[tile.keys], scratch)
-                    s = scores.finish(scores.written(scores.capped(s), tile, group), tile, hidden, group)
+                    if not plain or hidden is not None:
+                        s = scores.finish(scores.written(scores.capped(s), tile, group), tile, hidden, group)
                     softmax.update(s, v_rows[tile.keys], None if dropout is None else kept_of(dropout, tile))
                 return softmax
 

@@ -35,16 +35,22 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, np.dtype], np.ndarray] = {}
+        self._last: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """The array of that name, with whatever it held."""
+        last = self._last.get(name)
+        if last is not None and last.shape == shape and last.dtype == dtype:
+            return last
         size = prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.size < size:
             buffer = np.empty(size, dtype)
-            if buffer.nbytes <= KEPT_BYTES:
-                self._buffers[name, dtype] = buffer
-        return buffer[:size].reshape(shape)
+            if buffer.nbytes > KEPT_BYTES:
+                return buffer.reshape(shape)
+            self._buffers[name, dtype] = buffer
+        self._last[name] = array = buffer[:size].reshape(shape)
+        return array
 
 
 class SpareScratch(threading.local):

@@ -63,7 +63,7 @@ class RowSoftmax:
         With sums from 1 on, of no more keys than others', products with values underflow no sooner. What overflowed
         shows; a row of NaN spoils no other one's, so it does not count.
         """
-        if np.fmin.reduce(self.l, axis=None, initial=np.inf) < 1:
+        if np.fmin.reduce(self.l.reshape(-1), initial=np.inf) < 1:
             return False
         if np.isfinite(np.vdot(self.acc, self.acc)):  # by BLAS, in a third of the time
             return True
@@ -175,6 +175,8 @@ def row_sums(p: np.ndarray) -> np.ndarray:
     piece = gcd(p.shape[-1], 256)
     if piece < 32 or p.size < 2**14:
         return p.sum(axis=-1, keepdims=True)
+    if piece == p.shape[-1]:
+        return np.matmul(p, _ones(piece, p.dtype))[..., None]
     pieces = (p.reshape(-1, piece) @ _ones(piece, p.dtype)).reshape(*p.shape[:-1], -1)
     return pieces if pieces.shape[-1] == 1 else pieces.sum(axis=-1, keepdims=True)
 

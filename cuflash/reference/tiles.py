@@ -152,8 +152,9 @@ class KeyTiles:
         if self.whole is None:
             tile = load(self.x, (batches, keys, heads), self.real, self.scratch, self.name)
             return tile.mT if self.columns else tile
-        keys = slice(keys.start - every.start, keys.stop - every.start)
-        return self.whole[..., keys] if self.columns else self.whole[..., keys, :]
+        if every.start:
+            keys = slice(keys.start - every.start, keys.stop - every.start)
+        return self.whole[..., keys] if self.columns else self.whole[:, :, keys]
 
 
 def key_tiles(
