@@ -92,7 +92,7 @@ class Scores:
             pieces = (_Piece(keys, whole, *_crossed(rows, keys, first, end)) for keys, whole in listed)
         for keys, whole, keep, hidden in pieces:
             tile = Tile(batches, heads, rows, keys)
-            if self.keep is self.mask_mod is self.listed is None:
+            if self.keep is None and self.mask_mod is None and self.listed is None:
                 yield tile, hidden
                 continue
             for seen in self._seen(tile, whole):
