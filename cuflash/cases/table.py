@@ -491,7 +491,9 @@ def _written() -> Iterator[Case]:
 WRITTEN: dict[str, Case] = {case.id: case for case in _written()}
 """The same with functions of a caller's."""
 
-_EVERYWHERE = "fwd_sm80-bf16-d128-written", "bwd_sm80-bf16-d128-written"
+_EVERYWHERE = (
+    "fwd_sm80-bf16-d128-written", "bwd_sm80-bf16-d128-written", "bwd_sm80-bf16-d128-written_deterministic",
+)  # fmt: skip
 """Those of them that are compiled for every architecture."""
 
 MERGES: tuple[Step, ...] = (
