@@ -162,7 +162,7 @@ struct BwdParams {
   const void* lse;            // [batch, heads_q, len_q] or [heads_q, total_q]; -inf and +inf both mean an empty row
   const void* dlse;           // like lse, its upstream gradient; null: zero
   const void* row_state;      // like delta: what the forward left; null: lse must do
-  void* delta;                // like lse: rowsum(dout * out) - dlse
+  void* delta;                // like lse: rowsum(dout * out) - dlse; null where a short kernel alone reads it
   void* shift;                // like lse: the RowShift of each row (attention/softmax.cuh)
   void* dq;                   // [batch, len_q, heads_q, dim_qk]
   void* dk;                   // [batch, len_kv, heads_kv, dim_qk]

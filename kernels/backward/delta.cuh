@@ -81,6 +81,14 @@ CF_DEVICE void keep_delta(const BwdParams& p, const Sequence& sequence, int head
   first_query<Real>(p.delta, p.delta_stride, sequence, head)[row] = delta;
 }
 
+// The same where there are such kernels, or a caller who wants delta.
+template <class Real, class Sequence>
+CF_DEVICE void keep_wanted_delta(const BwdParams& p, const Sequence& sequence, int head, int row,
+                                 const RowShift<Real>& shift, Real delta) {
+  if (p.shift) first_query<RowShift<Real>>(p.shift, p.delta_stride, sequence, head)[row] = shift;
+  if (p.delta) first_query<Real>(p.delta, p.delta_stride, sequence, head)[row] = delta;
+}
+
 template <class Config>
 CF_DEVICE void backward_delta(const BwdParams& p) {
   using Real = Accumulator<typename Config::Element>;

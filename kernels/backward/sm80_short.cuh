@@ -78,7 +78,7 @@ struct BackwardSm80Short {
     for_each_delta<Config>(p, sequence, whole, [&](int row, const RowShift<float>& shift, float delta) {
       stage.shift[row] = shift;
       stage.delta[row] = delta;
-      if (row < sequence.len_q) keep_delta(p, sequence, head, row, shift, delta);
+      if (row < sequence.len_q) keep_wanted_delta(p, sequence, head, row, shift, delta);
     });
   }
 

@@ -149,7 +149,7 @@ struct BackwardSm90Short {
         }
         if (shift.is_empty()) sum = 0.f;  // dlse of an empty row may be anything
         smem.rows[at.stage][q / kTileQ].put(q % kTileQ, shift, sum, log2_unit);
-        if (q < sequence.len_q) keep_delta(p, sequence, head, q, shift, sum);
+        if (q < sequence.len_q) keep_wanted_delta(p, sequence, head, q, shift, sum);
       }
     }
   }

@@ -635,13 +635,9 @@ def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | No
 def _short_backward(problem: Problem, device: Device, config: ShortBackwardConfig) -> Plan:
     parts = even_parts(problem.heads_q, problem.batch, device.num_sms * config.blocks_per_sm)
     bias = add_parts(problem, parts) if config.sum_bias else sum_bias_gradient(problem, device)
-    launches = (
-        Step("bwd_sm80_short", "BwdParams", config, problem.heads_q * parts),
-        *bias.steps,
-        *steps.sink_step(problem),
-        *steps.captured_step(problem, device),
-    )
-    workspaces = steps.row_workspaces(problem) + bias.workspaces
+    others = (*bias.steps, *steps.sink_step(problem), *steps.captured_step(problem, device))
+    launches = (Step("bwd_sm80_short", "BwdParams", config, problem.heads_q * parts), *others)
+    workspaces = (steps.row_workspaces(problem) if others else ()) + bias.workspaces
     reason = "all queries and keys of a sequence are one tile"
     return Plan(problem, device, "sm80", launches, workspaces, reason, bias_parts=bias.parts)
 

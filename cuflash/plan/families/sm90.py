@@ -577,12 +577,9 @@ def _short_backward(problem: Problem, device: Device) -> Plan | None:
     )
     parts = even_parts(problem.heads_q, problem.batch, device.num_sms)
     bias = add_parts(problem, parts) if config.sum_bias else sum_bias_gradient(problem, device)
-    launches = (
-        Step("bwd_sm90_short", "BwdParams", config, problem.heads_q * parts, boxes),
-        *bias.steps,
-        *steps.sink_step(problem),
-    )
-    workspaces = steps.row_workspaces(problem) + bias.workspaces
+    others = (*bias.steps, *steps.sink_step(problem))
+    launches = (Step("bwd_sm90_short", "BwdParams", config, problem.heads_q * parts, boxes), *others)
+    workspaces = (steps.row_workspaces(problem) if others else ()) + bias.workspaces
     reason = "all queries and keys of a sequence are one tile"
     return Plan(problem, device, "sm90", launches, workspaces, reason, bias_parts=bias.parts)
 
