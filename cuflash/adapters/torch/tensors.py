@@ -193,12 +193,12 @@ class Torch(Launcher, Adapter):
         # What autograd records of q, k and v alone is answered here, as most of its time is Python's.
         if (
             generator is None
+            and not torch.compiler.is_dynamo_compiling()
             and type(q) is torch.Tensor
             and q.is_cuda
             and torch.is_grad_enabled()
             and not torch._C._are_functorch_transforms_active()
             and not torch._C._is_any_autocast_enabled()
-            and not torch.compiler.is_dynamo_compiling()
             and self._needs_grad(options, arrays)
             and self._recorded.is_of_three(options, arrays)
         ):
