@@ -1,6 +1,6 @@
 // The arguments of every kernel: plain data, mirrored in Python by jit/params.py, which reads this file.
-// One declaration a line, types from {int, int64, double, pointers, structs above}; the comment gives the shape. A
-// struct that derives from one above has its members first.
+// One declaration a line, types from {int, int64, float, double, pointers, structs above}; the comment gives the shape.
+// A struct that derives from one above has its members first.
 #pragma once
 
 #include "captured.cuh"
@@ -102,8 +102,8 @@ struct FwdParams {
   int64 seed;
   int64 offset;
   int64 increment;            // Philox counters this call uses up
-  double empty_lse;           // lse of rows that see no key: -inf, or +inf as PyTorch has it
-  double tail_lse;            // the same of packed rows that take part in nothing
+  float empty_lse;            // lse of rows that see no key: -inf, or +inf as PyTorch has it; every row would convert a double
+  float tail_lse;             // the same of packed rows that take part in nothing
   Strides q_stride;
   Strides k_stride;
   Strides v_stride;

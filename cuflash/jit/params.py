@@ -14,7 +14,7 @@ from cuflash.plan.config import Config, Written
 
 _TYPES: dict[str, np.dtype] = {
     "int": np.dtype(np.int32), "int64": np.dtype(np.int64), "uint64": np.dtype(np.uint64),
-    "double": np.dtype(np.float64),
+    "float": np.dtype(np.float32), "double": np.dtype(np.float64),
 }  # fmt: skip
 _POINTER = np.dtype(np.uint64)
 _STRUCT = re.compile(r"struct (?:alignas\((?P<alignment>\d+)\) )?(?P<name>\w+)(?: : (?P<base>\w+))? \{")

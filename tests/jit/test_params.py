@@ -37,7 +37,8 @@ def members(struct: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("struct", STRUCTS)
 def test_members_are_in_order_with_their_types(struct):
-    kinds = {"int": np.dtype("i4"), "int64": np.dtype("i8"), "uint64": np.dtype("u8"), "double": np.dtype("f8")}
+    kinds = {"int": np.dtype("i4"), "int64": np.dtype("i8"), "uint64": np.dtype("u8")}
+    kinds |= {"float": np.dtype("f4"), "double": np.dtype("f8")}
     dtype = params.dtype(struct)
     assert dtype.names == tuple(name.partition("[")[0] for name in members(struct))
     for declared, kind in members(struct).items():
@@ -195,10 +196,10 @@ MISUNDERSTOOD = {
     "a block comment": ("/* why */", "params.cuh(2): expected one declaration a line, got '/* why */'."),
     "a directive": ("#ifdef CF_DEBUG", "params.cuh(2): expected one declaration a line, got '#ifdef CF_DEBUG'."),
     "a struct inside": ("struct B {", "params.cuh(2): expected one declaration a line, got 'struct B {'."),
-    "an unknown type": ("float a;", "params.cuh(2): type 'float' is none of int, int64, uint64, double."),
-    "a later struct": ("Later a;", "params.cuh(2): type 'Later' is none of int, int64, uint64, double."),
+    "an unknown type": ("short a;", "params.cuh(2): type 'short' is none of int, int64, uint64, float, double."),
+    "a later struct": ("Later a;", "params.cuh(2): type 'Later' is none of int, int64, uint64, float, double."),
     "an empty struct": ("", "params.cuh(3): expected one declaration a line, got '};'."),
-    "itself": ("A a;", "params.cuh(2): type 'A' is none of int, int64, uint64, double."),
+    "itself": ("A a;", "params.cuh(2): type 'A' is none of int, int64, uint64, float, double."),
 }
 
 
