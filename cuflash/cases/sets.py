@@ -168,7 +168,7 @@ def decode() -> list[Case]:
         *(_decode(f"decode-b1-s{length}", 1, length, heads_kv=4) for length in (512, 1024)),
         *(
             _decode(f"decode-q{len_q}-b{batch}-s{length // 1024}k", batch, length, len_q, mask=_CAUSAL)
-            for len_q, batch, length in ((4, 16, 8192), (16, 16, 8192), (128, 4, 16_384), (512, 1, 32_768))
+            for len_q, batch, length in _CHUNKS
         ),
         *(_latent(*sizes) for sizes in _LATENT),
         _appending("decode-attend-b64-s4k", 64, 4096),
@@ -181,6 +181,9 @@ def decode() -> list[Case]:
 
 _CACHES = (1, 4), (1, 64), (8, 8), (64, 4), (64, 16)
 """Sequences, and thousands of keys of each."""
+
+_CHUNKS = (4, 16, 8192), (16, 16, 8192), (128, 4, 16_384), (512, 1, 32_768), (64, 1, 32_768), (128, 1, 32_768)
+"""Queries, sequences and keys of each."""
 
 _LATENT = (8, 16, 16_384), (32, 16, 4096), (128, 16, 4096), (8, 128, 16_384), (32, 128, 4096), (128, 128, 4096)
 """Sequences, heads and keys where all heads share one latent head."""

@@ -106,7 +106,7 @@ class Case:
 # Neither length is a multiple of a tile; both need several tiles of every kernel in the catalogue.
 _LEN_Q, _LEN_KV = 203, 331
 _LONG_Q = 2100
-_LONG, _LATENT = ("long", "long_causal"), ("latent", "latent_split")
+_LONG, _LATENT = ("long", "long_causal", "long_keys", "long_keys_group"), ("latent", "latent_split")
 # An ordinary pair, an empty query, an empty key, one row, and one pair that spans several tiles.
 _LENS_Q = (97, 0, 37, 1, 203)
 _LENS_KV = (131, 40, 0, 331, 257)
@@ -164,6 +164,8 @@ VARIATIONS: dict[str, str] = {
     "short100": "the same of some hundred rows",
     "long": "enough queries for the tiles of long sequences",
     "long_causal": "the same, causal",
+    "long_keys": "100 queries over 5000 keys, which are split as the plan likes, causal",
+    "long_keys_group": "the same of 20 queries, four heads to a key/value head",
 }
 """What the last part of an id stands for."""
 
@@ -210,6 +212,8 @@ _CHANGES |= {
 }
 _OF_LATENT = {"len_q": 1, "len_kv": 700, "heads_q": 128, "heads_kv": 1, "shared_kv": True}
 _CHANGES |= {
+    "long_keys": {"len_q": 100, "len_kv": 5000, "num_splits": 0, "mask": _CAUSAL},
+    "long_keys_group": {"len_q": 20, "len_kv": 5000, "heads_q": 8, "num_splits": 0, "mask": _CAUSAL},
     "latent": _OF_LATENT | {"num_splits": 0, "batch": 40},
     "latent_split": _OF_LATENT | {"len_q": 2, "num_splits": 5, "mask": _CAUSAL},
 }
@@ -218,7 +222,7 @@ _CHANGES["varlen_everything"] = _CHANGES["everything"]
 _CHANGES["paged_everything"] = _CHANGES["everything"] | {"page_size": 48}
 _CHANGES |= {f"paged{size}": _CHANGES["gqa"] | {"page_size": size} for size in (1, 16, 48, 256)}
 _BACKWARD_ONLY = ("deterministic", "dbias", "dbias_row")
-_FORWARD_ONLY = tuple(feature for feature in VARIATIONS if feature.startswith(("decode", "latent", "paged")))
+_FORWARD_ONLY = tuple(feature for feature in VARIATIONS if feature.startswith(("decode", "latent", "long_keys", "paged")))
 _DROPOUT_P = 0.3
 
 
@@ -297,10 +301,10 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             ),
         ),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "long", "long_causal")),
-        ("bf16", "128", ("bias", "dropout", "everything")),
+        ("bf16", "128", ("bias", "dropout", "everything", "long_keys", "long_keys_group")),
         ("bf16", "96", ("long", "long_causal")),
         ("bf16", "128", ("deterministic", "dbias")),
-        ("bf16", "256", ("varlen_causal", "everything", "deterministic")),
+        ("bf16", "256", ("varlen_causal", "everything", "deterministic", "long_keys_group")),
         ("bf16", "64", ("paged16", "paged48", "paged256", "paged_everything")),
         ("bf16", "128", ("paged16", "paged256")),
         ("bf16", "256", ("paged48",)),

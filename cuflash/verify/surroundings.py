@@ -141,10 +141,11 @@ class Numbers:
 
     def take(self, shape: Sequence[int], real: np.dtype) -> Array:
         """The next ones, in this shape; from the start again where too few are left."""
-        if real not in self._drawn:
-            self._drawn[real] = self._xp.asarray(np.random.default_rng(0).standard_normal(self._count, real.type))
         count = int(np.prod(shape))
-        first = self._next if self._next + count <= self._count else 0
+        if real not in self._drawn or self._drawn[real].size < count:  # a page may be larger than any other array
+            drawn = np.random.default_rng(0).standard_normal(max(self._count, count), real.type)
+            self._drawn[real] = self._xp.asarray(drawn)
+        first = self._next if self._next + count <= self._drawn[real].size else 0
         self._next = first + count
         return self._drawn[real][first : self._next].reshape(shape)
 

@@ -253,7 +253,11 @@ struct ForwardSm90 {
         return loaded;
       } else {
         const int none = loaded.begin;
-        const Tiles tiles = mask.kv_tiles(q_first, kRows, kTileKv);
+        Tiles tiles = mask.kv_tiles(q_first, kRows, kTileKv);
+        if constexpr (!Results::kWhole) {
+          tiles.begin = max_of(tiles.begin, loaded.begin);
+          tiles.end = min_of(tiles.end, loaded.end);
+        }
         return q_first < rows && tiles.begin < tiles.end ? tiles : Tiles{none, none, none, none};
       }
     }

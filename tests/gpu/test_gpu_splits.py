@@ -148,6 +148,26 @@ def test_a_group_of_heads_in_one_tile_of_hoppers(cp: Any, len_q: int, group: int
         oracle.assert_all_close(oracle.Attention(*(x.get() for x in results)), exact, naive)
 
 
+@pytest.mark.parametrize(
+    ("len_q", "group", "dim"), [(17, 4, 128), (64, 4, 64), (33, 8, 256), (100, 1, 128), (200, 1, 64)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_some_queries_over_long_keys(cp: Any, len_q: int, group: int, dim: int, causal: bool) -> None:
+    """Chunks of a prompt and tokens to be verified: several consumers have the rows, several blocks the keys."""
+    arrays = inputs(len_q, 5000, group, 1, dim, BF16)
+    on_gpu = [*map(cp.asarray, arrays)]
+    if cp.cuda.Device().compute_capability == "90":
+        plan = cuflash.explain(*on_gpu, causal=causal).plan
+        assert plan.family == "sm90" and plan.num_splits > 1
+    for words in ({}, {"window_size": (2000, 0 if causal else 7), "softcap": 3.0}):
+        results = cuflash.flash_attn_func(*on_gpu, causal=causal, **words, return_lse=True)
+        expected = {"window" if name == "window_size" else name: value for name, value in words.items()}
+        exact, naive = (f(*arrays, causal=causal, **expected) for f in (oracle.attention, oracle.naive_in_dtype))
+        oracle.assert_all_close(oracle.Attention(*(x.get() for x in results)), exact, naive)
+        again = cuflash.flash_attn_func(*on_gpu, causal=causal, **words, return_lse=True)
+        assert [x.tobytes() for x in results] == [x.tobytes() for x in again]
+
+
 def test_one_query_over_more_keys_than_a_cache_of_the_gpu_holds(cp: Any) -> None:
     arrays = inputs(1, 50_000, 4, batch=1, dim=128)
     results = cuflash.flash_attn_func(*map(cp.asarray, arrays), return_lse=True)

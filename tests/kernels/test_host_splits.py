@@ -18,6 +18,7 @@ from cuflash.dtypes import DTYPES, FP32
 from cuflash.features import needs
 from cuflash.masks import Mask
 from cuflash.plan import Plan, choose
+from cuflash.plan.families import sm90
 from cuflash.problem import Problem
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -237,6 +238,66 @@ def test_forward_in_parts(of_a_kind: tuple[HostCase, tuple[str, str]]) -> None:
     case, kind = of_a_kind
     assert variant(plan_of(case)) == kind
     check_forward(case)
+
+
+MANY_ROWS: dict[str, HostCase] = {
+    "causal": dense("bf16", (2, 2), (130, 500), (128, 128), mask=CAUSAL, **HOPPER),
+    "full": dense("fp16", (2, 2), (70, 450), (128, 128), sink=True, **HOPPER),
+    "window": dense("bf16", (1, 1), (200, 700), (96, 80), batch=2, mask=Mask(left=150, right=3), softcap=3.0, **HOPPER),
+    "top-left": dense("fp16", (1, 1), (100, 300), (128, 128), mask=TOP_LEFT, **HOPPER),
+    "d64": dense("bf16", (1, 1), (300, 700), (64, 64), mask=CAUSAL, **HOPPER),
+    "d256": dense("fp16", (1, 1), (100, 300), (256, 256), mask=CAUSAL, **HOPPER),
+    "bias": dense("bf16", (2, 2), (100, 330), (128, 128), bias_axes="bhqk", bias_boxes=True, **HOPPER),
+    "dropout": dense("bf16", (2, 2), (100, 330), (128, 128), dropout="byte", alibi_axes="h", **HOPPER),
+    "packed": packed(
+        "bf16", (2, 1), (100, 0, 3, 65), (500, 40, 0, 300), (128, 128), tail=3, mask=CAUSAL,
+        seqused_kv=(450, 0, 0, 300), **HOPPER,
+    ),
+    "paged": paged("fp16", 16, (2, 1), (100, 66), (500, 340), (64, 64), tail=2, mask=CAUSAL, **HOPPER),
+    "paged-full": paged("bf16", 64, (2, 1), (80, 66), (500, 34), (128, 128), **HOPPER),
+    "group": dense("bf16", (8, 2), (20, 500), (128, 128), batch=2, mask=CAUSAL, sink=True, **HOPPER),
+    "group-full": dense("fp16", (4, 1), (40, 450), (64, 64), softcap=2.0, **HOPPER),
+    "group-window": dense("bf16", (8, 1), (33, 600), (96, 80), mask=Mask(left=150, right=3), alibi_axes="bh", **HOPPER),
+    "group-d256": dense("fp16", (2, 1), (40, 300), (256, 256), mask=CAUSAL, **HOPPER),
+    "group-packed": packed(
+        "fp16", (4, 1), (30, 0, 3, 17), (500, 40, 0, 300), (64, 64), tail=3, mask=CAUSAL, **HOPPER,
+    ),
+    "group-paged": paged("bf16", 16, (4, 1), (20, 33), (500, 340), (128, 128), tail=2, mask=CAUSAL, **HOPPER),
+}  # fmt: skip
+
+
+def many_rows(name: str) -> tuple[str, str]:
+    return BOTH if name.startswith("group") else SPLIT
+
+
+@pytest.mark.parametrize(
+    "of_a_kind",
+    sampled({name: ((of, many_rows(name)), holds(of, many_rows(name))) for name, of in MANY_ROWS.items()}, every=3),
+)
+def test_many_rows_in_parts(of_a_kind: tuple[HostCase, tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of several consumers, each of which walks what its rows see of a part of the keys; here parts are short."""
+    case, kind = of_a_kind
+    monkeypatch.setattr(sm90, "_LEAST_PART", 64)
+    monkeypatch.setattr(sm90, "_LONG_KEYS", 1)
+    plan = plan_of(case)
+    assert variant(plan) == kind and 1 < plan.num_splits <= 16
+    check_forward(case)
+
+
+def test_long_keys_are_split_where_multiprocessors_would_be_idle() -> None:
+    def splits(len_q: int, len_kv: int, batch: int = 1, num_splits: int = 0) -> tuple[str, int, int]:
+        case = dense("bf16", (32, 8), (len_q, len_kv), (128, 128), batch=batch, mask=CAUSAL, num_splits=num_splits)
+        plan = choose(case.problem, H100)
+        return plan.family, plan.num_splits, sum(step.num_blocks for step in plan.steps if step.kernel == "fwd_sm90")
+
+    assert splits(128, 32768) == ("sm90", 4, 128)
+    assert splits(256, 32768) == ("sm90", 2, 128)
+    assert splits(128, 2048) == ("sm90", 2, 64)
+    assert splits(128, 1024) == ("sm90", 1, 32)
+    assert splits(128, 32768, batch=4) == ("sm90", 1, 128)
+    assert splits(128, 32768, num_splits=1) == ("sm90", 1, 32)
+    assert splits(64, 32768) == ("sm90", 8, 128)
+    assert splits(17, 32768) == ("sm90", 16, 128)
 
 
 @settings(max_examples=60)

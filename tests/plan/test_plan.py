@@ -430,7 +430,7 @@ DECODE = replace(BASE, batch=1, heads_q=32, heads_kv=8, len_q=1, len_kv=8192, di
 
 
 def main_step(plan: Plan) -> Step:
-    return next(step for step in plan.steps if step.kernel.startswith(("fwd_sm80", "fwd_simt")))
+    return next(step for step in plan.steps if step.kernel.startswith(("fwd_sm80", "fwd_sm90", "fwd_simt")))
 
 
 def kind(problem: Problem, family: str = "simt", device: str = "h100") -> tuple[str, int]:
@@ -590,7 +590,7 @@ def test_few_rows_have_a_kernel_of_their_own(changes: dict, few: bool) -> None:
         ({"len_q": 16, "batch": 16, "num_splits": 1}, None),
         ({"len_q": 16, "batch": 16, "heads_q": 24}, None),  # three heads do not share 64 rows
         ({"len_q": 16, "batch": 16, "dropout": "byte"}, None),
-        ({"len_q": 17, "batch": 16}, None),
+        ({"len_q": 17, "batch": 16, "len_kv": 100}, None),
     ],
 )
 def test_a_group_of_heads_in_one_tile_of_hoppers(changes: dict, splits: int | None) -> None:
@@ -604,6 +604,39 @@ def test_a_group_of_heads_in_one_tile_of_hoppers(changes: dict, splits: int | No
         assert (plan.num_splits, step.cluster) == ((splits // 2, 2) if halves else (splits, 1))
         assert step.config.split.startswith("Halves") is halves and step.num_blocks <= 132
         assert [s.kernel for s in plan.steps] == ["fwd_sm90", "fwd_combine"][: 1 + (plan.num_splits > 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads", "splits", "blocks"),
+    [
+        ({"len_q": 17}, "HeadGroup", 16, 128),  # 68 rows of a group
+        ({"len_q": 64}, "HeadGroup", 8, 128),
+        ({"len_q": 64, "dim_qk": 256, "dim_v": 256}, "HeadGroup", 8, 128),
+        ({"len_q": 17, "batch": 16}, "HeadGroup", 1, 128),
+        ({"len_q": 64, "num_splits": 1}, "OneHead", 1, 32),
+        ({"len_q": 65}, "OneHead", 4, 128),  # three tiles of a group instead of four
+        ({"len_q": 140}, "HeadGroup", 13, 132),  # five instead of eight
+        ({"len_q": 100}, "OneHead", 4, 128),
+        ({"len_q": 100, "heads_q": 24}, "OneHead", 11, 132),  # three heads do not share 64 rows
+        ({"len_q": 65, "mask": MASKS["tensor"]}, "OneHead", 4, 128),
+        ({"len_q": 128}, "OneHead", 4, 128),
+        ({"len_q": 512}, "OneHead", 1, 128),
+        ({"len_q": 128, "len_kv": 2048}, "OneHead", 2, 64),
+        ({"len_q": 128, "len_kv": 2047}, "OneHead", 2, 64),
+        ({"len_q": 128, "len_kv": 1023}, "OneHead", 1, 32),  # fewer than eight keys a query
+        ({"len_q": 128, "num_splits": 1}, "OneHead", 1, 32),
+        ({"len_q": 200, "layout": "varlen", "total_q": 200, "total_kv": 32768}, "OneHead", 2, 128),
+    ],
+)
+def test_idle_multiprocessors_get_a_part_of_long_keys(changes: dict, heads: str, splits: int, blocks: int) -> None:
+    plan = choose(replace(DECODE, **{"len_kv": 32768} | changes), named("h100"))
+    step = main_step(plan)
+    assert plan.family == "sm90"
+    assert (step.config.heads, plan.num_splits, step.num_blocks) == (heads, splits, blocks)
+    assert step.config.split == ("KeySplits" if splits > 1 else "NoSplit")
+    assert ("out" in [box.tensor for box in step.boxes]) is (splits == 1)
+    assert [s.kernel for s in plan.steps] == ["fwd_sm90", "fwd_combine"][: 1 + (splits > 1)]
+    assert {box.heads for box in step.boxes if box.tensor in ("q", "out")} == {4 if heads == "HeadGroup" else 1}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16, 500])
@@ -708,7 +741,7 @@ LONG = replace(BASE, len_q=4096, len_kv=4096)
 
 
 def hopper(**changes) -> ForwardConfig:
-    config = choose(replace(LONG, **changes), H100, "sm90").steps[-1].config
+    config = main_step(choose(replace(LONG, **changes), H100, "sm90")).config
     assert isinstance(config, ForwardConfig)
     return config
 

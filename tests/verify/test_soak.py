@@ -261,6 +261,18 @@ def test_an_arena_that_is_too_small_says_so():
         Arena(np, 1024).cut("q", (1024, 8), np.dtype(np.float32), 16)
 
 
+def test_numbers_go_round_and_suffice_for_one_large_page():
+    few = Numbers(np, 100)
+    few.start(np.random.default_rng(0))
+    real = np.dtype(np.float32)
+    few.take((60,), real)
+    first = few.take((60,), real)
+    np.testing.assert_array_equal(first, np.random.default_rng(0).standard_normal(60, np.float32))
+    page = few.take((3, 128), real)
+    np.testing.assert_array_equal(page[0, :60], first)
+    assert page.shape == (3, 128) and np.unique(page).size > 380
+
+
 def test_rows_that_take_no_part_are_nan(arena: Arena, numbers: Numbers):
     seen = 0
     for number in range(60):

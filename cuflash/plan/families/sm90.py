@@ -30,7 +30,7 @@ from cuflash.plan.families.sm80 import (
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
 from cuflash.plan.splits import best_splits, heads_in_step, key_tiles
-from cuflash.plan.tiles import fits_blocks, key_blocks, packed_tiles, query_blocks, round_up
+from cuflash.plan.tiles import fits_blocks, key_blocks, packed_tiles, query_blocks, round_up, tiles
 from cuflash.problem import Problem
 
 _ROWS = 64
@@ -101,8 +101,11 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     crowded = _is_crowded(problem)
     teams = 1
     scored = crowded or problem.softcap or problem.alibi or problem.bias is not None or problem.written
+    grouped = _groups_rows(problem)
     if dim > 128:
         consumers, tile_kv, reason = 2, 64, "two consumers: out takes up to 128 registers, S 32"
+    elif grouped:
+        consumers, tile_kv, reason = 2, 128, f"two consumers have the rows of {problem.group} heads"
     elif dim <= 64 and _is_light(problem):
         consumers, teams, tile_kv = 2, 2, 64
         reason = "two teams of two consumers: 128 queries each, as many as blocks have"
@@ -113,6 +116,8 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
         consumers, tile_kv, reason = 3, 64, "three consumers read k and v once for 192 rows"
         if _fills_better(problem, device):
             consumers, tile_kv, reason = 2, 128, "two consumers: tiles of 192 rows would stay emptier"
+    elif problem.len_q <= 2 * _ROWS and problem.len_kv >= _LONG_KEYS * problem.len_q:
+        consumers, tile_kv, reason = 2, 128, "two consumers: tiles of 256 rows would stay emptier"
     else:
         consumers, tile_kv = 4, 64
         reason = "four consumers read k and v once for 256 rows; S, P and out fit in 112 registers"
@@ -136,6 +141,7 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
         smem_bytes=smem,
         sink=policies.sink(problem),
         bias_copies=bias_copies,
+        heads="HeadGroup" if grouped else "OneHead",
         stages=stages,
         ping_pong=ping_pong,
         row_buffers=row_buffers,
@@ -213,12 +219,24 @@ def heads_per_section(problem: Problem) -> int:
 
 def _packs_heads(problem: Problem) -> bool:
     """Whether the queries of a group of heads fill one tile of a lone consumer, whose keys nobody else reads."""
+    return problem.len_q * problem.group <= _ROWS and _has_whole_groups(problem)
+
+
+def _has_whole_groups(problem: Problem) -> bool:
+    """Whether tiles and boxes can hold the queries of all heads of a group, for what makes a score beside products."""
     group, mask = problem.group, problem.mask
     plain = problem.dropout is None and not mask.tensor and problem.bias is None and not problem.written
     free = problem.num_splits == 0 and problem.tangents is None
-    whole = group > 1 and group & (group - 1) == 0  # so that tiles and boxes hold whole groups
+    whole = 1 < group <= _ROWS and group & (group - 1) == 0
     counted = problem.batch * problem.heads_kv * problem.len_kv < 2**36  # tiles of keys, in 32 bits
-    return free and plain and whole and counted and problem.len_q * group <= _ROWS
+    return free and plain and whole and counted
+
+
+def _groups_rows(problem: Problem) -> bool:
+    """Whether several consumers share the queries of a group of heads: each head's would leave tiles emptier."""
+    rows = problem.len_q * problem.group
+    fuller = 4 * tiles(rows, 2 * _ROWS) < 3 * problem.group * tiles(problem.len_q, 2 * _ROWS)
+    return fuller and rows > _ROWS and problem.len_kv >= _LONG_KEYS * problem.len_q and _has_whole_groups(problem)
 
 
 def _packed_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
@@ -382,8 +400,10 @@ def _forward(problem: Problem, device: Device) -> Plan:
     if _packs_heads(problem):
         return _packed_forward(problem, device)
     config, reason = _forward_config(problem, device)
-    varlen = problem.layout == "varlen"
-    works = problem.heads_q * packed_tiles(problem, config.tile_q) if varlen else query_blocks(problem, config.tile_q)
+    group = problem.group if config.heads == "HeadGroup" else 1
+    works = (problem.heads_q // group) * _query_tiles(problem, config.tile_q, group)
+    num_splits, division = _idle_splits(problem, config, works, device)
+    works *= num_splits
     teams = (config.threads // 128 - 1) * _ROWS // config.tile_q
     # Blocks go from one tile to another, and load the next while they store the last.
     blocks = min(-(-works // teams), device.num_sms)
@@ -391,13 +411,42 @@ def _forward(problem: Problem, device: Device) -> Plan:
     differ = problem.layout != "dense" or problem.mask.kind != "none" or problem.block_mask is not None
     tickets = Workspace("tickets", np.dtype(np.int32), (2,), kept=True)
     workspaces = steps.rotated(problem) + ((tickets,) if differ and teams * blocks < works else ())
-    boxes: tuple[Box, ...] = (Box("q", _ROWS), *_key_boxes(problem, config), Box("out", _ROWS))
+    boxes: tuple[Box, ...] = (Box("q", _ROWS, group), *_key_boxes(problem, config))
     if problem.copies_bias:
         boxes += (Box("bias", 1 if problem.bias_broadcast[2] else config.tile_q),)
-    before = steps.rng_step(problem) + steps.append_step(problem)
-    launches = (*before, Step("fwd_sm90", "FwdParams", config, blocks, boxes, "kv"))
     ceiling = _forward_ceiling(problem, config)
-    return Plan(problem, device, "sm90", launches, workspaces, reason, ceiling=ceiling)
+    combine: tuple[Step, ...] = ()
+    if num_splits == 1:
+        boxes += (Box("out", _ROWS, group),)
+    else:
+        config = replace(config, split="KeySplits", sink="NoSink")  # a sink counts once, in the combine kernel
+        combine = (steps.combine_step(problem),)
+        workspaces += steps.part_workspaces(problem, num_splits)
+    before = steps.rng_step(problem) + steps.append_step(problem)
+    launches = (*before, Step("fwd_sm90", "FwdParams", config, blocks, boxes, "kv"), *combine)
+    return Plan(
+        problem, device, "sm90", launches, workspaces, reason, ceiling, num_splits=num_splits, division=division
+    )
+
+
+def _query_tiles(problem: Problem, tile_q: int, group: int) -> int:
+    """Tiles of all sequences, with the rows of so many heads in each."""
+    if problem.layout == "varlen":  # as many as there may be, whatever the lengths are
+        return problem.total_q * group // tile_q + problem.batch
+    return problem.batch * tiles(problem.len_q * group, tile_q)
+
+
+_LONG_KEYS, _LEAST_PART = 8, 1024
+"""Keys to a query from which on they may be split, and how many of them are worth a block of their own."""
+
+
+def _idle_splits(problem: Problem, config: ForwardConfig, works: int, device: Device) -> tuple[int, str]:
+    """Blocks that share a query tile's keys where few queries over long keys would leave the others idle, and why."""
+    long = problem.len_kv >= _LONG_KEYS * problem.len_q and problem.block_mask is None
+    if problem.num_splits or not long or not 0 < works < 0.8 * device.num_sms:
+        return 1, ""
+    most = key_tiles(problem, config) * config.tile_kv // _LEAST_PART
+    return best_splits(works, most, device.num_sms, 0.95), f"{works} tiles for {device.num_sms} multiprocessors"
 
 
 def _forward_ceiling(problem: Problem, config: ForwardConfig) -> Ceiling:
@@ -730,7 +779,7 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
         return ["dim_v > 64 beside dim_qk <= 64"] if problem.dim_qk <= 64 < problem.dim_v <= 128 else []
     if short_forward(problem, device) is not None:
         return ["sm80 serves short sequences better"]
-    if problem.len_q > _ROWS:
+    if problem.len_q > _ROWS or (_groups_rows(problem) and problem.len_kv >= _LEAST_PART):
         return []
     read = problem.batch * problem.heads_kv * problem.len_kv * (problem.dim_qk + problem.dim_v) * problem.dtype.itemsize
     many = problem.len_q * problem.group > 32  # rows for sm80's kernel of few
