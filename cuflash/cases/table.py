@@ -222,7 +222,9 @@ _CHANGES["varlen_everything"] = _CHANGES["everything"]
 _CHANGES["paged_everything"] = _CHANGES["everything"] | {"page_size": 48}
 _CHANGES |= {f"paged{size}": _CHANGES["gqa"] | {"page_size": size} for size in (1, 16, 48, 256)}
 _BACKWARD_ONLY = ("deterministic", "dbias", "dbias_row")
-_FORWARD_ONLY = tuple(feature for feature in VARIATIONS if feature.startswith(("decode", "latent", "long_keys", "paged")))
+_FORWARD_ONLY = tuple(
+    feature for feature in VARIATIONS if feature.startswith(("decode", "latent", "long_keys", "paged"))
+)
 _DROPOUT_P = 0.3
 
 

@@ -74,10 +74,12 @@ struct ForwardSimt {
     const Element* g_q = first_query<const Element>(p.q, p.q_stride, sequence, heads.first);
     const Element* g_k = first_key<const Element>(p.k, p.k_stride, sequence, heads.kv);
     const Element* g_v = first_key<const Element>(p.v, p.v_stride, sequence, heads.kv);
-    const auto k = kv_rows(p, sequence, g_k, p.k_stride, 0), v = kv_rows(p, sequence, g_v, p.v_stride, 0);
     const auto q = rows_of(heads, g_q, p.q_stride, q_first, q_rows);
 
     const auto mask = own.template bind<typename Config::Mask>(a);
+    const int visible = first_visible_key<typename Config::Mask>(mask, q_first, kTileQ);
+    const auto k = kv_rows(p, sequence, g_k, p.k_stride, 0, visible);
+    const auto v = kv_rows(p, sequence, g_v, p.v_stride, 0, visible);
     const auto score = own.template bind<typename Config::Score>(a);
     const auto dropout = own.template bind<typename Config::Dropout>(a);
     const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);

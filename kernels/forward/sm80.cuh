@@ -90,18 +90,19 @@ struct ForwardSm80 {
     const auto q = rows_of(heads, g_q, p.q_stride, q_first, q_rows);
     const Element* g_k = first_key<const Element>(p.k, p.k_stride, sequence, heads.kv);
     const Element* g_v = first_key<const Element>(p.v, p.v_stride, sequence, heads.kv);
+    const auto mask = own.template bind<typename Config::Mask>(a);
+    const int visible = first_visible_key<typename Config::Mask>(mask, q_first, kTileQ);
     const auto load_k = [&](int tile) {
-      const auto k = kv_rows(p, sequence, g_k, p.k_stride, tile * kTileKv);
+      const auto k = kv_rows(p, sequence, g_k, p.k_stride, tile * kTileKv, visible);
       Products::template load<Config::kDimQk, kBytes, kThreads>(smem.k, k);
       ptx::cp_async_commit();
     };
     const auto load_v = [&](int tile) {
-      const auto v = kv_rows(p, sequence, g_v, p.v_stride, tile * kTileKv);
+      const auto v = kv_rows(p, sequence, g_v, p.v_stride, tile * kTileKv, visible);
       Products::template load<Config::kDimV, kBytes, kThreads>(smem.v, v);
       ptx::cp_async_commit();
     };
 
-    const auto mask = own.template bind<typename Config::Mask>(a);
     const auto score = own.template bind<typename Config::Score>(a);
     const auto dropout = own.template bind<Dropout>(a);
     const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);

@@ -39,8 +39,9 @@ CF_DEVICE PagedKey look_up(const Pages& pages, const int* table, int key) {
   return {page, key - index * pages.size};
 }
 
-// Keys or values in pages. Rows behind the last key have its place, so that nothing behind the
-// number of a sequence's last page is looked up; they are not read.
+// Keys or values in pages. Rows behind the last key have its place, so that nothing behind the number of a sequence's last
+// page is looked up; they are not read. Those before the first that a query sees have the place of that one, as the pages
+// before may have been given to others.
 template <class Element>
 struct PagedRows {
   Element* data;  // row 0 of page 0
@@ -49,12 +50,13 @@ struct PagedRows {
   const int* table;  // page numbers of this sequence
   int first;         // the key that is row 0
   int count;
+  int visible;  // the first key that is seen
 
-  CF_DEVICE PagedRows from(int row) const { return {data, stride, pages, table, first + row, count - row}; }
+  CF_DEVICE PagedRows from(int row) const { return {data, stride, pages, table, first + row, count - row, visible}; }
   CF_DEVICE bool has(int row) const { return row < count; }
 
   CF_DEVICE Element* at(int row, int first_col, int col) const {
-    const PagedKey key = look_up(pages, table, first + min_of(row, count - 1));
+    const PagedKey key = look_up(pages, table, max_of(first + min_of(row, count - 1), visible));
     return data + key.offset(stride) + first_col + col;
   }
   CF_DEVICE Element* below(Element* /*place*/, int row, int col, int rows) const { return at(row + rows, 0, col); }
@@ -70,24 +72,26 @@ CF_DEVICE GlobalRows<T> key_rows(Tensor* tensor, const Strides& stride, const Se
   return {first_key<T>(tensor, stride, sequence, head), stride.row, sequence.len_kv};
 }
 
-// Keys or values of a forward, in pages or not, from number `first` on, of the head whose row 0 is at `data`.
+// Keys or values of a forward, in pages or not, from number `first` on, of the head whose row 0 is at `data`. No query of
+// the tile sees one before number `visible`.
 template <class Element, class Sequence>
 CF_DEVICE GlobalRows<const Element> kv_rows(const FwdParams&, const Sequence& sequence, const Element* data,
-                                            const Strides& stride, int first) {
+                                            const Strides& stride, int first, int /*visible*/) {
   return {data + first * stride.row, stride.row, sequence.len_kv - first};
 }
 template <class Element>
 CF_DEVICE PagedRows<const Element> kv_rows(const FwdParams& p, const PagedSequence& sequence, const Element* data,
-                                           const Strides& stride, int first) {
+                                           const Strides& stride, int first, int visible) {
   const int* table = p.pages.table + sequence.batch * p.pages.table_batch;
-  return {data, stride, p.pages, table, first, sequence.len_kv - first};
+  return {data, stride, p.pages, table, first, sequence.len_kv - first, visible};
 }
 
 template <class Element>
 CF_DEVICE PagedRows<const Element> kv_rows(const FwdParams& p, const PagedCacheSequence& sequence, const Element* data,
-                                           const Strides& stride, int first) {
+                                           const Strides& stride, int first, int visible) {
   const int* table = p.pages.table + sequence.batch * p.pages.table_batch;
-  return {data, stride, p.pages, table, sequence.start_kv + first, sequence.len_kv - first};
+  const int start = sequence.start_kv;
+  return {data, stride, p.pages, table, start + first, sequence.len_kv - first, start + visible};
 }
 
 // Where a box of keys starts that lies in one page, if there are pages.
@@ -118,6 +122,16 @@ struct FoundRows {
   CF_DEVICE Element* at(int row, int first_col, int col) const { return data + offsets[row % kRows] + first_col + col; }
   CF_DEVICE Element* below(Element* /*place*/, int row, int col, int rows) const { return at(row + rows, 0, col); }
 };
+
+// The first key that a query of the tile sees, of lists any.
+template <class Mask, class Bound>
+CF_DEVICE int first_visible_key(const Bound& mask, int q_first, int tile_q) {
+  if constexpr (Mask::kFullFromStart || Mask::Walk::kListed) {
+    return 0;
+  } else {
+    return mask.kv_tiles(q_first, tile_q, 1).begin;
+  }
+}
 
 // Finds the keys and values that a warp copies, kRows neighbours at a time, which one lane each looks up while those
 // before are copied: a copy that waited for the table would come late.
