@@ -116,7 +116,7 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
         consumers, tile_kv, reason = 3, 64, "three consumers read k and v once for 192 rows"
         if _fills_better(problem, device):
             consumers, tile_kv, reason = 2, 128, "two consumers: tiles of 192 rows would stay emptier"
-    elif problem.len_q <= 2 * _ROWS and problem.len_kv >= _LONG_KEYS * problem.len_q:
+    elif problem.num_splits != 1 and problem.len_q <= 2 * _ROWS and problem.len_kv >= _LONG_KEYS * problem.len_q:
         consumers, tile_kv, reason = 2, 128, "two consumers: tiles of 256 rows would stay emptier"
     else:
         consumers, tile_kv = 4, 64
