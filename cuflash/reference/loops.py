@@ -163,7 +163,7 @@ def backward(
     row_state = None if row_state is None else grouped(row_state.swapaxes(1, 2), heads_kv)
     row_delta = None if row_delta is None else grouped(row_delta.transpose(0, 2, 1)[..., None], heads_kv)
     group = q.shape[3]
-    row_tiles = list(scores.row_tiles(group))
+    row_tiles = list(scores.row_tiles(group, parts=4))
     every_key = slice(0, scores.len_kv)
 
     def job(batches: slice, heads: slice) -> GradientJob:

@@ -47,11 +47,13 @@ class Scores:
         terms = self.keep, self.slopes, self.bias, self.score_mod, self.mask_mod, self.listed
         return not self.softcap and all(term is None for term in terms)
 
-    def row_tiles(self, group: int) -> Iterator[slice]:
+    def row_tiles(self, group: int, parts: int = 8) -> Iterator[slice]:
         """Cut len_q so that the rows of a group of heads make tiles of ROWS, and smaller ones at a band's edge.
 
-        What a tile computes beyond the edge is wasted: half a tile's height for each of its rows. With a block mask
-        tiles are whole rows of blocks, or equal parts of one, as each visits what some of its rows list.
+        What a tile computes beyond the edge is wasted: half a tile's height for each of its rows. So a sequence has at
+        least so many `parts` if its tiles are not too small: threads that have many short products to do wait for each
+        other's Python. With a block mask tiles are whole rows of blocks, or equal parts of one, as each visits what some
+        of its rows list.
         """
         rows = tiles.ROWS
         if self.band.left is not None:
@@ -59,7 +61,7 @@ class Scores:
         elif self.listed is not None:
             rows //= 2
         elif self.band.right is not None:
-            rows = max(rows // 8, min(rows // 2, self.len_q // 8))
+            rows = max(rows // parts, min(rows // 2, self.len_q // parts))
         step = max(1, rows // max(1, group))
         together = self.len_q
         if self.listed is not None:

@@ -295,12 +295,12 @@ def test_the_number_of_threads_is_that_of_the_cores_a_process_may_use(monkeypatc
         assert settings.num_threads() == number
 
 
-def computed(mask: Mask, length: int) -> int:
-    """How many scores are computed of a head."""
+def computed(mask: Mask, length: int, parts: int = 8) -> int:
+    """How many scores are computed of a head, by the backward of four parts."""
     scores, one = Scores(mask, length, length, 1.0), slice(0, 1)
     areas = (
         (tile.rows.stop - tile.rows.start) * (tile.keys.stop - tile.keys.start)
-        for rows in scores.row_tiles(1)
+        for rows in scores.row_tiles(1, parts)
         for tile, _ in scores.kv_tiles(one, one, rows)
     )
     return sum(areas)
@@ -310,6 +310,7 @@ def computed(mask: Mask, length: int) -> int:
 def test_causal_masks_cost_little_more_than_what_they_show(length: int, share: float) -> None:
     assert computed(Mask(), length) == length * length
     assert computed(Mask(right=0), length) <= share * length * length
+    assert computed(Mask(right=0), length, parts=4) <= share * length * length
     assert computed(Mask(left=127, right=0), length) <= 2 * 128 * length + 128 * 128
 
 
