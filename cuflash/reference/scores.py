@@ -52,8 +52,8 @@ class Scores:
 
         What a tile computes beyond the edge is wasted: half a tile's height for each of its rows. So a sequence has at
         least so many `parts` if its tiles are not too small: threads that have many short products to do wait for each
-        other's Python. With a block mask tiles are whole rows of blocks, or equal parts of one, as each visits what some
-        of its rows list.
+        other's Python. With a block mask tiles are whole rows of blocks, or equal parts of one, as each visits what
+        some of its rows list.
         """
         rows = tiles.ROWS
         if self.band.left is not None:
