@@ -61,7 +61,7 @@ class Scores:
         elif self.listed is not None:
             rows //= 2
         elif self.band.right is not None:
-            rows = max(rows // parts, min(rows // 2, self.len_q // parts))
+            rows = max(rows // 4, min(rows // 2, self.len_q // parts))
         step = max(1, rows // max(1, group))
         together = self.len_q
         if self.listed is not None:
