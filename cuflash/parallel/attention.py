@@ -212,9 +212,10 @@ def all_to_all_attention(
 ) -> Any:
     """Attention of sequences of which every device has a part, where devices exchange heads for rows before and after.
 
-    Every device attends to whole sequences with some of the heads, in one call, so that nothing is merged and every bit
-    is that of one device [1]_. Nothing is computed while arrays travel. `ring_attention` needs no heads to divide, and
-    hides its transfers; ``python -m cuflash explain --devices 8`` compares the two.
+    Every device attends to whole sequences with some of the heads, so that nothing is merged and every bit is that of
+    one device [1]_. Long sequences of an even number of key heads on each device are attended to in two calls under
+    CuPy: half of the heads travel while the others are computed. `ring_attention` needs no heads to divide, and hides
+    all of its transfers; ``python -m cuflash explain --devices 8`` compares the two.
 
     Parameters
     ----------

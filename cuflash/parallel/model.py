@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cuflash.device import Device
 from cuflash.errors import InvalidArgument, UnsupportedProblem
 from cuflash.parallel.division import Call, Division, rows_that_travel
-from cuflash.parallel.heads import check_heads
+from cuflash.parallel.heads import check_heads, shares_of
 from cuflash.parallel.schedule import Band, Order, Schedule, places_of
 from cuflash.problem import Problem
 
@@ -165,16 +165,23 @@ def all_to_all(problem: Problem, devices: int, order: Order, speeds: Speeds) -> 
     """
     _division(problem, devices, order)
     check_heads(devices, problem.heads_q, problem.heads_kv)
-    dims, size = problem.dim_qk + problem.dim_v, problem.dtype.itemsize
     heads_kv = max(problem.heads_kv, devices)  # one that several devices work with goes to each of them
-    rows = problem.len_q * problem.heads_q + problem.len_kv * heads_kv
-    nbytes = problem.batch * rows * dims * size * (devices - 1) / devices**2
-    computed = problem.flops() / devices / speeds.flops
+    of_q, of_kv = problem.len_q * problem.heads_q, problem.len_kv * heads_kv
+    moved = of_q * problem.dim_qk + of_kv * (problem.dim_qk + problem.dim_v), of_q * problem.dim_v
+    size = problem.batch * problem.dtype.itemsize
+    there, back = (x * size * (devices - 1) / devices**2 for x in moved)
+    shares = shares_of(devices, problem.heads_kv, size * of_q * problem.dim_qk / devices)
+    computed = problem.flops() / devices / speeds.flops / shares
     # To every other device as much; a node's links and its networks are busy at the same time.
     inside = (min(devices, speeds.node) - 1) / max(devices - 1, 1)
-    transfers = 2 if devices > 1 else 0
-    waits = transfers * speeds.latency + nbytes * max(inside / speeds.link, (1 - inside) / speeds.network)
-    return Estimate(computed + waits, waits, nbytes, transfers)
+    latency = speeds.latency if devices > 1 else 0.0
+    rate = max(inside / speeds.link, (1 - inside) / speeds.network) / shares
+    # A share of the heads travels before anything is computed and one after it, and the others beside what is.
+    moves = [latency + nbytes * rate for nbytes in (there, back)]
+    beside = [moves[0], moves[1]] if shares == 2 else [0.0]
+    seconds = sum(moves) + sum(max(computed, move) for move in beside)
+    transfers = 2 * shares if devices > 1 else 0
+    return Estimate(seconds, seconds - shares * computed, there + back, transfers)
 
 
 def _division(problem: Problem, devices: int, order: Order) -> Division:

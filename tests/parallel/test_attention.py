@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ def test_rows_that_see_nothing_and_empty_arrays() -> None:
     assert ring_attention(empty, empty, empty, causal=True, order="zigzag")[1].shape == (1, 0, 2, 8)
 
 
-def test_only_neighbours_keys_travel_with_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, tuple[int, ...]]]:
+    """From whom to whom the arrays of which shape go, in calls to come."""
     sent: list[tuple[int, int, tuple[int, ...]]] = []
     together = exchange.run_together
 
@@ -173,8 +175,44 @@ def test_only_neighbours_keys_travel_with_a_window(monkeypatch: pytest.MonkeyPat
             return stop.value
 
     monkeypatch.setattr(
-        "cuflash.parallel.devices.run_together", lambda programs: together([*map(watched, range(4), programs)])
+        "cuflash.parallel.devices.run_together", lambda programs: together([*map(watched, count(), programs)])
     )
+    return sent
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_half_of_the_heads_of_long_sequences_travel_while_others_are_attended_to(
+    order: Any, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Whole(2, order, packed, FP32, heads=(8, 4))
+    q, k, v, dout, dlse = map(whole.parts, whole.tensors)
+    attended: list[int] = []
+    forward = cuflash.ops.forward
+
+    def noting(options: Any, arrays: Any) -> Any:
+        attended.append(len(sent))
+        return forward(options, arrays)
+
+    monkeypatch.setattr("cuflash.ops.forward", noting)
+    monkeypatch.setattr("cuflash.parallel.heads._LONG", q[0].nbytes)
+    sent = watch(monkeypatch)
+    words = {"causal": True, "order": order, "cu_seqlens": whole.starts, "return_lse": True}
+    (out, lse), pullback = all_to_all_attention_vjp(q, k, v, **words)
+    assert attended == [12, 14, 16, 18], "two devices in turn, each with q, k and v of both shares before it begins"
+    assert {shape[-2] for *_, shape in sent} == {2, 1}
+    results = [out, lse, *pullback(dout, dlse)]
+    assert len(sent) == 2 * 2 * (3 + 2) + 2 * 2 * (2 + 3)
+    whole.judge(results, causal=True)
+    monkeypatch.setattr("cuflash.parallel.heads._LONG", q[0].nbytes + 1)
+    attended.clear()
+    (out, lse), pullback = all_to_all_attention_vjp(q, k, v, **words)
+    assert len(attended) == 2
+    whole.judge([out, lse, *pullback(dout, dlse)], causal=True)
+
+
+def test_only_neighbours_keys_travel_with_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = watch(monkeypatch)
     x = np.split(random(1, 64, 2, 8), 4, axis=1)
     _, pullback = ring_attention_vjp(x, x, x, causal=True, window_size=(5, 0))
     assert sorted(sent) == [(i, i + 1, (1, 5, 2, 8)) for i in range(3) for _ in "kv"]

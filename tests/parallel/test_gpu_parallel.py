@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "heads, packed window": (HEADS, {"window_size": (70, 9), "cu_seqlens": PACKED}),
 }
 LONG = {"long, ring": (RING, CASES["ring"][1]), "long, heads": (HEADS, CASES["heads"][1])}
-"""So long that a message is on its way while kernels run and memory changes hands."""
+"""So long that messages are on their way, of half of the heads too, while kernels run and memory changes hands."""
 
 
 @pytest.fixture(params=[1, 2])
@@ -57,8 +57,8 @@ def size(request: pytest.FixtureRequest) -> int:
 
 @cache
 def tensors(name: str) -> tuple[np.ndarray, ...]:
-    """q, k, v, dout and dlse of whole sequences: four query heads for each pair of key heads."""
-    rows, heads, dim = (16_384, (8, 2), 128) if name in LONG else (1024, (4, 2), 64)
+    """q, k, v, dout and dlse of whole sequences: two query heads for each key head."""
+    rows, heads, dim = (16_384, (8, 4), 128) if name in LONG else (1024, (4, 2), 64)
     before = () if "cu_seqlens" in (CASES | LONG)[name][1] else (1,)
     of = (*(random(*before, rows, heads[i], dim, dtype=BF16, seed=s) for s, i in enumerate((0, 1, 1, 0))),)
     return *of, random(*before, heads[0], rows, dtype=FP32)

@@ -55,6 +55,18 @@ def test_where_kernels_take_no_time_links_do() -> None:
     assert heads.waits == heads.seconds == pytest.approx(2e-6 + heads.nbytes / 1e9)
 
 
+def test_of_many_key_heads_half_travels_beside_a_kernel() -> None:
+    problem = replace(FULL, len_q=2**16, len_kv=2**16, heads_kv=8)
+    slow = replace(QUICK, flops=1e12, link=1e9, latency=1e-6)
+    computed, alone = all_to_all(problem, 4, "contiguous", slow), one_device(problem, slow)
+    assert computed.transfers == 4
+    exposed = 2e-6 + computed.nbytes / 2e9
+    assert computed.waits == pytest.approx(exposed)
+    assert computed.seconds == pytest.approx(alone.seconds / 4 + exposed)
+    slowest = all_to_all(problem, 4, "contiguous", replace(slow, flops=inf))
+    assert slowest.seconds == slowest.waits == pytest.approx(4e-6 + computed.nbytes / 1e9)
+
+
 def test_keys_that_come_beside_a_kernel_are_not_waited_for() -> None:
     work = one_device(FULL, QUICK).seconds / 16  # a step of one of four devices
     link = 1024 * KEYS / work
