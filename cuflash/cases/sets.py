@@ -370,7 +370,13 @@ def exactness() -> list[Case]:
         replace(_dense(name, dtype, 2, 8, 1024, dim, **change), dropout_p=0.1 if "dropout" in change else 0.0)
         for name, dtype, dim, change in plain + featured
     ]
-    few = [_decode("bf16-d128-q1", 4, 4096), _decode("bf16-d128-q16", 4, 4096, 16, mask=_CAUSAL)]
+    few = [
+        _decode("bf16-d128-q1", 4, 4096),
+        *(
+            _decode(f"bf16-d128-q{n}", b, s, n, mask=_CAUSAL)
+            for n, b, s in ((16, 4, 4096), (64, 1, 8192), (128, 1, 8192))
+        ),
+    ]
     own = [
         replace(case, id=f"bf16-{case.id}-written")
         for dim in (64, 128)

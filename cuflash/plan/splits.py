@@ -104,17 +104,15 @@ def deal(problem: Problem, device: Device, few: ForwardConfig) -> tuple[Division
     return Division(grouped, max(1, parts), together + why), blocks, "KeyRanges"
 
 
-_BUSY = 0.95
-"""Of all blocks, what may be busy for the sake of heads that go in step."""
-
-
-def heads_in_step(heads: int, blocks: int) -> int:
+def heads_in_step(heads: int, blocks: int, busy: float = 0.95) -> int:
     """The most heads whose blocks can walk the same keys at a time (``attention/ranges.cuh``), in whole teams.
+
+    For their sake at least so much of all blocks must be `busy`.
 
     Heads of a key are neighbours in memory. H200: a block for each of 8 heads of 64 times 4k keys 246 us, blocks with
     keys of one head at places of their own 259.
     """
-    teams = (size for size in range(1, heads + 1) if heads % size == 0 and blocks // size * size >= _BUSY * blocks)
+    teams = (size for size in range(1, heads + 1) if heads % size == 0 and blocks // size * size >= busy * blocks)
     return max(teams, default=1)
 
 

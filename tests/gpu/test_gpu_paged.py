@@ -78,6 +78,23 @@ def test_few_queries_over_pages(cp: Any, page_size: int, dtype: Any) -> None:
             assert again.get().tobytes() == out.tobytes()
 
 
+@pytest.mark.parametrize("page_size", [64, 192])
+@pytest.mark.parametrize("len_q", [1, 16])
+def test_one_sequence_in_pages(cp: Any, len_q: int, page_size: int) -> None:
+    """All blocks share its keys, however many of them are in use."""
+    for length in (5000, 100, 0):
+        cache = Cache((length,), page_size, 4, 128, BF16)
+        k, v, table = cache.on_gpu(cp)
+        q = np.random.default_rng(length).standard_normal((1, len_q, 16, 128)).astype(BF16)
+        given = {"cache_seqlens": cp.asarray([length], np.int32), "block_table": table, "causal": True}
+        results = [
+            [x.get() for x in cuflash.flash_attn_with_kvcache(cp.asarray(q), k, v, **given, return_softmax_lse=True)]
+            for _ in range(3)
+        ]
+        assert len({out.tobytes() for out, _ in results}) == 1
+        check(cache, q, *results[0], causal=True)
+
+
 @pytest.mark.parametrize("page_size", [16, 64, 128])
 @pytest.mark.parametrize("longest", [16, 130])
 def test_packed_queries_over_pages(cp: Any, longest: int, page_size: int) -> None:

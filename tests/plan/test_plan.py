@@ -223,7 +223,22 @@ def test_blocks_share_the_keys_of_caches_in_equal_ranges() -> None:
         "partial_out": (slots, 64, 128), "partial_state": (slots, 64, 2), "part_slots": (512, 2),
     }  # fmt: skip
     assert plan.num_splits == 2, "at most"
-    assert plan.heads_in_step == 8
+    assert plan.heads_in_step == 4, "33 teams, where 8 heads would leave four multiprocessors idle"
+    few = choose(replace(cache, batch=8, total_kv=8 * 4096), device)
+    assert (few.heads_in_step, few.steps[0].config.split) == (8, "KeyRanges")
+
+
+def test_caches_that_are_appended_to_take_two_launches() -> None:
+    sizes = {"batch": 64, "heads_q": 32, "heads_kv": 8, "len_q": 1, "len_kv": 4096, "dim_qk": 128, "dim_v": 128}
+    cache = replace(BASE, layout="cache", num_splits=0, total_kv=64 * 4096, **sizes)
+    for page_size, family in ((0, "sm90"), (64, "sm90"), (16, "sm80")):
+        for batch in (1, 8, 64):
+            of = replace(cache, page_size=page_size, batch=batch, len_kv=4096 if batch == 64 else 65536)
+            assert [step.kernel for step in choose(replace(of, appended=1), named("h200")).steps] == [
+                "cache_append", "fwd_sm80_few",
+            ]  # fmt: skip
+            plan = choose(of, named("h200"))
+            assert plan.family == family and len(plan.steps) <= 2
 
 
 @pytest.mark.parametrize(

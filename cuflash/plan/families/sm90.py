@@ -342,7 +342,7 @@ def _ranges_forward(problem: Problem, device: Device, config: ForwardConfig, rea
     )
     return Plan(
         problem, device, "sm90", launches, workspaces, reason, num_splits=parts,
-        heads_in_step=heads_in_step(problem.heads_kv, blocks), division=division,
+        heads_in_step=heads_in_step(problem.heads_kv, blocks, 0.98 if works > blocks else 0.95), division=division,
     )  # fmt: skip
 
 
@@ -783,22 +783,20 @@ def _leave_to_sm80(problem: Problem, device: Device) -> list[str]:
         return []
     read = problem.batch * problem.heads_kv * problem.len_kv * (problem.dim_qk + problem.dim_v) * problem.dtype.itemsize
     many = problem.len_q * problem.group > 32  # rows for sm80's kernel of few
-    if _packs_heads(problem) and (many or (read >= _LEAST_READ and _reads_faster(problem, device))):
+    if _packs_heads(problem) and (many or (read >= _LEAST_READ and _reads_faster(problem))):
         return []
     division = forward_division(problem, device)
     return [] if division.plain else [f"sm80 serves few queries better ({division.reason})"]
 
 
-def _reads_faster(problem: Problem, device: Device) -> bool:
+def _reads_faster(problem: Problem) -> bool:
     """Whether few rows over long keys are read faster by boxes than by the rows of ``sm80``'s kernel.
 
-    H200, 8 caches of 8k keys, pages of 16, 64 and 256: 73.7, 72.2 and 70.6 us, by rows 75.7, 75.9 and 75.3. 64 of 4k:
-    268.7, 257.6 and 255.8, by rows 263.2, 259.9 and 258.7; of unequal lengths in pages of 16 610 and 573.
+    H200, 8 caches of 8k keys, pages of 16, 64 and 256: 74.8, 73.0 and 71.3 us, by rows 76.6, 78.3 and 75.9. 64 of 4k:
+    265.4, 254.0 and 254.8, by rows 264.1, 261.4 and 259.6; of unequal lengths in pages of 16 598 and 573. Two kernels,
+    though: with what appends to a cache there would be three.
     """
-    if problem.layout == "dense":
-        return True
-    few = problem.batch * problem.heads_kv <= device.num_sms  # so that a block seldom goes from one to another
-    return few and problem.page_size % _ROWS == 0
+    return problem.layout == "dense" or (problem.page_size % _ROWS == 0 and not steps.append_step(problem))
 
 
 def _leave_tangents_to_sm80(problem: Problem) -> list[str]:
