@@ -129,7 +129,7 @@ def interleave(
     meter: Meter | None = None,
     failed: Callable[[Runner, Exception], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time runners in rotated order, so that none always follows the same one or runs on the warmest card.
+    """Time runners in an order that rotates and turns round, so that none always follows the same one or the warmest.
 
     Those on the host's clock begin at rest, one like the other.
 
@@ -199,8 +199,9 @@ def interleave(
     deadline_s = time.perf_counter() + seconds
     for turn in range(rounds):
         names = list(alive)
-        shift = turn % max(len(names), 1)
-        for impl in names[shift:] + names[:shift]:
+        shift = turn // 2 % max(len(names), 1)
+        order = names[shift:] + names[:shift]
+        for impl in order if turn % 2 == 0 else reversed(order):
             attempt(impl, one_round)
         if time.perf_counter() > deadline_s:
             break

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,11 +91,13 @@ def test_what_the_hosts_clock_times_begins_when_all_threads_are_at_rest(clock):
     assert not timing.settle(most_s=0.5)  # others may never rest
 
 
-def test_rounds_are_rotated():
+def test_none_always_follows_the_same_one():
     log: list[str] = []
-    interleave([sleeper(name, log, 0.002) for name in "abc"], seconds=10, rounds=3, slice_us=1)
-    rounds = log[-18:]  # three rounds, three runners, one warm launch and one timed
-    assert "".join(rounds[::2]) == "abcbcacab"
+    interleave([sleeper(name, log, 0.002) for name in "abc"], seconds=10, rounds=6, slice_us=1)
+    rounds = "".join(log[-36::2])  # six rounds, three runners, one warm launch and one timed
+    assert rounds == "abccbabcaacbcabbac"
+    followed = {pair for pair in pairwise(rounds) if pair[0] != pair[1]}
+    assert len(followed) == 6
 
 
 def test_a_timing_is_the_time_taken(clock):
