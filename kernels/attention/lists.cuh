@@ -108,7 +108,8 @@ struct ListedMask {
         a(&attention), batch(static_cast<int>(sequence.batch)), head(query_head) {}
 
   CF_DEVICE bool keep(int q, int kv) const {
-    return inner.keep(q, kv) && mod.template value<float>(batch, head, q, kv);
+    const bool seen = mod.template value<float>(batch, head, q, kv);  // anywhere, so that what it reads is read once
+    return inner.keep(q, kv) && seen;
   }
 
   // The query tile of which as many of this head's are longer as a number says, if no other mask shortens them.
