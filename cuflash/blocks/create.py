@@ -37,7 +37,8 @@ def create_block_mask(
     """Find the blocks of scores that a mask leaves visible, for attention that visits no others.
 
     Blocks are judged by bounds of the rule where these tell, as they do of bands and of documents in order, and else
-    pair by pair, a few at a time: memory grows with the number of visible blocks.
+    pair by pair, a few at a time: memory grows with the number of visible blocks. What is no more than a band runs on a
+    GPU as the keywords `causal` and `window_size` do.
 
     Parameters
     ----------

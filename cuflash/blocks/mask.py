@@ -13,8 +13,9 @@ from cuflash import drawing
 from cuflash.blocks import kinds
 from cuflash.blocks.kinds import UNKNOWN, Grid
 from cuflash.blocks.lists import EMPTY, FULL, PARTIAL, Lists, listed
-from cuflash.blocks.rules import traced_rule
+from cuflash.blocks.rules import band_of, traced_rule
 from cuflash.errors import InvalidArgument
+from cuflash.masks import Mask
 from cuflash.mods import Symbol, Traced
 from cuflash.mods.library import both, either, negated
 from cuflash.mods.replay import function_of
@@ -72,12 +73,15 @@ class BlockMask:
     """The query blocks of each key block."""
     tested: Traced = field(init=False)
     """What kernels test the pairs of partial tiles by: the rule, or `EVERY_PAIR` where they need not."""
+    band: Mask | None = field(init=False)
+    """The band that it is, if it is no more: kernels know bands, and need no lists for them."""
     copies: dict[Any, Any] = field(init=False, default_factory=dict)
     """What is kept of it on devices, by whoever keeps it there."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "q", self.kv.transposed(self.batch * self.heads, *self.grid.shape))
         inside = not any(size % LARGEST_TILE for size in self.block_size)  # is every tile, of one block
+        object.__setattr__(self, "band", band_of(self.rule))
         object.__setattr__(self, "tested", EVERY_PAIR if inside and not self.counts[1] else self.rule)
 
     @property
@@ -88,7 +92,7 @@ class BlockMask:
     @property
     def kind(self) -> Hashable:
         """All that decides how a kernel reads it, which two masks may have in common."""
-        return self.rule.mod, self.tested.mod, self._sizes, self.batch, self.heads
+        return self.rule.mod, self.tested.mod, self._sizes, self.batch, self.heads, self.band
 
     @property
     def mask_mod(self) -> Callable[..., Symbol]:

@@ -11,6 +11,7 @@ from cuflash.arrays import Guest, framework_in_memory, numpy_arrays
 from cuflash.errors import InvalidArgument
 from cuflash.masks import Mask
 from cuflash.mods import Captured, Traced, trace
+from cuflash.mods.expression import Node
 from cuflash.mods.library import document
 
 
@@ -78,3 +79,51 @@ def of_blocks(blocks: np.ndarray, block_size: tuple[int, int]) -> Callable[..., 
 def of_documents(starts: np.ndarray, length: int) -> Callable[..., Any]:
     """The rule of rows packed one document behind the other: each sees its own; rows behind the last are one more."""
     return document(np.searchsorted(starts, np.arange(length), side="right").astype(np.int32))
+
+
+def band_of(rule: Traced) -> Mask | None:
+    """The band that a rule is: bounds of ``k - q`` alone that do not hide a query's own key; None where it is more."""
+    left: int | None = None
+    right: int | None = None
+    conditions = [rule.mod.expression]
+    while conditions:
+        node = conditions.pop()
+        if node.op == "bitwise_and":
+            conditions += node.args
+            continue
+        if node.op not in ("less", "less_equal"):
+            return None
+        sides = [_linear(side, rule.arrays) for side in node.args]
+        if None in sides:
+            return None
+        of_q, of_k, number = (a - b for a, b in zip(*sides, strict=True))
+        number += node.op == "less"
+        if (of_q, of_k, number <= 0) == (0, -1, True):  # keys are counted from 0
+            continue
+        if (of_q, of_k) == (1, -1):
+            left = -number if left is None else min(left, -number)
+        elif (of_q, of_k) == (-1, 1):
+            right = -number if right is None else min(right, -number)
+        else:
+            return None
+    return None if min(left or 0, right or 0) < 0 else Mask(left, right, "top-left")
+
+
+def _linear(node: Node, arrays: tuple[Any, ...]) -> tuple[int, int, int] | None:
+    """An expression as a sum: how many times q and k, and a number; None where it is something else."""
+    if node.op == "position":
+        return {"q": (1, 0, 0), "k": (0, 1, 0)}.get(node.value)
+    if node.op == "constant" and node.kind == "int":
+        return 0, 0, node.value
+    if node.op == "load" and not node.args and arrays[node.value].dtype.kind in "iu":
+        return 0, 0, int(arrays[node.value])
+    if node.op not in ("add", "subtract", "negative"):
+        return None
+    sides = [_linear(side, arrays) for side in node.args]
+    if None in sides:
+        return None
+    first, *others = sides
+    sign = 1 if node.op == "add" else -1
+    if not others:
+        return tuple(-x for x in first)  # type: ignore[union-attr,return-value]
+    return tuple(a + sign * b for a, b in zip(first, others[0], strict=True))  # type: ignore[arg-type,return-value]

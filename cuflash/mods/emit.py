@@ -256,3 +256,19 @@ def _number(node: Node, kind: str) -> str:
     if math.isinf(node.value):
         return f"({'-' if node.value < 0 else ''}infinity<Real>())"
     return f"static_cast<Real>({node.value.hex()})"
+
+
+def cap_of(expression: Node) -> float | None:
+    """The cap of an expression that is ``cap * tanh(score / cap)`` and no more; None of others."""
+    if expression.op != "multiply":
+        return None
+    factor, bent = sorted(expression.args, key=lambda node: node.op != "constant")
+    if factor.op != "constant" or bent.op != "tanh" or bent.args[0].op != "divide":
+        return None
+    score, cap = bent.args[0].args
+    plain = score.op == "score" and cap.op == "constant" and factor.value == cap.value
+    return float(cap.value) if plain and _LEAST_CAP <= cap.value <= 1 / _LEAST_CAP else None
+
+
+_LEAST_CAP = 2.0**-20
+"""Where the kernels' soft cap and the function are surely the same."""

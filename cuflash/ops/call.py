@@ -13,7 +13,7 @@ import numpy as np
 from cuflash.arrays import ArrayT, Library, View
 from cuflash.dropout import Scheme
 from cuflash.dtypes import Precision
-from cuflash.masks import Alignment
+from cuflash.masks import Alignment, Mask
 from cuflash.mods import Mod, Traced
 from cuflash.problem import Direction, Problem
 
@@ -218,9 +218,15 @@ class Options:
         return names if arrays.captured is None else (*names[:-1], *self._captured_names[: len(arrays.captured)])
 
     @property
+    def band(self) -> Mask | None:
+        """The band that a block mask is, where no keyword asks for another one."""
+        own = self.causal is not False or self.window_size != (-1, -1)
+        return None if own else getattr(self.block_mask, "band", None)
+
+    @property
     def rule(self) -> Traced | None:
         """What kernels test pairs of a block mask by; those that sum a bias' gradient walk no lists, and test all."""
-        return getattr(self.block_mask, "rule" if self.bias_grad else "tested", None)
+        return None if self.band is not None else getattr(self.block_mask, "rule" if self.bias_grad else "tested", None)
 
     @cached_property
     def kind(self) -> Options:

@@ -57,7 +57,7 @@ def explain(options: Options, arrays: Arrays, device: str | None, backward: bool
 
 def _with_blocks(explanation: Explanation, options: Options) -> Explanation:
     """The same with what a block mask, if there is one, leaves to be visited."""
-    if options.block_mask is None:
+    if options.block_mask is None or options.band is not None:
         return explanation
     full, partial, empty = options.block_mask.counts
     share = (full + partial) / max(full + partial + empty, 1)

@@ -6,7 +6,8 @@ from typing import Any
 
 from cuflash.arrays import Adapter, framework_of_type
 from cuflash.errors import InvalidArgument
-from cuflash.mods import Traced, trace
+from cuflash.mods import Mod, Traced, trace
+from cuflash.mods.emit import cap_of
 from cuflash.ops.call import Arrays, Options
 
 
@@ -32,6 +33,9 @@ def with_mods(
         _NOTHING if function is None else tracer(argument, function)
         for argument, function in (("score_mod", score_mod), ("mask_mod", mask_mod))
     )
+    capped = isinstance(score.mod, Mod) and options.softcap == 0 and captured_grad is False
+    if capped and (cap := cap_of(score.mod.expression)) is not None:  # for which there is a keyword
+        options, score = options.replace(softcap=cap), _NOTHING
     options = options.replace(score_mod=score.mod, mask_mod=mask.mod, captured_grad=captured_grad)
     if block_mask is not None:  # which cannot be hashed, so that such options are kept nowhere
         options = options.replace(block_mask=block_mask)

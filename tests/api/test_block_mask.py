@@ -10,7 +10,7 @@ import pytest
 from inputs import FP32, FP64
 
 import cuflash
-from cuflash import BlockMask, InvalidArgument, Mask, create_block_mask
+from cuflash import BlockMask, InvalidArgument, Mask, create_block_mask, mods
 
 RNG = np.random.default_rng(3)
 IDS = np.sort(RNG.integers(0, 4, 60))
@@ -114,11 +114,22 @@ def test_probabilities_are_of_listed_blocks() -> None:
 
 def test_explain_says_what_is_visited() -> None:
     q, k, v, _ = tensors(2, 256, 256, FP32)
-    mask = create_block_mask(Mask(right=0), len_q=256, len_kv=256, block_size=(64, 128))
+    mask = create_block_mask(mods.prefix_lm(5), len_q=256, len_kv=256, block_size=(64, 128))
     computed = cuflash.explain(q, k, v, block_mask=mask, device="h100")
     assert computed.plan is not None and computed.problem.block_mask.size == (64, 128)
     assert ("blocks", "75.0% are visited: 2 full, 4 partial, 2 empty") in computed.lines()
     assert "blocks64x128" in str(computed.problem) and "blocks of 64 x 128 where " in str(computed.problem.sheet())
+
+
+def test_a_band_is_asked_for_as_one() -> None:
+    """By kernels that know bands, not by lists; beside another band it is one of two masks."""
+    q, k, v, _ = tensors(2, 256, 400, FP32)
+    mask = create_block_mask(mods.sliding_window(70, 9), len_q=256, len_kv=400)
+    alone = cuflash.explain(q, k, v, block_mask=mask, device="h100")
+    assert (alone.problem.mask, alone.problem.block_mask) == (Mask(70, 9, "top-left"), None)
+    assert "blocks" not in dict(alone.lines())
+    both = cuflash.explain(q, k, v, block_mask=mask, causal=True, device="h100")
+    assert (both.problem.mask, both.problem.block_mask.size) == (Mask(right=0), (128, 128))
 
 
 def test_a_block_mask_is_not_kept() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cuflash
-from cuflash import Mask, mods
+from cuflash import Mask, create_block_mask, mods
 from cuflash.blocks import kinds
 from cuflash.blocks.bounds import Bounds, bounds
 from cuflash.blocks.lists import EMPTY, FULL, PARTIAL, Lists
@@ -367,3 +367,34 @@ def test_a_traced_rule_is_one_and_a_traced_score_is_not() -> None:
     np.testing.assert_array_equal(made.to_dense()[0, 0], ids[:, None] == ids)
     with pytest.raises(InvalidArgument, match=r"traced as a score; expected what mods.trace makes of a mask_mod"):
         create(mods.trace("score_mod", lambda s, b, h, q, k: 2 * s), len_q=5, len_kv=5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "band"),
+    [
+        (mods.causal(), Mask(None, 0, "top-left")),
+        (mods.causal(3), Mask(None, 3, "top-left")),
+        (mods.causal(-3), None),
+        (mods.sliding_window(5, 7), Mask(5, 7, "top-left")),
+        (mods.sliding_window(5, 7, np.array(2)), Mask(3, 9, "top-left")),
+        (mods.sliding_window(5, -1), Mask(5, None, "top-left")),
+        (lambda b, h, q, k: (q - k < 6) & (k <= q + 1) & (k - 1 < 2 + q), Mask(5, 1, "top-left")),
+        (lambda b, h, q, k: k > q, None),
+        (lambda b, h, q, k: 2 * k <= q, None),
+        (lambda b, h, q, k: k <= q + h, None),
+        (lambda b, h, q, k: (k <= q) | (k < 3), None),
+        (mods.dilated_window(5, 5, 2), None),
+        (mods.block_window(4), None),
+        (None, Mask(alignment="top-left")),
+        (Mask(left=4, right=0), Mask(4, 0, "top-left")),
+    ],
+)
+def test_bands_are_known_as_such(rule, band):
+    mask = create_block_mask(rule, heads=2, len_q=40, len_kv=40, block_size=16)
+    assert mask.band == band
+    if band is not None:
+        queries, keys = np.arange(40)[:, None], np.arange(40)
+        left, right = (40 if side is None else side for side in (band.left, band.right))
+        np.testing.assert_array_equal(mask.to_dense()[0, 0], (queries - left <= keys) & (keys <= queries + right))
+        assert create_block_mask(rule, heads=2, len_q=40, len_kv=40, blocks=np.eye(1, dtype=bool)).band is None
+        assert (mask & (lambda b, h, q, k: k % 2 == 0)).band is None

@@ -14,7 +14,7 @@ from cuflash import mods
 from cuflash.errors import InvalidArgument
 from cuflash.mods.derive import slopes
 from cuflash.mods.distance import learned, steps, varies
-from cuflash.mods.emit import emit, in_units, is_bounded
+from cuflash.mods.emit import cap_of, emit, in_units, is_bounded
 from cuflash.mods.evaluate import evaluate
 from cuflash.mods.expression import Node
 
@@ -140,3 +140,19 @@ def test_indices_by_distance_are_those_of_every_pair_at_it(function: Callable[..
 )
 def test_what_more_than_the_distance_decides(function: Callable[..., Any]) -> None:
     assert learned(traced(function), range(9)) == ()
+
+
+@pytest.mark.parametrize(
+    ("function", "cap"),
+    [
+        (mods.softcap(30.0), 30.0),
+        (lambda s, b, h, q, k: mods.tanh(s / 2) * 2, 2.0),
+        (lambda s, b, h, q, k: 2 * mods.tanh(s / 3), None),
+        (lambda s, b, h, q, k: 2 * mods.tanh(2 * s / 2), None),
+        (lambda s, b, h, q, k: 2 * mods.tanh(s / 2) + h, None),
+        (lambda s, b, h, q, k: -2 * mods.tanh(s / -2), None),
+        (lambda s, b, h, q, k: 1e9 * mods.tanh(s / 1e9), None),
+    ],
+)
+def test_a_soft_cap_is_known_as_such(function: Callable[..., Any], cap: float | None) -> None:
+    assert cap_of(mods.trace("score_mod", function).mod.expression) == cap

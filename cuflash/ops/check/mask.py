@@ -31,8 +31,9 @@ def band_of(options: Options) -> Mask:
 
 
 def mask_of(options: Options, views: Mapping[str, View], scores: tuple[int, int, int, int]) -> Mask:
-    """The band of the keywords, and the boolean tensor, which must broadcast to the shape of the scores."""
+    """The band of the keywords or of a block mask, and the boolean tensor, which must broadcast to all scores."""
     mask = band_of(options)
+    mask = mask if options.band is None else options.band
     view = views.get("mask")
     if view is None:
         return mask
@@ -43,7 +44,10 @@ def mask_of(options: Options, views: Mapping[str, View], scores: tuple[int, int,
 
 
 def blocks_of(options: Options, scores: tuple[int, int, int, int]) -> Blocks | None:
-    """What is compiled in of a block mask, which must have the lengths of the scores and lists for all of them."""
+    """What is compiled in of a block mask, which must have the lengths of the scores and lists for all of them.
+
+    None where it is a band (:func:`mask_of`).
+    """
     given: object = options.block_mask
     if given is None:
         return None
@@ -64,5 +68,7 @@ def blocks_of(options: Options, scores: tuple[int, int, int, int]) -> Blocks | N
             raise InvalidArgument(
                 f"block_mask has lists of {number} {what} but the call has {there}. Make another one of that many."
             )
+    if options.band is not None:
+        return None
     rule = given.rule if options.bias_grad else given.tested
     return Blocks(given.block_size, rule.mod, given.batch, given.heads)
