@@ -9,6 +9,7 @@ import numpy as np
 
 from cuflash.mods.distance import learned
 from cuflash.mods.emit import in_units, work
+from cuflash.mods.expression import in_order
 from cuflash.plan.config import Written
 from cuflash.problem import Problem
 
@@ -85,6 +86,15 @@ def written_work(problem: Problem) -> int:
     """How many operations a caller's functions do for every pair; one that reads counts as three."""
     mods = [mod for mod in (problem.score_mod, problem.mask_mod) if mod is not None]
     return sum(work(mod.expression) for mod in mods)
+
+
+def knows_its_place(problem: Problem) -> bool:
+    """Whether a caller's functions ask for more than the score: where it is, or numbers of an array."""
+    if problem.mask_mod is not None or problem.block_mask is not None:
+        return True
+    return problem.score_mod is not None and any(
+        node.op in ("position", "load") for node in in_order(problem.score_mod.expression)
+    )
 
 
 def captured_gradient(problem: Problem, in_fragments: bool = True) -> str:

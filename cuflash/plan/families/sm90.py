@@ -100,6 +100,8 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     full = problem.mask.kind == "none"
     crowded = _is_crowded(problem)
     teams = 1
+    elsewhere = problem.alibi or problem.bias is not None or policies.knows_its_place(problem)
+    of_score_alone = (not elsewhere) if problem.written else bool(problem.softcap)
     scored = crowded or problem.softcap or problem.alibi or problem.bias is not None or problem.written
     grouped = _groups_rows(problem)
     if dim > 128:
@@ -109,7 +111,7 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     elif dim <= 64 and _is_light(problem):
         consumers, teams, tile_kv = 2, 2, 64
         reason = "two teams of two consumers: 128 queries each, as many as blocks have"
-    elif problem.block_mask or crowded or (dim > 64 and scored and (problem.written or not problem.softcap)):
+    elif problem.block_mask or crowded or (dim > 64 and scored and not of_score_alone):
         consumers, tile_kv = 2, 128
         reason = "two consumers: what else makes a score needs more registers than more consumers have"
     elif dim > 64:
