@@ -411,7 +411,7 @@ KERNEL_FLOORS = {
     "cache": {"std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention"},
     "backward": {
         "std.cuh", "element.cuh", "params.cuh", "ptx", "tile", "attention",
-        "backward/bias.cuh", "backward/block_sm90.cuh", "backward/delta.cuh",
+        "backward/bias.cuh", "backward/block_sm90.cuh", "backward/delta.cuh", "backward/sm90.cuh",
     },
 }  # fmt: skip
 HOST_HEADERS = {"std.cuh": {"cmath", "cstddef"}}

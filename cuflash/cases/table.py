@@ -467,7 +467,8 @@ def _written() -> Iterator[Case]:
     rows: tuple[tuple[tuple[Direction, ...], str, str, str, tuple[str, ...]], ...] = (
         (both, "sm90", "bf16", "64", ("written_alibi", "written_table", "written", "blocks")),
         (both, "sm90", "bf16", "128", tuple(_WRITTEN)),
-        (("backward",), "sm90", "bf16", "64", ("written_table_deterministic",)),
+        (("backward",), "sm90", "bf16", "64", ("written_table_deterministic", "blocks_deterministic")),
+        (("backward",), "sm90", "bf16", "128", ("blocks_deterministic",)),
         (("backward",), "sm80", "bf16", "128", ("written_deterministic",)),
         (("backward",), "simt", "fp64", "64", ("written_deterministic",)),
         (both, "sm90", "bf16", "256", ("written_mask", "blocks")),

@@ -54,10 +54,13 @@ struct BackwardBlock {
   using Bias = typename Config::BiasCopies::template Buffers<kTileQ, kTileKv, 1>;
   using BiasCursor = typename Bias::Cursor;
 
-  // What the producer fills.
-  struct Inputs {
+  struct Keys {
     KTile k[kKeyTiles];  // dk on the way out
     VTile v[kKeyTiles];  // dv on the way out
+  };
+
+  // What the producer fills.
+  struct Inputs : Keys {
     QTile q[kStages];
     DoutTile dout[kDoutStages];
     Rows rows[kStages];           // come with q
@@ -93,10 +96,21 @@ struct BackwardBlock {
     tiles = typename Config::Mask(a, sequence, head_first).q_tiles(kv_first, kTileKv, kTileQ);
     first_tile = tiles.begin + Config::Reduction::first_query_tile(work.tile) % max_of(1, tiles.end - tiles.begin);
   }
+  // Of a work that somebody has found, with the tiles that it walks.
+  CF_DEVICE BackwardBlock(const BwdParams& params, const Work& its_work, const Walk& its_tiles)
+      : p(params), work(its_work), sequence(params.attention, work.batch), kv_first(work.tile * kTileKv),
+        tiles(its_tiles) {
+    const int group = p.attention.heads_q / p.attention.heads_kv;
+    head_first = work.head * group;
+    head_end = head_first + group;
+    first_tile = tiles.begin + Config::Reduction::first_query_tile(work.tile) % max_of(1, tiles.end - tiles.begin);
+  }
   CF_DEVICE static Work find(const BwdParams& params) {
+    return find(params, static_cast<int>(ptx::block_index() / kSlices));
+  }
+  CF_DEVICE static Work find(const BwdParams& params, int index) {
     const Attention& a = params.attention;
     const int longest = num_tiles(a.len_kv, kTileKv), heads = a.heads_kv * a.batch;
-    const int index = static_cast<int>(ptx::block_index() / kSlices);
     Work work = section_work(index, longest, a.heads_kv, heads, params.heads_per_section);
     work.tile = Config::Reduction::key_tile(longest - 1 - work.tile, longest);
     if constexpr (Walk::kListed && !Config::Reduction::kOrdered && IsSame<Sequence, DenseSequence>::value) {
@@ -177,9 +191,19 @@ struct BackwardBlock {
   // One thread loads everything, in the order in which it is used.
   CF_DEVICE void produce(Inputs& smem) const {
     if (empty()) return;
-    const Attention& a = p.attention;
-    load_keys(smem.k, p.k_map, smem.k_full, Config::kDimQk);
+    const uint32 k_full = ptx::smem_u32(&smem.k_full), v_full = ptx::smem_u32(&smem.v_full);
+    ptx::mbarrier_arrive_expect_tx(k_full, key_bytes<KTile>(Config::kDimQk));
+    load_keys(smem.k, p.k_map, k_full, Config::kDimQk);
     Cursor at;
+    produce_queries(smem, at, [&] {
+      ptx::mbarrier_arrive_expect_tx(v_full, key_bytes<VTile>(Config::kDimV));
+      load_keys(smem.v, p.v_map, v_full, Config::kDimV);
+    });
+  }
+  // What the block walks, from a place in the rings on, and under the first of it the values.
+  template <class LoadValues>
+  CF_DEVICE void produce_queries(Inputs& smem, Cursor& at, const LoadValues& load_values) const {
+    const Attention& a = p.attention;
     BiasCursor bias_at;
     Visit visit = first_visit();
     Steps<false> steps;
@@ -193,7 +217,7 @@ struct BackwardBlock {
       ptx::bulk_load(ptx::smem_u32(&smem.rows[at.stage]),
                      static_cast<const Rows*>(p.row_tiles) + Sums::index(a, sequence, visit.head, visit.tile),
                      sizeof(Rows), q_barrier);
-      if (step == 0) load_keys(smem.v, p.v_map, smem.v_full, Config::kDimV);
+      if (step == 0) load_values();
       load_slice(smem.dout[dout_at(at).stage], p.dout_map, origin,
                  smem.dout_ring.acquire(dout_at(at), box_bytes<DoutTile>(Config::kDimV)), Config::kDimV);
       smem.bias.load(p.bias_map, a, sequence, visit.head, visit.tile * kTileQ, kv_first, bias_at);
@@ -203,9 +227,11 @@ struct BackwardBlock {
     }
   }
   template <class Tile>
-  CF_DEVICE void load_keys(Tile (&all)[kKeyTiles], const TensorMap& map, uint64& full, int dim) const {
-    const uint32 barrier = ptx::smem_u32(&full);
-    ptx::mbarrier_arrive_expect_tx(barrier, kKeyTiles * box_bytes<Tile>(dim));
+  CF_DEVICE static int key_bytes(int dim) {
+    return kKeyTiles * box_bytes<Tile>(dim);
+  }
+  template <class Tile>
+  CF_DEVICE void load_keys(Tile (&all)[kKeyTiles], const TensorMap& map, uint32 barrier, int dim) const {
 #pragma unroll
     for (int number = 0; number < kKeyTiles; ++number) load_slice(all[number], map, kv_box(number), barrier, dim);
   }

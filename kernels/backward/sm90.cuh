@@ -52,18 +52,20 @@ struct BackwardSm90 {
   // 1 % at d 128.
   static constexpr int kApartNs = 8 * Config::kTileQ, kApartSteps = 16;
 
+  template <class Smem>
   struct Consumer {
     const Block& block;
-    SmemPlan& smem;
+    Smem& smem;
     typename Block::Inputs& in;
+    typename Block::Keys& keys;
     const int number, warp_row;
     const int kv_first;  // this warp's first key
     const bool leader;
     Fragment<16, Block::kDimQk> dk;
     Fragment<16, Block::kDimV> dv;
 
-    CF_DEVICE Consumer(const Block& b, SmemPlan& shared, int consumer)
-        : block(b), smem(shared), in(shared.inputs), number(consumer),
+    CF_DEVICE Consumer(const Block& b, Smem& shared, typename Block::Keys& its_keys, int consumer)
+        : block(b), smem(shared), in(shared.inputs), keys(its_keys), number(consumer),
           warp_row(ptx::thread_index() % ptx::kWarpgroupThreads / 32 * 16),
           kv_first(b.kv_first + consumer * Block::kRows + warp_row),
           leader(ptx::thread_index() % ptx::kWarpgroupThreads == 0) {
@@ -72,42 +74,37 @@ struct BackwardSm90 {
     }
 
     CF_DEVICE void run() {
-      const Attention& a = block.p.attention;
       // Of a tile before the first there is a dS that nobody waits for, and a dQ that nobody adds.
       Cursor at;
       Visit now = block.first_visit(), before = now;
-      if (!block.empty()) walk(now, before, at);
-      // V's rows are this consumer's alone. The gradient leaves under the last dQ.
-      block.store(in.v[number], number, dv, Config::Dropout::scale(a), block.p.dv_map, kMyWarps + number);
       if (!block.empty()) {
-        Share dq;
-        issue_dq(dq, at.before());
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_hold(dq.x[0]);
-        add_to_sums(dq, before, true);
+        const bool far = block.some_row_is_far();
+        const auto wait_keys = [&] {
+          in.wait_k();
+          in.wait_v();
+        };
+        walk(now, before, at, wait_keys, [&] { return far; });
       }
-      ptx::sync_named(kKeysDone, Block::kConsumerThreads);
-      block.store(in.k[number], number, dk, a.softmax_scale, block.p.dk_map, kMyWarps + number);
-      if (leader) ptx::tma_store_wait_read();
+      leave(before, at, [] {});
       adder().finish();
     }
 
-    // Leaves the last tile in `before`, and goes on from its place in the rings.
-    CF_DEVICE void walk(Visit& now, Visit& before, Cursor& at) {
-      const bool far = block.some_row_is_far();
+    // Leaves the last tile in `before`, and goes on from its place in the rings. `is_far()` is whether some row of the next
+    // tile, or of any, is far.
+    template <class WaitKeys, class IsFar>
+    CF_DEVICE void walk(Visit& now, Visit& before, Cursor& at, const WaitKeys& wait_keys, const IsFar& is_far) {
       typename Block::BiasCursor bias_at;
       typename Block::template Steps<true> steps;
       steps.start(block, now);
       Gradient gradient(block.p.attention, block.sequence, now.head);
-      in.wait_k();
-      in.wait_v();
+      wait_keys();
       if (number > 0 && block.num_steps() >= kApartSteps) ptx::sleep_ns(kApartNs);
       const int visits = block.num_steps();
 #pragma unroll 1
       for (int done = 0; done < visits; ++done) {
         steps.look_ahead(block, now);
         // A choice for all of a visit, before anything of it is under way: one within it costs 3 to 20 % of the whole.
-        if (far || !block.is_full(now.place, now.tile)) {
+        if (is_far() || !block.is_full(now.place, now.tile)) {
           visit<true>(gradient, now, before, done == 0, at, bias_at);
         } else {
           visit<false>(gradient, now, before, done == 0, at, bias_at);
@@ -121,6 +118,25 @@ struct BackwardSm90 {
       }
     }
 
+    // The gradients of the keys; the last dQ comes under that of the values, and `give_back` once its dS has been read.
+    template <class GiveBack>
+    CF_DEVICE void leave(const Visit& before, const Cursor& at, const GiveBack& give_back) {
+      const Attention& a = block.p.attention;
+      // V's rows are this consumer's alone. The gradient leaves under the last dQ.
+      block.store(keys.v[number], number, dv, Config::Dropout::scale(a), block.p.dv_map, kMyWarps + number);
+      if (!block.empty()) {
+        Share dq;
+        issue_dq(dq, at.before());
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_hold(dq.x[0]);
+        add_to_sums(dq, before, true);
+        give_back();
+      }
+      ptx::sync_named(kKeysDone, Block::kConsumerThreads);
+      block.store(keys.k[number], number, dk, a.softmax_scale, block.p.dk_map, kMyWarps + number);
+      if (leader) ptx::tma_store_wait_read();
+    }
+
     // One tile of queries; `kCareful` where some element may be hidden or some row is far.
     template <bool kCareful>
     CF_DEVICE void visit(const Gradient& gradient, const Visit& now, const Visit& before, bool first, const Cursor& at,
@@ -131,11 +147,11 @@ struct BackwardSm90 {
       Weights weights, ds;
       in.q_ring.wait(at);
       ptx::wgmma_fence();
-      issue_abt<Element>(s, in.k[number], in.q, at.stage);
+      issue_abt<Element>(s, keys.k[number], in.q, at.stage);
       ptx::wgmma_commit();
       in.dout_ring.wait(at);
       ptx::wgmma_fence();
-      issue_abt<Element>(dp, in.v[number], in.dout, at.stage);
+      issue_abt<Element>(dp, keys.v[number], in.dout, at.stage);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(s.x[0]);
@@ -181,7 +197,7 @@ struct BackwardSm90 {
     CF_DEVICE void issue_dq(Share& dq, const Cursor& of) {
       smem.ds_ring.wait(of);
       ptx::wgmma_fence();
-      Block::Sums::template issue<Element>(dq, smem.ds, of.stage, in.k, number);
+      Block::Sums::template issue<Element>(dq, smem.ds, of.stage, keys.k, number);
       ptx::wgmma_commit();
     }
     CF_DEVICE void add_to_sums(const Share& dq, const Visit& of, bool some) {
@@ -191,8 +207,9 @@ struct BackwardSm90 {
   };
 
   CF_DEVICE static void run(const BwdParams& params) {
-    Block::template run<SmemPlan>(
-        params, [](const Block& block, SmemPlan& smem, int consumer) { Consumer(block, smem, consumer).run(); });
+    Block::template run<SmemPlan>(params, [](const Block& block, SmemPlan& smem, int consumer) {
+      Consumer<SmemPlan>(block, smem, smem.inputs, consumer).run();
+    });
   }
 };
 

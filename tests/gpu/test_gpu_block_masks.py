@@ -128,6 +128,37 @@ def test_deterministic_repeats_of_many_blocks_are_bit_equal(cp: Any, dim: int) -
         assert gradients() == first
 
 
+@pytest.mark.parametrize(
+    ("dim", "heads_kv", "rule"),
+    [
+        (64, 16, None),
+        (64, 8, lambda b, h, q, k: (q + 3 * k) % 11 != h),
+        (72, 8, lambda b, h, q, k: (q + 3 * k) % 11 != h),
+        (128, 8, None),
+        (128, 16, lambda b, h, q, k: (q + 3 * k) % 11 != h),
+    ],
+)
+def test_many_works_of_a_block_one_after_the_other(cp: Any, dim: int, heads_kv: int, rule: Any) -> None:
+    """Beside deterministic gradients, whose blocks have a key tile each; again and again."""
+    heads = [16, heads_kv, heads_kv, 16]
+    q, k, v, dout = (cp.asarray(random(2, 2100, h, dim, dtype=BF16, seed=i)) for i, h in enumerate(heads))
+    kept = np.random.default_rng(1).random((2, 16, 17, 17)) < 0.3
+    kept[0, :, 3], kept[0, :, :, 5] = False, False
+    mask = create_block_mask(rule, batch=2, heads=16, len_q=2100, len_kv=2100, blocks=kept)
+    out, lse = cuflash.flash_attn_func(q, k, v, block_mask=mask, return_lse=True)
+
+    def gradients(deterministic: bool = False) -> list[np.ndarray]:
+        given = {"block_mask": mask, "deterministic": deterministic}
+        computed = cuflash.flash_attn_backward(dout, q, k, v, out, lse, **given)[:3]
+        return [x.get().astype(np.float32) for x in computed]
+
+    expected = gradients(deterministic=True)
+    for _ in range(8):
+        for x, y in zip(gradients(), expected, strict=True):
+            assert np.abs(x - y).max() <= 2.0**-7 * np.abs(y).max()
+            assert np.sqrt(((x - y) ** 2).mean()) <= 2.0**-10 * np.sqrt((y**2).mean())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_tile_of_an_empty_block_is_read(cp: Any, family: str) -> None:
     """Rows that are in no list are NaN, which a product with 0 would pass on."""

@@ -124,6 +124,8 @@ def cases() -> list[Any]:
         ("sm90", "b", dense("bf16", (2, 1), (200, 330), (128, 128), deterministic=True), (64, 128), {}, holes),
         ("sm90", "b", dense("bf16", (4, 2), (200, 330), (64, 64), deterministic=True), (128, 128), own, None),
         ("sm90", "b", dense("bf16", (2, 1), (150, 150), (192, 192)), (64, 64), {"heads": True}, prefix),
+        ("sm90", "b", dense("bf16", (3, 3), (150, 300), (64, 64), batch=2, num_sms=2), (128, 128), {}, holes),
+        ("sm90", "b", dense("bf16", (4, 2), (140, 330), (128, 128), batch=2, num_sms=1), (64, 128), own, None),
     ]
     directions = {"f": "forward", "b": "backward"}
     return [
