@@ -10,6 +10,7 @@
 #include "attention/softmax.cuh"
 #include "attention/heads.cuh"
 #include "attention/split.cuh"
+#include "tile/held_bias.cuh"
 
 namespace cuflash {
 
@@ -22,6 +23,7 @@ struct Config {
   using Sink = NoSink;
   using Heads = OneHead;
   using Split = NoSplit;
+  using BiasHeld = NoHeldBias;
   static constexpr int kThreads = 128;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kSmemBytes = 69632;

@@ -46,6 +46,13 @@ struct ScoreGradient {
     return mask.keep(q, kv) ? shift.probability(sum, kLog2) : Real(0);
   }
 
+  // The same from a shift as it is, which is as exact for far rows.
+  CF_DEVICE Real probability_beside(Real s, Real bias, const RowShift<Real>& shift, Place q, Place kv,
+                                    bool full) const {
+    const Real sum = fma(logit(s, q, kv), score.unit(), bias);
+    return full || mask.keep(q, kv) ? shift.probability(sum, static_cast<Real>(kLog2E)) : Real(0);
+  }
+
   // From s = q.k, but for its unit; finite past the last query.
   CF_DEVICE Real logit(Real s, Place q, Place kv) const {
     const Real x = score.apply(s, q, kv);

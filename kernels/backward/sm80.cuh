@@ -29,6 +29,7 @@
 #include "tile/dropout.cuh"
 #include "tile/dq_accum.cuh"
 #include "tile/gradient_products_sm80.cuh"
+#include "tile/held_bias.cuh"
 #include "tile/tail.cuh"
 
 namespace cuflash {
@@ -64,7 +65,8 @@ struct BackwardSm80 {
 
   using Products = GradientProducts<Element, kWarpRows, Config::kHalves>;
 
-  struct Stage {
+  using Bias = typename Config::BiasHeld::template Tile<kTileQ, kTileKv>;
+  struct Stage : Bias {
     typename Products::template Tile<kTileQ, kDimQk> q;
     typename Products::template Tile<kTileQ, kDimV> dout;
     RowShift<Real> shift[kTileQ];
@@ -79,13 +81,15 @@ struct BackwardSm80 {
 
   using Scores = Fragment<kWarpRows, kWarpCols, Real>;
 
-  // Starts the copy of one q tile with its dout, shifts and delta.
-  CF_DEVICE static void load_q(Stage& stage, const BwdParams& p, const Sequence& sequence, int head, int q_first) {
+  // Starts the copy of one q tile with its dout, shifts and delta, and of the bias that it has with the key tile.
+  CF_DEVICE static void load_q(Stage& stage, const BwdParams& p, const Sequence& sequence, int head, int q_first,
+                               int kv_first) {
     const auto q = query_rows<const Element>(p.q, p.q_stride, sequence, head).from(q_first);
     const auto dout = query_rows<const Element>(p.dout, p.dout_stride, sequence, head).from(q_first);
     const int64 row_offset = query_offset(p.delta_stride, sequence, head) + q_first;
     Products::template load<Config::kDimQk, kBytes, kThreads>(stage.q, q);
     Products::template load<Config::kDimV, kBytes, kThreads>(stage.dout, dout);
+    stage.Bias::template load<kThreads>(p.attention, sequence.batch, head, q_first, kv_first);
 #pragma unroll 1
     for (int row = ptx::thread_index(); row < kTileQ; row += kThreads) {
       const bool valid = row < q.count;
@@ -143,7 +147,7 @@ struct BackwardSm80 {
     const int num_steps = tiles.steps(group);
     const auto load_step = [&](int number, Step step) {
       load_q(smem.stage[number % kStages], p, sequence, head_first + tiles.member(step),
-             tiles.number(step.place) * kTileQ);
+             tiles.number(step.place) * kTileQ, kv_first);
     };
 
     Products products;
@@ -194,8 +198,15 @@ struct BackwardSm80 {
           for (int r = 0; r < Scores::kRowsPerLane; ++r) {
             const int q = q_first + col, kv = kv_first + warp_row + row_of(lane, r);
             const Real raw = s.at(r, n, i);
-            const Real weight = folded ? gradient.visible_probability(raw, shift.log2_l, q, kv)
-                                       : gradient.probability(raw, shift, q, kv, full);
+            Real weight;
+            if constexpr (Config::BiasHeld::kHeld) {
+              // A row past the end has a bias of its own perhaps, which may be infinite.
+              const Real bias = q < sequence.len_q ? stage.element(col, warp_row + row_of(lane, r)) : Real(0);
+              weight = gradient.probability_beside(raw, bias, shift, q, kv, full);
+            } else {
+              weight = folded ? gradient.visible_probability(raw, shift.log2_l, q, kv)
+                              : gradient.probability(raw, shift, q, kv, full);
+            }
             const bool keep = kept.has(r, n, i);
             s.at(r, n, i) = keep ? weight : Real(0);
             if (split == 0) {

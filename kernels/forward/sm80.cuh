@@ -11,12 +11,14 @@
 //   for each kv tile:   load_v | S = Q K^T | mask_tile | softmax_tile, dropout | load_k(next) | out += P V
 //   store_out, store_lse
 //
-// K and V have one buffer each: V's copy runs under S = Q K^T, the next K's under P V.
+// K and V have one buffer each: V's copy runs under S = Q K^T, the next K's under P V, and that of the bias' tile with it,
+// where it is held.
 #pragma once
 
 #include "attention/query_tile.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
+#include "tile/held_bias.cuh"
 #include "tile/products_sm80.cuh"
 #include "tile/tail.cuh"
 
@@ -37,7 +39,8 @@ struct ForwardSm80 {
   static constexpr int kBytes = Config::kCopyBytes;
   using Products = cuflash::Products<Element, kWarpRows, Config::kHalves>;
 
-  struct SmemPlan {
+  using Bias = typename Config::BiasHeld::template Tile<kTileQ, kTileKv>;
+  struct SmemPlan : Bias {
     union {
       typename Products::template Tile<kTileQ, kDimQk> q;
       typename Products::template OutTile<kTileQ, kDimV> out;  // after the last Q K^T
@@ -95,6 +98,7 @@ struct ForwardSm80 {
     const auto load_k = [&](int tile) {
       const auto k = kv_rows(p, sequence, g_k, p.k_stride, tile * kTileKv, visible);
       Products::template load<Config::kDimQk, kBytes, kThreads>(smem.k, k);
+      smem.Bias::template load<kThreads>(a, sequence.batch, heads.first, q_first, tile * kTileKv);
       ptx::cp_async_commit();
     };
     const auto load_v = [&](int tile) {
@@ -131,6 +135,20 @@ struct ForwardSm80 {
       Products::multiply(s, smem.q, warp_row, smem.k);
       s.for_each(
           lane, [&](Real& x, int row, int col) { x = score.apply(x, q_first + warp_row + row, tile * kTileKv + col); });
+      if constexpr (Config::BiasHeld::kHeld) {
+        using Block = Fragment<16, 16>;
+#pragma unroll
+        for (int m = 0; m < Scores::kM; ++m) {
+#pragma unroll
+          for (int n = 0; n < Scores::kN; n += 2) {
+            const auto block = smem.block(warp_row + m * 16, n * 8, lane);
+            Block::for_each_index([&](int down, int across, int i) {
+              Real& x = s.at(m * 2 + down, n + across, i);
+              x = block.plus(x, down, across, i);
+            });
+          }
+        }
+      }
       if (!full) {
         s.for_each(lane, [&](Real& x, int row, int col) {
           if (!mask.keep(q_first + warp_row + row, tile * kTileKv + col)) x = -infinity<Real>();

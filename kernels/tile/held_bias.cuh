@@ -20,6 +20,7 @@ struct NoHeldBias {
     CF_DEVICE void load(const Attention&, int, int, int, int, int = 0) {}
     CF_DEVICE NoBiasBlock block(int, int, int) { return {}; }
     CF_DEVICE NoBiasBlock transposed(int, int, int) { return {}; }
+    CF_DEVICE float element(int, int) { return 0.f; }
   };
 };
 
@@ -65,6 +66,7 @@ struct HeldBias {
     CF_DEVICE BiasBlock<Element> transposed(int row, int col, int lane) {
       return BiasBlock<Element>::of_transposed(tile, row, col, lane);
     }
+    CF_DEVICE float element(int row, int col) { return to_accumulator(*tile.at(row, col)); }
   };
 };
 

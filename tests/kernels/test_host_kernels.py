@@ -127,6 +127,8 @@ CASES |= {
     "bias-all-keys": dense("bf16", (2, 1), (70, 90), (24, 40), batch=2, bias_axes="k", bias=FP32),
     "bias-d256": dense("bf16", (1, 1), (40, 70), (256, 200), bias_axes="hqk", bias=FP32),
     "bias-copy-2": dense("fp16", (1, 1), (40, 70), (33, 7), bias_axes="bqk", copy_bytes=2),
+    "bias-of-two": dense("bf16", (2, 1), (70, 140), (64, 64), batch=2, bias_axes="hqk", bias=FP32),
+    "bias-of-two-odd": dense("fp16", (2, 2), (129, 131), (32, 48), batch=2, bias_axes="hqk", device="a10"),
     "bias-number": dense("fp16", (2, 1), (70, 40), (16, 16), batch=2, bias_axes="", bias=FP32),
     "sink": dense("fp16", (4, 2), (90, 140), (64, 64), batch=2, sink=True, mask=CAUSAL),
     "sink-softcap": dense("bf16", (2, 1), (150, 70), (64, 64), sink=True, softcap=1.5, mask=CAUSAL),
@@ -160,6 +162,7 @@ CASES |= {
     ),
     "simt-alibi": dense("fp32", (2, 1), (70, 90), (32, 32), family="simt", batch=2, alibi_axes="bh", mask=CAUSAL),
     "simt-bias": dense("fp32", (2, 1), (70, 90), (32, 32), family="simt", batch=2, bias_axes="bhqk"),
+    "simt-bias-of-two": dense("bf16", (2, 1), (70, 131), (32, 32), family="simt", batch=2, bias_axes="hqk"),
     "simt-bias-keys": dense("bf16", (2, 1), (70, 90), (32, 48), family="simt", batch=2, bias_axes="bk", bias=FP32),
     "simt-bias-fp64": dense("fp64", (2, 1), (70, 40), (40, 24), family="simt", bias_axes="hq", bias=FP32),
     "simt-bias-d300": dense("fp32", (1, 1), (20, 30), (300, 300), family="simt", bias_axes="qk"),
@@ -256,6 +259,7 @@ HOPPER = {
     "sm90-alibi": dense("bf16", (2, 2), (150, 270), (64, 64), alibi_axes="h"),
     "sm90-bias": dense("fp16", (2, 1), (70, 270), (64, 64), batch=2, bias_axes="bhqk"),
     "sm90-bias-boxes": dense("fp16", (2, 1), (70, 270), (64, 64), batch=2, bias_axes="bhqk", bias_boxes=True),
+    "sm90-bias-of-two": dense("bf16", (2, 1), (150, 270), (64, 64), batch=2, bias_axes="hqk", bias_boxes=True),
     "sm90-bias-boxes-fp32": dense(
         "bf16", (2, 2), (150, 290), (64, 64), bias_axes="qk", bias=FP32, bias_boxes=True, mask=CAUSAL
     ),
@@ -420,6 +424,23 @@ CASES |= {
     "tf32-d33-copy-4": dense("tf32", (1, 1), (40, 70), (33, 9), copy_bytes=4),
     "tf32-256-rows": dense("tf32", (1, 1), (1030, 70), (64, 64)),
     "tf32-bias": dense("tf32", (2, 2), (70, 90), (64, 64), batch=3, bias_axes="hqk", mask=WINDOW),
+    "fp32-held-bias": dense("fp32", (2, 1), (70, 270), (64, 64), batch=2, bias_axes="hqk", bias_boxes=True),
+    "fp32-held-bias-long": dense(
+        "fp32", (1, 1), (1030, 70), (64, 64), bias_axes="hqk", bias_boxes=True, bias=dtypes.BF16
+    ),
+    "fp32-held-bias-causal": dense(
+        "fp32", (4, 2), (150, 131), (64, 40), bias_axes="bhqk", bias_boxes=True, mask=CAUSAL, softcap=2.0, batch=2
+    ),
+    "fp32-held-bias-d128": dense(
+        "fp32", (2, 2), (90, 140), (128, 128), bias_axes="hqk", bias_boxes=True, mask=WINDOW, alibi_axes="h", batch=3
+    ),
+    "fp32-held-bias-short": dense("fp32", (2, 2), (64, 60), (32, 32), bias_axes="hqk", bias_boxes=True, batch=5),
+    "fp32-held-bias-99KB": dense("fp32", (1, 1), (90, 70), (64, 64), bias_axes="hqk", bias_boxes=True, device="a10"),
+    "fp32-held-bias-varlen": packed(
+        "fp32", (2, 1), (70, 0, 1, 130), (30, 20, 0, 150), (64, 64), tail=5, bias_axes="bhqk", bias_boxes=True,
+        dropout="byte",
+    ),
+    "tf32-held-bias": dense("tf32", (2, 1), (140, 270), (64, 64), bias_axes="hqk", bias_boxes=True),
     "tf32-varlen": packed("tf32", (2, 1), (70, 0, 1, 130), (30, 20, 0, 150), (64, 64), tail=5, mask=CAUSAL),
     "fp32-d256": dense("fp32", (1, 1), (70, 90), (256, 192)),
     "fp32-d256-99KB": dense("fp32", (1, 1), (70, 40), (256, 256), device="a10"),

@@ -15,7 +15,15 @@ from cuflash.device import Device
 from cuflash.dtypes import TF32
 from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
-from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_in_place, sums_on_the_way
+from cuflash.plan.bias import (
+    BiasSum,
+    add_parts,
+    bias_sum,
+    even_parts,
+    gradient_policy,
+    is_in_place,
+    sums_on_the_way,
+)
 from cuflash.plan.config import (
     BIAS_GRADIENT,
     CAPTURED_GRADIENT,
@@ -40,6 +48,8 @@ class HalvedForwardConfig(ForwardConfig):
 
     halves: int
     """Of floats, in fp16: 2, or 1 where TF32's 11 bits are enough."""
+    bias_held: str = field(default="NoHeldBias", metadata={HEADER: "tile/held_bias.cuh"})
+    """NoHeldBias, HeldBias: a tile of it beside every key tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +58,8 @@ class BackwardConfig(CopyConfig):
 
     halves: int
     """As of the forward."""
-
+    bias_held: str = field(default="NoHeldBias", metadata={HEADER: "tile/held_bias.cuh"})
+    """As of the forward, beside every query tile."""
     stages: int
     """Query tiles in flight."""
     dim_splits: int
@@ -119,6 +130,19 @@ def held_bias(problem: Problem, tile_q: int, tile_kv: int) -> int:
     return tile_q * (tile_kv + 8) * problem.bias.itemsize if problem.bias else 0
 
 
+def _beside(problem: Problem, tile_q: int, tile_kv: int, smem: int, most: int) -> tuple[str, int]:
+    """The policy of a bias beside tiles of so many bytes, and the bytes of both, where those fit in the most there are.
+
+    Of floats, whose products leave the time for a tile of it to arrive, and where every pair reads another element.
+    """
+    held = smem + held_bias(problem, tile_q, tile_kv)
+    several = problem.bias is None or any(problem.bias_broadcast[2:]) or not problem.bias_boxes
+    if several or problem.dtype.itemsize != 4 or problem.layout == "cache" or problem.score_mod or held > most:
+        return "NoHeldBias", smem
+    assert problem.bias is not None
+    return f"HeldBias<{problem.bias.cuda}>", held
+
+
 def _rounded(problem: Problem) -> tuple[int, int]:
     """``dim_qk`` and ``dim_v`` in whole fragments."""
     return round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
@@ -151,8 +175,8 @@ def _forward_config(problem: Problem, device: Device) -> tuple[HalvedForwardConf
 def _small_forward_config(problem: Problem, device: Device) -> tuple[HalvedForwardConfig, str]:
     """The config of ``forward/sm80.cuh`` where rows are few or keys are split, and why."""
     if _is_wide(problem):
-        return _first_that_fits(problem, device, _SMALL_WIDE_TILES)
-    return _forward_of(problem, device, 64, 64, 128), "the smallest: few rows, or few keys each"
+        return _first_that_fits(problem, device, _SMALL_WIDE_TILES, whole=False)
+    return _forward_of(problem, device, 64, 64, 128, whole=False), "the smallest: few rows, or few keys each"
 
 
 _SMALL_WIDE_TILES = (
@@ -172,6 +196,8 @@ def _wide_forward_tiles(problem: Problem) -> tuple[tuple[int, int, int, str], ..
     if problem.len_q > 64 and widest <= 128:
         if problem.mask.kind == "none" and problem.len_q >= 1024 and problem.block_mask is None:
             # H200, 4k: d 64 86 TFLOP/s and d 128 98; 128 x 64 80 and 79, 128 x 32 82 and 84, 16 rows a warp 58 and 69.
+            if widest > 64 and problem.copies_bias:
+                candidates += [(256, 32, 256, "32 rows a warp, eight of which share the keys' halves, beside a bias")]
             candidates += [(256, 64, 256, "32 rows a warp, eight of which share the keys' halves")]
         candidates += [(128, 64 if widest <= 64 else 32, 128, "32 rows a warp, two blocks an SM")]
     elif widest <= 64:
@@ -180,22 +206,27 @@ def _wide_forward_tiles(problem: Problem) -> tuple[tuple[int, int, int, str], ..
 
 
 def _first_that_fits(
-    problem: Problem, device: Device, candidates: tuple[tuple[int, int, int, str], ...]
+    problem: Problem, device: Device, candidates: tuple[tuple[int, int, int, str], ...], whole: bool = True
 ) -> tuple[HalvedForwardConfig, str]:
     """The config of the first of some tiles, each with a reason, that a block has the shared memory for."""
-    for *tile, reason in candidates:
-        config = _forward_of(problem, device, *tile)
+    for tile_q, tile_kv, threads, reason in candidates:
+        config = _forward_of(problem, device, tile_q, tile_kv, threads, whole)
         if config.smem_bytes <= device.smem_per_block:
             return config, reason
     raise AssertionError(f"no forward tile of {problem} fits {device}")
 
 
-def _forward_of(problem: Problem, device: Device, tile_q: int, tile_kv: int, threads: int) -> HalvedForwardConfig:
+def _forward_of(
+    problem: Problem, device: Device, tile_q: int, tile_kv: int, threads: int, whole: bool = True
+) -> HalvedForwardConfig:
+    """The config of a tile; not `whole` where the heads of a group may be packed into it."""
     dim_qk, dim_v = _rounded(problem)
     columns = dim_qk if _is_wide(problem) else max(dim_qk, dim_v)  # narrow results leave in the place of q
     smem = _tile(problem, tile_q, columns) + _tile(problem, tile_kv, dim_qk) + _tile(problem, tile_kv, dim_v)
+    bias_held, smem = _beside(problem, tile_q, tile_kv, smem, device.smem_per_block) if whole else ("NoHeldBias", smem)
+    score = policies.score(problem) if bias_held == "NoHeldBias" else policies.score_beside_bias(problem)
     return HalvedForwardConfig(
-        **policies.policies(problem),
+        **policies.policies(problem) | {"score": score},
         tile_q=tile_q,
         tile_kv=tile_kv,
         threads=threads,
@@ -204,6 +235,7 @@ def _forward_of(problem: Problem, device: Device, tile_q: int, tile_kv: int, thr
         copy_bytes=policies.copy_bytes(problem),
         sink=policies.sink(problem),
         halves=_halves(problem),
+        bias_held=bias_held,
     )
 
 
@@ -383,15 +415,18 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
     fitting = [tile for tile in candidates if fits_blocks(problem, tile.tile_q, tile.tile_kv)]
     for tile in fitting or candidates:
         smem = _backward_smem(problem, tile)
+        bias_held, smem = _beside(problem, tile.tile_q, tile.tile_kv, smem, device.smem_per_block)
+        score = policies.score(problem) if bias_held == "NoHeldBias" else policies.score_without_bias(problem)
         if smem <= device.smem_per_block and _dq_columns(problem.dim_qk, tile) % (16 * tile.gradients_across) == 0:
             config = BackwardConfig(
-                **policies.policies(problem),
+                **policies.policies(problem) | {"score": score},
                 tile_q=tile.tile_q,
                 tile_kv=tile.tile_kv,
                 threads=tile.threads,
                 smem_bytes=smem,
                 copy_bytes=policies.copy_bytes(problem),
                 halves=_halves(problem),
+                bias_held=bias_held,
                 stages=tile.stages,
                 dim_splits=tile.splits,
                 warps_across=tile.across,
@@ -447,8 +482,13 @@ def _wide_backward_tiles(problem: Problem) -> list[BackwardTile]:
     if widest > 128:
         return [BackwardTile(split, 16, 64, 128, 1, splits=2)]
     if widest <= 64:
+        beside = [BackwardTile("32 key rows a warp, beside a tile of the bias", 32, 256, 256, 1)]
+        if not problem.copies_bias or problem.len_kv <= 128:
+            beside = []
+        if problem.len_kv <= 64:
+            beside = [BackwardTile("32 key rows a warp, no more keys than there are", 32, 64, 64, 1)]
         # H200, 4k, d 64: 79 TFLOP/s; 64 keys 65, 64 x 64 66, 256 keys 79.
-        return [BackwardTile("32 key rows a warp, two blocks an SM", 32, 128, 128, 1), largest]
+        return [*beside, BackwardTile("32 key rows a warp, two blocks an SM", 32, 128, 128, 1), largest]
     # H200, 4k, d 128: 81 TFLOP/s; 64 keys 76, 16 queries 62.
     return [BackwardTile("16 key rows a warp: dk and dv take 128 registers", 32, 128, 256, 1), largest]
 

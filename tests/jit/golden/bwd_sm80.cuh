@@ -7,6 +7,7 @@
 #include "attention/mask.cuh"
 #include "attention/score.cuh"
 #include "attention/dropout.cuh"
+#include "tile/held_bias.cuh"
 #include "tile/dq_accum.cuh"
 #include "attention/bias_gradient.cuh"
 #include "tile/captured_gradient.cuh"
@@ -19,6 +20,7 @@ struct Config {
   using Mask = WindowMask;
   using Score = SoftCapScore<double>;
   using Dropout = NoDropout;
+  using BiasHeld = NoHeldBias;
   using Reduction = OrderedReduction;
   using BiasGradient = NoBiasGradient;
   using CapturedGradient = NoCapturedGradient;
