@@ -112,7 +112,8 @@ struct BackwardSm80 {
     if constexpr (IsSame<Element, Real>::value) {
       const auto rows = all.from(kv_first + grad_row);
       grad.for_each(ptx::lane_index(), [&](Real x, int down, int col) {
-        if (rows.has(down) && first_col + col < kDim) *rows.at(down, first_col, col) = x;
+        const int from = first_col + grad_col;
+        if (rows.has(down) && from + col < kDim) *rows.at(down, from, col) = x;
       });
     } else {
       Operand<Grad::kM * 16, Grad::kN * 8> packed;

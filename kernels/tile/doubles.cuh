@@ -31,27 +31,34 @@ struct alignas(128) DoubleTile {
   CF_DEVICE double2& pair(int row, int col) { return *reinterpret_cast<double2*>(at(row, col)); }
 };
 
-// C = A B^T with A [M x K] and B [N x K], both row-major in shared memory; A starts at row `a_row`.
+// What kM rows of A from `row` on have for sixteen columns from `col` on, row-major in shared memory.
+template <int kM, class TileA>
+CF_DEVICE void load_a(double (&a_regs)[kM / 16][8], TileA& a, int row, int col) {
+  const int lane = ptx::lane_index();
+#pragma unroll
+  for (int r = 0; r < kM / 8; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const double2 x = a.pair(row + r * 8 + row_of(lane, 0), col + half * 8 + col_of(lane, 0, 0));
+      a_regs[r / 2][half * 4 + r % 2] = x.x;
+      a_regs[r / 2][half * 4 + r % 2 + 2] = x.y;
+    }
+  }
+}
+
+// C = A B^T with A [M x K] and B [N x K], both row-major in shared memory, from rows `a_row` and `b_row` on.
 template <int kM, int kN, class TileA, class TileB>
-CF_DEVICE void gemm_abt_doubles(Fragment<kM, kN, double>& c, TileA& a, int a_row, TileB& b) {
+CF_DEVICE void gemm_abt_doubles(Fragment<kM, kN, double>& c, TileA& a, int a_row, TileB& b, int b_row = 0) {
   static_assert(TileA::kCols == TileB::kCols);
   const int lane = ptx::lane_index(), row = row_of(lane, 0), col = col_of(lane, 0, 0);
   c.clear();
 #pragma unroll 1
   for (int k = 0; k < TileA::kCols; k += 16) {
     double a_regs[kM / 16][8];
-#pragma unroll
-    for (int r = 0; r < kM / 8; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const double2 x = a.pair(a_row + r * 8 + row, k + half * 8 + col);
-        a_regs[r / 2][half * 4 + r % 2] = x.x;
-        a_regs[r / 2][half * 4 + r % 2 + 2] = x.y;
-      }
-    }
+    load_a<kM>(a_regs, a, a_row, k);
 #pragma unroll
     for (int n = 0; n < kN / 8; ++n) {
-      const double2 left = b.pair(n * 8 + row, k + col), right = b.pair(n * 8 + row, k + 8 + col);
+      const double2 left = b.pair(b_row + n * 8 + row, k + col), right = b.pair(b_row + n * 8 + row, k + 8 + col);
       const double b_regs[4] = {left.x, left.y, right.x, right.y};
 #pragma unroll
       for (int m = 0; m < kM / 16; ++m) ptx::mma_m16n8k16(c.x[m][n], a_regs[m], b_regs);
@@ -105,6 +112,27 @@ CF_DEVICE void add_ab_doubles(Fragment<kM, kN, double>& sum, Fragment<kM, kK, do
 #pragma unroll
   for (double& factor : one) factor = 1.;
   add_ab_doubles(sum, one, a, b, b_col);
+}
+
+// sum += A B with A [M x K] from row `a_row` on and B [K x N] from column `b_col` on, row-major in shared memory.
+template <int kM, int kN, class TileA, class TileB>
+CF_DEVICE void add_shared_ab_doubles(Fragment<kM, kN, double>& sum, TileA& a, int a_row, TileB& b, int b_col) {
+  static_assert(TileA::kCols == TileB::kRows);
+  Fragment<kM, kN, double> tile;
+  tile.clear();
+#pragma unroll
+  for (int k = 0; k < TileA::kCols; k += 16) {
+    double a_regs[kM / 16][8];
+    load_a<kM>(a_regs, a, a_row, k);
+#pragma unroll
+    for (int n = 0; n < kN / 8; ++n) {
+      double b_regs[4];
+      load_b(b_regs, b, k, b_col + n * 8);
+#pragma unroll
+      for (int m = 0; m < kM / 16; ++m) ptx::mma_m16n8k16(tile.x[m][n], a_regs[m], b_regs);
+    }
+  }
+  sum.for_each_index([&](int r, int n, int i) { sum.at(r, n, i) += tile.at(r, n, i); });
 }
 
 // C = A^T B with A [K x M] from column `a_col` on and B [K x N] from column `b_col` on, row-major in shared memory.

@@ -232,9 +232,26 @@ struct GradientProducts<double, kRows, kHalves> {
   CF_DEVICE static void prepare_first(TileK&, TileV&) {}
 
   template <int kQueries, class TileK, class TileQ>
-  CF_DEVICE static void multiply(Fragment<kRows, kQueries, double>& s, TileK& k, int warp_row, TileQ& q,
-                                 int /*warp_col*/) {
-    gemm_abt_doubles(s, k, warp_row, q);
+  CF_DEVICE static void multiply(Fragment<kRows, kQueries, double>& s, TileK& k, int warp_row, TileQ& q, int warp_col) {
+    gemm_abt_doubles(s, k, warp_row, q, warp_col);
+  }
+
+  template <int kQueries, class TileScores>
+  CF_DEVICE static void share(TileScores& shared, int warp_row, int warp_col, Fragment<kRows, kQueries, double>& x) {
+    const int lane = ptx::lane_index();
+#pragma unroll
+    for (int r = 0; r < kRows / 8; ++r) {
+#pragma unroll
+      for (int n = 0; n < kQueries / 8; ++n) {
+        shared.pair(warp_row + row_of(lane, r), warp_col + col_of(lane, n, 0)) = double2{x.at(r, n, 0), x.at(r, n, 1)};
+      }
+    }
+  }
+
+  template <int kKeys, int kCols, class TileScores, class TileQ>
+  CF_DEVICE static void add_shared(Fragment<kKeys, kCols, double>& grad, TileScores& shared, int first_row, TileQ& q,
+                                   int first_col) {
+    add_shared_ab_doubles(grad, shared, first_row, q, first_col);
   }
 
   template <int kQueries, int kCols, class TileDout>
@@ -246,14 +263,7 @@ struct GradientProducts<double, kRows, kHalves> {
   template <int kQueries, int kCols, class TileScores, class TileK, class TileQ>
   CF_DEVICE static void add_to_dk(Fragment<kRows, kCols, double>& dk, Fragment<kRows, kQueries, double>& ds,
                                   TileScores& shared, TileK& /*k*/, int warp_row, TileQ& q, int first_col) {
-    const int lane = ptx::lane_index();
-#pragma unroll
-    for (int r = 0; r < kRows / 8; ++r) {
-#pragma unroll
-      for (int n = 0; n < kQueries / 8; ++n) {
-        shared.pair(warp_row + row_of(lane, r), col_of(lane, n, 0)) = double2{ds.at(r, n, 0), ds.at(r, n, 1)};
-      }
-    }
+    share(shared, warp_row, 0, ds);
     add_ab_doubles(dk, ds, q, first_col);
   }
 

@@ -474,7 +474,9 @@ def _wide_backward_tiles(problem: Problem) -> list[BackwardTile]:
     largest = BackwardTile("the largest that fits", 16, 64, 128, 1)
     if problem.dtype.itemsize == 8:
         if widest <= 64:
-            return [BackwardTile("16 key rows a warp: dk and dv take 128 registers", 32, 64, 128, 2), largest]
+            tile = BackwardTile("16 key rows a warp: dk and dv take 128 registers", 32, 64, 128, 2)
+            eight = "eight warps, which share P and dS, have the registers that dk and dv need"
+            return [*([BackwardTile(eight, 32, 64, 256, 2, across=2)] if widest > 32 else []), tile, largest]
         return [
             BackwardTile(split, 16, 64, 128, 1, splits=2),
             BackwardTile("32 keys: what fits", 16, 32, 64, 1, splits=2),
