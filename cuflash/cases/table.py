@@ -137,6 +137,7 @@ VARIATIONS: dict[str, str] = {
     "bias_apart": "the same, whose keys are not neighbours in memory",
     "bias_row": "an additive tensor for each key of each batch element, in fp32",
     "dbias": "the gradient of `bias`",
+    "dbias_batch": "the same of three batch elements that share it",
     "dbias_row": "the gradient of `bias_row`",
     "sink": "a learnable logit for each head, causal",
     "dropout": "dropout by 8 random bits a pair",
@@ -218,10 +219,11 @@ _CHANGES |= {
     "latent_split": _OF_LATENT | {"len_q": 2, "num_splits": 5, "mask": _CAUSAL},
 }
 _CHANGES["dbias"], _CHANGES["dbias_row"] = _CHANGES["bias"], _CHANGES["bias_row"]
+_CHANGES["dbias_batch"] = _CHANGES["bias"] | {"batch": 3}
 _CHANGES["varlen_everything"] = _CHANGES["everything"]
 _CHANGES["paged_everything"] = _CHANGES["everything"] | {"page_size": 48}
 _CHANGES |= {f"paged{size}": _CHANGES["gqa"] | {"page_size": size} for size in (1, 16, 48, 256)}
-_BACKWARD_ONLY = ("deterministic", "dbias", "dbias_row")
+_BACKWARD_ONLY = ("deterministic", "dbias", "dbias_batch", "dbias_row")
 _FORWARD_ONLY = tuple(
     feature for feature in VARIATIONS if feature.startswith(("decode", "latent", "long_keys", "paged"))
 )
@@ -258,7 +260,7 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         copy_bytes=widest_copy(dtype.itemsize, (dim_qk, dim_v), base),
     )
     problem = replace(problem, **_CHANGES.get(feature, {}))
-    if feature in ("bias", "bias_apart", "dbias", "short", "short100"):
+    if feature in ("bias", "bias_apart", "dbias", "dbias_batch", "short", "short100"):
         problem = replace(problem, bias=BY_NUMPY_NAME[dtype.numpy.name])
     if direction == "backward" and ("short" in feature or "dbias" in feature or "everything" in feature):
         problem = replace(problem, bias_grad=True)
@@ -331,8 +333,12 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ("fp16", "64", ("", "causal")),
         ("fp16", "128", ("", "softcap")),
         *(("fp32", dims, ("",)) for dims in ("33", "40", "64x128", "256")),
-        ("fp32", "64", ("", "causal", "window", "mask", "gqa", "varlen_causal", "bias", "dbias", "dbias_row")),
-        ("fp32", "64", ("dropout", "dropout_word", "everything", "varlen_everything", "copy4", "deterministic")),
+        ("fp32", "64", ("", "causal", "window", "mask", "gqa", "varlen_causal", "bias", "dbias", "dbias_batch")),
+        (
+            "fp32",
+            "64",
+            ("dropout", "dropout_word", "everything", "varlen_everything", "copy4", "deterministic", "dbias_row"),
+        ),
         ("fp32", "64", ("paged48", "paged_everything", "decode", "decode_everything", "long")),
         ("fp32", "128", ("", "causal", "softcap", "everything", "decode_varlen", "long")),
         (
