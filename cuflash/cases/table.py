@@ -134,6 +134,7 @@ VARIATIONS: dict[str, str] = {
     "paged_everything": "`varlen_everything` in pages of 48, without gradients",
     "alibi": "linear biases, causal",
     "bias": "an additive tensor for each pair of each head",
+    "bias384": "the same for 384 queries",
     "bias_apart": "the same, whose keys are not neighbours in memory",
     "bias_row": "an additive tensor for each key of each batch element, in fp32",
     "dbias": "the gradient of `bias`",
@@ -182,6 +183,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True, "mask": _CAUSAL},
     "alibi": {"alibi": True, "mask": _CAUSAL},
     "bias": {"bias_broadcast": (True, False, False, False)},
+    "bias384": {"bias_broadcast": (True, False, False, False), "len_q": 384},
     "bias_apart": {"bias_broadcast": (True, False, False, False), "bias_boxes": False},
     "bias_row": {"bias": DTYPES["fp32"], "bias_broadcast": (False, True, True, False)},
     "sink": {"sink": True, "mask": _CAUSAL},
@@ -260,7 +262,7 @@ def _case(family: str, direction: Direction, dtype_name: str, dims: str, feature
         copy_bytes=widest_copy(dtype.itemsize, (dim_qk, dim_v), base),
     )
     problem = replace(problem, **_CHANGES.get(feature, {}))
-    if feature in ("bias", "bias_apart", "dbias", "dbias_batch", "short", "short100"):
+    if feature in ("bias", "bias384", "bias_apart", "dbias", "dbias_batch", "short", "short100"):
         problem = replace(problem, bias=BY_NUMPY_NAME[dtype.numpy.name])
     if direction == "backward" and ("short" in feature or "dbias" in feature or "everything" in feature):
         problem = replace(problem, bias_grad=True)
@@ -326,7 +328,7 @@ _PLAN: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "sm80": [
         *(("bf16", dims, ("",)) for dims in ("32", "40", "80", "96")),
         *(("bf16", dims, ("", "causal")) for dims in ("192", "256", "192x128")),
-        ("bf16", "64", ("", *(f for f in VARIATIONS if not f.startswith(("long", "latent"))))),
+        ("bf16", "64", ("", *(f for f in VARIATIONS if not f.startswith(("long", "latent", "bias384"))))),
         ("bf16", "128", ("", "causal", "window", "mask", "softcap", "varlen_causal", "deterministic", "copy2")),
         ("bf16", "128", ("bias", "dbias", "dropout", "everything", "paged48", "decode")),
         ("bf16", "256", ("varlen_causal", "deterministic", "everything", "decode")),

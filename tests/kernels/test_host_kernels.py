@@ -259,6 +259,7 @@ HOPPER = {
     "sm90-alibi": dense("bf16", (2, 2), (150, 270), (64, 64), alibi_axes="h"),
     "sm90-bias": dense("fp16", (2, 1), (70, 270), (64, 64), batch=2, bias_axes="bhqk"),
     "sm90-bias-boxes": dense("fp16", (2, 1), (70, 270), (64, 64), batch=2, bias_axes="bhqk", bias_boxes=True),
+    "sm90-bias-384": dense("bf16", (1, 1), (384, 70), (32, 32), bias_axes="hqk", bias_boxes=True),
     "sm90-bias-of-two": dense("bf16", (2, 1), (150, 270), (64, 64), batch=2, bias_axes="hqk", bias_boxes=True),
     "sm90-bias-boxes-fp32": dense(
         "bf16", (2, 2), (150, 290), (64, 64), bias_axes="qk", bias=FP32, bias_boxes=True, mask=CAUSAL
