@@ -110,8 +110,7 @@ CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int b
       ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
 #pragma unroll
       for (int m = 0; m < kM / 16; ++m) {
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs[m], b_regs[0], b_regs[1]);
-        ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs[m], b_regs[2], b_regs[3]);
+        add_block<Element>(c, m, n, a_regs[m], b_regs);
       }
     }
   }

@@ -2,31 +2,17 @@
 // rows are keys, kRows of them a warp's, and columns queries.
 #pragma once
 
-#include "tile/copy.cuh"
-#include "tile/doubles.cuh"
 #include "tile/gemm_sm80.cuh"
-#include "tile/halves.cuh"
+#include "tile/operand_tiles.cuh"
 
 namespace cuflash {
 
 // Of 16-bit elements, as tensor cores take them.
 template <class Element, int kRows, int kHalves = 2>
-struct GradientProducts {
-  template <int kTileRows, int kDim>
-  using Tile = SharedTile<Element, kTileRows, kDim>;
+struct GradientProducts : OperandTiles<Element, kHalves> {
   // dS^T of all warps.
   template <int kTileKv, int kTileQ>
   using ScoreTile = SharedTile<Element, kTileKv, kTileQ>;
-
-  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
-  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
-    load_tile_async<kDim, kBytes, kThreads>(tile, rows);
-  }
-  // What a tile needs between its arrival and its use: by all threads, before the barrier.
-  template <int kBytes, int kThreads, class Tile>
-  CF_DEVICE static void prepare(Tile&) {}
-  template <int kBytes, int kThreads, class TileK, class TileV>
-  CF_DEVICE static void prepare_first(TileK&, TileV&) {}
 
   // S^T = K Q^T, and dP^T = V dO^T.
   template <int kQueries, class TileK, class TileQ>
@@ -83,9 +69,7 @@ struct GradientProducts {
 
 // Of floats, as halves.
 template <int kRows, int kHalves>
-struct GradientProducts<float, kRows, kHalves> {
-  template <int kTileRows, int kDim>
-  using Tile = HalvesTile<kTileRows, kDim, kHalves>;
+struct GradientProducts<float, kRows, kHalves> : OperandTiles<float, kHalves> {
   // Each warp scales the queries of its own keys: what it adds to dQ is a sum of its own.
   template <int kTileKv, int kTileQ>
   struct ScoreTile {
@@ -97,21 +81,6 @@ struct GradientProducts<float, kRows, kHalves> {
 
   HalvesSum dv_sum, dk_sum;
   float key_unit = 1.f;  // the largest scale of a key
-
-  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
-  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
-    load_floats_async<kDim, kBytes, kThreads>(tile, rows);
-  }
-  template <int kBytes, int kThreads, class Tile>
-  CF_DEVICE static void prepare(Tile& tile) {
-    halve_rows<kBytes, kThreads>(tile);
-  }
-  template <int kBytes, int kThreads, class TileK, class TileV>
-  CF_DEVICE static void prepare_first(TileK& k, TileV& v) {
-    ptx::cp_async_wait<0>();
-    halve_rows<kBytes, kThreads>(k);
-    halve_rows<kBytes, kThreads>(v);
-  }
 
   template <int kQueries, class TileK, class TileQ>
   CF_DEVICE static void multiply(Fragment<kRows, kQueries>& s, TileK& k, int warp_row, TileQ& q, int /*warp_col*/) {
@@ -216,20 +185,9 @@ struct GradientProducts<float, kRows, kHalves> {
 
 // Of doubles, as tensor cores take them.
 template <int kRows, int kHalves>
-struct GradientProducts<double, kRows, kHalves> {
-  template <int kTileRows, int kDim>
-  using Tile = DoubleTile<kTileRows, kDim>;
+struct GradientProducts<double, kRows, kHalves> : OperandTiles<double, kHalves> {
   template <int kTileKv, int kTileQ>
   using ScoreTile = DoubleTile<kTileKv, kTileQ>;
-
-  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
-  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
-    load_tile_async<kDim, kBytes, kThreads>(tile, rows);
-  }
-  template <int kBytes, int kThreads, class Tile>
-  CF_DEVICE static void prepare(Tile&) {}
-  template <int kBytes, int kThreads, class TileK, class TileV>
-  CF_DEVICE static void prepare_first(TileK&, TileV&) {}
 
   template <int kQueries, class TileK, class TileQ>
   CF_DEVICE static void multiply(Fragment<kRows, kQueries, double>& s, TileK& k, int warp_row, TileQ& q, int warp_col) {

@@ -1,32 +1,18 @@
 // Products: how a forward's warp multiplies tiles, by what their elements are.
 #pragma once
 
-#include "tile/copy.cuh"
-#include "tile/doubles.cuh"
-#include "tile/halves.cuh"
+#include "tile/operand_tiles.cuh"
 #include "tile/softmax_sm80.cuh"
 
 namespace cuflash {
 
 // Of 16-bit elements, as tensor cores take them. kRows rows of a warp, and into how many halves floats are split.
 template <class Element, int kRows, int kHalves = 2>
-struct Products {
+struct Products : OperandTiles<Element, kHalves> {
   static constexpr bool kStagesOut = true;  // results are packed, so they leave through shared memory
 
   template <int kTileRows, int kDim>
-  using Tile = SharedTile<Element, kTileRows, kDim>;
-  template <int kTileRows, int kDim>
   using OutTile = SharedTile<Element, kTileRows, kDim>;
-
-  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
-  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
-    load_tile_async<kDim, kBytes, kThreads>(tile, rows);
-  }
-  // What a tile needs between its arrival and its use: by all threads, before the barrier.
-  template <int kBytes, int kThreads, class Tile>
-  CF_DEVICE static void prepare(Tile&) {}
-  template <int kBytes, int kThreads, class Tile>
-  CF_DEVICE static void prepare_first(Tile&) {}
 
   // Of rows of a warp and all keys, or those from some on beside which much else is in registers.
   template <int kKeys, class TileQ, class TileK>
@@ -60,30 +46,14 @@ struct Products {
 
 // Of floats, as halves.
 template <int kRows, int kHalves>
-struct Products<float, kRows, kHalves> {
+struct Products<float, kRows, kHalves> : OperandTiles<float, kHalves> {
   static constexpr bool kStagesOut = false;
 
-  template <int kTileRows, int kDim>
-  using Tile = HalvesTile<kTileRows, kDim, kHalves>;
   template <int kTileRows, int kDim>
   struct OutTile {};
 
   HalvesSum sum;
   float rescale[kRows / 8];  // of the output so far, by the softmax of the last tile
-
-  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
-  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
-    load_floats_async<kDim, kBytes, kThreads>(tile, rows);
-  }
-  template <int kBytes, int kThreads, class Tile>
-  CF_DEVICE static void prepare(Tile& tile) {
-    halve_rows<kBytes, kThreads>(tile);
-  }
-  template <int kBytes, int kThreads, class Tile>
-  CF_DEVICE static void prepare_first(Tile& tile) {
-    ptx::cp_async_wait<0>();
-    halve_rows<kBytes, kThreads>(tile);
-  }
 
   template <int kKeys, class TileQ, class TileK>
   CF_DEVICE static void multiply(Fragment<kRows, kKeys>& s, TileQ& q, int warp_row, TileK& k, int first_key = 0) {
@@ -107,24 +77,13 @@ struct Products<float, kRows, kHalves> {
 
 // Of doubles, as tensor cores take them.
 template <int kRows, int kHalves>
-struct Products<double, kRows, kHalves> {
+struct Products<double, kRows, kHalves> : OperandTiles<double, kHalves> {
   static constexpr bool kStagesOut = false;
 
-  template <int kTileRows, int kDim>
-  using Tile = DoubleTile<kTileRows, kDim>;
   template <int kTileRows, int kDim>
   struct OutTile {};
 
   double rescale[kRows / 8];  // of the output so far, by the softmax of the last tile
-
-  template <int kDim, int kBytes, int kThreads, class Tile, class Rows>
-  CF_DEVICE static void load(Tile& tile, const Rows& rows) {
-    load_tile_async<kDim, kBytes, kThreads>(tile, rows);
-  }
-  template <int kBytes, int kThreads, class Tile>
-  CF_DEVICE static void prepare(Tile&) {}
-  template <int kBytes, int kThreads, class Tile>
-  CF_DEVICE static void prepare_first(Tile&) {}
 
   template <int kKeys, class TileQ, class TileK>
   CF_DEVICE static void multiply(Fragment<kRows, kKeys, double>& s, TileQ& q, int warp_row, TileK& k) {
