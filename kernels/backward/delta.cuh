@@ -37,7 +37,16 @@ CF_DEVICE void for_each_delta(const BwdParams& p, const Sequence& sequence, cons
        base += kRows * kRowsAtOnce) {  // the same trip count for every lane of a warp
     const auto in_tile = [&](int i) { return base + i * kRowsAtOnce + thread / kLanes; };
     const auto is_there = [&](int i) { return in_tile(i) < Config::kTileQ && first + in_tile(i) < sequence.len_q; };
-    Real sums[kRows] = {};
+    Real sums[kRows] = {}, dlse[kRows] = {};
+    RowState<Real> state[kRows];  // or lse alone; under way with the rows
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      state[i] = {Real(0), Real(0)};
+      if (lane != 0 || !is_there(i)) continue;
+      const int row = first + in_tile(i);
+      state[i] = p.row_state ? g_state[row] : RowState<Real>{g_lse[row * p.lse_stride.row], Real(0)};
+      if (p.dlse) dlse[i] = g_dlse[row * p.dlse_stride.row];
+    }
     for (int vector = lane; vector < kVectors; vector += kLanes) {
       Vector o[kRows] = {}, d[kRows] = {};
 #pragma unroll
@@ -64,11 +73,9 @@ CF_DEVICE void for_each_delta(const BwdParams& p, const Sequence& sequence, cons
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (in_tile(i) >= Config::kTileQ) continue;
-      const int row = first + in_tile(i);
       Shift shift = Shift::empty();
-      if (is_there(i)) shift = p.row_state ? Shift::of(g_state[row]) : Shift::of_lse(g_lse[row * p.lse_stride.row]);
-      const Real dlse = is_there(i) && p.dlse ? g_dlse[row * p.dlse_stride.row] : Real(0);
-      f(in_tile(i), shift, shift.is_empty() ? Real(0) : sums[i] - dlse);  // dlse of an empty row may be anything
+      if (is_there(i)) shift = p.row_state ? Shift::of(state[i]) : Shift::of_lse(state[i].m);
+      f(in_tile(i), shift, shift.is_empty() ? Real(0) : sums[i] - dlse[i]);  // dlse of an empty row may be anything
     }
   }
 }

@@ -15,15 +15,7 @@ from cuflash.device import Device
 from cuflash.dtypes import TF32
 from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
-from cuflash.plan.bias import (
-    BiasSum,
-    add_parts,
-    bias_sum,
-    even_parts,
-    gradient_policy,
-    is_in_place,
-    sums_on_the_way,
-)
+from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_in_place, sums_on_the_way
 from cuflash.plan.config import (
     BIAS_GRADIENT,
     CAPTURED_GRADIENT,

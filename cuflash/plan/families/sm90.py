@@ -123,7 +123,8 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
     else:
         consumers, tile_kv = 4, 64
         reason = "four consumers read k and v once for 256 rows; S, P and out fit in 112 registers"
-        if problem.copies_bias and 5 * round_up(problem.len_q, 192) <= 4 * round_up(problem.len_q, 256):
+        emptier = problem.len_q > 256 and 5 * round_up(problem.len_q, 192) <= 4 * round_up(problem.len_q, 256)
+        if problem.copies_bias and emptier:
             consumers, reason = 3, "three consumers: tiles of 256 rows would stay emptier"
     # With turns, softmaxes run under the products of others; without, no consumer visits what only others' rows see.
     ping_pong = problem.copies_bias or (problem.block_mask is None and (full or tile_kv == 128))
