@@ -273,7 +273,9 @@ PROBLEMS: dict[str, dict] = {
         "score_mod": lambda s, b, h, q, k: mods.tanh(s) * 2,
         "mask_mod": lambda b, h, q, k: (SEEN[b, k] > 0) & (k <= q + 16),
     },
-    "--block-mask=16": {"block_mask": cuflash.create_block_mask(len_q=24, len_kv=40, block_size=16)},
+    "--block-mask=16 --causal": {  # without a band of a call's own it would be one
+        "block_mask": cuflash.create_block_mask(len_q=24, len_kv=40, block_size=16), "causal": True,
+    },
     "--varlen --causal": {"varlen": True, "causal": True},
     "--varlen --page-size=16 --num-splits=3": {"varlen": True, "page_size": 16, "num_splits": 3},
     "--varlen --backward --sink": {"varlen": True, "sink": SLOPES, "backward": True},
