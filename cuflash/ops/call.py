@@ -15,6 +15,7 @@ from cuflash.dropout import Scheme
 from cuflash.dtypes import Precision
 from cuflash.masks import Alignment, Mask
 from cuflash.mods import Mod, Traced
+from cuflash.numbers import pair
 from cuflash.problem import Direction, Problem
 
 if TYPE_CHECKING:
@@ -220,8 +221,9 @@ class Options:
     @property
     def band(self) -> Mask | None:
         """The band that a block mask is, where no keyword asks for another one."""
-        own = self.causal is not False or self.window_size != (-1, -1)
-        return None if own else getattr(self.block_mask, "band", None)
+        band = getattr(self.block_mask, "band", None)
+        own = band is not None and (self.causal is not False or pair(self.window_size) != (-1, -1))
+        return None if own else band
 
     @property
     def rule(self) -> Traced | None:
