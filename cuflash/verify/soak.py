@@ -30,7 +30,7 @@ from cuflash.verify.draws import GPU, HOST, Draw, draw
 from cuflash.verify.surroundings import Arena, Numbers, Surrounded, surround
 from cuflash.verify.verdict import judge
 
-_MORE_VARIANTS = 96
+_MORE_VARIANTS = 112
 """Kernels that draws may need beyond those of the cases, for other tiles; a draw that needs one more is left out."""
 
 _START_S = 300.0
