@@ -67,13 +67,13 @@ def dtype_of(q: View, k: View, v: View, precision: object = "full") -> DType:
         if view.dtype != q.dtype:
             raise InvalidArgument(f"{view.name} is {view.dtype} but {q.name} is {q.dtype}; convert one of them.")
     dtype = BY_NUMPY_NAME[q.dtype]
-    if precision == "tf32" and dtype == FP32:
-        return TF32
-    if precision == "tf32":
-        raise InvalidArgument(f'precision is "tf32" but {q.name} is {q.dtype}; it is for float32, leave it out.')
-    if precision != "full":
+    if not isinstance(precision, str) or precision not in ("full", "tf32"):
         raise InvalidArgument(f'precision is {shown(precision)}; expected "full" or "tf32".')
-    return dtype
+    if precision == "full":
+        return dtype
+    if dtype != FP32:
+        raise InvalidArgument(f'precision is "tf32" but {q.name} is {q.dtype}; it is for float32, leave it out.')
+    return TF32
 
 
 def check_sizes(options: Options, views: Mapping[str, View]) -> None:
