@@ -254,25 +254,3 @@ def test_dropout_is_drawn_on_each_device_by_its_own_key(mesh: Any) -> None:
     computed = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x")))(q, key)
     expected = [jax.jit(call)(q[2 * i : 2 * i + 2], jax.random.fold_in(key, i)) for i in range(2)]
     np.testing.assert_array_equal(np.asarray(computed), np.concatenate(expected))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=["batch", "heads"])
-def test_two_gpus_compute_what_one_does(spec: Any) -> None:
-    devices = jax.devices()[:2]
-    if len(devices) < 2 or devices[0].platform != "gpu":
-        pytest.skip("JAX sees less than two GPUs")
-    arrays = [x.astype(jnp.bfloat16) for x in tensors(2)[:4]]
-
-    def loss(q: Any, k: Any, v: Any, dout: Any) -> Any:
-        out = cuflash.flash_attn_func(q, k, v, causal=True)
-        return (out.astype(jnp.float32) * dout).sum(), out
-
-    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-    place = NamedSharding(jax.sharding.Mesh(np.array(devices), ("x",)), spec)
-    sharded = [jax.device_put(x, place) for x in arrays]
-    assert "all-gather" not in step.lower(*sharded).compile().as_text()
-    (gradients, out), (alone, out_alone) = (step(*sharded), step(*(jax.device_put(x, devices[0]) for x in arrays)))
-    for x, y in zip((out, *gradients), (out_alone, *alone), strict=True):
-        assert x.sharding.is_equivalent_to(place, 4) and {shard.device for shard in x.addressable_shards} == {*devices}
-        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.02, rtol=0.02)
