@@ -50,7 +50,6 @@ struct BackwardBlock {
   using Scores = Fragment<16, kTileQ>;  // transposed: rows are keys
   using Weights = Operand<16, kTileQ>;
   using Kept = ElementSet<Scores>;  // those that dropout keeps
-  using NoneAhead = RowNumbers<kTileQ, 0>;
   // One stage: a tile of the bias is read at once, so that the next one has the rest of a visit to come.
   using Bias = typename Config::BiasCopies::template Buffers<kTileQ, kTileKv, 1>;
   using BiasCursor = typename Bias::Cursor;
@@ -277,14 +276,13 @@ struct BackwardBlock {
 
   // Products of a warp's 16 keys from `kv_first` on with queries, from s = Q K^T to P * slope; what of P is kept into
   // `weights`. `bias_of(k)` is the bias block of queries 16 * k and on.
-  template <bool kCareful, int kAhead, class BiasOf>
-  CF_DEVICE static void weigh(Scores& s, Weights& weights, const Gradient& gradient, const Rows& rows,
-                              const RowNumbers<kTileQ, kAhead>& shifts_ahead, int q_first, int kv_first, int len_q,
-                              const Kept& kept, const BiasOf& bias_of) {
+  template <bool kCareful, class BiasOf>
+  CF_DEVICE static void weigh(Scores& s, Weights& weights, const Gradient& gradient, const Rows& rows, int q_first,
+                              int kv_first, int len_q, const Kept& kept, const BiasOf& bias_of) {
     const int lane = ptx::lane_index();
 #pragma unroll
     for (int k = 0; k < kTileQ / 16; ++k) {
-      const auto shifts = shifts_ahead.at(rows.shift, k, lane);
+      const auto shifts = Rows::of_lane(rows.shift, k, lane);
       const auto m = Rows::of_lane(rows.m, k, kCareful ? lane : 0);
       const auto beside = bias_of(k);
 #pragma unroll
@@ -313,12 +311,11 @@ struct BackwardBlock {
   }
 
   // From P * slope and dP to dS, in place of dP.
-  template <int kAhead>
   CF_DEVICE static void differentiate(Scores& p_slope, Scores& dp, const Gradient& gradient, const Rows& rows,
-                                      const RowNumbers<kTileQ, kAhead>& deltas_ahead, const Kept& kept) {
+                                      const Kept& kept) {
 #pragma unroll
     for (int k = 0; k < kTileQ / 16; ++k) {
-      const auto deltas = deltas_ahead.at(rows.delta, k, ptx::lane_index());
+      const auto deltas = Rows::of_lane(rows.delta, k, ptx::lane_index());
 #pragma unroll
       for (int n = 2 * k; n < 2 * k + 2; ++n) {
 #pragma unroll

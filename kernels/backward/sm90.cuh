@@ -12,8 +12,8 @@
 // keys of different consumers: dS passes through shared memory. Its product follows a tile later, so that consumers wait
 // for each other hardly ever, and one has products while another has exponentials.
 //
-//   for each q tile:   S^T = K Q^T | dP^T = V dO^T | P under dP | dS | dV += P^T dO | dQ = dS K of the tile before |
-//                      dK += dS^T Q | dQ to its sums under that
+//   for each q tile:   S^T = K Q^T | dP^T = V dO^T | P under dP | dS | dQ = dS K of the tile before | dV += P^T dO,
+//                      dK += dS^T Q | dQ to its sums under these
 #pragma once
 
 #include "backward/block_sm90.cuh"
@@ -33,15 +33,12 @@ struct BackwardSm90 {
   using Share = typename Block::Sums::Share;
   using Adder = ShareAdder<Share, Config::kCopiedSums>;
   using Visit = typename Block::Visit;
-  using Shifts = RowNumbers<Config::kTileQ, Config::kRowsAhead>;
-  // Whether dV is issued before dS is handed over, so that a product runs under that; else with dK.
-  static constexpr bool kDvFirst = Config::kTileQ == 64;
 
   struct SmemPlan {
     typename Block::Inputs inputs;
     typename Block::DsTile ds[2];
-    alignas(128) Adder adders[Block::kConsumerThreads / 32];
-    Ring<2> ds_ring;  // of dS, from every warp to both consumers, in step with that of q
+    Ring<2> ds_ring;  // of these, from every warp to both consumers, in step with that of q
+    Adder adders[Block::kConsumerThreads / 32];
 
     CF_DEVICE void init() {
       inputs.init();
@@ -152,8 +149,6 @@ struct BackwardSm90 {
       ptx::wgmma_fence();
       issue_abt<Element>(s, keys.k[number], in.q, at.stage);
       ptx::wgmma_commit();
-      Shifts shifts;
-      shifts.load(rows.shift);
       in.dout_ring.wait(at);
       ptx::wgmma_fence();
       issue_abt<Element>(dp, keys.v[number], in.dout, at.stage);
@@ -166,49 +161,39 @@ struct BackwardSm90 {
       const auto bias_of = [&](int k) {
         return in.bias.transposed(k * 16, number * Block::kRows + warp_row, ptx::lane_index(), bias_at);
       };
-      Block::template weigh<kCareful>(s, weights, gradient, rows, shifts, q_first, kv_first, block.sequence.len_q, kept,
+      Block::template weigh<kCareful>(s, weights, gradient, rows, q_first, kv_first, block.sequence.len_q, kept,
                                       bias_of);
       ptx::sync_warp();
       if (ptx::lane_index() == 0) in.bias.release(bias_at);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dp.x[0]);
-      Block::differentiate(s, dp, gradient, rows, typename Block::NoneAhead(), kept);
+      Block::differentiate(s, dp, gradient, rows, kept);
       block.store_bias_gradient(dp, now.head, q_first, kv_first);
       pack_operand<Element>(ds, dp);
       smem.ds_ring.wait_empty(at);
       store_transposed(smem.ds[at.stage], number * Block::kRows + warp_row, ptx::lane_index(), ds);
-      if (kDvFirst) {
-        ptx::wgmma_fence();
-        issue_ab<Element>(dv, weights, in.dout, at.stage);
-        ptx::wgmma_commit();
-      }
       ptx::fence_proxy_async();
       smem.ds_ring.publish_by_warp(at);
       Config::CapturedGradient::add_all(gradient.score, dp, q_first, kv_first);
 
-      // Before dK, as all of dS before is there, and its registers are needed soonest.
+      // First, as all of dS before is there, and its registers are needed soonest.
       Share dq;
       issue_dq(dq, at.before());
       ptx::wgmma_fence();
-      if (!kDvFirst) issue_ab<Element>(dv, weights, in.dout, at.stage);
+      issue_ab<Element>(dv, weights, in.dout, at.stage);
       issue_ab<Element>(dk, ds, in.q, at.stage);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       ptx::wgmma_hold(dq.x[0]);
-      if (kDvFirst) give_dout_back(at);
       if (leader && !first) smem.ds_ring.release(at.before());
       add_to_sums(dq, before, !first);
       ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(dv.x[0]);
       ptx::wgmma_hold(dk.x[0]);
-      if (!kDvFirst) give_dout_back(at);
+      if (leader) in.dout_ring.release(at);
       in.q_ring.release_by_warp(at);
     }
 
-    // Once dV is done.
-    CF_DEVICE void give_dout_back(const Cursor& at) {
-      ptx::wgmma_hold(dv.x[0]);
-      if (leader) in.dout_ring.release(at);
-    }
     CF_DEVICE void issue_dq(Share& dq, const Cursor& of) {
       smem.ds_ring.wait(of);
       ptx::wgmma_fence();

@@ -239,11 +239,9 @@ struct BackwardSm90Short {
       const auto bias_of = [&](int k) { return smem.bias.transposed(q_first + k * 16, kv_first, lane); };
       Weights weights;
       if (full && !rows.far) {
-        Block::template weigh<false>(s, weights, gradient, rows, typename Block::NoneAhead(), q_first, kv_first,
-                                     sequence.len_q, kept, bias_of);
+        Block::template weigh<false>(s, weights, gradient, rows, q_first, kv_first, sequence.len_q, kept, bias_of);
       } else {
-        Block::template weigh<true>(s, weights, gradient, rows, typename Block::NoneAhead(), q_first, kv_first,
-                                    sequence.len_q, kept, bias_of);
+        Block::template weigh<true>(s, weights, gradient, rows, q_first, kv_first, sequence.len_q, kept, bias_of);
       }
       Scores dp;
       ptx::wgmma_fence();
@@ -253,7 +251,7 @@ struct BackwardSm90Short {
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(dp.x[0]);
       ptx::wgmma_hold(dv.x[0]);
-      Block::differentiate(s, dp, gradient, rows, typename Block::NoneAhead(), kept);
+      Block::differentiate(s, dp, gradient, rows, kept);
       if (Config::kSumBias) {
         Scores::for_each_index([&](int r, int n, int i) { dbias[step].at(r, n, i) += dp.at(r, n, i); });
       }

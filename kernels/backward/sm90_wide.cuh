@@ -68,7 +68,6 @@ struct BackwardSm90Wide {
     }
   };
   using Plan = typename If<kSliced, SlicedPlan, SmemPlan>::Type;
-  using Shifts = RowNumbers<Config::kTileQ, Config::kRowsAhead>;
   using DsCursor = RingCursor<2>;
   using PCursor = RingCursor<1>;
 
@@ -230,8 +229,6 @@ struct BackwardSm90Wide {
       const auto& rows = in.rows[at.stage];
       Scores& s = this->scores;
       const auto kept = kept_transposed<Scores>(gradient.dropout, q_first, kv_first);
-      Shifts shifts;
-      shifts.load(rows.shift);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(s.x[0]);
       if constexpr (kSliced) this->add_other_slice(this->smem.p_slope, this->plan.s_ring, step.p);
@@ -243,8 +240,8 @@ struct BackwardSm90Wide {
           x = visible ? x - rows.m[Block::Rows::place(col)] : -infinity<float>();
         });
       }
-      Block::template weigh<!kProducts>(s, weights, gradient, rows, shifts, q_first, kv_first,
-                                        this->block.sequence.len_q, kept, [](int) { return NoBiasBlock{}; });
+      Block::template weigh<!kProducts>(s, weights, gradient, rows, q_first, kv_first, this->block.sequence.len_q, kept,
+                                        [](int) { return NoBiasBlock{}; });
       if (!kSliced) p_ring.wait_empty(step.p);
 #pragma unroll
       for (int n = 0; n < Scores::kN; ++n) {
@@ -310,7 +307,7 @@ struct BackwardSm90Wide {
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(dp.x[0]);
       }
-      Block::differentiate(p_slope, dp, gradient, in.rows[at.stage], typename Block::NoneAhead(), kept);
+      Block::differentiate(p_slope, dp, gradient, in.rows[at.stage], kept);
       const bool once = Block::slice() == 0;
       if (once) this->block.store_bias_gradient(dp, step.visit.head, q_first, kv_first);
       pack_operand<Element>(ds, dp);

@@ -119,21 +119,4 @@ struct alignas(16) RowTile {
   }
 };
 
-// Some numbers of a RowTile, the first of which, of 16 rows times kCount, a lane has loaded ahead of their use, so that
-// nobody waits for them behind a product.
-template <int kTileQ, int kCount>
-struct RowNumbers {
-  using Rows = RowTile<kTileQ>;
-  using Four = typename Rows::Four;
-  Four ahead[max_of(kCount, 1)];
-
-  CF_DEVICE void load(const float (&numbers)[kTileQ]) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) ahead[k] = Rows::of_lane(numbers, k, ptx::lane_index());
-  }
-  CF_DEVICE Four at(const float (&numbers)[kTileQ], int k, int lane) const {
-    return k < kCount ? ahead[k] : Rows::of_lane(numbers, k, lane);
-  }
-};
-
 }  // namespace cuflash

@@ -85,7 +85,6 @@ HOPPER_BACKWARD = sm90.BackwardConfig(
     tile_q=128,
     tile_kv=128,
     stages=3,
-    rows_ahead=2,
     producer_registers=32,
     consumer_registers=224,
     smem_bytes=54321,

@@ -487,8 +487,6 @@ class BackwardConfig(AttentionConfig):
     """Blocks of a cluster that share the columns of a head."""
     stages: int = 2
     """Query tiles in flight."""
-    rows_ahead: int
-    """Times 16 queries, whose numbers are loaded ahead of their use."""
     producer_registers: int = 24
     """Of a thread of the warpgroup that loads, and of those that compute."""
     consumer_registers: int = 240
@@ -522,7 +520,8 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
         # H200, d 64, 8k: 530 TFLOP/s, all launches (benchmarks/results/2026-11-30-h200-backward.json).
         tile_q, tile_kv, reason = 128, 128, "dk and dv take 64 registers, S and dP 128"
     elif widest <= 128:
-        # H200, d 128, 8k, all launches: 589 TFLOP/s, causal 556 to 571; 80 queries 573 (benchmarks/tuning.md, 190).
+        # H200, d 128, 8k, the main launch alone: 590 TFLOP/s, causal 570. The first version's 80 queries, dq through
+        # shared memory, 595 and 520.
         tile_q, tile_kv, reason = 64, 128, "dk and dv take 128 registers, S and dP 64"
     elif widest <= sm90_wide.NARROW:
         tile_q, tile_kv, reason = 64, 64, "one warpgroup has the registers for dk, another those for dv"
@@ -539,9 +538,6 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
         # added, which only those who add from registers know.
         copied_sums=64 < widest <= 128 and not problem.deterministic,
         slices=slices,
-        # H200, d 128: 6 % faster at 1k and 8k, causal 1 to 4 %. Tiles of 128 queries and mask tensors leave no
-        # registers for them; at d 256 they bring nothing.
-        rows_ahead=4 if tile_q == 64 and tile_kv == 128 and not problem.mask.tensor else 0,
         bias_gradient=gradient_policy(problem),
         captured_gradient=policies.captured_gradient(problem),
     )
