@@ -43,6 +43,7 @@ _GRADIENTS_256 = "dk or dv, S or dP and a share of dQ fill the 240 registers of 
 _HALVES = "halves of a tile of weights and sums of their own for its products, beside 255 busy registers"
 _DOUBLES = "16 rows a warp: out, or dk and dv, take 128 registers, S and dP 64, operands and addresses the rest"
 _SIMT_64 = "held to 168 registers so that three blocks share an SM; seven words do not fit"
+_TANGENTS_SIMT = "held to 128 registers so that two blocks share a multiprocessor; on sm_100 one word does not fit"
 _GROUP_256 = "NVRTC 13.0 keeps more alive beside the 128 registers of out than 13.5, which spills nothing"
 _FEW_256 = "what the next query tile's keys are loaded by lives on while parts are merged, beside the registers of out"
 _COMBINE = "held to 80 registers so that six blocks share a multiprocessor"
@@ -68,6 +69,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance("jvp_sm80", "*-d64*", 132, _TANGENTS_64),
     Allowance("jvp_sm80", "*-d128*", 96, _TANGENTS_128),
     Allowance("jvp_sm90", "*-d128*", 12, _WORK),
+    Allowance("jvp_simt", "*-fp32-d64", 8, _TANGENTS_SIMT),
     Allowance("fwd_sm80", "*-fp64-*", 660, _DOUBLES),
     Allowance("bwd_sm80", "*-fp64-*", 1600, _DOUBLES),
     Allowance("fwd_sm80", "*-fp32-*", 512, _HALVES),
