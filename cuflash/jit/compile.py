@@ -7,10 +7,11 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache as once
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from cuflash import settings
@@ -67,31 +68,13 @@ def compile_kernel(kernel: str, config: Config, params: str, arch: str) -> Cubin
     CompileError
         If NVRTC is missing, does not know the architecture, or refuses the sources.
     """
-    rendered = headers(kernel, config, params)
-    files = sources.gather(kernel, rendered)
-    flags = flags_for(arch)
-    folder = cache.folder(_title(kernel, config), cache.key(files, (*flags, *version(), build())))
-    cached = cache.read(folder)
-    if cached is not None:
-        path, report = cached
-        return Cubin(path=path, cached=True, **{**report, "warnings": tuple(report["warnings"])})
-
-    check_arch(arch)
-    start = time.perf_counter()
-    binary, log = _nvrtc(sources.entry_name(kernel), files, flags)
-    report = {
-        "kernel": kernel,
-        "arch": arch,
-        **{name: _largest(pattern, log) for name, pattern in _RESOURCES.items()},
-        "seconds": round(time.perf_counter() - start, 3),
-        "warnings": tuple(line for line in log.splitlines() if _REMARK.search(line)),
-    }
-    _logger().info("compiled %s for %s in %.2f s", _title(kernel, config), arch, report["seconds"])
-    return Cubin(path=cache.publish(folder, binary, report, rendered[sources.CONFIG]), **report)
+    return _compiled(_asked(kernel, config, params, arch))
 
 
 def compile_together(jobs: Sequence[tuple[str, Config, str, str]]) -> list[Cubin]:
     """Compile the few kernels of one call, (kernel, config, params, arch) each, in parallel threads.
+
+    NVRTC reads one program at a time. So they begin in order, the one of the longest text first, as it takes longest.
 
     Raises
     ------
@@ -100,11 +83,65 @@ def compile_together(jobs: Sequence[tuple[str, Config, str, str]]) -> list[Cubin
     """
     if len(jobs) < 2:
         return [compile_kernel(*job) for job in jobs]
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     version()  # loads NVRTC, which threads must not do at once
+    asked = [_asked(*job) for job in jobs]
+    longest_first = sorted(range(len(jobs)), key=lambda i: -sum(map(len, asked[i].files.values())))
+    running: dict[int, Future[Cubin]] = {}
     with ThreadPoolExecutor(len(jobs)) as pool:  # NVRTC compiles without the interpreter's lock
-        return list(pool.map(compile_kernel, *zip(*jobs, strict=True)))
+        for i in longest_first:
+            begun = Event()
+            running[i] = pool.submit(_begun, asked[i], begun)
+            begun.wait()
+    return [running[i].result() for i in range(len(jobs))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One variant and all that it is made of."""
+
+    kernel: str
+    arch: str
+    title: str
+    files: dict[str, bytes]
+    config: str
+    """The text of its ``config.cuh``."""
+
+
+def _asked(kernel: str, config: Config, params: str, arch: str) -> _Asked:
+    rendered = headers(kernel, config, params)
+    return _Asked(kernel, arch, _title(kernel, config), sources.gather(kernel, rendered), rendered[sources.CONFIG])
+
+
+def _compiled(asked: _Asked, begin: Callable[[], None] = lambda: None) -> Cubin:
+    """Find or compile it; `begin` is called just before NVRTC reads it."""
+    flags = flags_for(asked.arch)
+    folder = cache.folder(asked.title, cache.key(asked.files, (*flags, *version(), build())))
+    cached = cache.read(folder)
+    if cached is not None:
+        path, report = cached
+        return Cubin(path=path, cached=True, **{**report, "warnings": tuple(report["warnings"])})
+
+    check_arch(asked.arch)
+    start = time.perf_counter()
+    binary, log = _nvrtc(sources.entry_name(asked.kernel), asked.files, flags, begin)
+    report = {
+        "kernel": asked.kernel,
+        "arch": asked.arch,
+        **{name: _largest(pattern, log) for name, pattern in _RESOURCES.items()},
+        "seconds": round(time.perf_counter() - start, 3),
+        "warnings": tuple(line for line in log.splitlines() if _REMARK.search(line)),
+    }
+    _logger().info("compiled %s for %s in %.2f s", asked.title, asked.arch, report["seconds"])
+    return Cubin(path=cache.publish(folder, binary, report, asked.config), **report)
+
+
+def _begun(asked: _Asked, begun: Event) -> Cubin:
+    try:
+        return _compiled(asked, begun.set)
+    finally:
+        begun.set()  # found on disk, or failed before
 
 
 def compile_many(
@@ -211,7 +248,7 @@ def _module() -> Any:
     return nvrtc
 
 
-def _nvrtc(entry: str, files: dict[str, bytes], flags: Sequence[str]) -> tuple[bytes, str]:
+def _nvrtc(entry: str, files: dict[str, bytes], flags: Sequence[str], begin: Callable[[], None]) -> tuple[bytes, str]:
     """The cubin and the log."""
     nvrtc = _module()
     headers = {name: text for name, text in files.items() if name != entry}
@@ -219,6 +256,7 @@ def _nvrtc(entry: str, files: dict[str, bytes], flags: Sequence[str]) -> tuple[b
         files[entry].decode(), entry, list(headers.values()), [name.encode() for name in headers]
     )
     try:
+        begin()
         try:
             nvrtc.compileProgram(program, flags)
         except nvrtc.NVRTCError as error:

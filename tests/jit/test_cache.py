@@ -12,14 +12,16 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nvrtc import needs_nvrtc
 
-from cuflash import jit
+from cuflash import explain, jit
 from cuflash.cases.table import matrix
 from cuflash.errors import CompileError
 from cuflash.jit import cache, compile, sources
@@ -578,8 +580,9 @@ def threads(monkeypatch) -> list[threading.Thread]:
     seen: list[threading.Thread] = []
     meeting = threading.Barrier(3, timeout=30)
 
-    def compile_nothing(entry: str, *_) -> tuple[bytes, str]:
+    def compile_nothing(entry: str, _files, _flags, begin: Callable[[], None]) -> tuple[bytes, str]:
         seen.append(threading.current_thread())
+        begin()
         if threading.current_thread() is not threading.main_thread():
             meeting.wait()
         return entry.encode(), ""
@@ -596,6 +599,23 @@ def test_kernels_of_a_call_compile_side_by_side(threads):
     assert threading.main_thread() not in threads
     assert [cubin.cached for cubin in cubins] == [False] * 3
     assert [replace(cubin, cached=True) for cubin in cubins] == [jit.compile_kernel(*job) for job in jobs]
+
+
+@needs_nvrtc
+def test_the_longest_kernel_of_a_call_starts_first(monkeypatch):
+    started = []
+
+    def start(entry: str, _files, _flags, begin: Callable[[], None]) -> tuple[bytes, str]:
+        started.append(entry)
+        begin()
+        return entry.encode(), ""
+
+    monkeypatch.setattr(compile, "_nvrtc", start)
+    q = np.zeros((1, 256, 2, 64), np.float16)
+    steps = explain(q, q, q, device="h200", backward=True).plan.steps
+    cubins = jit.compile_together([(step.kernel, step.config, step.params, "sm_90a") for step in steps])
+    assert started == [f"entry/bwd_{name}.cu" for name in ("sm90", "prepare_sm90", "convert_sm90")]
+    assert [cubin.kernel for cubin in cubins] == [step.kernel for step in steps] != started
 
 
 @needs_nvrtc
@@ -643,7 +663,7 @@ def test_what_is_compiled_is_said_once(caplog: pytest.LogCaptureFixture) -> None
 @needs_nvrtc
 def test_nothing_is_printed_where_nobody_asked() -> None:
     script = """
-from cuflash import jit
+from cuflash import explain, jit
 from cuflash.plan.steps import DeltaConfig
 config = DeltaConfig(element="float", dim_v=64, threads=128, tile_q=64, copy_bytes=16)
 assert not jit.compile_kernel("bwd_delta", config, "BwdParams", "sm_80").cached
