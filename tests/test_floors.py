@@ -74,6 +74,7 @@ MAY_USE_CUPY = {
     "generator.py",
     "jit/compile.py",
     "jit/driver.py",
+    "jit/graph.py",
     "jit/kernel.py",
     "parallel/nccl.py",
 }

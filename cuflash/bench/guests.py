@@ -64,6 +64,7 @@ def _prepared() -> list[dict[str, object]]:
         "a token, prepared": lambda: append(token, new_token, new_token),
         "a token, prepared, to an array": lambda: append_to(token, new_token, new_token, place),
         "a token, prepared and bound": appended,
+        "a token, prepared, bound and captured": appended.captured(),
         "a token that is in the cache, prepared": lambda: look(token),
         "a token that is in the cache, prepared, to an array": lambda: look_to(token, out=place),
         "a token that is in the cache, prepared and bound": looked,

@@ -34,21 +34,29 @@ def library(function: str) -> Any:
     return driver
 
 
-@cache
-def starter(cluster: int) -> Callable[..., None]:
-    """``cuLaunchKernelEx`` with the arguments of ``cuLaunchKernel`` as CuPy has it: so many blocks are a cluster."""
+def starter(cluster: int, function: int, num_blocks: int, threads: int, smem_bytes: int) -> Callable[..., None]:
+    """``cuLaunchKernelEx`` of a function, so many blocks of which are a cluster.
+
+    What it returns takes the handle of a stream, the address of that of the parameter block, and 0. All that a launch
+    says besides is laid out here, once.
+    """
     import cupy
 
-    attribute = (ctypes.c_uint64 * 9).from_buffer_copy(struct.pack("<I4x3I52x", _CLUSTER_DIMENSION, cluster, 1, 1))
-    address = ctypes.addressof(attribute)
+    address = ctypes.addressof(_attribute(cluster))
     launch = library("cuLaunchKernelEx").cuLaunchKernelEx
     launch.argtypes = [ctypes.c_void_p] * 4
-    pack = struct.Struct("<7I4xQQI4x").pack  # CUlaunchConfig
+    sizes = struct.pack("<7I4x", num_blocks, 1, 1, threads, 1, 1, smem_bytes)  # CUlaunchConfig
+    attributes = struct.pack("<QI4x", address, 1)
 
-    def start(function: int, *given: int) -> None:
-        *sizes, stream, arguments, extra = given
-        if status := launch(pack(*sizes, stream, address, 1), function, arguments, extra):
+    def start(stream: int, arguments: int, extra: int) -> None:
+        if status := launch(sizes + stream.to_bytes(8, "little") + attributes, function, arguments, extra):
             raise cupy.cuda.driver.CUDADriverError(status)
 
-    start.attribute = attribute  # type: ignore[attr-defined]
     return start
+
+
+@cache
+def _attribute(cluster: int) -> ctypes.Array:
+    """CUlaunchAttribute of clusters of so many blocks, which stays where it is."""
+    content = struct.pack("<I4x3I52x", _CLUSTER_DIMENSION, cluster, 1, 1)
+    return (ctypes.c_uint64 * 9).from_buffer_copy(content)

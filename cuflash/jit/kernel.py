@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cuflash import device
@@ -32,14 +33,15 @@ class Kernel:
     function: Any
     """The CuPy kernel, of this GPU, which keeps its machine code loaded."""
     start: Callable[..., None]
-    """``cuLaunchKernel`` as CuPy has it, which takes 0.6 us less than a call of the function; or one that says more."""
+    """``cuLaunchKernel`` as CuPy has it, which takes 0.6 us less than a call of the function."""
+    cluster: int = 1
+    """How many of its blocks share their memory."""
     first_byte: int = 0
     """Where its arguments begin in a parameter block (:func:`cuflash.jit.params.first_byte`)."""
 
     def of(self, num_blocks: int) -> Launch:
         """What launches so many blocks."""
-        start, first_byte = self.start, self.first_byte
-        given = (self.function.ptr, num_blocks, 1, 1, self.config.threads, 1, 1, self.config.smem_bytes)
+        start, first_byte = self._starter(num_blocks), self.first_byte
 
         def launch(block: Any, stream: int) -> None:
             arguments = block.arguments
@@ -47,20 +49,28 @@ class Kernel:
                 moved = ctypes.c_uint64(ctypes.addressof(block) + first_byte)
                 arguments = ctypes.addressof(moved)
             try:
-                start(*given, stream, arguments, 0)
+                start(stream, arguments, 0)
             except Exception as error:
                 if getattr(error, "status", None) != _INVALID_CONTEXT:
                     raise
                 import cupy
 
                 cupy.cuda.runtime.free(0)  # has the device's context be that of a thread which has had none
-                self.start(*given, stream, arguments, 0)
+                start(stream, arguments, 0)
 
+        launch.kernel = self  # type: ignore[attr-defined]  # keeps the machine code loaded
         return launch
 
     def launch(self, num_blocks: int, block: Any, stream: int) -> None:
         """Launch blocks once."""
         self.of(num_blocks)(block, stream)
+
+    def _starter(self, num_blocks: int) -> Callable[..., None]:
+        """A launch by the driver, which is told all but the stream, the address of the arguments' address, and 0."""
+        function, threads, smem_bytes = self.function.ptr, self.config.threads, self.config.smem_bytes
+        if self.cluster > 1:
+            return driver.starter(self.cluster, function, num_blocks, threads, smem_bytes)
+        return partial(self.start, function, num_blocks, 1, 1, threads, 1, 1, smem_bytes)
 
 
 _INVALID_CONTEXT = 201
@@ -138,6 +148,4 @@ def _load(cubin: Cubin, config: Config, device_index: int) -> Kernel:
 
 def _of_step(kernel: Kernel, step: Step) -> Kernel:
     """The kernel as the step launches it."""
-    if step.cluster == 1:
-        return kernel
-    return replace(kernel, start=driver.starter(step.cluster))
+    return kernel if step.cluster == 1 else replace(kernel, cluster=step.cluster)

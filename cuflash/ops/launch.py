@@ -209,20 +209,49 @@ class Bound:
     held: tuple[Any, ...]
     """Memory that the launches use."""
 
-    def __call__(self, cached: int | None = None) -> None:
-        """Launch; of a cache `cached` rows are in use, or as many as at the binding if it is None."""
-        prepared, params = self.prepared, self.params
+    def call(self) -> Callable[..., None]:
+        """Launches; of a cache so many rows are in use as it is told, or as many as at the binding if that is None."""
+        prepared, params, framework = self.prepared, self.params, self.prepared.framework
         if params is None:
-            return
-        framework = prepared.framework
-        if (there := framework.elsewhere(prepared.device)) is not None:
-            with there:
-                return self(cached)
-        if cached is not None:
-            params = prepared.params((*self.numbers, *prepared.rows(cached)))
-        stream = framework.launch_stream(prepared.device)
-        for launch in prepared.launches:
-            launch(params, stream)
+            return lambda cached=None: None
+        device, launches = prepared.device, prepared.launches
+        elsewhere, stream_of = framework.elsewhere, framework.launch_stream  # attributes take time to find
+
+        def call(cached: int | None = None) -> None:
+            if (there := elsewhere(device)) is not None:
+                with there:
+                    return call(cached)
+            block = params
+            if cached is not None:
+                block = prepared.params((*self.numbers, *prepared.rows(cached)))
+            stream = stream_of(device)
+            for launch in launches:
+                launch(block, stream)
+
+        return call
+
+    def captured(self) -> Callable[..., None]:
+        """The same by one call of the driver, without a choice of rows; a capture around it records the launches."""
+        prepared, params, framework = self.prepared, self.params, self.prepared.framework
+        if params is None:
+            return self.call()
+
+        def launch(stream: int) -> None:
+            for start in prepared.launches:
+                start(params, stream)
+
+        device = prepared.device
+        with framework.context(device):
+            replay = jit.record(launch)
+        elsewhere, stream_of, is_capturing = framework.elsewhere, framework.launch_stream, framework.is_capturing
+
+        def call(cached: None = None) -> None:
+            if (there := elsewhere(device)) is not None:
+                with there:
+                    return call()
+            (launch if is_capturing() else replay)(stream_of(device))
+
+        return call
 
 
 def prepare(

@@ -119,7 +119,7 @@ class PreparedAttention(Generic[ArrayT]):
         Returns
         -------
         BoundAttention
-            ``call() -> (out, lse)``, the same two arrays each time.
+            ``call() -> (out, lse)``, the same two arrays each time; ``call.captured()`` is the same by a CUDA graph.
 
         Raises
         ------
@@ -144,7 +144,7 @@ class PreparedAttention(Generic[ArrayT]):
                 call: Callable[..., None] = partial(self._on_numpy, self._moved((q, k, v, results[0])), results[1])
                 return BoundAttention(arrays, results, call, self._number)
             bound = self._prepared.bind((out,), pointers, self._cached, self._listed)
-            return BoundAttention((*arrays, self._bound), bound.results, bound, self._number)
+            return BoundAttention((*arrays, self._bound), bound.results, bound.call(), self._number, bound)
         except REFUSALS as error:
             shorten(error)
             raise
@@ -202,8 +202,9 @@ class BoundAttention(Generic[ArrayT]):
         results: tuple[Any, ...],
         call: Callable[..., None],
         number: Callable[[int], int],
+        bound: launch.Bound | None = None,
     ) -> None:
-        self._held, self._call, self._number = held, call, number
+        self._held, self._call, self._number, self._bound = held, call, number, bound
         self._results: Any = results
 
     def __call__(self, *, cache_seqlens: int | None = None) -> tuple[ArrayT, Array]:
@@ -225,11 +226,49 @@ class BoundAttention(Generic[ArrayT]):
             If `cache_seqlens` is no number of rows that the cache has room for.
         """
         try:
-            self._call(cache_seqlens if cache_seqlens is None else self._number(cache_seqlens))
+            if cache_seqlens is None:
+                self._call()
+            else:
+                self._call(self._number(cache_seqlens))
         except REFUSALS as error:
             shorten(error)
             raise
         return self._results
+
+    def captured(self) -> BoundAttention[ArrayT]:
+        """Record the launches in a CUDA graph: a call is left that replays it, which costs the host 1 to 2 us.
+
+        Lengths, pages and all else that arrays hold are read anew in every replay. Calls must follow those of the call
+        that was recorded, too, as both use the same memory. While another graph is captured around a call, that records
+        the launches.
+
+        Returns
+        -------
+        BoundAttention
+            The same, whose calls take no `cache_seqlens`: as many rows of a cache are in use as at the preparation,
+            unless an array says how many. On NumPy arrays, which launch nothing, nothing is recorded.
+
+        Examples
+        --------
+        A token after the other, with lengths that count up on the GPU::
+
+            attend = cuflash.flash_attn_prepare(q, k, v, cache=(k_cache, v_cache), cache_seqlens=lengths, causal=True)
+            step = attend.bind(q, k, v).captured()
+            for token in range(n):
+                project(x, q, k, v)  # writes to q, k and v
+                x, lse = step()
+                lengths += 1
+        """
+        call = self._call if self._bound is None else self._bound.captured()
+        return BoundAttention(self._held, self._results, call, _refuse_number, self._bound)
+
+
+def _refuse_number(cache_seqlens: int) -> int:
+    """A graph has the number that it was recorded with."""
+    raise InvalidArgument(
+        f"cache_seqlens is {shown(cache_seqlens)}, but a captured call has that of its preparation. Leave it out, and "
+        "prepare the call with an array of lengths, which every replay reads anew."
+    )
 
 
 def _unlike(views: Sequence[View | None], expected: Sequence[View | None], words: Sequence[str]) -> InvalidArgument:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +38,8 @@ class Launches:
     params: list[np.ndarray] = field(default_factory=list)
     loaded: list[tuple[str, int]] = field(default_factory=list)
     allocated: list[np.ndarray] = field(default_factory=list)
+    recording: list[tuple[str, Callable[[], None]]] | None = None
+    """What a graph is to hold that is recorded now: kernels, and what runs each."""
     repeated: tuple[Iterator[np.ndarray], Iterator[np.ndarray]] | None = None
     """Parameter blocks and allocations that are to come again."""
 
@@ -70,6 +72,10 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
             block = np.frombuffer(params, np.uint8)[jit.params.first_byte(step.config, written) :]
             (block,) = blocks = block[: struct.itemsize].view(struct)
             assert num_blocks == step.num_blocks
+            if seen.recording is not None:
+                kept = blocks.copy()[0]  # a graph has the parameters of when it was recorded
+                seen.recording.append((step.kernel, lambda: run.launch(step, kept)))
+                return
             seen.kernels.append(step.kernel)
             seen.params.append(blocks)
             if seen.repeated is None:
@@ -79,6 +85,18 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
                 assert blocks.dtype == before.dtype and blocks.tobytes() == before.tobytes()
 
         return SimpleNamespace(launch=go, of=lambda num_blocks: partial(go, num_blocks))
+
+    def record(launch: Callable[[object], object]) -> Callable[[object], None]:
+        graph = seen.recording = []
+        launch("another stream")
+        seen.recording = None
+
+        def replay(stream: object) -> None:
+            for kernel, again in graph:
+                seen.kernels.append(kernel)
+                again()
+
+        return replay
 
     def allocate(byte: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         if seen.repeated is not None:
@@ -90,6 +108,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         return x
 
     monkeypatch.setattr(jit, "load", load)
+    monkeypatch.setattr(jit, "record", record)
     monkeypatch.setattr(device, "current", lambda ordinal: device.named("a100"))
     monkeypatch.setattr(launch, "_prepared", {})
     for framework, wrap in ((CuPy, as_cupy), (Torch, as_torch)):

@@ -361,6 +361,45 @@ def test_a_prepared_call_runs_on_the_current_stream_and_in_graphs(writeable_libr
     assert_right([x.get() for x in captured], [q, *arrays[1:]], causal=True)
 
 
+def test_a_captured_token_reads_its_arrays_anew(cp: Any, writeable_library: Library) -> None:
+    """A cache grows by replays of one graph, on this thread and another, beside bound calls and inside a capture."""
+    library = writeable_library
+    own = [library.put(np.zeros(shape, BF16)) for shape in ((2, 1, 8, 64), (2, 1, 2, 64), (2, 1, 2, 64))]
+    k_cache, v_cache = (random(2, 600, 2, 64, seed=seed).astype(BF16) for seed in (1, 2))
+    caches, lengths = [library.put(x) for x in (k_cache, v_cache)], library.put(np.array([0, 577], np.int32))
+    attend = cuflash.flash_attn_prepare(*own, cache=caches, cache_seqlens=lengths, causal=True)
+    bound = attend.bind(*own)
+    step = bound.captured()
+    used = np.array([0, 577], np.int32)
+    for token in range(6):
+        fresh = [random(*x.shape, seed=10 * token + i).astype(BF16) for i, x in enumerate(own)]
+        for place, x in zip(own, fresh, strict=True):
+            place[...] = library.put(x)
+        expected = cuflash.flash_attn_with_kvcache(
+            fresh[0], k_cache, v_cache, *fresh[1:], cache_seqlens=used, causal=True, return_softmax_lse=True
+        )
+        cp.cuda.Device().synchronize()
+        if token == 2:
+            thread = threading.Thread(target=step)  # writes to the same results
+            thread.start(), thread.join()
+        elif token == 3:
+            results = bound()
+        elif token == 4 and isinstance(library, WithCuPy):
+            with cp.cuda.Stream(non_blocking=True) as stream:
+                stream.begin_capture()
+                step()
+                graph = stream.end_capture()
+                graph.launch(stream)
+        else:
+            results = step()
+        cp.cuda.Device().synchronize()
+        computed = (*results, *caches)
+        for x, y in zip(computed, (*expected, k_cache, v_cache), strict=True):
+            np.testing.assert_allclose(library.get(x).astype(np.float64), y.astype(np.float64), atol=2e-2)
+        used += 1
+        lengths += 1
+
+
 def test_pages_change_between_replays_of_a_graph(cp: Any) -> None:
     """A cache grows and its pages move while a captured graph stays the same."""
     q, k, v = (cp.asarray(random(*shape)) for shape in ((3, 4, 64), (5, 16, 2, 64), (5, 16, 2, 64)))

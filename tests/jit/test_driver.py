@@ -14,8 +14,8 @@ from cuflash.jit import driver
 
 cupy = pytest.importorskip("cupy")
 
-FUNCTION, STREAM, ARGUMENTS = 0x10, 0x20, 0x30
-GIVEN = (FUNCTION, 264, 1, 1, 128, 1, 1, 70_000, STREAM, ARGUMENTS, 0)
+FUNCTION, STREAM, ARGUMENTS = 0x10, 2**63 + 0x20, 0x30
+LAID_OUT = FUNCTION, 264, 128, 70_000
 
 
 class Launches:
@@ -37,19 +37,21 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     fake = Launches()
-    driver.library.cache_clear(), driver.starter.cache_clear()
+    driver.library.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", fake.library)
     yield fake
-    driver.library.cache_clear(), driver.starter.cache_clear()
+    driver.library.cache_clear()
 
 
 @pytest.mark.parametrize("cluster", [2, 8])
 def test_a_launch_says_what_the_driver_expects(launches: Launches, cluster: int) -> None:
-    driver.starter(cluster)(*GIVEN)
-    ((sizes, stream, attributes, others),) = launches.seen
-    assert (sizes, stream, others) == ([264, 1, 1, 128, 1, 1, 70_000], STREAM, (FUNCTION, ARGUMENTS, 0))
-    cluster_dimension = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    assert [struct.unpack_from("<I4x3I", x) for x in attributes] == [(cluster_dimension, cluster, 1, 1)]
+    start = driver.starter(cluster, *LAID_OUT)
+    for given in (STREAM, 1):
+        start(given, ARGUMENTS, 0)
+        sizes, stream, attributes, others = launches.seen.pop()
+        assert (sizes, stream, others) == ([264, 1, 1, 128, 1, 1, 70_000], given, (FUNCTION, ARGUMENTS, 0))
+        cluster_dimension = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        assert [struct.unpack_from("<I4x3I", x) for x in attributes] == [(cluster_dimension, cluster, 1, 1)]
 
 
 def test_a_launch_that_fails_raises_as_cupy_does(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,4 +61,4 @@ def test_a_launch_that_fails_raises_as_cupy_does(launches: Launches, monkeypatch
     monkeypatch.setattr(cupy.cuda.driver, "CUDADriverError", Failed)
     launches.status = 201
     with pytest.raises(Failed, match="201"):
-        driver.starter(2)(*GIVEN)
+        driver.starter(2, *LAID_OUT)(STREAM, ARGUMENTS, 0)

@@ -15,6 +15,7 @@ from inputs import BF16, FP16, random
 
 import cuflash
 from cuflash import ops
+from cuflash.adapters.torch.tensors import Torch
 from cuflash.api.cache import cache_call
 from cuflash.errors import InvalidArgument
 
@@ -375,6 +376,60 @@ def test_a_bound_call_allocates_once_and_may_have_nothing_to_launch(launches: La
     assert not values(out).any() and np.isneginf(values(lse)).all()
     with pytest.raises(InvalidArgument, match="out"):
         cuflash.flash_attn_prepare(q, k, k, out=q).bind(q, k, k, out=q)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrap", [lambda x: x, as_torch], ids=["numpy", "torch"])
+def test_a_captured_call_reads_its_arrays_anew(launches: Launches, wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches, fresh, queries = small(FP16)
+    others, lengths = [cache.copy() for cache in caches], np.array([3, 5], np.int32)
+    words = {"cache_seqlens": wrap(lengths), "causal": True}
+    own = [np.zeros_like(x) for x in (queries[0], *fresh)]
+    attend = cuflash.flash_attn_prepare(*map(wrap, own), cache=[*map(wrap, caches)], **words)
+    bound = attend.bind(*map(wrap, own))
+    launches.take()
+    step = bound.captured()
+    assert not launches.take(), "recording runs nothing"
+    on_gpu, expected_kernels = not isinstance(wrap(own[0]), np.ndarray), None
+    for number, q in enumerate(queries):
+        for x, y in zip(own, (q, *fresh), strict=True):
+            x[...] = y
+        count = len(launches.allocated)
+        results = step()
+        assert len(launches.allocated) == count
+        kernels = launches.take()
+        assert len(kernels) == 2 * on_gpu and expected_kernels in (None, kernels)
+        expected_kernels = kernels
+        assert all(x is y for x, y in zip(results, bound(), strict=True)), "results are those of the bound call"
+        assert launches.take() == kernels
+        expected = cuflash.flash_attn_with_kvcache(
+            wrap(q), *map(wrap, others), *map(wrap, fresh), **words, return_softmax_lse=True
+        )
+        step()
+        launches.take()
+        for x, y in zip((*results, *caches), (*expected, *others), strict=True):
+            np.testing.assert_array_equal(values(x), values(y), err_msg=str(number))
+        lengths += 1
+    with pytest.raises(InvalidArgument, match="cache_seqlens is 3, but a captured call has that of its preparation"):
+        step(cache_seqlens=3)
+    if on_gpu:  # a capture around the call records kernels, not a graph
+        params = len(launches.params)
+        monkeypatch.setattr(Torch, "is_capturing", lambda self: True)
+        attend.bind(*map(wrap, own)).captured()()
+        assert len(launches.params) == params + 2
+
+
+@needs_compiler
+def test_a_captured_call_keeps_a_number_of_rows_and_may_have_nothing_to_launch(launches: Launches) -> None:
+    caches, _, (q, _) = small(FP16)
+    attend = cuflash.flash_attn_prepare(as_torch(q), None, None, cache=[*map(as_torch, caches)], cache_seqlens=4)
+    out, lse = attend.bind(as_torch(q)).captured()()
+    expected = cuflash.flash_attn_with_kvcache(q, *caches, cache_seqlens=4, return_softmax_lse=True)
+    for x, y in zip((out, lse), expected, strict=True):
+        np.testing.assert_allclose(values(x), values(y), atol=2e-3)
+    q, none = as_torch(random(1, 2, 2, 8, dtype=FP16)), as_torch(np.zeros((1, 0, 2, 8), FP16))
+    out, lse = cuflash.flash_attn_prepare(q, none, none).bind(q, none, none).captured()()
+    assert not values(out).any() and np.isneginf(values(lse)).all()
 
 
 def test_a_prepared_call_without_a_cache_takes_masks_and_sinks() -> None:
