@@ -17,7 +17,7 @@ from cuflash.adapters.torch.tensors import Torch
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from cuflash.adapters.torch import recorded  # noqa: E402  which imports torch
+from cuflash.adapters.torch import three  # noqa: E402  which imports torch
 
 pytestmark = needs_compiler
 
@@ -29,7 +29,7 @@ def gpu(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setitem(sys.modules, "torch", torch)
     arrays.framework_of_type.cache_clear()
     arrays._torch_tensors.cache_clear()
-    monkeypatch.setattr(recorded, "_pairs", {})
+    monkeypatch.setattr(three, "_pairs", {})
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(Torch, "view", lambda self, name, x: view(self, name, x)._replace(device="cuda:0"))
     for name in ("empty", "zeros"):
@@ -69,7 +69,7 @@ def test_forward_and_gradient_are_found_together(gpu: Launches) -> None:
             assert [name for name, _ in loaded] == called
         else:
             assert gpu.loaded == loaded and gpu.take() == called
-    (pair,) = recorded._pairs.values()
+    (pair,) = three._pairs.values()
     assert pair._pull is not None
 
 
@@ -87,7 +87,7 @@ def test_parameters_beside_tensors(gpu: Launches) -> None:
     for _ in range(2):
         out = attend(*mine)
         right(out, torch.autograd.grad(out, mine, torch.from_numpy(INPUTS[3])), INPUTS[3])
-    assert len(recorded._pairs) == 1
+    assert len(three._pairs) == 1
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -100,7 +100,7 @@ def test_arrays_of_two_libraries_are_refused(gpu: Launches, recorded: bool) -> N
 def test_values_that_start_with_the_keys_are_another_pair(gpu: Launches) -> None:
     q, k, v = (x.detach().requires_grad_() for x in leaves())
     shared, apart = attend(q, k, k.view_as(k)), attend(q, k, v)
-    assert len(recorded._pairs) == 2
+    assert len(three._pairs) == 2
     right(apart, torch.autograd.grad(apart, (q, k, v), torch.from_numpy(INPUTS[3])), INPUTS[3])
     np.testing.assert_array_equal(shared.detach().numpy(), attend(q, k, k.detach().clone()).detach().numpy())
 

@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuflash.adapters.torch.recorded import (
-    NO_FORWARD_MODE,
-    autocast,
-    differentiated,
-    gradient,
-    of_gradient,
-)
+from cuflash.adapters.torch.gradient import gradient, of_gradient
+from cuflash.adapters.torch.recorded import NO_FORWARD_MODE, autocast, differentiated
 from cuflash.adapters.torch.written import spelled, written
 from cuflash.arrays import framework_of_type
 from cuflash.errors import InvalidArgument, UnsupportedProblem
