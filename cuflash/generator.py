@@ -85,7 +85,7 @@ class PhiloxGenerator:
     def next(self, increment: int) -> tuple[int, int]:
         """Return (seed, offset) for a draw of `increment` numbers; move on by as many, up to a multiple of 4."""
         try:
-            step = _uint64("increment", increment)
+            step = _uint64(increment)
             if step is None:
                 raise InvalidArgument(
                     f"increment is {shown(increment)}; expected an integer from 0 to 2**64 - 1. "
@@ -190,7 +190,7 @@ def checked(seed: Any, offset: Any) -> tuple[int, int]:
     InvalidArgument
         If they are none that a generator can have.
     """
-    first, start = _uint64("seed", seed), _uint64("offset", offset)
+    first, start = _uint64(seed), _uint64(offset)
     if first is None:
         raise InvalidArgument(f"seed is {shown(seed)}; expected an integer from 0 to 2**64 - 1, or None for any.")
     if start is None or start % 4:
@@ -200,7 +200,7 @@ def checked(seed: Any, offset: Any) -> tuple[int, int]:
     return first, start
 
 
-def _uint64(name: str, value: Any) -> int | None:
+def _uint64(value: Any) -> int | None:
     """The integer, if it is one of 64 bits without a sign."""
     number = integer(value)
     return number if number is not None and 0 <= number < 2**64 else None

@@ -12,6 +12,7 @@ import numpy as np
 
 from cuflash.cases.table import Case
 from cuflash.dtypes import DType
+from cuflash.problem import Problem
 
 Array = Any
 """A NumPy or CuPy array; CuPy is imported only where there is a GPU."""
@@ -128,7 +129,27 @@ def _words(x: Array) -> Array:
 
 def make(case: Case, normals: Normals) -> Inputs:
     """Make the arrays of a case, alike on every device for the same seed."""
-    problem = case.problem
+    problem, xp = case.problem, normals.xp
+    q, k, v, dout, *changes = _tensors(case, normals)
+    inputs = Inputs(q, k, v, dout)
+    if changes:
+        inputs.tangent_q, inputs.tangent_k, inputs.tangent_v = changes
+    if problem.layout == "cache":
+        _set_appended(inputs, problem, xp)
+    _set_lengths(inputs, case, xp)
+    if problem.page_size:
+        table = _table(case)
+        inputs.k, inputs.v = (_paged(xp, case, table, x) for x in (k, v))
+        inputs.block_table = xp.asarray(table)
+    _set_scores(inputs, case, normals)
+    if problem.dropout:
+        inputs.rng_state = (0x123456789ABCDEF0, 2**33 + 4)
+    return inputs
+
+
+def _tensors(case: Case, normals: Normals) -> list[Array]:
+    """q, k, v and dout, and where there are tangents those of q, k and v."""
+    problem, xp = case.problem, normals.xp
     varlen = problem.layout == "varlen"
     rows_q = (problem.total_q,) if varlen else (problem.batch, problem.len_q)
     rows_kv = (sum(case.lens_kv),) if varlen else (problem.batch, problem.len_kv)
@@ -139,41 +160,46 @@ def make(case: Case, normals: Normals) -> Inputs:
         (*rows_q, problem.heads_q, problem.dim_v),
     ]
     shapes += shapes[:3] if problem.tangents is not None else []
-    q, k, v, dout, *changes = normals.tensors(problem.dtype, shapes, align=problem.copy_bytes)
+    q, k, v, *others = normals.tensors(problem.dtype, shapes, align=problem.copy_bytes)
     if problem.shared_kv:
         v = k[..., : problem.dim_v]
     if not problem.ascending:
         k, v = k[..., ::-1, :], v[..., ::-1, :]
     if case.qk_factor != 1:
         q, k = ((x.astype(problem.dtype.accumulator) * case.qk_factor).astype(problem.dtype.numpy) for x in (q, k))
-    xp = normals.xp
     if case.key_ramp != 1:
         scale = np.linspace(case.key_ramp, 1, k.shape[-3], dtype=np.float32)[:, None, None]
         k = xp.asarray((host(k).astype(np.float32) * scale).astype(problem.dtype.numpy))
-    inputs = Inputs(q, k, v, dout)
-    if changes:
-        inputs.tangent_q, inputs.tangent_k, inputs.tangent_v = changes
-    if varlen:
+    return [q, k, v, *others]
+
+
+def _set_lengths(inputs: Inputs, case: Case, xp: Any) -> None:
+    """Set where sequences begin, and how much of each is in use."""
+    if case.problem.layout == "varlen":
         inputs.cu_seqlens_q = xp.asarray(np.array([0, *accumulate(case.lens_q)], np.int32))
         inputs.cu_seqlens_kv = xp.asarray(np.array([0, *accumulate(case.lens_kv)], np.int32))
-    if problem.layout == "cache":
-        inputs.seqused_kv = xp.full(problem.batch, problem.len_kv - problem.appended, np.int32)
-        if problem.appended:
-            last = slice(problem.len_kv - problem.appended, problem.len_kv)
-            inputs.k_new, inputs.v_new = (xp.ascontiguousarray(x[:, last]) for x in (k, v))
-        if problem.rotary is not None:
-            steps = np.arange(0, problem.rotary.dim, 2) / problem.rotary.dim
-            angles = np.arange(problem.len_kv)[:, None] * 10_000.0**-steps
-            of_angles = (f(angles).astype(problem.rotary.dtype.numpy) for f in (np.cos, np.sin))
-            inputs.rotary_cos, inputs.rotary_sin = map(xp.asarray, of_angles)
     if case.seqused_kv:
         inputs.seqused_kv = xp.asarray(np.array(case.seqused_kv, np.int32))
     if case.seqused_q:
         inputs.seqused_q = xp.asarray(np.array(case.seqused_q, np.int32))
-    if problem.page_size:
-        table = _table(case)
-        inputs.k, inputs.v = (_paged(xp, case, table, x) for x in (k, v))
-        inputs.block_table = xp.asarray(table)
+
+
+def _set_appended(inputs: Inputs, problem: Problem, xp: Any) -> None:
+    """Set how much of a cache is used before the call, what it appends, and by what that is turned."""
+    inputs.seqused_kv = xp.full(problem.batch, problem.len_kv - problem.appended, np.int32)
+    if problem.appended:
+        last = slice(problem.len_kv - problem.appended, problem.len_kv)
+        inputs.k_new, inputs.v_new = (xp.ascontiguousarray(x[:, last]) for x in (inputs.k, inputs.v))
+    if problem.rotary is not None:
+        steps = np.arange(0, problem.rotary.dim, 2) / problem.rotary.dim
+        angles = np.arange(problem.len_kv)[:, None] * 10_000.0**-steps
+        of_angles = (f(angles).astype(problem.rotary.dtype.numpy) for f in (np.cos, np.sin))
+        inputs.rotary_cos, inputs.rotary_sin = map(xp.asarray, of_angles)
+
+
+def _set_scores(inputs: Inputs, case: Case, normals: Normals) -> None:
+    """Set what is read beside the products q.k: slopes, a bias, a sink, a boolean mask, and what functions captured."""
+    problem, xp = case.problem, normals.xp
     if problem.alibi:  # as published: powers of 2 from 2 ** -1 down
         slopes = 2.0 ** -np.linspace(1, 8, problem.heads_q)
         inputs.alibi_slopes = xp.asarray(slopes.astype(np.float32))
@@ -184,13 +210,10 @@ def make(case: Case, normals: Normals) -> Inputs:
         inputs.bias = normals.bias(problem.bias, shape, apart=not problem.bias_boxes)
     if problem.sink:
         inputs.sink = xp.asarray(np.random.default_rng(3).standard_normal(problem.heads_q, np.float32))
-    if problem.dropout:
-        inputs.rng_state = (0x123456789ABCDEF0, 2**33 + 4)
     if problem.mask.tensor:
         keep = np.random.default_rng(1).random((problem.batch, 1, problem.len_q, problem.len_kv)) < 0.5
         keep[:, :, 3] = False  # a row that sees nothing
         inputs.mask_tensor = xp.asarray(keep)
-    return inputs
 
 
 def _table(case: Case) -> np.ndarray:

@@ -112,57 +112,117 @@ def command(
         return
     if render is not None:
         _refuse_others("--render", options_written("render", "write", "marker", "phase", "plot"))
-        whole = report.Report.read(render)
-        if plot is not None:
-            plots.draw(whole if phase == "both" else whole.of(phase)).save(plot)
-            return
-        text = report.markdown(whole if phase == "both" else whole.of(phase), render.name)
-        _put(text, marker or ("measurements" if phase == "both" else f"measurements-{phase}"), write)
+        _render(render, phase, plot, write, marker)
         return
     if write is not None:
         raise InvalidArgument("--write needs --render, the file of a finished run, or --standing, a folder of them.")
     gpu = has_gpu()
     by_set = _matching(problems or ("prefill" if gpu else "numpy"), case)
-    directions: list[Direction] = ["forward", "backward"] if phase == "both" else [phase]
-    cases = [
-        one.turned(direction)
-        for direction in directions
-        for name, chosen in by_set.items()
-        for one in chosen
-        if direction == "forward" or name not in sets.FORWARD_ONLY
-    ]
+    cases = _turned(by_set, phase)
     if not cases:
         raise InvalidArgument(f"{problems} has no backward; drop --phase, or name another set.")
     if problems in (parallel.NAME, guests.NAME) and not gpu:
         raise UnsupportedProblem(f"{problems} is measured on GPUs, and here is none. Name another set.")
     if problems == parallel.NAME:
-        others = options_written("problems", "case", "seconds", "json")
-        if others:
-            raise InvalidArgument(f"{others[0]} does nothing with {parallel.NAME}, which divides both phases; drop it.")
-        measured = report.new(gpu)
-        measured.sets = {name: [one.id for one in chosen] for name, chosen in by_set.items()}
-        measured.divided = parallel.measure(by_set[parallel.NAME], seconds)
-        _print(measured, console())
-        if json is not None:
-            measured.write(json)
+        measured = _divided(by_set, seconds, gpu)
+    else:
+        measured = _measured(problems, by_set, cases, gpu, peers, seconds, quick, sustained, processes, json)
+    _print(measured, console())
+    if json is not None:
+        measured.write(json)
+    if plot is not None:
+        plots.draw(measured).save(plot)
+
+
+def _render(
+    render: Path,
+    phase: Literal["forward", "backward", "both"],
+    plot: Path | None,
+    write: Path | None,
+    marker: str | None,
+) -> None:
+    """Print or draw a finished run, or one phase of it."""
+    measured = report.Report.read(render)
+    measured = measured if phase == "both" else measured.of(phase)
+    if plot is not None:
+        plots.draw(measured).save(plot)
         return
+    name = "measurements" if phase == "both" else f"measurements-{phase}"
+    _put(report.markdown(measured, render.name), marker or name, write)
+
+
+def _turned(by_set: dict[str, list[Case]], phase: Literal["forward", "backward", "both"]) -> list[Case]:
+    """The cases of these sets in the directions that are asked for and that they have."""
+    directions: list[Direction] = ["forward", "backward"] if phase == "both" else [phase]
+    return [
+        case.turned(direction)
+        for direction in directions
+        for name, chosen in by_set.items()
+        for case in chosen
+        if direction == "forward" or name not in sets.FORWARD_ONLY
+    ]
+
+
+def _ids(by_set: dict[str, list[Case]]) -> dict[str, list[str]]:
+    return {name: [case.id for case in chosen] for name, chosen in by_set.items()}
+
+
+def _divided(by_set: dict[str, list[Case]], seconds: float, gpu: bool) -> report.Report:
+    """What several GPUs take."""
+    others = options_written("problems", "case", "seconds", "json")
+    if others:
+        raise InvalidArgument(f"{others[0]} does nothing with {parallel.NAME}, which divides both phases; drop it.")
+    measured = report.new(gpu)
+    measured.sets = _ids(by_set)
+    measured.divided = parallel.measure(by_set[parallel.NAME], seconds)
+    return measured
+
+
+def _measured(
+    problems: str | None,
+    by_set: dict[str, list[Case]],
+    cases: list[Case],
+    gpu: bool,
+    peers: str | None,
+    seconds: float,
+    quick: bool,
+    sustained: bool,
+    processes: bool,
+    json: Path | None,
+) -> report.Report:
+    """What each implementation takes or computes, written after each case."""
     run: Bench
     if problems == exactness.NAME:
         timing = options_written("problems", "case", "phase", "peers", "seconds", "json")
         if timing:
             raise InvalidArgument(f"{timing[0]} is for timing, and {exactness.NAME} times nothing; drop one of them.")
         processes = False
-        peers_here = find(chosen_peers(exactness.PEERS if gpu and peers is None else peers, gpu), gpu)
+        installed = find(chosen_peers(exactness.PEERS if gpu and peers is None else peers, gpu), gpu)
         if gpu:
             check_cublas(exactness.NAME)
             compile_all(exactness.steps(cases))
-        run = exactness.Exactness(peers_here.implementations, gpu)
+        run = exactness.Exactness(installed.implementations, gpu)
     else:
         through = problems == guests.NAME and gpu
-        peers_here = find(chosen_peers(guests.PEERS if through and peers is None else peers, gpu), gpu)
-        run = Bench(peers_here.implementations, gpu, quick, sustained)
-    run.report.sets = {name: [one.id for one in chosen] for name, chosen in by_set.items()}
-    run.report.notes += peers_here.notes
+        installed = find(chosen_peers(guests.PEERS if through and peers is None else peers, gpu), gpu)
+        run = Bench(installed.implementations, gpu, quick, sustained)
+    measured = run.report
+    measured.sets = _ids(by_set)
+    measured.notes += installed.notes
+    _run(run, cases, seconds, json)
+    if gpu:
+        measured.clocks |= {f"{name}, after": value for name, value in report.clocks().items()}
+    if problems == guests.NAME:
+        measured.host = guests.costs()
+    elif processes:
+        _time_starts(
+            run, problems == "mods", {implementation.name for implementation in installed.implementations}, gpu
+        )
+    return measured
+
+
+def _run(run: Bench, cases: list[Case], seconds: float, json: Path | None) -> None:
+    """Measure cases, beside a bar."""
     with bar() as progress:
         task = progress.add_task("", total=len(cases))
 
@@ -172,23 +232,16 @@ def command(
                 run.report.write(json)
 
         run.run(cases, seconds, done)
-    if gpu:
-        run.report.clocks |= {f"{name}, after": value for name, value in report.clocks().items()}
-    if problems == guests.NAME:
-        run.report.host = guests.costs()
-    elif processes:
-        tiny = (sets.latency() if gpu else sets.cpu())[0]
-        run.host([tiny.turned(direction) for direction in ("forward", "backward")])
-        try:
-            names = {implementation.name for implementation in peers_here.implementations}
-            run.report.start = start.measure(gpu, problems == "mods", problems == "mods" and "flex" in names)
-        except subprocess.SubprocessError as error:
-            run.report.notes.append(f"start: {error}")
-    _print(run.report, console())
-    if json is not None:
-        run.report.write(json)
-    if plot is not None:
-        plots.draw(run.report).save(plot)
+
+
+def _time_starts(run: Bench, mods: bool, peers: set[str], gpu: bool) -> None:
+    """Time calls on a tiny problem, and new processes."""
+    tiny = (sets.latency() if gpu else sets.cpu())[0]
+    run.host([tiny.turned(direction) for direction in ("forward", "backward")])
+    try:
+        run.report.start = start.measure(gpu, mods, mods and "flex" in peers)
+    except subprocess.SubprocessError as error:
+        run.report.notes.append(f"start: {error}")
 
 
 def _check_drawable(plot: Path, write: Path | None) -> None:
