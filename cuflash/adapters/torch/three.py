@@ -35,10 +35,10 @@ class _OfThree(torch.autograd.Function):
             pair, pointers = _Pair.of(framework, options, q, k, v)
         if pair is None:
             out, lse, row_state = framework.plain("forward", options.keeping, new(Arrays, q=q, k=k, v=v))
-            ctx.found = None, (), asked
+            ctx.kept = None, (), asked
         else:
             out, lse, row_state, pointers = pair.start(pointers)
-            ctx.found = pair, pointers, asked
+            ctx.kept = pair, pointers, asked
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, row_state)
         return out, lse
@@ -46,7 +46,7 @@ class _OfThree(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any) -> Any:
         saved = ctx.saved_tensors
-        pair, pointers, asked = ctx.found
+        pair, pointers, asked = ctx.kept
         if pair is not None and dlse is None and dout is not None and not (_is_recording() or _is_mapping()):
             gradients = pair.pull_back(pointers, saved, dout)
             if gradients is not None:
@@ -69,18 +69,18 @@ class _OutOfThree(torch.autograd.Function):
             pair, pointers = _Pair.of(framework, options, q, k, v)
         if pair is None:
             out, *rows = framework.plain("forward", options.keeping, new(Arrays, q=q, k=k, v=v))
-            ctx.found = None, (), asked
+            ctx.kept = None, (), asked
             ctx.save_for_backward(q, k, v, out, *rows)
         else:
             out, rows, pointers = pair.attend(pointers)
-            ctx.found = pair, pointers, asked
+            ctx.kept = pair, pointers, asked
             ctx.save_for_backward(q, k, v, out, rows)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Any) -> Any:
         saved = ctx.saved_tensors
-        pair, pointers, asked = ctx.found
+        pair, pointers, asked = ctx.kept
         if pair is not None:
             if not (_is_recording() or _is_mapping()):
                 gradients = pair.pull_back(pointers, saved, dout)
