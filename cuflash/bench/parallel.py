@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from math import inf
@@ -169,6 +169,10 @@ class _Member:
                 times[ALONE].append(_Took(took))
                 mine = [x[:, tokens] for x in results] if repetition == 0 else None
                 del results
+        return self._rows(case, times)
+
+    def _rows(self, case: Case, times: Mapping[str, Sequence[_Took]]) -> list[Divided]:
+        """What each way took in each phase, beside what it takes on paper."""
         rows = []
         speeds = [model.speeds_of(current(self._rank), case.turned(phase).problem) for phase in _PHASES]
         for name, runs in times.items():

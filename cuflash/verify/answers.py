@@ -114,17 +114,11 @@ class Answers:
         distance = xp.asarray(j) - xp.asarray(diagonals)[:, None, :, None]
         live = xp.asarray(live_q)[:, None, :, None] & xp.asarray(live_kv)[:, None, None, :]
         keep = live & within(problem.mask, distance)
-        pairs = problem.len_q > 0 and problem.len_kv > 0
-        if inputs.mask_tensor is not None and pairs:
+        if inputs.mask_tensor is not None and problem.len_q > 0 and problem.len_kv > 0:
             keep = keep & inputs.mask_tensor
-        added = None
-        if inputs.alibi_slopes is not None:
-            added = -inputs.alibi_slopes.astype(np.float64)[..., None, None] * abs(distance)
-        if inputs.bias is not None and pairs:
-            bias = inputs.bias.astype(problem.dtype.accumulator)
-            added = bias if added is None else added + bias
         dropout = case.dropout(unbiased_dropout)
         dropped = self._dropped(dropout, inputs.rng_state, i, j, lens[:, 1]) if dropout else None
+        self._keep, self._extras = keep, Extras(self._added(distance), inputs.sink, dropped)
         # The axes of the terms that some gradients are sums of, and the shapes of those.
         self._summed: dict[str, tuple[int, ...]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -133,7 +127,17 @@ class Answers:
             self._summed["dbias"] = tuple(axis for axis, n in enumerate(inputs.bias.shape) if n == 1)
         if problem.sink and problem.direction == "backward":
             self._shapes["dsink"], self._summed["dsink"] = (problem.heads_q,), (0, 2)
-        self._keep, self._extras = keep, Extras(added, inputs.sink, dropped)
+
+    def _added(self, distance: Array) -> Array | None:
+        """What is added to the scores of pairs that are so far from the diagonal."""
+        problem, inputs = self._problem, self._inputs
+        added = None
+        if inputs.alibi_slopes is not None:
+            added = -inputs.alibi_slopes.astype(np.float64)[..., None, None] * abs(distance)
+        if inputs.bias is not None and problem.len_q > 0 and problem.len_kv > 0:
+            bias = inputs.bias.astype(problem.dtype.accumulator)
+            added = bias if added is None else added + bias
+        return added
 
     def answers(self) -> dict[str, Answer]:
         """Every output by name."""

@@ -96,17 +96,48 @@ class ForwardConfig(AttentionConfig):
 
 def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, str]:
     """The config of ``forward/sm90.cuh``: consumers of 64 query rows each, a producer some kv tiles ahead; and why."""
+    consumers, teams, tile_kv, reason = _consumers(problem, device)
+    # With turns, softmaxes run under the products of others; without, no consumer visits what only others' rows see.
+    ping_pong = problem.copies_bias or (problem.block_mask is None and (problem.mask.kind == "none" or tile_kv == 128))
+    # H200, d 128: a second q, which hides the end of a work behind the next one, gives 1 % at 8k and 7 % at 1k.
+    # Half the keys are for a bias in fp32 beside large heads.
+    choices = ((tile_kv, 4, 2), (tile_kv, 3, 2), (tile_kv, 2, 2), (tile_kv, 2, 1), (tile_kv // 2, 2, 1))
+    for tile_kv, stages, row_buffers in choices:
+        smem = teams * _forward_smem(problem, consumers, tile_kv, stages, row_buffers)
+        if smem <= device.smem_per_block:
+            break
+    producer, consumer = (_PAGING_REGISTERS if problem.page_size else _REGISTERS)[teams * consumers]
+    score, bias_copies = _score_and_bias(problem)
+    config = ForwardConfig(
+        **policies.policies(problem) | {"score": score},
+        tile_q=consumers * _ROWS,
+        tile_kv=tile_kv,
+        box_rows=gcd(tile_kv, problem.page_size),
+        threads=128 * (1 + teams * consumers),
+        smem_bytes=smem,
+        sink=policies.sink(problem),
+        bias_copies=bias_copies,
+        heads="HeadGroup" if _groups_rows(problem) else "OneHead",
+        stages=stages,
+        ping_pong=ping_pong,
+        row_buffers=row_buffers,
+        producer_registers=producer,
+        consumer_registers=consumer,
+    )
+    return config, reason
+
+
+def _consumers(problem: Problem, device: Device) -> tuple[int, int, int, str]:
+    """How many consumers a team has, how many teams a block, and keys of a tile; and why."""
     dim = round_up(max(problem.dim_qk, problem.dim_v), 16)
-    full = problem.mask.kind == "none"
     crowded = _is_crowded(problem)
     teams = 1
     elsewhere = problem.alibi or problem.bias is not None or policies.knows_its_place(problem)
     of_score_alone = (not elsewhere) if problem.written else bool(problem.softcap)
     scored = crowded or problem.softcap or problem.alibi or problem.bias is not None or problem.written
-    grouped = _groups_rows(problem)
     if dim > 128:
         consumers, tile_kv, reason = 2, 64, "two consumers: out takes up to 128 registers, S 32"
-    elif grouped:
+    elif _groups_rows(problem):
         consumers, tile_kv, reason = 2, 128, f"two consumers have the rows of {problem.group} heads"
     elif dim <= 64 and _is_light(problem):
         consumers, teams, tile_kv = 2, 2, 64
@@ -126,34 +157,7 @@ def _forward_config(problem: Problem, device: Device) -> tuple[ForwardConfig, st
         emptier = problem.len_q > 256 and 5 * round_up(problem.len_q, 192) <= 4 * round_up(problem.len_q, 256)
         if problem.copies_bias and emptier:
             consumers, reason = 3, "three consumers: tiles of 256 rows would stay emptier"
-    # With turns, softmaxes run under the products of others; without, no consumer visits what only others' rows see.
-    ping_pong = problem.copies_bias or (problem.block_mask is None and (full or tile_kv == 128))
-    # H200, d 128: a second q, which hides the end of a work behind the next one, gives 1 % at 8k and 7 % at 1k.
-    # Half the keys are for a bias in fp32 beside large heads.
-    choices = ((tile_kv, 4, 2), (tile_kv, 3, 2), (tile_kv, 2, 2), (tile_kv, 2, 1), (tile_kv // 2, 2, 1))
-    for tile_kv, stages, row_buffers in choices:
-        smem = teams * _forward_smem(problem, consumers, tile_kv, stages, row_buffers)
-        if smem <= device.smem_per_block:
-            break
-    producer, consumer = (_PAGING_REGISTERS if problem.page_size else _REGISTERS)[teams * consumers]
-    score, bias_copies = _score_and_bias(problem)
-    config = ForwardConfig(
-        **policies.policies(problem) | {"score": score},
-        tile_q=consumers * _ROWS,
-        tile_kv=tile_kv,
-        box_rows=gcd(tile_kv, problem.page_size),
-        threads=128 * (1 + teams * consumers),
-        smem_bytes=smem,
-        sink=policies.sink(problem),
-        bias_copies=bias_copies,
-        heads="HeadGroup" if grouped else "OneHead",
-        stages=stages,
-        ping_pong=ping_pong,
-        row_buffers=row_buffers,
-        producer_registers=producer,
-        consumer_registers=consumer,
-    )
-    return config, reason
+    return consumers, teams, tile_kv, reason
 
 
 def _fills_better(problem: Problem, device: Device) -> bool:
