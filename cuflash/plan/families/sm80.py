@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cuflash.device import Device
-from cuflash.dtypes import TF32
 from cuflash.features import FEATURES
 from cuflash.plan import policies, steps
-from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient_policy, is_in_place, sums_on_the_way
+from cuflash.plan.bias import gradient_policy
 from cuflash.plan.config import (
     BIAS_GRADIENT,
     CAPTURED_GRADIENT,
@@ -26,7 +25,9 @@ from cuflash.plan.config import (
     JvpConfig,
     SequenceConfig,
 )
-from cuflash.plan.families import simt
+from cuflash.plan.families.sm80_bias import sum_bias_gradient
+from cuflash.plan.families.sm80_short import plan_short_backward, plan_short_forward, short_backward, short_forward
+from cuflash.plan.families.sm80_tiles import halves, held_bias, is_wide, operand_tile, rounded, shared_tile
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Plan, Step, Workspace
 from cuflash.plan.splits import Division, deal, divide, heads_in_step, most_in_cluster
@@ -65,18 +66,6 @@ class BackwardConfig(CopyConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BiasConfig(CopyConfig):
-    """``bwd_bias_sm80``. Its score is that of q.k without the bias."""
-
-    bias: str = field(metadata={HEADER: "element.cuh"})
-    """Element type of the bias."""
-    halves: int
-    """As of the forward."""
-    stages: int
-    """Visits in flight."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertConfig(SequenceConfig):
     """``bwd_convert``, which reads ``bwd_sm80``'s fragments."""
 
@@ -84,42 +73,6 @@ class ConvertConfig(SequenceConfig):
     tile_q: int
     dim_splits: int
     copy_bytes: int
-
-
-def _shared_tile(rows: int, cols: int, itemsize: int = 2) -> int:
-    """Bytes of a ``SharedTile`` (tile/shared.cuh), each row padded by eight elements."""
-    return rows * (cols + 8) * itemsize
-
-
-def _is_wide(problem: Problem) -> bool:
-    """Whether elements are floats, which the kernels take as two halves in fp16 (``tile/halves.cuh``), or doubles."""
-    return problem.dtype.itemsize > 2
-
-
-def _halves(problem: Problem) -> int:
-    """How many of the two are multiplied."""
-    return 1 if problem.dtype == TF32 else 2
-
-
-def _halves_tile(rows: int, cols: int) -> int:
-    """Bytes of a ``HalvesTile`` (tile/halves.cuh): floats in two halves, and the scale of every row."""
-    return _shared_tile(rows, 2 * cols) + 4 * rows
-
-
-def _double_tile(rows: int, cols: int) -> int:
-    """Bytes of a ``DoubleTile`` (tile/doubles.cuh)."""
-    return rows * cols * 8
-
-
-def _tile(problem: Problem, rows: int, cols: int) -> int:
-    """Bytes of a tile of q, k, v or dout, as the products of its elements take it."""
-    of = {2: _shared_tile, 4: _halves_tile, 8: _double_tile}
-    return of[problem.dtype.itemsize](rows, cols)
-
-
-def held_bias(problem: Problem, tile_q: int, tile_kv: int) -> int:
-    """Bytes of a ``HeldBias::Tile`` (tile/held_bias.cuh)."""
-    return tile_q * (tile_kv + 8) * problem.bias.itemsize if problem.bias else 0
 
 
 def _beside(problem: Problem, tile_q: int, tile_kv: int, smem: int, most: int) -> tuple[str, int]:
@@ -135,15 +88,10 @@ def _beside(problem: Problem, tile_q: int, tile_kv: int, smem: int, most: int) -
     return f"HeldBias<{problem.bias.cuda}>", held
 
 
-def _rounded(problem: Problem) -> tuple[int, int]:
-    """``dim_qk`` and ``dim_v`` in whole fragments."""
-    return round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16)
-
-
 def _forward_config(problem: Problem, device: Device) -> tuple[HalvedForwardConfig, str]:
     """The config of ``forward/sm80.cuh``, and why these tiles."""
-    widest = max(_rounded(problem))
-    if _is_wide(problem):
+    widest = max(rounded(problem))
+    if is_wide(problem):
         return _first_that_fits(problem, device, _wide_forward_tiles(problem))
     # 32 rows a warp halve the shared-memory reads per product against 16; wide heads leave registers for 16 only.
     if problem.mask.tensor or problem.bias is not None or problem.dropout == "word" or problem.written:
@@ -166,7 +114,7 @@ def _forward_config(problem: Problem, device: Device) -> tuple[HalvedForwardConf
 
 def _small_forward_config(problem: Problem, device: Device) -> tuple[HalvedForwardConfig, str]:
     """The config of ``forward/sm80.cuh`` where rows are few or keys are split, and why."""
-    if _is_wide(problem):
+    if is_wide(problem):
         return _first_that_fits(problem, device, _SMALL_WIDE_TILES, whole=False)
     return _forward_of(problem, device, 64, 64, 128, whole=False), "the smallest: few rows, or few keys each"
 
@@ -181,7 +129,7 @@ _SMALL_WIDE_TILES = (
 
 def _wide_forward_tiles(problem: Problem) -> tuple[tuple[int, int, int, str], ...]:
     """Candidates of ``forward/sm80.cuh`` for floats and doubles."""
-    widest = max(_rounded(problem))
+    widest = max(rounded(problem))
     if problem.dtype.itemsize == 8:
         return (64, 32, 128, "16 rows a warp: out takes a register for every column"), *_SMALL_WIDE_TILES[1:]
     candidates: list[tuple[int, int, int, str]] = []
@@ -212,9 +160,13 @@ def _forward_of(
     problem: Problem, device: Device, tile_q: int, tile_kv: int, threads: int, whole: bool = True
 ) -> HalvedForwardConfig:
     """The config of a tile; not `whole` where the heads of a group may be packed into it."""
-    dim_qk, dim_v = _rounded(problem)
-    columns = dim_qk if _is_wide(problem) else max(dim_qk, dim_v)  # narrow results leave in the place of q
-    smem = _tile(problem, tile_q, columns) + _tile(problem, tile_kv, dim_qk) + _tile(problem, tile_kv, dim_v)
+    dim_qk, dim_v = rounded(problem)
+    columns = dim_qk if is_wide(problem) else max(dim_qk, dim_v)  # narrow results leave in the place of q
+    smem = (
+        operand_tile(problem, tile_q, columns)
+        + operand_tile(problem, tile_kv, dim_qk)
+        + operand_tile(problem, tile_kv, dim_v)
+    )
     bias_held, smem = _beside(problem, tile_q, tile_kv, smem, device.smem_per_block) if whole else ("NoHeldBias", smem)
     score = policies.score(problem) if bias_held == "NoHeldBias" else policies.score_beside_bias(problem)
     return HalvedForwardConfig(
@@ -226,7 +178,7 @@ def _forward_of(
         smem_bytes=smem,
         copy_bytes=policies.copy_bytes(problem),
         sink=policies.sink(problem),
-        halves=_halves(problem),
+        halves=halves(problem),
         bias_held=bias_held,
     )
 
@@ -242,9 +194,9 @@ _FEW_SHAPES_OF_MANY_ROWS = ((1, 8, 3), *_FEW_SHAPES)
 
 def _few_config(problem: Problem, device: Device) -> tuple[FewConfig, str] | None:
     """The config of ``forward/sm80_few.cuh``, and why; None where rows are many or keys few."""
-    rows, widest = problem.len_q * problem.group, max(_rounded(problem))
+    rows, widest = problem.len_q * problem.group, max(rounded(problem))
     if (
-        _is_wide(problem)
+        is_wide(problem)
         or problem.num_splits == 1
         or problem.dropout
         or problem.block_mask
@@ -276,10 +228,10 @@ def _few_config(problem: Problem, device: Device) -> tuple[FewConfig, str] | Non
 
 def _few_smem(problem: Problem, tile_q: int, warps: int, stages: int) -> int:
     """Bytes of ``ForwardSm80Few::SmemPlan``."""
-    dim_qk, dim_v = _rounded(problem)
-    stage = _shared_tile(16, dim_qk) + _shared_tile(16, dim_v)
+    dim_qk, dim_v = rounded(problem)
+    stage = shared_tile(16, dim_qk) + shared_tile(16, dim_v)
     part = 16 * (4 * dim_v + 8)
-    return 2 * _shared_tile(tile_q, dim_qk) + warps * stages * max(stage, part) + warps * 2 * 16 * 8 + 8
+    return 2 * shared_tile(tile_q, dim_qk) + warps * stages * max(stage, part) + warps * 2 * 16 * 8 + 8
 
 
 def forward_division(problem: Problem, device: Device) -> Division:
@@ -307,7 +259,7 @@ def _few_forward(problem: Problem, device: Device, config: FewConfig, reason: st
         slots = 2 * blocks if ranges else blocks
         shape = (slots, config.tile_q)
         workspaces += (
-            Workspace("partial_out", problem.dtype.accumulator, (*shape, _rounded(problem)[1])),
+            Workspace("partial_out", problem.dtype.accumulator, (*shape, rounded(problem)[1])),
             Workspace("partial_state", problem.dtype.accumulator, (*shape, 2)),
             Workspace("tickets", np.dtype(np.int32), (query_tiles,), kept=True),
         )
@@ -329,7 +281,7 @@ class WideJvpConfig(JvpConfig):
 
 def _jvp_config(problem: Problem, device: Device) -> tuple[WideJvpConfig, str]:
     """The config of ``forward/jvp_sm80.cuh``, and why these tiles."""
-    widest = max(_rounded(problem))
+    widest = max(rounded(problem))
     crowded = problem.mask.tensor or problem.bias is not None or problem.dropout is not None or problem.alibi
     if widest <= 64 and crowded:
         candidates = [(64, 64, 128, 1, "64 keys: what else makes a score needs registers beside S, S' and both sums")]
@@ -366,8 +318,8 @@ def _jvp_config(problem: Problem, device: Device) -> tuple[WideJvpConfig, str]:
 def _jvp_smem(problem: Problem, tile_q: int, tile_kv: int, splits: int) -> int:
     """Bytes of ``JvpSm80::SmemPlan``."""
     dim_qk, dim_v = round_up(problem.dim_qk, 16), round_up(problem.dim_v, 16 * splits)
-    rows = _shared_tile(tile_q, max(dim_qk, dim_v // splits))
-    return 2 * (rows + _shared_tile(tile_kv, dim_qk) + _shared_tile(tile_kv, dim_v))
+    rows = shared_tile(tile_q, max(dim_qk, dim_v // splits))
+    return 2 * (rows + shared_tile(tile_kv, dim_qk) + shared_tile(tile_kv, dim_v))
 
 
 def _forward(problem: Problem, device: Device) -> Plan:
@@ -377,7 +329,7 @@ def _forward(problem: Problem, device: Device) -> Plan:
     if few := _few_config(problem, device):
         return _few_forward(problem, device, *few)
     if short := short_forward(problem, device):
-        return _short_forward(problem, device, short)
+        return plan_short_forward(problem, device, short)
     return steps.forward(
         problem, device, "sm80", _forward_config(problem, device), _small_forward_config(problem, device)
     )
@@ -403,7 +355,7 @@ class BackwardTile(NamedTuple):
 
 def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, BackwardTile]:
     """The config of ``backward/sm80.cuh``, whose dq rows ``backward/convert.cuh`` shares, and its tile."""
-    candidates = _wide_backward_tiles(problem) if _is_wide(problem) else _backward_tiles(problem)
+    candidates = _wide_backward_tiles(problem) if is_wide(problem) else _backward_tiles(problem)
     fitting = [tile for tile in candidates if fits_blocks(problem, tile.tile_q, tile.tile_kv)]
     for tile in fitting or candidates:
         smem = _backward_smem(problem, tile)
@@ -417,7 +369,7 @@ def _backward_config(problem: Problem, device: Device) -> tuple[BackwardConfig, 
                 threads=tile.threads,
                 smem_bytes=smem,
                 copy_bytes=policies.copy_bytes(problem),
-                halves=_halves(problem),
+                halves=halves(problem),
                 bias_held=bias_held,
                 stages=tile.stages,
                 dim_splits=tile.splits,
@@ -501,185 +453,18 @@ def _backward_smem(problem: Problem, tile: BackwardTile) -> int:
     dim_qk = _dq_columns(problem.dim_qk, tile)
     dim_v = round_up(problem.dim_v, 16 * tile.gradients_across * tile.splits)
     numbers = 3 * problem.dtype.accumulator.itemsize * tile_q
-    stage = _tile(problem, tile_q, dim_qk) + _tile(problem, tile_q, dim_v) + numbers
+    stage = operand_tile(problem, tile_q, dim_qk) + operand_tile(problem, tile_q, dim_v) + numbers
     if problem.dtype.itemsize == 4:
-        scores = _shared_tile(tile_kv, 2 * tile_q) + 4 * tile.threads // 32 * tile_q
+        scores = shared_tile(tile_kv, 2 * tile_q) + 4 * tile.threads // 32 * tile_q
     else:
-        scores = _tile(problem, tile_kv, tile_q) * (2 if tile.across > 1 else 1)
-    return _tile(problem, tile_kv, dim_qk) + _tile(problem, tile_kv, dim_v) + scores + tile.stages * stage
-
-
-def sum_bias_gradient(problem: Problem, device: Device) -> BiasSum:
-    """The launches of ``backward/bias.cuh`` by ``bwd_bias_sm80``."""
-    if problem.bias is None or not problem.bias_grad or is_in_place(problem):
-        return BiasSum()
-    if problem.dtype.itemsize == 8:
-        return simt.sum_bias_gradient(problem, device)
-    edge_q, edge_kv = (_bias_edge(n) for n in (problem.len_q, problem.len_kv))
-    # The largest tile reads the fewest rows for a pair, and the second stage hides how long that takes.
-    candidates = ((edge_q, edge_kv, 2), (edge_q, edge_kv, 1), (64, 64, 2), (64, 64, 1), (32, 32, 1))
-    tile_q, tile_kv, stages, smem = next(
-        (*tile, smem) for tile in candidates if (smem := _bias_smem(problem, *tile)) <= device.smem_per_block
-    )
-    threads = {128 * 128: 256, 32 * 32: 64}.get(tile_q * tile_kv, 128)
-    config = BiasConfig(
-        **policies.policies(problem)
-        | {"score": policies.score_without_bias(problem), "mask": policies.mask_without_lists(problem)},
-        tile_q=tile_q,
-        tile_kv=tile_kv,
-        threads=threads,
-        blocks_per_sm=resident(smem, threads, 168 if tile_q * tile_kv <= 64 * 64 else 255, device),
-        smem_bytes=smem,
-        copy_bytes=policies.copy_bytes(problem),
-        bias=problem.bias.cuda,
-        halves=_halves(problem),
-        stages=stages,
-    )
-    return bias_sum(problem, device, "bwd_bias_sm80", config)
-
-
-def _bias_edge(length: int) -> int:
-    """Edge of a tile of the bias: 128 unless a quarter more of padding would come with it."""
-    return 128 if 4 * round_up(length, 128) <= 5 * round_up(length, 64) else 64
-
-
-def _bias_smem(problem: Problem, tile_q: int, tile_kv: int, stages: int) -> int:
-    """Bytes of ``BackwardBias::SmemPlan`` with ``BiasTileSm80``."""
-    bias = held_bias(problem, tile_q, tile_kv)
-    rows = sum(_tile(problem, tile, dim) for tile in (tile_q, tile_kv) for dim in _rounded(problem))
-    return max(bias + stages * (rows + 3 * 4 * tile_q), tile_q * (tile_kv + 1) * 4)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShortForwardConfig(CopyConfig):
-    """``fwd_sm80_short``."""
-
-    sink: str = field(default="NoSink", metadata={HEADER: "attention/softmax.cuh"})
-    """NoSink, LearnableSink."""
-    bias_held: str = field(default="NoHeldBias", metadata={HEADER: "tile/held_bias.cuh"})
-    """NoHeldBias, HeldBias."""
-    stages: int
-    """Batch elements in flight."""
-
-
-def _short_edge(problem: Problem, device: Device) -> int:
-    """The edge of a tile that holds all queries and keys of a sequence; 0 where there is none, or others are faster.
-
-    H200, one sequence of 64 with two heads: forward 3.3 us instead of 5.1, backward 7.5 instead of 11.4, in one launch
-    instead of three.
-    """
-    longest = max(problem.len_q, problem.len_kv)
-    few = problem.batch * problem.heads_q < 2 * device.num_sms
-    widest = max(problem.dim_qk, problem.dim_v)
-    if longest > (64 if few else 128) or widest > 64 or problem.block_mask or _is_wide(problem):
-        return 0
-    return 64 if longest <= 64 else 128
-
-
-def _hold_bias(problem: Problem, device: Device, edge: int, smem: int) -> tuple[str, int]:
-    """The policy of a bias beside so many bytes, and the bytes of both.
-
-    A bias that the batch shares stays in shared memory, where there is room.
-    """
-    held = smem + held_bias(problem, edge, edge)
-    if problem.bias is None or not problem.bias_broadcast[0] or held > device.smem_per_block:
-        return "NoHeldBias", smem
-    return f"HeldBias<{problem.bias.cuda}>", held
-
-
-def short_forward(problem: Problem, device: Device) -> ShortForwardConfig | None:
-    """The config of ``forward/sm80_short.cuh`` where sequences fit in one of its tiles; else None."""
-    edge = _short_edge(problem, device)
-    # With one split asked for, a row's bits depend on its own sequence alone, not on how many there are.
-    if not 4 * problem.len_q > edge > 0 or problem.layout == "cache" or problem.page_size or problem.num_splits:
-        return None
-    dim_qk, dim_v = _rounded(problem)
-    stage = _shared_tile(edge, max(dim_qk, dim_v)) + _shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)
-    stages, threads, registers = (2, 128, 96) if edge == 64 else (2, 256, 255)
-    bias_held, smem = _hold_bias(problem, device, edge, stages * stage)
-    score = policies.score(problem) if bias_held == "NoHeldBias" else policies.score_beside_bias(problem)
-    if smem > device.smem_per_block:
-        return None
-    return ShortForwardConfig(
-        **policies.policies(problem) | {"score": score},
-        tile_q=edge,
-        tile_kv=edge,
-        threads=threads,
-        blocks_per_sm=resident(smem, threads, registers, device),
-        smem_bytes=smem,
-        copy_bytes=policies.copy_bytes(problem),
-        sink=policies.sink(problem),
-        bias_held=bias_held,
-        stages=stages,
-    )
-
-
-def _short_forward(problem: Problem, device: Device, config: ShortForwardConfig) -> Plan:
-    parts = even_parts(problem.heads_q, problem.batch, device.num_sms * config.blocks_per_sm)
-    launches = (*steps.rng_step(problem), Step("fwd_sm80_short", "FwdParams", config, problem.heads_q * parts))
-    return Plan(problem, device, "sm80", launches, (), "all queries and keys of a sequence are one tile")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShortBackwardConfig(CopyConfig):
-    """``bwd_sm80_short``."""
-
-    bias_gradient: str = field(default="NoBiasGradient", metadata=BIAS_GRADIENT)
-    bias_held: str = field(default="NoHeldBias", metadata={HEADER: "tile/held_bias.cuh"})
-    """NoHeldBias, HeldBias."""
-    captured_gradient: str = field(default="NoCapturedGradient", metadata=CAPTURED_GRADIENT)
-    queries: int
-    """Of which scores are in registers at once."""
-    stages: int
-    """Batch elements in flight."""
-    sum_bias: bool
-    """The gradient of a bias that the batch shares is summed on the way."""
-
-
-def short_backward(problem: Problem, device: Device) -> ShortBackwardConfig | None:
-    """The config of ``backward/sm80_short.cuh`` where sequences fit in one of its tiles; else None."""
-    edge = _short_edge(problem, device)
-    if not edge or problem.group > 1 or _is_wide(problem):
-        return None
-    dim_qk, dim_v = _rounded(problem)
-    stage = 2 * (_shared_tile(edge, dim_qk) + _shared_tile(edge, dim_v)) + 3 * 4 * edge
-    queries, stages, registers = (64, 2, 168) if edge == 64 else (64, 2, 255)
-    smem, threads = _shared_tile(edge, edge) + stages * stage, 2 * edge
-    if smem > device.smem_per_block:
-        return None
-    bias_held, smem = _hold_bias(problem, device, edge, smem)
-    score = policies.score(problem) if bias_held == "NoHeldBias" else policies.score_without_bias(problem)
-    return ShortBackwardConfig(
-        **policies.policies(problem) | {"score": score},
-        tile_q=edge,
-        tile_kv=edge,
-        threads=threads,
-        blocks_per_sm=resident(smem, threads, registers, device),
-        smem_bytes=smem,
-        copy_bytes=policies.copy_bytes(problem),
-        queries=queries,
-        stages=stages,
-        bias_gradient=gradient_policy(problem),
-        bias_held=bias_held,
-        captured_gradient=policies.captured_gradient(problem),
-        sum_bias=sums_on_the_way(problem),
-    )
-
-
-def _short_backward(problem: Problem, device: Device, config: ShortBackwardConfig) -> Plan:
-    parts = even_parts(problem.heads_q, problem.batch, device.num_sms * config.blocks_per_sm)
-    bias = add_parts(problem, parts) if config.sum_bias else sum_bias_gradient(problem, device)
-    others = (*bias.steps, *steps.sink_step(problem), *steps.captured_step(problem, device))
-    launches = (Step("bwd_sm80_short", "BwdParams", config, problem.heads_q * parts), *others)
-    workspaces = (steps.row_workspaces(problem) if others else ()) + bias.workspaces
-    reason = "all queries and keys of a sequence are one tile"
-    return Plan(problem, device, "sm80", launches, workspaces, reason, bias_parts=bias.parts)
+        scores = operand_tile(problem, tile_kv, tile_q) * (2 if tile.across > 1 else 1)
+    return operand_tile(problem, tile_kv, dim_qk) + operand_tile(problem, tile_kv, dim_v) + scores + tile.stages * stage
 
 
 def _backward(problem: Problem, device: Device) -> Plan:
     short = short_backward(problem, device)
     if short is not None:
-        return _short_backward(problem, device, short)
+        return plan_short_backward(problem, device, short)
     config, tile = _backward_config(problem, device)
     columns = _dq_columns(problem.dim_qk, tile)
     convert = ConvertConfig(
@@ -688,7 +473,7 @@ def _backward(problem: Problem, device: Device) -> Plan:
         dim_qk=config.dim_qk,
         tile_q=config.tile_q,
         threads=config.threads,
-        smem_bytes=_shared_tile(config.tile_q, columns, problem.dtype.itemsize),  # BackwardConvert::SmemPlan
+        smem_bytes=shared_tile(config.tile_q, columns, problem.dtype.itemsize),  # BackwardConvert::SmemPlan
         dim_splits=config.dim_splits,
         copy_bytes=config.copy_bytes,
     )
@@ -729,7 +514,7 @@ def _leave(problem: Problem, device: Device) -> list[str]:
     """What of floats and doubles is left to plain multiply-adds: tangents, and what does not fit."""
     if turns := lists_without_turns(problem):
         return turns
-    if not _is_wide(problem):
+    if not is_wide(problem):
         return []
     if problem.tangents is not None:
         return [f"no tangents in {problem.dtype}"]

@@ -18,15 +18,10 @@ from cuflash.plan.bias import BiasSum, add_parts, bias_sum, even_parts, gradient
 from cuflash.plan.ceiling import Ceiling
 from cuflash.plan.config import BIAS_GRADIENT, CAPTURED_GRADIENT, HEADER, AttentionConfig, JvpConfig, SequenceConfig
 from cuflash.plan.families import sm90_wide
-from cuflash.plan.families.sm80 import (
-    SM80,
-    forward_division,
-    held_bias,
-    lists_without_turns,
-    short_backward,
-    short_forward,
-    sum_bias_gradient,
-)
+from cuflash.plan.families.sm80 import SM80, forward_division, lists_without_turns
+from cuflash.plan.families.sm80_bias import sum_bias_gradient
+from cuflash.plan.families.sm80_short import short_backward, short_forward
+from cuflash.plan.families.sm80_tiles import held_bias
 from cuflash.plan.family import Family
 from cuflash.plan.plan import Box, Plan, Step, Workspace
 from cuflash.plan.splits import best_splits, heads_in_step, key_tiles
