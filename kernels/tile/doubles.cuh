@@ -74,6 +74,19 @@ CF_DEVICE void load_b(double (&b_regs)[4], TileB& b, int k, int col) {
   for (int i = 0; i < 4; ++i) b_regs[i] = *b.at(k + col_of(lane, i / 2, i % 2), col + row_of(lane, 0));
 }
 
+// C += A B with sixteen columns of A and as many rows of B, from `k` on, of which it takes the columns from `b_col` on.
+template <int kM, int kN, class TileB>
+CF_DEVICE void add_product(Fragment<kM, kN, double>& c, const double (&a_regs)[kM / 16][8], TileB& b, int k,
+                           int b_col) {
+#pragma unroll
+  for (int n = 0; n < kN / 8; ++n) {
+    double b_regs[4];
+    load_b(b_regs, b, k, b_col + n * 8);
+#pragma unroll
+    for (int m = 0; m < kM / 16; ++m) ptx::mma_m16n8k16(c.x[m][n], a_regs[m], b_regs);
+  }
+}
+
 // sum = sum * rescale + A B, with A [M x K] in registers and B [K x N] row-major in shared memory from column `b_col`
 // on.
 template <int kM, int kN, int kK, class TileB>
@@ -124,13 +137,7 @@ CF_DEVICE void add_shared_ab_doubles(Fragment<kM, kN, double>& sum, TileA& a, in
   for (int k = 0; k < TileA::kCols; k += 16) {
     double a_regs[kM / 16][8];
     load_a<kM>(a_regs, a, a_row, k);
-#pragma unroll
-    for (int n = 0; n < kN / 8; ++n) {
-      double b_regs[4];
-      load_b(b_regs, b, k, b_col + n * 8);
-#pragma unroll
-      for (int m = 0; m < kM / 16; ++m) ptx::mma_m16n8k16(tile.x[m][n], a_regs[m], b_regs);
-    }
+    add_product(tile, a_regs, b, k, b_col);
   }
   sum.for_each_index([&](int r, int n, int i) { sum.at(r, n, i) += tile.at(r, n, i); });
 }
@@ -151,13 +158,7 @@ CF_DEVICE void gemm_atb_doubles(Fragment<kM, kN, double>& c, TileA& a, int a_col
         a_regs[r / 2][i * 2 + r % 2] = *a.at(k + col_of(lane, i / 2, i % 2), a_col + row_of(lane, r));
       }
     }
-#pragma unroll
-    for (int n = 0; n < kN / 8; ++n) {
-      double b_regs[4];
-      load_b(b_regs, b, k, b_col + n * 8);
-#pragma unroll
-      for (int m = 0; m < kM / 16; ++m) ptx::mma_m16n8k16(c.x[m][n], a_regs[m], b_regs);
-    }
+    add_product(c, a_regs, b, k, b_col);
   }
 }
 

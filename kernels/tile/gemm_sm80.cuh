@@ -15,11 +15,49 @@ CF_DEVICE int down_first_col() { return ptx::lane_index() / 16 * 8; }
 CF_DEVICE int across_first_row() { return ptx::lane_index() / 16 * 8 + ptx::lane_index() % 8; }
 CF_DEVICE int across_first_col() { return ptx::lane_index() / 8 % 2 * 8; }
 
+// Four 8x8 blocks of a shared tile, or the transpose of each, where the second operand lies in columns.
+template <bool kTransposed>
+CF_DEVICE void load_block(uint32 (&regs)[4], uint32 address) {
+  if constexpr (kTransposed) {
+    ptx::ldmatrix_x4_trans(regs, address);
+  } else {
+    ptx::ldmatrix_x4(regs, address);
+  }
+}
+
+// 16 columns of A, in blocks of 16 rows: the first is `first` elements behind the address, each `step` behind the one
+// before.
+template <bool kTransposed, int kM>
+CF_DEVICE void load_a(uint32 (&a_regs)[kM][4], uint32 address, int first, int step) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) load_block<kTransposed>(a_regs[m], address + (first + m * step) * 2);
+}
+
 // C += A B for a 16 x 16 block of each: rows from 16 m on, columns from n on, in the registers that ldmatrix leaves.
 template <class Element, int kM, int kN>
 CF_DEVICE void add_block(Fragment<kM, kN>& c, int m, int n, const uint32 (&a_regs)[4], const uint32 (&b_regs)[4]) {
   ptx::mma_m16n8k16<Element>(c.x[m][n / 8], a_regs, b_regs[0], b_regs[1]);
   ptx::mma_m16n8k16<Element>(c.x[m][n / 8 + 1], a_regs, b_regs[2], b_regs[3]);
+}
+
+// The same of all rows.
+template <class Element, int kBlocks, int kM, int kN>
+CF_DEVICE void add_blocks(Fragment<kM, kN>& c, int n, const uint32 (&a_regs)[kBlocks][4], const uint32 (&b_regs)[4]) {
+  static_assert(kBlocks * 16 == kM);
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) add_block<Element>(c, m, n, a_regs[m], b_regs);
+}
+
+// And of all columns, with blocks of B that lie likewise.
+template <class Element, bool kTransposed, int kBlocks, int kM, int kN>
+CF_DEVICE void add_product(Fragment<kM, kN>& c, const uint32 (&a_regs)[kBlocks][4], uint32 b_address, int first,
+                           int step) {
+#pragma unroll
+  for (int n = 0; n < kN; n += 16) {
+    uint32 b_regs[4];
+    load_block<kTransposed>(b_regs, b_address + (first + n / 16 * step) * 2);
+    add_blocks<Element>(c, n, a_regs, b_regs);
+  }
 }
 
 // C += A B^T with A [M x K] and B [N x K], both row-major in shared memory; A starts at row `a_row`, B at row `b_row`.
@@ -32,17 +70,8 @@ CF_DEVICE void gemm_abt(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int 
 #pragma unroll kSteps
   for (int k = 0; k < TileA::kCols; k += 16) {
     uint32 a_regs[kM / 16][4];
-#pragma unroll
-    for (int m = 0; m < kM; m += 16) ptx::ldmatrix_x4(a_regs[m / 16], a_address + (m * TileA::kPitch + k) * 2);
-#pragma unroll
-    for (int n = 0; n < kN; n += 16) {
-      uint32 b_regs[4];
-      ptx::ldmatrix_x4(b_regs, b_address + (n * TileB::kPitch + k) * 2);
-#pragma unroll
-      for (int m = 0; m < kM / 16; ++m) {
-        add_block<Element>(c, m, n, a_regs[m], b_regs);
-      }
-    }
+    load_a<false>(a_regs, a_address, k, 16 * TileA::kPitch);
+    add_product<Element, false>(c, a_regs, b_address, k, 16 * TileB::kPitch);
   }
 }
 
@@ -56,20 +85,14 @@ CF_DEVICE void gemm_abt_pair(Fragment<kM, kN>& c, TileA& a, Fragment<kM, kN>& d,
 #pragma unroll 2
   for (int k = 0; k < TileA::kCols; k += 16) {
     uint32 a_regs[kM / 16][4], e_regs[kM / 16][4];
-#pragma unroll
-    for (int m = 0; m < kM; m += 16) {
-      ptx::ldmatrix_x4(a_regs[m / 16], a_address + (m * TileA::kPitch + k) * 2);
-      ptx::ldmatrix_x4(e_regs[m / 16], e_address + (m * TileA::kPitch + k) * 2);
-    }
+    load_a<false>(a_regs, a_address, k, 16 * TileA::kPitch);
+    load_a<false>(e_regs, e_address, k, 16 * TileA::kPitch);
 #pragma unroll
     for (int n = 0; n < kN; n += 16) {
       uint32 b_regs[4];
       ptx::ldmatrix_x4(b_regs, b_address + (n * TileB::kPitch + k) * 2);
-#pragma unroll
-      for (int m = 0; m < kM / 16; ++m) {
-        add_block<Element>(c, m, n, a_regs[m], b_regs);
-        add_block<Element>(d, m, n, e_regs[m], b_regs);
-      }
+      add_blocks<Element>(c, n, a_regs, b_regs);
+      add_blocks<Element>(d, n, e_regs, b_regs);
     }
   }
 }
@@ -102,17 +125,8 @@ CF_DEVICE void gemm_ab(Fragment<kM, kN>& c, TileA& a, int a_row, TileB& b, int b
 #pragma unroll
   for (int k = 0; k < TileA::kCols; k += 16) {
     uint32 a_regs[kM / 16][4];
-#pragma unroll
-    for (int m = 0; m < kM; m += 16) ptx::ldmatrix_x4(a_regs[m / 16], a_address + (m * TileA::kPitch + k) * 2);
-#pragma unroll
-    for (int n = 0; n < kN; n += 16) {
-      uint32 b_regs[4];
-      ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
-#pragma unroll
-      for (int m = 0; m < kM / 16; ++m) {
-        add_block<Element>(c, m, n, a_regs[m], b_regs);
-      }
-    }
+    load_a<false>(a_regs, a_address, k, 16 * TileA::kPitch);
+    add_product<Element, true>(c, a_regs, b_address, k * TileB::kPitch, 16);
   }
 }
 
@@ -171,17 +185,8 @@ CF_DEVICE void gemm_atb(Fragment<kM, kN>& c, TileA& a, int a_col, TileB& b, int 
 #pragma unroll kSteps
   for (int k = 0; k < TileA::kRows; k += 16) {
     uint32 a_regs[kM / 16][4];
-#pragma unroll
-    for (int m = 0; m < kM; m += 16) ptx::ldmatrix_x4_trans(a_regs[m / 16], a_address + (k * TileA::kPitch + m) * 2);
-#pragma unroll
-    for (int n = 0; n < kN; n += 16) {
-      uint32 b_regs[4];
-      ptx::ldmatrix_x4_trans(b_regs, b_address + (k * TileB::kPitch + n) * 2);
-#pragma unroll
-      for (int m = 0; m < kM / 16; ++m) {
-        add_block<Element>(c, m, n, a_regs[m], b_regs);
-      }
-    }
+    load_a<true>(a_regs, a_address, k * TileA::kPitch, 16);
+    add_product<Element, true>(c, a_regs, b_address, k * TileB::kPitch, 16);
   }
 }
 

@@ -166,10 +166,10 @@ struct GradientProducts<float, kRows, kHalves> : OperandTiles<float, kHalves> {
           ptx::ldmatrix_x4_trans(b_high, address);
           if constexpr (kHalves == 2) {
             ptx::ldmatrix_x4_trans(b_low, address + TileK::kLow);
-            multiply_halves(small, a_low[step], b_high);
+            add_blocks<fp16>(small, 0, a_low[step], b_high);
           }
-          multiply_halves(large, a_high[step], b_high);
-          if constexpr (kHalves == 2) multiply_halves(small, a_high[step], b_low);
+          add_blocks<fp16>(large, 0, a_high[step], b_high);
+          if constexpr (kHalves == 2) add_blocks<fp16>(small, 0, a_high[step], b_low);
         }
         large.for_each_index([&](int r, int part, int i) {
           float& x = dq.at(r, n / 8 + part, i);

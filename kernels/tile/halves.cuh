@@ -26,7 +26,7 @@
 
 namespace cuflash {
 
-// kRows rows of kCols floats, then of two halves, or of the high one and as much that nobody reads.
+// kRows rows of kCols floats, then of two halves. Of the high one alone the rest of a row is where its floats arrive.
 template <int kRows_, int kCols_, int kHalves_ = 2>
 struct HalvesTile {
   static constexpr int kRows = kRows_, kCols = kCols_, kHalves = kHalves_;
@@ -139,16 +139,6 @@ CF_DEVICE void halve_operand(OperandHalves<kRows, kCols>& operand, const Fragmen
   }
 }
 
-// C += A B of 16 columns of a warp.
-template <int kM>
-CF_DEVICE void multiply_halves(Fragment<kM * 16, 16>& c, const uint32 (&a)[kM][4], const uint32 (&b)[4]) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    ptx::mma_m16n8k16<fp16>(c.x[m][0], a[m], b[0], b[1]);
-    ptx::mma_m16n8k16<fp16>(c.x[m][1], a[m], b[2], b[3]);
-  }
-}
-
 // Which operand of S = Q K^T is A: both products must round alike, as the gradient takes the forward's maximum off its
 // own scores.
 enum class Role { kQueries, kKeys };
@@ -178,15 +168,11 @@ CF_DEVICE void add_columns_of_abt(Fragment<kM, kN>& c, uint32 a_address, uint32 
       uint32 b_high[4], b_low[4];
       ptx::ldmatrix_x4(b_high, address);
       if (kBoth) ptx::ldmatrix_x4(b_low, address + TileB::kLow);
-      if constexpr (kBoth && kA == Role::kQueries) multiply_halves(small, a_low[step], b_high);
-      if constexpr (kBoth && kA == Role::kKeys) multiply_halves(small, a_high[step], b_low);
-#pragma unroll
-      for (int m = 0; m < kM / 16; ++m) {
-        ptx::mma_m16n8k16<fp16>(c.x[m][n / 8], a_high[step][m], b_high[0], b_high[1]);
-        ptx::mma_m16n8k16<fp16>(c.x[m][n / 8 + 1], a_high[step][m], b_high[2], b_high[3]);
-      }
-      if constexpr (kBoth && kA == Role::kQueries) multiply_halves(small, a_high[step], b_low);
-      if constexpr (kBoth && kA == Role::kKeys) multiply_halves(small, a_low[step], b_high);
+      if constexpr (kBoth && kA == Role::kQueries) add_blocks<fp16>(small, 0, a_low[step], b_high);
+      if constexpr (kBoth && kA == Role::kKeys) add_blocks<fp16>(small, 0, a_high[step], b_low);
+      add_blocks<fp16>(c, n, a_high[step], b_high);
+      if constexpr (kBoth && kA == Role::kQueries) add_blocks<fp16>(small, 0, a_high[step], b_low);
+      if constexpr (kBoth && kA == Role::kKeys) add_blocks<fp16>(small, 0, a_low[step], b_high);
     }
     if constexpr (!kBoth) continue;
     small.for_each_index([&](int r, int block, int i) {
@@ -243,10 +229,10 @@ CF_DEVICE void for_each_of_ab_halves(const OperandHalves<kM, kK>& a, TileB& b, i
       ptx::ldmatrix_x4_trans(b_high, b_address + (k * 16 * TileB::kPitch + n) * 2);
       if constexpr (TileB::kHalves == 2) {
         ptx::ldmatrix_x4_trans(b_low, b_address + (k * 16 * TileB::kPitch + n) * 2 + TileB::kLow);
-        multiply_halves(small, a.low[k], b_high);
+        add_blocks<fp16>(small, 0, a.low[k], b_high);
       }
-      multiply_halves(large, a.high[k], b_high);
-      if constexpr (TileB::kHalves == 2) multiply_halves(small, a.high[k], b_low);
+      add_blocks<fp16>(large, 0, a.high[k], b_high);
+      if constexpr (TileB::kHalves == 2) add_blocks<fp16>(small, 0, a.high[k], b_low);
     }
     large.for_each_index([&](int r, int block, int i) {
       f(r, n / 8 + block, i, fma(small.at(r, block, i), 1 / kLowUnit, large.at(r, block, i)));
