@@ -17,11 +17,12 @@
 // adds up what several blocks have of a head. What must be known of rows (backward/delta.cuh) is made on the way.
 #pragma once
 
+#include "attention/batch_share.cuh"
 #include "attention/bias_gradient.cuh"
-#include "tile/captured_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "backward/delta.cuh"
 #include "ptx/warpgroup.cuh"
+#include "tile/captured_gradient.cuh"
 #include "tile/copy.cuh"
 #include "tile/dropout.cuh"
 #include "tile/gemm_sm80.cuh"
@@ -190,11 +191,8 @@ struct BackwardSm80Short {
   CF_DEVICE static void run(const BwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
-    // Neighbours differ in the head: blocks in flight read whole rows.
-    const int head = static_cast<int>(ptx::block_index() % a.heads_q);
-    const int part = static_cast<int>(ptx::block_index() / a.heads_q), parts = ptx::num_blocks() / a.heads_q;
-    const int first = static_cast<int>(int64(a.batch) * part / parts);
-    const int end = static_cast<int>(int64(a.batch) * (part + 1) / parts);
+    const BatchShare share(a);
+    const int head = share.head, first = share.first, end = share.end;
 
     State state;
     state.dbias.clear();
@@ -223,7 +221,7 @@ struct BackwardSm80Short {
     }
     if (!Config::kSumBias) return;
     const BiasSums layout(p);
-    float* sums = layout.of_part<float>(p, part) + head * layout.head;
+    float* sums = layout.of_part<float>(p, share.part) + head * layout.head;
     state.dbias.for_each(ptx::lane_index(), [&](float x, int row, int q) {
       const int kv = ptx::warp_index() * kWarpRows + row;
       if (q < a.len_q && kv < a.len_kv) sums[q * layout.row + kv] = x;

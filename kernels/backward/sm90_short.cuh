@@ -15,6 +15,7 @@
 //                             dQ = dS K | dv, dk, dq -> shared memory, in the places of V, K and Q -> TMA store
 #pragma once
 
+#include "attention/batch_share.cuh"
 #include "backward/block_sm90.cuh"
 #include "backward/delta.cuh"
 #include "tile/held_bias.cuh"
@@ -55,18 +56,7 @@ struct BackwardSm90Short {
   // Named barriers: of all consumers' threads, dS is whole and every operand is read; of a warpgroup's own, one for each.
   static constexpr int kDsWhole = 1, kAllRead = 2, kMyWarps = 3;
 
-  // Which batch elements of which head a block works on; neighbours differ in the head, so that they read whole rows.
-  struct Share {
-    int head, part, first, end;
-
-    CF_DEVICE explicit Share(const Attention& a)
-        : head(static_cast<int>(ptx::block_index() % a.heads_q)),
-          part(static_cast<int>(ptx::block_index() / a.heads_q)) {
-      const int parts = ptx::num_blocks() / a.heads_q;
-      first = static_cast<int>(int64(a.batch) * part / parts);
-      end = static_cast<int>(int64(a.batch) * (part + 1) / parts);
-    }
-  };
+  using Share = BatchShare;
 
   CF_DEVICE static void produce(SmemPlan& smem, const BwdParams& p, const Share& share) {
     const Attention& a = p.attention;

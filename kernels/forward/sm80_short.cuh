@@ -14,6 +14,7 @@
 // Each warp owns whole query rows. With one stage the blocks that share a multiprocessor hide each other's loads.
 #pragma once
 
+#include "attention/batch_share.cuh"
 #include "attention/dropout.cuh"
 #include "attention/split.cuh"
 #include "tile/copy.cuh"
@@ -129,11 +130,8 @@ struct ForwardSm80Short {
   CF_DEVICE static void run(const FwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
-    // Neighbours differ in the head: blocks in flight read whole rows.
-    const int head = static_cast<int>(ptx::block_index() % a.heads_q);
-    const int part = static_cast<int>(ptx::block_index() / a.heads_q), parts = ptx::num_blocks() / a.heads_q;
-    const int first = static_cast<int>(int64(a.batch) * part / parts);
-    const int end = static_cast<int>(int64(a.batch) * (part + 1) / parts);
+    const BatchShare share(a);
+    const int head = share.head, first = share.first, end = share.end;
     if (first >= end) return;
 
     smem.Bias::template load<kThreads>(a, 0, a.bias_head ? head : 0, 0, 0);
