@@ -13,11 +13,20 @@
 
 namespace cuflash {
 
+// What scores have in common that no caller has written: slopes are bounded, and scores finite past the last query.
+template <class Real>
+struct BoundedScore {
+  using Number = Real;
+
+  CF_DEVICE static constexpr bool any_slope() { return false; }
+  CF_DEVICE static constexpr bool finite_beyond() { return true; }
+  CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
+};
+
 // x = s, with the scale folded into the exponent: one multiply-add a score. Needs softmax_scale > 0, so that the
 // largest score is the largest logit.
 template <class Real>
-struct ScaledScore {
-  using Number = Real;
+struct ScaledScore : BoundedScore<Real> {
   Real softmax_scale;
 
   template <class Sequence>
@@ -26,15 +35,11 @@ struct ScaledScore {
   CF_DEVICE Real unit() const { return softmax_scale; }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return s; }
   CF_DEVICE Real slope(Real /*s*/, int /*q*/, int /*kv*/) const { return Real(1); }
-  CF_DEVICE static constexpr bool any_slope() { return false; }
-  CF_DEVICE static constexpr bool finite_beyond() { return true; }
-  CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
 // x = softmax_scale * s for a scale of any sign, zero included.
 template <class Real>
-struct SignedScore {
-  using Number = Real;
+struct SignedScore : BoundedScore<Real> {
   Real softmax_scale;
 
   template <class Sequence>
@@ -43,9 +48,6 @@ struct SignedScore {
   CF_DEVICE Real unit() const { return Real(1); }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return softmax_scale * s; }
   CF_DEVICE Real slope(Real /*s*/, int /*q*/, int /*kv*/) const { return Real(1); }
-  CF_DEVICE static constexpr bool any_slope() { return false; }
-  CF_DEVICE static constexpr bool finite_beyond() { return true; }
-  CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
 // The unit of a written score that is a multiple of a constant, a double of these bits, for kernels that need no more.
@@ -58,8 +60,7 @@ struct ScoreOfUnit {
 
 // x = softcap * tanh(softmax_scale * s / softcap), in units of softcap; slope = 1 - tanh^2.
 template <class Real>
-struct SoftCapScore {
-  using Number = Real;
+struct SoftCapScore : BoundedScore<Real> {
   Real softmax_scale;
   Real softcap;
   Real exponent;  // 2 log2(e) softmax_scale / softcap
@@ -73,16 +74,12 @@ struct SoftCapScore {
   CF_DEVICE Real tanh(Real s) const { return fma(Real(-2), reciprocal(exp2(s * exponent) + Real(1)), Real(1)); }
   CF_DEVICE Real apply(Real s, int /*q*/, int /*kv*/) const { return tanh(s); }
   CF_DEVICE Real slope(Real s, int /*q*/, int /*kv*/) const { return Real(1) - tanh(s) * tanh(s); }
-  CF_DEVICE static constexpr bool any_slope() { return false; }
-  CF_DEVICE static constexpr bool finite_beyond() { return true; }
-  CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
 // The same in natural logits, exact for caps and scores of every size. SoftCapScore errs by 2^-23 of the cap: too much
 // where results are fp32 or fp64, and beside scores far below a large cap.
 template <class Real>
-struct ExactSoftCapScore {
-  using Number = Real;
+struct ExactSoftCapScore : BoundedScore<Real> {
   static constexpr Real kLinear = static_cast<Real>(sizeof(Real) == 4 ? 0x1p-12 : 0x1p-27);  // tanh(y) = y below
 
   Real softmax_scale;
@@ -102,9 +99,6 @@ struct ExactSoftCapScore {
     const Real t = tanh(softmax_scale * s * inverse);
     return Real(1) - t * t;
   }
-  CF_DEVICE static constexpr bool any_slope() { return false; }
-  CF_DEVICE static constexpr bool finite_beyond() { return true; }
-  CF_DEVICE Real within(Real x, int /*q*/) const { return x; }
 };
 
 // The score of another policy in natural logits, for a kernel that adds to them.
@@ -125,26 +119,18 @@ struct NaturalScore {
   CF_DEVICE void add_at_distance(Number ds, int distance) const { inner.add_at_distance(ds, distance); }
 };
 
-// The score of another policy plus a term that depends on the position only; natural logits.
+// The same plus a term that depends on the position only.
 template <class Inner, class Term>
-struct Plus {
+struct Plus : NaturalScore<Inner> {
   using Number = typename Inner::Number;
-  Inner inner;
   Term term;
 
   template <class Sequence>
   CF_DEVICE Plus(const Attention& a, const Sequence& sequence, int head)
-      : inner(a, sequence, head), term(a, sequence, head) {}
-  CF_DEVICE Number unit() const { return Number(1); }
+      : NaturalScore<Inner>(a, sequence, head), term(a, sequence, head) {}
   CF_DEVICE Number apply(Number s, Place q, Place kv) const {
-    return inner.unit() * inner.apply(s, q, kv) + term.template at<Number>(q, kv);
+    return NaturalScore<Inner>::apply(s, q, kv) + term.template at<Number>(q, kv);
   }
-  CF_DEVICE Number slope(Number s, Place q, Place kv) const { return inner.slope(s, q, kv); }
-  CF_DEVICE static constexpr bool any_slope() { return Inner::any_slope(); }
-  CF_DEVICE static constexpr bool finite_beyond() { return Inner::finite_beyond(); }
-  CF_DEVICE Number within(Number x, int q) const { return inner.within(x, q); }
-  CF_DEVICE void add_gradients(Number s, Number ds, Place q, Place kv) const { inner.add_gradients(s, ds, q, kv); }
-  CF_DEVICE void add_at_distance(Number ds, int distance) const { inner.add_at_distance(ds, distance); }
 };
 
 // Attention with linear biases (Press et al. 2021, arXiv 2108.12409): -slope * distance from the diagonal. 0 for rows
