@@ -16,9 +16,9 @@
 #pragma once
 
 #include "attention/bias_gradient.cuh"
-#include "tile/captured_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
+#include "tile/captured_gradient.cuh"
 #include "tile/gemm_simt.cuh"
 #include "tile/tail.cuh"
 

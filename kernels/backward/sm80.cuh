@@ -22,12 +22,12 @@
 #pragma once
 
 #include "attention/bias_gradient.cuh"
-#include "tile/captured_gradient.cuh"
 #include "attention/gradient.cuh"
 #include "attention/schedule.cuh"
+#include "tile/captured_gradient.cuh"
 #include "tile/copy.cuh"
-#include "tile/dropout.cuh"
 #include "tile/dq_accum.cuh"
+#include "tile/dropout.cuh"
 #include "tile/gradient_products_sm80.cuh"
 #include "tile/held_bias.cuh"
 #include "tile/tail.cuh"
@@ -126,6 +126,44 @@ struct BackwardSm80 {
     }
   }
 
+  // s becomes p and dp becomes ds, both transposed: rows are keys, columns are queries. Folded shifts, for tiles that are
+  // visible whole (`full`) and have no far rows, save a subtraction a score.
+  CF_DEVICE static void differentiate(Scores& s, Scores& dp, Stage& stage, const ScoreGradient<Config>& gradient,
+                                      const Sequence& sequence, int q_first, int kv_first, int warp_row, int warp_col,
+                                      int lane, int split, bool full, bool folded) {
+    const auto kept = kept_transposed<Scores>(gradient.dropout, q_first + warp_col, kv_first + warp_row);
+#pragma unroll
+    for (int n = 0; n < Scores::kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int col = warp_col + col_of(lane, n, i);
+        const RowShift<Real> shift = folded ? stage.shift[col].folded(gradient.log2_unit) : stage.shift[col];
+        const Real delta = stage.delta[col];
+#pragma unroll
+        for (int r = 0; r < Scores::kRowsPerLane; ++r) {
+          const int q = q_first + col, kv = kv_first + warp_row + row_of(lane, r);
+          const Real raw = s.at(r, n, i);
+          Real weight;
+          if constexpr (Config::BiasHeld::kHeld) {
+            // A row past the end has a bias of its own perhaps, which may be infinite.
+            const Real bias = q < sequence.len_q ? stage.element(col, warp_row + row_of(lane, r)) : Real(0);
+            weight = gradient.probability_beside(raw, bias, shift, q, kv, full);
+          } else {
+            weight = folded ? gradient.visible_probability(raw, shift.log2_l, q, kv)
+                            : gradient.probability(raw, shift, q, kv, full);
+          }
+          const bool keep = kept.has(r, n, i);
+          s.at(r, n, i) = keep ? weight : Real(0);
+          if (split == 0) {
+            const Real ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
+            Config::CapturedGradient::add(gradient.score, raw, ds, q, kv);
+          }
+          dp.at(r, n, i) = gradient.of_product(raw, weight, dp.at(r, n, i), delta, keep, q, kv);
+        }
+      }
+    }
+  }
+
   CF_DEVICE static void run(const BwdParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
@@ -168,8 +206,7 @@ struct BackwardSm80 {
     Step step = tiles.first_step();
     ScoreGradient<Config> gradient(a, sequence, head_first);
     int head_before = head_first;
-    // A tile that is here, in a tile's walk number `number`. Folded shifts, for tiles that are visible whole and have no far
-    // rows, save a subtraction a score.
+    // A tile that is here, number `number` of the walk.
     const auto visit = [&](int number, bool full, bool folded) {
       const int head = head_first + tiles.member(step), place = step.place, tile = tiles.number(place);
       const int q_first = tile * kTileQ;
@@ -185,40 +222,7 @@ struct BackwardSm80 {
       Products::multiply(s, smem.k, warp_row, stage.q, warp_col);
       Products::multiply(dp, smem.v, warp_row, stage.dout, warp_col);
 
-      const auto kept = kept_transposed<Scores>(gradient.dropout, q_first + warp_col, kv_first + warp_row);
-
-      // s becomes p and dp becomes ds, both transposed: rows are keys, columns are queries.
-#pragma unroll
-      for (int n = 0; n < Scores::kN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int col = warp_col + col_of(lane, n, i);
-          const RowShift<Real> shift = folded ? stage.shift[col].folded(gradient.log2_unit) : stage.shift[col];
-          const Real delta = stage.delta[col];
-#pragma unroll
-          for (int r = 0; r < Scores::kRowsPerLane; ++r) {
-            const int q = q_first + col, kv = kv_first + warp_row + row_of(lane, r);
-            const Real raw = s.at(r, n, i);
-            Real weight;
-            if constexpr (Config::BiasHeld::kHeld) {
-              // A row past the end has a bias of its own perhaps, which may be infinite.
-              const Real bias = q < sequence.len_q ? stage.element(col, warp_row + row_of(lane, r)) : Real(0);
-              weight = gradient.probability_beside(raw, bias, shift, q, kv, full);
-            } else {
-              weight = folded ? gradient.visible_probability(raw, shift.log2_l, q, kv)
-                              : gradient.probability(raw, shift, q, kv, full);
-            }
-            const bool keep = kept.has(r, n, i);
-            s.at(r, n, i) = keep ? weight : Real(0);
-            if (split == 0) {
-              const Real ds = gradient.of_logit(weight, dp.at(r, n, i), delta, keep);
-              Config::CapturedGradient::add(gradient.score, raw, ds, q, kv);
-            }
-            dp.at(r, n, i) = gradient.of_product(raw, weight, dp.at(r, n, i), delta, keep, q, kv);
-          }
-        }
-      }
-
+      differentiate(s, dp, stage, gradient, sequence, q_first, kv_first, warp_row, warp_col, lane, split, full, folded);
       if (split == 0) {
         Config::CapturedGradient::add_all(gradient.score, dp, q_first + warp_col, kv_first + warp_row);
         const typename Config::BiasGradient bias_gradient(p, sequence, head);

@@ -61,6 +61,35 @@ struct JvpSimt {
     }
   }
 
+  // Divides this thread's sums by those of the weights, and writes out, lse and their tangents.
+  CF_DEVICE static void finish(const JvpParams& p, const QueryTile<Config>& own, Real unit, States& states,
+                               Tangents& tangents, Output& out, Output& dout) {
+    const Sequence& sequence = own.sequence;
+    const int head = own.heads.first, q_first = own.first;
+    const int64 first_number = Results::number(p, sequence, head, 0);
+    Real* g_tangent_lse = first_query<Real>(p.tangent_lse, p.tangent_lse_stride, sequence, head);
+    Real factor[Scores::kM];  // from the sums to out and its tangent
+#pragma unroll
+    for (int m = 0; m < Scores::kM; ++m) {
+      const Real l_of_keys = Grid::row_sum(states[m].l);
+      states[m].l = l_of_keys;
+      const Real rescale = Config::Sink::close(states[m], p.attention, head, unit);
+      const Real move = tangents[m].add_sink(p, head, l_of_keys * rescale, states[m].l);
+#pragma unroll
+      for (int n = 0; n < Output::kN; ++n) dout.x[m][n] -= move * out.x[m][n];
+      factor[m] = rescale * states[m].inverse_sum() * static_cast<Real>(Config::Dropout::scale(p.attention));
+      const int row = Scores::row_of(m);
+      if (Grid::col() == 0 && row < own.rows) {
+        if (p.lse) Results::close(p, first_number + q_first + row, states[m], unit);
+        g_tangent_lse[q_first + row] = tangents[m].mean;
+      }
+    }
+    const auto g_out = query_rows<Element>(p.out, p.out_stride, sequence, head).from(q_first);
+    const auto g_dout = query_rows<Element>(p.tangent_out, p.tangent_out_stride, sequence, head).from(q_first);
+    if (p.out) Block::template store<Config::kDimV>(g_out, out, [&](int m) { return factor[m]; });
+    Block::template store<Config::kDimV>(g_dout, dout, [&](int m) { return factor[m]; });
+  }
+
   CF_DEVICE static void run(const JvpParams& p) {
     SmemPlan& smem = *reinterpret_cast<SmemPlan*>(ptx::dynamic_smem());
     const Attention& a = p.attention;
@@ -69,8 +98,8 @@ struct JvpSimt {
     const Sequence& sequence = own.sequence;
     const int head = own.heads.first, head_kv = own.heads.kv;
     if (own.has_tail()) store_tails<Config, kThreads>(p, sequence, head);
-    const int q_first = own.first, q_rows = own.rows;
-    if (q_rows <= 0) return;
+    const int q_first = own.first;
+    if (own.rows <= 0) return;
 
     const auto q = query_rows<const Element>(p.q, p.q_stride, sequence, head).from(q_first);
     const auto dq = query_rows<const Element>(p.tangent_q, p.tangent_q_stride, sequence, head).from(q_first);
@@ -125,30 +154,7 @@ struct JvpSimt {
       if (p.tangent_v) Block::template accumulate<Config::kDimV>(dout, smem.weighted, s, dv.from(kv_first));
       Block::template accumulate<Config::kDimV>(dout, smem.weighted, ds, v.from(kv_first));
     }
-
-    const int64 first_number = Results::number(p, sequence, head, 0);
-    Real* g_tangent_lse = first_query<Real>(p.tangent_lse, p.tangent_lse_stride, sequence, head);
-    Real factor[Scores::kM];  // from the sums to out and its tangent
-#pragma unroll
-    for (int m = 0; m < Scores::kM; ++m) {
-      const Real l_of_keys = Grid::row_sum(states[m].l);
-      states[m].l = l_of_keys;
-      const Real rescale = Config::Sink::close(states[m], a, head, unit);
-      const Real move = tangents[m].add_sink(p, head, l_of_keys * rescale, states[m].l);
-#pragma unroll
-      for (int n = 0; n < Output::kN; ++n) dout.x[m][n] -= move * out.x[m][n];
-      factor[m] = rescale * states[m].inverse_sum() * static_cast<Real>(Config::Dropout::scale(a));
-      const int row = Scores::row_of(m);
-      if (Grid::col() == 0 && row < q_rows) {
-        if (p.lse) Results::close(p, first_number + q_first + row, states[m], unit);
-        g_tangent_lse[q_first + row] = tangents[m].mean;
-      }
-    }
-    const auto g_out = query_rows<Element>(p.out, p.out_stride, sequence, head).from(q_first);
-    const auto g_dout = query_rows<Element>(p.tangent_out, p.tangent_out_stride, sequence, head).from(q_first);
-    const auto factor_of = [&](int m) { return factor[m]; };
-    if (p.out) Block::template store<Config::kDimV>(g_out, out, factor_of);
-    Block::template store<Config::kDimV>(g_dout, dout, factor_of);
+    finish(p, own, unit, states, tangents, out, dout);
   }
 };
 

@@ -50,12 +50,57 @@ struct JvpSm80 {
   using Scores = Fragment<kWarpRows, kTileKv>;
   using Rows = TangentRows<kWarpRows, kColsV>;
 
+  // Starts the copy of a tile of keys, or of values, with that of its tangent, if there is one.
+  CF_DEVICE static void load_k(SmemPlan& smem, const JvpParams& p, const Sequence& sequence, int head, int tile) {
+    load_keys<Config::kDimQk>(smem.k, p.k, p.k_stride, sequence, head, tile);
+    if (p.tangent_k) {
+      load_keys<Config::kDimQk>(smem.tangent_k, p.tangent_k, p.tangent_k_stride, sequence, head, tile);
+    }
+    ptx::cp_async_commit();
+  }
+  CF_DEVICE static void load_v(SmemPlan& smem, const JvpParams& p, const Sequence& sequence, int head, int tile) {
+    load_keys<Config::kDimV>(smem.v, p.v, p.v_stride, sequence, head, tile);
+    if (p.tangent_v) {
+      load_keys<Config::kDimV>(smem.tangent_v, p.tangent_v, p.tangent_v_stride, sequence, head, tile);
+    }
+    ptx::cp_async_commit();
+  }
+  template <int kDim, class Tile>
+  CF_DEVICE static void load_keys(Tile& to, const void* tensor, const Strides& stride, const Sequence& sequence,
+                                  int head, int tile) {
+    const auto rows = key_rows<const Element>(tensor, stride, sequence, head);
+    load_tile_async<kDim, kBytes, kThreads>(to, rows.from(tile * kTileKv));
+  }
+
   template <class Tile>
   CF_DEVICE static void store_staged(void* tensor, const Strides& stride, const Sequence& sequence, int head, int row,
                                      int first_col, Tile& tile, int warp_row) {
     auto rows = query_rows<Element>(tensor, stride, sequence, head).from(row);
     rows.data += first_col;
     store_tile<kWarpRows, kColsV, kBytes, 32>(rows, Config::kDimV - first_col, tile, warp_row, ptx::lane_index());
+  }
+
+  // Divides this warp's sums by that of the weights, and writes out, lse and their tangents.
+  CF_DEVICE static void finish(SmemPlan& smem, const JvpParams& p, const QueryTile<Config>& own, float unit, Rows& rows,
+                               int split, int warp_row, int lane) {
+    const Sequence& sequence = own.sequence;
+    const int head = own.heads.first, q_first = own.first, first_col = split * kColsV;
+    const int64 first_number = Results::number(p, sequence, head, 0);
+#pragma unroll
+    for (int r = 0; r < Rows::kRowsPerLane; ++r) {
+      const float factor = rows.template close<Config>(p, head, unit, r);
+      const int row = warp_row + row_of(lane, r);
+      store_row<Element>(smem.out, row, rows.out, r, factor);
+      store_row<Element>(smem.tangent_out, row, rows.dout, r, factor);
+      if (lane % 4 == 0 && row < own.rows && split == 0) {
+        if (p.lse) Results::close(p, first_number + q_first + row, rows.states[r], unit);
+        first_query<float>(p.tangent_lse, p.tangent_lse_stride, sequence, head)[q_first + row] = rows.tangents[r].mean;
+      }
+    }
+    ptx::sync_warp();
+    const int row = q_first + warp_row;
+    if (p.out) store_staged(p.out, p.out_stride, sequence, head, row, first_col, smem.out, warp_row);
+    store_staged(p.tangent_out, p.tangent_out_stride, sequence, head, row, first_col, smem.tangent_out, warp_row);
   }
 
   CF_DEVICE static void run(const JvpParams& p) {
@@ -66,29 +111,10 @@ struct JvpSm80 {
     const int split = static_cast<int>(ptx::block_index() % kSplits), first_col = split * kColsV;
     const QueryTile<Config> own(p, ptx::block_index() / kSplits);
     const Sequence& sequence = own.sequence;
-    const int head = own.heads.first;
+    const int head = own.heads.first, head_kv = own.heads.kv;
     if (own.has_tail() && split == 0) store_tails<Config, kThreads>(p, sequence, head);
-    const int q_first = own.first, q_rows = own.rows;
-    if (q_rows <= 0) return;
-
-    const auto load_k = [&](int tile) {
-      const auto k = key_rows<const Element>(p.k, p.k_stride, sequence, own.heads.kv);
-      load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.k, k.from(tile * kTileKv));
-      if (p.tangent_k) {
-        const auto tangent = key_rows<const Element>(p.tangent_k, p.tangent_k_stride, sequence, own.heads.kv);
-        load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.tangent_k, tangent.from(tile * kTileKv));
-      }
-      ptx::cp_async_commit();
-    };
-    const auto load_v = [&](int tile) {
-      const auto v = key_rows<const Element>(p.v, p.v_stride, sequence, own.heads.kv);
-      load_tile_async<Config::kDimV, kBytes, kThreads>(smem.v, v.from(tile * kTileKv));
-      if (p.tangent_v) {
-        const auto tangent = key_rows<const Element>(p.tangent_v, p.tangent_v_stride, sequence, own.heads.kv);
-        load_tile_async<Config::kDimV, kBytes, kThreads>(smem.tangent_v, tangent.from(tile * kTileKv));
-      }
-      ptx::cp_async_commit();
-    };
+    const int q_first = own.first;
+    if (own.rows <= 0) return;
 
     const ScoreTangent<Config> pairs(p, sequence, head);
     const Dropout dropout(a, sequence, head);
@@ -104,13 +130,13 @@ struct JvpSm80 {
       if (!p.tangent_q) tangent.count = 0;  // zeros
       load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.q, q);
       load_tile_async<Config::kDimQk, kBytes, kThreads>(smem.tangent_q, tangent);
-      load_k(tiles.begin);
+      load_k(smem, p, sequence, head_kv, tiles.begin);
     }
     for (int tile = tiles.begin; tile < tiles.end; ++tile) {
       const int kv_first = tile * kTileKv;
       ptx::cp_async_wait<0>();
       ptx::sync_threads();  // K is here, and every warp is done with the V before
-      load_v(tile);
+      load_v(smem, p, sequence, head_kv, tile);
 
       Scores s, ds;
       s.clear();
@@ -124,7 +150,7 @@ struct JvpSm80 {
 
       ptx::cp_async_wait<0>();
       ptx::sync_threads();  // V is here, and every warp is done with K
-      if (tile + 1 < tiles.end) load_k(tile + 1);
+      if (tile + 1 < tiles.end) load_k(smem, p, sequence, head_kv, tile + 1);
 
       Operand<kWarpRows, kTileKv> weights, changes;
       pack_operand<Element>(weights, s);
@@ -132,23 +158,7 @@ struct JvpSm80 {
       gemm_ab_pair<Element>(rows.out, weights, rows.dout, changes, smem.v, first_col);
       if (p.tangent_v) gemm_ab<Element>(rows.dout, weights, smem.tangent_v, first_col);
     }
-
-    const int64 first_number = Results::number(p, sequence, head, 0);
-#pragma unroll
-    for (int r = 0; r < Rows::kRowsPerLane; ++r) {
-      const float factor = rows.template close<Config>(p, head, unit, r);
-      const int row = warp_row + row_of(lane, r);
-      store_row<Element>(smem.out, row, rows.out, r, factor);
-      store_row<Element>(smem.tangent_out, row, rows.dout, r, factor);
-      if (lane % 4 == 0 && row < q_rows && split == 0) {
-        if (p.lse) Results::close(p, first_number + q_first + row, rows.states[r], unit);
-        first_query<float>(p.tangent_lse, p.tangent_lse_stride, sequence, head)[q_first + row] = rows.tangents[r].mean;
-      }
-    }
-    ptx::sync_warp();
-    const int row = q_first + warp_row;
-    if (p.out) store_staged(p.out, p.out_stride, sequence, head, row, first_col, smem.out, warp_row);
-    store_staged(p.tangent_out, p.tangent_out_stride, sequence, head, row, first_col, smem.tangent_out, warp_row);
+    finish(smem, p, own, unit, rows, split, warp_row, lane);
   }
 };
 

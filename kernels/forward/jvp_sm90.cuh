@@ -1,6 +1,5 @@
 // Forward attention with its tangent on Hopper: how out and lse change as q, k and v change, in the pass that computes
-// them.
-// attention/tangent.cuh has the formulas, forward/sm90.cuh the roles.
+// them. attention/tangent.cuh has the formulas, forward/sm90.cuh the roles.
 //
 //   producer warpgroup, one thread   TMA: Q with Q', rings of K with K' and of V with V'
 //   consumer warpgroups              64 rows of the q tile each, with six products a tile:

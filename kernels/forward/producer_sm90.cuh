@@ -109,7 +109,7 @@ struct ProducerSm90 {
     }
   }
 
-  // The same of works that a scheduler finds.
+  // Loads what works read that a scheduler finds.
   CF_DEVICE void run_scheduled() {
     WorkCursor work_at;
     for (;;) {

@@ -30,8 +30,7 @@ struct ForwardSm80 {
   using Real = Accumulator<Element>;
   using Sequence = typename Config::Sequence;
   using Heads = typename Config::Heads;
-  using Split = typename Config::Split;
-  using Results = typename Split::template Rows<Config>;
+  using Results = typename Config::Split::template Rows<Config>;
   using Dropout = typename Config::Dropout;
   static constexpr int kThreads = Config::kThreads, kWarps = kThreads / 32;
   static constexpr int kTileQ = Config::kTileQ, kTileKv = Config::kTileKv, kWarpRows = kTileQ / kWarps;
@@ -61,19 +60,51 @@ struct ForwardSm80 {
   static constexpr bool kStaged = Results::kWhole && Products::kStagesOut;
 
   // Whole rows leave through Q's memory, in the element type: the loop's last barrier came after every warp's last
-  // Q K^T. A warp's rows go once all of them are there.
+  // Q K^T. A warp's rows go once all of them are there. What is not rounded, as parts of rows never are, goes from the
+  // registers.
   template <class OutRows>
-  CF_DEVICE static void store_staged(const OutRows& rows, SmemPlan& smem, int warp_row) {
-    ptx::sync_warp();
-    store_tile<kWarpRows, kDimV, kBytes, 32>(rows, Config::kDimV, smem.out, warp_row, ptx::lane_index());
+  CF_DEVICE static void store(const OutRows& rows, SmemPlan& smem, Output& out, int warp_row) {
+    if constexpr (kStaged) {
+      ptx::sync_warp();
+      store_tile<kWarpRows, kDimV, kBytes, 32>(rows, Config::kDimV, smem.out, warp_row, ptx::lane_index());
+    } else {
+      out.for_each(ptx::lane_index(), [&](Real x, int row, int col) {
+        if (row < rows.count && col < Config::kDimV) rows.data[rows.offset(row) + col] = x;
+      });
+    }
   }
 
-  // What is not rounded, as parts of rows never are, goes from the registers.
-  template <class OutRows>
-  CF_DEVICE static void store_wide(const OutRows& rows, Output& out) {
-    out.for_each(ptx::lane_index(), [&](Real x, int row, int col) {
-      if (row < rows.count && col < Config::kDimV) rows.data[rows.offset(row) + col] = x;
-    });
+  // Divides this warp's rows by their sums, and writes them, or parts of them, and lse. Addresses are made only here:
+  // registers are scarce inside the loop.
+  template <class Score>
+  CF_DEVICE static void finish(SmemPlan& smem, const FwdParams& p, const QueryTile<Config>& own, const Score& score,
+                               const Products& products, RowState<Real> (&rows)[kRowsPerLane], Output& out,
+                               int warp_row, int lane) {
+    const Heads& heads = own.heads;
+    const int q_first = own.first;
+    auto* g_out = Results::out(p, own.sequence, heads.first, own.split.index) +
+                  heads.offset(q_first + warp_row, Results::out_stride(p));
+    const int64 first_number =
+        Results::number(p, own.sequence, heads.first, own.split.index) + heads.offset(q_first, Results::lse_stride(p));
+    const auto numbers = rows_at(heads, static_cast<Real*>(p.lse), Results::lse_stride(p), q_first, own.rows);
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) {
+      rows[r].l = row_sum(rows[r].l);
+      const int head = heads.head(q_first + warp_row + row_of(lane, r));
+      const Real rescale = Config::Sink::close(rows[r], p.attention, head, score.unit());
+      const Real factor = rescale * rows[r].inverse_sum() * static_cast<Real>(Dropout::scale(p.attention));
+      const int row = warp_row + row_of(lane, r);
+      if constexpr (kStaged) {
+        store_row<Element>(smem.out, row, out, r, factor);
+      } else {
+        scale_row(out, r, factor);
+        scale_row(out, r, products.unit());
+      }
+      if (lane % 4 == 0 && row < own.rows) {
+        Results::close(p, first_number + numbers.offset(row), rows[r], score.unit());
+      }
+    }
+    store(rows_at(heads, g_out, Results::out_stride(p), q_first + warp_row, own.rows - warp_row), smem, out, warp_row);
   }
 
   CF_DEVICE static void run(const FwdParams& p) {
@@ -82,7 +113,6 @@ struct ForwardSm80 {
     const int lane = ptx::lane_index(), warp_row = ptx::warp_index() * kWarpRows;
 
     const QueryTile<Config> own(p, ptx::block_index());
-    const Split& split = own.split;
     const Sequence& sequence = own.sequence;
     const Heads& heads = own.heads;
     if (own.has_tail()) heads.for_each([&](int head) { store_tail<Config, kThreads>(p, sequence, head); });
@@ -110,7 +140,7 @@ struct ForwardSm80 {
     const auto score = own.template bind<typename Config::Score>(a);
     const auto dropout = own.template bind<Dropout>(a);
     const Real log2_unit = score.unit() * static_cast<Real>(kLog2E);
-    const auto tiles = split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
+    const auto tiles = own.split.part(mask.kv_tiles(q_first, kTileQ, kTileKv));
 
     Products products;
     Output out;
@@ -177,35 +207,7 @@ struct ForwardSm80 {
       }
     }
 
-    // The outputs' addresses are made only now: registers are scarce inside the loop.
-    auto* g_out =
-        Results::out(p, sequence, heads.first, split.index) + heads.offset(q_first + warp_row, Results::out_stride(p));
-    const int64 first_number =
-        Results::number(p, sequence, heads.first, split.index) + heads.offset(q_first, Results::lse_stride(p));
-    const auto numbers = rows_at(heads, static_cast<Real*>(p.lse), Results::lse_stride(p), q_first, q_rows);
-#pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) {
-      rows[r].l = row_sum(rows[r].l);
-      const int head = heads.head(q_first + warp_row + row_of(lane, r));
-      const Real rescale = Config::Sink::close(rows[r], a, head, score.unit());
-      const Real factor = rescale * rows[r].inverse_sum() * static_cast<Real>(Dropout::scale(a));
-      const int row = warp_row + row_of(lane, r);
-      if constexpr (kStaged) {
-        store_row<Element>(smem.out, row, out, r, factor);
-      } else {
-        scale_row(out, r, factor);
-        scale_row(out, r, products.unit());
-      }
-      if (lane % 4 == 0 && row < q_rows) {
-        Results::close(p, first_number + numbers.offset(row), rows[r], score.unit());
-      }
-    }
-    const auto rows_out = rows_at(heads, g_out, Results::out_stride(p), q_first + warp_row, q_rows - warp_row);
-    if constexpr (kStaged) {
-      store_staged(rows_out, smem, warp_row);
-    } else {
-      store_wide(rows_out, out);
-    }
+    finish(smem, p, own, score, products, rows, out, warp_row, lane);
   }
 };
 
