@@ -6,10 +6,12 @@ the slowest. Jobs are cut by the sizes of the call alone, so that results do not
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from math import prod
 from queue import SimpleQueue
@@ -107,8 +109,10 @@ def run(jobs: Iterable[Job], scores: int) -> None:
     if scores < TINY:
         work()
         return
-    with _held:
-        helpers = _start(work, len(left) - 1) if scores >= WORTH else []
+    most = min(settings.num_threads(), len(left)) - 1 if scores >= WORTH else 0
+    with _held, _crew.apart() if most > 0 else nullcontext():
+        helpers = [_Helper(work) for _ in range(most)]
+        _crew.send(helpers)
         try:
             work()
         finally:
@@ -154,6 +158,30 @@ class _Crew:
     def __init__(self) -> None:
         self._waiting: SimpleQueue[_Helper] = SimpleQueue()
         self.threads: list[threading.Thread] = []
+        self._cores: set[int] = set()  # that they are kept to
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keep the calling thread on the core where it is, and all others off that.
+
+        Threads wait for each other's Python for microseconds. A scheduler that lets idle cores sleep wakes them where
+        the other computes, and sees after some ticks, by then the call has ended, that both do.
+        """
+        usable = _usable_cores()
+        if len(usable) < 2:
+            yield
+            return
+        here = {_this_core()}
+        others = usable - here
+        if self._cores != others:
+            self._cores = others
+            for thread in self.threads:
+                _keep_to(thread.native_id, others)
+        _keep_to(0, here)
+        try:
+            yield
+        finally:
+            _keep_to(0, usable)
 
     def send(self, helpers: list[_Helper]) -> None:
         """Have the work begun by threads that have nothing to do, where this platform has any."""
@@ -168,15 +196,29 @@ class _Crew:
             self._waiting.put(helper)
 
     def _serve(self) -> None:
+        _keep_to(0, self._cores)
         while True:
             self._waiting.get().begin()
 
 
-def _start(work: Callable[[], None], most: int) -> list[_Helper]:
-    """Have other threads do the work too, at most that many."""
-    helpers = [_Helper(work) for _ in range(min(settings.num_threads() - 1, most))]
-    _crew.send(helpers)
-    return helpers
+try:
+    _this_core: Callable[[], int] = ctypes.PyDLL(None).sched_getcpu
+except (AttributeError, OSError, TypeError):  # no Linux
+
+    def _this_core() -> int:
+        return -1
+
+
+def _usable_cores() -> set[int]:
+    """Those that this thread may use, where threads can be kept to some of them."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") and _this_core() >= 0 else set()
+
+
+def _keep_to(thread: int | None, cores: set[int]) -> None:
+    """Have a thread, 0 is this one, run on these cores only."""
+    if cores and thread is not None:
+        with suppress(OSError):
+            os.sched_setaffinity(thread, cores)
 
 
 class _HeldBlas:

@@ -267,6 +267,27 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     assert done.stdout == "done\n", done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be kept to cores here")
+def test_threads_compute_on_other_cores_than_the_caller_which_may_use_all_again(
+    many_jobs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable = os.sched_getaffinity(0)
+    if len(usable) < 2:
+        pytest.skip("one core")
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "2")
+    caller, seen, both = threading.get_ident(), {}, threading.Barrier(2, timeout=20)
+
+    def job(scratch: pool.Scratch) -> None:
+        seen[threading.get_ident()] = os.sched_getaffinity(0)
+        both.wait()
+
+    pool.run([job, job], scores=1)
+    here = seen.pop(caller)
+    assert len(here) == 1
+    assert list(seen.values()) == [usable - here]
+    assert os.sched_getaffinity(0) == usable
+
+
 def test_a_small_call_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_crew", pool._Crew())
     monkeypatch.setenv("CUFLASH_NUM_THREADS", "4")
