@@ -27,7 +27,7 @@ from cuflash.reference.operands import (
 from cuflash.reference.paged import PagedRows
 from cuflash.reference.pool import Job, Scratch
 from cuflash.reference.scores import Scores
-from cuflash.reference.softmax import FEW_KEYS, RowSoftmax, delta_of, normalizers, weights
+from cuflash.reference.softmax import FEW_KEYS, RowSoftmax, delta_of, fastest_power, normalizers, weights
 from cuflash.reference.tiles import grouped, head_tiles, load, stacked, store, view
 
 GradientJob = Callable[[Scratch, dict[int, np.ndarray] | None], object]
@@ -62,13 +62,15 @@ def forward(
     every_key = scores.keys_of(slice(0, scores.len_q))
     plain = scores.plain
     worth = plain and scores.len_q * group >= tiles.FEW_ROWS
+    power = fastest_power(real)
 
     def job(keys: Keys, batches: slice, heads: slice, row_tiles: list[slice]) -> Job:
         def run(scratch: Scratch) -> None:
             _, k_columns, v_rows = keys.tiles(scratch)
 
-            def attend(q_tile: np.ndarray, rows: slice, unshifted: bool) -> RowSoftmax:
-                softmax = RowSoftmax(q_tile.shape[:-1], v.shape[-1], real, scratch, unshifted)
+            def attend(rows: slice) -> RowSoftmax:
+                q_tile = load(q, (batches, rows, heads), real, scratch, "q", scores.unit)
+                softmax = RowSoftmax(q_tile.shape[:-1], v.shape[-1], real, scratch)
                 for tile, hidden in scores.kv_tiles(batches, heads, rows):
                     s = product("s", q_tile, k_columns[tile.keys], scratch)
                     if not plain or hidden is not None:
@@ -76,17 +78,26 @@ def forward(
                     softmax.update(s, v_rows[tile.keys], None if dropout is None else kept_of(dropout, tile))
                 return softmax
 
+            def attend_unshifted(rows: slice) -> RowSoftmax | None:
+                q_tile = load(q, (batches, rows, heads), real, scratch, "q", scores.unit * power.unit)
+                softmax = RowSoftmax(q_tile.shape[:-1], v.shape[-1], real, scratch, power)
+                for tile, hidden in scores.kv_tiles(batches, heads, rows):
+                    x = product("s", q_tile, k_columns[tile.keys], scratch)
+                    kept = None if dropout is None else kept_of(dropout, tile)
+                    if not softmax.update_unshifted(x, v_rows[tile.keys], kept, hidden, group):
+                        return None
+                return softmax if softmax.sound() else None
+
             unshifted = worth
             for rows in row_tiles:
                 at_q = batches, rows, heads
-                q_tile = load(q, at_q, real, scratch, "q", scores.unit)
-                tried = unshifted and scores.fewest_keys(rows) >= FEW_KEYS
-                softmax = attend(q_tile, rows, tried)
-                if tried:
+                softmax = None
+                if unshifted and scores.fewest_keys(rows) >= FEW_KEYS:
+                    softmax = attend_unshifted(rows)
                     # Where logits, or values, were too large once, they are likely so again.
-                    unshifted = softmax.unshifted and softmax.sound()
-                    if softmax.unshifted and not unshifted:
-                        softmax = attend(q_tile, rows, unshifted=False)
+                    unshifted = softmax is not None
+                if softmax is None:
+                    softmax = attend(rows)
                 if sink is not None:
                     softmax.add_sink(sink_rows(sink[heads], softmax.l))
                 place = view(out, at_q, real) if dropout is None else None

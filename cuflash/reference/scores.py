@@ -24,6 +24,10 @@ class Hidden(NamedTuple):
     pairs: np.ndarray
     """bool, of these columns: (rows, columns), or of a shape that broadcasts to grouped pairs."""
 
+    def fill(self, x: np.ndarray, value: float) -> None:
+        """Set these of a tile of grouped pairs."""
+        np.copyto(x[..., self.columns], value, where=self.pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -180,7 +184,7 @@ class Scores:
         if self.bias is not None:
             s += tile.of(self.bias).astype(s.dtype, copy=False)
         if hidden is not None:
-            np.copyto(s[..., hidden.columns], -np.inf, where=hidden.pairs)
+            hidden.fill(s, -np.inf)
         return capped
 
     def tangent(
@@ -197,7 +201,7 @@ class Scores:
             if dbias is not None:
                 ds += tile.of(dbias).astype(ds.dtype, copy=False)
             if hidden is not None:
-                np.copyto(ds[..., hidden.columns], 0, where=hidden.pairs)
+                hidden.fill(ds, 0)
         return dx
 
 
