@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ settings.register_profile("cuflash", deadline=None, derandomize=True, max_exampl
 settings.load_profile("cuflash")
 
 _MOST_PROCESSES = 16
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads would spin on cores that the others need
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy, which reads it, is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -93,6 +98,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What was collected stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
