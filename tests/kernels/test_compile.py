@@ -69,7 +69,7 @@ def test_an_architecture_too_old_for_a_family_needs_none_of_its_kernels():
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    "group", sampled({"-".join(group): (group, kinds(group[0], steps)) for group, steps in GROUPS.items()}, every=24)
+    "group", sampled({"-".join(group): (group, kinds(group[0], steps)) for group, steps in GROUPS.items()}, every=96)
 )
 def test_every_kernel_of_the_matrix(request, monkeypatch, group):
     """Cubins are kept between runs."""
