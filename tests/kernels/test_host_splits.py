@@ -232,7 +232,7 @@ def holds(case: HostCase, kind: tuple[str, str]) -> set[tuple]:
     return {(case.family, what) for what in (kind, case.problem.dtype, *needs(case.problem))}
 
 
-@pytest.mark.parametrize("of_a_kind", sampled({name: (of, holds(*of)) for name, of in CASES.items()}, every=3))
+@pytest.mark.parametrize("of_a_kind", sampled({name: (of, holds(*of)) for name, of in CASES.items()}, every=12))
 def test_forward_in_parts(of_a_kind: tuple[HostCase, tuple[str, str]]) -> None:
     """Scratch memory starts as NaN, so a part that nobody wrote cannot be read unseen."""
     case, kind = of_a_kind
@@ -272,7 +272,7 @@ def many_rows(name: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize(
     "of_a_kind",
-    sampled({name: ((of, many_rows(name)), holds(of, many_rows(name))) for name, of in MANY_ROWS.items()}, every=3),
+    sampled({name: ((of, many_rows(name)), holds(of, many_rows(name))) for name, of in MANY_ROWS.items()}, every=12),
 )
 def test_many_rows_in_parts(of_a_kind: tuple[HostCase, tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of several consumers, each of which walks what its rows see of a part of the keys; here parts are short."""

@@ -112,6 +112,7 @@ FEATURES = {
 
 
 @needs_compiler
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", ["sm80", "simt"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_score_features_on_host_memory(launches: Launches, name: str, family: str) -> None:
