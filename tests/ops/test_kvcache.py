@@ -218,7 +218,9 @@ class Call:
 
 
 TURNS = [
-    pytest.param(*place.values, name, marks=place.marks) if hasattr(place, "values") else (place, name)
+    pytest.param(*place.values, name, marks=[*place.marks, *[pytest.mark.sample(3)] * ("-cpu" in place.values[0])])
+    if hasattr(place, "values")
+    else (place, name)
     for place in LEFT_BY_HOPPER
     for name, case in CASES.items()
     if "sm80" not in str(place) or case.dtype is not np.float64
