@@ -10,8 +10,8 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from math import prod
 from queue import SimpleQueue
@@ -110,7 +110,9 @@ def run(jobs: Iterable[Job], scores: int) -> None:
         work()
         return
     most = min(settings.num_threads(), len(left)) - 1 if scores >= WORTH else 0
-    with _held, _crew.apart() if most > 0 else nullcontext():
+    with _held:
+        if most > 0:
+            _crew.keep_off()
         helpers = [_Helper(work) for _ in range(most)]
         _crew.send(helpers)
         try:
@@ -160,28 +162,17 @@ class _Crew:
         self.threads: list[threading.Thread] = []
         self._cores: set[int] = set()  # that they are kept to
 
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Keep the calling thread on the core where it is, and all others off that.
+    def keep_off(self) -> None:
+        """Keep the threads off the core where the calling one is, which is left as it is.
 
         Threads wait for each other's Python for microseconds. A scheduler that lets idle cores sleep wakes them where
-        the other computes, and sees after some ticks, by then the call has ended, that both do.
+        the caller computes, and sees after some ticks, by then the call has ended, that both do.
         """
-        usable = _usable_cores()
-        if len(usable) < 2:
-            yield
-            return
-        here = {_this_core()}
-        others = usable - here
-        if self._cores != others:
+        others = _usable_cores() - {_this_core()}
+        if others and self._cores != others:
             self._cores = others
             for thread in self.threads:
                 _keep_to(thread.native_id, others)
-        _keep_to(0, here)
-        try:
-            yield
-        finally:
-            _keep_to(0, usable)
 
     def send(self, helpers: list[_Helper]) -> None:
         """Have the work begun by threads that have nothing to do, where this platform has any."""
