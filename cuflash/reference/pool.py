@@ -10,8 +10,8 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from math import prod
 from queue import SimpleQueue
@@ -27,6 +27,9 @@ WORTH = 2**18
 
 TINY = 2**11
 """Scores below which BLAS itself takes one thread: products of heads up to 128 are then below OpenBLAS's threshold."""
+
+BRIEF = 2**23
+"""Scores of a call that ends within some milliseconds."""
 
 KEPT_BYTES = 2**22
 """The largest scratch array that outlives a call; tiles are smaller."""
@@ -110,9 +113,7 @@ def run(jobs: Iterable[Job], scores: int) -> None:
         work()
         return
     most = min(settings.num_threads(), len(left)) - 1 if scores >= WORTH else 0
-    with _held:
-        if most > 0:
-            _crew.keep_off()
+    with _held, _crew.apart(briefly=scores < BRIEF) if most > 0 else nullcontext():
         helpers = [_Helper(work) for _ in range(most)]
         _crew.send(helpers)
         try:
@@ -162,17 +163,31 @@ class _Crew:
         self.threads: list[threading.Thread] = []
         self._cores: set[int] = set()  # that they are kept to
 
-    def keep_off(self) -> None:
-        """Keep the threads off the core where the calling one is, which is left as it is.
+    @contextmanager
+    def apart(self, briefly: bool) -> Iterator[None]:
+        """Keep the threads off the core where the calling one is; if it is `briefly`, keep that one there, too.
 
         Threads wait for each other's Python for microseconds. A scheduler that lets idle cores sleep wakes them where
-        the caller computes, and sees after some ticks, by then the call has ended, that both do.
+        another computes, and sees after some ticks, by then a short call has ended, that both do.
         """
-        others = _usable_cores() - {_this_core()}
-        if others and self._cores != others:
+        usable = _usable_cores()
+        if len(usable) < 2:
+            yield
+            return
+        here = {_this_core()}
+        others = usable - here
+        if self._cores != others:
             self._cores = others
             for thread in self.threads:
                 _keep_to(thread.native_id, others)
+        if not briefly:
+            yield
+            return
+        _keep_to(0, here)
+        try:
+            yield
+        finally:
+            _keep_to(0, usable)
 
     def send(self, helpers: list[_Helper]) -> None:
         """Have the work begun by threads that have nothing to do, where this platform has any."""

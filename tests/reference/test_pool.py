@@ -269,8 +269,9 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be kept to cores here")
-def test_threads_compute_on_other_cores_than_the_caller_which_is_left_as_it_was(
-    many_jobs: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("briefly", [True, False])
+def test_threads_compute_on_other_cores_than_the_caller_which_may_use_all_again(
+    briefly: bool, many_jobs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usable = os.sched_getaffinity(0)
     if len(usable) < 2:
@@ -282,11 +283,12 @@ def test_threads_compute_on_other_cores_than_the_caller_which_is_left_as_it_was(
         seen[threading.get_ident()] = os.sched_getaffinity(0)
         both.wait()
 
-    pool.run([job, job], scores=1)
-    assert seen.pop(caller) == usable
-    (others,) = seen.values()
+    pool.run([job, job], pool.BRIEF - briefly)
+    (others,) = (cores for thread, cores in seen.items() if thread != caller)
     assert others < usable
     assert len(usable - others) == 1
+    assert seen[caller] == (usable - others if briefly else usable)
+    assert os.sched_getaffinity(0) == usable
 
 
 def test_a_small_call_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
