@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -98,12 +97,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_collection_finish() -> None:
-    """What was collected stays: the garbage collector need not look through it again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
