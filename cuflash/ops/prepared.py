@@ -236,7 +236,7 @@ class BoundAttention(Generic[ArrayT]):
         return self._results
 
     def captured(self) -> BoundAttention[ArrayT]:
-        """Record the launches in a CUDA graph: a call is left that replays it, which costs the host 1 to 2 us.
+        """Record the launches in a CUDA graph: a call is left that replays all of them by one call of the driver.
 
         Lengths, pages and all else that arrays hold are read anew in every replay. Calls must follow those of the call
         that was recorded, too, as both use the same memory. While another graph is captured around a call, that records

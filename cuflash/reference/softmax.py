@@ -36,7 +36,7 @@ EXP, EXP2 = Power(np.exp, 1.0), Power(np.exp2, log2(e))
 
 @cache
 def fastest_power(real: np.dtype) -> Power:
-    """exp, or exp2 where that takes half the time: in fp32, where NumPy has it for vectors, on Linux by AVX-512 (SVML).
+    """exp, or exp2 where NumPy computes that faster: in fp32 on Linux where it has it for vectors, by AVX-512 (SVML).
 
     Not the clock decides, as results are to have the same bits in every process.
     """

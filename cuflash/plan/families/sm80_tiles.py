@@ -22,19 +22,19 @@ def halves(problem: Problem) -> int:
     return 1 if problem.dtype == TF32 else 2
 
 
-def halves_tile(rows: int, cols: int) -> int:
+def _halves_tile(rows: int, cols: int) -> int:
     """Bytes of a ``HalvesTile`` (tile/halves.cuh): floats in two halves, and the scale of every row."""
     return shared_tile(rows, 2 * cols) + 4 * rows
 
 
-def double_tile(rows: int, cols: int) -> int:
+def _double_tile(rows: int, cols: int) -> int:
     """Bytes of a ``DoubleTile`` (tile/doubles.cuh)."""
     return rows * cols * 8
 
 
 def operand_tile(problem: Problem, rows: int, cols: int) -> int:
     """Bytes of a tile of q, k, v or dout, as the products of its elements take it."""
-    of = {2: shared_tile, 4: halves_tile, 8: double_tile}
+    of = {2: shared_tile, 4: _halves_tile, 8: _double_tile}
     return of[problem.dtype.itemsize](rows, cols)
 
 
